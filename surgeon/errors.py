@@ -1,0 +1,54 @@
+"""Every error a user can meet, each with the exit code the command line returns for it.
+
+An error says what, where, why, and what to try. `SurgeonError` is never raised itself.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SurgeonError(Exception):
+    """Base of all errors raised on purpose. `exit_code` is what the command line returns."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class NothingChangedError(SurgeonError):
+    """A gate was not met: a pass changed nothing, or quality fell below the bar asked for."""
+
+    exit_code = 1
+
+
+class UsageError(SurgeonError, ValueError):
+    """An option or an argument is wrong: unknown pass, experts that do not divide the width, wrong order of passes."""
+
+    exit_code = 2
+
+
+class DataError(UsageError):
+    """The data given cannot be read or does not have what the task needs (a missing column, no labels, ...)."""
+
+
+class LoadError(SurgeonError):
+    """A model or an artifact cannot be loaded: not a model, pickled code, damaged or truncated files."""
+
+    exit_code = 3
+
+
+class TraceError(SurgeonError):
+    """A model cannot be traced into a graph, or its graph does not compute what the model computes."""
+
+    exit_code = 3
+
+
+class PassError(SurgeonError):
+    """A pass failed and left the graph as it was. The message names the pass and the site."""
+
+
+class VerificationError(PassError):
+    """A pass did not preserve what it claims to preserve. The message names pass, site and difference."""
+
+
+class SaveError(SurgeonError):
+    """The result cannot be written (no space, no permission, the target exists). Nothing half-written is left."""

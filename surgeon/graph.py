@@ -1,0 +1,209 @@
+"""The one intermediate representation: a `torch.fx` graph of ATen ops, and the small vocabulary to talk about it.
+
+A `TracedGraph` is an ordinary `torch.fx.GraphModule` that keeps the parameter names of the model it came from and whose
+`train()` and `eval()` work. Everything in the toolkit reads and rewrites this one form.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import networkx as nx
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+aten = torch.ops.aten
+
+# Where each op keeps what differs between training and evaluation, and its value in evaluation.
+_MODE_ARGUMENT: dict[Any, tuple[int, str, bool | float]] = {
+    aten.dropout.default: (2, "train", False),
+    aten.dropout_.default: (2, "train", False),
+    aten.feature_dropout.default: (2, "train", False),
+    aten.feature_dropout_.default: (2, "train", False),
+    aten.alpha_dropout.default: (2, "train", False),
+    aten.feature_alpha_dropout.default: (2, "train", False),
+    aten.rrelu.default: (3, "training", False),
+    aten.batch_norm.default: (5, "training", False),
+    aten.scaled_dot_product_attention.default: (4, "dropout_p", 0.0),
+}
+_TRAIN_VALUE = "surgeon_train_value"
+
+
+class TracedGraph(GraphModule):
+    """A model as a graph of ATen ops, called like the model itself.
+
+    `meta["trace"]` holds the `TraceInfo` of `surgeon.trace`. Node identity is the node's name: passes keep the names of
+    the nodes they do not touch.
+    """
+
+    def train(self, mode: bool = True) -> TracedGraph:
+        """Switch dropout, attention dropout and batch statistics, as `nn.Module.train` does for the model.
+
+        A graph of evaluation form (see `TraceInfo.form`) has nothing to switch: it always computes what `eval()` does.
+        """
+        for graph_module in nested_graphs(self):
+            changed = False
+            for node in graph_module.graph.nodes:
+                changed |= _switch(node, mode)
+            if changed:
+                graph_module.recompile()
+        for module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> TracedGraph:
+        """Switch to evaluation: `train(False)`."""
+        return self.train(False)
+
+
+def _switch(node: Node, mode: bool) -> bool:
+    """Set the mode of one node; True if the node changed."""
+    if node.op != "call_function" or node.target not in _MODE_ARGUMENT:
+        return False
+    position, keyword, eval_value = _MODE_ARGUMENT[node.target]
+    positional = len(node.args) > position
+    if not positional and keyword not in node.kwargs:
+        return False  # left at its default, which is the evaluation value for every op of the table
+    value = node.args[position] if positional else node.kwargs[keyword]
+    wanted = node.meta.get(_TRAIN_VALUE, value) if mode else eval_value
+    if value == wanted:
+        return False
+    if not mode:
+        node.meta[_TRAIN_VALUE] = value
+    if positional:
+        node.update_arg(position, wanted)
+    else:
+        node.update_kwarg(keyword, wanted)
+    return True
+
+
+def nested_graphs(graph: GraphModule) -> Iterator[GraphModule]:
+    """The graph itself and the graphs of its higher-order ops (bodies run under `no_grad` or `autocast`)."""
+    return (module for module in graph.modules() if isinstance(module, GraphModule))
+
+
+def fork(graph: GraphModule) -> TracedGraph:
+    """A copy of the graph that shares every parameter, buffer and submodule with the original.
+
+    Node names and metadata are kept. Rewriting the copy leaves the original as it was, and costs no weight memory.
+    """
+    copied = Graph()
+    output = copied.graph_copy(graph.graph, val_map := {}, return_output_node=True)
+    if output is not None:
+        value, old = cast("tuple[Any, Node]", output)
+        copied.output(value).meta = copy.copy(old.meta)
+    assert len(val_map) >= len(copied.nodes) - 1
+    copied.set_codegen(copy.copy(graph.graph._codegen))
+    result = TracedGraph(graph, copied)
+    result.meta.update(graph.meta)
+    # nn.Module state, not graph state: the constructor starts in training mode.
+    result.training = graph.training
+    return result
+
+
+def tidy(graph: GraphModule) -> None:
+    """Drop dead nodes and what only they used (parameters, submodules), then check and recompile the graph."""
+    graph.graph.eliminate_dead_code()
+    used = {node.target for node in graph.graph.nodes if node.op in ("get_attr", "call_module")}
+    modules = {node.target for node in graph.graph.nodes if node.op == "call_module"} | {
+        name for name, module in graph.named_modules() if isinstance(module, GraphModule) and name
+    }
+    for name, _ in [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)]:
+        if name not in used and not any(name.startswith(f"{module}.") for module in modules):
+            owner, _, attribute = name.rpartition(".")
+            delattr(graph.get_submodule(owner), attribute)
+    graph.delete_all_unused_submodules()
+    graph.graph.lint()
+    graph.recompile()
+
+
+def module_path(node: Node) -> str:
+    """Path of the innermost module of the model that this node came from; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    # A module called several times appears as `name@1`, `name@2`, ...
+    return ".".join(part.partition("@")[0] for part in str(path).removeprefix("L['self'].").split("."))
+
+
+def common_path(paths: Iterable[str]) -> str:
+    """Longest dotted prefix shared by all paths: `a.b.fc1`, `a.b.fc2` → `a.b`."""
+    split = [path.split(".") if path else [] for path in paths]
+    shared: list[str] = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def is_call(node: object, *targets: Any) -> bool:
+    """Whether `node` is a `call_function` node of one of the targets."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def attribute(graph: GraphModule, target: str) -> Any:
+    """What a `get_attr` node of this target reads."""
+    value: Any = graph
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def tensor_of(graph: GraphModule, node: Node) -> Tensor | None:
+    """The tensor a `get_attr` node reads, or None for any other node."""
+    if node.op != "get_attr":
+        return None
+    value = attribute(graph, str(node.target))
+    return value if isinstance(value, Tensor) else None
+
+
+def tensor_key(tensor: Tensor) -> tuple[object, ...]:
+    """Identity of a tensor's memory. Tied parameters that were loaded from a file are two objects over one memory."""
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return (id(tensor),)
+    return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
+def shape_of(node: Node) -> tuple[int | torch.SymInt, ...] | None:
+    """Shape recorded at tracing (symbolic where dynamic); None if the node holds no tensor."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def retie(graph: GraphModule) -> None:
+    """Make parameters that share memory one object again, so that an optimizer steps them once."""
+    seen: dict[tuple[object, ...], nn.Parameter] = {}
+    for name, parameter in list(graph.named_parameters(remove_duplicate=False)):
+        kept = seen.setdefault(tensor_key(parameter), parameter)
+        if kept is not parameter:
+            owner, _, field = name.rpartition(".")
+            setattr(graph.get_submodule(owner), field, kept)
+
+
+def unique_target(graph: GraphModule, wanted: str) -> str:
+    """`wanted`, or `wanted_1`, `wanted_2`, ... if the graph module already has an attribute of that path."""
+    taken = {name for name, _ in graph.named_modules()} | {
+        name for name, _ in [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers()]
+    }
+    candidate, number = wanted, 0
+    while candidate in taken:
+        number += 1
+        candidate = f"{wanted}_{number}"
+    return candidate
+
+
+def to_networkx(graph: GraphModule) -> nx.DiGraph:
+    """The graph as a networkx digraph: one vertex per node, keyed by node name, an edge from producer to consumer.
+
+    Vertices carry `op`, `target` (str), `path` (module path) and `shape`.
+    """
+    result = nx.DiGraph()
+    for node in graph.graph.nodes:
+        result.add_node(node.name, op=node.op, target=str(node.target), path=module_path(node), shape=shape_of(node))
+    result.add_edges_from((source.name, node.name) for node in graph.graph.nodes for source in node.all_input_nodes)
+    return result

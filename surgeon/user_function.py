@@ -1,0 +1,101 @@
+"""Call a function that the user names on the command line, as `module:function` or `path/to/file.py:function`."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import operator
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from surgeon.errors import SurgeonError
+
+_SPEC = re.compile(r"(?P<module>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)")
+
+
+def is_spec(text: str) -> bool:
+    """Whether the text names a function: `package.module:function` or `path/to/file.py:function`."""
+    return _SPEC.fullmatch(text) is not None
+
+
+def call_spec(spec: str, error: type[SurgeonError]) -> Any:
+    """Call the function that `spec` names, without arguments, and return what it returns.
+
+    Modules are looked for where Python looks, then in the current directory; a file's own directory is searched for what
+    it imports. A file is run once per process.
+
+    Raises:
+        error: the module or the function cannot be found, or either raised.
+    """
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise error(f"'{spec}' is not module:function or file.py:function.")
+    module, name = match["module"], match["name"]
+    folder = Path(module).parent if module.endswith(".py") else Path()
+    with _importable(folder.resolve()):
+        try:
+            loaded = _run_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        except FileNotFoundError as cause:
+            raise error(f"{spec}: there is no file {module}.") from cause
+        except ModuleNotFoundError as cause:
+            raise error(
+                f"{spec}: the Python module '{cause.name}' cannot be imported. "
+                "Make it importable, for example with PYTHONPATH=. in front of the command."
+            ) from cause
+        except Exception as cause:
+            raise error(f"{spec}: importing {module} raised {type(cause).__name__}: {cause}") from cause
+        try:
+            function = operator.attrgetter(name)(loaded)
+        except AttributeError as cause:
+            close = difflib.get_close_matches(name, dir(loaded), n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise error(f"{spec}: {module} has no '{name}'.{hint}") from cause
+        if not callable(function):
+            raise error(f"{spec}: '{name}' is a {type(function).__name__}, not a function.")
+        try:
+            return function()
+        except SurgeonError:
+            raise
+        except Exception as cause:
+            raise error(f"{spec} raised {type(cause).__name__}: {cause}") from cause
+
+
+def _run_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    name = f"surgeon_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Search `folder` last while user code runs, so that it cannot hide an installed package."""
+    entry = str(folder)
+    sys.path.append(entry)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.reverse()
+            sys.path.remove(entry)
+            sys.path.reverse()
