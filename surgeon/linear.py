@@ -61,7 +61,7 @@ class Linear:
     """An affine map of the last dimension: output [..., out_features] = input [..., in_features] · Wᵀ + bias.
 
     weight, bias: the `get_attr` nodes of the parameters. transposed: the stored weight is [in_features, out_features].
-    nodes: every node that belongs to the layer alone, from the multiplication to the output.
+    nodes: every node that belongs to the layer alone, from the multiplication `core` to the output.
     """
 
     input: Node
@@ -72,6 +72,7 @@ class Linear:
     in_features: int
     out_features: int
     nodes: frozenset[Node]
+    core: Node
 
     @property
     def path(self) -> str:
@@ -168,7 +169,7 @@ def _linear_at(graph: GraphModule, core: Node) -> Linear | OpaqueLinear | None:
         nodes = {core, *chain}
         if bias is not None and core.target not in (aten.linear.default, aten.addmm.default):
             bias = None
-    return Linear(x, output, weight, bias, transposed, int(in_features), int(out_features), frozenset(nodes))
+    return Linear(x, output, weight, bias, transposed, int(in_features), int(out_features), frozenset(nodes), core)
 
 
 def _operands(core: Node) -> tuple[Node, Node, Node | None, bool] | None:
@@ -324,4 +325,3 @@ def _added_bias(graph: GraphModule, node: Node, product: Node, out_features: int
     tensor = tensor_of(graph, bias)
     assert tensor is not None
     return bias if tensor.dim() >= 1 and tensor.shape[-1] == tensor.numel() == out_features else None
-

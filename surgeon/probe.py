@@ -49,24 +49,24 @@ SHAPE_OPS = VIEWS | {
 
 Halves = Literal["first", "second", "even", "odd"]
 # Where the gate can lie among the outputs of one linear that computes gate and up together.
-_HALVES: dict[Halves, Callable[[int], slice]] = {
+HALVES: dict[Halves, Callable[[int], slice]] = {
     "first": lambda h: slice(0, h),
     "second": lambda h: slice(h, 2 * h),
     "even": lambda h: slice(0, 2 * h, 2),
     "odd": lambda h: slice(1, 2 * h, 2),
 }
-_OTHER: dict[Halves, Halves] = {"first": "second", "second": "first", "even": "odd", "odd": "even"}
+OTHER: dict[Halves, Halves] = {"first": "second", "second": "first", "even": "odd", "odd": "even"}
 _ATOL, _RTOL = 1e-5, 1e-5
 
 
 def half(rows: Tensor, which: Halves) -> Tensor:
     """The rows [2h, ...] → [h, ...] of one half of a fused linear layer."""
-    return rows[_HALVES[which](rows.shape[0] // 2)]
+    return rows[HALVES[which](rows.shape[0] // 2)]
 
 
 def other_half(rows: Tensor, which: Halves) -> Tensor:
     """The rows [2h, ...] → [h, ...] that `half` leaves."""
-    return half(rows, _OTHER[which])
+    return half(rows, OTHER[which])
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,12 @@ def _fused(graph: GraphModule, cone: Cone) -> Nonlinearity | str:
 
     def run(which: Halves, z: Tensor, up: Tensor) -> Tensor:
         both = torch.empty(shape, dtype=torch.float64)
-        both[..., _HALVES[which](cone.width)] = z
-        both[..., _HALVES[_OTHER[which]](cone.width)] = up
+        both[..., HALVES[which](cone.width)] = z
+        both[..., HALVES[OTHER[which]](cone.width)] = up
         return _run(graph, cone, [both])
 
     found: Nonlinearity | str = "the two halves of the first linear do not combine as activation(gate) · up"
-    for which in _HALVES:
+    for which in HALVES:
         candidate = _gate(lambda a, b, which=which: run(which, a, b), z, up, _scales(cone))
         if candidate is not None:
             activation, input_scale, output_scale = candidate
@@ -261,9 +261,7 @@ def _number(size: Any, substitution: Mapping[sympy.Symbol, int]) -> int:
 def _run(graph: GraphModule, cone: Cone, values: list[Tensor]) -> Tensor:
     """Run the cone in float64; dropout and dtype conversions do nothing. The result has the first value's leading
     dimensions and the cone's width."""
-    environment: dict[Node, Any] = {
-        leaf.output: value.clone() for leaf, value in zip(cone.leaves, values, strict=True)
-    }
+    environment: dict[Node, Any] = {leaf.output: value.clone() for leaf, value in zip(cone.leaves, values, strict=True)}
     substitution = _substitution(cone)
 
     def resolve(node: Node) -> Any:

@@ -61,8 +61,7 @@ class Rejection:
 class Call:
     """One execution of a feed-forward layer: x → first linears → cone → second linear.
 
-    first: (gate, up) if gated with two linears, else the single first linear. hidden_input: the value z that goes into
-    the activation, as the output node of `first[0]`.
+    first: (gate, up) if gated with two linears, else the single first linear.
     """
 
     first: tuple[Linear, ...]
@@ -147,6 +146,11 @@ class FFN:
         """`FFN 384→1536→384 gelu`."""
         kind = "gated FFN" if self.gated else "FFN"
         return f"{kind} {self.d_in}→{self.hidden}→{self.d_out} {self.activation}"
+
+    def parameters(self, graph: GraphModule) -> int:
+        """Numbers in the weights and biases."""
+        found = self.weights(graph)
+        return sum(value.numel() for value in vars(found).values() if value is not None)
 
     def weights(self, graph: GraphModule) -> FFNWeights:
         """The weights, one row per neuron (views of the parameters where nothing is folded in)."""
@@ -258,7 +262,11 @@ def _is_head(linear: Linear) -> bool:
         for user in stack.pop().users:
             if user.op == "output":
                 return True
-            if user not in seen and user.op == "call_function" and (user.target in SHAPE_OPS or user.target in SAME_VALUE):
+            if (
+                user not in seen
+                and user.op == "call_function"
+                and (user.target in SHAPE_OPS or user.target in SAME_VALUE)
+            ):
                 seen.add(user)
                 stack.append(user)
     return False
@@ -393,7 +401,7 @@ class _Search:
             elif node in self.opaque_outputs:
                 opaque = self.opaque_outputs[node]
                 width = int(node.meta["val"].shape[-1])
-                walk.leaves.append(Linear(opaque.input, node, node, None, False, 0, width, opaque.nodes))
+                walk.leaves.append(Linear(opaque.input, node, node, None, False, 0, width, opaque.nodes, node))
             elif node.op == "get_attr":
                 self._constant(walk, node)
             elif node.op == "call_function" and node.target in _ATTENTION:
@@ -451,7 +459,9 @@ class _Search:
             outside = next(((w, user) for w in weights if (user := self.uses.outside(w, inside)) is not None), None)
             if outside is not None:
                 weight, user = outside
-                what = f"its weight '{weight.target}' is also used by {_user_name(user)}, which is not converted with it"
+                what = (
+                    f"its weight '{weight.target}' is also used by {_user_name(user)}, which is not converted with it"
+                )
                 self.rejections.extend(Rejection(member.path, what, user.name) for member in members)
             elif len({member.nonlinearity for member in members}) > 1:
                 what = "its weights are used at several places with different activations"
@@ -474,9 +484,7 @@ def _ffn_path(leaves: Iterable[Linear], down: Linear | OpaqueLinear) -> str:
 def _with_unique_paths(sites: list[FFN]) -> list[FFN]:
     """Two sites under one module are told apart by their first linear."""
     count = Counter(site.path for site in sites)
-    return [
-        replace(site, path=site.calls[0].first[0].path) if count[site.path] > 1 else site for site in sites
-    ]
+    return [replace(site, path=site.calls[0].first[0].path) if count[site.path] > 1 else site for site in sites]
 
 
 def _op_name(node: Node) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,11 @@ TASK_CLASSES = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
 }
+# For a state dict whose config names no class, the one with the most similar names; of equals, the first.
+_HEADS = (
+    *("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
+    *("AutoModelForSequenceClassification", "AutoModelForImageClassification", "AutoModel"),
+)
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -191,7 +196,7 @@ def _sha256_of_values(model: nn.Module) -> str:
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -201,8 +206,9 @@ def _sha256_of_values(model: nn.Module) -> str:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers from writing warnings and progress bars; what matters is raised or noted instead."""
-    from transformers.utils import logging as hf_logging
+    from transformers.utils import logging
 
+    hf_logging: Any = logging  # not annotated
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -321,21 +327,27 @@ def _from_state_dict(
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
             notes = (*notes, f"The prefix '{prefix}' was dropped from the weights' names.")
-    model = _from_arch(arch, state, task)
-    _fill(model, state, path, arch)
+    skeleton, build = _from_arch(arch, state, task)
+    _check_fit(skeleton, state, path, arch)
+    model = build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in state:  # keep the precision of the file
+                parameter.data = parameter.data.to(state[name].dtype)
+    model.load_state_dict(state, strict=False)
     config = getattr(model, "config", None)
     return Source(path, "state_dict", model.eval(), None, None, config, sha256_of([path]), notes)
 
 
-def _from_arch(arch: str, state: Mapping[str, Tensor], task: str | None) -> nn.Module:
-    """Build the module that `arch` names, with random weights."""
+def _from_arch(arch: str, state: Mapping[str, Tensor], task: str | None) -> tuple[nn.Module, Callable[[], nn.Module]]:
+    """The module that `arch` names, without values, and a function that builds it with values."""
     import transformers
 
     if is_spec(arch):
         model = call_spec(arch, LoadError)
         if not isinstance(model, nn.Module):
             raise LoadError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module.")
-        return model
+        return model, lambda: model
     if Path(arch).exists():
         config = _hf_config(Path(arch))
     elif arch in transformers.CONFIG_MAPPING:
@@ -350,24 +362,28 @@ def _from_arch(arch: str, state: Mapping[str, Tensor], task: str | None) -> nn.M
     if task is not None or config.architectures:
         heads = [_hf_class(config, task)]
     else:
-        names = [*TASK_CLASSES.values(), "AutoModelForSeq2SeqLM", "AutoModel"]
-        heads = [getattr(transformers, name) for name in names]
-    build = {}
+        heads = [getattr(transformers, name) for name in _HEADS]
+    fitting: dict[Any, nn.Module] = {}
     with quiet_transformers():
         for head in heads:
             make = head.from_config if hasattr(head, "from_config") else head._from_config
             # A model type has some of the heads only, and transformers says so with ValueError.
             with contextlib.suppress(ValueError), torch.device("meta"):
-                build[make] = set(make(config).state_dict())
-        if not build:
-            raise LoadError(f"--arch {arch}: transformers has no {heads[0].__name__} for it.")
-        best = min(build, key=lambda make: len(build[make] ^ set(state)))
-        built: nn.Module = best(config)
-    return built
+                fitting[make] = make(config)
+    if not fitting:
+        raise LoadError(f"--arch {arch}: transformers has no {heads[0].__name__} for it.")
+    best = min(fitting, key=lambda make: len(fitting[make].state_dict().keys() ^ state.keys()))
+
+    def build() -> nn.Module:
+        with quiet_transformers():
+            model: nn.Module = best(config)
+        return model
+
+    return fitting[best], build
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
-    """Load `state` strictly, in its own dtypes. A name that is tied to a loaded one may be missing."""
+def _check_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
+    """Refuse weights that do not fill `model`. A name may be missing if it is tied to one that is there."""
     own = model.state_dict(keep_vars=True)
     loaded = {id(own[name]) for name in own.keys() & state.keys()}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -386,11 +402,6 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) 
             f"{path.name} does not fit --arch {arch} ({type(model).__name__}). {detail}. "
             "If the sizes differ, give --arch a config.json that has them."
         )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in state:
-                parameter.data = parameter.data.to(state[name].dtype)
-    model.load_state_dict({name: value for name, value in state.items() if name in own}, strict=False)
 
 
 def _some(names: list[str], limit: int = 3) -> str:

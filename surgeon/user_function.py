@@ -28,8 +28,8 @@ def is_spec(text: str) -> bool:
 def call_spec(spec: str, error: type[SurgeonError]) -> Any:
     """Call the function that `spec` names, without arguments, and return what it returns.
 
-    Modules are looked for where Python looks, then in the current directory; a file's own directory is searched for what
-    it imports. A file is run once per process.
+    Modules are looked for where Python looks, then in the current directory; a file's own directory is searched for
+    what it imports. A file is run once per process.
 
     Raises:
         error: the module or the function cannot be found, or either raised.

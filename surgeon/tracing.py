@@ -72,7 +72,7 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     if isinstance(model, GraphModule) and is_aten_graph(model):
         return adopt(model)
     model_training = model.training
-    with _quiet(), _without_caches(model), _keep_modes(model):
+    with quiet(), _without_caches(model), _keep_modes(model):
         model.eval()
         args, kwargs, tiled = _tile_single_batch(model, args, kwargs)
         reference = _run_reference(model, args, kwargs)
@@ -165,8 +165,11 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], form: Form, front_end: FrontEnd
 ) -> TracedGraph:
     model.train(form == "train")
+    # A failed export leaves marks on the very tensors it was given, which make the next one fail.
+    args, kwargs = _map_tensors(torch.clone, args, kwargs)
     try:
-        with torch.random.fork_rng(devices=[]):
+        # Without gradients a model's own no_grad regions (rotary embeddings) stay part of the one graph.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             exported = front_end(model, args, kwargs).module(check_guards=False)
     finally:
         model.eval()
@@ -357,9 +360,7 @@ def _grow_batch(
 def _map_tensors(
     change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return _map_leaves(
-        lambda leaf: change(leaf) if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf, args, kwargs
-    )
+    return _map_leaves(lambda leaf: change(leaf) if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf, args, kwargs)
 
 
 def _map_leaves(
@@ -402,7 +403,7 @@ def _notes(graph: TracedGraph, form: Form, failures: list[str], tiled: bool) -> 
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep export's own warnings out of the user's terminal; what matters of them is in the notes and errors."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
     levels = [logger.level for logger in loggers]
@@ -431,7 +432,11 @@ def _keep_modes(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_caches(model: nn.Module) -> Iterator[None]:
     """Switch key-value caches off in every config of the model; encoder-decoders hold several."""
-    configs = {id(config): config for module in model.modules() if hasattr(config := getattr(module, "config", None), "use_cache")}
+    configs = {
+        id(config): config
+        for module in model.modules()
+        if hasattr(config := getattr(module, "config", None), "use_cache")
+    }
     saved = [(config, config.use_cache) for config in configs.values()]
     for config, _ in saved:
         config.use_cache = False

@@ -1,0 +1,12 @@
+"""The passes, in the order in which they usually run, and their table by name."""
+
+from surgeon.passes.base import Pass, TrainedPass
+from surgeon.passes.lower import Lower
+from surgeon.passes.mlpify import Mlpify
+from surgeon.passes.moeify import Moeify
+from surgeon.passes.sparsify import Sparsify
+from surgeon.passes.swap_activation import SwapActivation
+
+PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (SwapActivation, Sparsify, Mlpify, Moeify, Lower)}
+
+__all__ = ["PASSES", "Lower", "Mlpify", "Moeify", "Pass", "Sparsify", "SwapActivation", "TrainedPass"]

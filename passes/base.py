@@ -1,0 +1,313 @@
+"""What every pass has in common: find sites, match, rewrite, fit, verify, report. A failing pass changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from surgeon.cost import measure
+from surgeon.data import Data
+from surgeon.errors import PassError, SurgeonError, UsageError, VerificationError
+from surgeon.fit import Plan, Schedule, Settings
+from surgeon.graph import TracedGraph, tidy
+from surgeon.inputs import as_args_kwargs
+from surgeon.report import Cost, FitReport, PassReport, SiteChange
+from surgeon.rewrite import Capture, adopt_changes
+from surgeon.sites import FFN, LinearSite, Rejection
+from surgeon.moe import MoESite
+from surgeon.tracing import adopt, is_aten_graph, relative_error, run, tolerance_for
+
+Site = TypeVar("Site", FFN, LinearSite, MoESite)
+SiteKind = Literal["ffn", "linear", "moe"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a pass that is also its command-line option, with the sentence that explains it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC, Generic[Site]):
+    """One rewriting of a graph. Its fields are its options.
+
+    A subclass says what it works on and what it promises:
+        name: as on the command line.
+        works_on: the kind of site; "moe" can only exist after a pass that `makes` it.
+        makes: the kind of site it leaves behind, if another than it took.
+        must_precede: passes that cannot run before this one, by name.
+        preserves: whether the graph computes the same before and after, up to rounding.
+        needs_data: whether it is useless without data; trains: whether it fits something when it has data.
+    """
+
+    name: ClassVar[str]
+    works_on: ClassVar[SiteKind]
+    makes: ClassVar[SiteKind | None] = None
+    must_precede: ClassVar[frozenset[str]] = frozenset()
+    preserves: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+    untrained: ClassVar[str] = ""
+
+    only: tuple[str, ...] = option((), "Paths of the sites to change, patterns with * allowed. All by default.")
+    skip: tuple[str, ...] = option((), "Paths of the sites to leave as they are, patterns with * allowed.")
+
+    @abstractmethod
+    def find(self, graph: GraphModule) -> tuple[Sequence[Site], list[Rejection]]:
+        """All candidates, and what was refused already while looking for them."""
+
+    @abstractmethod
+    def match(self, graph: GraphModule, site: Site) -> str | None:
+        """Why this site cannot be changed, in words for the user; None if it can."""
+
+    @abstractmethod
+    def rewrite(self, graph: TracedGraph, site: Site) -> SiteChange:
+        """Change one site in place."""
+
+    def fit(
+        self,
+        graph: TracedGraph,
+        before: TracedGraph,
+        changes: Sequence[tuple[Site, SiteChange]],
+        data: Data,
+        settings: Settings,
+    ) -> FitReport | None:
+        """Train what the rewritten graph needs. `before` is the graph as it was; the sites are its sites."""
+        return None
+
+    def finish(self, graph: TracedGraph, matched: Sequence[str]) -> tuple[str, ...]:
+        """Last touches after verification; returns notes for the user."""
+        return ()
+
+    def keeps_output(self, fitted: bool) -> bool:
+        """Whether this run promises the same output as before."""
+        return self.preserves
+
+    def check(self, matched: Sequence[Site], rejected: Sequence[Rejection]) -> None:  # noqa: B027
+        """Refuse the run as a whole, before anything is changed, if an option fits no site.
+
+        Raises:
+            UsageError: with the values that would fit.
+        """
+
+    def explain(self, graph: GraphModule) -> tuple[list[Site], list[Rejection]]:
+        """The sites this pass would change, and every other candidate with the first condition that failed."""
+        sites, rejected = self.find(graph)
+        matched = []
+        for site in sites:
+            if not self._chosen(site.path):
+                continue
+            reason = self.match(graph, site)
+            if reason is None:
+                matched.append(site)
+            else:
+                rejected.append(Rejection(site.path, reason))
+        return matched, [rejection for rejection in rejected if self._chosen(rejection.path)]
+
+    def apply(
+        self, graph: GraphModule, *, inputs: Any = None, data: Any = None, settings: Settings | None = None
+    ) -> PassReport:
+        """Run this pass on a graph of ATen ops, in place; if anything fails the graph stays as it was.
+
+        Args:
+            graph: from `surgeon.trace` or `torch.export`. Its parameters may be shared with a model: they are never
+                changed, training works on copies.
+            inputs: example inputs for verification; without them nothing is measured and the report says so.
+            data: what to train on, anything `Data.of` takes.
+
+        Raises:
+            PassError, VerificationError: the message names pass, site and difference.
+            UsageError: an option does not fit the graph.
+        """
+        if not is_aten_graph(graph):
+            raise UsageError(f"{self.name} works on a graph of ATen ops: pass the model through surgeon.trace first.")
+        work = adopt(graph)
+        report = self.run(
+            work, inputs=inputs, data=None if data is None else Data.of(data), settings=settings or Settings()
+        )
+        adopt_changes(graph, work)
+        return report
+
+    def run(self, graph: TracedGraph, *, inputs: Any, data: Data | None, settings: Settings) -> PassReport:
+        """The body of `apply` on a graph that may be left half-changed on failure (the pipeline gives a copy)."""
+        started = time.monotonic()
+        before = adopt(graph)
+        matched, rejected = self.explain(graph)
+        self.check(matched, rejected)
+        changes: list[SiteChange] = []
+        fit_report = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            for site in matched:
+                try:
+                    changes.append(self.rewrite(graph, site))
+                except SurgeonError:
+                    raise
+                except Exception as error:
+                    raise PassError(f"{self.name} failed at {site.path}: {type(error).__name__}: {error}") from error
+            tidy(graph)
+            if matched and data is not None and self.trains and not settings.dry_run:
+                sites = self._sites_in(before, matched)
+                fit_report = self.fit(graph, before, list(zip(sites, changes, strict=True)), data, settings)
+        preserved = self.keeps_output(fit_report is not None)
+        cost, max_error, shares = self._verify(before, graph, changes, inputs, preserved, settings)
+        notes = list(self.finish(graph, [site.path for site in matched]))
+        if inputs is None:
+            notes.append("Not verified and not measured: no example inputs were given.")
+        elif settings.verify == "off":
+            notes.append("Not verified: verification was switched off.")
+        if matched and self.trains and fit_report is None and self.untrained:
+            notes.append(self.untrained)
+        return PassReport(
+            name=self.name,
+            options=self.options(),
+            matched=[site.path for site in matched],
+            rejected=[(rejection.path, rejection.reason) for rejection in rejected],
+            sites=tuple(dataclasses.replace(c, executed=self._share(graph, c.path, shares)) for c in changes),
+            seconds=round(time.monotonic() - started, 3),
+            before=cost[0],
+            after=cost[1],
+            max_error=max_error,
+            preserved=preserved,
+            notes=tuple(notes),
+            fit=fit_report,
+        )
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain values, those at their default left out."""
+        return {
+            field.name: list(value) if isinstance(value, tuple) else value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+
+    def _chosen(self, path: str) -> bool:
+        def matches(patterns: tuple[str, ...]) -> bool:
+            return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+        return (not self.only or matches(self.only)) and not matches(self.skip)
+
+    def _sites_in(self, graph: TracedGraph, sites: Sequence[Site]) -> list[Site]:
+        """The same sites as nodes of another copy of the graph."""
+        paths = {site.path for site in sites}
+        return [site for site in self.find(graph)[0] if site.path in paths]
+
+    def _share(self, graph: TracedGraph, path: str, shares: dict[str, float]) -> float | None:
+        return next((share for moe, share in shares.items() if moe == path or moe.rpartition(".")[0] == path), None)
+
+    def _verify(
+        self,
+        before: TracedGraph,
+        after: TracedGraph,
+        changes: Sequence[SiteChange],
+        inputs: Any,
+        preserved: bool,
+        settings: Settings,
+    ) -> tuple[tuple[Cost | None, Cost | None], float | None, dict[str, float]]:
+        """Costs on both sides, the difference between the outputs, and the executed share of every expert layer."""
+        if inputs is None:
+            return (None, None), None, {}
+        args, kwargs = as_args_kwargs(inputs)
+        training = after.training
+        before.eval()
+        after.eval()
+        cost_before, _ = measure(before, args, kwargs)
+        cost_after, shares = measure(after, args, kwargs)
+        error = None
+        if settings.verify != "off":
+            error = self._compare(before, after, changes, args, kwargs, preserved)
+            if settings.verify == "full":
+                for trial in range(3):
+                    noisy = _other_inputs(args, kwargs, trial)
+                    error = max(error, self._compare(before, after, changes, *noisy, preserved))
+        before.train(training)
+        after.train(training)
+        return (cost_before, cost_after), error, shares
+
+    def _compare(
+        self,
+        before: TracedGraph,
+        after: TracedGraph,
+        changes: Sequence[SiteChange],
+        args: Any,
+        kwargs: Any,
+        preserved: bool,
+    ) -> float:
+        expected = run(before, args, kwargs)
+        actual = run(after, args, kwargs)
+        error = relative_error(actual, expected)
+        tolerance = tolerance_for(expected)
+        if preserved and not error <= tolerance:
+            where = _first_difference(before, after, changes, args, kwargs, tolerance)
+            raise VerificationError(
+                f"{self.name} must not change what the graph computes, but the output differs by {error:.1e} relative "
+                f"(accepted: {tolerance:.0e}){where}. The graph is as it was before {self.name}."
+            )
+        if not preserved and not all(
+            bool(torch.isfinite(leaf).all())
+            for leaf, old in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True)
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and bool(torch.isfinite(old).all())
+        ):
+            raise VerificationError(f"{self.name} leaves values that are not finite. The graph is as it was before.")
+        return error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPass(Pass[Site], ABC):
+    """A pass that fits something, with the options of the training loop."""
+
+    trains: ClassVar[bool] = True
+
+    epochs: float = option(3.0, "How often training goes through the data.")
+    steps: int | None = option(None, "Optimiser steps, instead of epochs.")
+    lr: float = option(1e-3, "Learning rate of AdamW.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    schedule: Schedule = option("linear", "Learning rate over time: constant, linear or cosine (to zero).")
+    clip: float | None = option(1.0, "Largest gradient norm.")
+
+    def plan(self) -> Plan:
+        """The options as a plan for `surgeon.fit`."""
+        return Plan(self.epochs, self.steps, self.lr, self.weight_decay, self.schedule, self.clip)
+
+
+def _first_difference(
+    before: TracedGraph,
+    after: TracedGraph,
+    changes: Sequence[SiteChange],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tolerance: float,
+) -> str:
+    """Name the first changed site whose own output differs."""
+    _, old = run(Capture(before, [change.output[0] for change in changes]), args, kwargs)
+    _, new = run(Capture(after, [change.output[1] for change in changes]), args, kwargs)
+    for change in changes:
+        error = relative_error(new[change.output[1]], old[change.output[0]])
+        if not error <= tolerance:
+            return f"; the first site that differs is {change.path}, by {error:.1e}"
+    return ""
+
+
+def _other_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], trial: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs with rows in another order and, where they are real numbers, other values."""
+    generator = torch.Generator().manual_seed(trial)
+
+    def change(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
+            return leaf
+        rolled = leaf.roll(trial + 1, 0)
+        if leaf.is_floating_point():
+            noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+            return rolled + noise * leaf.std(correction=0)
+        return rolled
+
+    changed = pytree.tree_map(change, (args, kwargs))
+    return changed[0], changed[1]

@@ -1,0 +1,74 @@
+"""Replace each mixture of experts by ops that run only the experts a token needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule, Node
+
+from surgeon.graph import TracedGraph, aten
+from surgeon.moe import MoE, MoESite, dynamic_k_ffn, find_moes
+from surgeon.passes.base import Pass, SiteKind
+from surgeon.report import SiteChange
+from surgeon.rewrite import emit, get_attr
+from surgeon.sites import Rejection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lower(Pass[MoESite]):
+    """Lower each mixture of experts to `surgeon::dynamic_k_ffn`, which skips the experts below the threshold.
+
+    The router and the threshold become ordinary nodes of the graph; parameters and tau keep their names.
+    """
+
+    name: ClassVar[str] = "lower"
+    works_on: ClassVar[SiteKind] = "moe"
+    preserves: ClassVar[bool] = True
+
+    def find(self, graph: GraphModule) -> tuple[Sequence[MoESite], list[Rejection]]:
+        return find_moes(graph), []
+
+    def match(self, graph: GraphModule, site: MoESite) -> str | None:
+        return "it is lowered already" if site.form == "dynamic" else None
+
+    def rewrite(self, graph: TracedGraph, site: MoESite) -> SiteChange:
+        names = [self._lower(graph, site, node) for node in site.nodes]
+        parameters = sum(parameter.numel() for parameter in graph.get_submodule(site.path).parameters())
+        return SiteChange(
+            site.path,
+            "masked experts",
+            "dynamic_k_ffn",
+            (parameters, parameters),
+            (site.multiply_adds, site.multiply_adds),
+            (site.nodes[-1].name, names[-1]),
+            made=site.path,
+        )
+
+    def _lower(self, graph: TracedGraph, site: MoESite, node: Node) -> str:
+        if site.form == "masked":
+            node.target = dynamic_k_ffn
+            return node.name
+        module = graph.get_submodule(site.path)
+        assert isinstance(module, MoE)
+        x = node.args[0]
+        assert isinstance(x, Node)
+        with graph.graph.inserting_before(node):
+
+            def parameter(name: str) -> Node | None:
+                return None if getattr(module, name) is None else get_attr(graph, f"{site.path}.{name}")
+
+            def step(target: object, *args: object, part: str = "router") -> Node:
+                return emit(graph, target, *args, path=f"{site.path}.{part}" if part else site.path)
+
+            first, second = (get_attr(graph, f"{site.path}.router.{layer}.weight") for layer in ("fc1", "fc2"))
+            hidden = step(aten.relu.default, step(aten.linear.default, x, first))
+            scores = step(aten.abs.default, step(aten.linear.default, hidden, second))
+            largest = step(aten.amax.default, scores, [-1])
+            threshold = step(aten.mul.Tensor, largest, get_attr(graph, f"{site.path}.tau"))
+            weights = [parameter(name) for name in ("w1", "b1", "gate", "b_gate", "w2", "b2")]
+            lowered = step(dynamic_k_ffn, x, scores, threshold, *weights, module.activation, part="")
+        node.replace_all_uses_with(lowered)
+        graph.graph.erase_node(node)
+        return lowered.name

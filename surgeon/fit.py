@@ -1,0 +1,205 @@
+"""The one training loop: every pass that learns something describes its loss and runs it here.
+
+Built on accelerate (device, precision, checkpoints). A fit writes a checkpoint as it goes and can be continued from it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.data import Batch, Data
+from surgeon.errors import DataError, PassError
+from surgeon.report import FitReport, Progress
+
+log = logging.getLogger("surgeon")
+
+Schedule = Literal["constant", "linear", "cosine"]
+CHECKPOINT_SECONDS = 60.0
+# A loss of a batch: (loss, named values worth showing), given the batch and the share of the fit that is done.
+BatchLoss = Callable[[Batch, float], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of passes has in common.
+
+    seed: of every random choice. verify: "off", "fast" (the example inputs) or "full" (also other inputs and sizes).
+    progress: called during long work. workdir: where fits keep checkpoints; None for none. resume: continue from them.
+    dry_run: rewrite, but fit nothing.
+    """
+
+    seed: int = 0
+    verify: Literal["off", "fast", "full"] = "fast"
+    progress: Callable[[Progress], None] | None = None
+    workdir: Path | None = None
+    resume: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to optimise: AdamW for `epochs` over the data, or for `steps` if given."""
+
+    epochs: float
+    steps: int | None
+    lr: float
+    weight_decay: float = 0.0
+    schedule: Schedule = "linear"
+    clip: float | None = 1.0
+
+    def total_steps(self, data: Data) -> int:
+        """Optimiser steps of the whole fit.
+
+        Raises:
+            DataError: neither `steps` nor the length of the data is known.
+        """
+        if self.steps is not None:
+            return self.steps
+        try:
+            length = len(data.train)
+        except TypeError:
+            raise DataError("The data has no length: say how long to train, with the pass's option `steps`.") from None
+        return max(1, round(self.epochs * length))
+
+
+def fit(
+    parameters: Sequence[nn.Parameter], loss: BatchLoss, data: Data, plan: Plan, settings: Settings, what: str
+) -> FitReport:
+    """Optimise the parameters and leave everything else as it is.
+
+    Raises:
+        PassError: the loss is not finite.
+        KeyboardInterrupt: interrupted; a checkpoint was written if there is a workdir.
+    """
+    from accelerate import Accelerator
+
+    total = plan.total_steps(data)
+    device = parameters[0].device
+    accelerator = Accelerator(cpu=device.type == "cpu", step_scheduler_with_optimizer=False)
+    trained = nn.ParameterList(parameters)
+    frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(plan.schedule, step / total))
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    checkpoint = _Checkpoint(accelerator, trained, settings, what)
+    step, history = checkpoint.restore() if settings.resume else (0, [])
+    resumed_at, started, saved = step, time.monotonic(), time.monotonic()
+    try:
+        for batch in _batches(data, step, total):
+            value, shown = loss(batch.to(device), step / total)
+            if not bool(torch.isfinite(value)):
+                raise PassError(
+                    f"{what}: the loss is {value.item()} at step {step + 1} of {total}. Try a smaller learning rate (now {plan.lr:g})."
+                )
+            accelerator.backward(value)
+            if plan.clip is not None:
+                accelerator.clip_grad_norm_(parameters, plan.clip)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            if step == 1 or step == total or step % max(1, total // 20) == 0:
+                history.append((step, shown))
+                log.info("%s: step %d of %d, %s", what, step, total, _format(shown))
+            if settings.progress is not None:
+                settings.progress(Progress(what, step, total, shown))
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                checkpoint.save(step, history)
+                saved = time.monotonic()
+        checkpoint.save(step, history)
+    except KeyboardInterrupt:
+        checkpoint.save(step, history)
+        raise
+    finally:
+        optimizer.zero_grad()
+        for parameter, requires_grad in frozen:
+            parameter.requires_grad_(requires_grad)
+    epochs = step / len(data.train) if hasattr(data.train, "__len__") else float("nan")
+    return FitReport(step, round(epochs, 3), round(time.monotonic() - started, 2), tuple(history), resumed_at)
+
+
+def token_mask(batch: Batch, lead: Sequence[int]) -> Tensor | None:
+    """Which tokens are real, for values of leading dimensions `lead`: the batch's attention mask of that shape.
+
+    None if no mask fits, or if every token is real. A mask also fits values whose tokens were flattened.
+    """
+    masks = [
+        value for name, value in batch.kwargs.items() if name.endswith("attention_mask") and isinstance(value, Tensor)
+    ]
+    for mask in sorted(masks, key=lambda mask: tuple(mask.shape) != tuple(lead)):
+        if mask.dim() == 2 and (tuple(mask.shape) == tuple(lead) or list(lead) == [mask.numel()]):
+            real = mask.reshape(tuple(lead)).bool()
+            return None if bool(real.all()) else real
+    return None
+
+
+def real_tokens(batch: Batch, values: Tensor) -> Tensor:
+    """[..., d] → [N, d]: the values of the tokens that are not padding."""
+    mask = token_mask(batch, values.shape[:-1])
+    return values.flatten(0, -2) if mask is None else values[mask]
+
+
+def _batches(data: Data, skip: int, total: int) -> Iterator[Batch]:
+    """Batches of epoch after epoch. The first `skip` are drawn and dropped, so that a resumed fit sees the rest."""
+    position = 0
+    while position < total:
+        before = position
+        for batch in data.train:
+            if position >= total:
+                return
+            if position >= skip:
+                yield Batch.from_any(batch)
+            position += 1
+        if position == before:
+            raise DataError("The training data is empty.")
+
+
+def _rate(schedule: Schedule, done: float) -> float:
+    if schedule == "linear":
+        return max(0.0, 1.0 - done)
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    return 1.0
+
+
+def _format(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+class _Checkpoint:
+    """The state of one fit on disk: written beside, then moved into place, so that it is whole or absent."""
+
+    def __init__(self, accelerator: Any, trained: nn.Module, settings: Settings, what: str) -> None:
+        self._accelerator = accelerator
+        self._directory = None if settings.workdir is None else settings.workdir / what.replace(" ", "-")
+        accelerator.register_for_checkpointing(trained)
+
+    def save(self, step: int, history: list[tuple[int, dict[str, float]]]) -> None:
+        if self._directory is None:
+            return
+        fresh = self._directory.with_suffix(".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        self._accelerator.save_state(str(fresh))
+        (fresh / "fit.json").write_text(json.dumps({"step": step, "history": history}))
+        shutil.rmtree(self._directory, ignore_errors=True)
+        fresh.rename(self._directory)
+
+    def restore(self) -> tuple[int, list[tuple[int, dict[str, float]]]]:
+        if self._directory is None or not (self._directory / "fit.json").exists():
+            return 0, []
+        self._accelerator.load_state(str(self._directory))
+        state = json.loads((self._directory / "fit.json").read_text())
+        return int(state["step"]), [(int(step), values) for step, values in state["history"]]

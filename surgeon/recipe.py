@@ -1,0 +1,86 @@
+"""Passes by name: build them from what a user typed, and write down what was run so that it can be run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from surgeon.errors import UsageError
+from surgeon.passes import PASSES, Pass
+
+
+def find_pass(name: str) -> type[Pass[Any]]:
+    """The pass of this name.
+
+    Raises:
+        UsageError: there is none; the message suggests the nearest name.
+    """
+    if name in PASSES:
+        return PASSES[name]
+    raise UsageError(f"No pass '{name}'.{_suggest(name, PASSES)}")
+
+
+def build(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> list[Pass[Any]]:
+    """Passes from names and `{pass: {option: value}}`; values may be strings, as typed on a command line.
+
+    Raises:
+        UsageError: an unknown pass or option, a value of the wrong type, or options for a pass that is not run.
+    """
+    options = options or {}
+    for name in options:
+        find_pass(name)
+        if name not in names:
+            raise UsageError(f"Options were given for '{name}', which is not among the passes: {', '.join(names)}.")
+    return [find_pass(name)(**_values(find_pass(name), options.get(name, {}))) for name in names]
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, str]]:
+    """`["moeify.experts=16"]` → `{"moeify": {"experts": "16"}}`.
+
+    Raises:
+        UsageError: not of the form pass.option=value.
+    """
+    result: dict[str, dict[str, str]] = {}
+    for setting in settings:
+        left, equals, value = setting.partition("=")
+        name, dot, key = left.partition(".")
+        if not equals or not dot or not name or not key:
+            raise UsageError(f"--set {setting}: write pass.option=value, for example --set moeify.experts=16.")
+        result.setdefault(name.strip(), {})[key.strip().replace("-", "_")] = value.strip()
+    return result
+
+
+def option_types(kind: type[Pass[Any]]) -> dict[str, Any]:
+    """The type of every option of a pass, by name."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _values(kind: type[Pass[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    types = option_types(kind)
+    values = {}
+    for key, value in given.items():
+        if key not in types:
+            raise UsageError(f"{kind.name} has no option '{key}'.{_suggest(key, types)}")
+        if isinstance(value, str):
+            if typing.get_origin(types[key]) is tuple:
+                value = tuple(part.strip() for part in value.split(",") if part.strip())
+            elif value.lower() in ("none", "") and type(None) in typing.get_args(types[key]):
+                value = None
+        try:
+            values[key] = TypeAdapter(types[key]).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UsageError(f"{kind.name}.{key}={value}: {reason[0].lower()}{reason[1:]}.") from None
+    return values
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(known)}."

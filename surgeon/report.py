@@ -1,0 +1,120 @@
+"""What a pass did, as data: for the diff, for the saved artifact, and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call of the graph on the example inputs costs.
+
+    parameters: numbers in the graph, tied ones once. multiply_adds: with every expert running.
+    executed: share of the experts' multiply-adds that ran, None without experts.
+    executed_multiply_adds: what ran (routers, attention and head included).
+    """
+
+    parameters: int
+    multiply_adds: int
+    executed_multiply_adds: int
+    executed: float | None = None
+
+
+@dataclass(frozen=True)
+class SiteChange:
+    """One rewritten site.
+
+    parameters, multiply_adds: (before, after), the multiply-adds for one token and every expert running.
+    executed: share of the site's expert multiply-adds that ran on the example inputs, None without experts.
+    made: path of the module that the pass put in, "" if it put in none.
+    output: names of the node that gave the site's output before and of the one that gives it after.
+    """
+
+    path: str
+    before: str
+    after: str
+    parameters: tuple[int, int]
+    multiply_adds: tuple[int, int]
+    output: tuple[str, str]
+    made: str = ""
+    executed: float | None = None
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How a pass was fitted: optimiser steps, seconds, and (step, losses) at the start, at the end and in between."""
+
+    steps: int
+    epochs: float
+    seconds: float
+    losses: tuple[tuple[int, dict[str, float]], ...]
+    resumed_at: int = 0
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did.
+
+    matched: paths of the rewritten sites. rejected: (path, reason) of the candidates left as they were.
+    max_error: largest difference of the graph's outputs across the pass, relative to the largest output; None if it
+    was not measured. preserved: whether the pass claims that nothing changes (then max_error is within tolerance).
+    notes: what the user should know, one sentence each. fit: None if nothing was trained.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    matched: list[str]
+    rejected: list[tuple[str, str]]
+    sites: tuple[SiteChange, ...] = ()
+    seconds: float = 0.0
+    before: Cost | None = None
+    after: Cost | None = None
+    max_error: float | None = None
+    preserved: bool = True
+    notes: tuple[str, ...] = ()
+    fit: FitReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PassReport:
+        """The report that `to_json` wrote."""
+
+        def cost(value: Mapping[str, Any] | None) -> Cost | None:
+            return None if value is None else Cost(**value)
+
+        fit = values["fit"]
+        return cls(
+            name=values["name"],
+            options=values["options"],
+            matched=list(values["matched"]),
+            rejected=[(path, reason) for path, reason in values["rejected"]],
+            sites=tuple(
+                SiteChange(**{k: tuple(v) if isinstance(v, list) else v for k, v in site.items()})
+                for site in values["sites"]
+            ),
+            seconds=values["seconds"],
+            before=cost(values["before"]),
+            after=cost(values["after"]),
+            max_error=values["max_error"],
+            preserved=values["preserved"],
+            notes=tuple(values["notes"]),
+            fit=None if fit is None else FitReport(
+                fit["steps"], fit["epochs"], fit["seconds"],
+                tuple((step, losses) for step, losses in fit["losses"]), fit["resumed_at"],
+            ),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A moment of a long piece of work: what is done, how far it is, and the latest values worth showing."""
+
+    what: str
+    done: int
+    total: int
+    values: dict[str, float] = field(default_factory=dict)
