@@ -14,8 +14,8 @@ import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from surgeon.cost import measure
-from surgeon.data import Data
+from surgeon.cost import LayerRun, measure
+from surgeon.batch import Data
 from surgeon.errors import PassError, SurgeonError, UsageError, VerificationError
 from surgeon.fit import Plan, Schedule, Settings
 from surgeon.graph import TracedGraph, tidy
@@ -158,7 +158,7 @@ class Pass(ABC, Generic[Site]):
                 sites = self._sites_in(before, matched)
                 fit_report = self.fit(graph, before, list(zip(sites, changes, strict=True)), data, settings)
         preserved = self.keeps_output(fit_report is not None)
-        cost, max_error, shares = self._verify(before, graph, changes, inputs, preserved, settings)
+        cost, max_error, layers = self._verify(before, graph, changes, inputs, preserved, settings)
         notes = list(self.finish(graph, [site.path for site in matched]))
         if inputs is None:
             notes.append("Not verified and not measured: no example inputs were given.")
@@ -171,7 +171,7 @@ class Pass(ABC, Generic[Site]):
             options=self.options(),
             matched=[site.path for site in matched],
             rejected=[(rejection.path, rejection.reason) for rejection in rejected],
-            sites=tuple(dataclasses.replace(c, executed=self._share(graph, c.path, shares)) for c in changes),
+            sites=tuple(dataclasses.replace(c, executed=self._share(graph, c.path, layers)) for c in changes),
             seconds=round(time.monotonic() - started, 3),
             before=cost[0],
             after=cost[1],
@@ -200,8 +200,10 @@ class Pass(ABC, Generic[Site]):
         paths = {site.path for site in sites}
         return [site for site in self.find(graph)[0] if site.path in paths]
 
-    def _share(self, graph: TracedGraph, path: str, shares: dict[str, float]) -> float | None:
-        return next((share for moe, share in shares.items() if moe == path or moe.rpartition(".")[0] == path), None)
+    def _share(self, graph: TracedGraph, path: str, layers: dict[str, LayerRun]) -> float | None:
+        return next(
+            (layer.share for moe, layer in layers.items() if moe == path or moe.rpartition(".")[0] == path), None
+        )
 
     def _verify(
         self,
@@ -211,7 +213,7 @@ class Pass(ABC, Generic[Site]):
         inputs: Any,
         preserved: bool,
         settings: Settings,
-    ) -> tuple[tuple[Cost | None, Cost | None], float | None, dict[str, float]]:
+    ) -> tuple[tuple[Cost | None, Cost | None], float | None, dict[str, LayerRun]]:
         """Costs on both sides, the difference between the outputs, and the executed share of every expert layer."""
         if inputs is None:
             return (None, None), None, {}
@@ -220,7 +222,7 @@ class Pass(ABC, Generic[Site]):
         before.eval()
         after.eval()
         cost_before, _ = measure(before, args, kwargs)
-        cost_after, shares = measure(after, args, kwargs)
+        cost_after, layers = measure(after, args, kwargs)
         error = None
         if settings.verify != "off":
             error = self._compare(before, after, changes, args, kwargs, preserved)
@@ -230,7 +232,7 @@ class Pass(ABC, Generic[Site]):
                     error = max(error, self._compare(before, after, changes, *noisy, preserved))
         before.train(training)
         after.train(training)
-        return (cost_before, cost_after), error, shares
+        return (cost_before, cost_after), error, layers
 
     def _compare(
         self,

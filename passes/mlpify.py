@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from surgeon.data import Batch, Data
+from surgeon.batch import Batch, Data
 from surgeon.errors import UsageError
 from surgeon.fit import Settings, fit, real_tokens
 from surgeon.graph import TracedGraph, aten, unique_target

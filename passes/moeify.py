@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from surgeon.clustering import balanced_clusters, nearest_divisors
-from surgeon.data import Batch, Data
+from surgeon.batch import Batch, Data
 from surgeon.errors import UsageError
 from surgeon.fit import Settings, fit, real_tokens
 from surgeon.graph import TracedGraph, unique_target

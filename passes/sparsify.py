@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from surgeon.data import Batch, Data
+from surgeon.batch import Batch, Data
 from surgeon.errors import UsageError
-from surgeon.fit import Settings, fit, real_tokens
+from surgeon.fit import Settings, fit, loss_of, real_tokens
 from surgeon.graph import TracedGraph, unique_target
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.losses import task_loss
 from surgeon.passes.base import SiteKind, TrainedPass, option
 from surgeon.probe import HALVES, Halves
 from surgeon.report import FitReport, SiteChange
@@ -151,7 +150,7 @@ class Sparsify(TrainedPass[FFN]):
                 taps[node.name] = tap
         tapped = Capture(graph, list(taps), keep_output=True)
         tapped.graph.train()
-        task = data.loss or task_loss(data.task)
+        task = loss_of(graph, data)
 
         def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
             outputs, values = tapped(*batch.args, **batch.kwargs)

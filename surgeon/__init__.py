@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded on first use: `import surgeon` and `surgeon --help` do not wait for torch.
 _EXPORTS = {
-    "Data": "surgeon.data",
+    "Data": "surgeon.batch",
     "Pipeline": "surgeon.pipeline",
     "Surgery": "surgeon.pipeline",
     "SurgeonError": "surgeon.errors",
@@ -30,7 +30,7 @@ _EXPORTS = {
 
 if TYPE_CHECKING:
     from surgeon.artifact import load as load
-    from surgeon.data import Data as Data
+    from surgeon.batch import Data as Data
     from surgeon.errors import SurgeonError as SurgeonError
     from surgeon.graph import TracedGraph as TracedGraph
     from surgeon.graph import to_networkx as to_networkx

@@ -105,6 +105,7 @@ def load(directory: str | Path) -> TracedGraph:
         tuple((name, tuple(dims)) for name, dims in trace["dynamic"]),
         tuple(trace["notes"]),
         trace["max_error"],
+        trace["task"],
     )
     graph.meta["surgery"] = record
     return graph
@@ -221,6 +222,7 @@ def _record(surgery: Surgery, model: Path) -> dict[str, Any]:
             "dynamic": info.dynamic,
             "notes": info.notes,
             "max_error": info.max_error,
+            "task": info.task,
         },
         "passes": [report.to_json() for report in surgery.reports],
         "experts": [

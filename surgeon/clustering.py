@@ -24,9 +24,9 @@ def balanced_clusters(
 
     K-means gives the first centroids. Then rows are assigned to centroids with room for n / clusters rows each,
     greedily, those first that would lose most by not getting their nearest centroid (their regret); the centroids move
-    to the means, and so on. The best of these assignments is returned. This is the parameter clustering split of
-    MoEfication (arXiv 2110.01786, sec. 3.2), which D2DMoE (arXiv 2310.04361) uses for its experts; they solve the
-    assignment exactly, at a much higher cost.
+    to the means, and so on. The best of these assignments is returned. This is the balanced k-means split of
+    MoEfication (arXiv 2110.01786, expert construction), which D2DMoE (arXiv 2310.04361, expert clustering) uses too;
+    they solve the assignment exactly, at a much higher cost.
 
     Args:
         features: [n, d], finite, any floating dtype; rows are compared as they are, so scale or normalise them before.
@@ -96,7 +96,8 @@ def _as_points(features: NDArray[np.floating] | Tensor) -> NDArray[np.float32]:
         raise UsageError(f"features must be a matrix [n, d], got shape {array.shape}")
     if not np.isfinite(array).all():
         raise UsageError("features contain NaN or infinity")
-    return (array - array.mean(0, dtype=np.float64)).astype(np.float32)
+    centred: NDArray[np.float32] = (array - array.mean(0, dtype=np.float64)).astype(np.float32)
+    return centred
 
 
 def _kmeans_centroids(points: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from surgeon.graph import flat_inputs, tensor_key
@@ -18,62 +20,97 @@ from surgeon.moe import MoE, MoESite, find_moes
 from surgeon.report import Cost
 
 
+@dataclass
+class LayerRun:
+    """What one expert layer ran: expert-token pairs in all and those that ran, and the multiply-adds of one pair."""
+
+    pairs: int = 0
+    ran: int = 0
+    per_pair: int = 0
+
+    @property
+    def share(self) -> float:
+        """Share of the pairs that ran."""
+        return self.ran / self.pairs if self.pairs else 1.0
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds if every pair had run."""
+        return self.pairs * self.per_pair
+
+
 def parameter_count(graph: GraphModule) -> int:
     """Numbers in the graph's parameters; memory shared under several names counts once."""
     return sum({tensor_key(parameter): parameter.numel() for parameter in graph.parameters()}.values())
 
 
-def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Cost, dict[str, float]]:
-    """The cost of one call, and for each expert layer the share of its expert-token pairs that ran.
+def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Cost, dict[str, LayerRun]]:
+    """The cost of one call, and what each expert layer ran in it, by path.
 
     One multiply-add is two of the operations that `torch.utils.flop_counter` counts. The graph is run once, in the mode
     it is in.
     """
-    meter = _Meter(graph)
+    meter = ExpertMeter(graph)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        meter.run(*flat_inputs(graph, args, kwargs), enable_io_processing=False)
+        meter.call(args, kwargs)
     counted = counter.get_total_flops() // 2
-    shares, everything, skipped_by_op, skipped_by_mask = {}, 0.0, 0.0, 0.0
+    # The masked form computes what it then drops, and the count has it; the dynamic form never does.
+    dropped = {form: 0 for form in ("module", "masked", "dynamic")}
     for site in meter.sites.values():
-        ran, pairs = meter.ran[site.path], meter.pairs[site.path]
-        shares[site.path] = ran / pairs if pairs else 1.0
-        skipped = (pairs - ran) * site.expert_multiply_adds
-        everything += pairs * site.expert_multiply_adds
-        if site.form == "dynamic":
-            skipped_by_op += skipped
-        else:
-            skipped_by_mask += skipped
-    executed = 1.0 - (skipped_by_op + skipped_by_mask) / everything if everything else None
-    return (
-        Cost(parameter_count(graph), int(counted + skipped_by_op), int(counted - skipped_by_mask), executed),
-        shares,
+        layer = meter.layers[site.path]
+        dropped[site.form] += (layer.pairs - layer.ran) * layer.per_pair
+    everything = sum(layer.multiply_adds for layer in meter.layers.values())
+    executed = 1.0 - sum(dropped.values()) / everything if everything else None
+    cost = Cost(
+        parameter_count(graph),
+        counted + dropped["dynamic"],
+        counted - dropped["module"] - dropped["masked"],
+        executed,
     )
+    return cost, meter.layers
 
 
-class _Meter(Interpreter):
-    """Runs a graph and counts, at every expert layer, the expert-token pairs that ran."""
+class ExpertMeter(Interpreter):
+    """Runs a graph and counts, at every expert layer, the expert-token pairs that ran; adds up over calls.
+
+    token_mask: given the leading dimensions of a layer's tokens, which of them count (True); None counts all.
+    """
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
         self.sites: dict[str, MoESite] = {site.path: site for site in find_moes(graph)}
+        self.layers = {path: LayerRun(per_pair=site.expert_multiply_adds) for path, site in self.sites.items()}
+        self.token_mask: Callable[[Sequence[int]], Tensor | None] | None = None
         self._site_of: dict[Node, MoESite] = {node: site for site in self.sites.values() for node in site.nodes}
-        self.ran: dict[str, float] = defaultdict(float)
-        self.pairs: dict[str, int] = defaultdict(int)
+        self._out_spec = graph.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the graph with its own arguments; returns its output."""
+        assert isinstance(self.module, GraphModule)
+        flat = self.run(*flat_inputs(self.module, args, kwargs), enable_io_processing=False)
+        return flat if self._out_spec is None else pytree.tree_unflatten(list(flat), self._out_spec)
 
     def run_node(self, n: Node) -> Any:
+        """Run one node, after looking at what a router selected if it is an expert layer."""
         site = self._site_of.get(n)
         if site is not None:
             args, _ = self.fetch_args_kwargs_from_env(n)
-            if site.form == "module":
-                module = self.submodules[str(n.target)]
-                assert isinstance(module, MoE)
-                # Outside the count: the module computes its scores again when it runs.
-                with torch.utils._python_dispatch._disable_current_modes():
-                    scores: Tensor = module.router(args[0])
-                    threshold = scores.amax(dim=-1) * module.tau
-            else:
-                scores, threshold = args[1], args[2]
-            with torch.utils._python_dispatch._disable_current_modes():
-                self.ran[site.path] += float(selected(scores, threshold).sum())
-            self.pairs[site.path] += math.prod(scores.shape)
+            # Looking costs nothing that should be counted.
+            with _disable_current_modes(), torch.no_grad():
+                self._count(site, n, args)
         return super().run_node(n)
+
+    def _count(self, site: MoESite, node: Node, args: tuple[Any, ...]) -> None:
+        if site.form == "module":
+            moe = self.submodules[str(node.target)]
+            assert isinstance(moe, MoE)
+            scores, threshold = moe.route(args[0])
+        else:
+            scores, threshold = args[1], args[2]
+        ran = selected(scores, threshold)
+        mask = None if self.token_mask is None else self.token_mask(ran.shape[:-1])
+        if mask is not None:
+            ran = ran[mask]
+        layer = self.layers[site.path]
+        layer.pairs += math.prod(ran.shape)
+        layer.ran += int(ran.sum())

@@ -17,10 +17,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from surgeon.data import Batch, Data
-from surgeon.errors import DataError, PassError
+from surgeon.batch import Batch, Data
+from surgeon.errors import DataError, PassError, UsageError
+from surgeon.losses import Loss, task_loss, task_of
 from surgeon.report import FitReport, Progress
+from surgeon.tracing import TraceInfo, run
 
 log = logging.getLogger("surgeon")
 
@@ -131,6 +134,27 @@ def fit(
     return FitReport(step, round(epochs, 3), round(time.monotonic() - started, 2), tuple(history), resumed_at)
 
 
+def loss_of(graph: GraphModule, data: Data) -> Loss:
+    """The task loss for this data: its own, its task's, the model's task's, or classification where labels look so.
+
+    Raises:
+        UsageError: none of them is known.
+    """
+    if data.loss is not None:
+        return data.loss
+    info: TraceInfo | None = graph.meta.get("trace")
+    task = info.task if info is not None else None
+    if task is None:
+        batch = next(iter(data.train))
+        task = task_of(None, run(graph, batch.args, batch.kwargs), batch.labels)
+    if task is None:
+        raise UsageError(
+            "What should be learned? The model's class does not tell and its labels do not look like classes. Give "
+            "--task, or surgeon.Data(batches, loss=…) in Python."
+        )
+    return task_loss(task)
+
+
 def token_mask(batch: Batch, lead: Sequence[int]) -> Tensor | None:
     """Which tokens are real, for values of leading dimensions `lead`: the batch's attention mask of that shape.
 
@@ -161,7 +185,7 @@ def _batches(data: Data, skip: int, total: int) -> Iterator[Batch]:
             if position >= total:
                 return
             if position >= skip:
-                yield Batch.from_any(batch)
+                yield batch
             position += 1
         if position == before:
             raise DataError("The training data is empty.")

@@ -38,6 +38,7 @@ class Router(nn.Module):
         self.fc2 = nn.Linear(width, experts, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Score the experts."""
         return self.fc2(F.relu(self.fc1(x))).abs()  # type: ignore[no-any-return]
 
 
@@ -83,11 +84,15 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., d_in] → [..., d_out]."""
-        scores = self.router(x)
-        threshold = scores.amax(dim=-1) * self.tau
+        scores, threshold = self.route(x)
         return masked_ffn(  # type: ignore[no-any-return]
             x, scores, threshold, self.w1, self.b1, self.gate, self.b_gate, self.w2, self.b2, self.activation
         )
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [..., E] and the threshold [...] below which an expert is skipped; x [..., d_in]."""
+        scores = self.router(x)
+        return scores, scores.amax(dim=-1) * self.tau
 
     def expert_norms(self, x: Tensor) -> Tensor:
         """The router's target: the L2 norm of every expert's output, b2 left out. x [N, d_in] → [N, E], float32.

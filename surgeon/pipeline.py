@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.fx import GraphModule
 
-from surgeon.data import Data
+from surgeon.batch import Data
 from surgeon.diff import PassDiff, Snapshot, compare, snapshot
 from surgeon.errors import PassError, UsageError
 from surgeon.fit import Settings
@@ -21,8 +21,6 @@ from surgeon.passes import Pass
 from surgeon.report import PassReport, Progress
 from surgeon.tracing import adopt, is_aten_graph, trace
 
-if TYPE_CHECKING:
-    from surgeon.diff import GraphDiff
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,6 @@ class Pipeline:
             TraceError: the model cannot be traced faithfully.
             PassError, VerificationError: a pass failed; the message names it, and no later pass ran.
         """
-        settings = Settings(seed, verify, progress, workdir, resume, dry_run)
         given = None if data is None else Data.of(data)
         has_moes = isinstance(model, GraphModule) and is_aten_graph(model) and bool(find_moes(model))
         self.check(has_moes=has_moes, has_data=given is not None or dry_run)
@@ -157,7 +154,6 @@ class Pipeline:
             surgery.snapshots.append(snapshot(work))
             if on_pass is not None:
                 on_pass(surgery.diff().passes[-1])
-        del settings
         return surgery
 
     def check(self, *, has_moes: bool, has_data: bool) -> None:

@@ -246,7 +246,7 @@ def _substitution(cone: Cone) -> dict[sympy.Symbol, int]:
             if isinstance(size, torch.SymInt):
                 symbols |= size.node.expr.free_symbols
     ordered = sorted(symbols, key=str)
-    return {symbol: number for symbol, number in zip(ordered, (2, 3, 5, 7, 11, 13), strict=False)}
+    return dict(zip(ordered, (2, 3, 5, 7, 11, 13), strict=False))
 
 
 def _number(size: Any, substitution: Mapping[sympy.Symbol, int]) -> int:

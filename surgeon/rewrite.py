@@ -162,7 +162,7 @@ def replace_call(graph: GraphModule, call: Call, target: str) -> str:
 
 
 def erase_unread(graph: GraphModule, nodes: Iterable[Node]) -> None:
-    """Erase those of the nodes that nothing reads any more, in-place ops included (dead-code elimination keeps those)."""
+    """Erase those of the nodes that nothing reads, in-place ops included (dead-code elimination keeps those)."""
     doomed = set(nodes)
     for node in reversed(list(graph.graph.nodes)):
         if node in doomed and not node.users:

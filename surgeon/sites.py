@@ -159,19 +159,18 @@ class FFN:
         if found.output_scale != 1.0:
             w2 = w2 * found.output_scale
         rows, bias = first[0].weight_rows(graph), first[0].bias_vector(graph)
+        gate, b_gate = _scaled(rows, found.input_scale), _scaled(bias, found.input_scale)
+        b2 = down.bias_vector(graph)
         if not found.gated:
-            return FFNWeights(
-                _scaled(rows, found.input_scale), _scaled(bias, found.input_scale), None, None, w2, down.bias_vector(graph)
-            )  # fmt: skip
+            return FFNWeights(gate, b_gate, None, None, w2, b2)
         up: Tensor
         up_bias: Tensor | None
         if found.fused is not None:
             up, up_bias = other_half(rows, found.fused), None if bias is None else other_half(bias, found.fused)
-            rows, bias = half(rows, found.fused), None if bias is None else half(bias, found.fused)
+            gate, b_gate = half(gate, found.fused), None if b_gate is None else half(b_gate, found.fused)
         else:
             up, up_bias = first[1].weight_rows(graph), first[1].bias_vector(graph)
-        gate, b_gate = _scaled(rows, found.input_scale), _scaled(bias, found.input_scale)
-        return FFNWeights(up, up_bias, gate, b_gate, w2, down.bias_vector(graph))
+        return FFNWeights(up, up_bias, gate, b_gate, w2, b2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from surgeon.errors import TraceError
 from surgeon.graph import TracedGraph, aten, fork, is_call, nested_graphs, retie
 from surgeon.inputs import as_args_kwargs
+from surgeon.losses import task_of
 
 log = logging.getLogger("surgeon")
 
@@ -46,12 +47,14 @@ class TraceInfo:
     notes: what the user should know (a form or a dimension that could not be kept), one sentence each.
     max_error: largest difference from the model on the example inputs, relative to its largest output; None if the
         graph was not made from a model.
+    task: what the model was made for, one of `surgeon.losses.TASKS`; None if its class does not tell.
     """
 
     form: Form
     dynamic: tuple[tuple[str, tuple[int, ...]], ...] = ()
     notes: tuple[str, ...] = ()
     max_error: float | None = None
+    task: str | None = None
 
 
 def trace(model: nn.Module, inputs: Any) -> TracedGraph:
@@ -87,7 +90,7 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
             problem, error_size = _disagreement(graph, reference, model, args, kwargs)
             if problem is None:
                 notes = _notes(graph, form, failures, tiled)
-                graph.meta["trace"] = TraceInfo(form, _dynamic_dims(graph), notes, error_size)
+                graph.meta["trace"] = TraceInfo(form, _dynamic_dims(graph), notes, error_size, task_of(model))
                 graph.train(model_training)
                 return graph
             failures.append(f"{form} form, {front_end.__name__.strip('_')}: {problem}")

@@ -1,0 +1,313 @@
+"""The dynamic-k FFN in plain torch: forward and backward that compute only the selected experts.
+
+There are three ways through. *By expert*: gather the tokens that selected an expert, run it, add the rows back. *By
+token*: for a handful of tokens, multiply runs of adjacent selected experts with one token's vector, which gathers
+nothing and reads only the weights needed. *Dense*: everything, with unselected experts masked. `_plan` takes whichever
+is expected to be cheapest, so selecting much costs about what the dense FFN costs. All give the same result up to
+rounding.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import repeat
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import Activation, activation
+
+# The costs `_plan` weighs, in units of one neuron for one token: a multiply-add for each weight of the neuron. Measured
+# in fp32 on one thread, with inputs and outputs of width 768.
+_ROW_COST = 30  # gathering the row of one token and adding it back to the output, for one expert
+_READ_COST = 6  # reading the weights of one neuron from memory
+_CALL_COST = 460_000  # the calls for one more expert or run, to be divided by the weights of a neuron
+# Up to this many tokens, going by token is considered.
+_FEW_TOKENS = 4
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Experts(NamedTuple):
+    """The weights of E experts of s neurons each, one contiguous row per neuron.
+
+    w1 [E, s, d_in], b1 [E, s], gate [E, s, d_in], b_gate [E, s], w2 [E, s, d_out]; b1, gate and b_gate may be None.
+    """
+
+    w1: Tensor
+    b1: Tensor | None
+    gate: Tensor | None
+    b_gate: Tensor | None
+    w2: Tensor
+
+    def flat(self) -> Experts:
+        """All experts as one of E·s neurons: a view if the weights are contiguous."""
+        return Experts(*(None if t is None else t.flatten(0, 1) for t in self))  # type: ignore[arg-type]
+
+    def each(self) -> list[Experts]:
+        """One view per expert."""
+        return [Experts(*one) for one in zip(*(repeat(None) if t is None else t.unbind(0) for t in self), strict=False)]
+
+    def to(self, dtype: torch.dtype) -> Experts:
+        """The weights in `dtype`: themselves if they have it already."""
+        if self.w1.dtype == dtype:
+            return self
+        return Experts(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs of the same name; None where not asked for or where there is no such input."""
+
+    x: Tensor | None
+    w1: Tensor | None
+    b1: Tensor | None
+    gate: Tensor | None
+    b_gate: Tensor | None
+    w2: Tensor | None
+
+
+class _Dense(NamedTuple):
+    """Everything at once; `mask` [N, E] unless every pair is selected."""
+
+    mask: Tensor | None
+
+
+class _ByExpert(NamedTuple):
+    """For each expert the tokens that selected it [n]; None for an expert none selected, a slice if all did."""
+
+    rows: list[Tensor | slice | None]
+
+
+class _ByToken(NamedTuple):
+    """For each token its ranges of experts (start, stop), which cover those selected; `mask` as in `_Dense`."""
+
+    runs: list[list[tuple[int, int]]]
+    mask: Tensor | None
+
+
+def selected(scores: Tensor, threshold: Tensor) -> Tensor:
+    """Return the mask [..., E] of the experts that run: the one definition of the selection rule.
+
+    An expert runs for a token unless its score is below the token's threshold. Ties run; a NaN in either runs, so a
+    token that is NaN stays NaN, as it does in the dense FFN.
+
+    Args:
+        scores: [..., E], any floating dtype.
+        threshold: [...], one per token.
+    """
+    return ~(scores < threshold.unsqueeze(-1))
+
+
+def hidden(x: Tensor, experts: Experts, act: Activation) -> Tensor:
+    """Return the hidden activations [..., m] of `x` [..., d_in] for one expert of m neurons (or a flat view of all)."""
+    up = F.linear(x, experts.w1, experts.b1)
+    return act.fn(up) if experts.gate is None else act.fn(F.linear(x, experts.gate, experts.b_gate)) * up
+
+
+def keep_selected(h: Tensor, mask: Tensor) -> Tensor:
+    """Zero what `mask` [..., E] does not select in `h` [..., E·s]; by filling, which removes NaN as well."""
+    experts = mask.shape[-1]
+    return h.view(*mask.shape, h.shape[-1] // experts).masked_fill(~mask.unsqueeze(-1), 0).view(h.shape)
+
+
+def forward(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor | None, activation_name: str) -> Tensor:
+    """Return Σ over selected experts of h_e w2_e, plus b2: a new contiguous tensor [N, d_out] in the dtype of `x`.
+
+    Sums over experts are accumulated in fp32 for half types.
+
+    Args:
+        x: [N, d_in].
+        mask: [N, E] bool.
+        experts: the weights, same dtype as `x`.
+        b2: [d_out] or None.
+        activation_name: a name of `ACTIVATIONS`.
+    """
+    act, dtype, result_dtype = activation(activation_name), _compute_dtype(x), x.dtype
+    out = x.new_empty(x.shape[0], experts.w2.shape[2], dtype=_accumulator(x.dtype))
+    _ = out.zero_() if b2 is None else out.copy_(b2)
+    match _plan(mask, experts, _FEW_TOKENS):
+        case _ByToken(runs, mask_or_none):
+            flat = experts.flat()
+            for token, ranges in enumerate(runs):
+                keep = None if mask_or_none is None else mask_or_none[token]
+                _forward_token(out[token], x[token], flat, ranges, keep, act, neurons=experts.w1.shape[1])
+        case _ByExpert(rows_of):
+            x = x.to(dtype)
+            for one, rows in zip(experts.each(), rows_of, strict=True):
+                if rows is not None:
+                    weights = one.to(dtype)
+                    _add_product(out, rows, hidden(_take(x, rows), weights, act), weights.w2)
+        case _Dense(mask_or_none):
+            flat = experts.flat().to(dtype)
+            h = hidden(x.to(dtype), flat, act)
+            if mask_or_none is not None:
+                h = keep_selected(h, mask_or_none)
+            _add_product(out, slice(None), h, flat.w2)
+    return out.to(result_dtype)
+
+
+def _forward_token(
+    out: Tensor,
+    x: Tensor,
+    flat: Experts,
+    ranges: list[tuple[int, int]],
+    keep: Tensor | None,
+    act: Activation,
+    neurons: int,
+) -> None:
+    """Add to `out` [d_out] what the experts in `ranges` give for `x` [d_in], leaving out those not in `keep` [E]."""
+    if not ranges:
+        return
+    # Sizes of what is skipped and what is run, alternating, so that one call to `split` makes all the views.
+    bounds = [bound * neurons for start_stop in ranges for bound in start_stop]
+    sizes = [stop - start for start, stop in zip([0, *bounds], [*bounds, flat.w1.shape[0]], strict=True)]
+
+    def product(weight: Tensor, bias: Tensor | None) -> Tensor:
+        parts = weight.split_with_sizes(sizes)[1::2]
+        if bias is None:
+            return torch.cat([torch.mv(part, x) for part in parts])
+        return torch.cat(
+            [torch.addmv(b, part, x) for b, part in zip(bias.split_with_sizes(sizes)[1::2], parts, strict=True)]
+        )
+
+    up = product(flat.w1, flat.b1)
+    h = act.fn(up) if flat.gate is None else act.fn(product(flat.gate, flat.b_gate)) * up
+    if keep is not None:
+        h = keep_selected(h, torch.cat([keep[start:stop] for start, stop in ranges]))
+    for part, weight in zip(h.split_with_sizes(sizes[1::2]), flat.w2.split_with_sizes(sizes)[1::2], strict=True):
+        if out.dtype == h.dtype:
+            out.addmv_(weight.t(), part)
+        else:
+            out.add_(torch.mv(weight.t(), part))
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    experts: Experts,
+    activation_name: str,
+    *,
+    need_x: bool = True,
+    need_weights: bool = True,
+) -> Gradients:
+    """Return the gradients of `forward`, all but b2's, given `grad` [N, d_out]. Hidden activations are recomputed.
+
+    Gradients have the shapes and dtypes of their inputs; those of experts no token selected are zero.
+    """
+    act, dtype = activation(activation_name), _compute_dtype(x)
+    source, grad = x.to(dtype), grad.to(dtype)
+    grad_x = torch.zeros_like(x, dtype=_accumulator(x.dtype), memory_format=torch.contiguous_format) if need_x else None
+    grads = Experts(*(None if t is None or not need_weights else t.new_zeros(t.shape) for t in experts))  # type: ignore[arg-type]
+
+    def run(one: Experts, grad_one: Experts | None, rows: Tensor | slice, keep: Tensor | None) -> None:
+        inputs, grad_out = _take(source, rows), _take(grad, rows)
+        up = F.linear(inputs, one.w1, one.b1)
+        grad_h = F.linear(grad_out, one.w2)
+        if keep is not None:
+            grad_h = keep_selected(grad_h, keep)
+        z = None if one.gate is None else F.linear(inputs, one.gate, one.b_gate)
+        if z is None:
+            h, grad_z, grad_up = act.fn(up), None, act.backward(grad_h, up)
+        else:
+            a = act.fn(z)
+            h, grad_z, grad_up = a * up, act.backward(grad_h * up, z), grad_h * a
+        if grad_x is not None:
+            _add_product(grad_x, rows, grad_up, one.w1)
+            if grad_z is not None and one.gate is not None:
+                _add_product(grad_x, rows, grad_z, one.gate)
+        if grad_one is not None:
+            grad_one.w2.copy_(torch.mm((h if keep is None else keep_selected(h, keep)).t(), grad_out))
+            for target, bias, g in ((grad_one.w1, grad_one.b1, grad_up), (grad_one.gate, grad_one.b_gate, grad_z)):
+                if target is not None and g is not None:
+                    target.copy_(torch.mm(g.t(), inputs))
+                if bias is not None and g is not None:
+                    bias.copy_(g.sum(0))
+
+    match _plan(mask, experts, few_tokens=0):
+        case _ByExpert(rows_of):
+            grads_of = grads.each() if need_weights else repeat(None)
+            for one, grad_one, rows in zip(experts.each(), grads_of, rows_of, strict=False):
+                if rows is not None:
+                    run(one.to(dtype), grad_one, rows, None)
+        case _Dense(mask_or_none):
+            run(experts.flat().to(dtype), grads.flat() if need_weights else None, slice(None), mask_or_none)
+    return Gradients(None if grad_x is None else grad_x.to(x.dtype), *grads)
+
+
+def _plan(mask: Tensor, experts: Experts, few_tokens: int) -> _Dense | _ByExpert | _ByToken:
+    """Choose the cheapest way through the selected pairs of `mask` [N, E]; by token only up to `few_tokens` tokens."""
+    (tokens, count), neurons = mask.shape, experts.w1.shape[1]
+    weights_per_neuron = sum(t.shape[-1] for t in (experts.w1, experts.gate, experts.w2) if t is not None)
+    call_cost = _CALL_COST / weights_per_neuron
+    dense_cost = count * neurons * (tokens + _READ_COST)
+
+    by_token, token_cost = None, float("inf")
+    if tokens <= few_tokens:
+        max_gap = int(call_cost / ((1 + _READ_COST) * neurons))
+        chosen = [[expert for expert, runs in enumerate(row) if runs] for row in mask.tolist()]
+        runs = [_runs(experts_of, max_gap) for experts_of in chosen]
+        lengths = [stop - start for ranges in runs for start, stop in ranges]
+        token_cost = len(lengths) * call_cost + sum(lengths) * neurons * (1 + _READ_COST)
+        by_token = _ByToken(runs, None if sum(lengths) == sum(map(len, chosen)) else mask)
+        if tokens == 1 and sum(lengths) < count:
+            return by_token
+
+    counts: list[int] = mask.sum(0).tolist()
+    pairs, used = sum(counts), sum(map(bool, counts))
+    everything = pairs == tokens * count
+    expert_cost = used * (call_cost + _READ_COST * neurons) + pairs * (neurons + _ROW_COST)
+    if by_token is not None and token_cost < min(expert_cost, dense_cost):
+        return by_token
+    if everything or dense_cost <= expert_cost:
+        return _Dense(None if everything else mask)
+    return _ByExpert(
+        [
+            None if n == 0 else slice(None) if n == tokens else rows
+            for n, rows in zip(counts, mask.t().nonzero()[:, 1].split_with_sizes(counts), strict=True)
+        ]
+    )
+
+
+def _runs(chosen: list[int], max_gap: int) -> list[tuple[int, int]]:
+    """Join ascending numbers into ranges (start, stop), reading across gaps of at most `max_gap`."""
+    runs: list[tuple[int, int]] = []
+    for number in chosen:
+        if runs and number - runs[-1][1] <= max_gap:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs
+
+
+def _take(source: Tensor, rows: Tensor | slice) -> Tensor:
+    return source[rows] if isinstance(rows, slice) else source.index_select(0, rows)
+
+
+def _add_product(out: Tensor, rows: Tensor | slice, a: Tensor, b: Tensor) -> None:
+    """Add `a @ b` to `rows` of `out`, whose dtype may be wider."""
+    if not isinstance(rows, slice):
+        out.index_add_(0, rows, torch.mm(a, b).to(out.dtype))
+    elif out.dtype == a.dtype:
+        out[rows].addmm_(a, b)
+    else:
+        out[rows].add_(torch.mm(a, b))
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to multiply matrices in: fp32 for half types on processors that would only emulate them."""
+    return torch.float32 if x.device.type == "cpu" and x.dtype in _HALF and not _multiplies(x.dtype) else x.dtype
+
+
+@cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has a fast matrix product for a half type."""
+    mkldnn = torch.ops.mkldnn
+    fast = mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported()
+    return bool(fast)

@@ -1,0 +1,71 @@
+"""Where an interrupted run leaves its checkpoints, with a note of what it was doing, so that only the same run goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from surgeon.errors import SaveError, UsageError
+
+RECIPE = "recipe.json"
+
+
+class WorkDirectory:
+    """The directory `<result>.work` of one run. It is gone after success, and after a failure that left no checkpoint.
+
+    Raises:
+        UsageError: an interrupted run is there and is neither to be resumed nor to be dropped; there is none to resume;
+            or the one that is there was another run.
+        SaveError: it cannot be written.
+    """
+
+    def __init__(self, result: Path, recipe: dict[str, Any], *, resume: bool, discard: bool) -> None:
+        self.path = result.with_name(f"{result.name}.work")
+        recipe = json.loads(json.dumps(recipe))
+        if self.path.exists() and not (self.path / RECIPE).is_file():
+            raise UsageError(f"{self.path} is in the way: training would keep its checkpoints there. Move it away.")
+        if resume:
+            self._check_same(recipe)
+        elif self.path.exists() and not discard:
+            raise UsageError(
+                f"{self.path} holds the checkpoints of an interrupted run. --resume continues it, --overwrite drops it."
+            )
+        else:
+            try:
+                shutil.rmtree(self.path, ignore_errors=True)
+                self.path.mkdir(parents=True)
+                (self.path / RECIPE).write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+            except OSError as error:
+                raise SaveError(f"Cannot write {self.path}: {error.strerror or error}.") from error
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to go on from."""
+        return any(self.path.rglob("fit.json"))
+
+    def close(self, *, done: bool) -> None:
+        """Remove the directory if the run is done or has nothing to go on from."""
+        if done or not self.has_checkpoint:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _check_same(self, recipe: dict[str, Any]) -> None:
+        try:
+            before = json.loads((self.path / RECIPE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(f"There is nothing to resume: no {self.path}. Run the command without --resume.") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.path / RECIPE} cannot be read, so this run cannot be resumed: {error}") from error
+        differing = [key for key in {**before, **recipe} if before.get(key) != recipe.get(key)]
+        if differing:
+            key = differing[0]
+            raise UsageError(
+                f"The interrupted run in {self.path} was another one: its {key} was {_short(before.get(key))}, now it is "
+                f"{_short(recipe.get(key))}. Give the same options to resume it, or --overwrite to drop it."
+            )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
