@@ -1,5 +1,7 @@
 """The passes, in the order in which they usually run, and their table by name."""
 
+from typing import Any
+
 from surgeon.passes.base import Pass, TrainedPass
 from surgeon.passes.lower import Lower
 from surgeon.passes.mlpify import Mlpify
@@ -7,6 +9,6 @@ from surgeon.passes.moeify import Moeify
 from surgeon.passes.sparsify import Sparsify
 from surgeon.passes.swap_activation import SwapActivation
 
-PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (SwapActivation, Sparsify, Mlpify, Moeify, Lower)}
+PASSES: dict[str, type[Pass[Any]]] = {cls.name: cls for cls in (SwapActivation, Sparsify, Mlpify, Moeify, Lower)}
 
 __all__ = ["PASSES", "Lower", "Mlpify", "Moeify", "Pass", "Sparsify", "SwapActivation", "TrainedPass"]

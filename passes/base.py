@@ -14,16 +14,16 @@ import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from surgeon.cost import LayerRun, measure
 from surgeon.batch import Data
+from surgeon.cost import LayerRun, measure
 from surgeon.errors import PassError, SurgeonError, UsageError, VerificationError
 from surgeon.fit import Plan, Schedule, Settings
 from surgeon.graph import TracedGraph, tidy
 from surgeon.inputs import as_args_kwargs
+from surgeon.moe import MoESite
 from surgeon.report import Cost, FitReport, PassReport, SiteChange
 from surgeon.rewrite import Capture, adopt_changes
 from surgeon.sites import FFN, LinearSite, Rejection
-from surgeon.moe import MoESite
 from surgeon.tracing import adopt, is_aten_graph, relative_error, run, tolerance_for
 
 Site = TypeVar("Site", FFN, LinearSite, MoESite)
@@ -91,7 +91,7 @@ class Pass(ABC, Generic[Site]):
         """Whether this run promises the same output as before."""
         return self.preserves
 
-    def check(self, matched: Sequence[Site], rejected: Sequence[Rejection]) -> None:  # noqa: B027
+    def check(self, matched: Sequence[Site], rejected: Sequence[Rejection]) -> None:
         """Refuse the run as a whole, before anything is changed, if an option fits no site.
 
         Raises:

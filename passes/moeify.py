@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
-from surgeon.clustering import balanced_clusters, nearest_divisors
 from surgeon.batch import Batch, Data
+from surgeon.clustering import balanced_clusters, nearest_divisors
 from surgeon.errors import UsageError
 from surgeon.fit import Settings, fit, real_tokens
 from surgeon.graph import TracedGraph, unique_target

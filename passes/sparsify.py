@@ -45,9 +45,11 @@ class SparsityTap(nn.Module):
 
     surgeon_identity = True
 
-    def __init__(self, activation: str, half: Halves | None, hidden: int, scale: float, displacement: float) -> None:
+    def __init__(
+        self, activation: str, gate_half: Halves | None, hidden: int, scale: float, displacement: float
+    ) -> None:
         super().__init__()
-        self.activation, self.half, self.hidden, self.scale = activation, half, hidden, scale
+        self.activation, self.gate_half, self.hidden, self.scale = activation, gate_half, hidden, scale
         self.displacement = displacement
 
     def forward(self, z: Tensor) -> Tensor:
@@ -55,23 +57,23 @@ class SparsityTap(nn.Module):
 
     def penalised(self, z: Tensor) -> Tensor:
         """The non-negative values that should be sparse, [..., h], of what goes through the tap."""
-        if self.half is not None:
-            z = z[..., HALVES[self.half](self.hidden)]
+        if self.gate_half is not None:
+            z = z[..., HALVES[self.gate_half](self.hidden)]
         z = z * self.scale
         known = ACTIVATIONS[self.activation]
         return known.fn(z) if known.leaves_zeros else z.clamp_min(self.displacement) - self.displacement
 
     def active_share(self, z: Tensor) -> Tensor:
         """Share of neurons whose activation is above a hundredth of the token's largest, [..., h] → [...]."""
-        if self.half is not None:
-            z = z[..., HALVES[self.half](self.hidden)]
+        if self.gate_half is not None:
+            z = z[..., HALVES[self.gate_half](self.hidden)]
         a = ACTIVATIONS[self.activation].fn(z * self.scale).abs()
         return (a > 0.01 * a.amax(-1, keepdim=True)).float().mean(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsify(TrainedPass[FFN]):
-    """Put a square-Hoyer tap on each FFN's activation and fine-tune for the task and for sparsity (D2DMoE, section 3.1).
+    """Put a square-Hoyer tap on each FFN's activation and fine-tune for task and sparsity (D2DMoE, section 3.1).
 
     Without data the taps are put in and nothing is trained: the output is unchanged.
     """

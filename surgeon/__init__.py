@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from surgeon.sites import find_ffns as find_ffns
     from surgeon.tracing import trace as trace
 
-__all__ = sorted(_EXPORTS)  # noqa: PLE0605
+__all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

@@ -196,7 +196,7 @@ def _dynamic_shapes(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str,
         if not isinstance(leaf, torch.Tensor):
             return None
         _, dims = next(dynamic)
-        return {dim: Dim.AUTO for dim in dims}
+        return dict.fromkeys(dims, Dim.AUTO)
 
     return {name: pytree.tree_map(free, bound[name]) for name in names}
 

@@ -55,7 +55,7 @@ def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         meter.call(args, kwargs)
     counted = counter.get_total_flops() // 2
     # The masked form computes what it then drops, and the count has it; the dynamic form never does.
-    dropped = {form: 0 for form in ("module", "masked", "dynamic")}
+    dropped = dict.fromkeys(("module", "masked", "dynamic"), 0)
     for site in meter.sites.values():
         layer = meter.layers[site.path]
         dropped[site.form] += (layer.pairs - layer.ran) * layer.per_pair

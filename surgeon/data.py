@@ -229,8 +229,10 @@ def _quiet_datasets(origin: str) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as cache:
             yield cache
     except Exception as error:
-        reason = error.__cause__ or error
-        raise DataError(f"{origin} cannot be read: {str(reason).strip() or type(reason).__name__}") from error
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        if "corresponds to no data" in reason:  # what `datasets` says of a file without rows
+            reason = "it holds no rows"
+        raise DataError(f"{origin} cannot be read: {reason}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
         if bars:

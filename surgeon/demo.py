@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from surgeon.batch import Batch, Data
 from surgeon.diff import PassDiff
-from surgeon.fit import Plan, Settings, fit
+from surgeon.fit import Plan, Schedule, Settings, fit
 from surgeon.losses import Quality, evaluate
-from surgeon.passes import Lower, Moeify, Sparsify, SwapActivation
+from surgeon.passes import Lower, Moeify, Pass, Sparsify, SwapActivation
 from surgeon.pipeline import Pipeline, Surgery
 from surgeon.report import Progress
 from surgeon.sweep import Point, sweep
@@ -101,7 +102,8 @@ def digits(seed: int = 0, batch_size: int = 64) -> Data:
         torch.utils.data.TensorDataset(x_train, y_train), batch_size, shuffle=True, generator=generator
     )
     held_out = [
-        Batch((x,), {}, y) for x, y in zip(x_eval.split(batch_size), y_eval.split(batch_size), strict=True)
+        Batch((x,), {}, y)
+        for x, y in zip(torch.split(x_eval, batch_size), torch.split(y_eval, batch_size), strict=True)
     ]
     return Data(train, held_out, task=TASK, description="scikit-learn digits")
 
@@ -126,11 +128,13 @@ def run(
     assert data.eval is not None
     part = 0.05 if quick else 1.0
     model = DigitsViT()
-    train(model, data, epochs=20 * part, seed=seed, progress=progress)
+    train(
+        model, data, epochs=20 * part, lr=2e-3, weight_decay=0.05, schedule="cosine", seed=seed, progress=progress
+    )
     dense = evaluate(model, data.eval, TASK)
     if on_dense is not None:
         on_dense(dense)
-    passes = [
+    passes: list[Pass[Any]] = [
         SwapActivation(),
         Sparsify(alpha=2e-3, lr=1e-3, epochs=20 * part, weight_decay=0.05),
         Moeify(experts=32, router_width=16, lr=3e-3, epochs=10 * part),
@@ -155,9 +159,17 @@ def run(
 
 
 def train(
-    model: nn.Module, data: Data, *, epochs: float, seed: int, progress: Callable[[Progress], None] | None = None
+    model: nn.Module,
+    data: Data,
+    *,
+    epochs: float,
+    lr: float,
+    weight_decay: float,
+    schedule: Schedule,
+    seed: int,
+    progress: Callable[[Progress], None] | None = None,
 ) -> None:
-    """Train a dense model from scratch, by the same loop that fits the passes."""
+    """Train a dense model by the same loop that fits the passes; it ends in evaluation mode."""
     assert data.loss is not None
     task = data.loss
 
@@ -166,6 +178,6 @@ def train(
         return value, {"loss": value.item()}
 
     model.train()
-    plan = Plan(epochs, None, lr=2e-3, weight_decay=0.05, schedule="cosine")
+    plan = Plan(epochs, None, lr, weight_decay, schedule)
     fit(list(model.parameters()), loss, data, plan, Settings(seed=seed, progress=progress), "dense training")
     model.eval()

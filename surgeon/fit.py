@@ -69,10 +69,9 @@ class Plan:
         """
         if self.steps is not None:
             return self.steps
-        try:
-            length = len(data.train)
-        except TypeError:
-            raise DataError("The data has no length: say how long to train, with the pass's option `steps`.") from None
+        length = _length(data)
+        if length is None:
+            raise DataError("The data has no length: say how long to train, with the pass's option `steps`.")
         return max(1, round(self.epochs * length))
 
 
@@ -105,7 +104,8 @@ def fit(
             value, shown = loss(batch.to(device), step / total)
             if not bool(torch.isfinite(value)):
                 raise PassError(
-                    f"{what}: the loss is {value.item()} at step {step + 1} of {total}. Try a smaller learning rate (now {plan.lr:g})."
+                    f"{what}: the loss is {value.item()} at step {step + 1} of {total}. "
+                    f"Try a smaller learning rate (now {plan.lr:g})."
                 )
             accelerator.backward(value)
             if plan.clip is not None:
@@ -130,7 +130,8 @@ def fit(
         optimizer.zero_grad()
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
-    epochs = step / len(data.train) if hasattr(data.train, "__len__") else float("nan")
+    length = _length(data)
+    epochs = step / length if length else float("nan")
     return FitReport(step, round(epochs, 3), round(time.monotonic() - started, 2), tuple(history), resumed_at)
 
 
@@ -189,6 +190,13 @@ def _batches(data: Data, skip: int, total: int) -> Iterator[Batch]:
             position += 1
         if position == before:
             raise DataError("The training data is empty.")
+
+
+def _length(data: Data) -> int | None:
+    try:
+        return len(data.train)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _rate(schedule: Schedule, done: float) -> float:

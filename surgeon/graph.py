@@ -93,11 +93,10 @@ def fork(graph: GraphModule) -> TracedGraph:
     Node names and metadata are kept. Rewriting the copy leaves the original as it was, and costs no weight memory.
     """
     copied = Graph()
-    output = copied.graph_copy(graph.graph, val_map := {}, return_output_node=True)
+    output = copied.graph_copy(graph.graph, {}, return_output_node=True)
     if output is not None:
         value, old = cast("tuple[Any, Node]", output)
         copied.output(value).meta = copy.copy(old.meta)
-    assert len(val_map) >= len(copied.nodes) - 1
     copied.set_codegen(copy.copy(graph.graph._codegen))
     result = TracedGraph(graph, copied)
     result.meta.update(graph.meta)

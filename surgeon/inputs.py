@@ -312,7 +312,8 @@ class _Maker:
         height, width = _pair(self.first("image_size", "img_size", "crop_size", "input_size") or 64)
         channels = self.first("num_channels", "in_channels", "in_chans") or 3
         frames = self.first("num_frames", "frames_per_clip")
-        if "video" in _modalities(self.model) and frames and "image" not in _modalities(self.model):
+        # Timesformer and X-CLIP take video and say "image"; of models for text, only those that compare take frames.
+        if frames and ("text" not in _modalities(self.model) or "return_loss" in self.parameters):
             return {"pixel_values": self.noise(BATCH, frames, channels, height, width)}
         return {"pixel_values": self.noise(BATCH, channels, height, width)}
 

@@ -107,7 +107,7 @@ class MoE(nn.Module):
 
         def linear(weight: Tensor, bias: Tensor | None) -> Tensor:
             flat = None if bias is None else bias.reshape(-1)
-            return F.linear(x, weight.reshape(experts * size, d_in), flat).unflatten(-1, (experts, size))
+            return F.linear(x, weight.reshape(experts * size, d_in), flat).reshape(-1, experts, size)
 
         first = linear(self.w1, self.b1)
         hidden = act(first) if self.gate is None else act(linear(self.gate, self.b_gate)) * first

@@ -22,7 +22,6 @@ from surgeon.report import PassReport, Progress
 from surgeon.tracing import adopt, is_aten_graph, trace
 
 
-
 @dataclass(frozen=True)
 class Origin:
     """Where a model came from, for the record and for the files that are saved beside it.

@@ -7,12 +7,13 @@ activation functions.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -140,7 +141,7 @@ def _fused(graph: GraphModule, cone: Cone) -> Nonlinearity | str:
 
     found: Nonlinearity | str = "the two halves of the first linear do not combine as activation(gate) · up"
     for which in HALVES:
-        candidate = _gate(lambda a, b, which=which: run(which, a, b), z, up, _scales(cone))
+        candidate = _gate(functools.partial(run, which), z, up, _scales(cone))
         if candidate is not None:
             activation, input_scale, output_scale = candidate
             found = Nonlinearity(activation, True, 0, which, input_scale, output_scale)
@@ -206,7 +207,7 @@ def _unknown(run: Callable[[float], Tensor]) -> str:
 
 def _scales(cone: Cone) -> set[float]:
     """Numbers the cone multiplies or divides by: the candidates for a scale in front of the activation."""
-    scales = set()
+    scales: set[float] = set()
     for node in cone.nodes:
         if node.target in (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             numbers = [float(arg) for arg in node.args if isinstance(arg, int | float) and arg != 0]

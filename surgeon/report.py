@@ -87,16 +87,17 @@ class PassReport:
         def cost(value: Mapping[str, Any] | None) -> Cost | None:
             return None if value is None else Cost(**value)
 
+        def site(value: Mapping[str, Any]) -> SiteChange:
+            pairs = {key: tuple(value[key]) for key in ("parameters", "multiply_adds", "output")}
+            return SiteChange(**{**value, **pairs})
+
         fit = values["fit"]
         return cls(
             name=values["name"],
             options=values["options"],
             matched=list(values["matched"]),
             rejected=[(path, reason) for path, reason in values["rejected"]],
-            sites=tuple(
-                SiteChange(**{k: tuple(v) if isinstance(v, list) else v for k, v in site.items()})
-                for site in values["sites"]
-            ),
+            sites=tuple(map(site, values["sites"])),
             seconds=values["seconds"],
             before=cost(values["before"]),
             after=cost(values["after"]),

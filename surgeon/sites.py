@@ -389,7 +389,8 @@ class _Search:
 
     def _walk(self, start: Node) -> _Walk:
         """Walk back from a second linear's input to the linears it comes from."""
-        walk, stack, seen = _Walk(), [start], set()
+        walk, stack = _Walk(), [start]
+        seen: set[Node] = set()
         while stack and len(seen) < _MAX_WALK:
             node = stack.pop()
             if node in seen or not _is_tensor(node):
@@ -488,7 +489,7 @@ def _with_unique_paths(sites: list[FFN]) -> list[FFN]:
 
 def _op_name(node: Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.overloadpacket.__name__
+        return str(node.target.overloadpacket.__name__)
     return str(getattr(node.target, "__name__", node.target))
 
 

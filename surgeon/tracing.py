@@ -146,9 +146,10 @@ def _static(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _transformers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    from transformers.exporters import DynamoConfig, DynamoExporter
+    from transformers import exporters
 
-    exported = DynamoExporter().export(model, dict(kwargs), DynamoConfig(dynamic=True))
+    exporter: Any = exporters.DynamoExporter()  # type: ignore[attr-defined, no-untyped-call]
+    exported = exporter.export(model, dict(kwargs), exporters.DynamoConfig(dynamic=True))  # type: ignore[attr-defined]
     program = getattr(exported, "program", exported)
     assert isinstance(program, ExportedProgram)
     return program
@@ -435,11 +436,8 @@ def _keep_modes(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_caches(model: nn.Module) -> Iterator[None]:
     """Switch key-value caches off in every config of the model; encoder-decoders hold several."""
-    configs = {
-        id(config): config
-        for module in model.modules()
-        if hasattr(config := getattr(module, "config", None), "use_cache")
-    }
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
     saved = [(config, config.use_cache) for config in configs.values()]
     for config, _ in saved:
         config.use_cache = False
