@@ -22,7 +22,8 @@ and give [..., d_out], in the dtype of `x`, which the weights share:
 Expert outputs are added with weight 1, so with every expert selected this is the dense FFN (D2DMoE, arXiv 2310.04361).
 An expert runs for a token unless its score is below the token's threshold (`torch_backend.selected`); a token that
 selects nothing gives b2. Selection is a step function: `scores` and `threshold` get no gradient. Under autocast `x` and
-the weights are cast, scores and threshold are not. Wrong shapes, dtypes, devices or names raise `UsageError`.
+the weights are cast, scores and threshold are not. `torch.func` transforms (grad, vmap) work with `masked_ffn` only:
+PyTorch does not let them through custom operators. Wrong shapes, dtypes, devices or names raise `UsageError`.
 """
 
 from __future__ import annotations

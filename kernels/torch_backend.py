@@ -23,7 +23,9 @@ from .activations import Activation, activation
 # in fp32 on one thread, with inputs and outputs of width 768.
 _ROW_COST = 30  # gathering the row of one token and adding it back to the output, for one expert
 _READ_COST = 6  # reading the weights of one neuron from memory
-_CALL_COST = 460_000  # the calls for one more expert or run, to be divided by the weights of a neuron
+# Calls, to be divided by the number of weights of a neuron.
+_EXPERT_COST = 700_000  # the calls for one more expert
+_RUN_COST = 230_000  # the calls for one more run of adjacent experts, going by token
 # Up to this many tokens, going by token is considered.
 _FEW_TOKENS = 4
 
@@ -125,8 +127,9 @@ def forward(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor | None, activa
         activation_name: a name of `ACTIVATIONS`.
     """
     act, dtype, result_dtype = activation(activation_name), _compute_dtype(x), x.dtype
-    out = x.new_empty(x.shape[0], experts.w2.shape[2], dtype=_accumulator(x.dtype))
-    _ = out.zero_() if b2 is None else out.copy_(b2)
+    out = x.new_zeros(x.shape[0], experts.w2.shape[2], dtype=_accumulator(x.dtype))
+    if b2 is not None:
+        out.copy_(b2)
     match _plan(mask, experts, _FEW_TOKENS):
         case _ByToken(runs, mask_or_none):
             flat = experts.flat()
@@ -175,7 +178,7 @@ def _forward_token(
     up = product(flat.w1, flat.b1)
     h = act.fn(up) if flat.gate is None else act.fn(product(flat.gate, flat.b_gate)) * up
     if keep is not None:
-        h = keep_selected(h, torch.cat([keep[start:stop] for start, stop in ranges]))
+        h = keep_selected(h, torch.cat(keep.split_with_sizes([size // neurons for size in sizes])[1::2]))
     for part, weight in zip(h.split_with_sizes(sizes[1::2]), flat.w2.split_with_sizes(sizes)[1::2], strict=True):
         if out.dtype == h.dtype:
             out.addmv_(weight.t(), part)
@@ -241,24 +244,24 @@ def _plan(mask: Tensor, experts: Experts, few_tokens: int) -> _Dense | _ByExpert
     """Choose the cheapest way through the selected pairs of `mask` [N, E]; by token only up to `few_tokens` tokens."""
     (tokens, count), neurons = mask.shape, experts.w1.shape[1]
     weights_per_neuron = sum(t.shape[-1] for t in (experts.w1, experts.gate, experts.w2) if t is not None)
-    call_cost = _CALL_COST / weights_per_neuron
+    run_cost = _RUN_COST / weights_per_neuron
     dense_cost = count * neurons * (tokens + _READ_COST)
 
     by_token, token_cost = None, float("inf")
     if tokens <= few_tokens:
-        max_gap = int(call_cost / ((1 + _READ_COST) * neurons))
+        max_gap = int(run_cost / ((1 + _READ_COST) * neurons))
         chosen = [[expert for expert, runs in enumerate(row) if runs] for row in mask.tolist()]
         runs = [_runs(experts_of, max_gap) for experts_of in chosen]
         lengths = [stop - start for ranges in runs for start, stop in ranges]
-        token_cost = len(lengths) * call_cost + sum(lengths) * neurons * (1 + _READ_COST)
+        token_cost = len(lengths) * run_cost + sum(lengths) * neurons * (1 + _READ_COST)
         by_token = _ByToken(runs, None if sum(lengths) == sum(map(len, chosen)) else mask)
-        if tokens == 1 and sum(lengths) < count:
-            return by_token
+        if tokens == 1:
+            return by_token if sum(lengths) < count else _Dense(by_token.mask)
 
     counts: list[int] = mask.sum(0).tolist()
     pairs, used = sum(counts), sum(map(bool, counts))
     everything = pairs == tokens * count
-    expert_cost = used * (call_cost + _READ_COST * neurons) + pairs * (neurons + _ROW_COST)
+    expert_cost = used * (_EXPERT_COST / weights_per_neuron + _READ_COST * neurons) + pairs * (neurons + _ROW_COST)
     if by_token is not None and token_cost < min(expert_cost, dense_cost):
         return by_token
     if everything or dense_cost <= expert_cost:

@@ -83,7 +83,7 @@ class Pass(ABC, Generic[Site]):
         """Train what the rewritten graph needs. `before` is the graph as it was; the sites are its sites."""
         return None
 
-    def finish(self, graph: TracedGraph, matched: Sequence[str]) -> tuple[str, ...]:
+    def finish(self, graph: TracedGraph, changes: Sequence[SiteChange]) -> tuple[str, ...]:
         """Last touches after verification; returns notes for the user."""
         return ()
 
@@ -149,17 +149,20 @@ class Pass(ABC, Generic[Site]):
             for site in matched:
                 try:
                     changes.append(self.rewrite(graph, site))
-                except SurgeonError:
-                    raise
                 except Exception as error:
-                    raise PassError(f"{self.name} failed at {site.path}: {type(error).__name__}: {error}") from error
+                    raise PassError(f"{self.name} failed at {site.path}: {_words(error)}") from error
             tidy(graph)
             if matched and data is not None and self.trains and not settings.dry_run:
                 sites = self._sites_in(before, matched)
-                fit_report = self.fit(graph, before, list(zip(sites, changes, strict=True)), data, settings)
+                try:
+                    fit_report = self.fit(graph, before, list(zip(sites, changes, strict=True)), data, settings)
+                except SurgeonError:
+                    raise
+                except Exception as error:
+                    raise PassError(f"{self.name} failed while it was fitted: {_words(error)}") from error
         preserved = self.keeps_output(fit_report is not None)
         cost, max_error, layers = self._verify(before, graph, changes, inputs, preserved, settings)
-        notes = list(self.finish(graph, [site.path for site in matched]))
+        notes = list(self.finish(graph, changes))
         if inputs is None:
             notes.append("Not verified and not measured: no example inputs were given.")
         elif settings.verify == "off":
@@ -278,6 +281,10 @@ class TrainedPass(Pass[Site], ABC):
     def plan(self) -> Plan:
         """The options as a plan for `surgeon.fit`."""
         return Plan(self.epochs, self.steps, self.lr, self.weight_decay, self.schedule, self.clip)
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, SurgeonError) else f"{type(error).__name__}: {error}"
 
 
 def _first_difference(

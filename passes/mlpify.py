@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from surgeon.batch import Batch, Data
 from surgeon.errors import UsageError
 from surgeon.fit import Settings, fit, real_tokens
-from surgeon.graph import TracedGraph, aten, unique_target
+from surgeon.graph import TracedGraph, aten, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.linear import Linear
 from surgeon.passes.base import SiteKind, TrainedPass, option
@@ -22,7 +22,7 @@ from surgeon.passes.sparsify import square_hoyer
 from surgeon.passes.swap_activation import TARGETS
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import Capture, emit, erase_unread, get_attr, replace_value
-from surgeon.sites import LinearSite, Rejection, find_linear_sites
+from surgeon.sites import PROJECTION_MLP, LinearSite, Rejection, find_linear_sites
 
 
 class ReplacementMLP(nn.Module):
@@ -84,7 +84,7 @@ class Mlpify(TrainedPass[LinearSite]):
         before = weight.numel() + (call.bias_vector(graph).numel() if call.bias is not None else 0)  # type: ignore[union-attr]
         width = self.hidden_width(site.d_in, site.d_out)
         module = ReplacementMLP(site.d_in, width, site.d_out, self.activation, weight, call.bias is not None)
-        target = unique_target(graph, f"{site.path}.mlp")
+        target = free_target(graph, site.path, PROJECTION_MLP)
         graph.add_submodule(target, module)
         output = ("", "")
         for call in site.calls:

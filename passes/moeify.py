@@ -20,7 +20,7 @@ from surgeon.batch import Batch, Data
 from surgeon.clustering import balanced_clusters, nearest_divisors
 from surgeon.errors import UsageError
 from surgeon.fit import Settings, fit, real_tokens
-from surgeon.graph import TracedGraph, unique_target
+from surgeon.graph import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.moe import MoE, find_moes, set_tau
 from surgeon.passes.base import SiteKind, TrainedPass, option
@@ -98,7 +98,7 @@ class Moeify(TrainedPass[FFN]):
         )
         moe = MoE(weights, labels, experts, site.activation, self.router_width)
         moe.train(graph.training)
-        target = unique_target(graph, f"{site.path}.moe" if site.path else "moe")
+        target = free_target(graph, site.path, "moe")
         graph.add_submodule(target, moe)
         names = [replace_call(graph, call, target) for call in site.calls]
         after = next(found for found in find_moes(graph) if found.path == target)
@@ -143,15 +143,12 @@ class Moeify(TrainedPass[FFN]):
         routers = [parameter for moe, _ in moes for parameter in moe.router.parameters()]
         return fit(routers, loss, data, self.plan(), settings, "moeify routers")
 
-    def finish(self, graph: TracedGraph, matched: Sequence[str]) -> tuple[str, ...]:
-        if not matched:
-            return ()
-        if self.tau:
-            set_tau(graph, self.tau)
-        dense = sorted({
-            moe.activation for found in find_moes(graph)
-            if isinstance(moe := graph.get_submodule(found.path), MoE) and not ACTIVATIONS[moe.activation].leaves_zeros
-        })  # fmt: skip
+    def finish(self, graph: TracedGraph, changes: Sequence[SiteChange]) -> tuple[str, ...]:
+        if changes and self.tau:
+            set_tau(graph, {change.made: self.tau for change in changes})
+        modules = [graph.get_submodule(change.made) for change in changes]
+        names = {module.activation for module in modules if isinstance(module, MoE)}
+        dense = sorted(name for name in names if not ACTIVATIONS[name].leaves_zeros)
         if not dense:
             return ()
         return (

@@ -18,13 +18,13 @@ from torch.fx import GraphModule
 from surgeon.batch import Batch, Data
 from surgeon.errors import UsageError
 from surgeon.fit import Settings, fit, loss_of, real_tokens
-from surgeon.graph import TracedGraph, unique_target
+from surgeon.graph import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.passes.base import SiteKind, TrainedPass, option
 from surgeon.probe import HALVES, Halves
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import Capture, own_parameters, set_path
-from surgeon.sites import FFN, Rejection, find_ffns
+from surgeon.sites import FFN, PROJECTION_MLP, Rejection, find_ffns
 
 AlphaSchedule = Literal["constant", "linear", "linear_warmup"]
 EPSILON = 1e-15
@@ -46,9 +46,18 @@ class SparsityTap(nn.Module):
     surgeon_identity = True
 
     def __init__(
-        self, activation: str, gate_half: Halves | None, hidden: int, scale: float, displacement: float
+        self,
+        activation: str,
+        gate_half: Halves | None,
+        hidden: int,
+        scale: float,
+        displacement: float,
+        *,
+        projection: bool,
     ) -> None:
+        """Tap a layer of `hidden` neurons; `projection`: it stands in for an attention projection (see mlpify)."""
         super().__init__()
+        self.projection = projection
         self.activation, self.gate_half, self.hidden, self.scale = activation, gate_half, hidden, scale
         self.displacement = displacement
 
@@ -112,8 +121,11 @@ class Sparsify(TrainedPass[FFN]):
 
     def rewrite(self, graph: TracedGraph, site: FFN) -> SiteChange:
         found = site.nonlinearity
-        tap = SparsityTap(found.activation, found.fused, site.hidden, found.input_scale, self.displacement)
-        target = unique_target(graph, f"{site.path}.hoyer" if site.path else "hoyer")
+        tap = SparsityTap(
+            found.activation, found.fused, site.hidden, found.input_scale, self.displacement,
+            projection=site.path.rpartition(".")[2].startswith(PROJECTION_MLP),
+        )  # fmt: skip
+        target = free_target(graph, site.path, "hoyer")
         graph.add_submodule(target, tap)
         for call in site.calls:
             z = call.first[0].output
@@ -161,7 +173,7 @@ class Sparsify(TrainedPass[FFN]):
             shares = []
             for name, tap in taps.items():
                 z = real_tokens(batch, values[name])
-                groups[".mlp_of_" in name].append(square_hoyer(tap.penalised(z)).mean())
+                groups[tap.projection].append(square_hoyer(tap.penalised(z)).mean())
                 with torch.no_grad():
                     shares.append(tap.active_share(z).mean())
             # Feed-forward layers and replaced projections are averaged apart, both with the same weight.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import importlib
 import json
 import logging
@@ -31,6 +30,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (registers the ops that the file holds)
+from surgeon.checkpoint import read_program, sha256_of
 from surgeon.diff import GraphDiff, PassDiff
 from surgeon.errors import LoadError, SaveError
 from surgeon.graph import TracedGraph
@@ -88,17 +88,14 @@ def load(directory: str | Path) -> TracedGraph:
     model = directory / MODEL
     if not model.exists():
         raise LoadError(f"{directory} has no {MODEL}: the saved surgery is incomplete.")
-    if hash_file(model) != record["model_sha256"]:
+    if sha256_of([model]) != record["model_sha256"]:
         raise LoadError(f"{model} is damaged or was changed: its hash is not the one that {RECORD} has. Save it again.")
     for name in record["output_modules"]:
         # Output classes register themselves when imported. Only transformers' own are ever imported by name.
         if name.startswith("transformers."):
             importlib.import_module(name)
-    try:
-        with quiet():
-            graph = from_program(torch.export.load(model))
-    except Exception as error:
-        raise LoadError(f"{model} cannot be loaded: {error}") from error
+    with quiet():
+        graph = from_program(read_program(model))
     trace = record["trace"]
     graph.meta["trace"] = TraceInfo(
         trace["form"],
@@ -109,6 +106,20 @@ def load(directory: str | Path) -> TracedGraph:
     )
     graph.meta["surgery"] = record
     return graph
+
+
+def load_inputs(directory: str | Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs of a saved surgery, as positional and keyword arguments.
+
+    Raises:
+        LoadError: as `load`; the file holds none.
+    """
+    read_record(Path(directory))
+    program = read_program(Path(directory) / MODEL)
+    if program.example_inputs is None:
+        raise LoadError(f"{Path(directory) / MODEL} holds no example inputs. Save it again.")
+    args, kwargs = program.example_inputs
+    return tuple(args), dict(kwargs)
 
 
 def load_diff(directory: str | Path) -> Diff:
@@ -155,15 +166,9 @@ def read_record(directory: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _export(surgery: Surgery) -> torch.export.ExportedProgram:
-    args, kwargs = inputs_of(surgery)
     graph = surgery.graph
+    args, kwargs = _at_least_two(graph, *inputs_of(surgery))
     training = graph.training
     info: TraceInfo = graph.meta["trace"]
     graph.train()
@@ -183,6 +188,25 @@ def _export(surgery: Surgery) -> torch.export.ExportedProgram:
     if not error_size <= tolerance_for(expected):
         raise SaveError(f"The exported graph differs from the graph by {error_size:.1e} relative; nothing was saved.")
     return program
+
+
+def _at_least_two(
+    graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs with a batch of 1 doubled where batch is dynamic: export fixes a dimension of size 1."""
+    info: TraceInfo = graph.meta["trace"]
+    flat = iter(info.dynamic)
+
+    def grow(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        _, dims = next(flat)
+        return torch.cat([leaf, leaf]) if 0 in dims and leaf.shape[0] == 1 else leaf
+
+    names = [name for name in graph.graph._codegen.pytree_info.orig_args if name != "self"]  # type: ignore[attr-defined]
+    bound = {**dict(zip(names, args, strict=False)), **kwargs}
+    grown = {name: pytree.tree_map(grow, bound[name]) for name in names}
+    return tuple(grown[name] for name in names[: len(args)]), {name: grown[name] for name in names[len(args) :]}
 
 
 def _dynamic_shapes(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any], info: TraceInfo) -> Any:
@@ -231,7 +255,7 @@ def _record(surgery: Surgery, model: Path) -> dict[str, Any]:
         ],
         "tau": get_tau(surgery.graph),
         "output_modules": _output_modules(surgery.graph),
-        "model_sha256": hash_file(model),
+        "model_sha256": sha256_of([model]),
     }
 
 

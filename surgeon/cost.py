@@ -12,12 +12,22 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from surgeon.graph import flat_inputs, tensor_key
 from surgeon.kernels.dynamic_k import selected
 from surgeon.moe import MoE, MoESite, find_moes
 from surgeon.report import Cost
+
+
+def _attention_flops(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+# Attention as it runs on CPUs, for which torch has no formula.
+_ALSO_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @dataclass
@@ -51,7 +61,7 @@ def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     it is in.
     """
     meter = ExpertMeter(graph)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
         meter.call(args, kwargs)
     counted = counter.get_total_flops() // 2
     # The masked form computes what it then drops, and the count has it; the dynamic form never does.

@@ -128,9 +128,7 @@ def run(
     assert data.eval is not None
     part = 0.05 if quick else 1.0
     model = DigitsViT()
-    train(
-        model, data, epochs=20 * part, lr=2e-3, weight_decay=0.05, schedule="cosine", seed=seed, progress=progress
-    )
+    train(model, data, epochs=20 * part, lr=2e-3, weight_decay=0.05, schedule="cosine", seed=seed, progress=progress)
     dense = evaluate(model, data.eval, TASK)
     if on_dense is not None:
         on_dense(dense)

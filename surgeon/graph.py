@@ -186,8 +186,14 @@ def retie(graph: GraphModule) -> None:
             setattr(graph.get_submodule(owner), field, kept)
 
 
-def unique_target(graph: GraphModule, wanted: str) -> str:
-    """`wanted`, or `wanted_1`, `wanted_2`, ... if the graph module already has an attribute of that path."""
+def free_target(graph: GraphModule, path: str, name: str) -> str:
+    """`path.name` for a new submodule, or `path.name_1`, `path.name_2`, ... if that is taken.
+
+    A path that is itself a parameter (a raw weight at the model's top) stands for the module that holds it.
+    """
+    while path and isinstance(attribute(graph, path) if _has(graph, path) else None, Tensor):
+        path = path.rpartition(".")[0]
+    wanted = f"{path}.{name}" if path else name
     taken = {name for name, _ in graph.named_modules()} | {
         name for name, _ in [*graph.named_parameters(remove_duplicate=False), *graph.named_buffers()]
     }
@@ -196,6 +202,14 @@ def unique_target(graph: GraphModule, wanted: str) -> str:
         number += 1
         candidate = f"{wanted}_{number}"
     return candidate
+
+
+def _has(graph: GraphModule, target: str) -> bool:
+    try:
+        attribute(graph, target)
+    except AttributeError:
+        return False
+    return True
 
 
 def to_networkx(graph: GraphModule) -> nx.DiGraph:

@@ -56,6 +56,17 @@ MATMULS = {
 }
 
 
+def is_copy(node: Node) -> bool:
+    """Whether the node returns its input's values: a copy, or a conversion between floating-point types."""
+    if node.op != "call_function" or node.target not in SAME_VALUE:
+        return False
+    value, source = node.meta.get("val"), node.args[0]
+    before = source.meta.get("val") if isinstance(source, Node) else None
+    return not isinstance(value, Tensor) or not isinstance(before, Tensor) or (
+        value.is_floating_point() == before.is_floating_point()
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Linear:
     """An affine map of the last dimension: output [..., out_features] = input [..., in_features] · Wᵀ + bias.
@@ -282,7 +293,7 @@ def _before_flattening(core: Node, x: Node) -> Node:
     source = x.args[0]
     assert isinstance(source, Node)
     before, after = shape_of(source), shape_of(x)
-    if before and after and len(after) == 2 and _equal(before[-1], after[-1]):
+    if before and after and len(after) == 2 and equal_size(before[-1], after[-1]):
         return source
     return x
 
@@ -295,17 +306,17 @@ def _restores(view: Node, x: Node, output: Node, out_features: int) -> bool:
         and shape is not None
         and x_shape is not None
         and len(shape) == len(x_shape)
-        and _equal(shape[-1], out_features)
-        and all(_equal(a, b) for a, b in zip(shape[:-1], x_shape[:-1], strict=True))
+        and equal_size(shape[-1], out_features)
+        and all(equal_size(a, b) for a, b in zip(shape[:-1], x_shape[:-1], strict=True))
     )
 
 
 def _same_leading(output: Node, x: Node) -> bool:
     a, b = shape_of(output), shape_of(x)
-    return a is not None and b is not None and len(a) == len(b) and all(map(_equal, a[:-1], b[:-1]))
+    return a is not None and b is not None and len(a) == len(b) and all(map(equal_size, a[:-1], b[:-1]))
 
 
-def _equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+def equal_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are the same number or the same expression, without adding a guard."""
     left = a.node.expr if isinstance(a, torch.SymInt) else a
     right = b.node.expr if isinstance(b, torch.SymInt) else b

@@ -207,20 +207,22 @@ def set_tau(graph: GraphModule, tau: float | Mapping[str, float], path: str | No
     Raises:
         UsageError: tau is outside [0, 1], the graph has no experts, or no layer has that path.
     """
-    if isinstance(tau, Mapping):
-        return [name for pattern, value in tau.items() for name in set_tau(graph, value, pattern)]
-    if not 0.0 <= tau <= 1.0:
-        raise UsageError(f"tau is {tau}, but it is a share of the largest score: give a value from 0 to 1.")
     sites = find_moes(graph)
     if not sites:
         raise UsageError("The graph has no experts to set tau for. Apply moeify first.")
-    chosen = [site for site in sites if path is None or _matches(site.path, path)]
-    if not chosen:
-        raise UsageError(f"No layer '{path}'. Layers with experts: {', '.join(site.path for site in sites)}.")
-    for site in chosen:
-        with torch.no_grad():
-            site.tau.fill_(tau)
-    return [site.path for site in chosen]
+    wanted = tau if isinstance(tau, Mapping) else {path or "*": tau}
+    chosen: dict[str, tuple[MoESite, float]] = {}
+    for pattern, value in wanted.items():
+        if not 0.0 <= value <= 1.0:
+            raise UsageError(f"tau is {value}, but it is a share of the largest score: give a value from 0 to 1.")
+        matching = [site for site in sites if _matches(site.path, pattern)]
+        if not matching:
+            raise UsageError(f"No layer '{pattern}'. Layers with experts: {', '.join(site.path for site in sites)}.")
+        chosen.update({site.path: (site, value) for site in matching})
+    with torch.no_grad():
+        for site, value in chosen.values():
+            site.tau.fill_(value)
+    return list(chosen)
 
 
 def get_tau(graph: GraphModule) -> dict[str, float]:

@@ -19,6 +19,7 @@ from surgeon.inputs import as_args_kwargs, example_inputs
 from surgeon.moe import find_moes, set_tau
 from surgeon.passes import Pass
 from surgeon.report import PassReport, Progress
+from surgeon.source import check_finite
 from surgeon.tracing import adopt, is_aten_graph, trace
 
 
@@ -128,6 +129,7 @@ class Pipeline:
 
         Raises:
             UsageError: passes in an order that cannot work, a pass that needs data, options that fit no site.
+            LoadError: the model has weights that are not finite.
             TraceError: the model cannot be traced faithfully.
             PassError, VerificationError: a pass failed; the message names it, and no later pass ran.
         """
@@ -139,6 +141,7 @@ class Pipeline:
         else:
             if inputs is None:
                 inputs = example_inputs(model, config=getattr(model, "config", None))
+            check_finite(model)
             graph = trace(model, inputs)
         if origin is None:
             origin = Origin(config=getattr(model, "config", None))

@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 
 from surgeon.graph import aten, shape_of, tensor_of
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.linear import SAME_VALUE, VIEWS, Linear
+from surgeon.linear import VIEWS, Linear, is_copy
 
 DROPOUTS = {
     aten.dropout.default,
@@ -220,9 +220,13 @@ def _scales(cone: Cone) -> set[float]:
 
 
 def _spread(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Values over [-8, 8], dense around zero and reaching past every kink of the known activations."""
+    """Values of both signs, dense around zero, past every kink of the known activations, and some up to 10⁴.
+
+    The large ones tell a ReLU from one that is clamped at 7 or 100.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1).pow(3) * 8
+    values = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1).pow(3) * 8
+    return torch.where(torch.rand(shape, generator=generator) < 0.2, values * 10 ** (values.abs() * 3 / 8), values)
 
 
 def _probe_shape(cone: Cone, leaf: int) -> tuple[int, ...]:
@@ -277,7 +281,7 @@ def _run(graph: GraphModule, cone: Cone, values: list[Tensor]) -> Tensor:
         for node in cone.nodes:
             args: Any = map_arg(node.args, resolve)
             kwargs: Any = map_arg(node.kwargs, resolve)
-            if node.op == "call_module" or node.target in DROPOUTS or node.target in SAME_VALUE:
+            if node.op == "call_module" or node.target in DROPOUTS or is_copy(node):
                 environment[node] = args[0]
             else:
                 if "dtype" in kwargs and kwargs["dtype"] is not None and kwargs["dtype"].is_floating_point:

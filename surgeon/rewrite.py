@@ -13,6 +13,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from surgeon.graph import TracedGraph, aten, fork, is_call, shape_of, tensor_of
+from surgeon.linear import SAME_VALUE
+from surgeon.probe import SHAPE_OPS
 from surgeon.sites import Call
 
 
@@ -85,7 +87,7 @@ class Capture(nn.Module):
         codegen: Any = self.graph.graph._codegen
         self._out_spec = codegen.pytree_info.out_spec
         codegen.pytree_info = codegen.pytree_info._replace(out_spec=None)
-        values = {name: nodes[name] for name in names}
+        values = {name: _before_changes(self.graph, nodes[name]) for name in names}
         output.args = ((output.args[0] if keep_output else None, values),)
         self.graph.graph.eliminate_dead_code()
         self.graph.recompile()
@@ -96,6 +98,27 @@ class Capture(nn.Module):
         if output is not None and self._out_spec is not None:
             output = pytree.tree_unflatten(list(output), self._out_spec)
         return output, values
+
+
+def _before_changes(graph: GraphModule, node: Node) -> Node:
+    """The node, or a copy of its value if the graph later changes that in place (`x += y`, an in-place ReLU)."""
+    stack, seen = [node], {node}
+    changed = False
+    while stack:
+        for user in stack.pop().users:
+            schema = getattr(user.target, "_schema", None)
+            changed = changed or (schema is not None and schema.is_mutable)
+            if (
+                user not in seen
+                and user.op == "call_function"
+                and (user.target in SHAPE_OPS or user.target in SAME_VALUE)
+            ):
+                seen.add(user)
+                stack.append(user)
+    if not changed:
+        return node
+    with graph.graph.inserting_after(node):
+        return graph.graph.call_function(aten.clone.default, (node,))
 
 
 def replace_attribute(graph: GraphModule, target: str, value: Tensor | nn.Module | None) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from surgeon.graph import aten, common_path, is_call, module_path, tensor_key, tensor_of
-from surgeon.linear import MATMULS, SAME_VALUE, Linear, OpaqueLinear, find_linears
+from surgeon.graph import aten, common_path, is_call, module_path, shape_of, tensor_key, tensor_of
+from surgeon.linear import MATMULS, SAME_VALUE, Linear, OpaqueLinear, equal_size, find_linears, is_copy
 from surgeon.probe import DROPOUTS, SHAPE_OPS, Cone, Halves, Nonlinearity, half, identify, other_half
 
 _MaybeTensor = TypeVar("_MaybeTensor", bound=Tensor | None)
@@ -25,23 +25,31 @@ _MaybeTensor = TypeVar("_MaybeTensor", bound=Tensor | None)
 # Modules that return their input and are looked through: see `passes.sparsify.SparsityTap`.
 IDENTITY_MODULE_MARK = "surgeon_identity"
 
-_ACTIVATION_WORDS = (
-    "relu", "gelu", "silu", "elu", "mish", "tanh", "sigmoid", "erf", "exp", "hardswish", "hardtanh", "softplus", "glu",
-    "softmax", "clamp", "pow", "square", "maximum", "where", "sin", "cos", "abs", "threshold", "prelu", "sign", "log",
-)  # fmt: skip
+# Name of the module that `passes.mlpify` puts in place of a linear layer.
+PROJECTION_MLP = "projection_mlp"
+# Pointwise ops that keep a linear map linear. Any other one counts as an activation.
+_LINEAR_OPS = {
+    "add", "sub", "rsub", "mul", "div", "neg", "positive", "zeros_like", "ones_like", "full_like", "full", "zeros", "ones",
+    "scalar_tensor",
+}  # fmt: skip
+_CREATION_OPS = {"zeros_like", "ones_like", "full_like", "full", "zeros", "ones", "scalar_tensor"}
+# Computed value by value, though torch does not mark them so.
+_ALSO_POINTWISE = {"hardswish", "where", "glu", "special_ndtr"}
 # What may stand between two linears so that they are no feed-forward layer, and the words for it.
 _BARRIERS = {
     "norm": "a normalisation", "conv": "a convolution", "softmax": "a softmax", "mean": "a mean", "var": "a variance",
-    "std": "a standard deviation", "amax": "a maximum", "sum": "a sum", "max": "a maximum", "min": "a minimum",
-    "topk": "a top-k selection", "sort": "a sort", "cumsum": "a cumulative sum", "pool": "a pooling",
-    "cat": "a concatenation", "stack": "a concatenation", "rand": "noise", "bernoulli": "noise", "normal": "noise",
-    "gather": "a gather", "scatter": "a scatter", "prelu": "a learned activation (prelu)", "roll": "a roll",
-    "index": "an index", "cumprod": "a cumulative product", "logcumsumexp": "a cumulative sum", "argmax": "a maximum",
-    "median": "a median", "nonzero": "a data-dependent shape", "masked_select": "a data-dependent shape",
-    "expand": "an expansion", "repeat": "a repetition", "pad": "padding", "lstm": "a recurrent layer",
-    "gru": "a recurrent layer", "fft": "a Fourier transform", "upsample": "a resizing", "interpolate": "a resizing",
-    "unfold": "an unfolding", "einsum": "a product", "logsumexp": "a sum", "prod": "a product", "norm_": "a norm",
+    "std": "a standard deviation", "amax": "a maximum", "argmax": "a maximum", "max": "a maximum", "min": "a minimum",
+    "sum": "a sum", "cumsum": "a cumulative sum", "logsumexp": "a sum", "logcumsumexp": "a cumulative sum",
+    "prod": "a product", "cumprod": "a cumulative product", "median": "a median", "topk": "a top-k selection",
+    "sort": "a sort", "pool": "a pooling", "cat": "a concatenation", "stack": "a concatenation", "rand": "noise",
+    "bernoulli": "noise", "normal": "noise", "uniform": "noise", "gather": "a gather", "scatter": "a scatter",
+    "index": "an index", "nonzero": "a data-dependent shape", "masked_select": "a data-dependent shape",
+    "expand": "an expansion", "repeat": "a repetition", "roll": "a shift", "flip": "a reversal", "pad": "padding",
+    "lstm": "a recurrent layer", "gru": "a recurrent layer", "fft": "a Fourier transform", "upsample": "a resizing",
+    "unfold": "an unfolding", "prelu": "a learned activation", "layer_norm": "a normalisation",
 }  # fmt: skip
+# What a walk back from a linear layer ends at: values that were not made from another linear layer.
+_SOURCES = {"embedding", "embedding_bag", "arange", "eye", "tril", "triu"}
 _ATTENTION = MATMULS | {aten.scaled_dot_product_attention.default}
 _SATURATING = {"tanh", "sigmoid", "softsign", "hardtanh"}
 # Far enough to see that a normalisation or a convolution stands between two linears.
@@ -291,8 +299,20 @@ class _Walk:
 
     @property
     def has_activation(self) -> bool:
-        words = {word for node in self.nodes for word in [_op_name(node).rstrip("_")]}
-        return any(word.startswith(activation) for word in words for activation in _ACTIVATION_WORDS)
+        return any(
+            _op_name(node).rstrip("_") not in _LINEAR_OPS
+            for node in self.nodes
+            if node.op == "call_function"
+            and node.target not in (SHAPE_OPS - {aten.glu.default})
+            and node.target not in DROPOUTS
+            and not is_copy(node)
+            and node not in self.barrier_nodes
+        )
+
+    @property
+    def barrier_nodes(self) -> set[Node]:
+        """The nodes that bar, softmax aside, which is an activation of a kind."""
+        return {node for node, what in self.barriers if what != "a softmax"}
 
 
 class _Search:
@@ -378,6 +398,8 @@ class _Search:
             found = replace(found, gate_leaf=0)
         if len({leaf.input for leaf in leaves}) > 1:
             return self._reject(down, leaves, "gate and up read different inputs")
+        if not _keeps_tokens(leaves[0].input, down.output):
+            return self._reject(down, leaves, "the tokens are put into another shape between the linears")
         first = leaves[0]
         if found.activation in _SATURATING and not found.gated and down.in_features <= first.in_features:
             widths = f"{first.in_features}→{down.in_features}→{down.out_features}"
@@ -429,12 +451,7 @@ class _Search:
         if node.op != "call_function":
             return False
         target = node.target
-        if target in SHAPE_OPS or target in SAME_VALUE or target in DROPOUTS:
-            return True
-        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
-            return False
-        creates = _op_name(node) in ("zeros_like", "ones_like", "full_like", "full", "scalar_tensor", "zeros", "ones")
-        return torch.Tag.pointwise in target.tags or creates
+        return target in SHAPE_OPS or target in DROPOUTS or is_copy(node) or _is_pointwise(node)
 
     def _escape(self, cone: Cone, down: Linear) -> tuple[Node, Node] | None:
         """(value, user) if a value between input and output is read by anything else."""
@@ -463,6 +480,9 @@ class _Search:
                     f"its weight '{weight.target}' is also used by {_user_name(user)}, which is not converted with it"
                 )
                 self.rejections.extend(Rejection(member.path, what, user.name) for member in members)
+            elif len({self.uses.key(weight) for weight in weights}) < len(weights):
+                what = "two of its linears share one weight"
+                self.rejections.extend(Rejection(member.path, what) for member in members)
             elif len({member.nonlinearity for member in members}) > 1:
                 what = "its weights are used at several places with different activations"
                 self.rejections.extend(Rejection(member.path, what) for member in members)
@@ -474,6 +494,16 @@ class _Search:
         self, down: Linear | OpaqueLinear, leaves: Iterable[Linear], reason: str, node: Node | None = None
     ) -> Rejection:
         return Rejection(_ffn_path(leaves, down), reason, (node or down.output).name)
+
+
+def _keeps_tokens(x: Node, output: Node) -> bool:
+    """Whether the output has the input's leading dimensions, or all of them flattened into one."""
+    before, after = shape_of(x), shape_of(output)
+    if before is None or after is None:
+        return False
+    if len(before) == len(after):
+        return all(map(equal_size, before[:-1], after[:-1]))
+    return len(after) == 2 < len(before)
 
 
 def _ffn_path(leaves: Iterable[Linear], down: Linear | OpaqueLinear) -> str:
@@ -493,19 +523,30 @@ def _op_name(node: Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
+def _is_pointwise(node: Node) -> bool:
+    """Whether every value of the result comes from the values at the same place, or from none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    name = _op_name(node).rstrip("_")
+    if name in _ALSO_POINTWISE or name in _CREATION_OPS:
+        return True
+    return torch.Tag.pointwise in target.tags and "prelu" not in name and target not in SAME_VALUE
+
+
 def _barrier(node: Node) -> str | None:
     """Words for a node that mixes neurons or tokens and so cannot stand inside a feed-forward layer."""
     if node.op != "call_function" or node.target in SHAPE_OPS or node.target in DROPOUTS:
         return None
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(node.target, torch._ops.OpOverload) or is_copy(node) or _is_pointwise(node):
         return None
     name = _op_name(node)
-    if torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags:
-        return "a learned activation (prelu)" if "prelu" in name else None
-    if name.endswith("_like") and torch.Tag.nondeterministic_seeded not in target.tags:
+    if name in _SOURCES:
         return None
-    return next((words for key, words in _BARRIERS.items() if key in name), None)
+    if node.target in SAME_VALUE:
+        return "a conversion to another kind of number"
+    keys = sorted((key for key in _BARRIERS if key in name), key=len)
+    return _BARRIERS[keys[-1]] if keys else "an op that is not computed value by value"
 
 
 def _is_tensor(node: Node) -> bool:

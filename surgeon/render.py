@@ -1,0 +1,254 @@
+"""The only place that prints: answers on stdout, progress and warnings on stderr, styled, plain or as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from surgeon.report import Progress
+from surgeon.summary import seconds
+from surgeon.views import Detail, diff_view
+
+if TYPE_CHECKING:
+    from surgeon.pipeline import Diff
+
+Mode = Literal["rich", "plain", "json"]
+# Plain text is never wrapped or cut: what reads it does that better.
+_UNBOUNDED = 10_000
+_LINE_SECONDS = 10.0
+_LINES_PER_FIT = 5
+
+
+def diff_text(diff: Diff, detail: Detail = "sites") -> str:
+    """The pass-by-pass diff as plain text."""
+    return plain_text(diff_view(diff.passes, detail))
+
+
+def plain_text(content: RenderableType, width: int = _UNBOUNDED) -> str:
+    """What `content` looks like without colours, at most `width` wide."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, color_system=None, force_terminal=False, highlight=False, emoji=False)
+    console.print(content, soft_wrap=False)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def to_json(value: Any) -> Any:
+    """Plain JSON values: dataclasses become objects, paths strings, and numbers that are not finite null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: to_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_json(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in JSON output")
+
+
+class Screen:
+    """Where a command writes. One per run.
+
+    mode: None takes "rich" if stdout is a terminal, else "plain". quiet: no progress. verbose: the log too.
+    """
+
+    def __init__(self, mode: Mode | None = None, *, verbose: int = 0, quiet: bool = False) -> None:
+        self.mode: Mode = mode or ("rich" if sys.stdout.isatty() else "plain")
+        self.quiet = quiet
+        self.verbose = verbose
+        self._err = Console(stderr=True, highlight=False, emoji=False, color_system=_colours(self.mode, sys.stderr))
+        self._bars: Bars | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line: dict[str, tuple[float, int]] = {}
+        self._live = sys.stderr.isatty() and self.mode != "plain" and not quiet
+
+    # --- answers
+
+    def show(self, content: RenderableType) -> None:
+        """Print an answer, or a part of one, for people. Silent where JSON is asked for."""
+        if self.mode == "json":
+            return
+        with self._without_bars():
+            if self.mode == "plain":
+                self._write(plain_text(content, self._plain_width()))
+            else:
+                # A terminal's width is only known to rich where the terminal is; a forced width comes from COLUMNS.
+                Console(highlight=False, emoji=False, force_terminal=True).print(content)
+
+    def result(self, value: Any) -> None:
+        """Print the answer for programs, where JSON is asked for."""
+        if self.mode == "json":
+            with self._without_bars():
+                self._write(json.dumps(to_json(value), indent=1, ensure_ascii=False))
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def _plain_width(self) -> int:
+        return Console().width if sys.stdout.isatty() else _UNBOUNDED
+
+    # --- progress
+
+    @contextlib.contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        """Say what is being done while it is done."""
+        if self.quiet:
+            yield
+            return
+        if not self._live:
+            self._err.print(Text(f"{what} ..."), soft_wrap=True)
+            yield
+            return
+        bars = self._running()
+        task = bars.add_task(what, total=None, values="")
+        try:
+            yield
+        finally:
+            bars.remove_task(task)
+
+    def progress(self, moment: Progress) -> None:
+        """Show how far long work is: a bar on a terminal, else a line now and then; the losses now and then on both."""
+        if self.quiet:
+            return
+        values = "  ".join(f"{name} {value:.4g}" for name, value in moment.values.items())
+        if self._live:
+            bars = self._running()
+            if moment.what not in self._tasks:
+                self._tasks[moment.what] = bars.add_task(moment.what, total=moment.total, values=values)
+            bars.update(self._tasks[moment.what], completed=moment.done, values=values)
+            if moment.done >= moment.total:
+                bars.remove_task(self._tasks.pop(moment.what))
+        if self._due(moment):
+            line = f"{moment.what}  {moment.done}/{moment.total}  {values}".rstrip()
+            self._print_error(Text(line, style="dim"))
+
+    def _due(self, moment: Progress) -> bool:
+        """Whether to print a line: at the first and the last step, and at every fifth of the work or some seconds."""
+        now = time.monotonic()
+        if moment.what not in self._last_line:
+            self._last_line[moment.what] = (now, 0)
+            return not self._live
+        if moment.done >= moment.total:
+            del self._last_line[moment.what]
+            return True
+        then, fifth = self._last_line[moment.what]
+        reached = _LINES_PER_FIT * moment.done // max(1, moment.total)
+        if now - then < _LINE_SECONDS and (reached == fifth or now - then < 1.0):
+            return False
+        self._last_line[moment.what] = (now, reached)
+        return True
+
+    def _running(self) -> Bars:
+        if self._bars is None:
+            # Answers go to stdout by themselves: were it redirected, they would end up on stderr.
+            self._bars = Bars(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[values]}"),
+                console=self._err,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._bars.start()
+        return self._bars
+
+    @contextlib.contextmanager
+    def _without_bars(self) -> Iterator[None]:
+        """Bars are taken off the screen while something else is printed."""
+        if self._bars is None:
+            yield
+            return
+        self._bars.stop()
+        try:
+            yield
+        finally:
+            self._bars.start()
+
+    def close(self) -> None:
+        """Take the progress off the screen."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+            self._tasks.clear()
+
+    # --- warnings, the log, errors
+
+    def warn(self, text: str) -> None:
+        """A warning, on stderr."""
+        self._print_error(Text.assemble(("warning: ", "yellow"), text))
+
+    def say(self, text: str) -> None:
+        """A remark about what goes on, on stderr, unless quiet."""
+        if not self.quiet:
+            self._print_error(Text(text))
+
+    def error(self, text: str, *, kind: str, exit_code: int) -> None:
+        """An error: the text on stderr and, where JSON is asked for, `{"error": …}` on stdout."""
+        self.close()
+        self._print_error(Text.assemble(("error: ", "bold red"), text))
+        if self.mode == "json":
+            self._write(json.dumps({"error": {"type": kind, "message": text, "exit_code": exit_code}}, indent=1))
+
+    def _print_error(self, text: Text) -> None:
+        if self._bars is not None:
+            self._bars.console.print(text, soft_wrap=True)
+        else:
+            self._err.print(text, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Show the toolkit's log on stderr while a command runs: warnings always, the rest with -v."""
+        handler = _Handler(self)
+        handler.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(self.verbose, 2)])
+        log = logging.getLogger("surgeon")
+        before = log.level, log.propagate
+        log.addHandler(handler)
+        log.setLevel(handler.level)
+        log.propagate = False
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(before[0])
+            log.propagate = before[1]
+            self.close()
+
+
+class _Handler(logging.Handler):
+    def __init__(self, screen: Screen) -> None:
+        super().__init__()
+        self._screen = screen
+        self._started = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self._screen.warn(record.getMessage())
+        else:
+            self._screen.say(f"[{seconds(time.monotonic() - self._started)}] {record.getMessage()}")
+
+
+def _colours(mode: Mode, stream: Any) -> Literal["auto"] | None:
+    return "auto" if mode != "plain" and stream.isatty() else None
