@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch.fx import GraphModule
@@ -277,6 +277,15 @@ class TrainedPass(Pass[Site], ABC):
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     schedule: Schedule = option("linear", "Learning rate over time: constant, linear or cosine (to zero).")
     clip: float | None = option(1.0, "Largest gradient norm.")
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"{self.name}: steps is {self.steps}, but must be at least 1.")
+        for name in ("epochs", "lr"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{self.name}: {name} is {getattr(self, name)}, but must be positive.")
+        if self.schedule not in get_args(Schedule):
+            raise UsageError(f"{self.name}: schedule is '{self.schedule}'; it can be {', '.join(get_args(Schedule))}.")
 
     def plan(self) -> Plan:
         """The options as a plan for `surgeon.fit`."""

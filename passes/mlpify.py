@@ -21,7 +21,7 @@ from surgeon.passes.base import SiteKind, TrainedPass, option
 from surgeon.passes.sparsify import square_hoyer
 from surgeon.passes.swap_activation import TARGETS
 from surgeon.report import FitReport, SiteChange
-from surgeon.rewrite import Capture, emit, erase_unread, get_attr, replace_value
+from surgeon.rewrite import Capture, emit, emit_dropout, erase_unread, get_attr, replace_value
 from surgeon.sites import PROJECTION_MLP, LinearSite, Rejection, find_linear_sites
 
 
@@ -62,6 +62,7 @@ class Mlpify(TrainedPass[LinearSite]):
     lr: float = option(1e-3, "Learning rate of AdamW for the replacements.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.activation not in TARGETS:
             raise UsageError(f"mlpify: activation is '{self.activation}', but must be one of {', '.join(TARGETS)}.")
         if self.cost_factor <= 0:
@@ -111,9 +112,7 @@ class Mlpify(TrainedPass[LinearSite]):
                 return step(aten.linear.default, x, weight, *offset, part=part)
 
             value = TARGETS[self.activation](step, linear(call.input, "fc1", True))
-            if self.dropout:
-                value = step(aten.dropout.default, value, self.dropout, graph.training)
-                value.meta["surgeon_train_value"] = True
+            value = emit_dropout(graph, value, self.dropout, path=f"{target}.act")
             value = linear(value, "fc2", call.bias is not None)
         replace_value(call.output, value, call.input, call.nodes)
         erase_unread(graph, call.nodes)

@@ -61,6 +61,7 @@ class Moeify(TrainedPass[FFN]):
     lr: float = option(1e-3, "Learning rate of AdamW for the routers.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.experts is not None and self.expert_size is not None:
             raise UsageError("moeify: give experts or expert_size, not both.")
         for name in ("experts", "expert_size", "router_width"):

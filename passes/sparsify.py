@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +103,10 @@ class Sparsify(TrainedPass[FFN]):
     lr: float = option(2e-5, "Learning rate of AdamW for all parameters.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.alpha < 0:
             raise UsageError(f"sparsify: alpha is {self.alpha}, but must not be negative.")
-        if self.alpha_schedule not in ("constant", "linear", "linear_warmup"):
+        if self.alpha_schedule not in get_args(AlphaSchedule):
             raise UsageError(
                 f"sparsify: alpha_schedule is '{self.alpha_schedule}'; it can be constant, linear or linear_warmup."
             )

@@ -13,7 +13,7 @@ from surgeon.graph import TracedGraph, aten, shape_of
 from surgeon.passes.base import Pass, SiteKind, option
 from surgeon.probe import HALVES, OTHER
 from surgeon.report import SiteChange
-from surgeon.rewrite import emit, erase_unread
+from surgeon.rewrite import emit, emit_dropout, erase_unread
 from surgeon.sites import FFN, Call, Rejection, find_ffns
 
 Emit = Callable[..., Node]
@@ -84,9 +84,7 @@ class SwapActivation(Pass[FFN]):
                 value = step(aten.mul.Tensor, value, up)
             if found.output_scale != 1.0:
                 value = step(aten.mul.Tensor, value, found.output_scale)
-            if site.dropout:
-                value = step(aten.dropout.default, value, site.dropout, graph.training)
-                value.meta["surgeon_train_value"] = True
+            value = emit_dropout(graph, value, site.dropout, path=site.path)
         for user in list(old.users):
             if user in call.down.nodes:
                 user.replace_input_with(old, value)

@@ -131,8 +131,8 @@ def fit(
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
     length = _length(data)
-    epochs = step / length if length else float("nan")
-    return FitReport(step, round(epochs, 3), round(time.monotonic() - started, 2), tuple(history), resumed_at)
+    epochs = round(step / length, 3) if length else None
+    return FitReport(step, epochs, round(time.monotonic() - started, 2), tuple(history), resumed_at)
 
 
 def loss_of(graph: GraphModule, data: Data) -> Loss:

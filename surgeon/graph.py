@@ -31,7 +31,7 @@ _MODE_ARGUMENT: dict[Any, tuple[int, str, bool | float]] = {
     aten.batch_norm.default: (5, "training", False),
     aten.scaled_dot_product_attention.default: (4, "dropout_p", 0.0),
 }
-_TRAIN_VALUE = "surgeon_train_value"
+TRAIN_VALUE = "surgeon_train_value"
 
 
 class TracedGraph(GraphModule):
@@ -70,11 +70,11 @@ def _switch(node: Node, mode: bool) -> bool:
     if not positional and keyword not in node.kwargs:
         return False  # left at its default, which is the evaluation value for every op of the table
     value = node.args[position] if positional else node.kwargs[keyword]
-    wanted = node.meta.get(_TRAIN_VALUE, value) if mode else eval_value
+    wanted = node.meta.get(TRAIN_VALUE, value) if mode else eval_value
     if value == wanted:
         return False
     if not mode:
-        node.meta[_TRAIN_VALUE] = value
+        node.meta[TRAIN_VALUE] = value
     if positional:
         node.update_arg(position, wanted)
     else:

@@ -44,10 +44,14 @@ class SiteChange:
 
 @dataclass(frozen=True)
 class FitReport:
-    """How a pass was fitted: optimiser steps, seconds, and (step, losses) at the start, at the end and in between."""
+    """How a pass was fitted.
+
+    steps: of the optimiser. epochs: times through the data, None if its length is unknown. losses: (step, values) at
+    the start, at the end and in between. resumed_at: the step at which an interrupted fit went on, 0 if it was not.
+    """
 
     steps: int
-    epochs: float
+    epochs: float | None
     seconds: float
     losses: tuple[tuple[int, dict[str, float]], ...]
     resumed_at: int = 0

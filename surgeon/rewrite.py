@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from surgeon.graph import TracedGraph, aten, fork, is_call, shape_of, tensor_of
+from surgeon.graph import TRAIN_VALUE, TracedGraph, aten, fork, is_call, shape_of, tensor_of
 from surgeon.linear import SAME_VALUE
 from surgeon.probe import SHAPE_OPS
 from surgeon.sites import Call
@@ -54,6 +54,18 @@ def get_attr(graph: GraphModule, target: str) -> Node:
 def set_path(node: Node, path: str) -> None:
     """Record the module path a node belongs to, in the place where `torch.export` records it."""
     node.meta["nn_module_stack"] = {path: (path, "torch.nn.Module")}
+
+
+def emit_dropout(graph: TracedGraph, value: Node, probability: float, *, path: str) -> Node:
+    """Add a dropout that follows the graph's training mode; `value` itself where there is nothing to drop.
+
+    A graph of evaluation form has no training mode, so it gets none.
+    """
+    if probability == 0.0 or graph.meta["trace"].form == "eval":
+        return value
+    node = emit(graph, aten.dropout.default, value, probability, graph.training, path=path)
+    node.meta[TRAIN_VALUE] = True
+    return node
 
 
 def replace_value(old: Node, new: Node, x: Node, inside: Iterable[Node]) -> None:

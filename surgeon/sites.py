@@ -28,13 +28,8 @@ IDENTITY_MODULE_MARK = "surgeon_identity"
 # Name of the module that `passes.mlpify` puts in place of a linear layer.
 PROJECTION_MLP = "projection_mlp"
 # Pointwise ops that keep a linear map linear. Any other one counts as an activation.
-_LINEAR_OPS = {
-    "add", "sub", "rsub", "mul", "div", "neg", "positive", "zeros_like", "ones_like", "full_like", "full", "zeros", "ones",
-    "scalar_tensor",
-}  # fmt: skip
+_LINEAR_OPS = {"add", "sub", "rsub", "mul", "div", "neg", "positive"}
 _CREATION_OPS = {"zeros_like", "ones_like", "full_like", "full", "zeros", "ones", "scalar_tensor"}
-# Computed value by value, though torch does not mark them so.
-_ALSO_POINTWISE = {"hardswish", "where", "glu", "special_ndtr"}
 # What may stand between two linears so that they are no feed-forward layer, and the words for it.
 _BARRIERS = {
     "norm": "a normalisation", "conv": "a convolution", "softmax": "a softmax", "mean": "a mean", "var": "a variance",
@@ -300,7 +295,7 @@ class _Walk:
     @property
     def has_activation(self) -> bool:
         return any(
-            _op_name(node).rstrip("_") not in _LINEAR_OPS
+            _op_name(node).rstrip("_") not in (_LINEAR_OPS | _CREATION_OPS)
             for node in self.nodes
             if node.op == "call_function"
             and node.target not in (SHAPE_OPS - {aten.glu.default})
@@ -529,9 +524,15 @@ def _is_pointwise(node: Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
         return False
     name = _op_name(node).rstrip("_")
-    if name in _ALSO_POINTWISE or name in _CREATION_OPS:
+    if name in _CREATION_OPS:
         return True
-    return torch.Tag.pointwise in target.tags and "prelu" not in name and target not in SAME_VALUE
+    if "prelu" in name or target in SAME_VALUE:
+        return False
+    if torch.Tag.pointwise in target.tags:
+        return True
+    # Torch does not mark all of them. One that keeps its input's shape may be pointwise; running it tells.
+    keeps_shape = any(shape_of(source) == shape_of(node) for source in node.all_input_nodes)
+    return keeps_shape and target not in _ATTENTION and name not in _SOURCES and not _barrier_words(name)
 
 
 def _barrier(node: Node) -> str | None:
@@ -545,8 +546,12 @@ def _barrier(node: Node) -> str | None:
         return None
     if node.target in SAME_VALUE:
         return "a conversion to another kind of number"
+    return _barrier_words(name) or "an op that is not computed value by value"
+
+
+def _barrier_words(name: str) -> str | None:
     keys = sorted((key for key in _BARRIERS if key in name), key=len)
-    return _BARRIERS[keys[-1]] if keys else "an op that is not computed value by value"
+    return _BARRIERS[keys[-1]] if keys else None
 
 
 def _is_tensor(node: Node) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import keyword
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +76,7 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     args, kwargs = as_args_kwargs(inputs)
     if isinstance(model, GraphModule) and is_aten_graph(model):
         return adopt(model)
+    _refuse_keywords(model)
     model_training = model.training
     with quiet(), _without_caches(model), _keep_modes(model):
         model.eval()
@@ -100,6 +102,15 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
         + "\n".join(f"  - {failure}" for failure in failures)
         + "\nOther example inputs, or a smaller part of the model, may trace."
     )
+
+
+def _refuse_keywords(model: nn.Module) -> None:
+    """torch.fx writes a graph as Python, which cannot say `self.w.in`."""
+    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    for name in names:
+        word = next((part for part in name.split(".") if keyword.iskeyword(part)), None)
+        if word is not None:
+            raise TraceError(f"'{name}': torch.fx cannot write a name that holds Python's keyword '{word}'. Rename it.")
 
 
 def adopt(graph: GraphModule) -> TracedGraph:

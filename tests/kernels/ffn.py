@@ -1,0 +1,81 @@
+"""Random arguments for the dynamic-k operators, and a way to force how the torch backend computes them."""
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from surgeon.kernels import torch_backend
+
+# Costs that make `_plan` take the way named unless every pair is selected, which is always dense.
+WAYS = {
+    "as planned": {"_FEW_TOKENS": 4},
+    "dense": {"_EXPERT_COST": 1e12, "_FEW_TOKENS": 0},
+    "by expert": {"_EXPERT_COST": 0, "_ROW_COST": 0, "_FEW_TOKENS": 0},
+    "by token": {"_RUN_COST": 0, "_ROW_COST": 1e12, "_READ_COST": 0, "_FEW_TOKENS": 10**9},
+}
+
+
+def forced(way: str) -> AbstractContextManager[object]:
+    return patch.multiple(torch_backend, **WAYS[way])
+
+
+class Arguments(NamedTuple):
+    x: Tensor
+    scores: Tensor
+    threshold: Tensor
+    w1: Tensor
+    b1: Tensor | None
+    gate: Tensor | None
+    b_gate: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    activation: str
+
+    def require_grad(self) -> "Arguments":
+        """Leaves that require gradients, except scores and threshold."""
+        named = self._asdict()
+        for name, value in named.items():
+            if isinstance(value, Tensor) and name not in ("scores", "threshold"):
+                named[name] = value.detach().clone().requires_grad_()
+        return Arguments(**named)
+
+    def leaves(self) -> list[Tensor]:
+        return [value for value in self if isinstance(value, Tensor) and value.requires_grad]
+
+
+def arguments(
+    lead: tuple[int, ...] = (3, 5),
+    experts: int = 6,
+    neurons: int = 4,
+    d_in: int = 5,
+    d_out: int = 7,
+    *,
+    gated: bool = False,
+    bias: bool = True,
+    activation: str = "gelu",
+    share: float = 0.4,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Arguments:
+    """About `share` of the pairs are selected: exactly none for 0 and all for 1."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    scores = torch.rand(*lead, experts, generator=generator)
+    return Arguments(
+        x=draw(*lead, d_in),
+        scores=scores,
+        threshold=torch.full(lead, 1.0 - share if share else 2.0),
+        w1=draw(experts, neurons, d_in),
+        b1=draw(experts, neurons) if bias else None,
+        gate=draw(experts, neurons, d_in) if gated else None,
+        b_gate=draw(experts, neurons) if gated and bias else None,
+        w2=draw(experts, neurons, d_out),
+        b2=draw(d_out) if bias else None,
+        activation=activation,
+    )
