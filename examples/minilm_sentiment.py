@@ -24,7 +24,7 @@ from surgeon.data import load_data
 from surgeon.demo import train
 from surgeon.losses import evaluate
 from surgeon.passes import Lower, Moeify, Sparsify, SwapActivation
-from surgeon.render import ConsoleProgress
+from surgeon.render import Screen
 from surgeon.source import load_model
 from surgeon.sweep import sweep
 
@@ -51,21 +51,25 @@ def main() -> None:
     )  # fmt: skip
     print(data.description)
 
-    with ConsoleProgress() as progress:
-        train(source.model, data, epochs=args.epochs, lr=5e-5, weight_decay=0.01, schedule="linear", seed=args.seed, progress=progress)
-        dense = evaluate(source.model, data.eval, TASK)
-        pipeline = surgeon.Pipeline([
-            SwapActivation(),
-            Sparsify(alpha=1e-3, epochs=args.epochs, lr=5e-5),
-            Moeify(experts=48, router_width=64, epochs=args.epochs),
-            Lower(),
-        ])  # fmt: skip
-        inputs = dict(next(iter(data.eval)).kwargs)
-        surgery = pipeline.run(source.model, inputs=inputs, data=data, seed=args.seed, progress=progress)
-        points = sweep(
-            surgery.graph, data.eval, TASK, inputs=inputs, progress=progress,
-            dense_multiply_adds=surgery.reports[0].before.multiply_adds,
-        )  # fmt: skip
+    screen = Screen()
+    train(
+        source.model, data, epochs=args.epochs, lr=5e-5, weight_decay=0.01, schedule="linear", seed=args.seed,
+        progress=screen.progress,
+    )  # fmt: skip
+    dense = evaluate(source.model, data.eval, TASK)
+    pipeline = surgeon.Pipeline([
+        SwapActivation(),
+        Sparsify(alpha=1e-3, epochs=args.epochs, lr=5e-5),
+        Moeify(experts=48, router_width=64, epochs=args.epochs),
+        Lower(),
+    ])  # fmt: skip
+    inputs = dict(next(iter(data.eval)).kwargs)
+    surgery = pipeline.run(source.model, inputs=inputs, data=data, seed=args.seed, progress=screen.progress)
+    points = sweep(
+        surgery.graph, data.eval, TASK, inputs=inputs, progress=screen.progress,
+        dense_multiply_adds=surgery.reports[0].before.multiply_adds,
+    )  # fmt: skip
+    screen.close()
     print(surgery.diff())
     print(f"\n{'':>12}  accuracy  experts run  multiply-adds")
     print(f"{'dense':>12}  {dense.value:8.1%}  {'':11}  {1:13.1%}")
@@ -74,7 +78,8 @@ def main() -> None:
     surgery.save(args.out, overwrite=True)
     rows = [{"tau": p.tau, "accuracy": p.quality.value, "executed": p.executed, "relative": p.relative} for p in points]
     (args.out / "sentiment.json").write_text(json.dumps({"dense": dense.value, "points": rows}, indent=1))
-    print(f"\nSaved to {args.out} after {(time.monotonic() - started) / 60:.0f} minutes. Load it: surgeon.load('{args.out}')")
+    minutes = (time.monotonic() - started) / 60
+    print(f"\nSaved to {args.out} after {minutes:.0f} minutes. Load it with surgeon.load('{args.out}').")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""10,604 movie-review snippets with human scores, from the source distribution of vaderSentiment (Hutto and Gilbert, 2014).
+"""10,604 movie-review snippets with human scores, from the source distribution of vaderSentiment.
 
     python examples/reviews.py reviews
 
-writes reviews/train.jsonl and reviews/test.jsonl with the columns `text` and `label` (1 for a score above 0.5, 0 for one
-below -0.5; those in between are left out): files that `surgeon apply --data reviews` reads as they are.
+writes reviews/train.jsonl and reviews/test.jsonl with the columns `text` and `label` (1 for a score above 0.5, 0 for
+one below -0.5; those in between are left out): files that `surgeon apply --data reviews` reads as they are. The scores
+are the means of ten raters on a scale from -4 to 4 (Hutto and Gilbert, 2014).
 """
 
 import argparse

@@ -114,7 +114,12 @@ class Capture(nn.Module):
 
 def _before_changes(graph: GraphModule, node: Node) -> Node:
     """The node, or a copy of its value if the graph later changes that in place (`x += y`, an in-place ReLU)."""
-    stack, seen = [node], {node}
+    base = node
+    while base.op == "call_function" and (base.target in SHAPE_OPS or base.target in SAME_VALUE):
+        source = base.args[0]
+        assert isinstance(source, Node)
+        base = source
+    stack, seen = [base], {base}
     changed = False
     while stack:
         for user in stack.pop().users:

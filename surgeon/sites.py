@@ -306,8 +306,8 @@ class _Walk:
 
     @property
     def barrier_nodes(self) -> set[Node]:
-        """The nodes that bar, softmax aside, which is an activation of a kind."""
-        return {node for node, what in self.barriers if what != "a softmax"}
+        """The nodes that bar, without those that are activations of a kind."""
+        return {node for node, what in self.barriers if what not in ("a softmax", "a learned activation")}
 
 
 class _Search:
