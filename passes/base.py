@@ -249,7 +249,7 @@ class Pass(ABC, Generic[Site]):
         expected = run(before, args, kwargs)
         actual = run(after, args, kwargs)
         error = relative_error(actual, expected)
-        tolerance = tolerance_for(expected)
+        tolerance = tolerance_for(expected, before)
         if preserved and not error <= tolerance:
             where = _first_difference(before, after, changes, args, kwargs, tolerance)
             raise VerificationError(

@@ -185,7 +185,7 @@ def _export(surgery: Surgery) -> torch.export.ExportedProgram:
     expected, actual = run(graph, args, kwargs), run(exported, args, kwargs)
     graph.train(training)
     error_size = relative_error(actual, expected)
-    if not error_size <= tolerance_for(expected):
+    if not error_size <= tolerance_for(expected, graph):
         raise SaveError(f"The exported graph differs from the graph by {error_size:.1e} relative; nothing was saved.")
     return program
 

@@ -1,4 +1,4 @@
-"""The command line. It only reads options: `jobs` does the work and `render` shows the results.
+"""The command line. It only reads options: other modules do the work and `render` shows the results.
 
 torch and everything that needs it are imported inside the commands, so that `surgeon --help` does not wait for them.
 
@@ -15,34 +15,42 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from surgeon.cli_options import (
+    Arch,
+    BatchSize,
+    Data,
+    Debug,
+    Held,
+    Inputs,
+    LabelColumn,
+    Limit,
+    MaxLength,
+    Model,
+    NeededData,
+    Output,
+    OutputMode,
+    PassList,
+    Quiet,
+    Saved,
+    Seed,
+    Settings,
+    Task,
+    TextColumn,
+    TrustPickle,
+    Verbose,
+    Verify,
+)
 from surgeon.errors import SurgeonError, UsageError
 
 if TYPE_CHECKING:
     from surgeon.passes import Pass
     from surgeon.render import Screen
-
-
-class OutputMode(StrEnum):
-    """How answers are written."""
-
-    rich = "rich"
-    plain = "plain"
-    json = "json"
-
-
-class Verify(StrEnum):
-    """How passes are verified."""
-
-    off = "off"
-    fast = "fast"
-    full = "full"
 
 
 @dataclass
@@ -55,6 +63,7 @@ class Run:
     quiet: bool = False
     debug: bool = False
 
+    @functools.cached_property
     def screen(self) -> "Screen":
         """Where this run writes."""
         from surgeon.render import Screen
@@ -71,10 +80,6 @@ class _Group(TyperGroup):
         extra |= {"standalone_mode": False, "obj": run}
         try:
             code = super().main(typed, *rest, **extra)
-        except BrokenPipeError:
-            # Whoever read the answer has seen enough. Python would complain again when it flushes at exit.
-            sys.stdout = None  # type: ignore[assignment]
-            sys.exit(1)
         except Exception as error:
             sys.exit(_report(error, run))
         sys.exit(code if isinstance(code, int) else 0)
@@ -88,16 +93,16 @@ def _report(error: Exception, run: Run) -> int:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "surgeon"
         text = f"{error.format_message().rstrip('.')}. See {where} --help."
-        run.screen().error(text, kind="UsageError", exit_code=2)
+        run.screen.error(text, kind="UsageError", exit_code=2)
         return 2
     if run.debug:
         traceback.print_exception(error)
     if isinstance(error, SurgeonError):
-        run.screen().error(str(error), kind=type(error).__name__, exit_code=error.exit_code)
+        run.screen.error(str(error), kind=type(error).__name__, exit_code=error.exit_code)
         return error.exit_code
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
     hint = "" if run.debug else "\nThis is not an expected error. Run with --debug for the traceback."
-    run.screen().error(text + hint, kind=type(error).__name__, exit_code=4)
+    run.screen.error(text + hint, kind=type(error).__name__, exit_code=4)
     return 4
 
 
@@ -114,22 +119,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_Output = Annotated[
-    OutputMode | None,
-    typer.Option("--output", help="How the answer is written: rich on a terminal, plain when piped, or json."),
-]
-_Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Show the log; twice for more.")]
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 
 @app.callback(invoke_without_command=True)
 def _surgeon(
     context: typer.Context,
-    output: _Output = None,
-    verbose: _Verbose = 0,
-    quiet: _Quiet = False,
-    debug: _Debug = False,
+    output: Output = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
 ) -> None:
     if version:
@@ -144,7 +141,7 @@ def _surgeon(
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a function a command. It takes the screen first, and every command gets the options that all have.
+    """Make a function a command. It takes the run first, and every command gets the options that all have.
 
     They count wherever they stand: before the command's name or after it.
     """
@@ -156,15 +153,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         run: Run = context.obj
         run.output = output or run.output
         run.verbose, run.quiet, run.debug = max(verbose, run.verbose), quiet or run.quiet, debug or run.debug
-        screen = run.screen()
         with warnings.catch_warnings():
             if not run.debug:
                 warnings.simplefilter("ignore")
             try:
-                with screen.logging():
-                    function(screen, **options)
+                with run.screen.logging():
+                    function(run, **options)
             except KeyboardInterrupt as interrupt:
-                _interrupted(screen, getattr(interrupt, "workdir", None), run)
+                _interrupted(run, getattr(interrupt, "workdir", None))
 
     own = list(signatures.signature(function).parameters.values())[1:]
     shared = list(signatures.signature(_surgeon).parameters.values())[:5]
@@ -177,78 +173,22 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def _interrupted(screen: "Screen", workdir: Path | None, run: Run) -> NoReturn:
-    screen.close()
+def _interrupted(run: Run, workdir: Path | None) -> NoReturn:
     if workdir is None:
         text = "interrupted; nothing was saved"
     else:
-        again = [arg for arg in run.args if arg not in ("--resume", "--overwrite")]
-        text = f"interrupted; checkpoints are in {workdir}. Go on with:\n  {shlex.join(['surgeon', *again, '--resume'])}"
-    screen.error(text, kind="Interrupted", exit_code=130)
+        again = [arg for arg in run.args if arg != "--resume"]
+        command_line = shlex.join(["surgeon", *again, "--resume"])
+        text = f"interrupted; checkpoints are in {workdir}. Go on with:\n  {command_line}"
+    run.screen.error(text, kind="Interrupted", exit_code=130)
     raise typer.Exit(130)
 
 
-# --- the options of several commands ----------------------------------------------------------------------------------
-
-_Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A Hugging Face directory, a .pt2, .pt or .safetensors file, a directory that surgeon saved, or "
-        "module:function (file.py:function) that returns a module.",
-        show_default=False,
-    ),
-]
-_Saved = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that surgeon saved.", show_default=False)]
-_PassList = Annotated[
-    str | None,
-    typer.Option("--passes", metavar="A,B,...", help="Passes in order, separated by commas.", show_default=False),
-]
-_Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PASS.OPTION=VALUE", help="An option of a pass, for example moeify.experts=16."),
-]
-_Inputs = Annotated[
-    str | None,
-    typer.Option("--inputs", metavar="X", help="Example inputs: a file of tensors, or module:function."),
-]
-_TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Load a pickled module, which runs the code it names.")
-]
-_Arch = Annotated[
-    str | None,
-    typer.Option("--arch", metavar="A", help="What a state dict belongs to: a model type such as gpt2, a config.json."),
-]
-_data_option = typer.Option(
-    "--data",
-    metavar="D",
-    help="A JSONL, CSV, Parquet or text file, a folder of images or a saved dataset, or module:function.",
-    show_default=False,
-)
-_Data = Annotated[str | None, _data_option]
-_NeededData = Annotated[str, _data_option]
-_TextColumn = Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="The column with text or image.")]
-_LabelColumn = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="The column with the class.")]
-_Task = Annotated[
-    str | None,
-    typer.Option(
-        "--task",
-        help="What the model is for: causal-lm, masked-lm, sequence-classification, image-classification or "
-        "classification. By default what its class says.",
-    ),
-]
-_BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples in a batch.")]
-_MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens after which texts are cut.")]
-_Limit = Annotated[int | None, typer.Option("--limit", help="Read at most so many rows of each split.")]
-_Held = Annotated[
-    float,
-    typer.Option("--eval-fraction", help="Share of the data held out to measure quality on, if it has one split."),
-]
-_Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+# --- the commands -----------------------------------------------------------------------------------------------------
 
 
 def _data_options(data: str | None, **options: Any) -> Any:
-    from surgeon.jobs import DataOptions
+    from surgeon.opening import DataOptions
 
     return None if data is None else DataOptions(data, **options)
 
@@ -262,14 +202,11 @@ def _build(names: str | None, settings: list[str] | None) -> "list[Pass[Any]]":
     return build(wanted, parse_settings(settings or []))
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
-
-
 @command
 def demo(
-    screen: "Screen",
+    run: Run,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the result goes.")] = Path("surgeon-demo"),
-    seed: _Seed = 0,
+    seed: Seed = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Hardly any training, to see that everything runs.")] = False,
 ) -> None:
     """Show the whole story on a small model.
@@ -281,18 +218,19 @@ def demo(
     JSON: {dense, passes, points, directory}
     """
     from surgeon import demo as story
-    from surgeon.views import demo_view, pass_view, quality_line
+    from surgeon.diff_view import pass_view
+    from surgeon.views import demo_view, quality_line
 
     made = story.run(
         directory,
         seed=seed,
         quick=quick,
-        progress=screen.progress,
-        on_dense=lambda quality: screen.show(quality_line("dense model", quality)),
-        on_pass=lambda one: screen.show(pass_view(one, "sites", gap=True)),
+        progress=run.screen.progress,
+        on_dense=lambda quality: run.screen.show(quality_line("dense model", quality)),
+        on_pass=lambda one: run.screen.show(pass_view(one, "sites", gap=True)),
     )
-    screen.show(demo_view(made))
-    screen.result(
+    run.screen.show(demo_view(made))
+    run.screen.result(
         {
             "dense": made.dense,
             "passes": made.surgery.reports,
@@ -304,13 +242,13 @@ def demo(
 
 @command
 def inspect(
-    screen: "Screen",
-    model: _Model,
+    run: Run,
+    model: Model,
     graph: Annotated[bool, typer.Option("--graph", help="Also print the graph, by module path.")] = False,
-    inputs: _Inputs = None,
-    trust_pickle: _TrustPickle = False,
-    arch: _Arch = None,
-    task: _Task = None,
+    inputs: Inputs = None,
+    trust_pickle: TrustPickle = False,
+    arch: Arch = None,
+    task: Task = None,
 ) -> None:
     """Show a model's layers and what they cost.
 
@@ -320,21 +258,20 @@ def inspect(
 
     JSON: {model, kind, inputs, task, cost, ffns, experts, linears, refused, notes, graph}
     """
-    from surgeon import jobs
+    from surgeon.inspection import inspect as look
+    from surgeon.opening import open_model
     from surgeon.views import inspection_view
 
-    opened = jobs.open_model(
-        model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=screen.stage
-    )
-    with screen.stage("measuring"):
-        found = jobs.inspect(opened, with_graph=graph)
-    screen.show(inspection_view(found))
-    screen.result(found)
+    opened = open_model(model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=run.screen.stage)
+    with run.screen.stage("measuring"):
+        found = look(opened, with_graph=graph)
+    run.screen.show(inspection_view(found))
+    run.screen.result(found)
 
 
 @command
 def passes(
-    screen: "Screen",
+    run: Run,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, with its options.")] = None,
 ) -> None:
     """List the passes, or show one of them.
@@ -346,34 +283,34 @@ def passes(
     JSON: {passes: [{name, summary, works_on, makes, must_precede, preserves, needs_data, trains}]}; of one pass also
     {options: [{name, type, default, help}], example}
     """
-    from surgeon import jobs
+    from surgeon.pass_help import describe, example_of, options_of
     from surgeon.passes import PASSES
     from surgeon.recipe import find_pass
     from surgeon.views import pass_help_view, passes_view
 
     if name is None:
-        screen.show(passes_view(PASSES.values()))
-        screen.result({"passes": [jobs.describe(kind) for kind in PASSES.values()]})
+        run.screen.show(passes_view(PASSES.values()))
+        run.screen.result({"passes": [describe(kind) for kind in PASSES.values()]})
         return
     kind = find_pass(name)
-    with screen.stage(f"running {name} on a small model"):
-        example = jobs.example_of(kind)
-    options = jobs.options_of(kind)
-    screen.show(pass_help_view(kind, options, example))
-    screen.result({**jobs.describe(kind), "options": options, "example": example})
+    with run.screen.stage(f"running {name} on a small model"):
+        example = example_of(kind)
+    options = options_of(kind)
+    run.screen.show(pass_help_view(kind, options, example))
+    run.screen.result({**describe(kind), "options": options, "example": example})
 
 
 @command
 def explain(
-    screen: "Screen",
-    model: _Model,
-    passes: _PassList = None,
+    run: Run,
+    model: Model,
+    passes: PassList = None,
     at: Annotated[str | None, typer.Option("--at", metavar="PATH", help="Only here, patterns with * allowed.")] = None,
-    settings: _Set = None,
-    inputs: _Inputs = None,
-    trust_pickle: _TrustPickle = False,
-    arch: _Arch = None,
-    task: _Task = None,
+    settings: Settings = None,
+    inputs: Inputs = None,
+    trust_pickle: TrustPickle = False,
+    arch: Arch = None,
+    task: Task = None,
 ) -> None:
     """Say why a pass changes a site, or does not.
 
@@ -384,38 +321,39 @@ def explain(
 
     JSON: {passes: [{name, looks_for, matched: [[path, site]], rejected: [[path, reason]]}]}
     """
-    from surgeon import jobs
+    from surgeon.inspection import explain as ask
+    from surgeon.opening import open_model
     from surgeon.views import explanation_view
 
     built = _build(passes, settings)
-    opened = jobs.open_model(
-        model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=screen.stage
-    )
-    with screen.stage("asking the passes"):
-        found = jobs.explain(opened, built, at)
-    screen.show(explanation_view(found))
-    screen.result({"passes": found})
+    opened = open_model(model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=run.screen.stage)
+    with run.screen.stage("asking the passes"):
+        found = ask(opened, built, at)
+    run.screen.show(explanation_view(found))
+    run.screen.result({"passes": found})
 
 
 @command
 def apply(
-    screen: "Screen",
-    model: _Model,
-    passes: _PassList = None,
-    settings: _Set = None,
+    run: Run,
+    model: Model,
+    passes: PassList = None,
+    settings: Settings = None,
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", metavar="FILE", help="Run what a surgery.json recorded: its passes, options and seed."),
+        typer.Option(
+            "--recipe", metavar="FILE", help="Run what a surgery.json recorded: its passes, options and seed."
+        ),
     ] = None,
-    data: _Data = None,
-    text: _TextColumn = None,
-    label: _LabelColumn = None,
-    task: _Task = None,
-    batch_size: _BatchSize = 16,
-    max_length: _MaxLength = 128,
-    limit: _Limit = None,
-    eval_fraction: _Held = 0.1,
-    inputs: _Inputs = None,
+    data: Data = None,
+    text: TextColumn = None,
+    label: LabelColumn = None,
+    task: Task = None,
+    batch_size: BatchSize = 16,
+    max_length: MaxLength = 128,
+    limit: Limit = None,
+    eval_fraction: Held = 0.1,
+    inputs: Inputs = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default NAME-surgery, here."),
@@ -431,24 +369,27 @@ def apply(
         typer.Option("--tau", help="Skip experts whose score is below this share of the largest: 0 skips none."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.  [default: 0]")] = None,
-    trust_pickle: _TrustPickle = False,
-    arch: _Arch = None,
+    trust_pickle: TrustPickle = False,
+    arch: Arch = None,
 ) -> None:
     """Run passes over a model and save the result.
 
-    The model itself is never changed. With data, passes fine-tune and train what they put in; without, they say what was not trained.
+    The model itself is never changed. With data, passes fine-tune and train what they put in; without, they say what
+    was not trained.
 
     Example: surgeon apply --passes sparsify,moeify,lower --set moeify.experts=48 path/to/bert --data reviews.csv
 
     JSON: {model, directory, dry_run, passes, before, after, quality, notes, next, seconds}
     """
-    from surgeon import jobs
-    from surgeon.views import applied_view, pass_view
+    from surgeon import applying
+    from surgeon.diff_view import pass_view
+    from surgeon.opening import open_model
+    from surgeon.views import applied_view
 
     if recipe is not None:
         if passes is not None or settings:
             raise UsageError("Give --recipe, or --passes with --set, not both.")
-        built, recorded_seed = jobs.read_recipe(recipe)
+        built, recorded_seed = applying.read_recipe(recipe)
         seed = recorded_seed if seed is None else seed
     else:
         built = _build(passes, settings)
@@ -457,35 +398,36 @@ def apply(
         data, text=text, label=label, task=task, batch_size=batch_size, max_length=max_length, limit=limit,
         eval_fraction=eval_fraction, seed=seed,
     )  # fmt: skip
-    options = jobs.ApplyOptions(out, overwrite, dry_run, resume, verify.value, seed, tau, data)
-    jobs.check_options(model, built, options)
-    opened = jobs.open_model(
-        model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, data=wanted, stage=screen.stage
+    typed = tuple(run.args)
+    options = applying.ApplyOptions(out, overwrite, dry_run, resume, verify.value, seed, tau, wanted, typed)
+    applying.check_options(model, built, options)
+    opened = open_model(
+        model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, data=wanted, stage=run.screen.stage
     )
     for note in opened.notes:
-        screen.say(f"note: {note}")
-    applied = jobs.apply(
+        run.screen.say(f"note: {note}")
+    applied = applying.apply(
         opened,
         built,
         options,
-        stage=screen.stage,
-        progress=screen.progress,
-        on_pass=lambda one: screen.show(pass_view(one, "sites", gap=True)),
+        stage=run.screen.stage,
+        progress=run.screen.progress,
+        on_pass=lambda one: run.screen.show(pass_view(one, "sites", gap=True)),
     )
-    screen.show(applied_view(applied))
-    screen.result(jobs.applied_json(applied, opened))
+    run.screen.show(applied_view(applied))
+    run.screen.result(applying.applied_json(applied, opened))
 
 
 @command
 def diff(
-    screen: "Screen",
+    run: Run,
     first: Annotated[str, typer.Argument(metavar="A", help="A saved surgery, or any model to compare with B.")],
     second: Annotated[str | None, typer.Argument(metavar="[B]", help="Another model.", show_default=False)] = None,
     stat: Annotated[bool, typer.Option("--stat", help="Totals only.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every site, node and parameter.")] = False,
-    inputs: _Inputs = None,
-    trust_pickle: _TrustPickle = False,
-    arch: _Arch = None,
+    inputs: Inputs = None,
+    trust_pickle: TrustPickle = False,
+    arch: Arch = None,
 ) -> None:
     """Show what passes changed, or compare two models.
 
@@ -497,69 +439,72 @@ def diff(
 
     JSON: {passes: [{report, graph}]} of one; {names, costs, sites, difference, note, nodes} of two
     """
-    from surgeon import jobs
     from surgeon.artifact import load_diff
-    from surgeon.views import comparison_view, diff_view
+    from surgeon.comparison import compare_models
+    from surgeon.diff_view import diff_view
+    from surgeon.opening import open_model
+    from surgeon.views import comparison_view
 
     if stat and full:
         raise UsageError("Give --stat or --full, not both.")
     detail: Any = "stat" if stat else "full" if full else "sites"
     if second is None:
         recorded = load_diff(first)
-        screen.show(diff_view(recorded.passes, detail))
-        screen.result(recorded)
+        run.screen.show(diff_view(recorded.passes, detail))
+        run.screen.result(recorded)
         return
     opened = [
-        jobs.open_model(spec, inputs=inputs, trust_pickle=trust_pickle, arch=arch, stage=screen.stage)
+        open_model(spec, inputs=inputs, trust_pickle=trust_pickle, arch=arch, stage=run.screen.stage)
         for spec in (first, second)
     ]
-    with screen.stage("comparing"):
-        found = jobs.compare_models(*opened, with_nodes=full)
-    screen.show(comparison_view(found, detail))
-    screen.result(found)
+    with run.screen.stage("comparing"):
+        found = compare_models(*opened, with_nodes=full)
+    run.screen.show(comparison_view(found, detail))
+    run.screen.result(found)
 
 
 @command
 def sweep(
-    screen: "Screen",
-    model: _Saved,
-    data: _NeededData,
+    run: Run,
+    model: Saved,
+    data: NeededData,
     tau: Annotated[
         str | None, typer.Option("--tau", metavar="T,T,...", help="Values of tau; 0, every expert, comes first.")
     ] = None,
-    text: _TextColumn = None,
-    label: _LabelColumn = None,
-    task: _Task = None,
-    batch_size: _BatchSize = 16,
-    max_length: _MaxLength = 128,
-    limit: _Limit = None,
-    eval_fraction: _Held = 0.1,
-    seed: _Seed = 0,
+    text: TextColumn = None,
+    label: LabelColumn = None,
+    task: Task = None,
+    batch_size: BatchSize = 16,
+    max_length: MaxLength = 128,
+    limit: Limit = None,
+    eval_fraction: Held = 0.1,
+    seed: Seed = 0,
 ) -> None:
     """Measure quality and cost at several tau.
 
-    Quality is measured on the held-out part of the data, the same that `apply` holds out; with --eval-fraction 0 on all.
+    Quality is measured on the held-out part of the data, the same that apply holds out; with --eval-fraction 0 on all.
 
     Example: surgeon sweep bert-surgery --data reviews.csv --tau 0,0.05,0.1,0.2
 
     JSON: {model, data, task, dense_multiply_adds, points: [{tau, quality, executed, multiply_adds, relative}]}
     """
-    from surgeon import jobs
+    from surgeon import comparison
+    from surgeon.opening import open_model
     from surgeon.views import sweep_view
 
-    taus = jobs.parse_taus(tau)
+    taus = comparison.parse_taus(tau)
     wanted = _data_options(
         data, text=text, label=label, task=task, batch_size=batch_size, max_length=max_length, limit=limit,
         eval_fraction=eval_fraction, seed=seed,
     )  # fmt: skip
-    opened = jobs.open_model(str(model), data=wanted, stage=screen.stage)
-    swept = jobs.sweep(opened, taus, progress=screen.progress)
-    screen.show(sweep_view(swept.points))
-    screen.result(swept)
+    opened = open_model(str(model), data=wanted, stage=run.screen.stage)
+    swept = comparison.sweep(opened, taus, progress=run.screen.progress)
+    run.screen.show(sweep_view(swept.points))
+    run.screen.result(swept)
 
 
 @command
-def doctor(screen: "Screen") -> None:
+def doctor(run: Run) -> None:
     """Check that everything works on this machine.
 
     Versions, devices, disk space, and a tiny surgery from tracing to loading.
@@ -571,14 +516,17 @@ def doctor(screen: "Screen") -> None:
     from surgeon.doctor import examine
     from surgeon.views import doctor_view
 
-    with screen.stage("examining"):
+    with run.screen.stage("examining"):
         checks = examine()
-    screen.show(doctor_view(checks))
-    screen.result({"checks": checks})
+    run.screen.show(doctor_view(checks))
+    run.screen.result({"checks": checks})
     if any(check.state == "failed" for check in checks):
         raise typer.Exit(1)
 
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show an arrow gets a question mark instead of an error.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     app(prog_name="surgeon")

@@ -71,11 +71,11 @@ def is_copy(node: Node) -> bool:
 class Linear:
     """An affine map of the last dimension: output [..., out_features] = input [..., in_features] · Wᵀ + bias.
 
-    weight, bias: the `get_attr` nodes of the parameters. transposed: the stored weight is [in_features, out_features].
+    weight, bias: the `get_attr` nodes of the parameters. unflattens: the input is made a matrix for the multiplication
+    and the output gets the leading dimensions back. transposed: the stored weight is [in_features, out_features].
     nodes: every node that belongs to the layer alone, from the multiplication `core` to the output.
     """
 
-    input: Node
     output: Node
     weight: Node
     bias: Node | None
@@ -84,6 +84,17 @@ class Linear:
     out_features: int
     nodes: frozenset[Node]
     core: Node
+    unflattens: bool
+
+    @property
+    def input(self) -> Node:
+        """The input, read off the graph as it is now: what it was made by may have been rewritten since."""
+        x = _first_operand(self.core)
+        if not self.unflattens:
+            return x
+        source = x.args[0]
+        assert isinstance(source, Node)
+        return source
 
     @property
     def path(self) -> str:
@@ -180,7 +191,17 @@ def _linear_at(graph: GraphModule, core: Node) -> Linear | OpaqueLinear | None:
         nodes = {core, *chain}
         if bias is not None and core.target not in (aten.linear.default, aten.addmm.default):
             bias = None
-    return Linear(x, output, weight, bias, transposed, int(in_features), int(out_features), frozenset(nodes), core)
+    return Linear(
+        output,
+        weight,
+        bias,
+        transposed,
+        int(in_features),
+        int(out_features),
+        frozenset(nodes),
+        core,
+        unflattens=x is not _first_operand(core),
+    )
 
 
 def _operands(core: Node) -> tuple[Node, Node, Node | None, bool] | None:

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
+from rich.table import Column, Table
 from rich.text import Text
 
+from surgeon.diff_view import Detail, diff_view
 from surgeon.report import Progress
 from surgeon.summary import seconds
-from surgeon.views import Detail, diff_view
 
 if TYPE_CHECKING:
     from surgeon.pipeline import Diff
@@ -129,12 +130,12 @@ class Screen:
         """Show how far long work is: a bar on a terminal, else a line now and then; the losses now and then on both."""
         if self.quiet:
             return
-        values = "  ".join(f"{name} {value:.4g}" for name, value in moment.values.items())
+        values = "  ".join(f"{name} {value:.3g}" for name, value in moment.values.items())
         if self._live:
-            bars = self._running()
+            bars, first = self._running(), values.partition("  ")[0]
             if moment.what not in self._tasks:
-                self._tasks[moment.what] = bars.add_task(moment.what, total=moment.total, values=values)
-            bars.update(self._tasks[moment.what], completed=moment.done, values=values)
+                self._tasks[moment.what] = bars.add_task(moment.what, total=moment.total, values=first)
+            bars.update(self._tasks[moment.what], completed=moment.done, values=first)
             if moment.done >= moment.total:
                 bars.remove_task(self._tasks.pop(moment.what))
         if self._due(moment):
@@ -161,12 +162,10 @@ class Screen:
         if self._bars is None:
             # Answers go to stdout by themselves: were it redirected, they would end up on stderr.
             self._bars = Bars(
+                SpinnerColumn(),
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[values]}"),
+                _Bar(bar_width=12),
+                TextColumn("[dim]{task.fields[values]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=self._err,
                 transient=True,
                 redirect_stdout=False,
@@ -235,6 +234,20 @@ class Screen:
             log.setLevel(before[0])
             log.propagate = before[1]
             self.close()
+
+
+class _Bar(BarColumn):
+    """A bar with how far and how long still; for work of unknown length, how long so far."""
+
+    def render(self, task: Task) -> Any:
+        """The bar of one task."""
+        if task.total is None:
+            return Text(seconds(task.elapsed or 0.0), style="dim")
+        left = "" if task.time_remaining is None else f" {seconds(round(task.time_remaining))} left"
+        count = Text(f"{task.completed:.0f}/{task.total:.0f}{left}", style="dim", no_wrap=True)
+        made = Table.grid(padding=(0, 1))
+        made.add_row(super().render(task), count)
+        return made
 
 
 class _Handler(logging.Handler):

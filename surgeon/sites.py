@@ -418,7 +418,7 @@ class _Search:
             elif node in self.opaque_outputs:
                 opaque = self.opaque_outputs[node]
                 width = int(node.meta["val"].shape[-1])
-                walk.leaves.append(Linear(opaque.input, node, node, None, False, 0, width, opaque.nodes, node))
+                walk.leaves.append(Linear(node, node, None, False, 0, width, opaque.nodes, node, unflattens=False))
             elif node.op == "get_attr":
                 self._constant(walk, node)
             elif node.op == "call_function" and node.target in _ATTENTION:
@@ -462,7 +462,9 @@ class _Search:
         groups: dict[tuple[object, ...], list[FFN]] = defaultdict(list)
         for ffn in found:
             call = ffn.calls[0]
-            groups[tuple(self.uses.key(part.weight) for part in (*call.first, call.down))].append(ffn)
+            parts = (*call.first, call.down)
+            tensors = [*(part.weight for part in parts), *(part.bias for part in parts)]
+            groups[tuple(None if tensor is None else self.uses.key(tensor) for tensor in tensors)].append(ffn)
         sites = []
         for members in groups.values():
             calls = tuple(member.calls[0] for member in members)
@@ -501,6 +503,11 @@ def _keeps_tokens(x: Node, output: Node) -> bool:
     return len(after) == 2 < len(before)
 
 
+def _same_shape(a: Node, b: Node) -> bool:
+    left, right = shape_of(a), shape_of(b)
+    return left is not None and right is not None and len(left) == len(right) and all(map(equal_size, left, right))
+
+
 def _ffn_path(leaves: Iterable[Linear], down: Linear | OpaqueLinear) -> str:
     paths = [module_path(leaf.output) if leaf.weight is leaf.output else leaf.path for leaf in leaves]
     return common_path([*paths, down.path]) or paths[0] or down.path
@@ -531,7 +538,7 @@ def _is_pointwise(node: Node) -> bool:
     if torch.Tag.pointwise in target.tags:
         return True
     # Torch does not mark all of them. One that keeps its input's shape may be pointwise; running it tells.
-    keeps_shape = any(shape_of(source) == shape_of(node) for source in node.all_input_nodes)
+    keeps_shape = any(_same_shape(source, node) for source in node.all_input_nodes)
     return keeps_shape and target not in _ATTENTION and name not in _SOURCES and not _barrier_words(name)
 
 

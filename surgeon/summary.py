@@ -83,11 +83,11 @@ def count_reasons(rejected: Iterable[tuple[str, str]]) -> list[Reason]:
 
 
 def number(value: float) -> str:
-    """Three digits and a unit: 1180000 → `1.18 M`, 12400000000 → `12.4 G`."""
+    """Three digits and a unit: 1180000 → `1.18 M`, 12400000000 → `12.4 G`; whole numbers below 1000 as they are."""
     for size, unit in _UNITS:
         if abs(value) >= 0.9995 * size:
             return f"{_three_digits(value / size)} {unit}"
-    return _three_digits(value)
+    return f"{value:.0f}" if float(value).is_integer() else _three_digits(value)
 
 
 def percent(share: float | None) -> str:
@@ -112,8 +112,8 @@ def growth(before: float, after: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """`0.3 s`, `42 s`, `3 min 20 s`."""
-    if value < 9.95:
+    """`0.3 s`, `42 s`, `3 min 20 s`; whole seconds stay whole."""
+    if value < 9.95 and not isinstance(value, int):
         return f"{value:.1f} s"
     if value < 59.5:
         return f"{value:.0f} s"
@@ -128,7 +128,5 @@ def natural(path: str) -> list[tuple[int, int, str]]:
 
 
 def _three_digits(value: float) -> str:
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value)) + 1e-9))
-    return f"{value:.{digits}f}".rstrip("0").rstrip(".") if float(value).is_integer() else f"{value:.{digits}f}"
+    digits = 2 - math.floor(math.log10(abs(value)) + 1e-3)
+    return f"{value:.{max(0, digits)}f}"

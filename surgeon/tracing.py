@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import keyword
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from surgeon.errors import TraceError
-from surgeon.graph import TracedGraph, aten, fork, is_call, nested_graphs, retie, tensor_of
+from surgeon.graph import TracedGraph, aten, attribute, fork, is_call, nested_graphs, retie, tensor_of
 from surgeon.inputs import as_args_kwargs
 from surgeon.linear import VIEWS
 from surgeon.losses import task_of
@@ -191,6 +192,7 @@ def _export(
         model.eval()
     assert isinstance(exported, GraphModule)
     graph = fork(exported)
+    _use_first_names(graph, model)
     _clean(graph)
     if form == "train" and (changed := _changed_buffers(graph)):
         raise TraceError(f"it changes its own state when it runs ({changed[0]})")
@@ -214,8 +216,56 @@ def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return {name: pytree.tree_map(free, value) for name, value in bound.items()}
 
 
+def _use_first_names(graph: TracedGraph, model: nn.Module) -> None:
+    """Read a tensor that the model holds under several names by the first of them, as `named_parameters` does."""
+    names = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
+    for node in graph.graph.nodes:
+        tensor = tensor_of(graph, node)
+        name = names.get(id(tensor)) if tensor is not None else None
+        if name is None or name == node.target:
+            continue
+        owner: nn.Module = graph
+        *parents, field = name.split(".")
+        for parent in parents:
+            if not hasattr(owner, parent):
+                owner.add_module(parent, nn.Module())
+            owner = getattr(owner, parent)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(field, tensor)
+        elif tensor is not None:
+            owner.register_buffer(field, tensor)
+        node.target = name
+    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    for name, tensor in list(graph.named_parameters(remove_duplicate=False)):
+        if name not in used and id(tensor) in names:
+            holder, _, field = name.rpartition(".")
+            delattr(graph.get_submodule(holder), field)
+
+
+def _inline_no_autocast(graph: TracedGraph) -> None:
+    """Put the body of a region that switches autocast off into the graph: there is no autocast to switch off."""
+    for node in list(graph.graph.nodes):
+        if not is_call(node, torch.ops.higher_order.wrap_with_autocast) or node.args[2] is not False:
+            continue
+        body = attribute(graph, str(node.args[4].target))
+        placeholders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+        mapping: dict[Node, Any] = dict(zip(placeholders, node.args[5:], strict=True))
+        with graph.graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op in ("call_function", "get_attr"):
+                    mapping[inner] = graph.graph.node_copy(inner, mapping.__getitem__)
+        results: Any = torch.fx.node.map_arg(body.graph.output_node().args[0], mapping.__getitem__)
+        for user in list(node.users):
+            if is_call(user, operator.getitem):
+                user.replace_all_uses_with(results[user.args[1]])
+                graph.graph.erase_node(user)
+        if not node.users:
+            graph.graph.erase_node(node)
+
+
 def _clean(graph: TracedGraph) -> None:
     """Remove what is not computation: assertions on metadata, guards, dead nodes."""
+    _inline_no_autocast(graph)
     for part in nested_graphs(graph):
         for node in list(part.graph.nodes):
             guard = node.op == "call_module" and str(node.target).endswith("_guards_fn")
@@ -289,9 +339,11 @@ def relative_error(actual: Any, expected: Any) -> float:
     return max((_leaf_error(a, b) for a, b in zip(left, right, strict=True)), default=0.0)
 
 
-def tolerance_for(outputs: Any) -> float:
-    """The accepted relative error for outputs of these dtypes (the coarsest of them decides)."""
+def tolerance_for(outputs: Any, model: nn.Module | None = None) -> float:
+    """The accepted relative error for these outputs (of this model): the coarsest dtype among them decides."""
     dtypes = {leaf.dtype for leaf in pytree.tree_leaves(_plain(outputs)) if isinstance(leaf, Tensor)}
+    if model is not None:
+        dtypes |= {parameter.dtype for parameter in model.parameters()}
     return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
 
 
@@ -339,7 +391,7 @@ def _disagreement(
         error = relative_error(run(graph, args, kwargs), reference)
     except Exception as failure:
         return f"the graph fails where the model runs: {_first_line(failure)}", float("inf")
-    tolerance = tolerance_for(reference)
+    tolerance = tolerance_for(reference, model)
     if not error <= tolerance:
         random = sorted({str(node.target) for node in graph.graph.nodes if _is_random(node)})
         hint = f" (random ops: {', '.join(random)})" if random else ""

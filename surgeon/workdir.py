@@ -1,4 +1,4 @@
-"""Where an interrupted run leaves its checkpoints, with a note of what it was doing, so that only the same run goes on."""
+"""Where a run keeps its checkpoints, with a note of what it is doing, so that only the same run goes on from them."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class WorkDirectory:
         if differing:
             key = differing[0]
             raise UsageError(
-                f"The interrupted run in {self.path} was another one: its {key} was {_short(before.get(key))}, now it is "
-                f"{_short(recipe.get(key))}. Give the same options to resume it, or --overwrite to drop it."
+                f"The interrupted run in {self.path} was another one. Its {key}: {_short(before.get(key))}; "
+                f"now: {_short(recipe.get(key))}. Give the same options to resume it, or --overwrite to drop it."
             )
 
 

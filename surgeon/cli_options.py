@@ -1,0 +1,92 @@
+"""The options that several commands have, each with its help."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class OutputMode(StrEnum):
+    """How answers are written."""
+
+    rich = "rich"
+    plain = "plain"
+    json = "json"
+
+
+class Verify(StrEnum):
+    """How passes are verified."""
+
+    off = "off"
+    fast = "fast"
+    full = "full"
+
+
+# Of every command.
+Output = Annotated[
+    OutputMode | None,
+    typer.Option("--output", help="How the answer is written: rich on a terminal, plain when piped, or json."),
+]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Show the log; twice for more.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# Of commands that read a model.
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face directory, a .pt2, .pt or .safetensors file, a directory that surgeon saved, or "
+        "module:function (file.py:function) that returns a module.",
+        show_default=False,
+    ),
+]
+Saved = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that surgeon saved.", show_default=False)]
+PassList = Annotated[
+    str | None,
+    typer.Option("--passes", metavar="A,B,...", help="Passes in order, separated by commas.", show_default=False),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PASS.OPTION=VALUE", help="An option of a pass, for example moeify.experts=16."),
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option("--inputs", metavar="X", help="Example inputs: a file of tensors, or module:function."),
+]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Load a pickled module, which runs the code it names.")
+]
+Arch = Annotated[
+    str | None,
+    typer.Option("--arch", metavar="A", help="What a state dict belongs to: a model type such as gpt2, a config.json."),
+]
+_data_option = typer.Option(
+    "--data",
+    metavar="D",
+    help="A JSONL, CSV, Parquet or text file, a folder of images or a saved dataset, or module:function.",
+    show_default=False,
+)
+Data = Annotated[str | None, _data_option]
+NeededData = Annotated[str, _data_option]
+TextColumn = Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="The column with text or image.")]
+LabelColumn = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="The column with the class.")]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help="What the model is for: causal-lm, masked-lm, sequence-classification, image-classification or "
+        "classification. By default what its class says.",
+    ),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples in a batch.")]
+MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens after which texts are cut.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Read at most so many rows of each split.")]
+Held = Annotated[
+    float,
+    typer.Option("--eval-fraction", help="Share of the data held out to measure quality on, if it has one split."),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]

@@ -1,0 +1,85 @@
+"""What a pass says about itself: what it does, its options, and what it makes of a small model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.diff import PassDiff
+from surgeon.passes import Moeify, Pass
+from surgeon.pipeline import Pipeline
+from surgeon.recipe import option_types
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a pass: what to type, and what it does."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+def describe(kind: type[Pass[Any]]) -> dict[str, Any]:
+    """What a pass says about itself, as plain values."""
+    return {
+        "name": kind.name,
+        "summary": " ".join((kind.__doc__ or "").partition("\n\n")[0].split()),
+        "works_on": kind.works_on,
+        "makes": kind.makes,
+        "must_precede": sorted(kind.must_precede),
+        "preserves": kind.preserves,
+        "needs_data": kind.needs_data,
+        "trains": kind.trains,
+    }
+
+
+def options_of(kind: type[Pass[Any]]) -> list[Option]:
+    """The options of a pass, its own before those that it shares with others."""
+    types, own = option_types(kind), list(vars(kind).get("__annotations__", {}))
+    shared = ("only", "skip")
+    fields = sorted(
+        dataclasses.fields(kind),
+        key=lambda item: (item.name in shared, own.index(item.name) if item.name in own else len(own)),
+    )
+    return [Option(item.name, _type(types[item.name]), item.default, item.metadata.get("help", "")) for item in fields]
+
+
+def _type(kind: Any) -> str:
+    """A type in words: `int or none`, `constant|linear|cosine`."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, arguments))
+    if get_origin(kind) is tuple:
+        return "list"
+    if type(None) in arguments:
+        return f"{' or '.join(_type(one) for one in arguments if one is not type(None))} or none"
+    return {"str": "text", "float": "number", "int": "integer"}.get(getattr(kind, "__name__", ""), str(kind))
+
+
+class _Example(nn.Module):
+    """A projection and a feed-forward layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(64, 64)
+        self.norm = nn.LayerNorm(64)
+        self.mlp = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 64] → [..., 64]."""
+        return x + self.mlp(self.norm(self.query(x)))  # type: ignore[no-any-return]
+
+
+def example_of(kind: type[Pass[Any]]) -> PassDiff:
+    """What a pass makes of a small model, without data."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, inputs = _Example().eval(), torch.randn(2, 4, 64)
+    passes: list[Pass[Any]] = [Moeify()] if kind.works_on == "moe" else []
+    return Pipeline([*passes, kind()]).run(model, inputs=inputs, dry_run=True).diff().passes[-1]
