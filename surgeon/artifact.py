@@ -94,16 +94,11 @@ def load(directory: str | Path) -> TracedGraph:
         # Output classes register themselves when imported. Only transformers' own are ever imported by name.
         if name.startswith("transformers."):
             importlib.import_module(name)
-    with quiet():
-        graph = from_program(read_program(model))
     trace = record["trace"]
-    graph.meta["trace"] = TraceInfo(
-        trace["form"],
-        tuple((name, tuple(dims)) for name, dims in trace["dynamic"]),
-        tuple(trace["notes"]),
-        trace["max_error"],
-        trace["task"],
-    )
+    dynamic = tuple((name, tuple(dims)) for name, dims in trace["dynamic"])
+    info = TraceInfo(trace["form"], dynamic, tuple(trace["notes"]), trace["max_error"], trace["task"])
+    with quiet():
+        graph = from_program(read_program(model), info)
     graph.meta["surgery"] = record
     return graph
 
@@ -177,7 +172,7 @@ def _export(surgery: Surgery) -> torch.export.ExportedProgram:
             program = torch.export.export(
                 graph, args, kwargs, strict=False, dynamic_shapes=_dynamic_shapes(graph, args, kwargs, info)
             )
-            exported = from_program(program)
+            exported = from_program(program, info)
     except Exception as error:
         raise SaveError(f"The graph cannot be exported: {error}") from error
     finally:

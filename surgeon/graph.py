@@ -46,14 +46,16 @@ class TracedGraph(GraphModule):
 
         A graph of evaluation form (see `TraceInfo.form`) has nothing to switch: it always computes what `eval()` does.
         """
+        for module in self.modules():
+            module.training = mode
+        if "trace" in self.meta and self.meta["trace"].form == "eval":
+            return self
         for graph_module in nested_graphs(self):
             changed = False
             for node in graph_module.graph.nodes:
                 changed |= _switch(node, mode)
             if changed:
                 graph_module.recompile()
-        for module in self.modules():
-            module.training = mode
         return self
 
     def eval(self) -> TracedGraph:
@@ -65,6 +67,8 @@ def _switch(node: Node, mode: bool) -> bool:
     """Set the mode of one node; True if the node changed."""
     if node.op != "call_function" or node.target not in _MODE_ARGUMENT:
         return False
+    if node.target is aten.batch_norm.default and node.args[3] is None:
+        return False  # no running statistics: a normalisation of weights, the same in both modes
     position, keyword, eval_value = _MODE_ARGUMENT[node.target]
     positional = len(node.args) > position
     if not positional and keyword not in node.kwargs:

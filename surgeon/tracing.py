@@ -125,11 +125,16 @@ def adopt(graph: GraphModule) -> TracedGraph:
     return traced
 
 
-def from_program(program: ExportedProgram) -> TracedGraph:
-    """The graph of an exported program, in evaluation mode. Tied parameters are one object again."""
+def from_program(program: ExportedProgram, info: TraceInfo | None = None) -> TracedGraph:
+    """The graph of an exported program, in evaluation mode. Tied parameters are one object again.
+
+    info: how it was traced, if that is known; otherwise its form is read off the graph.
+    """
     graph = program.module(check_guards=False)
     assert isinstance(graph, GraphModule)
     retie(graph)
+    if info is not None:
+        graph.meta["trace"] = info
     traced = adopt(graph)
     return traced.eval()
 
@@ -194,6 +199,7 @@ def _export(
     graph = fork(exported)
     _use_first_names(graph, model)
     _clean(graph)
+    graph.meta["trace"] = TraceInfo(form)
     if form == "train" and (changed := _changed_buffers(graph)):
         raise TraceError(f"it changes its own state when it runs ({changed[0]})")
     return graph.train(form == "train")
