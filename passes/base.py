@@ -222,19 +222,22 @@ class Pass(ABC, Generic[Site]):
             return (None, None), None, {}
         args, kwargs = as_args_kwargs(inputs)
         training = after.training
-        before.eval()
-        after.eval()
-        cost_before, _ = measure(before, args, kwargs)
-        cost_after, layers = measure(after, args, kwargs)
         error = None
-        if settings.verify != "off":
-            error = self._compare(before, after, changes, args, kwargs, preserved)
-            if settings.verify == "full":
-                for trial in range(3):
-                    noisy = _other_inputs(args, kwargs, trial)
-                    error = max(error, self._compare(before, after, changes, *noisy, preserved))
-        before.train(training)
-        after.train(training)
+        # The two share modules with the graph of whoever called: their modes are put back whatever happens.
+        try:
+            before.eval()
+            after.eval()
+            cost_before, _ = measure(before, args, kwargs)
+            cost_after, layers = measure(after, args, kwargs)
+            if settings.verify != "off":
+                error = self._compare(before, after, changes, args, kwargs, preserved)
+                if settings.verify == "full":
+                    for trial in range(3):
+                        noisy = _other_inputs(args, kwargs, trial)
+                        error = max(error, self._compare(before, after, changes, *noisy, preserved))
+        finally:
+            before.train(training)
+            after.train(training)
         return (cost_before, cost_after), error, layers
 
     def _compare(

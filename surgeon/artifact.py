@@ -94,13 +94,20 @@ def load(directory: str | Path) -> TracedGraph:
         # Output classes register themselves when imported. Only transformers' own are ever imported by name.
         if name.startswith("transformers."):
             importlib.import_module(name)
-    trace = record["trace"]
-    dynamic = tuple((name, tuple(dims)) for name, dims in trace["dynamic"])
-    info = TraceInfo(trace["form"], dynamic, tuple(trace["notes"]), trace["max_error"], trace["task"])
+    info = _trace_info(record, directory / RECORD)
     with quiet():
         graph = from_program(read_program(model), info)
     graph.meta["surgery"] = record
     return graph
+
+
+def _trace_info(record: dict[str, Any], path: Path) -> TraceInfo:
+    try:
+        trace = record["trace"]
+        dynamic = tuple((name, tuple(dims)) for name, dims in trace["dynamic"])
+        return TraceInfo(trace["form"], dynamic, tuple(trace["notes"]), trace["max_error"], trace["task"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LoadError(f"{path} is damaged: its record of the trace is incomplete ({error}).") from error
 
 
 def load_inputs(directory: str | Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -127,14 +134,14 @@ def load_diff(directory: str | Path) -> Diff:
     record = read_record(directory)
     try:
         diffs = json.loads((directory / DIFF).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{directory / DIFF} cannot be read: {error}") from error
-    return Diff(
-        tuple(
-            PassDiff(PassReport.from_json(report), GraphDiff.from_json(diff))
-            for report, diff in zip(record["passes"], diffs, strict=True)
+        return Diff(
+            tuple(
+                PassDiff(PassReport.from_json(report), GraphDiff.from_json(diff))
+                for report, diff in zip(record["passes"], diffs, strict=True)
+            )
         )
-    )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{directory / DIFF} or {RECORD} is damaged: {error}") from error
 
 
 def read_record(directory: Path) -> dict[str, Any]:
@@ -176,9 +183,12 @@ def _export(surgery: Surgery) -> torch.export.ExportedProgram:
     except Exception as error:
         raise SaveError(f"The graph cannot be exported: {error}") from error
     finally:
+        graph.train(training)
+    try:
         graph.eval()
-    expected, actual = run(graph, args, kwargs), run(exported, args, kwargs)
-    graph.train(training)
+        expected, actual = run(graph, args, kwargs), run(exported, args, kwargs)
+    finally:
+        graph.train(training)
     error_size = relative_error(actual, expected)
     if not error_size <= tolerance_for(expected, graph):
         raise SaveError(f"The exported graph differs from the graph by {error_size:.1e} relative; nothing was saved.")
@@ -288,13 +298,16 @@ def _written_whole(directory: Path) -> Iterator[Path]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield fresh
+        old = fresh.with_name(f"{fresh.name}.old")
         if directory.exists():
-            old = fresh.with_name(f"{fresh.name}.old")
             directory.rename(old)
+        try:
             fresh.rename(directory)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            fresh.rename(directory)
+        except OSError:
+            if old.exists():
+                old.rename(directory)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise SaveError(f"Cannot write {directory}: {error.strerror or error}. Nothing was left behind.") from error
     except RuntimeError as error:
