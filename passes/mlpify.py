@@ -22,7 +22,8 @@ from surgeon.passes.sparsify import square_hoyer
 from surgeon.passes.swap_activation import TARGETS
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import Capture, emit, emit_dropout, erase_unread, get_attr, replace_value
-from surgeon.sites import PROJECTION_MLP, LinearSite, Rejection, find_linear_sites
+from surgeon.search import find_linear_sites
+from surgeon.sites import PROJECTION_MLP, LinearSite, Rejection
 
 
 class ReplacementMLP(nn.Module):

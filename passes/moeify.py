@@ -26,7 +26,8 @@ from surgeon.moe import MoE, find_moes, set_tau
 from surgeon.passes.base import SiteKind, TrainedPass, option
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import Capture, replace_call
-from surgeon.sites import FFN, Rejection, find_ffns
+from surgeon.search import find_ffns
+from surgeon.sites import FFN, Rejection
 
 log = logging.getLogger("surgeon")
 

@@ -24,7 +24,8 @@ from surgeon.passes.base import SiteKind, TrainedPass, option
 from surgeon.probe import HALVES, Halves
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import Capture, own_parameters, set_path
-from surgeon.sites import FFN, PROJECTION_MLP, Rejection, find_ffns
+from surgeon.search import find_ffns
+from surgeon.sites import FFN, PROJECTION_MLP, Rejection
 
 AlphaSchedule = Literal["constant", "linear", "linear_warmup"]
 EPSILON = 1e-15

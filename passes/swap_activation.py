@@ -14,7 +14,8 @@ from surgeon.passes.base import Pass, SiteKind, option
 from surgeon.probe import HALVES, OTHER
 from surgeon.report import SiteChange
 from surgeon.rewrite import emit, emit_dropout, erase_unread
-from surgeon.sites import FFN, Call, Rejection, find_ffns
+from surgeon.search import find_ffns
+from surgeon.sites import FFN, Call, Rejection
 
 Emit = Callable[..., Node]
 # How each target activation is written in ATen ops.

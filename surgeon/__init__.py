@@ -19,7 +19,7 @@ _EXPORTS = {
     "Surgery": "surgeon.pipeline",
     "SurgeonError": "surgeon.errors",
     "TracedGraph": "surgeon.graph",
-    "find_ffns": "surgeon.sites",
+    "find_ffns": "surgeon.search",
     "find_moes": "surgeon.moe",
     "get_tau": "surgeon.moe",
     "load": "surgeon.artifact",
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from surgeon.moe import set_tau as set_tau
     from surgeon.pipeline import Pipeline as Pipeline
     from surgeon.pipeline import Surgery as Surgery
-    from surgeon.sites import find_ffns as find_ffns
+    from surgeon.search import find_ffns as find_ffns
     from surgeon.tracing import trace as trace
 
 __all__ = sorted(_EXPORTS)

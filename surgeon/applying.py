@@ -74,15 +74,15 @@ class ApplyOptions:
     typed: tuple[str, ...] = ()
 
 
-def check_target(directory: Path, opened_spec: str, *, overwrite: bool) -> None:
+def check_target(directory: Path, model: str | None = None, *, overwrite: bool) -> None:
     """Find out before the work whether the result can be written.
 
     Raises:
         UsageError: the directory is the model's own, or has content that is not to be replaced.
         SaveError: its parent cannot be written to.
     """
-    where, model = directory.resolve(), Path(opened_spec).resolve()
-    if where == model or model in where.parents:
+    where = directory.resolve()
+    if model is not None and Path(model).resolve() in (where, *where.parents):
         raise UsageError(f"{directory} is the model itself, which is never changed. Give another directory with -o.")
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file. Give a directory for the result with -o.")

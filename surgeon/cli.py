@@ -218,9 +218,11 @@ def demo(
     JSON: {dense, passes, points, directory}
     """
     from surgeon import demo as story
+    from surgeon.applying import check_target
     from surgeon.diff_view import pass_view
     from surgeon.views import demo_view, quality_line
 
+    check_target(directory, overwrite=True)
     made = story.run(
         directory,
         seed=seed,

@@ -22,7 +22,8 @@ from surgeon.passes import Pass
 from surgeon.pipeline import Pipeline
 from surgeon.report import Cost
 from surgeon.rewrite import Capture
-from surgeon.sites import FFN, LinearSite, Rejection, find_ffns, find_linear_sites
+from surgeon.search import find_ffns, find_linear_sites
+from surgeon.sites import FFN, LinearSite, Rejection
 from surgeon.tracing import adopt, run
 
 LOOKS_FOR = {"ffn": "feed-forward layer", "linear": "standalone linear layer", "moe": "expert layer"}
