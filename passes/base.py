@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from surgeon.agreement import relative_error, run, tolerance_for
 from surgeon.batch import Data
 from surgeon.cost import LayerRun, measure
 from surgeon.errors import PassError, SurgeonError, UsageError, VerificationError
@@ -24,7 +25,7 @@ from surgeon.moe import MoESite
 from surgeon.report import Cost, FitReport, PassReport, SiteChange
 from surgeon.rewrite import Capture, adopt_changes
 from surgeon.sites import FFN, LinearSite, Rejection
-from surgeon.tracing import adopt, is_aten_graph, relative_error, run, tolerance_for
+from surgeon.tracing import adopt, is_aten_graph
 
 Site = TypeVar("Site", FFN, LinearSite, MoESite)
 SiteKind = Literal["ffn", "linear", "moe"]

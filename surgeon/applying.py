@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from surgeon.agreement import run
 from surgeon.artifact import RECORD
 from surgeon.batch import Data
 from surgeon.cost import measure
@@ -29,7 +30,6 @@ from surgeon.recipe import build
 from surgeon.report import Cost, PassReport, Progress
 from surgeon.source import quiet_transformers
 from surgeon.summary import count_reasons
-from surgeon.tracing import run
 from surgeon.workdir import WorkDirectory
 
 

@@ -30,6 +30,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (registers the ops that the file holds)
+from surgeon.agreement import relative_error, run, tolerance_for
 from surgeon.checkpoint import read_program, sha256_of
 from surgeon.diff import GraphDiff, PassDiff
 from surgeon.errors import LoadError, SaveError
@@ -37,7 +38,7 @@ from surgeon.graph import TracedGraph
 from surgeon.moe import find_moes, get_tau
 from surgeon.pipeline import Diff, Surgery, inputs_of
 from surgeon.report import PassReport
-from surgeon.tracing import TraceInfo, from_program, quiet, relative_error, run, tolerance_for
+from surgeon.tracing import TraceInfo, from_program, quiet
 
 log = logging.getLogger("surgeon")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from surgeon.agreement import relative_error, run
 from surgeon.cost import measure
 from surgeon.diff import GraphDiff, compare_unrelated, snapshot
 from surgeon.errors import UsageError
@@ -16,7 +17,6 @@ from surgeon.opening import Opened
 from surgeon.report import Cost, Progress
 from surgeon.sweep import USUAL_TAUS, Point
 from surgeon.sweep import sweep as run_sweep
-from surgeon.tracing import relative_error, run
 
 
 @dataclass(frozen=True)

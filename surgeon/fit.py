@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from surgeon.agreement import run
 from surgeon.batch import Batch, Data
 from surgeon.errors import DataError, PassError, UsageError
 from surgeon.losses import Loss, task_loss, task_of
 from surgeon.report import FitReport, Progress
-from surgeon.tracing import TraceInfo, run
+from surgeon.tracing import TraceInfo
 
 log = logging.getLogger("surgeon")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from surgeon.agreement import run
 from surgeon.cost import measure
 from surgeon.diff import snapshot
 from surgeon.errors import UsageError
@@ -24,7 +25,7 @@ from surgeon.report import Cost
 from surgeon.rewrite import Capture
 from surgeon.search import find_ffns, find_linear_sites
 from surgeon.sites import FFN, LinearSite, Rejection
-from surgeon.tracing import adopt, run
+from surgeon.tracing import adopt
 
 LOOKS_FOR = {"ffn": "feed-forward layer", "linear": "standalone linear layer", "moe": "expert layer"}
 

@@ -32,6 +32,7 @@ PRODUCTS = MATMULS | {aten.scaled_dot_product_attention.default}
 
 
 def op_name(node: Node) -> str:
+    """`add` for `aten.add.Tensor`."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target.overloadpacket.__name__)
     return str(getattr(node.target, "__name__", node.target))

@@ -11,9 +11,8 @@ import contextlib
 import inspect
 import keyword
 import logging
-import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,21 +22,15 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from surgeon.agreement import relative_error, run, tolerance_for, without_none
 from surgeon.errors import TraceError
-from surgeon.graph import TracedGraph, aten, attribute, fork, is_call, nested_graphs, retie, tensor_of
+from surgeon.export_cleanup import changed_buffers, clean, use_first_names
+from surgeon.graph import TracedGraph, fork, retie
 from surgeon.inputs import as_args_kwargs
-from surgeon.linear import VIEWS
 from surgeon.losses import task_of
 
 log = logging.getLogger("surgeon")
 
-# Largest accepted difference between graph and model, relative to the model's largest output.
-TOLERANCE: dict[torch.dtype, float] = {
-    torch.float64: 1e-8,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 5e-2,
-}
 Form = Literal["train", "eval"]
 
 
@@ -119,7 +112,7 @@ def adopt(graph: GraphModule) -> TracedGraph:
     if isinstance(graph, TracedGraph):
         return fork(graph)
     traced = fork(graph)
-    _clean(traced)
+    clean(traced)
     if "trace" not in traced.meta:
         traced.meta["trace"] = TraceInfo(_form_of(traced), _dynamic_dims(traced))
     return traced
@@ -197,10 +190,10 @@ def _export(
         model.eval()
     assert isinstance(exported, GraphModule)
     graph = fork(exported)
-    _use_first_names(graph, model)
-    _clean(graph)
+    use_first_names(graph, model)
+    clean(graph)
     graph.meta["trace"] = TraceInfo(form)
-    if form == "train" and (changed := _changed_buffers(graph)):
+    if form == "train" and (changed := changed_buffers(graph)):
         raise TraceError(f"it changes its own state when it runs ({changed[0]})")
     return graph.train(form == "train")
 
@@ -222,91 +215,6 @@ def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return {name: pytree.tree_map(free, value) for name, value in bound.items()}
 
 
-def _use_first_names(graph: TracedGraph, model: nn.Module) -> None:
-    """Read a tensor that the model holds under several names by the first of them, as `named_parameters` does."""
-    names = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
-    for node in graph.graph.nodes:
-        tensor = tensor_of(graph, node)
-        name = names.get(id(tensor)) if tensor is not None else None
-        if name is None or name == node.target:
-            continue
-        owner: nn.Module = graph
-        *parents, field = name.split(".")
-        for parent in parents:
-            if not hasattr(owner, parent):
-                owner.add_module(parent, nn.Module())
-            owner = getattr(owner, parent)
-        if isinstance(tensor, nn.Parameter):
-            owner.register_parameter(field, tensor)
-        elif tensor is not None:
-            owner.register_buffer(field, tensor)
-        node.target = name
-    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    for name, tensor in list(graph.named_parameters(remove_duplicate=False)):
-        if name not in used and id(tensor) in names:
-            holder, _, field = name.rpartition(".")
-            delattr(graph.get_submodule(holder), field)
-
-
-def _inline_no_autocast(graph: TracedGraph) -> None:
-    """Put the body of a region that switches autocast off into the graph: there is no autocast to switch off."""
-    for node in list(graph.graph.nodes):
-        if not is_call(node, torch.ops.higher_order.wrap_with_autocast) or node.args[2] is not False:
-            continue
-        body = attribute(graph, str(node.args[4].target))
-        placeholders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
-        mapping: dict[Node, Any] = dict(zip(placeholders, node.args[5:], strict=True))
-        with graph.graph.inserting_before(node):
-            for inner in body.graph.nodes:
-                if inner.op in ("call_function", "get_attr"):
-                    mapping[inner] = graph.graph.node_copy(inner, mapping.__getitem__)
-        results: Any = torch.fx.node.map_arg(body.graph.output_node().args[0], mapping.__getitem__)
-        for user in list(node.users):
-            if is_call(user, operator.getitem):
-                user.replace_all_uses_with(results[user.args[1]])
-                graph.graph.erase_node(user)
-        if not node.users:
-            graph.graph.erase_node(node)
-
-
-def _clean(graph: TracedGraph) -> None:
-    """Remove what is not computation: assertions on metadata, guards, dead nodes."""
-    _inline_no_autocast(graph)
-    for part in nested_graphs(graph):
-        for node in list(part.graph.nodes):
-            guard = node.op == "call_module" and str(node.target).endswith("_guards_fn")
-            if guard or is_call(node, aten._assert_tensor_metadata.default) or _counts_batches(node):
-                part.graph.erase_node(node)
-        part.graph.eliminate_dead_code()
-        part.recompile()
-    graph.delete_all_unused_submodules()
-
-
-def _counts_batches(node: Node) -> bool:
-    """Batch normalisation counting its batches: it would go on in evaluation, and nothing reads the count."""
-    if not is_call(node, aten.add_.Tensor) or node.users:
-        return False
-    source = node.args[0]
-    return isinstance(source, Node) and str(source.target).endswith("num_batches_tracked")
-
-
-def _changed_buffers(graph: GraphModule) -> list[str]:
-    """Parameters and buffers that the graph changes in place when it runs (batch statistics aside)."""
-    changed = []
-    for part in nested_graphs(graph):
-        for node in part.graph.nodes:
-            schema = getattr(node.target, "_schema", None)
-            if schema is None or not schema.is_mutable or node.target is aten.batch_norm.default:
-                continue
-            for argument, value in zip(schema.arguments, node.args, strict=False):
-                while isinstance(value, Node) and value.op == "call_function" and value.target in VIEWS:
-                    value = value.args[0]
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and isinstance(value, Node) and tensor_of(part, value) is not None:
-                    changed.append(str(value.target))
-    return changed
-
-
 def _form_of(graph: GraphModule) -> Form:
     """Training form if any node is set to what only training does."""
     before = TracedGraph.eval(fork(graph))
@@ -318,65 +226,6 @@ def _form_of(graph: GraphModule) -> Form:
 
 
 # --------------------------------------------------------------------------------------------- agreement
-
-
-def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call without gradients and with a fixed random state, so that two runs of a noisy model agree."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    # The fused encoder layer zeroes padded positions, which no other form of the same model does.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return model(*args, **kwargs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
-def relative_error(actual: Any, expected: Any) -> float:
-    """Largest difference between two outputs of the same structure, relative to the largest expected value.
-
-    Every floating-point tensor counts by itself and the worst one is returned; values of other types must be equal.
-    Infinite if structure, shape, or the places of NaN and infinity differ.
-    """
-    left, right = pytree.tree_leaves(_plain(actual)), pytree.tree_leaves(_plain(expected))
-    if len(left) != len(right):
-        return float("inf")
-    return max((_leaf_error(a, b) for a, b in zip(left, right, strict=True)), default=0.0)
-
-
-def tolerance_for(outputs: Any, model: nn.Module | None = None) -> float:
-    """The accepted relative error for these outputs (of this model): the coarsest dtype among them decides."""
-    dtypes = {leaf.dtype for leaf in pytree.tree_leaves(_plain(outputs)) if isinstance(leaf, Tensor)}
-    if model is not None:
-        dtypes |= {parameter.dtype for parameter in model.parameters()}
-    return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
-
-
-def _plain(outputs: Any) -> Any:
-    """Model output classes as plain dicts: an export drops fields that are None."""
-    if isinstance(outputs, Mapping):
-        return {key: value for key, value in outputs.items() if value is not None}
-    return outputs
-
-
-def _leaf_error(actual: object, expected: object) -> float:
-    if not isinstance(actual, Tensor) or not isinstance(expected, Tensor):
-        return 0.0 if actual is expected or bool(actual == expected) else float("inf")
-    if actual.shape != expected.shape:
-        return float("inf")
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(actual, expected) else float("inf")
-    a, b = actual.detach().double(), expected.detach().double()
-    finite = torch.isfinite(b)
-    if not torch.equal(torch.nan_to_num(a, 1.5, 2.5, -2.5)[~finite], torch.nan_to_num(b, 1.5, 2.5, -2.5)[~finite]):
-        return float("inf")
-    a, b = a[finite], b[finite]
-    if b.numel() == 0:
-        return 0.0
-    if not bool(torch.isfinite(a).all()):
-        return float("inf")
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))
 
 
 def _run_reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -437,7 +286,7 @@ def _tile_single_batch(
         return args, kwargs, False
     grew = any(
         isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() > 0 and a.shape[0] * 2 == b.shape[0]
-        for a, b in zip(pytree.tree_leaves(_plain(one)), pytree.tree_leaves(_plain(two)), strict=False)
+        for a, b in zip(pytree.tree_leaves(without_none(one)), pytree.tree_leaves(without_none(two)), strict=False)
     )
     return (tiled_args, tiled_kwargs, True) if grew else (args, kwargs, False)
 

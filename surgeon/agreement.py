@@ -1,0 +1,77 @@
+"""Whether two ways of computing give the same: run both alike, and compare what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+# Largest accepted difference between graph and model, relative to the model's largest output.
+TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-8,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call without gradients and with a fixed random state, so that two runs of a noisy model agree."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # The fused encoder layer zeroes padded positions, which no other form of the same model does.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return model(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """Largest difference between two outputs of the same structure, relative to the largest expected value.
+
+    Every floating-point tensor counts by itself and the worst one is returned; values of other types must be equal.
+    Infinite if structure, shape, or the places of NaN and infinity differ.
+    """
+    left, right = pytree.tree_leaves(without_none(actual)), pytree.tree_leaves(without_none(expected))
+    if len(left) != len(right):
+        return float("inf")
+    return max((_leaf_error(a, b) for a, b in zip(left, right, strict=True)), default=0.0)
+
+
+def tolerance_for(outputs: Any, model: nn.Module | None = None) -> float:
+    """The accepted relative error for these outputs (of this model): the coarsest dtype among them decides."""
+    dtypes = {leaf.dtype for leaf in pytree.tree_leaves(without_none(outputs)) if isinstance(leaf, Tensor)}
+    if model is not None:
+        dtypes |= {parameter.dtype for parameter in model.parameters()}
+    return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
+
+
+def without_none(outputs: Any) -> Any:
+    """Model output classes as plain dicts: an export drops fields that are None."""
+    if isinstance(outputs, Mapping):
+        return {key: value for key, value in outputs.items() if value is not None}
+    return outputs
+
+
+def _leaf_error(actual: object, expected: object) -> float:
+    if not isinstance(actual, Tensor) or not isinstance(expected, Tensor):
+        return 0.0 if actual is expected or bool(actual == expected) else float("inf")
+    if actual.shape != expected.shape:
+        return float("inf")
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(actual, expected) else float("inf")
+    a, b = actual.detach().double(), expected.detach().double()
+    finite = torch.isfinite(b)
+    if not torch.equal(torch.nan_to_num(a, 1.5, 2.5, -2.5)[~finite], torch.nan_to_num(b, 1.5, 2.5, -2.5)[~finite]):
+        return float("inf")
+    a, b = a[finite], b[finite]
+    if b.numel() == 0:
+        return 0.0
+    if not bool(torch.isfinite(a).all()):
+        return float("inf")
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12))

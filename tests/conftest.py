@@ -1,0 +1,79 @@
+"""What all tests share: an offline, single-threaded process, traced models kept for the session, and golden files."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from surgeon.graph import TracedGraph, fork
+from surgeon.rewrite import own_parameters
+from surgeon.tracing import trace
+from tests import models
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # Sums are then added in the same order on every machine, and the models are too small for more.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)`: compare the text with tests/golden/<name>.txt, or write it with --update-golden."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        text = text.rstrip() + "\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"no golden file {path.name}: run pytest --update-golden and read what it wrote"
+        assert text == path.read_text(encoding="utf-8")
+
+    return check
+
+
+class Traces:
+    """Models and their graphs by name, traced once. What a test gets is its own: nothing is shared with other tests."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[TracedGraph, Any]] = {}
+
+    def _get(self, name: str) -> tuple[TracedGraph, Any]:
+        if name not in self._made:
+            if name in models.HUGGING_FACE:
+                model, inputs = models.hugging_face(name)
+            else:
+                model, inputs = models.classifier(name), models.tokens()
+            self._made[name] = trace(model, inputs), inputs
+        return self._made[name]
+
+    def __call__(self, name: str) -> TracedGraph:
+        """A graph of the model with parameters of its own, in evaluation mode."""
+        graph = fork(self._get(name)[0])
+        own_parameters(graph)
+        return graph.eval()
+
+    def inputs(self, name: str) -> Any:
+        """The keyword inputs that the model was traced with."""
+        return {key: value.clone() for key, value in self._get(name)[1].items()}
+
+
+@pytest.fixture(scope="session")
+def traces() -> Traces:
+    """See `Traces`."""
+    return Traces()

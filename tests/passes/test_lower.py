@@ -1,0 +1,108 @@
+"""lower: the op takes the module's place, under the same names, and skips what the router says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from surgeon.cost import measure
+from surgeon.graph import module_path
+from surgeon.moe import dynamic_k_ffn, find_moes, get_tau, set_tau
+from surgeon.passes import Lower, Moeify
+from tests.models import tokens
+
+NAMES = ["gelu", "relu", "gated", "fused", "biasless", "shared"]
+
+
+def converted(traces: Any, name: str, tau: float = 0.0) -> Any:
+    graph = traces(name)
+    Moeify(experts=4, router_width=8, tau=tau).apply(graph)
+    return graph
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tau", [0.0, 0.5, 0.9])
+def test_same_output_at_every_tau(traces: Any, name: str, tau: float) -> None:
+    graph, inputs = converted(traces, name, tau), tokens()
+    want = graph(**inputs)
+    report = Lower().apply(graph, inputs=inputs)
+    assert torch.allclose(graph(**inputs), want, atol=1e-5)
+    assert report.max_error is not None
+    assert report.max_error < 1e-5
+    assert report.preserved
+
+
+def test_module_becomes_ops_under_the_same_names(traces: Any) -> None:
+    graph = converted(traces, "gelu", 0.25)
+    state = {name: value.clone() for name, value in graph.state_dict().items()}
+    report = Lower().apply(graph, inputs=tokens())
+    assert report.matched == ["blocks.0.ffn.moe", "blocks.1.ffn.moe"]
+    assert not any(node.op == "call_module" for node in graph.graph.nodes)
+    ops = [node for node in graph.graph.nodes if node.target is dynamic_k_ffn]
+    assert [module_path(node) for node in ops] == report.matched
+    routers = {module_path(node) for node in graph.graph.nodes if module_path(node).endswith(".router")}
+    assert routers == {f"{path}.router" for path in report.matched}
+    assert set(graph.state_dict()) == set(state)
+    assert all(torch.equal(value, state[name]) for name, value in graph.state_dict().items())
+    assert get_tau(graph) == dict.fromkeys(report.matched, 0.25)
+
+
+def test_cost_and_share_are_those_of_the_module(traces: Any) -> None:
+    graph = converted(traces, "relu", 0.9)
+    before, _ = measure(graph, (), tokens())
+    report = Lower().apply(graph, inputs=tokens())
+    assert report.before == report.after == before
+    assert before.executed is not None
+    assert before.executed < 1
+    assert {site.executed is not None and 0 < site.executed <= 1 for site in report.sites} == {True}
+
+
+def test_gradients_are_those_of_the_module(traces: Any) -> None:
+    graph = converted(traces, "gated", 0.5)
+    graph(**tokens()).square().sum().backward()
+    want = {name: p.grad.clone() for name, p in graph.named_parameters() if p.grad is not None}
+    graph.zero_grad()
+    Lower().apply(graph)
+    graph(**tokens()).square().sum().backward()
+    got = {name: p.grad for name, p in graph.named_parameters() if p.grad is not None}
+    assert set(got) == set(want)
+    assert any(".moe.gate" in name for name in got)
+    assert not any(".router." in name for name in got)
+    assert all(torch.allclose(gradient, want[name], atol=1e-5) for name, gradient in got.items())
+
+
+def test_shared_experts_are_lowered_at_every_execution(traces: Any) -> None:
+    graph = converted(traces, "shared")
+    report = Lower().apply(graph, inputs=tokens())
+    assert len(report.matched) == 1
+    (site,) = find_moes(graph)
+    assert len(site.nodes) == 2
+
+
+def test_twice_is_refused_with_the_reason(traces: Any) -> None:
+    graph = converted(traces, "gelu")
+    Lower().apply(graph)
+    code = graph.code
+    report = Lower().apply(graph)
+    assert not report.matched
+    assert {reason for _, reason in report.rejected} == {"it is lowered already"}
+    assert graph.code == code
+
+
+def test_chosen_layers_only(traces: Any) -> None:
+    graph = converted(traces, "gelu")
+    Lower(only=("blocks.1.*",)).apply(graph, inputs=tokens())
+    assert [site.form for site in find_moes(graph)] == ["module", "dynamic"]
+    set_tau(graph, 0.9)
+    cost, layers = measure(graph, (), tokens())
+    assert cost.executed is not None
+    assert cost.executed == pytest.approx(sum(layer.share for layer in layers.values()) / 2)
+
+
+def test_tau_outside_the_range_of_one_token(traces: Any) -> None:
+    graph = converted(traces, "gelu", 1.0)
+    Lower().apply(graph)
+    _, layers = measure(graph, (), tokens(1, 1, padded=False))
+    assert all(layer.ran >= 1 for layer in layers.values())

@@ -1,0 +1,167 @@
+"""swap-activation: whatever the spelling, one relu node is left, and everything else stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import surgeon
+from surgeon.errors import UsageError
+from surgeon.graph import TracedGraph, aten
+from surgeon.passes import SwapActivation
+from surgeon.probe import DROPOUTS
+from surgeon.search import find_ffns
+from tests.models import WIDTH, Function, Fused, Gated, Plain, Wrapped, tokens
+
+X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def plain(act: Callable[[Tensor], Tensor]) -> nn.Module:
+    return Wrapped(Plain(act=act, dropout=0.0))
+
+
+SPELLINGS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": lambda: plain(F.gelu),
+    "gelu_tanh": lambda: plain(lambda h: F.gelu(h, approximate="tanh")),
+    "gelu_erf": lambda: plain(lambda h: 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))),
+    "quick_gelu": lambda: plain(lambda h: h * torch.sigmoid(1.702 * h)),
+    "silu_inplace": lambda: plain(lambda h: F.silu(h, inplace=True)),
+    "silu_written": lambda: plain(lambda h: h / (1 + torch.exp(-h))),
+    "tanh": lambda: plain(torch.tanh),
+    "relu2": lambda: plain(lambda h: F.relu(h).square()),
+    "scaled": lambda: plain(lambda h: F.gelu(h * 0.5) * 3.0),
+    "dropout": lambda: Wrapped(Plain(dropout=0.3)),
+    "gated": lambda: Wrapped(Gated()),
+    "gated_dropout": lambda: Wrapped(Gated(dropout=0.3)),
+    "fused": lambda: Wrapped(Fused()),
+    "interleaved": lambda: Wrapped(Function(interleaved, up=(WIDTH, 64), down=(32, WIDTH))),
+}
+
+
+def interleaved(m: Any, x: Tensor) -> Tensor:
+    h = m.up(x)
+    return m.down(F.silu(h[..., ::2]) * h[..., 1::2])
+
+
+def calls(graph: TracedGraph, target: Any) -> int:
+    return sum(node.target is target for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_becomes_one_relu(name: str) -> None:
+    torch.manual_seed(0)
+    model = SPELLINGS[name]().eval()
+    graph = surgeon.trace(model, X)
+    (before,), _ = find_ffns(graph)
+    weights = before.weights(graph)
+    found = before.nonlinearity
+    report = SwapActivation().apply(graph, inputs=X)
+    (after,), rejected = find_ffns(graph)
+    assert not rejected
+    assert (after.path, after.activation, after.gated) == (before.path, "relu", before.gated)
+    # relu(0.5 z) · 2 is relu(z): only the product of the scales means something.
+    scale = found.input_scale * found.output_scale
+    assert after.nonlinearity.input_scale * after.nonlinearity.output_scale == pytest.approx(scale)
+    assert calls(graph, aten.relu.default) == 1
+    old = (
+        aten.gelu.default,
+        aten.silu.default,
+        aten.silu_.default,
+        aten.erf.default,
+        aten.sigmoid.default,
+        aten.tanh.default,
+    )
+    assert not any(calls(graph, op) for op in old)
+    x = F.layer_norm(X, (WIDTH,))
+    up = F.linear(x, weights.w1, weights.b1)
+    hidden = F.relu(up) if weights.gate is None else F.relu(F.linear(x, weights.gate, weights.b_gate)) * up
+    assert torch.allclose(graph(X), F.linear(hidden, weights.w2.t(), weights.b2), atol=1e-5)
+    (site,) = report.sites
+    assert (site.before, site.after) == (before.activation, "relu")
+    assert not report.preserved
+    assert report.max_error is not None
+    assert report.max_error > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dropout", "gated_dropout"])
+def test_dropout_is_kept_and_switched(name: str) -> None:
+    graph = surgeon.trace(SPELLINGS[name](), X)
+    SwapActivation().apply(graph)
+    dropouts = [node for node in graph.graph.nodes if node.target in DROPOUTS]
+    assert [node.args[1] for node in dropouts] == [0.3]
+    assert not torch.equal(graph.train()(X), graph.train()(X))
+    assert torch.equal(graph.eval()(X), graph.eval()(X))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_dropout_follows_the_mode_in_which_it_was_put_in(mode: bool) -> None:
+    graph = surgeon.trace(SPELLINGS["dropout"](), X).train(mode)
+    SwapActivation().apply(graph)
+    assert torch.equal(graph(X), graph(X)) != mode
+    assert torch.equal(graph.train(not mode)(X), graph(X)) == mode
+
+
+def test_evaluation_form_stays_without_dropout() -> None:
+    model = Wrapped(Plain(dropout=0.3)).eval()
+    exported = torch.export.export(model, (X,), strict=False).module()
+    graph = surgeon.trace(exported, X)
+    SwapActivation().apply(graph)
+    assert torch.equal(graph.train()(X), graph.train()(X))
+
+
+@pytest.mark.parametrize("to", ["relu", "relu2", "gelu", "silu"])
+def test_other_targets(traces: Any, to: str) -> None:
+    graph = traces("biasless")
+    report = SwapActivation(to=to).apply(graph)
+    if to == "relu":
+        assert not report.matched
+        assert {reason for _, reason in report.rejected} == {"its activation is relu already"}
+    else:
+        assert {site.activation for site in find_ffns(graph)[0]} == {to}
+
+
+def test_unknown_target() -> None:
+    with pytest.raises(UsageError, match="to is 'softmax', but must be one of relu, relu2, gelu, silu"):
+        SwapActivation(to="softmax")
+
+
+def test_chosen_sites_only(traces: Any) -> None:
+    graph = traces("gelu")
+    report = SwapActivation(only=("blocks.1.*",)).apply(graph)
+    assert report.matched == ["blocks.1.ffn"]
+    assert [site.activation for site in find_ffns(graph)[0]] == ["gelu", "relu"]
+    report = SwapActivation(skip=("blocks.0.ffn",)).apply(graph)
+    assert report.matched == []
+    assert report.rejected == [("blocks.1.ffn", "its activation is relu already")]
+
+
+def test_shared_weights_are_swapped_at_every_execution(traces: Any) -> None:
+    graph = traces("albert")
+    report = SwapActivation().apply(graph, inputs=traces.inputs("albert"))
+    assert len(report.matched) == 1
+    (site,), _ = find_ffns(graph)
+    assert (len(site.calls), site.activation) == (2, "relu")
+
+
+def test_changing_shape_is_refused() -> None:
+    graph = surgeon.trace(
+        Function(lambda m, x: m.down(F.gelu(m.up(x)).flatten(0, 1)).view(x.shape), up=(WIDTH, 32), down=(32, WIDTH)), X
+    )
+    report = SwapActivation().apply(graph)
+    assert report.rejected == [("up", "its values change shape between the linears")]
+
+
+def test_parameters_and_costs_stay(traces: Any) -> None:
+    graph = traces("gated")
+    inputs = tokens()
+    state = {name: value.clone() for name, value in graph.state_dict().items()}
+    report = SwapActivation().apply(graph, inputs=inputs)
+    assert report.before == report.after
+    assert set(graph.state_dict()) == set(state)
+    assert all(torch.equal(value, state[name]) for name, value in graph.state_dict().items())

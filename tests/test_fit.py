@@ -1,0 +1,306 @@
+"""The training loop: learns, follows its schedule, stops at nonsense, ignores padding, and continues where it was."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from surgeon.data import Batch, Data
+from surgeon.errors import DataError, PassError, UsageError
+from surgeon.fit import Plan, Settings, fit, loss_of, real_tokens, token_mask
+from surgeon.passes import Sparsify
+from surgeon.report import FitReport, Progress
+from surgeon.tracing import TraceInfo
+from tests.models import labelled
+
+PLAN = Plan(epochs=5, steps=None, lr=0.05)
+
+
+def regression(batches: int = 6) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(8, 4, generator=generator) for _ in range(batches)]
+    return [(x, x @ torch.arange(4.0).unsqueeze(1)) for x in xs]
+
+
+class Problem:
+    """A linear layer to fit, with what was seen on the way."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.seen: list[tuple[float, float]] = []
+        self.progress: list[Progress] = []
+
+    def loss(self, batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
+        assert batch.labels is not None
+        value = (self.layer(self.dropout(batch.args[0])) - batch.labels).square().mean()
+        self.seen.append((float(batch.args[0].sum()), done))
+        return value, {"loss": value.item()}
+
+    def fit(self, data: Any, plan: Plan = PLAN, **settings: Any) -> FitReport:
+        torch.manual_seed(1)
+        settings.setdefault("progress", self.progress.append)
+        return fit(list(self.layer.parameters()), self.loss, Data.of(data), plan, Settings(**settings), "the fit")
+
+
+def test_learns_and_reports() -> None:
+    problem = Problem()
+    report = problem.fit(regression(), Plan(epochs=30, steps=None, lr=0.1))
+    assert report.steps == 180
+    assert report.epochs == 30
+    assert report.resumed_at == 0
+    assert report.losses[0][0] == 1
+    assert report.losses[-1][0] == 180
+    assert report.losses[-1][1]["loss"] < 0.01 * report.losses[0][1]["loss"]
+    assert len(report.losses) <= 22
+    assert [moment.done for moment in problem.progress] == list(range(1, 181))
+    assert {(moment.what, moment.total) for moment in problem.progress} == {("the fit", 180)}
+    assert problem.progress[-1].values == report.losses[-1][1]
+
+
+def test_sees_every_batch_of_every_epoch_and_how_far_it_is() -> None:
+    problem, data = Problem(), regression(3)
+    problem.fit(data, Plan(epochs=2, steps=None, lr=0.0))
+    sums = [float(x.sum()) for x, _ in data]
+    assert [value for value, _ in problem.seen] == pytest.approx(sums * 2)
+    assert [done for _, done in problem.seen] == pytest.approx([step / 6 for step in range(6)])
+
+
+def test_steps_overrule_epochs() -> None:
+    assert Problem().fit(regression(3), Plan(epochs=100, steps=4, lr=0.1)).steps == 4
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 3), (0.01, 1), (1.0, 6)])
+def test_part_of_an_epoch(epochs: float, steps: int) -> None:
+    assert Problem().fit(regression(6), Plan(epochs=epochs, steps=None, lr=0.1)).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"), [("constant", (1.0, 1.0)), ("linear", (2 / 3, 1 / 3)), ("cosine", (0.75, 0.25))]
+)
+def test_learning_rate_after_a_third_and_two_thirds(schedule: Any, rates: tuple[float, float]) -> None:
+    problem, weights = Problem(), []
+
+    def note(moment: Progress) -> None:
+        weights.append(problem.layer.weight.detach().clone())
+
+    lr = 1e-4  # so small that the gradient stays what it was: then Adam moves every weight by the rate
+    problem.fit([regression(1)[0]] * 3, Plan(epochs=1, steps=None, lr=lr, schedule=schedule), progress=note)
+    moves = [float((after - before).abs().mean()) / lr for before, after in itertools.pairwise(weights)]
+    assert moves == pytest.approx(rates, rel=0.05)
+
+
+def test_gradients_are_clipped() -> None:
+    sizes = []
+    for clip in (None, 1e-3):
+        problem = Problem()
+        original = torch.optim.AdamW.step
+        recorded: list[float] = []
+
+        def step(self: Any, *args: Any, recorded: list[float] = recorded, original: Any = original) -> Any:
+            recorded.append(max(float(p.grad.norm()) for group in self.param_groups for p in group["params"]))
+            return original(self, *args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", step)
+            problem.fit(regression(2), Plan(epochs=1, steps=None, lr=1e-3, clip=clip))
+        sizes.append(recorded[0])
+    assert sizes[0] > 1e-3 >= sizes[1]
+
+
+def test_everything_else_is_left_as_it_was() -> None:
+    problem = Problem()
+    problem.layer.weight.requires_grad_(False)
+    state = [p.requires_grad for p in problem.layer.parameters()]
+    before = problem.layer.weight.clone()
+    problem.fit(regression())
+    assert [p.requires_grad for p in problem.layer.parameters()] == state
+    assert all(p.grad is None for p in problem.layer.parameters())
+    assert not torch.equal(problem.layer.weight, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_stops(bad: float) -> None:
+    problem = Problem()
+    data = regression(3)
+    data[1] = (data[1][0], data[1][1] * bad)
+    with pytest.raises(
+        PassError, match=r"the fit: the loss is (nan|inf) at step 2 of 15.*smaller learning rate \(now 0.05\)"
+    ):
+        problem.fit(data)
+    assert torch.isfinite(problem.layer.weight).all()
+    assert all(p.requires_grad and p.grad is None for p in problem.layer.parameters())
+
+
+class Endless:
+    """Batches that can be read again and again, and nobody knows how many."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from regression(3)
+
+
+def test_unknown_length_needs_steps() -> None:
+    with pytest.raises(DataError, match=r"no length.*`steps`"):
+        Problem().fit(Endless())
+    report = Problem().fit(Endless(), Plan(epochs=1, steps=7, lr=0.1))
+    assert report.steps == 7
+
+
+def test_report_of_data_without_length_is_json() -> None:
+    report = Problem().fit(Endless(), Plan(epochs=1, steps=2, lr=0.1))
+    json.dumps(vars(report), allow_nan=False)
+
+
+def test_empty_data() -> None:
+    with pytest.raises(DataError):
+        Problem().fit([], Plan(epochs=1, steps=3, lr=0.1))
+
+
+@pytest.mark.parametrize("option", [{"steps": 0}, {"epochs": 0.0}, {"lr": -1.0}])
+def test_nothing_to_do_is_refused(option: Any) -> None:
+    (name,) = option
+    with pytest.raises(UsageError, match=f"sparsify: {name} is"):
+        Sparsify(**option)
+
+
+# --- interrupted and resumed ------------------------------------------------------------------------------------------
+
+
+def interrupt_at(step: int) -> Any:
+    def progress(moment: Progress) -> None:
+        if moment.done == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("step", [1, 7, 12])
+def test_resumed_fit_ends_as_an_uninterrupted_one(tmp_path: Path, step: int, dropout: float) -> None:
+    whole = Problem(dropout)
+    want = whole.fit(regression(6), workdir=tmp_path / "whole")
+
+    broken = Problem(dropout)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(regression(6), workdir=tmp_path / "w", progress=interrupt_at(step))
+    fresh = Problem(dropout)
+    report = fresh.fit(regression(6), workdir=tmp_path / "w", resume=True)
+    assert report.resumed_at == step
+    assert report.steps == want.steps == 30
+    assert len(fresh.seen) == 30 - step
+    assert torch.equal(fresh.layer.weight, whole.layer.weight)
+    assert torch.equal(fresh.layer.bias, whole.layer.bias)
+    assert [entry[0] for entry in report.losses] == [entry[0] for entry in want.losses]
+    assert report.losses[-1][1] == want.losses[-1][1]
+
+
+def test_checkpoint_is_whole(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Problem().fit(regression(), workdir=tmp_path, progress=interrupt_at(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["the-fit"]
+    assert json.loads((tmp_path / "the-fit" / "fit.json").read_text())["step"] == 2
+
+
+def test_resuming_a_finished_fit_changes_nothing(tmp_path: Path) -> None:
+    problem = Problem()
+    problem.fit(regression(), workdir=tmp_path)
+    again = Problem()
+    report = again.fit(regression(), workdir=tmp_path, resume=True)
+    assert not again.seen
+    assert report.resumed_at == report.steps == 30
+    assert torch.equal(again.layer.weight, problem.layer.weight)
+
+
+def test_resuming_from_nothing_starts_anew(tmp_path: Path) -> None:
+    assert Problem().fit(regression(), workdir=tmp_path / "none", resume=True).resumed_at == 0
+
+
+def test_without_a_place_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Problem().fit(regression())
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_resume_an_old_checkpoint_is_not_used(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Problem().fit(regression(), workdir=tmp_path, progress=interrupt_at(9))
+    problem = Problem()
+    assert problem.fit(regression(), workdir=tmp_path).resumed_at == 0
+    assert len(problem.seen) == 30
+
+
+# --- padding ----------------------------------------------------------------------------------------------------------
+
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
+
+
+def batch(**masks: Tensor) -> Batch:
+    return Batch(kwargs={"input_ids": torch.zeros(2, 3, dtype=torch.int64), **masks})
+
+
+@pytest.mark.parametrize(
+    ("given", "lead", "want"),
+    [
+        (batch(attention_mask=MASK), (2, 3), MASK.bool()),
+        (batch(attention_mask=MASK.bool()), (2, 3), MASK.bool()),
+        (batch(attention_mask=MASK.float()), (2, 3), MASK.bool()),
+        (batch(attention_mask=MASK), (6,), MASK.bool().flatten()),
+        (batch(attention_mask=MASK), (2, 5), None),
+        (batch(attention_mask=MASK), (2,), None),
+        (batch(attention_mask=torch.ones_like(MASK)), (2, 3), None),
+        (batch(), (2, 3), None),
+        (batch(attention_mask=torch.ones(2, 5), decoder_attention_mask=MASK), (2, 3), MASK.bool()),
+        (batch(attention_mask=torch.ones(2, 1, 3, 3)), (2, 3), None),
+    ],
+)
+def test_token_mask(given: Batch, lead: tuple[int, ...], want: Tensor | None) -> None:
+    found = token_mask(given, lead)
+    assert (found is None) == (want is None)
+    if want is not None:
+        assert found is not None
+        assert torch.equal(found, want)
+
+
+def test_real_tokens_of_padded_and_flattened_values() -> None:
+    values = torch.arange(12.0).view(2, 3, 2)
+    want = values.view(6, 2)[[0, 1, 2, 3]]
+    assert torch.equal(real_tokens(batch(attention_mask=MASK), values), want)
+    assert torch.equal(real_tokens(batch(attention_mask=MASK), values.view(6, 2)), want)
+    assert torch.equal(real_tokens(batch(), values), values.view(6, 2))
+    assert torch.equal(real_tokens(batch(), values.view(6, 2)), values.view(6, 2))
+
+
+# --- which loss -------------------------------------------------------------------------------------------------------
+
+
+def test_loss_of_the_data_comes_first(traces: Any) -> None:
+    def own(outputs: Any, batch: Batch) -> Tensor:
+        return torch.zeros(())
+
+    assert loss_of(traces("gelu"), Data.of(labelled(), loss=own)) is own
+
+
+def test_loss_of_the_models_head_and_of_labels(traces: Any) -> None:
+    data = labelled()
+    (inputs, labels), logits = data[0], torch.randn(8, 3)
+    want = torch.nn.functional.cross_entropy(logits, labels)
+    for name in ("bert", "gelu"):
+        graph = traces(name)
+        assert graph.meta["trace"].task == ("sequence-classification" if name == "bert" else None)
+        loss = loss_of(graph, Data.of(data))
+        assert loss(logits, Batch(kwargs=inputs, labels=labels)) == pytest.approx(float(want))
+
+
+def test_no_loss_is_known(traces: Any) -> None:
+    data = [(inputs, labels.float()) for inputs, labels in labelled()]
+    with pytest.raises(UsageError, match=r"--task|loss="):
+        loss_of(traces("gelu"), Data.of(data))
+    assert isinstance(traces("gelu").meta["trace"], TraceInfo)

@@ -1,0 +1,244 @@
+"""The pipeline: order is checked before anything runs, every pass is verified, and the input is left as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import surgeon
+from surgeon.errors import DataError, LoadError, PassError, SurgeonError, TraceError, UsageError, VerificationError
+from surgeon.graph import TracedGraph
+from surgeon.moe import find_moes, get_tau
+from surgeon.passes import Lower, Mlpify, Moeify, Sparsify, SwapActivation
+from surgeon.pipeline import Pipeline, inputs_of
+from surgeon.report import Progress
+from tests.models import classifier, hugging_face, labelled, tokens
+
+SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER = (
+    SwapActivation(), Sparsify(steps=1), Mlpify(steps=1), Moeify(experts=4, router_width=8, steps=1), Lower(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("passes", "words"),
+    [
+        ([], "No passes to run"),
+        ([LOWER], "lower works on experts, and there are none: put moeify before it"),
+        ([LOWER, MOEIFY], "put moeify before it|moeify must run before lower"),
+        ([MOEIFY, LOWER, MOEIFY], "moeify must run before lower"),
+        ([SPARSIFY, SWAP], "swap-activation must run before sparsify, which leaves it nothing to work on: swap them"),
+        ([MOEIFY, SPARSIFY], "sparsify must run before moeify"),
+        ([MOEIFY, MLPIFY], "mlpify must run before moeify"),
+        ([MOEIFY, SWAP], "swap-activation must run before moeify"),
+        ([MLPIFY, MOEIFY], "mlpify needs data.*--data.*--dry-run"),
+    ],
+)
+def test_wrong_order_is_refused_before_anything_runs(passes: Any, words: str) -> None:
+    class Untouchable(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("the model was run")
+
+    with pytest.raises(UsageError, match=words):
+        Pipeline(passes).run(Untouchable(), inputs=torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [[SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER], [MLPIFY, SWAP, SPARSIFY, MOEIFY], [MOEIFY, MOEIFY], [LOWER, LOWER]],
+)
+def test_orders_that_work(passes: Any) -> None:
+    Pipeline(passes).check(has_moes=passes[0] is LOWER, has_data=True)
+
+
+def test_surgery_holds_graph_reports_and_snapshots(traces: Any) -> None:
+    graph, inputs = traces("relu"), tokens()
+    surgery = Pipeline([MOEIFY, LOWER]).run(graph, inputs=inputs, seed=3)
+    assert isinstance(surgery.graph, TracedGraph)
+    assert [report.name for report in surgery.reports] == ["moeify", "lower"]
+    assert len(surgery.snapshots) == 3
+    assert surgery.inputs is inputs
+    assert (surgery.seed, surgery.data) == (3, None)
+    assert torch.allclose(surgery.graph(**inputs), graph(**inputs), atol=1e-5)
+    assert not find_moes(graph)
+
+
+def test_the_model_is_called_by_its_own_arguments() -> None:
+    model, inputs = hugging_face("bert")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    surgery = Pipeline([MOEIFY, LOWER]).run(model, inputs=inputs)
+    got, want = surgery.graph(**inputs), model(**inputs)
+    assert type(got) is type(want)
+    assert torch.allclose(got.logits, want.logits, atol=1e-5)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_inputs_of_hugging_face_models_are_found_by_themselves() -> None:
+    model, _ = hugging_face("bert")
+    surgery = Pipeline([MOEIFY]).run(model)
+    assert set(surgery.inputs) >= {"input_ids", "attention_mask"}
+    assert surgery.reports[0].max_error is not None
+
+
+def test_other_models_need_inputs() -> None:
+    with pytest.raises(UsageError, match="inputs"):
+        Pipeline([MOEIFY]).run(classifier())
+
+
+def test_a_graph_without_inputs_is_not_verified(traces: Any) -> None:
+    surgery = Pipeline([MOEIFY]).run(traces("relu"))
+    assert surgery.reports[0].max_error is None
+    assert any("no example inputs" in note for note in surgery.reports[0].notes)
+    with pytest.raises(PassError, match="needs example inputs"):
+        inputs_of(surgery)
+
+
+def test_training_mode_of_the_model_is_kept() -> None:
+    for training in (True, False):
+        model = classifier("relu", layers=1).train(training)
+        surgery = Pipeline([SWAP, MOEIFY]).run(model, inputs=tokens())
+        assert surgery.graph.training == model.training == training
+
+
+def test_later_passes_do_not_run_after_a_failure(traces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, *args: Any) -> Any:
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(Moeify, "rewrite", broken)
+    done: list[str] = []
+    graph = traces("gelu")
+    code = graph.code
+    with pytest.raises(PassError, match=r"moeify failed at blocks\.0\.ffn.*broken on purpose"):
+        Pipeline([SWAP, MOEIFY, LOWER]).run(graph, inputs=tokens(), on_pass=lambda one: done.append(one.report.name))
+    assert done == ["swap-activation"]
+    assert graph.code == code
+
+
+def test_verification_failure_names_pass_site_and_difference(traces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Moeify.rewrite
+
+    def wrong(self: Any, graph: Any, site: Any) -> Any:
+        change = original(self, graph, site)
+        if site.path == "blocks.1.ffn":
+            with torch.no_grad():
+                graph.get_parameter(f"{change.made}.b2")[0].add_(1.0)
+        return change
+
+    monkeypatch.setattr(Moeify, "rewrite", wrong)
+    with pytest.raises(VerificationError, match=r"moeify must not change.*accepted: 1e-04.*blocks\.1\.ffn"):
+        Pipeline([MOEIFY]).run(traces("relu"), inputs=tokens())
+    surgery = Pipeline([MOEIFY]).run(traces("relu"), inputs=tokens(), verify="off")
+    assert surgery.reports[0].max_error is None
+
+
+def test_full_verification_tries_other_inputs(traces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A difference that shows in other rows only."""
+    seen: list[torch.Tensor] = []
+    original = surgeon.passes.base.run
+
+    def recorded(model: Any, args: Any, kwargs: Any) -> Any:
+        seen.append(kwargs["input_ids"])
+        return original(model, args, kwargs)
+
+    monkeypatch.setattr(surgeon.passes.base, "run", recorded)
+    inputs = tokens()
+    Pipeline([MOEIFY]).run(traces("relu"), inputs=inputs)
+    fast, seen[:] = len(seen), []
+    Pipeline([MOEIFY]).run(traces("relu"), inputs=inputs, verify="full")
+    assert len(seen) > fast
+    assert any(not torch.equal(ids, inputs["input_ids"]) for ids in seen)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = classifier("relu", layers=1)
+    with torch.no_grad():
+        model.blocks[0].ffn.fc1.weight[0, 0] = float("nan")
+    with pytest.raises(LoadError, match=r"blocks\.0\.ffn\.fc1\.weight"):
+        Pipeline([MOEIFY]).run(model, inputs=tokens())
+
+
+def test_what_cannot_be_traced_is_refused() -> None:
+    with pytest.raises(TraceError):
+        Pipeline([MOEIFY]).run(nn.Linear(4, 4), inputs=torch.zeros(2, 5))
+
+
+def test_data_that_can_be_read_once_is_refused(traces: Any) -> None:
+    with pytest.raises(DataError):
+        Pipeline([MOEIFY]).run(traces("relu"), inputs=tokens(), data=iter(labelled(1)))
+
+
+def test_progress_and_data_are_passed_on(traces: Any) -> None:
+    moments: list[Progress] = []
+    surgery = Pipeline([SPARSIFY, MOEIFY]).run(
+        traces("relu"), inputs=tokens(), data=labelled(1), progress=moments.append
+    )
+    assert [moment.what.split()[0] for moment in moments] == ["sparsify", "moeify"]
+    assert surgery.data
+    assert all(report.fit is not None for report in surgery.reports)
+
+
+def test_dry_run_rewrites_and_trains_nothing(traces: Any) -> None:
+    passes = [SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER]
+    surgery = Pipeline(passes).run(traces("gelu"), inputs=tokens(), data=labelled(1), dry_run=True)
+    assert all(report.matched for report in surgery.reports)
+    assert all(report.fit is None for report in surgery.reports)
+
+
+def test_same_seed_same_result(traces: Any) -> None:
+    states = []
+    for seed in (1, 1, 2):
+        surgery = Pipeline([SPARSIFY, MOEIFY]).run(traces("relu"), inputs=tokens(), data=labelled(1), seed=seed)
+        states.append(surgery.graph.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_random_state_of_the_caller_is_left(traces: Any) -> None:
+    graph = traces("relu")
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    Pipeline([SPARSIFY, MOEIFY]).run(graph, inputs=tokens(), data=labelled(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_interrupted_pipeline_resumes_to_the_same_result(traces: Any, tmp_path: Path) -> None:
+    passes = [Sparsify(steps=4, lr=1e-3), Moeify(experts=4, router_width=8, steps=6)]
+    data = labelled(2)
+    want = Pipeline(passes).run(traces("relu"), inputs=tokens(), data=data)
+
+    def interrupt(moment: Progress) -> None:
+        if moment.what.startswith("moeify") and moment.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(passes).run(traces("relu"), inputs=tokens(), data=data, workdir=tmp_path, progress=interrupt)
+    surgery = Pipeline(passes).run(traces("relu"), inputs=tokens(), data=data, workdir=tmp_path, resume=True)
+    assert [report.fit.resumed_at for report in surgery.reports if report.fit is not None] == [4, 3]
+    for name, value in want.graph.state_dict().items():
+        assert torch.allclose(surgery.graph.state_dict()[name], value, atol=1e-6), name
+
+
+def test_tau_through_the_surgery(traces: Any) -> None:
+    surgery = Pipeline([MOEIFY, LOWER]).run(traces("relu"), inputs=tokens())
+    assert surgery.set_tau(0.5) is surgery
+    assert set(get_tau(surgery.graph).values()) == {0.5}
+    surgery.set_tau(0.25, "blocks.0.ffn")
+    assert get_tau(surgery.graph) == {"blocks.0.ffn.moe": 0.25, "blocks.1.ffn.moe": 0.5}
+
+
+def test_a_finished_surgery_can_be_continued(traces: Any) -> None:
+    first = Pipeline([Moeify(experts=4, tau=0.5)]).run(traces("relu"), inputs=tokens())
+    second = Pipeline([LOWER]).run(first.graph, inputs=tokens())
+    assert {site.form for site in find_moes(second.graph)} == {"dynamic"}
+    assert {site.form for site in find_moes(first.graph)} == {"module"}
+    assert set(get_tau(second.graph).values()) == {0.5}
+
+
+def test_every_error_has_an_exit_code() -> None:
+    assert {cls.__name__: cls.exit_code for cls in (UsageError, DataError, LoadError, TraceError, PassError)} == {
+        "UsageError": 2, "DataError": 2, "LoadError": 3, "TraceError": 3, "PassError": 4,
+    }  # fmt: skip
+    assert all(issubclass(cls, SurgeonError) for cls in (UsageError, LoadError, TraceError, VerificationError))

@@ -1,0 +1,400 @@
+"""Tracing: the graph computes what the model computes, switches as it does, and leaves it alone; else it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import surgeon
+from surgeon.agreement import relative_error, run, tolerance_for
+from surgeon.errors import TraceError
+from surgeon.graph import TracedGraph
+from surgeon.tracing import TraceInfo, adopt, from_program, is_aten_graph, quiet
+from tests.models import HUGGING_FACE, WIDTH, Function, classifier, hugging_face, tokens
+
+
+def info(graph: TracedGraph) -> TraceInfo:
+    return graph.meta["trace"]
+
+
+# --- equality ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_equals_the_model_at_other_sizes(traces: Any, name: str) -> None:
+    model, inputs = hugging_face(name)
+    graph = traces(name)
+    graph.load_state_dict(model.state_dict(), strict=False)
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        config.use_cache = False
+    for batch, length in ((1, 7), (2, 3), (5, 11)):
+        if name == "vit":
+            given: dict[str, Tensor] = {"pixel_values": torch.randn(batch, 3, 16, 16)}
+        else:
+            given = {
+                **tokens(batch, length),
+                **({} if name != "t5" else {"decoder_input_ids": tokens(batch, 4)["input_ids"]}),
+            }
+        config = getattr(model, "config")  # noqa: B009
+        config.use_cache = False
+        assert relative_error(run(graph, (), given), run(model, (), given)) < 1e-5
+    assert info(graph).form == "train"
+    assert info(graph).max_error is not None
+    assert info(graph).max_error < 1e-5
+    assert set(inputs) == {place for place, _ in info(graph).dynamic}
+
+
+def test_parameters_are_the_models_own_objects() -> None:
+    model = classifier()
+    graph = surgeon.trace(model, tokens())
+    own = dict(model.named_parameters())
+    assert {name: id(p) for name, p in graph.named_parameters()} == {name: id(p) for name, p in own.items()}
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict", "both"])
+def test_inputs_in_every_form(form: str) -> None:
+    model = Function(lambda m, x, y: m.a(x) + y, a=(4, 4))
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    if form == "tensor":
+        graph = surgeon.trace(nn.Linear(4, 4), x)
+        assert graph(x).shape == (3, 4)
+        return
+    named = nn.Bilinear(4, 4, 2)
+    given = {"tuple": (x, y), "dict": {"input1": x, "input2": y}, "both": ((x,), {"input2": y})}[form]
+    graph = surgeon.trace(model if form == "tuple" else named, given)
+    want = model(x, y) if form == "tuple" else named(x, y)
+    call = graph(x, y) if form == "tuple" else graph(**given) if form == "dict" else graph(x, input2=y)
+    assert torch.allclose(call, want, atol=1e-6)
+
+
+def test_output_class_is_kept(traces: Any) -> None:
+    output = traces("bert")(**traces.inputs("bert"))
+    assert type(output).__name__ == "SequenceClassifierOutput"
+    assert output.logits.shape == (3, 3)
+
+
+def test_batch_of_one_is_doubled_for_tracing() -> None:
+    model = classifier()
+    graph = surgeon.trace(model, tokens(1))
+    assert any("batch of 1 was doubled" in note for note in info(graph).notes)
+    assert torch.allclose(graph(**tokens(4)), model(**tokens(4)), atol=1e-6)
+
+
+def test_fixed_batch_is_told() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = nn.Parameter(torch.randn(3, 4))
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x + self.position)
+
+    graph = surgeon.trace(Fixed(), torch.randn(3, 4))
+    assert any("Batch size is fixed" in note and "x" in note for note in info(graph).notes)
+    assert info(graph).dynamic == (("x", ()),)
+
+
+def test_fixed_size_refuses_another_with_both_sizes_named() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = nn.Parameter(torch.randn(6, 4))
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x + self.position)
+
+    graph = surgeon.trace(Fixed(), torch.randn(3, 6, 4))
+    assert info(graph).dynamic == (("x", (0,)),)
+    assert graph(torch.randn(5, 6, 4)).shape == (5, 6, 4)
+    with pytest.raises(RuntimeError, match=r"6.*7|7.*6"):
+        graph(torch.randn(3, 7, 4))
+
+
+# --- the model is left alone ------------------------------------------------------------------------------------------
+
+
+def test_training_flags_are_restored() -> None:
+    model = classifier()
+    model.train()
+    model.blocks[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    graph = surgeon.trace(model, tokens())
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert graph.training
+
+
+def test_flags_and_configs_are_restored_when_tracing_fails() -> None:
+    model, inputs = hugging_face("t5")
+    model.train()
+    caches = [m.config.use_cache for m in model.modules() if hasattr(m, "config")]
+    with pytest.raises(TraceError):
+        surgeon.trace(model, {"input_ids": inputs["input_ids"]})  # the decoder's input is missing
+    assert model.training
+    assert [m.config.use_cache for m in model.modules() if hasattr(m, "config")] == caches
+
+
+def test_caches_are_off_in_the_graph_and_restored_in_every_config() -> None:
+    model, inputs = hugging_face("t5")
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    assert len(configs) == 3
+    before = [config.use_cache for config in configs]
+    assert any(before)
+    graph = surgeon.trace(model, inputs)
+    assert [config.use_cache for config in configs] == before
+    assert "past_key_values" not in graph(**inputs)
+
+
+def test_buffers_are_left_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graph = surgeon.trace(model, torch.randn(5, 4)).eval()
+    graph(torch.randn(5, 4))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_random_state_is_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).train()
+    x = torch.randn(3, 4)
+    state = torch.get_rng_state()
+    surgeon.trace(model, x)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --- train and eval ---------------------------------------------------------------------------------------------------
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(7)
+    output = model(**inputs)
+    (output if isinstance(output, Tensor) else output.logits).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["gelu", "gated", "bert", "vit"])
+def test_gradients_of_a_seeded_training_step_equal_eager(name: str) -> None:
+    model, inputs = (classifier(name), tokens()) if name in ("gelu", "gated") else hugging_face(name)
+    graph = surgeon.trace(model, inputs)
+    model.train()
+    want = gradients(model, inputs)
+    got = gradients(graph.train(), inputs)
+    assert set(got) == set(want)
+    for key, gradient in want.items():
+        assert torch.allclose(got[key], gradient, atol=1e-6, rtol=1e-5), key
+    off = gradients(graph.eval(), inputs)
+    assert any(not torch.allclose(off[key], want[key], atol=1e-4) for key in want)
+
+
+def test_switch_follows_every_flag_and_returns_the_graph(traces: Any) -> None:
+    graph = traces("gelu")
+    inputs = tokens()
+    assert graph.train() is graph
+    assert all(module.training for module in graph.modules())
+    assert not torch.equal(graph(**inputs), graph(**inputs))
+    assert graph.eval() is graph
+    assert not any(module.training for module in graph.modules())
+    assert torch.equal(graph(**inputs), graph(**inputs))
+
+
+def test_fork_switches_by_itself(traces: Any) -> None:
+    graph = traces("gelu")
+    copy = adopt(graph).train()
+    assert not graph.training
+    assert torch.equal(graph(**tokens()), graph(**tokens()))
+    assert not torch.equal(copy(**tokens()), copy(**tokens()))
+
+
+def test_tied_weights_stay_one_object_and_step_once() -> None:
+    model, inputs = hugging_face("gpt2")
+    graph = surgeon.trace(model, inputs)
+    embedding = model.get_parameter("transformer.wte.weight")
+    assert model.get_parameter("lm_head.weight") is embedding
+    assert sum(p is embedding for p in graph.parameters()) == 1
+    exported = torch.export.export(model, (), {**inputs, "use_cache": False}, strict=False)
+    again = from_program(exported)
+    assert len(list(again.parameters())) == len({p.data_ptr() for p in again.parameters()})
+
+
+class StochasticDepth(nn.Module):
+    """Drops whole residual branches at random, as timm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        if self.training:
+            y = y * torch.bernoulli(torch.full((x.shape[0], 1), 0.5)) / 0.5
+        return x + self.b(y)
+
+
+def test_stochastic_depth_falls_back_to_evaluation_form_with_a_note() -> None:
+    model = StochasticDepth()
+    x = torch.randn(5, 4)
+    graph = surgeon.trace(model, x)
+    assert info(graph).form == "eval"
+    assert any("evaluation form" in note and "bernoulli" in note for note in info(graph).notes)
+    model.eval()
+    assert torch.equal(graph.train()(x), model(x))
+
+
+def test_batch_norm_learns_in_train_only() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    graph = surgeon.trace(model, torch.randn(6, 4))
+    x = torch.randn(6, 4)
+    assert torch.allclose(graph.eval()(x), model(x), atol=1e-6)
+    model.train()
+    want = model(x)
+    assert torch.allclose(graph.train()(x), want, atol=1e-6)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+class CountsCalls(nn.Module):
+    """Computes something else at every call: what export saw is not what comes next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(x) * self.calls
+
+
+class OtherAtLargeBatch(nn.Module):
+    """A Python branch on the batch size that tracing cannot see: the size is read as a plain number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return y * 2 if len(x.detach().tolist() if not torch.compiler.is_exporting() else [0, 0, 0]) > 3 else y
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("no such thing")
+
+
+def test_state_that_changes_between_calls_is_refused() -> None:
+    with pytest.raises(TraceError, match="CountsCalls cannot be traced") as error:
+        surgeon.trace(CountsCalls(), torch.randn(3, 4))
+    assert "differs from the model's by" in str(error.value)
+    assert "train form" in str(error.value)
+    assert "eval form" in str(error.value)
+
+
+def test_what_is_wrong_at_another_batch_size_keeps_the_examples() -> None:
+    model = OtherAtLargeBatch()
+    graph = surgeon.trace(model, torch.randn(3, 4))
+    assert info(graph).dynamic == (("x", ()),)
+    assert any("Batch size is fixed" in note for note in info(graph).notes)
+    x = torch.randn(3, 4)
+    assert torch.equal(graph(x), model(x))
+
+
+def test_failing_model_is_reported_before_tracing() -> None:
+    with pytest.raises(TraceError, match=r"Fails fails on the example inputs.*ValueError: no such thing"):
+        surgeon.trace(Fails(), torch.randn(3, 4))
+
+
+def test_inputs_that_do_not_fit_are_reported() -> None:
+    with pytest.raises(TraceError, match="Linear fails on the example inputs"):
+        surgeon.trace(nn.Linear(4, 4), torch.randn(3, 5))
+
+
+# --- graphs that exist already ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported() -> torch.export.ExportedProgram:
+    return export(classifier(layers=1))
+
+
+def export(model: nn.Module, form: str = "eval") -> torch.export.ExportedProgram:
+    batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=2, max=64)
+    shapes = {"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}}
+    with quiet():
+        return torch.export.export(model.train(form == "train"), (), tokens(), strict=False, dynamic_shapes=shapes)
+
+
+def test_adopts_an_exported_graph(exported: torch.export.ExportedProgram) -> None:
+    module = exported.module()
+    assert isinstance(module, torch.fx.GraphModule)
+    assert is_aten_graph(module)
+    graph = surgeon.trace(module, tokens())
+    assert torch.allclose(graph(**tokens(5)), module(**tokens(5)), atol=1e-6)
+    assert info(graph).form == "eval"
+    assert {node.op for node in graph.graph.nodes} <= {"placeholder", "get_attr", "call_function", "output"}
+    assert next(graph.parameters()) is next(module.parameters())
+
+
+def test_adopts_a_training_graph_as_one() -> None:
+    graph = from_program(export(classifier(layers=1), "train"))
+    assert info(graph).form == "train"
+    assert not graph.training
+    assert torch.equal(graph(**tokens()), graph(**tokens()))
+    graph.train()
+    assert not torch.equal(graph(**tokens()), graph(**tokens()))
+
+
+def test_a_symbolic_graph_is_no_aten_graph() -> None:
+    symbolic = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    assert not is_aten_graph(symbolic)
+    assert is_aten_graph(surgeon.trace(symbolic, torch.randn(3, 4)))
+
+
+# --- comparing outputs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "error"),
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), 0.0),
+        (torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), 0.25),
+        ({"a": torch.tensor([1.0]), "b": None}, {"a": torch.tensor([1.0])}, 0.0),
+        (torch.tensor([1.0]), torch.tensor([1.0, 2.0]), float("inf")),
+        ((torch.tensor([1.0]),), (torch.tensor([1.0]), torch.tensor([1.0])), float("inf")),
+        (torch.tensor([float("nan"), 1.0]), torch.tensor([float("nan"), 1.0]), 0.0),
+        (torch.tensor([1.0, 1.0]), torch.tensor([float("nan"), 1.0]), float("inf")),
+        (torch.tensor([float("nan"), 1.0]), torch.tensor([1.0, 1.0]), float("inf")),
+        (torch.tensor([float("inf")]), torch.tensor([float("-inf")]), float("inf")),
+        (torch.tensor([1, 2]), torch.tensor([1, 2]), 0.0),
+        (torch.tensor([1, 2]), torch.tensor([1, 3]), float("inf")),
+        ("a", "b", float("inf")),
+    ],
+)
+def test_relative_error(actual: Any, expected: Any, error: float) -> None:
+    assert relative_error(actual, expected) == pytest.approx(error)
+
+
+def test_every_output_counts_by_itself() -> None:
+    large, small = torch.tensor([1e6]), torch.tensor([1e-3])
+    assert relative_error((large, small * 2), (large, small)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "tolerance"),
+    [([torch.float64], 1e-8), ([torch.float32], 1e-4), ([torch.bfloat16, torch.float32], 5e-2), ([torch.int64], 1e-4)],
+)
+def test_tolerance_of_the_coarsest_dtype(dtypes: list[torch.dtype], tolerance: float) -> None:
+    assert tolerance_for([torch.zeros(1, dtype=dtype) for dtype in dtypes]) == tolerance
+
+
+def test_half_precision_traces() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH)).to(torch.bfloat16)
+    graph = surgeon.trace(model, torch.randn(3, WIDTH, dtype=torch.bfloat16))
+    assert graph(torch.randn(2, WIDTH, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -1,0 +1,478 @@
+"""Spellings of one FFN in plain torch, each placed twice in a small residual model: `blocks.0.ffn` and `blocks.1.ffn`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .body import HIDDEN, WIDTH, Block, Body, Stack, randomize, sequence, weight
+from .case import Case, Registry
+
+CASES = Registry("plain")
+SITES = ("blocks.0.ffn", "blocks.1.ffn")
+UP, DOWN, FUSED = (WIDTH, HIDDEN), (HIDDEN, WIDTH), (WIDTH, 2 * HIDDEN)
+SQRT_2, SQRT_2_PI = math.sqrt(2.0), math.sqrt(2.0 / math.pi)
+Function = Callable[..., Tensor]
+
+
+def spell(
+    name: str,
+    forward: Function,
+    activation: str | None,
+    *,
+    required: bool = True,
+    gated: bool = False,
+    gain: float = 1.0,
+    tolerance: float = 1e-4,
+    note: str = "",
+    untraceable: str = "",
+    registry: Registry = CASES,
+    **parts: Any,
+) -> None:
+    """Register `forward(module, x)` as an FFN made of `parts`.
+
+    With `required=False` it may be found or refused, and only the outputs are compared. `gain` multiplies the first
+    weight, so that the hidden values leave the range in which two activations agree.
+    """
+
+    def build() -> nn.Module:
+        model = randomize(Stack(Block(ffn=Body(forward, **parts)), Block(ffn=Body(forward, **parts))))
+        with torch.no_grad():
+            for path in SITES:
+                for parameter in list(model.get_submodule(path).parameters())[:1]:
+                    parameter.mul_(gain)
+        return model.eval()
+
+    registry.add(
+        Case(
+            name=name,
+            build=build,
+            inputs=sequence,
+            required=SITES if required else (),
+            exact=required,
+            activation=activation,
+            gated=gated if required else None,
+            tolerance=tolerance,
+            untraceable=untraceable,
+            note=note,
+        )
+    )
+
+
+def ffn(activation: str | None, **options: Any) -> Callable[[Function], Function]:
+    """Register the decorated function under its own name; see `spell`."""
+
+    def register(forward: Function) -> Function:
+        spell(forward.__name__, forward, activation, **options)
+        return forward
+
+    return register
+
+
+# Activations: by module, by function, in place and written out -------------------------------------------------------
+
+ACTIVATIONS: dict[str, tuple[str, Function]] = {
+    "relu_module": ("relu", nn.ReLU()),
+    "relu_module_inplace": ("relu", nn.ReLU(inplace=True)),
+    "relu_function": ("relu", F.relu),
+    "relu_function_inplace": ("relu", torch.relu_),
+    "relu_method": ("relu", lambda h: h.relu()),
+    "relu_clamp": ("relu", lambda h: h.clamp(min=0)),
+    "relu_clamp_min_inplace": ("relu", lambda h: h.clamp_min_(0.0)),
+    "relu_maximum": ("relu", lambda h: torch.maximum(h, torch.zeros_like(h))),
+    "relu_where": ("relu", lambda h: torch.where(h > 0, h, 0.0)),
+    "relu_mask": ("relu", lambda h: h * (h > 0)),
+    "relu_masked_fill": ("relu", lambda h: h.masked_fill(h < 0, 0.0)),
+    "relu_threshold": ("relu", nn.Threshold(0.0, 0.0)),
+    "relu_abs": ("relu", lambda h: 0.5 * (h + h.abs())),
+    "gelu_module": ("gelu", nn.GELU()),
+    "gelu_function": ("gelu", F.gelu),
+    "gelu_erf": ("gelu", lambda h: 0.5 * h * (1.0 + torch.erf(h / SQRT_2))),
+    "gelu_erf_reordered": ("gelu", lambda h: h * 0.5 * (torch.erf(h * (1 / SQRT_2)) + 1.0)),
+    "gelu_erf_expanded": ("gelu", lambda h: h / 2 + h * torch.erf(h / SQRT_2) / 2),
+    "gelu_erfc": ("gelu", lambda h: 0.5 * h * torch.erfc(-h * math.sqrt(0.5))),
+    "gelu_normal_cdf": ("gelu", lambda h: h * torch.special.ndtr(h)),
+    "gelu_tanh_module": ("gelu_tanh", nn.GELU(approximate="tanh")),
+    "gelu_tanh_pow": ("gelu_tanh", lambda h: 0.5 * h * (1 + torch.tanh(SQRT_2_PI * (h + 0.044715 * torch.pow(h, 3))))),
+    "gelu_tanh_horner": ("gelu_tanh", lambda h: h * 0.5 * (1 + torch.tanh(SQRT_2_PI * h * (1 + 0.044715 * h * h)))),
+    "gelu_tanh_cube": ("gelu_tanh", lambda h: 0.5 * h * (torch.tanh((h * h * h * 0.044715 + h) * SQRT_2_PI) + 1)),
+    "gelu_tanh_sigmoid": ("gelu_tanh", lambda h: h * torch.sigmoid(2 * SQRT_2_PI * (h + 0.044715 * h**3))),
+    "quick_gelu": ("quick_gelu", lambda h: h * torch.sigmoid(1.702 * h)),
+    "quick_gelu_inplace": ("quick_gelu", lambda h: h.mul_(torch.sigmoid(h * 1.702))),
+    "silu_module": ("silu", nn.SiLU()),
+    "silu_module_inplace": ("silu", nn.SiLU(inplace=True)),
+    "silu_function": ("silu", F.silu),
+    "silu_sigmoid": ("silu", lambda h: h * torch.sigmoid(h)),
+    "silu_sigmoid_first": ("silu", lambda h: h.sigmoid() * h),
+    "silu_sigmoid_inplace": ("silu", lambda h: h.sigmoid().mul_(h)),
+    "silu_exp": ("silu", lambda h: h / (1 + torch.exp(-h))),
+    "silu_reciprocal": ("silu", lambda h: h * torch.reciprocal(1 + torch.exp(h.neg()))),
+    "silu_tanh": ("silu", lambda h: 0.5 * h * (1 + torch.tanh(0.5 * h))),
+    "relu2_square": ("relu2", lambda h: torch.square(F.relu(h))),
+    "relu2_power": ("relu2", lambda h: F.relu(h) ** 2),
+    "relu2_product": ("relu2", lambda h: F.relu(h) * h),
+    "relu2_self_product": ("relu2", lambda h: (r := F.relu(h)) * r),
+    "leaky_relu": ("leaky_relu", nn.LeakyReLU()),
+    "elu": ("elu", nn.ELU()),
+    "mish": ("mish", nn.Mish()),
+    "mish_composed": ("mish", lambda h: h * torch.tanh(F.softplus(h))),
+    "sigmoid": ("sigmoid", torch.sigmoid),
+    "tanh": ("tanh", torch.tanh),
+    "gelu_special_erf": ("gelu", lambda h: torch.multiply(0.5 * h, 1.0 + torch.special.erf(torch.divide(h, SQRT_2)))),
+    "silu_special_expit": ("silu", lambda h: torch.multiply(h, torch.special.expit(h))),
+    "silu_negative": ("silu", lambda h: torch.true_divide(h, torch.negative(h).exp() + 1)),
+    "relu_absolute": ("relu", lambda h: torch.subtract(torch.absolute(h), torch.negative(h)) * 0.5),
+    "relu_greater": ("relu", lambda h: h * torch.greater(h, 0).type_as(h)),
+    "gelu_inplace": ("gelu", torch.ops.aten.gelu_),
+    "relu_in_float64": ("relu", lambda h: F.relu(h.double()).to(h.dtype)),
+    "gelu_in_float32": ("gelu", lambda h: F.gelu(h.float()).type_as(h)),
+}
+"""Elementwise functions that have a common name."""
+
+UNCOMMON: dict[str, Function] = {
+    "leaky_relu_steep": nn.LeakyReLU(0.2),
+    "relu6": nn.ReLU6(),
+    "hardswish": nn.Hardswish(),
+    "hardswish_composed": lambda h: h * F.relu6(h + 3) / 6,
+    "softplus": nn.Softplus(),
+    "selu": nn.SELU(),
+    "celu": nn.CELU(1.3),
+    "hardtanh": nn.Hardtanh(),
+    "softsign": nn.Softsign(),
+    "tanhshrink": nn.Tanhshrink(),
+    "softshrink": nn.Softshrink(),
+    "sine": torch.sin,
+    "gaussian": lambda h: torch.exp(-h * h),
+    "laplace": lambda h: 0.5 * (1 + torch.erf((h - 0.707107) / (0.282095 * SQRT_2))),
+    "relu_shifted": lambda h: F.relu(h - 0.1),
+    "relu_scaled": lambda h: 1.5 * F.relu(h),
+    "relu_shifted_far": lambda h: F.relu(h - 30.0),
+    "relu_times_tiny": lambda h: 1e-4 * F.relu(h),
+    "relu_steeper_beyond_8": lambda h: torch.where(h > 8, 2 * h, F.relu(h)),
+    "relu_steeper_beyond_30": lambda h: F.relu(h) + F.relu(h - 30.0),
+    "silu_clamped_at_7": lambda h: F.silu(h.clamp(max=7.0)),
+    "gelu_clamped_at_10": lambda h: F.gelu(h).clamp(-10.0, 10.0),
+    "square": torch.square,
+    "absolute": torch.abs,
+    "constant": torch.ones_like,
+    "rounded": lambda h: torch.round(F.gelu(h) * 64) / 64,
+    "relu_of_gelu": lambda h: F.relu(F.gelu(h)),
+    "gelu_minus_identity": lambda h: F.gelu(h) - h,
+    "identity_in_disguise": lambda h: F.relu(h) - F.relu(-h),
+    "swish_one_and_a_half": lambda h: h * torch.sigmoid(1.5 * h),
+    "nan_to_num": lambda h: torch.nan_to_num(F.relu(h)),
+}
+"""Elementwise functions that may be refused. Several agree with a common one where most hidden values lie, not beyond."""
+
+
+def _around(function: Function) -> Function:
+    return lambda m, x: m.down(function(m.up(x)))
+
+
+for _name, (_activation, _function) in ACTIVATIONS.items():
+    spell(_name, _around(_function), _activation, up=UP, down=DOWN)
+for _name, _function in UNCOMMON.items():
+    spell(_name, _around(_function), None, up=UP, down=DOWN, gain=20.0, required=False)
+spell("rrelu", _around(nn.RReLU().eval()), None, up=UP, down=DOWN, required=False)
+
+
+class _Relu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return h.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        return grads[0] * (h > 0)
+
+
+spell("relu_autograd_function", _around(_Relu.apply), "relu", up=UP, down=DOWN)
+
+# What may stand between activation and second linear -----------------------------------------------------------------
+
+
+@ffn("gelu", up=UP, down=DOWN, drop=lambda: nn.Dropout(0.3))
+def dropout_module(m: Any, x: Tensor) -> Tensor:
+    return m.drop(m.down(m.drop(F.gelu(m.up(x)))))
+
+
+@ffn("gelu", up=UP, down=DOWN, drop=lambda: nn.Dropout(0.3))
+def dropout_before_activation(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.gelu(m.drop(m.up(x))))
+
+
+@ffn("relu", up=UP, down=DOWN)
+def dropout_function(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.dropout(F.relu(m.up(x)), 0.1, training=m.training))
+
+
+@ffn("relu", up=UP, down=DOWN)
+def dropout_function_inplace(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.dropout(F.relu(m.up(x)), 0.1, m.training, True))
+
+
+@ffn("relu", up=UP, down=DOWN, drop=lambda: nn.Dropout(0.0))
+def dropout_zero(m: Any, x: Tensor) -> Tensor:
+    return m.down(m.drop(F.relu(m.up(x))))
+
+
+@ffn("relu", up=UP, down=DOWN, drop=lambda: nn.Dropout(0.3))
+def dropout_twice(m: Any, x: Tensor) -> Tensor:
+    return m.down(m.drop(m.drop(F.relu(m.up(x)))))
+
+
+@ffn("relu", up=UP, down=DOWN, drop=lambda: nn.AlphaDropout(0.3), required=False, note="not a plain dropout in training")
+def dropout_alpha(m: Any, x: Tensor) -> Tensor:
+    return m.down(m.drop(F.relu(m.up(x))))
+
+
+@ffn("relu", up=UP, down=DOWN, required=False, note="a dropout that is never switched off has a random eval output")
+def dropout_with_unit_keep(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.dropout(F.relu(m.up(x)), 0.0, training=True))
+
+
+@ffn("silu", up=UP, down=DOWN)
+def silu_multiplied_in_place(m: Any, x: Tensor) -> Tensor:
+    h = m.up(x)
+    h *= torch.sigmoid(h)
+    return m.down(h)
+
+
+@ffn("relu", up=UP, down=DOWN)
+def no_ops_between(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x).contiguous()).clone().to(x.dtype).view(*x.shape[:-1], HIDDEN))
+
+
+@ffn("relu", up=UP, down=DOWN)
+def flattened_between(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(m.up(x))
+    return m.down(h.reshape(-1, HIDDEN)).view(x.shape)
+
+
+@ffn("relu", up=UP, down=DOWN)
+def flattened_around(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x.flatten(0, 1)))).unflatten(0, x.shape[:2])
+
+
+@ffn("relu", up=UP, down=DOWN, required=False)
+def unsqueezed_between(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x)).unsqueeze(1)).squeeze(1)
+
+
+@ffn("relu", up=UP, down=DOWN, required=False)
+def transposed_and_back_between(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x).transpose(0, 1)).transpose(0, 1))
+
+
+@ffn("gelu", up=UP, down=DOWN)
+def scaled_output(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.gelu(m.up(x))) * 2.0
+
+
+@ffn(None, up=UP, down=DOWN, note="the activation is gelu but for a constant factor")
+def scaled_hidden(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.gelu(m.up(x)) * 0.7)
+
+
+@ffn(None, up=UP, down=DOWN, required=False)
+def scaled_before_activation(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.gelu(m.up(x) * 0.7))
+
+
+@ffn("relu", up=UP, down=DOWN)
+def residual_inside(m: Any, x: Tensor) -> Tensor:
+    return x + m.down(F.relu(m.up(x)))
+
+
+@ffn("relu", up=UP, down=DOWN, norm=lambda: nn.LayerNorm(WIDTH))
+def norm_inside(m: Any, x: Tensor) -> Tensor:
+    return m.norm(m.down(F.relu(m.up(m.norm(x)))) + x)
+
+
+# Linears -------------------------------------------------------------------------------------------------------------
+
+
+@ffn("relu", up=(WIDTH, HIDDEN, False), down=(HIDDEN, WIDTH, False))
+def no_bias(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x)))
+
+
+@ffn("relu", up=UP, down=(HIDDEN, WIDTH, False))
+def first_bias_only(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x)))
+
+
+@ffn("relu", up=(WIDTH, HIDDEN, False), down=DOWN)
+def second_bias_only(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x)))
+
+
+@ffn("gelu", w1=weight(WIDTH, HIDDEN), b1=weight(HIDDEN), w2=weight(HIDDEN, WIDTH), b2=weight(WIDTH))
+def addmm_on_rows(m: Any, x: Tensor) -> Tensor:
+    h = F.gelu(torch.addmm(m.b1, x.view(-1, WIDTH), m.w1).view(*x.shape[:-1], HIDDEN))
+    return torch.addmm(m.b2, h.view(-1, HIDDEN), m.w2).view(x.shape)
+
+
+@ffn("gelu", w1=weight(WIDTH, HIDDEN), b1=weight(HIDDEN), w2=weight(HIDDEN, WIDTH), b2=weight(WIDTH))
+def addmm_kept_flat(m: Any, x: Tensor) -> Tensor:
+    h = F.gelu(torch.addmm(m.b1, x.reshape(-1, WIDTH), m.w1))
+    return torch.addmm(m.b2, h, m.w2).reshape(x.shape)
+
+
+@ffn(None, w1=weight(WIDTH, HIDDEN), b1=weight(HIDDEN), w2=weight(HIDDEN, WIDTH), b2=weight(WIDTH), required=False)
+def addmm_with_factors(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(torch.addmm(m.b1, x.reshape(-1, WIDTH), m.w1, beta=0.5, alpha=2.0))
+    return torch.addmm(m.b2, h, m.w2, beta=2.0, alpha=0.5).reshape(x.shape)
+
+
+@ffn("relu", w1=weight(WIDTH, HIDDEN), b1=weight(HIDDEN), w2=weight(HIDDEN, WIDTH), b2=weight(WIDTH))
+def matmul_then_add(m: Any, x: Tensor) -> Tensor:
+    return F.relu(x @ m.w1 + m.b1) @ m.w2 + m.b2
+
+
+@ffn("relu", w1=weight(WIDTH, HIDDEN), b1=weight(HIDDEN), w2=weight(HIDDEN, WIDTH), b2=weight(WIDTH))
+def add_then_matmul_order_swapped(m: Any, x: Tensor) -> Tensor:
+    return m.b2 + torch.matmul(F.relu(torch.add(m.b1, torch.matmul(x, m.w1))), m.w2)
+
+
+@ffn("relu", w1=weight(WIDTH, HIDDEN), b1=weight(HIDDEN), w2=weight(HIDDEN, WIDTH))
+def matmul_add_in_place(m: Any, x: Tensor) -> Tensor:
+    h = x @ m.w1
+    h += m.b1
+    return F.relu_(h) @ m.w2
+
+
+@ffn("silu", w1=weight(WIDTH, HIDDEN), w2=weight(HIDDEN, WIDTH))
+def matmul_without_bias(m: Any, x: Tensor) -> Tensor:
+    return torch.matmul(F.silu(torch.matmul(x, m.w1)), m.w2)
+
+
+@ffn("relu", w1=weight(HIDDEN, WIDTH), w2=weight(WIDTH, HIDDEN))
+def matmul_transposed(m: Any, x: Tensor) -> Tensor:
+    return F.relu(x @ m.w1.t()) @ m.w2.T
+
+
+@ffn("relu", w1=weight(HIDDEN, WIDTH), w2=weight(WIDTH, HIDDEN))
+def matmul_transposed_axes(m: Any, x: Tensor) -> Tensor:
+    return F.relu(x @ m.w1.transpose(-2, -1)) @ m.w2.permute(1, 0)
+
+
+@ffn("relu", w1=weight(WIDTH, HIDDEN), b1=weight(HIDDEN), w2=weight(HIDDEN, WIDTH), b2=weight(WIDTH))
+def linear_with_transposed_weight(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, m.w1.t(), m.b1)), m.w2.t(), m.b2)
+
+
+@ffn("gelu", w1=weight(WIDTH, HIDDEN), b1=weight(HIDDEN), w2=weight(HIDDEN, WIDTH), b2=weight(WIDTH))
+def einsum(m: Any, x: Tensor) -> Tensor:
+    h = F.gelu(torch.einsum("bsd,dh->bsh", x, m.w1) + m.b1)
+    return torch.einsum("bsh,hd->bsd", h, m.w2) + m.b2
+
+
+@ffn("gelu", w1=weight(HIDDEN, WIDTH), w2=weight(WIDTH, HIDDEN))
+def einsum_weight_first(m: Any, x: Tensor) -> Tensor:
+    return torch.einsum("di,bti->btd", m.w2, F.gelu(torch.einsum("fe,bte->btf", m.w1, x)))
+
+
+@ffn("gelu", w1=weight(WIDTH, HIDDEN), w2=weight(HIDDEN, WIDTH))
+def einsum_ellipsis(m: Any, x: Tensor) -> Tensor:
+    return torch.einsum("...h,hd->...d", F.gelu(torch.einsum("...d,dh->...h", x, m.w1)), m.w2)
+
+
+@ffn(None, w1=weight(WIDTH, HIDDEN), w2=weight(HIDDEN, WIDTH), required=False)
+def einsum_hidden_first(m: Any, x: Tensor) -> Tensor:
+    return torch.einsum("hbs,hd->bsd", F.relu(torch.einsum("bsd,dh->hbs", x, m.w1)), m.w2)
+
+
+@ffn(None, w1=weight(WIDTH, HIDDEN), w2=weight(HIDDEN, WIDTH), required=False)
+def tensordot(m: Any, x: Tensor) -> Tensor:
+    return torch.tensordot(F.relu(torch.tensordot(x, m.w1, dims=1)), m.w2, dims=([-1], [0]))
+
+
+@ffn(None, w1=weight(HIDDEN, WIDTH), w2=weight(WIDTH, HIDDEN), required=False)
+def weight_on_the_left(m: Any, x: Tensor) -> Tensor:
+    return (m.w2 @ F.relu(m.w1 @ x.mT)).mT
+
+
+@ffn(None, w1=weight(WIDTH, HIDDEN), w2=weight(HIDDEN, WIDTH), required=False)
+def batched_matmul(m: Any, x: Tensor) -> Tensor:
+    batch = x.shape[0]
+    return torch.bmm(F.relu(torch.bmm(x, m.w1.expand(batch, -1, -1))), m.w2.expand(batch, -1, -1))
+
+
+@ffn(None, up=UP, down=DOWN, bias=weight(HIDDEN), required=False, note="two biases on the first linear")
+def second_bias_added(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x) + m.bias))
+
+
+@ffn("relu", up=lambda: nn.Linear(WIDTH, HIDDEN).requires_grad_(False), down=DOWN)
+def frozen_first_linear(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x)))
+
+
+@ffn(None, w1=lambda: torch.randn(HIDDEN, WIDTH), w2=lambda: torch.randn(WIDTH, HIDDEN), required=False)
+def weights_as_buffers(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, m.w1)), m.w2)
+
+
+@ffn(None, w=weight(2, HIDDEN, WIDTH), required=False, note="both weights are slices of one parameter")
+def weights_sliced_from_one(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, m.w[0])), m.w[1].t())
+
+
+@ffn(None, w1=weight(HIDDEN, WIDTH), down=DOWN, required=False, note="the weight is computed in the forward pass")
+def weight_standardized(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(F.linear(x, m.w1 / m.w1.norm(dim=1, keepdim=True))))
+
+
+@ffn(None, w1=weight(HIDDEN, WIDTH), down=DOWN, required=False)
+def weight_scaled(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(F.linear(x, m.w1 * 0.5)))
+
+
+@ffn("relu", w1=weight(HIDDEN, WIDTH), w2=weight(WIDTH, HIDDEN))
+def weight_cast_to_same_dtype(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, m.w1.to(x.dtype))), m.w2.to(x.dtype))
+
+
+@ffn("relu", w1=lambda: nn.Parameter(torch.randn(WIDTH, HIDDEN).t() * 0.2), down=DOWN)
+def weight_not_contiguous(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(F.linear(x, m.w1)))
+
+
+@ffn(None, up=UP, down=DOWN, a=(WIDTH, 4, False), b=(4, HIDDEN, False), required=False, note="an adapter beside the FFN")
+def low_rank_adapter(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x) + 0.5 * m.b(m.a(x))))
+
+
+@ffn("relu", up=UP, down=DOWN, a=(HIDDEN, 4, False), b=(4, WIDTH, False), required=False)
+def low_rank_adapter_on_second(m: Any, x: Tensor) -> Tensor:
+    h = F.relu(m.up(x))
+    return m.down(h) + m.b(m.a(h))
+
+
+@ffn(None, up=lambda: nn.Conv1d(WIDTH, HIDDEN, 1), down=lambda: nn.Conv1d(HIDDEN, WIDTH, 1), required=False)
+def pointwise_convolution(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x.transpose(1, 2)))).transpose(1, 2)
+
+
+@ffn("relu", w=lambda: nn.ParameterList([torch.randn(HIDDEN, WIDTH), torch.randn(WIDTH, HIDDEN)]))
+def parameter_list(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, m.w[0])), m.w[1])
+
+
+@ffn("relu", w=lambda: nn.ParameterDict({"into": torch.randn(HIDDEN, WIDTH), "out": torch.randn(WIDTH, HIDDEN)}))
+def parameter_dict(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, m.w["into"])), m.w["out"])
+
+
+@ffn("relu", up=UP, down=DOWN)
+def functional_call(m: Any, x: Tensor) -> Tensor:
+    h = torch.func.functional_call(m.up, dict(m.up.named_parameters()), (x,))
+    return torch.func.functional_call(m.down, dict(m.down.named_parameters()), (F.relu(h),))
