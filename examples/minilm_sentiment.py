@@ -24,7 +24,7 @@ from surgeon.data import load_data
 from surgeon.demo import train
 from surgeon.losses import evaluate
 from surgeon.passes import Lower, Moeify, Sparsify, SwapActivation
-from surgeon.render import Screen
+from surgeon.render.screen import Screen
 from surgeon.source import load_model
 from surgeon.sweep import sweep
 

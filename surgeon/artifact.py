@@ -99,6 +99,7 @@ def load(directory: str | Path) -> TracedGraph:
     with quiet():
         graph = from_program(read_program(model), info)
     graph.meta["surgery"] = record
+    graph.meta["earlier_passes"] = load_diff(directory).passes
     return graph
 
 
@@ -233,6 +234,9 @@ def _dynamic_shapes(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str,
 
 def _record(surgery: Surgery, model: Path) -> dict[str, Any]:
     origin, info = surgery.origin, surgery.graph.meta["trace"]
+    reports = [one.report for one in surgery.diff().passes]
+    first = surgery.graph.meta.get("surgery")
+    given = {"path": origin.path, "kind": origin.kind, "sha256": origin.sha256}
     return {
         "schema": SCHEMA,
         "versions": {
@@ -241,9 +245,10 @@ def _record(surgery: Surgery, model: Path) -> dict[str, Any]:
             "transformers": version("transformers"),
             "python": platform.python_version(),
         },
-        "input": {"path": origin.path, "kind": origin.kind, "sha256": origin.sha256},
+        # Of a surgery that goes on from a saved one: what that one started from.
+        "input": given if first is None else first["input"],
         "recipe": {
-            "passes": [{"name": report.name, "options": dict(report.options)} for report in surgery.reports],
+            "passes": [{"name": report.name, "options": dict(report.options)} for report in reports],
             "seed": surgery.seed,
             "data": surgery.data,
         },
@@ -254,7 +259,7 @@ def _record(surgery: Surgery, model: Path) -> dict[str, Any]:
             "max_error": info.max_error,
             "task": info.task,
         },
-        "passes": [report.to_json() for report in surgery.reports],
+        "passes": [report.to_json() for report in reports],
         "experts": [
             {"path": site.path, "experts": site.experts, "form": site.form, "expert_shape": list(site.w1.shape[1:])}
             for site in find_moes(surgery.graph)

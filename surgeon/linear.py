@@ -136,13 +136,27 @@ def find_linears(graph: GraphModule) -> tuple[list[Linear], list[OpaqueLinear]]:
     """Every linear layer of the graph in topological order, and those whose weight is computed."""
     linears: list[Linear] = []
     opaque: list[OpaqueLinear] = []
+    expert_layers = tuple(f"{path}." for path in _expert_layers(graph))
     for node in graph.graph.nodes:
         match = _linear_at(graph, node)
         if isinstance(match, Linear):
-            linears.append(match)
+            # A router is two linears with a ReLU between, and no layer of the model.
+            if not str(match.weight.target).startswith(expert_layers):
+                linears.append(match)
         elif match is not None:
             opaque.append(match)
     return linears, opaque
+
+
+def _expert_layers(graph: GraphModule) -> list[str]:
+    """Paths of the expert layers that stand in the graph as ops: the modules that hold the ops' weights."""
+    ops = [
+        node
+        for node in graph.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "surgeon"
+    ]
+    weights = [source for node in ops for source in node.all_input_nodes if source.op == "get_attr"]
+    return sorted({str(weight.target).rpartition(".")[0] for weight in weights})
 
 
 def _linear_at(graph: GraphModule, core: Node) -> Linear | OpaqueLinear | None:

@@ -45,6 +45,7 @@ class Surgery:
 
     graph: the rewritten graph, called with the model's own arguments. reports: one per pass, in order.
     inputs: the example inputs it was verified with. snapshots: the graph before the first and after every pass.
+    earlier: the passes that had been run before, if the graph came from a saved surgery.
     """
 
     graph: TracedGraph
@@ -54,15 +55,15 @@ class Surgery:
     seed: int = 0
     data: str | None = None
     origin: Origin = field(default_factory=Origin)
+    earlier: tuple[PassDiff, ...] = ()
 
     def diff(self) -> Diff:
-        """What each pass changed; printable."""
-        return Diff(
-            tuple(
-                PassDiff(report, compare(before, after))
-                for report, before, after in zip(self.reports, self.snapshots, self.snapshots[1:], strict=False)
-            )
+        """What each pass changed, those of an earlier surgery included; printable."""
+        new = (
+            PassDiff(report, compare(before, after))
+            for report, before, after in zip(self.reports, self.snapshots, self.snapshots[1:], strict=False)
         )
+        return Diff((*self.earlier, *new))
 
     def set_tau(self, tau: float | dict[str, float], path: str | None = None) -> Surgery:
         """Set tau in the graph (see `surgeon.set_tau`)."""
@@ -84,7 +85,7 @@ class Diff:
 
     def text(self, detail: Literal["sites", "stat", "full"] = "sites") -> str:
         """As plain text: a line per site, only the totals, or every node."""
-        from surgeon.render import diff_text
+        from surgeon.render.screen import diff_text
 
         return diff_text(self, detail)
 
@@ -146,6 +147,7 @@ class Pipeline:
         if origin is None:
             origin = Origin(config=getattr(model, "config", None))
         surgery = Surgery(graph, [], inputs, [snapshot(graph)], seed, given.description if given else None, origin)
+        surgery.earlier = graph.meta.get("earlier_passes", ())
         for number, one in enumerate(self.passes):
             work = adopt(surgery.graph)
             place = None if workdir is None else workdir / f"{number:02d}-{one.name}"

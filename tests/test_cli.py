@@ -22,13 +22,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import surgeon
-from surgeon.applying import check_changed
 from surgeon.artifact import read_record
 from surgeon.cli import app
 from surgeon.errors import NothingChangedError, SaveError, UsageError
+from surgeon.jobs.applying import check_changed
+from surgeon.jobs.workdir import WorkDirectory
 from surgeon.passes import PASSES
 from surgeon.report import PassReport
-from surgeon.workdir import WorkDirectory
 
 COMMANDS = ("demo", "inspect", "passes", "explain", "apply", "diff", "sweep", "doctor")
 NETS = """
@@ -281,7 +281,7 @@ def test_unexpected_errors_are_one_line_and_a_hint(run: Run, monkeypatch: pytest
     def fail(*args: object, **options: object) -> None:
         raise RuntimeError("boom\nmore")
 
-    monkeypatch.setattr("surgeon.inspection.measure", fail)
+    monkeypatch.setattr("surgeon.jobs.inspection.measure", fail)
     result = run("-q", "inspect", *NET)
     assert result.code == 4
     assert result.err.splitlines() == [
@@ -473,10 +473,10 @@ def test_doctor_says_what_to_do_about_what_is_broken(monkeypatch: pytest.MonkeyP
     def fail(self: object, *args: object, **options: object) -> None:
         raise RuntimeError("no kernel\nmore")
 
-    monkeypatch.setattr("surgeon.doctor.Pipeline.run", fail)
-    monkeypatch.setattr("surgeon.doctor.shutil.disk_usage", lambda path: SimpleNamespace(free=12_000_000))
-    monkeypatch.setattr("surgeon.doctor.shutil.which", lambda name: None)
-    monkeypatch.setattr("surgeon.doctor._PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr("surgeon.jobs.doctor.Pipeline.run", fail)
+    monkeypatch.setattr("surgeon.jobs.doctor.shutil.disk_usage", lambda path: SimpleNamespace(free=12_000_000))
+    monkeypatch.setattr("surgeon.jobs.doctor.shutil.which", lambda name: None)
+    monkeypatch.setattr("surgeon.jobs.doctor._PACKAGES", ("torch", "no-such-package"))
     monkeypatch.delenv("CXX", raising=False)
     result = run_surgeon("-q", "doctor")
     assert result.code == 1
@@ -694,7 +694,7 @@ def test_targets_are_checked_before_the_work(run: Run, tmp_path: Path, shelf: Pa
 
 
 def test_a_directory_that_cannot_be_written_exits_with_4(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgeon.applying.os.access", lambda *args: False)
+    monkeypatch.setattr("surgeon.jobs.applying.os.access", lambda *args: False)
     result = run("apply", "--passes", "moeify", *NET)
     assert (result.code, result.out) == (4, "")
     assert re.match(r"error: Cannot write gelu-surgery: no permission to write to /", result.err)

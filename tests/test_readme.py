@@ -31,7 +31,9 @@ def test_python_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_console_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = BertConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=256, num_attention_heads=4, vocab_size=99)
+    config = BertConfig(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=256, num_attention_heads=4, vocab_size=99
+    )
     BertForSequenceClassification(config).save_pretrained("bert-dir")
     commands = [line[2:] for block in _blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     assert len(commands) >= 5

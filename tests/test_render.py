@@ -12,14 +12,24 @@ import pytest
 from rich.text import Text
 
 from surgeon.diff import GraphDiff, PassDiff
-from surgeon.diff_view import diff_view
 from surgeon.losses import Quality
 from surgeon.pipeline import Diff
-from surgeon.render import Screen, diff_text, plain_text, to_json
+from surgeon.render.diff_view import diff_view
+from surgeon.render.screen import Screen, diff_text, plain_text, to_json
+from surgeon.render.summary import (
+    change,
+    count_reasons,
+    growth,
+    join_paths,
+    join_sites,
+    natural,
+    number,
+    percent,
+    seconds,
+)
+from surgeon.render.views import sweep_view
 from surgeon.report import Cost, FitReport, PassReport, Progress, SiteChange
-from surgeon.summary import change, count_reasons, growth, join_paths, join_sites, natural, number, percent, seconds
 from surgeon.sweep import Point
-from surgeon.views import sweep_view
 
 ANSI = re.compile(r"\x1b\[")
 
@@ -293,7 +303,7 @@ def test_progress_goes_on_printing_when_work_is_slow(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("surgeon.render.time.monotonic", lambda: now)
+    monkeypatch.setattr("surgeon.render.screen.time.monotonic", lambda: now)
     screen = Screen("plain")
     for step in range(1, 10):
         now += 4.0

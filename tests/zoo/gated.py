@@ -300,7 +300,9 @@ def fused_matmul(m: Any, x: Tensor) -> Tensor:
     return (F.silu(gate) * up) @ m.w2
 
 
-@ffn("silu", gated=True, w1=weight(WIDTH, 2 * HIDDEN), b1=weight(2 * HIDDEN), w2=weight(HIDDEN, WIDTH), b2=weight(WIDTH))
+@ffn(
+    "silu", gated=True, w1=weight(WIDTH, 2 * HIDDEN), b1=weight(2 * HIDDEN), w2=weight(HIDDEN, WIDTH), b2=weight(WIDTH)
+)
 def fused_addmm(m: Any, x: Tensor) -> Tensor:
     gate, up = torch.addmm(m.b1, x.view(-1, WIDTH), m.w1).view(*x.shape[:-1], -1).chunk(2, dim=-1)
     h = F.silu(gate) * up

@@ -73,7 +73,12 @@ def _row(name: str, model: str, count: int, activation: str | None, gated: bool 
     return Row(model, count, activation, gated, name=name, **fields)
 
 
-BERT, GPT2, LLAMA, T5 = "BertForSequenceClassification", "GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"
+BERT, GPT2, LLAMA, T5 = (
+    "BertForSequenceClassification",
+    "GPT2LMHeadModel",
+    "LlamaForCausalLM",
+    "T5ForConditionalGeneration",
+)
 ROWS: tuple[Row, ...] = (
     _row("bert-ids-only", BERT, 2, "gelu", inputs="ids", quick=True),
     _row("bert-padded", BERT, 2, "gelu", inputs="padded", quick=True),

@@ -228,7 +228,9 @@ def dropout_twice(m: Any, x: Tensor) -> Tensor:
     return m.down(m.drop(m.drop(F.relu(m.up(x)))))
 
 
-@ffn("relu", up=UP, down=DOWN, drop=lambda: nn.AlphaDropout(0.3), required=False, note="not a plain dropout in training")
+@ffn(
+    "relu", up=UP, down=DOWN, drop=lambda: nn.AlphaDropout(0.3), required=False, note="not a plain dropout in training"
+)
 def dropout_alpha(m: Any, x: Tensor) -> Tensor:
     return m.down(m.drop(F.relu(m.up(x))))
 
@@ -446,7 +448,9 @@ def weight_not_contiguous(m: Any, x: Tensor) -> Tensor:
     return m.down(F.relu(F.linear(x, m.w1)))
 
 
-@ffn(None, up=UP, down=DOWN, a=(WIDTH, 4, False), b=(4, HIDDEN, False), required=False, note="an adapter beside the FFN")
+@ffn(
+    None, up=UP, down=DOWN, a=(WIDTH, 4, False), b=(4, HIDDEN, False), required=False, note="an adapter beside the FFN"
+)
 def low_rank_adapter(m: Any, x: Tensor) -> Tensor:
     return m.down(F.relu(m.up(x) + 0.5 * m.b(m.a(x))))
 

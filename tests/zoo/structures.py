@@ -216,7 +216,9 @@ def parallel_with_one_projection() -> nn.Module:
             y = F.scaled_dot_product_attention(q, k, v)
             return x + m.out(torch.cat([y, F.gelu(h)], dim=-1))
 
-        return Body(forward, into=(WIDTH, 3 * WIDTH + HIDDEN), out=(WIDTH + HIDDEN, WIDTH), norm=lambda: nn.LayerNorm(WIDTH))
+        return Body(
+            forward, into=(WIDTH, 3 * WIDTH + HIDDEN), out=(WIDTH + HIDDEN, WIDTH), norm=lambda: nn.LayerNorm(WIDTH)
+        )
 
     return Stack(block(), block())
 
@@ -348,7 +350,9 @@ def on_gathered_tokens() -> nn.Module:
 @model("zoo-keeper.7 of 9", "zoo-keeper.été", count=2, activation="gelu")
 def awkward_names() -> nn.Module:
     children = nn.ModuleDict({"7 of 9": gelu_ffn(), "été": gelu_ffn()})
-    root = Body(lambda m, x: m.head(x + sum(f(m.norm(x)) for f in getattr(m, "zoo-keeper").values())), head=(WIDTH, OUTPUTS))
+    root = Body(
+        lambda m, x: m.head(x + sum(f(m.norm(x)) for f in getattr(m, "zoo-keeper").values())), head=(WIDTH, OUTPUTS)
+    )
     root.add_module("norm", nn.LayerNorm(WIDTH))
     root.add_module("zoo-keeper", children)
     return root
@@ -482,7 +486,13 @@ def first_linear_shared_across_blocks() -> nn.Module:
     return Stack(Block(ffn=first), Block(ffn=second))
 
 
-@model("encoder.ffn", count=1, alternatives=(2,), activation="gelu", inputs=lambda b: (*sequence(b), torch.randn(b, 3, WIDTH)))
+@model(
+    "encoder.ffn",
+    count=1,
+    alternatives=(2,),
+    activation="gelu",
+    inputs=lambda b: (*sequence(b), torch.randn(b, 3, WIDTH)),
+)
 def siamese() -> nn.Module:
     encoder = Block(attn=attention(), ffn=gelu_ffn())
     return Body(lambda m, a, b: m.encoder(a).mean(1) - m.encoder(b).mean(1), encoder=lambda: encoder)
@@ -502,7 +512,12 @@ def called_in_chunks() -> nn.Module:
 
 @model("ffn", count=1, alternatives=(2,), activation="relu", note="its own output is its next input")
 def called_on_its_own_output() -> nn.Module:
-    return Body(lambda m, x: m.head(m.norm(m.ffn(m.ffn(x)))), ffn=relu_ffn, norm=lambda: nn.LayerNorm(WIDTH), head=(WIDTH, OUTPUTS))
+    return Body(
+        lambda m, x: m.head(m.norm(m.ffn(m.ffn(x)))),
+        ffn=relu_ffn,
+        norm=lambda: nn.LayerNorm(WIDTH),
+        head=(WIDTH, OUTPUTS),
+    )
 
 
 class _Language(nn.Module):
@@ -615,7 +630,9 @@ def keyword_only_inputs() -> nn.Module:
     return _KeywordOnly()
 
 
-@model("ffn", "other", inputs=lambda b: {"x": torch.randn(b, TOKENS, WIDTH), "scale": 0.5, "flip": True, "mode": "none"})
+@model(
+    "ffn", "other", inputs=lambda b: {"x": torch.randn(b, TOKENS, WIDTH), "scale": 0.5, "flip": True, "mode": "none"}
+)
 def numbers_flags_and_strings_as_inputs() -> nn.Module:
     return _KeywordOnly()
 
@@ -660,7 +677,9 @@ def batch_second() -> nn.Module:
     return Body(lambda m, x: m.ffn(x).mean(0), ffn=relu_ffn)
 
 
-@model("ffn", count=1, activation="relu", inputs=lambda b: (torch.randint(0, 9, (b, TOKENS)), torch.rand(b, TOKENS) > 0.3))
+@model(
+    "ffn", count=1, activation="relu", inputs=lambda b: (torch.randint(0, 9, (b, TOKENS)), torch.rand(b, TOKENS) > 0.3)
+)
 def boolean_mask_input() -> nn.Module:
     def forward(m: Any, ids: Tensor, keep: Tensor) -> Tensor:
         return m.ffn(m.embed(ids).masked_fill(~keep.unsqueeze(-1), 0.0))
@@ -671,7 +690,12 @@ def boolean_mask_input() -> nn.Module:
 # Number formats, modes and regions -----------------------------------------------------------------------------------
 
 
-@model(*SITES, activation="gelu", half=torch.float64, inputs=lambda b: (torch.randn(b, TOKENS, WIDTH, dtype=torch.float64),))
+@model(
+    *SITES,
+    activation="gelu",
+    half=torch.float64,
+    inputs=lambda b: (torch.randn(b, TOKENS, WIDTH, dtype=torch.float64),),
+)
 def float64() -> nn.Module:
     return Stack(Block(attn=attention(), ffn=gelu_ffn()), Block(ffn=gelu_ffn()))
 
@@ -737,7 +761,9 @@ def autocast_disabled() -> nn.Module:
     return Stack(Block(ffn=ffn()), Block(ffn=ffn()))
 
 
-@model("ffn", activation="gelu", exact=False, note="a frozen backbone without gradients, whose FFNs may be found as well")
+@model(
+    "ffn", activation="gelu", exact=False, note="a frozen backbone without gradients, whose FFNs may be found as well"
+)
 def no_grad_backbone() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -824,7 +850,9 @@ def buffers() -> nn.Module:
     return Counting()
 
 
-@model("2", "5", count=2, activation="relu", inputs=lambda b: (torch.randn(b, WIDTH),), note="batch norms around the FFNs")
+@model(
+    "2", "5", count=2, activation="relu", inputs=lambda b: (torch.randn(b, WIDTH),), note="batch norms around the FFNs"
+)
 def batch_norm_around() -> nn.Module:
     return nn.Sequential(
         nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), relu_ffn(), nn.BatchNorm1d(WIDTH), nn.Identity(), relu_ffn()
@@ -837,7 +865,9 @@ def batch_norm_without_running_statistics() -> nn.Module:
     return Body(lambda m, x: m.ffn(m.norm(x.mT).mT), norm=norm, ffn=relu_ffn)
 
 
-@model("ffn", count=1, activation="relu", note="weights are standardised by a batch norm that is always in training mode")
+@model(
+    "ffn", count=1, activation="relu", note="weights are standardised by a batch norm that is always in training mode"
+)
 def convolution_with_standardized_weight() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         w = m.conv.weight
@@ -858,12 +888,22 @@ def convolutional_stem() -> nn.Module:
         x = F.max_pool2d(F.relu(m.norm(m.conv(x))), 2).flatten(2).mT
         return m.head(x + m.ffn(x)).mean(1)
 
-    return Body(forward, conv=lambda: nn.Conv2d(3, WIDTH, 3), norm=lambda: nn.BatchNorm2d(WIDTH), ffn=relu_ffn, head=(WIDTH, OUTPUTS))
+    return Body(
+        forward,
+        conv=lambda: nn.Conv2d(3, WIDTH, 3),
+        norm=lambda: nn.BatchNorm2d(WIDTH),
+        ffn=relu_ffn,
+        head=(WIDTH, OUTPUTS),
+    )
 
 
 @model("ffn", count=1, activation="relu")
 def recurrent_stem() -> nn.Module:
-    return Body(lambda m, x: m.ffn(m.lstm(x)[0]), lstm=lambda: nn.LSTM(WIDTH, WIDTH, 2, batch_first=True, dropout=0.1), ffn=relu_ffn)
+    return Body(
+        lambda m, x: m.ffn(m.lstm(x)[0]),
+        lstm=lambda: nn.LSTM(WIDTH, WIDTH, 2, batch_first=True, dropout=0.1),
+        ffn=relu_ffn,
+    )
 
 
 @model("ffn", count=1, activation="relu")
@@ -918,7 +958,12 @@ def torch_encoder_padded() -> nn.Module:
     return _encoder()
 
 
-@model("layers.0", "layers.1", activation="relu", inputs=lambda b: (torch.randn(b, TOKENS, WIDTH), torch.randn(b, 3, WIDTH)))
+@model(
+    "layers.0",
+    "layers.1",
+    activation="relu",
+    inputs=lambda b: (torch.randn(b, TOKENS, WIDTH), torch.randn(b, 3, WIDTH)),
+)
 def torch_decoder() -> nn.Module:
     return nn.TransformerDecoder(nn.TransformerDecoderLayer(WIDTH, HEADS, HIDDEN, batch_first=True), 2)
 
@@ -982,7 +1027,9 @@ def deep_copied() -> nn.Module:
     return copy.deepcopy(Stack(Block(ffn=relu_ffn()), Block(ffn=relu_ffn())))
 
 
-@model("expert.0", "expert.1", count=2, activation="silu", gated=True, note="a dense mixture: experts are FFNs, all run")
+@model(
+    "expert.0", "expert.1", count=2, activation="silu", gated=True, note="a dense mixture: experts are FFNs, all run"
+)
 def dense_mixture() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         share = torch.softmax(m.router(x), dim=-1)

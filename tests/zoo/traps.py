@@ -160,7 +160,11 @@ def unit_length_between(m: Any, x: Tensor) -> Tensor:
     return m.down(F.normalize(F.relu(m.up(x)), dim=-1))
 
 
-@trap("a depthwise convolution over tokens stands between", **PAIR, conv=lambda: nn.Conv1d(HIDDEN, HIDDEN, 3, 1, 1, 1, HIDDEN))
+@trap(
+    "a depthwise convolution over tokens stands between",
+    **PAIR,
+    conv=lambda: nn.Conv1d(HIDDEN, HIDDEN, 3, 1, 1, 1, HIDDEN),
+)
 def depthwise_convolution_between(m: Any, x: Tensor) -> Tensor:
     return m.down(F.gelu(m.conv(m.up(x).mT).mT))
 
@@ -235,13 +239,21 @@ def batch_shift_between(m: Any, x: Tensor) -> Tensor:
     return m.down(F.relu(m.up(x)).flip(0))
 
 
-@trap("half of the hidden values are projected over tokens and gate the rest", up=FUSED, down=DOWN, mix=(TOKENS, TOKENS))
+@trap(
+    "half of the hidden values are projected over tokens and gate the rest", up=FUSED, down=DOWN, mix=(TOKENS, TOKENS)
+)
 def spatial_gating_between(m: Any, x: Tensor) -> Tensor:
     a, b = F.gelu(m.up(x)).chunk(2, dim=-1)
     return m.down(a * m.mix(b.mT).mT)
 
 
-@trap("the channels are weighted by a function of all of them", certain=False, **PAIR, squeeze=(HIDDEN, 6), excite=(6, HIDDEN))
+@trap(
+    "the channels are weighted by a function of all of them",
+    certain=False,
+    **PAIR,
+    squeeze=(HIDDEN, 6),
+    excite=(6, HIDDEN),
+)
 def squeeze_excite_between(m: Any, x: Tensor) -> Tensor:
     h = F.relu(m.up(x))
     return m.down(h * torch.sigmoid(m.excite(F.relu(m.squeeze(h.mean(dim=1, keepdim=True))))))
@@ -330,7 +342,9 @@ def swish_with_learned_beta(m: Any, x: Tensor) -> Tensor:
     return m.down(h * torch.sigmoid(m.beta * h))
 
 
-@trap("the activation has a learned number that now makes it a relu", **PAIR, leak=lambda: nn.Parameter(torch.zeros(1, 1)))
+@trap(
+    "the activation has a learned number that now makes it a relu", **PAIR, leak=lambda: nn.Parameter(torch.zeros(1, 1))
+)
 def leak_learned_now_zero(m: Any, x: Tensor) -> Tensor:
     h = m.up(x)
     return m.down(torch.where(h > 0, h, m.leak * h))
@@ -509,7 +523,12 @@ def gru_written_out(m: Any, x: Tensor) -> Tensor:
     return torch.stack(outputs, dim=1)
 
 
-@trap("a mixture of experts already, with one weight for all", w1=weight(3, WIDTH, HIDDEN), w2=weight(3, HIDDEN, WIDTH), router=(WIDTH, 3))
+@trap(
+    "a mixture of experts already, with one weight for all",
+    w1=weight(3, WIDTH, HIDDEN),
+    w2=weight(3, HIDDEN, WIDTH),
+    router=(WIDTH, 3),
+)
 def mixture_with_stacked_weights(m: Any, x: Tensor) -> Tensor:
     h = F.silu(torch.einsum("btd,edh->ebth", x, m.w1))
     y = torch.einsum("ebth,ehd->ebtd", h, m.w2)

@@ -100,7 +100,9 @@ for _name, _count, _activation, _gated, _options in [
 ]:
     timm_model(_name, int(_options["img_size"]), _count, _activation, _gated, **_options)
 
-timm_model("vit_resnet", 64, None, None, None, model="vit_small_r26_s32_224", img_size=64, embed_dim=32, depth=2, num_heads=4)
+timm_model(
+    "vit_resnet", 64, None, None, None, model="vit_small_r26_s32_224", img_size=64, embed_dim=32, depth=2, num_heads=4
+)
 timm_model(
     "tnt", 32, None, None, None, model="tnt:TNT", img_size=32, patch_size=8, embed_dim=32, inner_dim=8, depth=2,
     num_heads_inner=2, num_heads_outer=4, first_stride=4,
@@ -115,10 +117,28 @@ timm_model(
 MIXER: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 32}
 timm_model("mixer", 32, None, None, None, model="mlp_mixer:MlpMixer", **MIXER)
 timm_model(
-    "gmixer", 32, None, None, None, model="mlp_mixer:MlpMixer", mlp_ratio=(1.0, 4.0), mlp_layer="@GluMlp", act_layer="@SiLU", **MIXER
+    "gmixer",
+    32,
+    None,
+    None,
+    None,
+    model="mlp_mixer:MlpMixer",
+    mlp_ratio=(1.0, 4.0),
+    mlp_layer="@GluMlp",
+    act_layer="@SiLU",
+    **MIXER,
 )
 timm_model(
-    "resmlp", 32, None, None, None, model="mlp_mixer:MlpMixer", mlp_ratio=4, block_layer="@ResBlock", norm_layer="@Affine", **MIXER
+    "resmlp",
+    32,
+    None,
+    None,
+    None,
+    model="mlp_mixer:MlpMixer",
+    mlp_ratio=4,
+    block_layer="@ResBlock",
+    norm_layer="@Affine",
+    **MIXER,
 )
 timm_model(
     "gmlp", 32, None, None, None, model="mlp_mixer:MlpMixer", mlp_ratio=6, block_layer="@SpatialGatingBlock", mlp_layer="@GatedMlp",
@@ -129,14 +149,56 @@ timm_model(
 
 FOUR: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 2, 4)}
 for _name, _size, _count, _activation, _gated, _options in [
-    ("swin_tiny_patch4_window7_224", 32, None, None, None, {"img_size": 32, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}),
-    ("swinv2_tiny_window8_256", 32, None, None, None, {"img_size": 32, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}),
-    ("swinv2_cr_tiny_224", 64, None, None, None, {"img_size": 64, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}),
+    (
+        "swin_tiny_patch4_window7_224",
+        32,
+        None,
+        None,
+        None,
+        {"img_size": 32, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4},
+    ),
+    (
+        "swinv2_tiny_window8_256",
+        32,
+        None,
+        None,
+        None,
+        {"img_size": 32, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4},
+    ),
+    (
+        "swinv2_cr_tiny_224",
+        64,
+        None,
+        None,
+        None,
+        {"img_size": 64, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)},
+    ),
     ("twins_pcpvt_small", 64, None, None, None, {"img_size": 64, **FOUR}),
     ("twins_svt_small", 64, None, None, None, {"img_size": 64, **FOUR}),
-    ("levit_128s", 64, None, None, None, {"img_size": 64, "embed_dim": (16, 24, 32), "key_dim": 8, "num_heads": (2, 2, 2), "depth": (1, 1, 1)}),
-    ("hiera_tiny_224", 64, None, None, None, {"img_size": (64, 64), "embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)}),
-    ("sequencer2d_s", 64, None, None, None, {"img_size": 64, "layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 32), "hidden_sizes": (4, 8, 8, 8)}),
+    (
+        "levit_128s",
+        64,
+        None,
+        None,
+        None,
+        {"img_size": 64, "embed_dim": (16, 24, 32), "key_dim": 8, "num_heads": (2, 2, 2), "depth": (1, 1, 1)},
+    ),
+    (
+        "hiera_tiny_224",
+        64,
+        None,
+        None,
+        None,
+        {"img_size": (64, 64), "embed_dim": 8, "num_heads": 1, "stages": (1, 1, 1, 1)},
+    ),
+    (
+        "sequencer2d_s",
+        64,
+        None,
+        None,
+        None,
+        {"img_size": 64, "layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 32), "hidden_sizes": (4, 8, 8, 8)},
+    ),
     ("mobilevit_xxs", 64, None, None, None, {}),
     ("mobilevitv2_050", 64, None, None, None, {}),
     ("efficientvit_b0", 64, None, None, None, {}),

@@ -10,10 +10,10 @@ from surgeon.cost import measure
 from surgeon.diff import GraphDiff, compare_unrelated, snapshot
 from surgeon.errors import UsageError
 from surgeon.inputs import as_args_kwargs
-from surgeon.inspection import outside_experts
+from surgeon.jobs.inspection import outside_experts
+from surgeon.jobs.opening import Opened
 from surgeon.losses import task_of
 from surgeon.moe import find_moes
-from surgeon.opening import Opened
 from surgeon.report import Cost, Progress
 from surgeon.sweep import USUAL_TAUS, Point
 from surgeon.sweep import sweep as run_sweep

@@ -21,9 +21,9 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from surgeon.diff_view import Detail, diff_view
+from surgeon.render.diff_view import Detail, diff_view
+from surgeon.render.summary import seconds
 from surgeon.report import Progress
-from surgeon.summary import seconds
 
 if TYPE_CHECKING:
     from surgeon.pipeline import Diff

@@ -20,17 +20,17 @@ from surgeon.diff import PassDiff
 from surgeon.errors import NothingChangedError, SaveError, UsageError
 from surgeon.graph import TracedGraph
 from surgeon.inputs import as_args_kwargs
-from surgeon.inspection import LOOKS_FOR
+from surgeon.jobs.inspection import LOOKS_FOR
+from surgeon.jobs.opening import DataOptions, Opened, Stage
+from surgeon.jobs.workdir import WorkDirectory
 from surgeon.losses import Quality, evaluate, task_of
 from surgeon.moe import find_moes
-from surgeon.opening import DataOptions, Opened, Stage
 from surgeon.passes import Pass
 from surgeon.pipeline import Pipeline, Surgery
 from surgeon.recipe import build
+from surgeon.render.summary import count_reasons
 from surgeon.report import Cost, PassReport, Progress
 from surgeon.source import quiet_transformers
-from surgeon.summary import count_reasons
-from surgeon.workdir import WorkDirectory
 
 
 class Interrupted(KeyboardInterrupt):

@@ -10,19 +10,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from surgeon.diff_view import Detail, graph_diff_view, sites_view
-from surgeon.layout import MODEL, dim, grid, heading, indented, refused, sentences
-from surgeon.summary import SiteGroup, growth, join_like, number, percent, seconds
+from surgeon.render.diff_view import Detail, graph_diff_view, sites_view
+from surgeon.render.layout import MODEL, dim, grid, heading, indented, refused, sentences
+from surgeon.render.summary import SiteGroup, growth, join_like, number, percent, seconds
 
 if TYPE_CHECKING:
-    from surgeon.applying import Applied
-    from surgeon.comparison import Comparison, SiteSide
     from surgeon.demo import Demo
     from surgeon.diff import PassDiff
-    from surgeon.doctor import Check
-    from surgeon.inspection import Explanation, Inspection
+    from surgeon.jobs.applying import Applied
+    from surgeon.jobs.comparison import Comparison, SiteSide
+    from surgeon.jobs.doctor import Check
+    from surgeon.jobs.inspection import Explanation, Inspection
+    from surgeon.jobs.pass_help import Option
     from surgeon.losses import Quality
-    from surgeon.pass_help import Option
     from surgeon.passes import Pass
     from surgeon.sweep import Point
 

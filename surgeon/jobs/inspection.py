@@ -17,8 +17,8 @@ from surgeon.errors import UsageError
 from surgeon.fit import Settings
 from surgeon.graph import TracedGraph
 from surgeon.inputs import as_args_kwargs
+from surgeon.jobs.opening import Opened
 from surgeon.moe import find_moes
-from surgeon.opening import Opened
 from surgeon.passes import Pass
 from surgeon.pipeline import Pipeline
 from surgeon.report import Cost

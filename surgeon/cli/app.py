@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from surgeon.cli_options import (
+from surgeon.cli.options import (
     Arch,
     BatchSize,
     Data,
@@ -50,7 +50,7 @@ from surgeon.errors import SurgeonError, UsageError
 
 if TYPE_CHECKING:
     from surgeon.passes import Pass
-    from surgeon.render import Screen
+    from surgeon.render.screen import Screen
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Run:
     @functools.cached_property
     def screen(self) -> "Screen":
         """Where this run writes."""
-        from surgeon.render import Screen
+        from surgeon.render.screen import Screen
 
         return Screen(self.output.value if self.output else None, verbose=self.verbose, quiet=self.quiet)
 
@@ -188,7 +188,7 @@ def _interrupted(run: Run, workdir: Path | None) -> NoReturn:
 
 
 def _data_options(data: str | None, **options: Any) -> Any:
-    from surgeon.opening import DataOptions
+    from surgeon.jobs.opening import DataOptions
 
     return None if data is None else DataOptions(data, **options)
 
@@ -218,9 +218,9 @@ def demo(
     JSON: {dense, passes, points, directory}
     """
     from surgeon import demo as story
-    from surgeon.applying import check_target
-    from surgeon.diff_view import pass_view
-    from surgeon.views import demo_view, quality_line
+    from surgeon.jobs.applying import check_target
+    from surgeon.render.diff_view import pass_view
+    from surgeon.render.views import demo_view, quality_line
 
     check_target(directory, overwrite=True)
     made = story.run(
@@ -260,9 +260,9 @@ def inspect(
 
     JSON: {model, kind, inputs, task, cost, ffns, experts, linears, refused, notes, graph}
     """
-    from surgeon.inspection import inspect as look
-    from surgeon.opening import open_model
-    from surgeon.views import inspection_view
+    from surgeon.jobs.inspection import inspect as look
+    from surgeon.jobs.opening import open_model
+    from surgeon.render.views import inspection_view
 
     opened = open_model(model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=run.screen.stage)
     with run.screen.stage("measuring"):
@@ -285,10 +285,10 @@ def passes(
     JSON: {passes: [{name, summary, works_on, makes, must_precede, preserves, needs_data, trains}]}; of one pass also
     {options: [{name, type, default, help}], example}
     """
-    from surgeon.pass_help import describe, example_of, options_of
+    from surgeon.jobs.pass_help import describe, example_of, options_of
     from surgeon.passes import PASSES
     from surgeon.recipe import find_pass
-    from surgeon.views import pass_help_view, passes_view
+    from surgeon.render.views import pass_help_view, passes_view
 
     if name is None:
         run.screen.show(passes_view(PASSES.values()))
@@ -323,9 +323,9 @@ def explain(
 
     JSON: {passes: [{name, looks_for, matched: [[path, site]], rejected: [[path, reason]]}]}
     """
-    from surgeon.inspection import explain as ask
-    from surgeon.opening import open_model
-    from surgeon.views import explanation_view
+    from surgeon.jobs.inspection import explain as ask
+    from surgeon.jobs.opening import open_model
+    from surgeon.render.views import explanation_view
 
     built = _build(passes, settings)
     opened = open_model(model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=run.screen.stage)
@@ -383,10 +383,10 @@ def apply(
 
     JSON: {model, directory, dry_run, passes, before, after, quality, notes, next, seconds}
     """
-    from surgeon import applying
-    from surgeon.diff_view import pass_view
-    from surgeon.opening import open_model
-    from surgeon.views import applied_view
+    from surgeon.jobs import applying
+    from surgeon.jobs.opening import open_model
+    from surgeon.render.diff_view import pass_view
+    from surgeon.render.views import applied_view
 
     if recipe is not None:
         if passes is not None or settings:
@@ -442,10 +442,10 @@ def diff(
     JSON: {passes: [{report, graph}]} of one; {names, costs, sites, difference, note, nodes} of two
     """
     from surgeon.artifact import load_diff
-    from surgeon.comparison import compare_models
-    from surgeon.diff_view import diff_view
-    from surgeon.opening import open_model
-    from surgeon.views import comparison_view
+    from surgeon.jobs.comparison import compare_models
+    from surgeon.jobs.opening import open_model
+    from surgeon.render.diff_view import diff_view
+    from surgeon.render.views import comparison_view
 
     if stat and full:
         raise UsageError("Give --stat or --full, not both.")
@@ -490,9 +490,9 @@ def sweep(
 
     JSON: {model, data, task, dense_multiply_adds, points: [{tau, quality, executed, multiply_adds, relative}]}
     """
-    from surgeon import comparison
-    from surgeon.opening import open_model
-    from surgeon.views import sweep_view
+    from surgeon.jobs import comparison
+    from surgeon.jobs.opening import open_model
+    from surgeon.render.views import sweep_view
 
     taus = comparison.parse_taus(tau)
     wanted = _data_options(
@@ -515,8 +515,8 @@ def doctor(run: Run) -> None:
 
     JSON: {checks: [{name, state, found, advice}]}
     """
-    from surgeon.doctor import examine
-    from surgeon.views import doctor_view
+    from surgeon.jobs.doctor import examine
+    from surgeon.render.views import doctor_view
 
     with run.screen.stage("examining"):
         checks = examine()

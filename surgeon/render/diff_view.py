@@ -9,9 +9,19 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from surgeon.layout import MODEL, Fitting, dim, grid, indented, refused, sentences
+from surgeon.render.layout import MODEL, Fitting, dim, grid, indented, refused, sentences
+from surgeon.render.summary import (
+    SiteGroup,
+    change,
+    count_reasons,
+    growth,
+    join_sites,
+    natural,
+    number,
+    percent,
+    seconds,
+)
 from surgeon.report import Cost, FitReport, PassReport
-from surgeon.summary import SiteGroup, change, count_reasons, growth, join_sites, natural, number, percent, seconds
 
 if TYPE_CHECKING:
     from surgeon.diff import GraphDiff, PassDiff

@@ -1,0 +1,5 @@
+"""The command line. `surgeon --help` must not wait for torch: modules that need it are imported by the commands."""
+
+from surgeon.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,1 @@
+"""How answers look, and the one place that prints (`surgeon.render.screen`)."""
