@@ -99,7 +99,11 @@ def load(directory: str | Path) -> TracedGraph:
     with quiet():
         graph = from_program(read_program(model), info)
     graph.meta["surgery"] = record
-    graph.meta["earlier_passes"] = load_diff(directory).passes
+    try:
+        graph.meta["earlier_passes"] = load_diff(directory).passes
+    except LoadError as error:
+        # The model is whole; only the record of what was done to it is not.
+        log.warning("%s It is not carried on into surgeries that go on from here.", error)
     return graph
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from surgeon.graph import TracedGraph, fork
 from surgeon.rewrite import own_parameters
@@ -48,29 +49,35 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 
 class Traces:
-    """Models and their graphs by name, traced once. What a test gets is its own: nothing is shared with other tests."""
+    """Models and their graphs by name, each traced once.
+
+    A name is that of a Hugging Face family, the kind of a `Classifier`, or "stack:" and the kind of a `Stack`.
+    """
 
     def __init__(self) -> None:
-        self._made: dict[str, tuple[TracedGraph, Any]] = {}
+        self._made: dict[str, tuple[nn.Module, Any, TracedGraph]] = {}
 
-    def _get(self, name: str) -> tuple[TracedGraph, Any]:
+    def pair(self, name: str) -> tuple[nn.Module, Any, TracedGraph]:
+        """The model, its inputs, and its graph, which share their parameters. All tests share them: change nothing."""
         if name not in self._made:
             if name in models.HUGGING_FACE:
                 model, inputs = models.hugging_face(name)
+            elif name.startswith("stack:"):
+                model, inputs = models.stack(name.removeprefix("stack:")), models.vectors()
             else:
                 model, inputs = models.classifier(name), models.tokens()
-            self._made[name] = trace(model, inputs), inputs
+            self._made[name] = model, inputs, trace(model, inputs)
         return self._made[name]
 
     def __call__(self, name: str) -> TracedGraph:
-        """A graph of the model with parameters of its own, in evaluation mode."""
-        graph = fork(self._get(name)[0])
+        """A graph with parameters of its own, in evaluation mode."""
+        graph = fork(self.pair(name)[2])
         own_parameters(graph)
         return graph.eval()
 
     def inputs(self, name: str) -> Any:
         """The keyword inputs that the model was traced with."""
-        return {key: value.clone() for key, value in self._get(name)[1].items()}
+        return {key: value.clone() for key, value in self.pair(name)[1].items()}
 
 
 @pytest.fixture(scope="session")

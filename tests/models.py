@@ -130,6 +130,32 @@ class Classifier(nn.Module):
         return self.head((x * weight).sum(1) / weight.sum(1))
 
 
+class StackLayer(nn.Module):
+    """x + softmax(mix x), then x + feed-forward."""
+
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        self.mix, self.norm, self.ffn = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), ffn
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.softmax(self.mix(x), -1)
+        return x + self.ffn(self.norm(x))
+
+
+class Stack(nn.Module):
+    """A `Classifier` of vectors without attention, several times faster to trace and to save: [B, T, d] → [B, 3]."""
+
+    def __init__(self, *ffns: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(map(StackLayer, ffns))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
 class Wrapped(nn.Module):
     """One module behind a layer norm, in front of nothing: x [B, T, d] → [B, T, d_out]."""
 
@@ -158,20 +184,44 @@ class Function(nn.Module):
         return self.compute(self, *args)
 
 
-def classifier(kind: str = "gelu", layers: int = 2, dropout: float = 0.1, seed: int = 0) -> Classifier:
-    """A `Classifier` whose feed-forward layers are of one kind, in evaluation mode."""
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "gelu": lambda: Plain(dropout=dropout),
-        "relu": lambda: Plain(act=F.relu, dropout=dropout),
-        "gated": lambda: Gated(dropout=dropout),
-        "fused": lambda: Fused(),
-        "biasless": lambda: Plain(act=F.relu, bias=False, dropout=dropout),
-    }
-    torch.manual_seed(seed)
+def feed_forward(kind: str, dropout: float = 0.1) -> nn.Module:
+    """A feed-forward layer of one kind."""
+    match kind:
+        case "gelu":
+            return Plain(dropout=dropout)
+        case "relu":
+            return Plain(act=F.relu, dropout=dropout)
+        case "biasless":
+            return Plain(act=F.relu, bias=False, dropout=dropout)
+        case "gated":
+            return Gated(dropout=dropout)
+        case "fused":
+            return Fused()
+    raise KeyError(kind)
+
+
+def classifier(kind: str = "gelu", layers: int = 2, dropout: float = 0.1) -> Classifier:
+    """A `Classifier` whose feed-forward layers are of one kind, or one and the same ("shared"), in evaluation mode."""
+    torch.manual_seed(0)
     if kind == "shared":
-        one = Plain(act=F.relu, dropout=dropout)
-        return Classifier(*[one] * layers, dropout=dropout).eval()
-    return Classifier(*(makers[kind]() for _ in range(layers)), dropout=dropout).eval()
+        return Classifier(*[feed_forward("relu", dropout)] * layers, dropout=dropout).eval()
+    return Classifier(*(feed_forward(kind, dropout) for _ in range(layers)), dropout=dropout).eval()
+
+
+def stack(kind: str = "gelu", layers: int = 2) -> Stack:
+    """A `Stack` whose feed-forward layers are of one kind, in evaluation mode."""
+    torch.manual_seed(0)
+    return Stack(*(feed_forward(kind) for _ in range(layers))).eval()
+
+
+def vectors(batch: int = 3, length: int = 5, seed: int = 0) -> Inputs:
+    """Inputs of a `Stack`."""
+    return {"x": torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(seed))}
+
+
+def labelled_vectors(batches: int = 2) -> list[tuple[Inputs, Tensor]]:
+    """Training data of a `Stack`."""
+    return [(vectors(8, seed=number), torch.arange(8) % CLASSES) for number in range(batches)]
 
 
 def tokens(batch: int = 3, length: int = 7, *, padded: bool = True, seed: int = 0) -> Inputs:

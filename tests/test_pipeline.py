@@ -16,7 +16,7 @@ from surgeon.moe import find_moes, get_tau
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify, SwapActivation
 from surgeon.pipeline import Pipeline, inputs_of
 from surgeon.report import Progress
-from tests.models import classifier, hugging_face, labelled, tokens
+from tests.models import hugging_face, labelled, stack, tokens, vectors
 
 SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER = (
     SwapActivation(), Sparsify(steps=1), Mlpify(steps=1), Moeify(experts=4, router_width=8, steps=1), Lower(),
@@ -66,26 +66,21 @@ def test_surgery_holds_graph_reports_and_snapshots(traces: Any) -> None:
     assert not find_moes(graph)
 
 
-def test_the_model_is_called_by_its_own_arguments() -> None:
+def test_a_hugging_face_model_needs_nothing_but_itself() -> None:
     model, inputs = hugging_face("bert")
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    surgery = Pipeline([MOEIFY, LOWER]).run(model, inputs=inputs)
+    surgery = Pipeline([MOEIFY, LOWER]).run(model)
+    assert set(surgery.inputs) >= {"input_ids", "attention_mask"}
+    assert surgery.reports[0].max_error is not None
     got, want = surgery.graph(**inputs), model(**inputs)
     assert type(got) is type(want)
     assert torch.allclose(got.logits, want.logits, atol=1e-5)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_inputs_of_hugging_face_models_are_found_by_themselves() -> None:
-    model, _ = hugging_face("bert")
-    surgery = Pipeline([MOEIFY]).run(model)
-    assert set(surgery.inputs) >= {"input_ids", "attention_mask"}
-    assert surgery.reports[0].max_error is not None
-
-
 def test_other_models_need_inputs() -> None:
     with pytest.raises(UsageError, match="inputs"):
-        Pipeline([MOEIFY]).run(classifier())
+        Pipeline([MOEIFY]).run(stack())
 
 
 def test_a_graph_without_inputs_is_not_verified(traces: Any) -> None:
@@ -98,8 +93,8 @@ def test_a_graph_without_inputs_is_not_verified(traces: Any) -> None:
 
 def test_training_mode_of_the_model_is_kept() -> None:
     for training in (True, False):
-        model = classifier("relu", layers=1).train(training)
-        surgery = Pipeline([SWAP, MOEIFY]).run(model, inputs=tokens())
+        model = stack("relu", layers=1).train(training)
+        surgery = Pipeline([SWAP, MOEIFY]).run(model, inputs=vectors())
         assert surgery.graph.training == model.training == training
 
 
@@ -153,11 +148,11 @@ def test_full_verification_tries_other_inputs(traces: Any, monkeypatch: pytest.M
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
-    model = classifier("relu", layers=1)
+    model = stack("relu", layers=1)
     with torch.no_grad():
         model.blocks[0].ffn.fc1.weight[0, 0] = float("nan")
     with pytest.raises(LoadError, match=r"blocks\.0\.ffn\.fc1\.weight"):
-        Pipeline([MOEIFY]).run(model, inputs=tokens())
+        Pipeline([MOEIFY]).run(model, inputs=vectors())
 
 
 def test_what_cannot_be_traced_is_refused() -> None:

@@ -26,7 +26,7 @@ from surgeon.pipeline import Pipeline
 from surgeon.recipe import build
 from surgeon.report import PassReport
 from surgeon.tracing import quiet
-from tests.models import classifier, labelled, tokens
+from tests.models import labelled_vectors, stack, vectors
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Subject:
     """A pass with small options, the graph it runs on, and what it is fitted with."""
 
     make: Callable[[], Pass[Any]]
-    model: str = "gelu"
+    kind: str = "gelu"
     first: tuple[Pass[Any], ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ def subject(traces: Any) -> Callable[[str], tuple[Pass[Any], TracedGraph]]:
     """`subject(name)`: the pass and a graph of its own to run on, in evaluation mode."""
 
     def make(name: str) -> tuple[Pass[Any], TracedGraph]:
-        graph = traces(SUBJECTS[name].model)
+        graph = traces(f"stack:{SUBJECTS[name].kind}")
         for one in SUBJECTS[name].first:
             one.apply(graph)
         return SUBJECTS[name].make(), graph.eval()
@@ -101,7 +101,7 @@ def node_texts(graph: TracedGraph) -> list[str]:
 @names
 def test_keeps_what_it_claims_to_keep(subject: Any, name: str) -> None:
     one, graph = subject(name)
-    inputs = tokens()
+    inputs = vectors()
     want = run(graph, (), inputs)
     report = one.apply(graph, inputs=inputs)
     assert report.matched
@@ -119,7 +119,7 @@ def test_keeps_what_it_claims_to_keep(subject: Any, name: str) -> None:
 def test_accounts_for_every_parameter(subject: Any, name: str) -> None:
     one, graph = subject(name)
     before = dict(graph.state_dict())
-    report = one.apply(graph, inputs=tokens())
+    report = one.apply(graph, inputs=vectors())
     after = dict(graph.state_dict())
     made = tuple(site.made + "." for site in report.sites if site.made)
     for key in after.keys() - before.keys():
@@ -147,17 +147,17 @@ def test_second_application_matches_nothing(subject: Any, name: str) -> None:
 
 @names
 def test_leaves_the_model_and_the_shared_graph_alone(subject: Any, name: str) -> None:
-    model = classifier(SUBJECTS[name].model)
+    model = stack(SUBJECTS[name].kind)
     model.train()
     model.blocks[0].eval()
     model.head.weight.requires_grad_(False)
-    graph = surgeon.trace(model, tokens())
+    graph = surgeon.trace(model, vectors())
     for one in SUBJECTS[name].first:
         one.apply(graph)
     before, shared = state_of(model), state_of(graph)
     texts = node_texts(graph)
     one = SUBJECTS[name].make()
-    surgery = Pipeline([one]).run(graph, inputs=tokens(), data=labelled(2))
+    surgery = Pipeline([one]).run(graph, inputs=vectors(), data=labelled_vectors(2))
     assert surgery.reports[0].matched
     assert_same_state(before, state_of(model))
     assert_same_state(shared, state_of(graph))
@@ -169,8 +169,8 @@ def test_leaves_the_model_and_the_shared_graph_alone(subject: Any, name: str) ->
 @names
 def test_modes_switch_and_gradients_flow(subject: Any, name: str) -> None:
     one, graph = subject(name)
-    one.apply(graph, inputs=tokens())
-    inputs = tokens()
+    one.apply(graph, inputs=vectors())
+    inputs = vectors()
     assert not graph.training
     assert torch.equal(graph(**inputs), graph(**inputs))
     graph.train()
@@ -185,16 +185,16 @@ def test_modes_switch_and_gradients_flow(subject: Any, name: str) -> None:
 @names
 def test_other_sizes_run(subject: Any, name: str) -> None:
     one, graph = subject(name)
-    one.apply(graph, inputs=tokens())
+    one.apply(graph, inputs=vectors())
     for batch, length in ((1, 1), (1, 9), (6, 2)):
-        assert graph(**tokens(batch, length, padded=False)).shape == (batch, 3)
+        assert graph(**vectors(batch, length)).shape == (batch, 3)
 
 
 @names
 def test_works_in_training_mode_too(subject: Any, name: str) -> None:
     one, graph = subject(name)
     graph.train()
-    report = one.apply(graph, inputs=tokens())
+    report = one.apply(graph, inputs=vectors())
     assert graph.training
     assert all(
         module.training
@@ -209,8 +209,8 @@ def test_works_in_training_mode_too(subject: Any, name: str) -> None:
 @names
 def test_runs_on_a_bare_exported_graph(name: str) -> None:
     batch = torch.export.Dim("batch", min=2)
-    inputs = tokens(padded=False)
-    model = classifier(SUBJECTS[name].model)
+    inputs = vectors()
+    model = stack(SUBJECTS[name].kind)
     with quiet():
         graph = torch.export.export(
             model, (), inputs, strict=False, dynamic_shapes={key: {0: batch} for key in inputs}
@@ -225,7 +225,7 @@ def test_runs_on_a_bare_exported_graph(name: str) -> None:
     got = graph(**inputs)
     if report.preserved:
         assert torch.allclose(got, want, atol=1e-5)
-    assert graph(**tokens(5, padded=False)).shape == (5, 3)
+    assert graph(**vectors(5)).shape == (5, 3)
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_runs_on_a_bare_exported_graph(name: str) -> None:
 @names
 def test_report_is_filled(subject: Any, name: str) -> None:
     one, graph = subject(name)
-    report = one.apply(graph, inputs=tokens())
+    report = one.apply(graph, inputs=vectors())
     assert report.name == name
     assert len(report.sites) == len(report.matched)
     assert [site.path for site in report.sites] == report.matched
@@ -268,11 +268,11 @@ def test_without_inputs_it_says_that_nothing_was_verified(subject: Any, name: st
 @names
 def test_verification_can_be_switched_off_and_made_full(subject: Any, name: str) -> None:
     one, graph = subject(name)
-    off = one.apply(fork(graph), inputs=tokens(), settings=Settings(verify="off"))
+    off = one.apply(fork(graph), inputs=vectors(), settings=Settings(verify="off"))
     assert off.max_error is None
     assert any("switched off" in note for note in off.notes)
-    full = one.apply(fork(graph), inputs=tokens(), settings=Settings(verify="full"))
-    fast = one.apply(fork(graph), inputs=tokens())
+    full = one.apply(fork(graph), inputs=vectors(), settings=Settings(verify="full"))
+    fast = one.apply(fork(graph), inputs=vectors())
     assert full.max_error is not None
     assert fast.max_error is not None
     assert full.max_error >= fast.max_error
@@ -282,12 +282,12 @@ def test_verification_can_be_switched_off_and_made_full(subject: Any, name: str)
 def test_fitting_reports_and_dry_runs_do_not_fit(subject: Any, name: str) -> None:
     one, graph = subject(name)
     seen = []
-    report = one.apply(fork(graph), inputs=tokens(), data=labelled(2), settings=Settings(progress=seen.append))
+    report = one.apply(fork(graph), inputs=vectors(), data=labelled_vectors(2), settings=Settings(progress=seen.append))
     assert report.fit is not None
     assert report.fit.steps == len(seen) == 2
     assert all(name in moment.what for moment in seen)
     assert PassReport.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False))) == report
-    dry = one.apply(fork(graph), inputs=tokens(), data=labelled(2), settings=Settings(dry_run=True))
+    dry = one.apply(fork(graph), inputs=vectors(), data=labelled_vectors(2), settings=Settings(dry_run=True))
     assert dry.fit is None
     assert dry.matched == report.matched
 
@@ -346,14 +346,14 @@ def fails_at_second(original: Any) -> Any:
 
 
 def check_untouched(one: Pass[Any], graph: TracedGraph, expected: type[Exception], **settings: Any) -> str:
-    before, texts, output = state_of(graph), node_texts(graph), run(graph, (), tokens())
+    before, texts, output = state_of(graph), node_texts(graph), run(graph, (), vectors())
     notes = dict(graph.meta)
     with pytest.raises(expected) as error:
-        one.apply(graph, inputs=tokens(), **settings)
+        one.apply(graph, inputs=vectors(), **settings)
     assert_same_state(before, state_of(graph))
     assert node_texts(graph) == texts
     assert graph.meta == notes
-    assert torch.equal(run(graph, (), tokens()), output)
+    assert torch.equal(run(graph, (), vectors()), output)
     return str(error.value)
 
 
@@ -385,7 +385,7 @@ def test_failing_fit_leaves_the_graph(
         raise error
 
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else SurgeonError
-    message = check_untouched(one, graph, expected, data=labelled(2), settings=Settings(progress=progress))
+    message = check_untouched(one, graph, expected, data=labelled_vectors(2), settings=Settings(progress=progress))
     if isinstance(error, RuntimeError):
         assert name in message
         assert "broken on purpose" in message
@@ -457,12 +457,12 @@ print(json.dumps(result))
 
 
 def test_saved_and_loaded_in_another_process_it_is_the_same(subject: Any, tmp_path: Path) -> None:
-    batches = [tokens(), tokens(1, 4), tokens(5, 9)]
+    batches = [vectors(), vectors(1, 4), vectors(5, 9)]
     torch.save(batches, tmp_path / "inputs.pt")
     want: dict[str, list[Tensor]] = {}
     for name in SUBJECTS:
         one, graph = subject(name)
-        surgery = Pipeline([one]).run(graph, inputs=tokens(), data=labelled(1))
+        surgery = Pipeline([one]).run(graph, inputs=vectors(), data=labelled_vectors(1))
         directory = str(surgery.save(tmp_path / name))
         want[directory] = [surgery.graph.eval()(**batch) for batch in batches]
     command = [sys.executable, "-W", "error::UserWarning:surgeon", "-c", READER, str(tmp_path / "inputs.pt"), *want]
@@ -475,9 +475,9 @@ def test_saved_and_loaded_in_another_process_it_is_the_same(subject: Any, tmp_pa
 
 def test_all_passes_in_their_usual_order(traces: Any) -> None:
     passes = [SUBJECTS[name].make() for name in PASSES]
-    data = Data.of(labelled(2))
-    surgery = Pipeline(passes).run(traces("gelu"), inputs=tokens(), data=data)
+    data = Data.of(labelled_vectors(2))
+    surgery = Pipeline(passes).run(traces("stack:gelu"), inputs=vectors(), data=data)
     assert [report.name for report in surgery.reports] == list(PASSES)
     assert all(report.matched for report in surgery.reports)
-    assert len(surgery.reports[-1].matched) == 2 + 8
+    assert len(surgery.reports[-1].matched) == 2 + 2
     assert isinstance(passes[-1], Lower)

@@ -11,6 +11,12 @@ from torch import Tensor, nn
 TOKENS, WIDTH, HIDDEN, OUTPUTS = 5, 16, 24, 7
 """Sizes of the plain-torch models: all different, so that no axis can be taken for another by its size."""
 
+UP, DOWN, FUSED = (WIDTH, HIDDEN), (HIDDEN, WIDTH), (WIDTH, 2 * HIDDEN)
+"""Arguments of the linear layers of an FFN."""
+
+SITES = ("blocks.0.ffn", "blocks.1.ffn")
+"""Where the two FFNs of a `Stack` lie."""
+
 Part = nn.Module | Tensor | tuple[Any, ...] | Callable[[], Any] | object
 
 

@@ -1,4 +1,4 @@
-"""One architecture of the zoo: how to build it, what to feed it, and which FFNs a matcher must and must not find in it."""
+"""One architecture of the zoo: how to build it, what to feed it, and which FFNs must and must not be found in it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,14 @@ class Trap:
 class Case:
     """A model with a known answer.
 
-    `build` returns the model in eval mode; the caller seeds. `inputs(batch)` returns arguments for a batch of that size
-    (the caller seeds as well), all batches of one case fit one traced graph unless `fixed_batch` says otherwise.
+    `build` returns the model in eval mode; the caller seeds. `inputs(batch)` returns arguments for a batch of that
+    size (the caller seeds as well); all batches of one case fit one traced graph unless `fixed_batch` says otherwise.
 
     `required` names the FFNs that must be found, each by the module that owns it or by the common prefix of its linears
-    ("" where they share none). `count` is the number of FFNs in all, which defaults to `len(required)` and is None where
-    it is not known; `alternatives` lists other numbers that are right as well (of overlapping sites one is to be chosen).
-    With `exact` no other site may be found. `gated` and `activation` describe every site of the case, None where they
-    differ or are not known. `untraceable` says why no graph can be taken of the model: then an error that says so is
-    the right answer.
+    ("" where they share none). `count` is the number of FFNs in all; it defaults to `len(required)`, None is unknown. `alternatives` lists other numbers that are right as well (of overlapping sites one is chosen). With
+    `exact` no other site may be found. `gated` and `activation` describe every site of the case, None where they differ
+    or are not known. `untraceable` says why no graph can be taken of the model: then an error that says so is the right
+    answer.
     """
 
     name: str

@@ -20,7 +20,7 @@ ffn = partial(plain.ffn, registry=CASES)
 THREE = {"gate": UP, "up": UP, "down": DOWN}
 TWO = {"gate_up": FUSED, "down": DOWN}
 
-# Separate projections ------------------------------------------------------------------------------------------------
+# Separate projections -------------------------------------------------------------------------------------------------
 
 
 @ffn("silu", gated=True, **THREE)
@@ -185,7 +185,7 @@ def three_factors(m: Any, x: Tensor) -> Tensor:
     return m.down(F.silu(m.gate(x)) * m.up(x) * m.third(x))
 
 
-# Fused projections ---------------------------------------------------------------------------------------------------
+# Fused projections ----------------------------------------------------------------------------------------------------
 
 
 @ffn("silu", gated=True, **TWO)

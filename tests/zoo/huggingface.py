@@ -74,7 +74,7 @@ def _takes(config_class: Any, default: Any, name: str) -> bool:
     return not isinstance(value, list | tuple) and (value is not None or name not in ("q_lora_rank",))
 
 
-# Inputs --------------------------------------------------------------------------------------------------------------
+# Inputs ---------------------------------------------------------------------------------------------------------------
 
 
 def _ids(batch: int, length: int = LENGTH) -> Tensor:
@@ -111,7 +111,7 @@ INPUTS: dict[str, Callable[[int], Inputs]] = {
 """Example inputs by kind, each a function of the batch size."""
 
 
-# Cases ---------------------------------------------------------------------------------------------------------------
+# Cases ----------------------------------------------------------------------------------------------------------------
 
 
 def _add(row: Row) -> None:

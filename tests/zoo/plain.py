@@ -1,4 +1,4 @@
-"""Spellings of one FFN in plain torch, each placed twice in a small residual model: `blocks.0.ffn` and `blocks.1.ffn`."""
+"""Spellings of one FFN in plain torch, each placed twice in a small model: `blocks.0.ffn` and `blocks.1.ffn`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .body import HIDDEN, WIDTH, Block, Body, Stack, randomize, sequence, weight
+from .body import DOWN, HIDDEN, SITES, UP, WIDTH, Block, Body, Stack, randomize, sequence, weight
 from .case import Case, Registry
 
 CASES = Registry("plain")
-SITES = ("blocks.0.ffn", "blocks.1.ffn")
-UP, DOWN, FUSED = (WIDTH, HIDDEN), (HIDDEN, WIDTH), (WIDTH, 2 * HIDDEN)
 SQRT_2, SQRT_2_PI = math.sqrt(2.0), math.sqrt(2.0 / math.pi)
 Function = Callable[..., Tensor]
 
@@ -74,7 +72,7 @@ def ffn(activation: str | None, **options: Any) -> Callable[[Function], Function
     return register
 
 
-# Activations: by module, by function, in place and written out -------------------------------------------------------
+# Activations: by module, by function, in place and written out --------------------------------------------------------
 
 ACTIVATIONS: dict[str, tuple[str, Function]] = {
     "relu_module": ("relu", nn.ReLU()),
@@ -167,7 +165,7 @@ UNCOMMON: dict[str, Function] = {
     "swish_one_and_a_half": lambda h: h * torch.sigmoid(1.5 * h),
     "nan_to_num": lambda h: torch.nan_to_num(F.relu(h)),
 }
-"""Elementwise functions that may be refused. Several agree with a common one where most hidden values lie, not beyond."""
+"""Elementwise functions that may be refused. Several agree with a common one near zero, where most values lie."""
 
 
 def _around(function: Function) -> Function:
@@ -195,7 +193,7 @@ class _Relu(torch.autograd.Function):
 
 spell("relu_autograd_function", _around(_Relu.apply), "relu", up=UP, down=DOWN)
 
-# What may stand between activation and second linear -----------------------------------------------------------------
+# What may stand between activation and second linear ------------------------------------------------------------------
 
 
 @ffn("gelu", up=UP, down=DOWN, drop=lambda: nn.Dropout(0.3))
@@ -298,7 +296,7 @@ def norm_inside(m: Any, x: Tensor) -> Tensor:
     return m.norm(m.down(F.relu(m.up(m.norm(x)))) + x)
 
 
-# Linears -------------------------------------------------------------------------------------------------------------
+# Linears --------------------------------------------------------------------------------------------------------------
 
 
 @ffn("relu", up=(WIDTH, HIDDEN, False), down=(HIDDEN, WIDTH, False))

@@ -68,7 +68,7 @@ def timm_model(
     )  # fmt: skip
 
 
-# Transformers in one stage -------------------------------------------------------------------------------------------
+# Transformers in one stage --------------------------------------------------------------------------------------------
 
 for _name, _count, _activation, _gated, _options in [
     ("vit_tiny_patch16_224", None, None, None, VIT),
@@ -108,11 +108,12 @@ timm_model(
     num_heads_inner=2, num_heads_outer=4, first_stride=4,
 )  # fmt: skip
 timm_model(
-    "crossvit", 240, None, None, None, model="crossvit:CrossVit", img_size=240, img_scale=(1.0, 224 / 240), patch_size=(12, 16),
+    "crossvit", 240, None, None, None, model="crossvit:CrossVit", img_size=240, img_scale=(1.0, 224 / 240),
+        patch_size=(12, 16),
     embed_dim=(16, 24), depth=((1, 1, 0), (1, 1, 0)), num_heads=(2, 2), mlp_ratio=(4, 4, 1),
 )  # fmt: skip
 
-# Mixers --------------------------------------------------------------------------------------------------------------
+# Mixers ---------------------------------------------------------------------------------------------------------------
 
 MIXER: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 32}
 timm_model("mixer", 32, None, None, None, model="mlp_mixer:MlpMixer", **MIXER)
@@ -141,11 +142,12 @@ timm_model(
     **MIXER,
 )
 timm_model(
-    "gmlp", 32, None, None, None, model="mlp_mixer:MlpMixer", mlp_ratio=6, block_layer="@SpatialGatingBlock", mlp_layer="@GatedMlp",
+    "gmlp", 32, None, None, None, model="mlp_mixer:MlpMixer", mlp_ratio=6, block_layer="@SpatialGatingBlock",
+        mlp_layer="@GatedMlp",
     **MIXER,
 )  # fmt: skip
 
-# Transformers in several stages --------------------------------------------------------------------------------------
+# Transformers in several stages ---------------------------------------------------------------------------------------
 
 FOUR: dict[str, Any] = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 2, 4)}
 for _name, _size, _count, _activation, _gated, _options in [
@@ -209,27 +211,45 @@ for _name, _size, _count, _activation, _gated, _options in [
 for _name, _size, _count, _activation, _gated, _model, _options in [
     ("davit", 64, None, None, None, "davit:DaVit", {**FOUR, "num_heads": (2, 2, 2, 2)}),
     ("pvt_v2", 64, None, None, None, "pvt_v2:PyramidVisionTransformerV2", FOUR),
-    ("gcvit", 64, None, None, None, "gcvit:GlobalContextVit", {"img_size": 64, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4), "embed_dim": 8, "window_ratio": (32, 32, 16, 32)}),
+    ("gcvit", 64, None, None, None, "gcvit:GlobalContextVit", {"img_size": 64, "depths": (1, 1, 1, 1), "num_heads": (1,
+        2, 2, 4), "embed_dim": 8, "window_ratio": (32, 32, 16, 32)}),
     ("focalnet", 64, None, None, None, "focalnet:FocalNet", {"depths": (1, 1, 1, 1), "embed_dim": 8}),
     ("edgenext", 64, None, None, None, "edgenext:EdgeNeXt", STAGES),
-    ("volo", 64, None, None, None, "volo:VOLO", {"layers": (1, 1, 1, 1), "img_size": 64, "embed_dims": (24, 32, 32, 32), "num_heads": (2, 2, 2, 2)}),
-    ("mvitv2", 64, None, None, None, "mvitv2:MultiScaleVit", {"cfg": ("@MultiScaleVitCfg", {"depths": (1, 1, 1, 1), "embed_dim": 8}), "img_size": 64}),
-    ("efficientformer", 224, None, None, None, "efficientformer:EfficientFormer", {"depths": (1, 1, 1, 2), "embed_dims": (8, 16, 24, 32), "num_vit": 1}),
-    ("tiny_vit", 224, None, None, None, "tiny_vit:TinyVit", {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 32, 32), "num_heads": (1, 1, 2, 2), "window_sizes": (7, 7, 14, 7)}),
-    ("nest", 64, None, None, None, "nest:Nest", {"img_size": 64, "patch_size": 4, "depths": (1, 1, 1), "embed_dims": (8, 16, 32), "num_heads": (1, 2, 2), "num_levels": 3}),
-    ("pit", 64, None, None, None, "pit:PoolingVisionTransformer", {"img_size": 64, "patch_size": 8, "stride": 4, "stem_type": "overlap", "base_dims": (8, 8, 8), "depth": (1, 1, 1), "heads": (2, 2, 2), "mlp_ratio": 4}),
-    ("visformer", 64, None, None, None, "visformer:Visformer", {"img_size": 64, "init_channels": 8, "embed_dim": 32, "depth": (1, 1, 1), "num_heads": 2, "mlp_ratio": 4.0, "group": 4, "attn_stage": "011", "spatial_conv": "100", "norm_layer": nn.BatchNorm2d, "conv_init": True}),
-    ("maxvit", 64, None, None, None, "maxxvit:MaxxVit", {"img_size": 64, "cfg": ("@MaxxVitCfg", {"embed_dim": (8, 16, 32, 32), "depths": (1, 1, 1, 1), "block_type": ("M", "M", "M", "M"), "stem_width": 8, "transformer_cfg": ("@MaxxVitTransformerCfg", {"window_size": (2, 2), "dim_head": 8})})}),
-    ("coatnet", 64, None, None, None, "maxxvit:MaxxVit", {"img_size": 64, "cfg": ("@MaxxVitCfg", {"embed_dim": (8, 16, 32, 32), "depths": (1, 1, 1, 1), "stem_width": 8, "transformer_cfg": ("@MaxxVitTransformerCfg", {"dim_head": 8, "rel_pos_type": "bias"})})}),
-    ("fastvit", 64, None, None, None, "fastvit:FastVit", {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32), "mlp_ratios": (3, 3, 3, 3), "token_mixers": ("repmixer", "repmixer", "repmixer", "attention")}),
-    ("nextvit", 64, None, None, None, "nextvit:NextViT", {"in_chans": 3, "stem_chs": (8, 8, 8), "depths": (1, 1, 1, 1), "head_dim": 8}),
-    ("poolformer", 64, None, None, None, "metaformer:MetaFormer", {**STAGES, "mlp_act": nn.GELU, "layer_scale_init_values": 0.1, "use_mlp_head": False}),
+    ("volo", 64, None, None, None, "volo:VOLO", {"layers": (1, 1, 1, 1), "img_size": 64, "embed_dims": (24, 32, 32, 32),
+        "num_heads": (2, 2, 2, 2)}),
+    ("mvitv2", 64, None, None, None, "mvitv2:MultiScaleVit", {"cfg": ("@MultiScaleVitCfg", {"depths": (1, 1, 1, 1),
+        "embed_dim": 8}), "img_size": 64}),
+    ("efficientformer", 224, None, None, None, "efficientformer:EfficientFormer", {"depths": (1, 1, 1, 2),
+        "embed_dims": (8, 16, 24, 32), "num_vit": 1}),
+    ("tiny_vit", 224, None, None, None, "tiny_vit:TinyVit", {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 32, 32),
+        "num_heads": (1, 1, 2, 2), "window_sizes": (7, 7, 14, 7)}),
+    ("nest", 64, None, None, None, "nest:Nest", {"img_size": 64, "patch_size": 4, "depths": (1, 1, 1), "embed_dims": (8,
+        16, 32), "num_heads": (1, 2, 2), "num_levels": 3}),
+    ("pit", 64, None, None, None, "pit:PoolingVisionTransformer", {"img_size": 64, "patch_size": 8, "stride": 4,
+        "stem_type": "overlap", "base_dims": (8, 8, 8), "depth": (1, 1, 1), "heads": (2, 2, 2), "mlp_ratio": 4}),
+    ("visformer", 64, None, None, None, "visformer:Visformer", {"img_size": 64, "init_channels": 8, "embed_dim": 32,
+        "depth": (1, 1, 1), "num_heads": 2, "mlp_ratio": 4.0, "group": 4, "attn_stage": "011", "spatial_conv": "100",
+        "norm_layer": nn.BatchNorm2d, "conv_init": True}),
+    ("maxvit", 64, None, None, None, "maxxvit:MaxxVit", {"img_size": 64, "cfg": ("@MaxxVitCfg", {"embed_dim": (8, 16,
+        32, 32), "depths": (1, 1, 1, 1), "block_type": ("M", "M", "M", "M"), "stem_width": 8,
+        "transformer_cfg": ("@MaxxVitTransformerCfg", {"window_size": (2, 2), "dim_head": 8})})}),
+    ("coatnet", 64, None, None, None, "maxxvit:MaxxVit", {"img_size": 64, "cfg": ("@MaxxVitCfg", {"embed_dim": (8, 16,
+        32, 32), "depths": (1, 1, 1, 1), "stem_width": 8, "transformer_cfg": ("@MaxxVitTransformerCfg", {"dim_head": 8,
+        "rel_pos_type": "bias"})})}),
+    ("fastvit", 64, None, None, None, "fastvit:FastVit", {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 32),
+        "mlp_ratios": (3, 3, 3, 3), "token_mixers": ("repmixer", "repmixer", "repmixer", "attention")}),
+    ("nextvit", 64, None, None, None, "nextvit:NextViT", {"in_chans": 3, "stem_chs": (8, 8, 8), "depths": (1, 1, 1, 1),
+        "head_dim": 8}),
+    ("poolformer", 64, None, None, None, "metaformer:MetaFormer", {**STAGES, "mlp_act": nn.GELU,
+        "layer_scale_init_values": 0.1, "use_mlp_head": False}),
     ("poolformerv2", 64, None, None, None, "metaformer:MetaFormer", {**STAGES, "use_mlp_head": False}),
-    ("caformer", 64, None, None, None, "metaformer:MetaFormer", {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32), "token_mixers": ["@SepConv", "@SepConv", "@Attention", "@Attention"], "norm_layers": ["@LayerNorm2d", "@LayerNorm2d", "@LayerNorm", "@LayerNorm"]}),
+    ("caformer", 64, None, None, None, "metaformer:MetaFormer", {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32),
+        "token_mixers": ["@SepConv", "@SepConv", "@Attention", "@Attention"], "norm_layers": ["@LayerNorm2d",
+        "@LayerNorm2d", "@LayerNorm", "@LayerNorm"]}),
 ]:  # fmt: skip
     timm_model(_name, _size, _count, _activation, _gated, model=_model, **_options)
 
-# Convolutional networks ----------------------------------------------------------------------------------------------
+# Convolutional networks -----------------------------------------------------------------------------------------------
 
 timm_model("convnext", 64, None, None, None, model="convnext:ConvNeXt", **STAGES)
 timm_model("convnext_conv_mlp", 64, None, None, None, model="convnext:ConvNeXt", conv_mlp=True, **STAGES)
