@@ -24,6 +24,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew instead of comparing")
+    parser.addoption("--zoo", action="store_true", help="run every architecture of the zoo (an hour on two cores)")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -131,15 +131,16 @@ class Classifier(nn.Module):
 
 
 class StackLayer(nn.Module):
-    """x + softmax(mix x), then x + feed-forward."""
+    """x + softmax(mix x), then x + dropout(feed-forward)."""
 
     def __init__(self, ffn: nn.Module) -> None:
         super().__init__()
         self.mix, self.norm, self.ffn = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), ffn
+        self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + torch.softmax(self.mix(x), -1)
-        return x + self.ffn(self.norm(x))
+        return x + self.dropout(self.ffn(self.norm(x)))
 
 
 class Stack(nn.Module):

@@ -32,12 +32,8 @@ def test_equals_the_model_at_other_sizes(traces: Any, name: str) -> None:
         if name == "vit":
             given: dict[str, Tensor] = {"pixel_values": torch.randn(batch, 3, 16, 16)}
         else:
-            given = {
-                **tokens(batch, length),
-                **({} if name != "t5" else {"decoder_input_ids": tokens(batch, 4)["input_ids"]}),
-            }
-        config = getattr(model, "config")  # noqa: B009
-        config.use_cache = False
+            decoder = {"decoder_input_ids": tokens(batch, 4)["input_ids"]} if name == "t5" else {}
+            given = {**tokens(batch, length), **decoder}
         if "use_cache" in inspect.signature(model.forward).parameters:
             want = run(model, (), {**given, "use_cache": False})
         else:

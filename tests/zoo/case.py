@@ -32,10 +32,10 @@ class Case:
     size (the caller seeds as well); all batches of one case fit one traced graph unless `fixed_batch` says otherwise.
 
     `required` names the FFNs that must be found, each by the module that owns it or by the common prefix of its linears
-    ("" where they share none). `count` is the number of FFNs in all; it defaults to `len(required)`, None is unknown. `alternatives` lists other numbers that are right as well (of overlapping sites one is chosen). With
-    `exact` no other site may be found. `gated` and `activation` describe every site of the case, None where they differ
-    or are not known. `untraceable` says why no graph can be taken of the model: then an error that says so is the right
-    answer.
+    ("" where they share none). `count` is the number of FFNs in all, `len(required)` by default, None where it is not
+    known. `alternatives` lists other numbers that are right as well (of overlapping sites one is chosen). With `exact`
+    no other site may be found. `gated` and `activation` describe every site of the case, None where they differ or are
+    not known. `untraceable` says why no graph can be taken of the model: an error that says so is right in that case.
     """
 
     name: str

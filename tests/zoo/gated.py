@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import plain
-from .body import HIDDEN, WIDTH, weight
+from .body import DOWN, FUSED, HIDDEN, UP, WIDTH, weight
 from .case import Registry
-from .plain import DOWN, FUSED, UP
 
 CASES = Registry("gated")
 ffn = partial(plain.ffn, registry=CASES)
@@ -350,3 +349,22 @@ def split_along_tokens(m: Any, x: Tensor) -> Tensor:
 def gate_is_up(m: Any, x: Tensor) -> Tensor:
     h = m.up(x)
     return m.down(F.silu(h) * h)
+
+
+CASES.mark_quick(
+    [
+        "swiglu",
+        "swiglu_up_first",
+        "swiglu_composed",
+        "geglu",
+        "bilinear",
+        "swiglu_clamped",
+        "three_factors",
+        "fused_chunk",
+        "fused_chunk_up_first",
+        "fused_slices",
+        "fused_unbind",
+        "fused_interleaved",
+        "fused_glu",
+    ]
+)

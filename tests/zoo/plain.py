@@ -478,3 +478,35 @@ def parameter_dict(m: Any, x: Tensor) -> Tensor:
 def functional_call(m: Any, x: Tensor) -> Tensor:
     h = torch.func.functional_call(m.up, dict(m.up.named_parameters()), (x,))
     return torch.func.functional_call(m.down, dict(m.down.named_parameters()), (F.relu(h),))
+
+
+CASES.mark_quick(
+    [
+        "relu_module",
+        "relu_function_inplace",
+        "relu_where",
+        "gelu_module",
+        "gelu_erf",
+        "gelu_special_erf",
+        "gelu_tanh_module",
+        "gelu_tanh_pow",
+        "quick_gelu_inplace",
+        "silu_sigmoid",
+        "relu2_square",
+        "relu_in_float64",
+        "relu_steeper_beyond_30",
+        "gelu_clamped_at_10",
+        "identity_in_disguise",
+        "dropout_module",
+        "dropout_function_inplace",
+        "flattened_between",
+        "scaled_hidden",
+        "no_bias",
+        "addmm_on_rows",
+        "matmul_then_add",
+        "linear_with_transposed_weight",
+        "einsum",
+        "weight_standardized",
+        "low_rank_adapter",
+    ]
+)

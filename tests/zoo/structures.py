@@ -466,3 +466,20 @@ def language_model_tied() -> nn.Module:
 @model(*SITES, activation="silu", gated=True, inputs=tokens)
 def language_model_untied() -> nn.Module:
     return Language(swiglu_ffn, tied=False)
+
+
+CASES.mark_quick(
+    [
+        "sequential_is_the_model",
+        "mlp_of_three_linears",
+        "mixer",
+        "macaron",
+        "two_ffns_in_one_module",
+        "block_repeated",
+        "called_on_its_own_output",
+        "weights_shared_biases_not",
+        "language_model_tied",
+        "only_on_selected_tokens",
+        "stochastic_depth_behind_tiny_layer_scale",
+    ]
+)

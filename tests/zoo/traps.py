@@ -285,3 +285,18 @@ def pruned_weight(m: Any, x: Tensor) -> Tensor:
 def hypernetwork(m: Any, x: Tensor) -> Tensor:
     w = m.make(x.mean(dim=1)).view(-1, WIDTH, 4)
     return m.down(F.relu(x @ w))
+
+
+CASES.mark_quick(
+    [
+        "hidden_feeds_second_linear",
+        "preactivation_overwritten_and_used",
+        "low_rank",
+        "identity_between",
+        "tied_transposed",
+        "first_weight_used_elsewhere",
+        "weight_norm",
+        "attention",
+        "mixture_with_stacked_weights",
+    ]
+)

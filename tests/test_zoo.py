@@ -1,0 +1,53 @@
+"""Architectures with known answers: required FFNs are found, traps are refused with a reason, and nothing changes.
+
+`quick` cases always run; `pytest --zoo` runs all of them (an hour on two cores).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from surgeon.agreement import relative_error, run
+from surgeon.inputs import as_args_kwargs
+from surgeon.passes import Lower, Moeify
+from surgeon.pipeline import Pipeline
+
+from .zoo import gated, huggingface, plain, structures, surroundings, traps, traps_between, vision
+from .zoo.case import Case
+
+FAMILIES = (plain, gated, structures, surroundings, traps, traps_between, huggingface, vision)
+
+
+def _cases() -> Iterator[object]:
+    return (pytest.param(case, id=name) for family in FAMILIES for name, case in family.CASES.items())
+
+
+@pytest.mark.parametrize("case", _cases())
+def test_converted_as_known(case: Case, request: pytest.FixtureRequest) -> None:
+    if not case.quick and not request.config.getoption("--zoo"):
+        pytest.skip("runs with --zoo")
+    torch.manual_seed(0)
+    model = case.build()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(1)
+    args, kwargs = as_args_kwargs(case.inputs(2))
+
+    surgery = Pipeline([Moeify(router_width=8), Lower()]).run(model, inputs=(args, kwargs))
+
+    report = surgery.reports[0]
+    assert case.missing(report.matched) == []
+    assert case.sprung(report.matched) == []
+    if case.exact and case.required_count is not None:
+        assert len(report.matched) in (case.required_count, *case.alternatives)
+    if case.traps:
+        assert report.rejected
+        assert all(reason for _, reason in report.rejected)
+    assert relative_error(run(surgery.graph, args, kwargs), run(model, args, kwargs)) <= case.tolerance
+    if not case.fixed_batch:
+        torch.manual_seed(2)
+        args, kwargs = as_args_kwargs(case.inputs(3))
+        assert relative_error(run(surgery.graph, args, kwargs), run(model, args, kwargs)) <= case.tolerance
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
