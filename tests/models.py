@@ -210,8 +210,10 @@ def classifier(kind: str = "gelu", layers: int = 2, dropout: float = 0.1) -> Cla
 
 
 def stack(kind: str = "gelu", layers: int = 2) -> Stack:
-    """A `Stack` whose feed-forward layers are of one kind, in evaluation mode."""
+    """A `Stack` whose feed-forward layers are of one kind, or one and the same ("shared"), in evaluation mode."""
     torch.manual_seed(0)
+    if kind == "shared":
+        return Stack(*[feed_forward("relu")] * layers).eval()
     return Stack(*(feed_forward(kind) for _ in range(layers))).eval()
 
 

@@ -16,7 +16,7 @@ from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.moe import MoE, Router, find_moes, get_tau, set_tau
 from surgeon.passes import Lower, Moeify
 from surgeon.sites import FFNWeights
-from tests.models import tokens
+from tests.models import vectors
 
 D, H, OUT, E = 6, 24, 5, 4
 
@@ -164,7 +164,7 @@ def test_gradients_reach_the_experts_and_not_the_router() -> None:
 
 @pytest.fixture(params=["module", "dynamic"])
 def graph(request: pytest.FixtureRequest, traces: Any) -> Any:
-    made = traces("gelu")
+    made = traces("stack:gelu")
     Moeify(experts=4, router_width=8).apply(made)
     if request.param == "dynamic":
         Lower().apply(made)
@@ -197,7 +197,7 @@ def test_tau_for_all_by_path_and_by_pattern(graph: Any) -> None:
 
 
 def test_tau_takes_effect_at_the_next_call(graph: Any) -> None:
-    inputs = tokens()
+    inputs = vectors()
     want = graph(**inputs)
     set_tau(graph, 1.0)
     changed = graph(**inputs)
@@ -227,8 +227,8 @@ def test_wrong_tau(graph: Any, tau: Any, path: str | None, words: str) -> None:
 
 def test_tau_without_experts(traces: Any) -> None:
     with pytest.raises(UsageError, match=r"no experts to set tau for\. Apply moeify first"):
-        set_tau(traces("gelu"), 0.5)
-    assert get_tau(traces("gelu")) == {}
+        set_tau(traces("stack:gelu"), 0.5)
+    assert get_tau(traces("stack:gelu")) == {}
 
 
 def test_a_mapping_with_a_wrong_entry_changes_nothing(graph: Any) -> None:

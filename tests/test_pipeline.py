@@ -16,7 +16,7 @@ from surgeon.moe import find_moes, get_tau
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify, SwapActivation
 from surgeon.pipeline import Pipeline, inputs_of
 from surgeon.report import Progress
-from tests.models import hugging_face, labelled, stack, tokens, vectors
+from tests.models import hugging_face, labelled_vectors, stack, vectors
 
 SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER = (
     SwapActivation(), Sparsify(steps=1), Mlpify(steps=1), Moeify(experts=4, router_width=8, steps=1), Lower(),
@@ -55,7 +55,7 @@ def test_orders_that_work(passes: Any) -> None:
 
 
 def test_surgery_holds_graph_reports_and_snapshots(traces: Any) -> None:
-    graph, inputs = traces("relu"), tokens()
+    graph, inputs = traces("stack:relu"), vectors()
     surgery = Pipeline([MOEIFY, LOWER]).run(graph, inputs=inputs, seed=3)
     assert isinstance(surgery.graph, TracedGraph)
     assert [report.name for report in surgery.reports] == ["moeify", "lower"]
@@ -84,7 +84,7 @@ def test_other_models_need_inputs() -> None:
 
 
 def test_a_graph_without_inputs_is_not_verified(traces: Any) -> None:
-    surgery = Pipeline([MOEIFY]).run(traces("relu"))
+    surgery = Pipeline([MOEIFY]).run(traces("stack:relu"))
     assert surgery.reports[0].max_error is None
     assert any("no example inputs" in note for note in surgery.reports[0].notes)
     with pytest.raises(PassError, match="needs example inputs"):
@@ -104,10 +104,10 @@ def test_later_passes_do_not_run_after_a_failure(traces: Any, monkeypatch: pytes
 
     monkeypatch.setattr(Moeify, "rewrite", broken)
     done: list[str] = []
-    graph = traces("gelu")
+    graph = traces("stack:gelu")
     code = graph.code
     with pytest.raises(PassError, match=r"moeify failed at blocks\.0\.ffn.*broken on purpose"):
-        Pipeline([SWAP, MOEIFY, LOWER]).run(graph, inputs=tokens(), on_pass=lambda one: done.append(one.report.name))
+        Pipeline([SWAP, MOEIFY, LOWER]).run(graph, inputs=vectors(), on_pass=lambda one: done.append(one.report.name))
     assert done == ["swap-activation"]
     assert graph.code == code
 
@@ -124,8 +124,8 @@ def test_verification_failure_names_pass_site_and_difference(traces: Any, monkey
 
     monkeypatch.setattr(Moeify, "rewrite", wrong)
     with pytest.raises(VerificationError, match=r"moeify must not change.*accepted: 1e-04.*blocks\.1\.ffn"):
-        Pipeline([MOEIFY]).run(traces("relu"), inputs=tokens())
-    surgery = Pipeline([MOEIFY]).run(traces("relu"), inputs=tokens(), verify="off")
+        Pipeline([MOEIFY]).run(traces("stack:relu"), inputs=vectors())
+    surgery = Pipeline([MOEIFY]).run(traces("stack:relu"), inputs=vectors(), verify="off")
     assert surgery.reports[0].max_error is None
 
 
@@ -135,16 +135,16 @@ def test_full_verification_tries_other_inputs(traces: Any, monkeypatch: pytest.M
     original = surgeon.passes.base.run
 
     def recorded(model: Any, args: Any, kwargs: Any) -> Any:
-        seen.append(kwargs["input_ids"])
+        seen.append(kwargs["x"])
         return original(model, args, kwargs)
 
     monkeypatch.setattr(surgeon.passes.base, "run", recorded)
-    inputs = tokens()
-    Pipeline([MOEIFY]).run(traces("relu"), inputs=inputs)
+    inputs = vectors()
+    Pipeline([MOEIFY]).run(traces("stack:relu"), inputs=inputs)
     fast, seen[:] = len(seen), []
-    Pipeline([MOEIFY]).run(traces("relu"), inputs=inputs, verify="full")
+    Pipeline([MOEIFY]).run(traces("stack:relu"), inputs=inputs, verify="full")
     assert len(seen) > fast
-    assert any(not torch.equal(ids, inputs["input_ids"]) for ids in seen)
+    assert any(not torch.equal(ids, inputs["x"]) for ids in seen)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -162,13 +162,13 @@ def test_what_cannot_be_traced_is_refused() -> None:
 
 def test_data_that_can_be_read_once_is_refused(traces: Any) -> None:
     with pytest.raises(DataError):
-        Pipeline([MOEIFY]).run(traces("relu"), inputs=tokens(), data=iter(labelled(1)))
+        Pipeline([MOEIFY]).run(traces("stack:relu"), inputs=vectors(), data=iter(labelled_vectors(1)))
 
 
 def test_progress_and_data_are_passed_on(traces: Any) -> None:
     moments: list[Progress] = []
     surgery = Pipeline([SPARSIFY, MOEIFY]).run(
-        traces("relu"), inputs=tokens(), data=labelled(1), progress=moments.append
+        traces("stack:relu"), inputs=vectors(), data=labelled_vectors(1), progress=moments.append
     )
     assert [moment.what.split()[0] for moment in moments] == ["sparsify", "moeify"]
     assert surgery.data
@@ -177,7 +177,7 @@ def test_progress_and_data_are_passed_on(traces: Any) -> None:
 
 def test_dry_run_rewrites_and_trains_nothing(traces: Any) -> None:
     passes = [SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER]
-    surgery = Pipeline(passes).run(traces("gelu"), inputs=tokens(), data=labelled(1), dry_run=True)
+    surgery = Pipeline(passes).run(traces("stack:gelu"), inputs=vectors(), data=labelled_vectors(1), dry_run=True)
     assert all(report.matched for report in surgery.reports)
     assert all(report.fit is None for report in surgery.reports)
 
@@ -185,39 +185,41 @@ def test_dry_run_rewrites_and_trains_nothing(traces: Any) -> None:
 def test_same_seed_same_result(traces: Any) -> None:
     states = []
     for seed in (1, 1, 2):
-        surgery = Pipeline([SPARSIFY, MOEIFY]).run(traces("relu"), inputs=tokens(), data=labelled(1), seed=seed)
+        surgery = Pipeline([SPARSIFY, MOEIFY]).run(
+            traces("stack:relu"), inputs=vectors(), data=labelled_vectors(1), seed=seed
+        )
         states.append(surgery.graph.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
 def test_random_state_of_the_caller_is_left(traces: Any) -> None:
-    graph = traces("relu")
+    graph = traces("stack:relu")
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    Pipeline([SPARSIFY, MOEIFY]).run(graph, inputs=tokens(), data=labelled(1))
+    Pipeline([SPARSIFY, MOEIFY]).run(graph, inputs=vectors(), data=labelled_vectors(1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_interrupted_pipeline_resumes_to_the_same_result(traces: Any, tmp_path: Path) -> None:
     passes = [Sparsify(steps=4, lr=1e-3), Moeify(experts=4, router_width=8, steps=6)]
-    data = labelled(2)
-    want = Pipeline(passes).run(traces("relu"), inputs=tokens(), data=data)
+    data = labelled_vectors(2)
+    want = Pipeline(passes).run(traces("stack:relu"), inputs=vectors(), data=data)
 
     def interrupt(moment: Progress) -> None:
         if moment.what.startswith("moeify") and moment.done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Pipeline(passes).run(traces("relu"), inputs=tokens(), data=data, workdir=tmp_path, progress=interrupt)
-    surgery = Pipeline(passes).run(traces("relu"), inputs=tokens(), data=data, workdir=tmp_path, resume=True)
+        Pipeline(passes).run(traces("stack:relu"), inputs=vectors(), data=data, workdir=tmp_path, progress=interrupt)
+    surgery = Pipeline(passes).run(traces("stack:relu"), inputs=vectors(), data=data, workdir=tmp_path, resume=True)
     assert [report.fit.resumed_at for report in surgery.reports if report.fit is not None] == [4, 3]
     for name, value in want.graph.state_dict().items():
         assert torch.allclose(surgery.graph.state_dict()[name], value, atol=1e-6), name
 
 
 def test_tau_through_the_surgery(traces: Any) -> None:
-    surgery = Pipeline([MOEIFY, LOWER]).run(traces("relu"), inputs=tokens())
+    surgery = Pipeline([MOEIFY, LOWER]).run(traces("stack:relu"), inputs=vectors())
     assert surgery.set_tau(0.5) is surgery
     assert set(get_tau(surgery.graph).values()) == {0.5}
     surgery.set_tau(0.25, "blocks.0.ffn")
@@ -225,8 +227,8 @@ def test_tau_through_the_surgery(traces: Any) -> None:
 
 
 def test_a_finished_surgery_can_be_continued(traces: Any) -> None:
-    first = Pipeline([Moeify(experts=4, tau=0.5)]).run(traces("relu"), inputs=tokens())
-    second = Pipeline([LOWER]).run(first.graph, inputs=tokens())
+    first = Pipeline([Moeify(experts=4, tau=0.5)]).run(traces("stack:relu"), inputs=vectors())
+    second = Pipeline([LOWER]).run(first.graph, inputs=vectors())
     assert {site.form for site in find_moes(second.graph)} == {"dynamic"}
     assert {site.form for site in find_moes(first.graph)} == {"module"}
     assert set(get_tau(second.graph).values()) == {0.5}

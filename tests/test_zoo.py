@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -21,8 +19,8 @@ from .zoo.case import Case
 FAMILIES = (plain, gated, structures, surroundings, traps, traps_between, huggingface, vision)
 
 
-def _cases() -> Iterator[object]:
-    return (pytest.param(case, id=name) for family in FAMILIES for name, case in family.CASES.items())
+def _cases() -> list[object]:
+    return [pytest.param(case, id=name) for family in FAMILIES for name, case in family.CASES.items()]
 
 
 @pytest.mark.parametrize("case", _cases())

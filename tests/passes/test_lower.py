@@ -11,13 +11,13 @@ from surgeon.cost import measure
 from surgeon.graph import module_path
 from surgeon.moe import dynamic_k_ffn, find_moes, get_tau, set_tau
 from surgeon.passes import Lower, Moeify
-from tests.models import tokens
+from tests.models import vectors
 
 NAMES = ["gelu", "relu", "gated", "fused", "biasless", "shared"]
 
 
 def converted(traces: Any, name: str, tau: float = 0.0) -> Any:
-    graph = traces(name)
+    graph = traces(f"stack:{name}")
     Moeify(experts=4, router_width=8, tau=tau).apply(graph)
     return graph
 
@@ -25,7 +25,7 @@ def converted(traces: Any, name: str, tau: float = 0.0) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tau", [0.0, 0.5, 0.9])
 def test_same_output_at_every_tau(traces: Any, name: str, tau: float) -> None:
-    graph, inputs = converted(traces, name, tau), tokens()
+    graph, inputs = converted(traces, name, tau), vectors()
     want = graph(**inputs)
     report = Lower().apply(graph, inputs=inputs)
     assert torch.allclose(graph(**inputs), want, atol=1e-5)
@@ -37,7 +37,7 @@ def test_same_output_at_every_tau(traces: Any, name: str, tau: float) -> None:
 def test_module_becomes_ops_under_the_same_names(traces: Any) -> None:
     graph = converted(traces, "gelu", 0.25)
     state = {name: value.clone() for name, value in graph.state_dict().items()}
-    report = Lower().apply(graph, inputs=tokens())
+    report = Lower().apply(graph, inputs=vectors())
     assert report.matched == ["blocks.0.ffn.moe", "blocks.1.ffn.moe"]
     assert not any(node.op == "call_module" for node in graph.graph.nodes)
     ops = [node for node in graph.graph.nodes if node.target is dynamic_k_ffn]
@@ -51,8 +51,8 @@ def test_module_becomes_ops_under_the_same_names(traces: Any) -> None:
 
 def test_cost_and_share_are_those_of_the_module(traces: Any) -> None:
     graph = converted(traces, "relu", 0.9)
-    before, _ = measure(graph, (), tokens())
-    report = Lower().apply(graph, inputs=tokens())
+    before, _ = measure(graph, (), vectors())
+    report = Lower().apply(graph, inputs=vectors())
     assert report.before == report.after == before
     assert before.executed is not None
     assert before.executed < 1
@@ -61,11 +61,11 @@ def test_cost_and_share_are_those_of_the_module(traces: Any) -> None:
 
 def test_gradients_are_those_of_the_module(traces: Any) -> None:
     graph = converted(traces, "gated", 0.5)
-    graph(**tokens()).square().sum().backward()
+    graph(**vectors()).square().sum().backward()
     want = {name: p.grad.clone() for name, p in graph.named_parameters() if p.grad is not None}
     graph.zero_grad()
     Lower().apply(graph)
-    graph(**tokens()).square().sum().backward()
+    graph(**vectors()).square().sum().backward()
     got = {name: p.grad for name, p in graph.named_parameters() if p.grad is not None}
     assert set(got) == set(want)
     assert any(".moe.gate" in name for name in got)
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_the_module(traces: Any) -> None:
 
 def test_shared_experts_are_lowered_at_every_execution(traces: Any) -> None:
     graph = converted(traces, "shared")
-    report = Lower().apply(graph, inputs=tokens())
+    report = Lower().apply(graph, inputs=vectors())
     assert len(report.matched) == 1
     (site,) = find_moes(graph)
     assert len(site.nodes) == 2
@@ -93,10 +93,10 @@ def test_twice_is_refused_with_the_reason(traces: Any) -> None:
 
 def test_chosen_layers_only(traces: Any) -> None:
     graph = converted(traces, "gelu")
-    Lower(only=("blocks.1.*",)).apply(graph, inputs=tokens())
+    Lower(only=("blocks.1.*",)).apply(graph, inputs=vectors())
     assert [site.form for site in find_moes(graph)] == ["module", "dynamic"]
     set_tau(graph, 0.9)
-    cost, layers = measure(graph, (), tokens())
+    cost, layers = measure(graph, (), vectors())
     assert cost.executed is not None
     assert cost.executed == pytest.approx(sum(layer.share for layer in layers.values()) / 2)
 
@@ -104,5 +104,5 @@ def test_chosen_layers_only(traces: Any) -> None:
 def test_tau_outside_the_range_of_one_token(traces: Any) -> None:
     graph = converted(traces, "gelu", 1.0)
     Lower().apply(graph)
-    _, layers = measure(graph, (), tokens(1, 1, padded=False))
+    _, layers = measure(graph, (), vectors(1, 1))
     assert all(layer.ran >= 1 for layer in layers.values())

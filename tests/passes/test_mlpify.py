@@ -16,7 +16,7 @@ from surgeon.fit import Settings
 from surgeon.passes import Lower, Mlpify, Moeify
 from surgeon.passes.mlpify import ReplacementMLP
 from surgeon.search import find_ffns
-from tests.models import Function, Many, labelled, tokens
+from tests.models import Function, Many, labelled_vectors, tokens, vectors
 
 
 @pytest.mark.parametrize(
@@ -124,12 +124,12 @@ def test_the_pipeline_refuses_it_without_data(traces: Any) -> None:
 
 
 def test_imitation_learns(traces: Any) -> None:
-    graph = traces("gelu")
+    graph = traces("stack:gelu")
     state = {name: value.clone() for name, value in graph.state_dict().items()}
-    want = graph(**tokens())
+    want = graph(**vectors())
     untrained = surgeon.graph.fork(graph)
-    rough = Mlpify().apply(untrained, inputs=tokens())
-    report = Mlpify(epochs=40, lr=1e-2).apply(graph, inputs=tokens(), data=labelled())
+    rough = Mlpify().apply(untrained, inputs=vectors())
+    report = Mlpify(epochs=40, lr=1e-2).apply(graph, inputs=vectors(), data=labelled_vectors(4))
     assert report.fit is not None
     first, last = report.fit.losses[0][1], report.fit.losses[-1][1]
     assert last["imitation loss"] < 0.5 * first["imitation loss"]
@@ -137,14 +137,14 @@ def test_imitation_learns(traces: Any) -> None:
     assert report.max_error is not None
     assert rough.max_error is not None
     assert report.max_error < rough.max_error
-    assert not torch.equal(graph(**tokens()), want)
-    assert all(torch.equal(graph.state_dict()[name], state[name]) for name in state if ".attention." not in name)
+    assert not torch.equal(graph(**vectors()), want)
+    assert all(torch.equal(graph.state_dict()[name], state[name]) for name in state if ".mix." not in name)
 
 
 def test_penalty_makes_the_replacements_sparse(traces: Any) -> None:
     shares = []
     for alpha in (0.0, 1.0):
-        report = Mlpify(epochs=20, lr=1e-2, alpha=alpha).apply(traces("gelu"), data=labelled())
+        report = Mlpify(epochs=20, lr=1e-2, alpha=alpha).apply(traces("stack:gelu"), data=labelled_vectors(4))
         assert report.fit is not None
         shares.append(report.fit.losses[-1][1]["square Hoyer"])
     assert shares[1] < 0.7 * shares[0]
@@ -177,11 +177,11 @@ def test_raw_parameters_at_the_top_and_below() -> None:
 
 
 def test_replacements_become_experts(traces: Any) -> None:
-    graph, inputs = traces("relu"), tokens()
-    Mlpify(steps=1).apply(graph, inputs=inputs, data=labelled(1))
+    graph, inputs = traces("stack:relu"), vectors()
+    Mlpify(steps=1).apply(graph, inputs=inputs, data=labelled_vectors(1))
     sites = {site.path for site in find_ffns(graph)[0]}
-    assert len(sites) == 2 + 8
+    assert len(sites) == 2 + 2
     moe = Moeify(experts=4).apply(graph, inputs=inputs)
-    assert len(moe.matched) == 10
+    assert len(moe.matched) == 4
     low = Lower().apply(graph, inputs=inputs)
-    assert len(low.matched) == 10
+    assert len(low.matched) == 4

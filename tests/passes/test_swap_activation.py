@@ -17,7 +17,7 @@ from surgeon.graph import TracedGraph, aten
 from surgeon.passes import SwapActivation
 from surgeon.probe import DROPOUTS
 from surgeon.search import find_ffns
-from tests.models import WIDTH, Function, Fused, Gated, Plain, Wrapped, tokens
+from tests.models import WIDTH, Function, Fused, Gated, Plain, Wrapped, vectors
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
 
@@ -117,7 +117,7 @@ def test_evaluation_form_stays_without_dropout() -> None:
 
 @pytest.mark.parametrize("to", ["relu", "relu2", "gelu", "silu"])
 def test_other_targets(traces: Any, to: str) -> None:
-    graph = traces("biasless")
+    graph = traces("stack:biasless")
     report = SwapActivation(to=to).apply(graph)
     if to == "relu":
         assert not report.matched
@@ -132,7 +132,7 @@ def test_unknown_target() -> None:
 
 
 def test_chosen_sites_only(traces: Any) -> None:
-    graph = traces("gelu")
+    graph = traces("stack:gelu")
     report = SwapActivation(only=("blocks.1.*",)).apply(graph)
     assert report.matched == ["blocks.1.ffn"]
     assert [site.activation for site in find_ffns(graph)[0]] == ["gelu", "relu"]
@@ -158,8 +158,8 @@ def test_changing_shape_is_refused() -> None:
 
 
 def test_parameters_and_costs_stay(traces: Any) -> None:
-    graph = traces("gated")
-    inputs = tokens()
+    graph = traces("stack:gated")
+    inputs = vectors()
     state = {name: value.clone() for name, value in graph.state_dict().items()}
     report = SwapActivation().apply(graph, inputs=inputs)
     assert report.before == report.after
