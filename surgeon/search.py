@@ -8,7 +8,7 @@ comes with the first condition that failed, in words a person can act on.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -171,6 +171,9 @@ class _Search:
     def _candidate(self, down: Linear | OpaqueLinear) -> FFN | Rejection | None:
         """The site that ends in `down`; a rejection if it looks like one; None if it does not."""
         walk = self._walk(down.input)
+        if walk.leaves and walk.barriers and walk.outside:
+            # The first linear's own input, if it comes in again between the two, is a value from outside.
+            walk = self._walk(down.input, stops={leaf.input for leaf in walk.leaves})
         if walk.attention or not walk.leaves or (walk.barriers and walk.outside):
             return None
         leaves = sorted(walk.leaves, key=lambda leaf: self.order[leaf.output])
@@ -220,8 +223,8 @@ class _Search:
         call = Call(tuple(leaves), cone.nodes, down)
         return FFN(_ffn_path(leaves, down), (call,), found, down.in_features, dropout)
 
-    def _walk(self, start: Node) -> _Walk:
-        """Walk back from a second linear's input to the linears it comes from."""
+    def _walk(self, start: Node, stops: Set[Node] = frozenset()) -> _Walk:
+        """Walk back from a second linear's input to the linears it comes from, and no further than `stops`."""
         walk, stack = _Walk(), [start]
         seen: set[Node] = set()
         while stack and len(seen) < _MAX_WALK:
@@ -229,7 +232,9 @@ class _Search:
             if node in seen or not _is_tensor(node):
                 continue
             seen.add(node)
-            if node in self.by_output:
+            if node in stops:
+                walk.outside.append(node)
+            elif node in self.by_output:
                 walk.leaves.append(self.by_output[node])
             elif node in self.opaque_outputs:
                 opaque = self.opaque_outputs[node]

@@ -150,7 +150,9 @@ FrontEnd = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], ExportedProgra
 
 
 def _dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=dynamic_shapes(model, args, kwargs))
+    with _plain_signature(model, args, kwargs):
+        shapes = dynamic_shapes(model, args, kwargs)
+        return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
 
 
 def _static(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -356,7 +358,10 @@ def _notes(graph: TracedGraph, form: Form, failures: list[str], tiled: bool) -> 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep export's own warnings out of the user's terminal; what matters of them is in the notes and errors."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "transformers.exporters")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -368,6 +373,34 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Let `forward` name every input it is given: export cannot say which dimensions of a `**kwargs` are dynamic."""
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*args, **kwargs).arguments
+    kinds = {signature.parameters[name].kind for name in bound}
+    if not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}:
+        yield
+        return
+    original, own = model.forward, "forward" in vars(model)
+    names = [name for name in bound if signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL]
+    names = [*names, *(f"input_{index}" for index in range(len(args)))][: len(args)]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in (*names, *kwargs)]
+
+    def forward(*given: Any, **named: Any) -> Any:
+        return original(*given, **named)
+
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = original
+        else:
+            del model.forward
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from surgeon.cost import measure, parameter_count
 from surgeon.kernels.dynamic_k import selected
 from surgeon.moe import MoE, set_tau
 from surgeon.passes import Lower, Moeify
-from tests.models import CLASSES, HIDDEN, WIDTH, Function, Gated, Plain, Wrapped, classifier, hugging_face, tokens
+from tests.models import CLASSES, HIDDEN, WIDTH, Function, Gated, Plain, Wrapped, hugging_face, stack, tokens, vectors
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
 ROWS = 10
@@ -23,8 +23,8 @@ ROWS = 10
 def test_parameters_count_tied_ones_once(traces: Any) -> None:
     model, _ = hugging_face("gpt2")
     assert parameter_count(traces("gpt2")) == sum(p.numel() for p in model.parameters())
-    shared = classifier("shared")
-    assert parameter_count(traces("shared")) == sum(p.numel() for p in shared.parameters())
+    shared = stack("shared")
+    assert parameter_count(traces("stack:shared")) == sum(p.numel() for p in shared.parameters())
 
 
 @pytest.mark.parametrize("ffn", [Plain(), Gated(), Plain(d_out=4, bias=False)])
@@ -86,21 +86,21 @@ def test_executed_share_is_what_ran(ffn: nn.Module, lowered: bool) -> None:
 
 
 def test_shared_experts_count_at_every_execution(traces: Any) -> None:
-    graph = traces("shared")
-    dense, _ = measure(graph, (), tokens())
+    graph = traces("stack:shared")
+    dense, _ = measure(graph, (), vectors())
     Moeify(experts=4, router_width=8).apply(graph)
-    cost, layers = measure(graph, (), tokens())
+    cost, layers = measure(graph, (), vectors())
     assert len(layers) == 1
     router = graph.get_submodule(next(iter(layers)) + ".router")
-    assert cost.multiply_adds == dense.multiply_adds + 2 * 21 * sum(p.numel() for p in router.parameters())
+    assert cost.multiply_adds == dense.multiply_adds + 2 * 15 * sum(p.numel() for p in router.parameters())
 
 
 def test_measuring_changes_nothing(traces: Any) -> None:
-    graph = traces("gelu")
+    graph = traces("stack:gelu")
     Moeify(experts=4).apply(graph)
     before = {name: value.clone() for name, value in graph.state_dict().items()}
     code = graph.code
-    measure(graph, (), tokens())
+    measure(graph, (), vectors())
     assert graph.code == code
     assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
 

@@ -224,7 +224,7 @@ def test_families(traces: Any) -> None:
 
 
 def test_shared_weights_are_one_site_with_every_execution(traces: Any) -> None:
-    for name in ("shared", "albert"):
+    for name in ("stack:shared", "albert"):
         (site,), _ = find_ffns(traces(name))
         assert len(site.calls) == 2
         assert site.calls[0].x is not site.calls[1].x

@@ -176,7 +176,7 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", ["gelu", "gated", "bert", "vit"])
+@pytest.mark.parametrize("name", ["gelu", "stack:gated", "bert", "vit"])
 def test_gradients_of_a_seeded_training_step_equal_eager(traces: Any, name: str) -> None:
     model, inputs, graph = traces.pair(name)
     want = gradients(model.train(), inputs)
@@ -191,8 +191,8 @@ def test_gradients_of_a_seeded_training_step_equal_eager(traces: Any, name: str)
 
 
 def test_switch_follows_every_flag_and_returns_the_graph(traces: Any) -> None:
-    graph = traces("gelu")
-    inputs = tokens()
+    graph = traces("stack:gelu")
+    inputs = vectors()
     assert graph.train() is graph
     assert all(module.training for module in graph.modules())
     assert not torch.equal(graph(**inputs), graph(**inputs))
@@ -202,11 +202,11 @@ def test_switch_follows_every_flag_and_returns_the_graph(traces: Any) -> None:
 
 
 def test_fork_switches_by_itself(traces: Any) -> None:
-    graph = traces("gelu")
+    graph = traces("stack:gelu")
     copy = adopt(graph).train()
     assert not graph.training
-    assert torch.equal(graph(**tokens()), graph(**tokens()))
-    assert not torch.equal(copy(**tokens()), copy(**tokens()))
+    assert torch.equal(graph(**vectors()), graph(**vectors()))
+    assert not torch.equal(copy(**vectors()), copy(**vectors()))
 
 
 def test_tied_weights_stay_one_object_and_step_once(traces: Any) -> None:

@@ -19,7 +19,20 @@ from surgeon.moe import MoE, find_moes, get_tau, set_tau
 from surgeon.passes import Moeify, Sparsify
 from surgeon.rewrite import own_parameters
 from surgeon.search import find_ffns
-from tests.models import HIDDEN, WIDTH, Function, Fused, Gated, Plain, Wrapped, classifier, labelled, tokens
+from tests.models import (
+    HIDDEN,
+    WIDTH,
+    Function,
+    Fused,
+    Gated,
+    Plain,
+    Wrapped,
+    classifier,
+    labelled,
+    labelled_vectors,
+    tokens,
+    vectors,
+)
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
 
@@ -55,7 +68,7 @@ def test_all_experts_equal_the_dense_model(make: Any, experts: int) -> None:
     close(graph(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "albert", "llama", "phi3", "t5", "vit", "shared"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "albert", "llama", "phi3", "t5", "vit", "stack:shared"])
 def test_all_experts_equal_the_dense_model_in_families(traces: Any, name: str) -> None:
     graph, inputs = traces(name), traces.inputs(name)
     count = len(find_ffns(graph)[0])
@@ -75,7 +88,7 @@ def test_shared_weights_become_one_set_of_experts(traces: Any) -> None:
 
 
 def test_the_layers_own_parameters_go_and_nothing_else(traces: Any) -> None:
-    graph = traces("gelu")
+    graph = traces("stack:gelu")
     before = dict(graph.state_dict())
     report = Moeify(experts=4).apply(graph)
     gone = {name for name in before if ".ffn." in name}
@@ -97,7 +110,7 @@ def test_the_layers_own_parameters_go_and_nothing_else(traces: Any) -> None:
     [({"experts": 8}, 8), ({"expert_size": 4}, 8), ({"expert_size": 32}, 1), ({}, 1)],
 )
 def test_number_of_experts(traces: Any, options: Any, experts: int) -> None:
-    graph = traces("relu")
+    graph = traces("stack:relu")
     Moeify(**options).apply(graph)
     assert {site.experts for site in find_moes(graph)} == {experts}
 
@@ -118,7 +131,7 @@ def test_usual_size_is_about_32(hidden: int, experts: int) -> None:
     ],
 )
 def test_experts_that_do_not_divide_any_layer(traces: Any, options: Any, words: str) -> None:
-    graph = traces("relu")
+    graph = traces("stack:relu")
     code = graph.code
     with pytest.raises(UsageError) as error:
         Moeify(**options).apply(graph)
@@ -147,23 +160,23 @@ def test_wrong_options(options: Any, words: str) -> None:
 
 
 def test_only_and_skip(traces: Any) -> None:
-    assert Moeify(experts=4, only=("blocks.0.*",)).apply(traces("relu")).matched == ["blocks.0.ffn"]
-    assert Moeify(experts=4, skip=("*.0.ffn",)).apply(traces("relu")).matched == ["blocks.1.ffn"]
-    none = Moeify(experts=4, only=("nowhere",)).apply(traces("relu"))
+    assert Moeify(experts=4, only=("blocks.0.*",)).apply(traces("stack:relu")).matched == ["blocks.0.ffn"]
+    assert Moeify(experts=4, skip=("*.0.ffn",)).apply(traces("stack:relu")).matched == ["blocks.1.ffn"]
+    none = Moeify(experts=4, only=("nowhere",)).apply(traces("stack:relu"))
     assert none.matched == []
     assert none.rejected == []
 
 
 def test_tau_is_set_after_all_is_verified(traces: Any) -> None:
-    graph = traces("relu")
-    report = Moeify(experts=4, tau=0.5).apply(graph, inputs=tokens())
+    graph = traces("stack:relu")
+    report = Moeify(experts=4, tau=0.5).apply(graph, inputs=vectors())
     assert set(get_tau(graph).values()) == {0.5}
     assert report.max_error is not None
     assert report.max_error < 1e-6
 
 
 def test_tau_of_layers_converted_earlier_stays(traces: Any) -> None:
-    first = traces("relu")
+    first = traces("stack:relu")
     Moeify(experts=4, only=("blocks.0.*",), tau=0.1).apply(first)
     second = fork(first)
     Moeify(experts=4, only=("blocks.1.*",), tau=0.5).apply(second)
@@ -174,7 +187,7 @@ def test_tau_of_layers_converted_earlier_stays(traces: Any) -> None:
 def test_same_seed_same_experts(traces: Any) -> None:
     states = []
     for seed in (0, 0, 1):
-        graph = traces("relu")
+        graph = traces("stack:relu")
         Moeify(experts=4).apply(graph, settings=Settings(seed=seed))
         states.append(graph.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -185,17 +198,18 @@ def test_same_seed_same_experts(traces: Any) -> None:
 
 
 def test_untrained_routers_are_told(traces: Any) -> None:
-    report = Moeify(experts=4).apply(traces("relu"), inputs=tokens())
+    report = Moeify(experts=4).apply(traces("stack:relu"), inputs=vectors())
     assert any("routers were not trained" in note and "--data" in note for note in report.notes)
 
 
 def test_activations_without_zeros_are_told(traces: Any) -> None:
-    assert any("use gelu" in note and "sparsify" in note for note in Moeify(experts=4).apply(traces("gelu")).notes)
-    assert not any("sparsify" in note for note in Moeify(experts=4).apply(traces("relu")).notes)
+    gelu, relu = (Moeify(experts=4).apply(traces(f"stack:{kind}")).notes for kind in ("gelu", "relu"))
+    assert any("use gelu" in note and "sparsify" in note for note in gelu)
+    assert not any("sparsify" in note for note in relu)
 
 
 def test_weights_that_are_not_finite_name_pass_and_site(traces: Any) -> None:
-    graph = traces("relu")
+    graph = traces("stack:relu")
     with torch.no_grad():
         graph.get_parameter("blocks.1.ffn.fc1.weight")[0, 0] = float("nan")
     with pytest.raises(SurgeonError, match=r"moeify.*blocks\.1\.ffn"):
@@ -281,9 +295,9 @@ def test_learned_router_keeps_what_a_random_one_of_the_same_cost_loses(trained: 
 
 
 def test_router_training_changes_only_routers(traces: Any) -> None:
-    plain, fitted = traces("relu"), traces("relu")
+    plain, fitted = traces("stack:relu"), traces("stack:relu")
     Moeify(experts=4).apply(plain)
-    Moeify(experts=4, steps=3).apply(fitted, data=Data.of(labelled()))
+    Moeify(experts=4, steps=3).apply(fitted, data=Data.of(labelled_vectors()))
     for name, value in plain.state_dict().items():
         assert torch.equal(fitted.state_dict()[name], value) != (".router." in name), name
 

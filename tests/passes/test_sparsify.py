@@ -18,7 +18,7 @@ from surgeon.passes import Mlpify, Moeify, Sparsify, SwapActivation
 from surgeon.passes.sparsify import SparsityTap, square_hoyer
 from surgeon.rewrite import Capture
 from surgeon.search import find_ffns
-from tests.models import WIDTH, Fused, Gated, Plain, Wrapped, classifier, labelled, tokens
+from tests.models import WIDTH, Fused, Gated, Plain, Wrapped, classifier, labelled, labelled_vectors, tokens, vectors
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
 
@@ -111,9 +111,9 @@ def test_tap_returns_its_input() -> None:
     assert SparsityTap("gelu", None, 4, 1.0, -10.0, projection=False)(X) is X
 
 
-@pytest.mark.parametrize("name", ["gelu", "gated", "fused", "shared"])
-def test_without_data_nothing_changes_and_it_says_so(traces: Any, name: str) -> None:
-    graph, inputs = traces(name), tokens()
+@pytest.mark.parametrize("kind", ["gelu", "gated", "fused", "shared"])
+def test_without_data_nothing_changes_and_it_says_so(traces: Any, kind: str) -> None:
+    graph, inputs = traces(f"stack:{kind}"), vectors()
     want = graph(**inputs)
     report = Sparsify().apply(graph, inputs=inputs)
     assert torch.equal(graph(**inputs), want)
@@ -123,11 +123,11 @@ def test_without_data_nothing_changes_and_it_says_so(traces: Any, name: str) -> 
     assert any("Nothing was fine-tuned" in note and "--data" in note for note in report.notes)
     calls = [node for node in graph.graph.nodes if node.op == "call_module"]
     assert len(calls) == 2
-    assert len({node.target for node in calls}) == (1 if name == "shared" else 2)
+    assert len({node.target for node in calls}) == (1 if kind == "shared" else 2)
 
 
 def test_tapped_layers_are_still_found_and_not_tapped_twice(traces: Any) -> None:
-    graph = traces("fused")
+    graph = traces("stack:fused")
     before = [(site.path, site.describe) for site in find_ffns(graph)[0]]
     Sparsify().apply(graph)
     assert [(site.path, site.describe) for site in find_ffns(graph)[0]] == before
@@ -137,8 +137,8 @@ def test_tapped_layers_are_still_found_and_not_tapped_twice(traces: Any) -> None
 
 
 def test_report_says_where_the_tap_is(traces: Any) -> None:
-    assert "square-Hoyer tap (output)" in Sparsify().apply(traces("relu")).sites[0].after
-    assert "pre-activation, D = -5" in Sparsify(displacement=-5).apply(traces("gelu")).sites[0].after
+    assert "square-Hoyer tap (output)" in Sparsify().apply(traces("stack:relu")).sites[0].after
+    assert "pre-activation, D = -5" in Sparsify(displacement=-5).apply(traces("stack:gelu")).sites[0].after
 
 
 @pytest.mark.parametrize(("option", "words"), [
@@ -221,9 +221,9 @@ def test_padding_takes_no_part() -> None:
     assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_dropout_is_on_in_training() -> None:
-    graph = surgeon.trace(classifier("relu", layers=1, dropout=0.5), tokens())
-    data = labelled(1)
+def test_dropout_is_on_in_training(traces: Any) -> None:
+    graph = traces("stack:relu")
+    data = labelled_vectors(1)
     seeds = [
         Sparsify(steps=1, lr=1e-9).apply(surgeon.graph.fork(graph), data=data, settings=Settings(seed=seed))
         for seed in (0, 1)
@@ -232,25 +232,25 @@ def test_dropout_is_on_in_training() -> None:
     assert losses[0] != losses[1]
 
 
-def test_same_seed_same_result() -> None:
-    graph = surgeon.trace(classifier("relu", layers=1, dropout=0.5), tokens())
+def test_same_seed_same_result(traces: Any) -> None:
+    graph = traces("stack:relu")
     results = []
     for seed in (3, 3, 4):
         copied = surgeon.graph.fork(graph)
-        Sparsify(steps=3, lr=1e-3).apply(copied, data=labelled(3), settings=Settings(seed=seed))
+        Sparsify(steps=3, lr=1e-3).apply(copied, data=labelled_vectors(3), settings=Settings(seed=seed))
         results.append(copied.get_parameter("head.weight").detach())
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
 
 
-def test_replaced_projections_are_averaged_apart() -> None:
+def test_replaced_projections_are_averaged_apart(traces: Any) -> None:
     """One group of values for feed-forward layers and one for replaced projections, each with the weight alpha."""
-    graph = surgeon.trace(classifier("relu", layers=1, dropout=0.0), tokens())
-    data = labelled(1)
+    graph = traces("stack:relu")
+    data = labelled_vectors(1)
     Mlpify(steps=1, lr=1e-6).apply(graph, data=data)
     together = first_penalty(surgeon.graph.fork(graph), data)["square Hoyer"]
     apart = []
-    for only in (("blocks.*.ffn",), ("blocks.*.attention.*",)):
+    for only in (("blocks.*.ffn",), ("blocks.*.mix.*",)):
         copied = surgeon.graph.fork(graph)
         one = Sparsify(steps=1, lr=1e-9, only=only)
         report = one.apply(copied, data=data)
@@ -260,15 +260,15 @@ def test_replaced_projections_are_averaged_apart() -> None:
 
 
 def test_frozen_and_integer_parameters_do_not_hinder(traces: Any) -> None:
-    graph = traces("relu")
+    graph = traces("stack:relu")
     graph.register_buffer("count", torch.zeros((), dtype=torch.int64))
-    graph.get_parameter("embedding.weight").requires_grad_(False)
-    Sparsify(steps=1).apply(graph, data=labelled(1))
-    assert not graph.get_parameter("embedding.weight").requires_grad
+    graph.get_parameter("head.weight").requires_grad_(False)
+    Sparsify(steps=1).apply(graph, data=labelled_vectors(1))
+    assert not graph.get_parameter("head.weight").requires_grad
 
 
 def test_goes_before_moeify(traces: Any) -> None:
-    graph, inputs = traces("gelu"), tokens()
+    graph, inputs = traces("stack:gelu"), vectors()
     reports = [one.apply(graph, inputs=inputs) for one in (SwapActivation(), Sparsify(), Moeify(experts=4))]
     assert [report.matched for report in reports] == [["blocks.0.ffn", "blocks.1.ffn"]] * 3
     assert not any(isinstance(module, SparsityTap) for module in graph.modules())

@@ -558,11 +558,9 @@ CASES.mark_quick(
         "bfloat16",
         "float16",
         "checkpointed",
-        "buffers",
         "batch_norm_around",
         "torch_encoder_relu",
         "torch_decoder",
         "pooler_and_classifier",
-        "data_dependent_branch",
     ]
 )
