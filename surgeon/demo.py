@@ -134,7 +134,7 @@ def run(
         on_dense(dense)
     passes: list[Pass[Any]] = [
         SwapActivation(),
-        Sparsify(alpha=2e-3, lr=1e-3, epochs=20 * part, weight_decay=0.05),
+        Sparsify(alpha=5e-3, lr=1e-3, epochs=20 * part, weight_decay=0.05),
         Moeify(experts=32, router_width=16, lr=3e-3, epochs=10 * part),
         Lower(),
     ]

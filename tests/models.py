@@ -181,8 +181,8 @@ class Function(nn.Module):
             else:
                 setattr(self, name, nn.Linear(*part) if isinstance(part, tuple) else part)
 
-    def forward(self, *args: Any) -> Any:
-        return self.compute(self, *args)
+    def forward(self, x: Tensor) -> Any:
+        return self.compute(self, x)
 
 
 def feed_forward(kind: str, dropout: float = 0.1) -> nn.Module:

@@ -15,7 +15,7 @@ from surgeon.agreement import relative_error, run, tolerance_for
 from surgeon.errors import TraceError
 from surgeon.graph import TracedGraph
 from surgeon.tracing import TraceInfo, adopt, from_program, is_aten_graph, quiet
-from tests.models import HUGGING_FACE, WIDTH, Function, hugging_face, stack, tokens, vectors
+from tests.models import HUGGING_FACE, WIDTH, hugging_face, stack, tokens, vectors
 
 
 def info(graph: TracedGraph) -> TraceInfo:
@@ -54,7 +54,15 @@ def test_parameters_are_the_models_own_objects() -> None:
 
 @pytest.mark.parametrize("form", ["tensor", "tuple", "dict", "both"])
 def test_inputs_in_every_form(form: str) -> None:
-    model = Function(lambda m, x, y: m.a(x) + y, a=(4, 4))
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, *terms: Tensor) -> Tensor:
+            return self.a(terms[0]) + terms[1]
+
+    model = Sum()
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     if form == "tensor":
         graph = surgeon.trace(nn.Linear(4, 4), x)

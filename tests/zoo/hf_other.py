@@ -81,7 +81,6 @@ VISION = [
         ("Aimv2VisionModel", 2, "silu", True),
         ("MLCDVisionModel", 2, "gelu", False),
         ("SamVisionModel", 2, "gelu", False),
-        ("PixtralVisionModel", 2, "gelu", True),
         ("InternVLVisionModel", 2, "gelu", False),
         ("PixioModel", 2, "gelu", False),
         ("RadioModel", 2, "gelu", False),
@@ -95,6 +94,7 @@ VISION = [
         ("MobileNetV2ForImageClassification", 0, None, False),
     ]
 ] + [
+    Row("PixtralVisionModel", 2, "gelu", True, inputs="pixels", fixed_batch=True, note="all images are one sequence"),
     Row("SwinModel", 2, "gelu", inputs="pixels", config=SWIN),
     Row("SwinForImageClassification", 2, "gelu", inputs="pixels", config=SWIN, quick=True),
     Row("Swinv2ForImageClassification", 2, "gelu", inputs="pixels", config={**SWIN, "pretrained_window_sizes": [0, 0]}),

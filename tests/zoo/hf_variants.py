@@ -138,7 +138,7 @@ ROWS: tuple[Row, ...] = (
     _row("vit-labels", "ViTForImageClassification", 2, "gelu",
          inputs=lambda b: {"pixel_values": torch.randn(b, 3, 32, 32), "labels": _classes(b)}),
     _row("vit-positional", "ViTForImageClassification", 2, "gelu", inputs=lambda b: (torch.randn(b, 3, 32, 32),)),
-    _row("clip-loss", "CLIPModel", 4, "quick_gelu", config={"projection_dim": 16}, inputs=lambda b: {
+    _row("clip-loss", "CLIPModel", 4, "quick_gelu", fixed_batch=True, config={"projection_dim": 16}, inputs=lambda b: {
         "input_ids": _tokens(b), "pixel_values": torch.randn(b, 3, 32, 32), "return_loss": True,
     }),
     _row("encoder-decoder-of-berts", "EncoderDecoderModel", 4, "gelu", inputs="seq2seq", config={
