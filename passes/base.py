@@ -84,7 +84,7 @@ class Pass(ABC, Generic[Site]):
         """Train what the rewritten graph needs. `before` is the graph as it was; the sites are its sites."""
         return None
 
-    def finish(self, graph: TracedGraph, changes: Sequence[SiteChange]) -> tuple[str, ...]:
+    def finish(self, graph: TracedGraph, sites: Sequence[Site], changes: Sequence[SiteChange]) -> tuple[str, ...]:
         """Last touches after verification; returns notes for the user."""
         return ()
 
@@ -142,6 +142,7 @@ class Pass(ABC, Generic[Site]):
         started = time.monotonic()
         before = adopt(graph)
         matched, rejected = self.explain(graph)
+        self._check_only(graph)
         self.check(matched, rejected)
         changes: list[SiteChange] = []
         fit_report = None
@@ -163,7 +164,7 @@ class Pass(ABC, Generic[Site]):
                     raise PassError(f"{self.name} failed while it was fitted: {_words(error)}") from error
         preserved = self.keeps_output(fit_report is not None)
         cost, max_error, layers = self._verify(before, graph, changes, inputs, preserved, settings)
-        notes = list(self.finish(graph, changes))
+        notes = list(self.finish(graph, matched, changes))
         if inputs is None:
             notes.append("Not verified and not measured: no example inputs were given.")
         elif settings.verify == "off":
@@ -192,6 +193,15 @@ class Pass(ABC, Generic[Site]):
             for field in dataclasses.fields(self)
             if (value := getattr(self, field.name)) != field.default
         }
+
+    def _check_only(self, graph: GraphModule) -> None:
+        if not self.only:
+            return
+        found: tuple[Sequence[Site], list[Rejection]] = self.find(graph)
+        paths = [place.path for places in found for place in places]
+        for pattern in self.only:
+            if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+                raise UsageError(f"{self.name}: no site matches only={pattern}. Sites: {', '.join(paths) or 'none'}.")
 
     def _chosen(self, path: str) -> bool:
         def matches(patterns: tuple[str, ...]) -> bool:

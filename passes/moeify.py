@@ -145,18 +145,21 @@ class Moeify(TrainedPass[FFN]):
         routers = [parameter for moe, _ in moes for parameter in moe.router.parameters()]
         return fit(routers, loss, data, self.plan(), settings, "moeify routers")
 
-    def finish(self, graph: TracedGraph, changes: Sequence[SiteChange]) -> tuple[str, ...]:
+    def finish(self, graph: TracedGraph, sites: Sequence[FFN], changes: Sequence[SiteChange]) -> tuple[str, ...]:
+        notes = []
         if changes and self.tau:
             set_tau(graph, {change.made: self.tau for change in changes})
+        if any(site.dropout for site in sites):
+            notes.append("Dropout between the linears is not carried into the experts; it matters in training only.")
         modules = [graph.get_submodule(change.made) for change in changes]
         names = {module.activation for module in modules if isinstance(module, MoE)}
         dense = sorted(name for name in names if not ACTIVATIONS[name].leaves_zeros)
-        if not dense:
-            return ()
-        return (
-            f"The experts use {', '.join(dense)}, which leaves few values near zero: tau will skip little before the "
-            "quality drops. To save more, run swap-activation and sparsify (with --data) first.",
-        )
+        if dense:
+            notes.append(
+                f"The experts use {', '.join(dense)}, which leaves few values near zero: tau will skip little before "
+                "the quality drops. To save more, run swap-activation and sparsify (with --data) first."
+            )
+        return tuple(notes)
 
     def _experts(self, hidden: int) -> int:
         if self.experts is not None:

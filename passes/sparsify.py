@@ -187,7 +187,9 @@ class Sparsify(TrainedPass[FFN]):
                 "active": float(torch.stack(shares).mean()),
             }
 
-        parameters = [parameter for parameter in graph.parameters() if parameter.is_floating_point()]
+        parameters = [parameter for parameter in graph.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise UsageError("sparsify: every parameter of the model is frozen (requires_grad is False).")
         return fit(parameters, loss, data, self.plan(), settings, "sparsify")
 
     def _alpha(self, done: float) -> float:

@@ -264,7 +264,7 @@ def _parameter(graph: GraphModule, node: Node) -> tuple[Node, bool, list[Node]] 
     while node.op == "call_function":
         if node.target in _TRANSPOSES and _swaps_two(node):
             flipped = not flipped
-        elif node.target not in SAME_VALUE:
+        elif not _same_type(graph, node):
             return None
         if len(node.users) == 1:
             chain.append(node)
@@ -272,6 +272,16 @@ def _parameter(graph: GraphModule, node: Node) -> tuple[Node, bool, list[Node]] 
         assert isinstance(source, Node)
         node = source
     return (node, flipped, chain) if tensor_of(graph, node) is not None else None
+
+
+def _same_type(graph: GraphModule, node: Node) -> bool:
+    """Whether the node copies its input in the same dtype; a weight that is stored in another one is a computed one."""
+    source = node.args[0]
+    if node.target not in SAME_VALUE or not isinstance(source, Node):
+        return False
+    after, before = node.meta.get("val"), tensor_of(graph, source)
+    before = source.meta.get("val") if before is None else before
+    return isinstance(after, Tensor) and isinstance(before, Tensor) and after.dtype == before.dtype
 
 
 def _swaps_two(node: Node) -> bool:
