@@ -86,6 +86,15 @@ def _switch(node: Node, mode: bool) -> bool:
     return True
 
 
+def is_switched_off(node: Node) -> bool:
+    """Whether the node has a mode (dropout, attention with dropout) and is set to evaluation."""
+    if node.target not in _MODE_ARGUMENT:
+        return False
+    position, keyword, eval_value = _MODE_ARGUMENT[node.target]
+    value = node.args[position] if len(node.args) > position else node.kwargs.get(keyword, eval_value)
+    return bool(value == eval_value)
+
+
 def nested_graphs(graph: GraphModule) -> Iterator[GraphModule]:
     """The graph itself and the graphs of its higher-order ops (bodies run under `no_grad` or `autocast`)."""
     return (module for module in graph.modules() if isinstance(module, GraphModule))

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from surgeon.agreement import relative_error, run, tolerance_for, without_none
 from surgeon.errors import TraceError
 from surgeon.export_cleanup import changed_buffers, clean, use_first_names
-from surgeon.graph import TracedGraph, fork, retie
+from surgeon.graph import TracedGraph, fork, is_switched_off, retie
 from surgeon.inputs import as_args_kwargs
 from surgeon.losses import task_of
 
@@ -73,6 +73,9 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
         return adopt(model)
     _refuse_keywords(model)
     model_training = model.training
+    asks_for_cache = bool(kwargs.get("use_cache"))
+    if asks_for_cache:
+        kwargs = {**kwargs, "use_cache": False}
     with quiet(), _without_caches(model), _keep_modes(model):
         model.eval()
         args, kwargs, tiled = _tile_single_batch(model, args, kwargs)
@@ -88,13 +91,15 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
             problem, error_size = _disagreement(graph, reference, model, args, kwargs)
             if problem is None:
                 notes = _notes(graph, form, failures, tiled)
+                if asks_for_cache:
+                    notes = (*notes, "use_cache was taken for False: a graph keeps no key-value cache.")
                 graph.meta["trace"] = TraceInfo(form, _dynamic_dims(graph), notes, error_size, task_of(model))
                 graph.train(model_training)
                 return graph
             failures.append(f"{form} form, {front_end.__name__.strip('_')}: {problem}")
     raise TraceError(
         f"{type(model).__name__} cannot be traced into a graph that computes what it computes. Tried:\n"
-        + "\n".join(f"  - {failure}" for failure in failures)
+        + "\n".join(f"  - {failure}" for failure in _distinct(failures))
         + "\nOther example inputs, or a smaller part of the model, may trace."
     )
 
@@ -106,6 +111,15 @@ def _refuse_keywords(model: nn.Module) -> None:
         word = next((part for part in name.split(".") if keyword.iskeyword(part)), None)
         if word is not None:
             raise TraceError(f"'{name}': torch.fx cannot write a name that holds Python's keyword '{word}'. Rename it.")
+
+
+def _distinct(failures: list[str]) -> list[str]:
+    """Every reason once, behind all the attempts that met it."""
+    attempts: dict[str, list[str]] = {}
+    for failure in failures:
+        attempt, _, reason = failure.partition(": ")
+        attempts.setdefault(reason, []).append(attempt)
+    return [f"{' and '.join(made)}: {reason}" for reason, made in attempts.items()]
 
 
 def adopt(graph: GraphModule) -> TracedGraph:
@@ -198,6 +212,8 @@ def _export(
     graph.meta["trace"] = TraceInfo(form)
     if form == "train" and (changed := changed_buffers(graph)):
         raise TraceError(f"it changes its own state when it runs ({changed[0]})")
+    if form == "train" and (random := [node for node in graph.eval().graph.nodes if _is_random(node)]):
+        raise TraceError(f"it stays random in evaluation ({random[0].target})")
     return graph.train(form == "train")
 
 
@@ -271,8 +287,11 @@ def _disagreement(
 
 
 def _is_random(node: Node) -> bool:
+    """Whether the node draws random numbers as it stands, which a dropout that is switched off does not."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    return not is_switched_off(node)
 
 
 def _tile_single_batch(

@@ -164,25 +164,25 @@ VISION = [
         config={
         "image_size": [32, 32], "num_detection_tokens": 5,
     }),
-    Row("DetrModel", None, None, None, inputs="pixels_64", config={**NO_TIMM, "backbone_config": RESNET_BACKBONE}),
-    Row("DetrForObjectDetection", None, None, None, inputs="pixels_64", config={**NO_TIMM,
+    Row("DetrModel", 4, "relu", inputs="pixels_64", config={**NO_TIMM, "backbone_config": RESNET_BACKBONE}),
+    Row("DetrForObjectDetection", 4, "relu", alternatives=(5,), inputs="pixels_64", config={**NO_TIMM,
         "backbone_config": RESNET_BACKBONE}),
-    Row("ConditionalDetrModel", None, None, None, inputs="pixels_64", config={**NO_TIMM,
+    Row("ConditionalDetrModel", 4, "relu", alternatives=(6,), inputs="pixels_64", config={**NO_TIMM,
         "backbone_config": RESNET_BACKBONE}),
-    Row("TableTransformerModel", None, None, None, inputs="pixels_64", config={**NO_TIMM,
+    Row("TableTransformerModel", 4, "relu", inputs="pixels_64", config={**NO_TIMM,
         "backbone_config": RESNET_BACKBONE}),
-    Row("DabDetrModel", None, None, None, inputs="pixels_64", config={**NO_TIMM, "backbone_config": RESNET_BACKBONE}),
-    Row("DeformableDetrModel", None, None, None, inputs="pixels_64", config={
+    Row("DabDetrModel", 0, None, alternatives=(4,), note="the FFNs have a learned activation", inputs="pixels_64", config={**NO_TIMM, "backbone_config": RESNET_BACKBONE}),
+    Row("DeformableDetrModel", 4, "relu", inputs="pixels_64", config={
         **NO_TIMM, "backbone_config": {**RESNET_BACKBONE, "out_features": ["stage2", "stage3", "stage4"]},
     }),
-    Row("RTDetrModel", None, None, None, inputs="pixels_64", config={
+    Row("RTDetrModel", 3, None, alternatives=(5,), fixed_batch=True, inputs="pixels_64", config={
         "backbone_config": {
             **RESNET_BACKBONE, "model_type": "rt_detr_resnet", "out_features": ["stage2", "stage3", "stage4"],
         }, "num_queries": 4, "encoder_hidden_dim": 32, "encoder_in_channels": [16, 16, 16], "decoder_in_channels": [32,
             32, 32],
         "encoder_layers": 1, "anchor_image_size": None, "num_denoising": 0,
     }),
-    Row("MaskFormerForInstanceSegmentation", None, None, None, inputs="pixels_64", config={
+    Row("MaskFormerForInstanceSegmentation", 6, None, alternatives=(7,), inputs="pixels_64", config={
         "backbone_config": SWIN_BACKBONE, "fpn_feature_size": 32, "mask_feature_size": 32, "decoder_config": {
             **NO_TIMM, "model_type": "detr", "d_model": 32, "encoder_layers": 1, "decoder_layers": 2,
                 "encoder_ffn_dim": 64,
@@ -190,12 +190,12 @@ VISION = [
                 "backbone_config": RESNET_BACKBONE,
         },
     }),
-    Row("Mask2FormerModel", None, None, None, inputs="pixels_64", config={
+    Row("Mask2FormerModel", 6, None, alternatives=(7,), inputs="pixels_64", config={
         "backbone_config": SWIN_BACKBONE, "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32,
             "encoder_feedforward_dim": 64,
         "dim_feedforward": 64, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 4,
     }),
-    Row("SamModel", None, None, None, config={
+    Row("SamModel", 4, None, alternatives=(9,), config={
         "vision_config": {"output_channels": 32, "num_pos_feats": 16},
         "prompt_encoder_config": {"hidden_size": 32, "image_size": 32, "patch_size": 8, "num_point_embeddings": 4,
             "mask_input_channels": 16},
@@ -303,7 +303,7 @@ MULTIMODAL = [
     Row("CLIPTextModel", 2, "quick_gelu"),
     Row("CLIPTextModelWithProjection", 2, "quick_gelu"),
     Row("SiglipTextModel", 2, "gelu_tanh"),
-    Row("BridgeTowerModel", None, None, None, inputs="text_and_pixels", config={
+    Row("BridgeTowerModel", 8, None, inputs="text_and_pixels", config={
         "hidden_size": 64, "text_config": {"hidden_size": 64}, "vision_config": {"hidden_size": 64},
     }),
     Row("LxmertModel", 5, "gelu", config={"visual_feat_dim": 16, "l_layers": 2, "x_layers": 1, "r_layers": 1},
@@ -322,7 +322,7 @@ MULTIMODAL = [
     }, note="two FFNs in each layer: for text and for layout"),
     Row("BrosModel", 2, "gelu", inputs=lambda b: {**_text(b), "bbox": torch.rand(b, TEXT_LENGTH, 4)},
         config={"hidden_size": 64, "dim_bbox": 8}),
-    Row("UdopForConditionalGeneration", None, None, None, config={
+    Row("UdopForConditionalGeneration", 4, "relu", untraceable="patches are chosen by the boxes of the text", config={
         "relative_bias_args": [{"type": "1d"}, {"type": "horizontal"}, {"type": "vertical"}],
             "max_2d_position_embeddings": 32,
     }, inputs=lambda b: {
