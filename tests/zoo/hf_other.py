@@ -32,6 +32,11 @@ def _text_with_image_tokens(batch: int) -> Inputs:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(batch, 3, 32, 32)}
 
 
+def _text_with_image_prefix(batch: int) -> Inputs:
+    inputs = dict(_text_with_image_tokens(batch))
+    return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
+
+
 # Images ---------------------------------------------------------------------------------------------------------------
 
 SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "patch_size": 4}
@@ -171,7 +176,8 @@ VISION = [
         "backbone_config": RESNET_BACKBONE}),
     Row("TableTransformerModel", 4, "relu", inputs="pixels_64", config={**NO_TIMM,
         "backbone_config": RESNET_BACKBONE}),
-    Row("DabDetrModel", 0, None, alternatives=(4,), note="the FFNs have a learned activation", inputs="pixels_64", config={**NO_TIMM, "backbone_config": RESNET_BACKBONE}),
+    Row("DabDetrModel", 0, None, alternatives=(4,), note="the FFNs have a learned activation", inputs="pixels_64",
+        config={**NO_TIMM, "backbone_config": RESNET_BACKBONE}),
     Row("DeformableDetrModel", 4, "relu", inputs="pixels_64", config={
         **NO_TIMM, "backbone_config": {**RESNET_BACKBONE, "out_features": ["stage2", "stage3", "stage4"]},
     }),
@@ -331,27 +337,28 @@ MULTIMODAL = [
     }),
     Row("Blip2QFormerModel", 2, "gelu", config={"encoder_hidden_size": 32},
         inputs=lambda b: {"query_embeds": torch.randn(b, 4, 32), "encoder_hidden_states": torch.randn(b, 5, 32)}),
-    Row("Pix2StructForConditionalGeneration", None, None, None, config={"vision_config": {"patch_embed_hidden_size": 12,
+    Row("Pix2StructForConditionalGeneration", 4, "gelu_tanh", True,
+        config={"vision_config": {"patch_embed_hidden_size": 12,
         "seq_len": 16}},
         inputs=lambda b: {"flattened_patches": torch.rand(b, 6, 14), "decoder_input_ids": _decoder_ids(b)}),
-    Row("LlavaForConditionalGeneration", None, None, None, inputs=_text_with_image_tokens, config={
+    Row("LlavaForConditionalGeneration", 5, None, None, fixed_batch=True, inputs=_text_with_image_tokens, config={
         "vision_config": {**TOWER, "model_type": "clip_vision_model", "num_hidden_layers": 3, "projection_dim": 16},
             "text_config": LLAMA,
         "image_token_id": 100, "image_token_index": 100,
     }),
-    Row("PaliGemmaForConditionalGeneration", None, None, None, inputs=_text_with_image_tokens, config={
+    Row("PaliGemmaForConditionalGeneration", 4, None, None, alternatives=(5,), inputs=_text_with_image_prefix, config={
         "vision_config": {**TOWER, "model_type": "siglip_vision_model"}, "projection_dim": 32, "image_token_id": 100,
         "text_config": {**LLAMA, "model_type": "gemma", "num_key_value_heads": 1, "head_dim": 8},
             "image_token_index": 100,
     }),
-    Row("Gemma3ForConditionalGeneration", None, None, None, config={
+    Row("Gemma3ForConditionalGeneration", 2, "gelu_tanh", True, config={
         "vision_config": {**TOWER, "model_type": "siglip_vision_model", "num_hidden_layers": 1},
     }, note="text alone: the vision tower does not run"),
-    Row("Qwen2VLForConditionalGeneration", None, None, None, config={
+    Row("Qwen2VLForConditionalGeneration", 2, "silu", True, config={
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
         "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 8},
     }, note="text alone: the vision tower does not run"),
-    Row("Idefics3ForConditionalGeneration", None, None, None, config={"vision_config": {}, "text_config": LLAMA}),
+    Row("Idefics3ForConditionalGeneration", 2, "silu", True, config={"vision_config": {}, "text_config": LLAMA}),
 ]  # fmt: skip
 
 # Series ---------------------------------------------------------------------------------------------------------------
@@ -379,18 +386,20 @@ def _trajectory(batch: int) -> Inputs:
 
 
 OTHER = [
-    Row("PatchTSTForPrediction", None, None, None, inputs=lambda b: {"past_values": torch.randn(b, 32, 3)},
+    Row("PatchTSTForPrediction", 2, "gelu", inputs=lambda b: {"past_values": torch.randn(b, 32, 3)},
         config=PATCHES),
-    Row("PatchTSMixerForPrediction", None, None, None, inputs=lambda b: {"past_values": torch.randn(b, 32, 3)},
+    Row("PatchTSMixerForPrediction", 4, "gelu", inputs=lambda b: {"past_values": torch.randn(b, 32, 3)},
         config={**PATCHES, "d_model": 16}),
-    Row("TimeSeriesTransformerForPrediction", None, None, None, inputs=_series, config=SERIES),
-    Row("InformerForPrediction", None, None, None, inputs=_series, config=SERIES),
-    Row("AutoformerForPrediction", None, None, None, inputs=_series, config={**SERIES, "label_length": 4,
+    Row("TimeSeriesTransformerForPrediction", 4, "gelu", inputs=_series, config=SERIES),
+    Row("InformerForPrediction", 4, "gelu", untraceable="transformers builds another attention mask under tracing",
+        inputs=_series, config=SERIES),
+    Row("AutoformerForPrediction", 4, "gelu", inputs=_series, config={**SERIES, "label_length": 4,
         "moving_average": 3}),
-    Row("TimesFmModelForPrediction", None, None, None, config={"patch_length": 8, "context_length": 64,
+    Row("TimesFmModelForPrediction", 2, None, alternatives=(4,), fixed_batch=True, config={"patch_length": 8,
+        "context_length": 64,
         "horizon_length": 8},
         inputs=lambda b: {"past_values": torch.randn(b, 64), "freq": torch.zeros(b, dtype=torch.long)}),
-    Row("DecisionTransformerModel", None, None, None, inputs=_trajectory, config={"state_dim": 5, "act_dim": 3,
+    Row("DecisionTransformerModel", 2, "relu", inputs=_trajectory, config={"state_dim": 5, "act_dim": 3,
         "max_ep_len": 16}),
 ]  # fmt: skip
 
