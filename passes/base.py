@@ -142,7 +142,6 @@ class Pass(ABC, Generic[Site]):
         started = time.monotonic()
         before = adopt(graph)
         matched, rejected = self.explain(graph)
-        self._check_only(graph)
         self.check(matched, rejected)
         changes: list[SiteChange] = []
         fit_report = None
@@ -193,15 +192,6 @@ class Pass(ABC, Generic[Site]):
             for field in dataclasses.fields(self)
             if (value := getattr(self, field.name)) != field.default
         }
-
-    def _check_only(self, graph: GraphModule) -> None:
-        if not self.only:
-            return
-        found: tuple[Sequence[Site], list[Rejection]] = self.find(graph)
-        paths = [place.path for places in found for place in places]
-        for pattern in self.only:
-            if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
-                raise UsageError(f"{self.name}: no site matches only={pattern}. Sites: {', '.join(paths) or 'none'}.")
 
     def _chosen(self, path: str) -> bool:
         def matches(patterns: tuple[str, ...]) -> bool:

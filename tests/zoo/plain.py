@@ -85,6 +85,8 @@ ACTIVATIONS: dict[str, tuple[str, Function]] = {
     "relu_maximum": ("relu", lambda h: torch.maximum(h, torch.zeros_like(h))),
     "relu_where": ("relu", lambda h: torch.where(h > 0, h, 0.0)),
     "relu_mask": ("relu", lambda h: h * (h > 0)),
+    "relu_mask_float": ("relu", lambda h: h * (h > 0).float()),
+    "relu_mask_to": ("relu", lambda h: (h > 0).to(h.dtype) * h),
     "relu_masked_fill": ("relu", lambda h: h.masked_fill(h < 0, 0.0)),
     "relu_threshold": ("relu", nn.Threshold(0.0, 0.0)),
     "relu_abs": ("relu", lambda h: 0.5 * (h + h.abs())),

@@ -299,13 +299,12 @@ def hook_on_hidden() -> nn.Module:
     return Stack(Block(ffn=ffn()), Block(ffn=ffn()))
 
 
-@model(*SITES, activation="gelu", note="buffers: one saved, one not, one that counts calls")
+@model("stack.blocks.0.ffn", "stack.blocks.1.ffn", activation="gelu", note="buffers: one saved, one not, one that counts calls")
 def buffers() -> nn.Module:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.stack = Stack(Block(ffn=gelu_ffn()), Block(ffn=gelu_ffn()))
-            self.blocks = self.stack.blocks
             self.register_buffer("calls", torch.zeros((), dtype=torch.long))
             self.register_buffer("shift", torch.randn(WIDTH), persistent=False)
             self.register_buffer("average", torch.zeros(WIDTH))
