@@ -299,7 +299,12 @@ def hook_on_hidden() -> nn.Module:
     return Stack(Block(ffn=ffn()), Block(ffn=ffn()))
 
 
-@model("stack.blocks.0.ffn", "stack.blocks.1.ffn", activation="gelu", note="buffers: one saved, one not, one that counts calls")
+@model(
+    "stack.blocks.0.ffn",
+    "stack.blocks.1.ffn",
+    activation="gelu",
+    note="buffers: one saved, one not, one that counts calls",
+)
 def buffers() -> nn.Module:
     class Counting(nn.Module):
         def __init__(self) -> None:
