@@ -1,5 +1,6 @@
 """The operators a rewritten FFN runs. Importing this module registers them; `torch.export.load` needs that first.
 
+The rule that makes thresholds, `surgeon::selection_threshold` (see `selection`), is registered along with them.
 `surgeon::dynamic_k_ffn` computes only the experts each token selected. `surgeon::masked_ffn` is its reference twin:
 it computes every expert and masks, in ordinary differentiable PyTorch. Both have the same arguments:
 
@@ -38,6 +39,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import UsageError
 
+from . import selection as _selection  # noqa: F401  registers its op
 from . import torch_backend
 from .activations import activation as find_activation
 from .torch_backend import Experts, selected

@@ -48,6 +48,10 @@ class Experts(NamedTuple):
         """All experts as one of E·s neurons: a view if the weights are contiguous."""
         return Experts(*(None if t is None else t.flatten(0, 1) for t in self))  # type: ignore[arg-type]
 
+    def after(self, first: int) -> Experts:
+        """The experts from `first` on: views."""
+        return Experts(*(None if t is None else t[first:] for t in self))  # type: ignore[arg-type]
+
     def each(self) -> list[Experts]:
         """One view per expert."""
         return [Experts(*one) for one in zip(*(repeat(None) if t is None else t.unbind(0) for t in self), strict=False)]

@@ -6,9 +6,12 @@ from surgeon.passes.base import Pass, TrainedPass
 from surgeon.passes.lower import Lower
 from surgeon.passes.mlpify import Mlpify
 from surgeon.passes.moeify import Moeify
+from surgeon.passes.recover import Recover
 from surgeon.passes.sparsify import Sparsify
 from surgeon.passes.swap_activation import SwapActivation
 
-PASSES: dict[str, type[Pass[Any]]] = {cls.name: cls for cls in (SwapActivation, Sparsify, Mlpify, Moeify, Lower)}
+PASSES: dict[str, type[Pass[Any]]] = {
+    cls.name: cls for cls in (Mlpify, SwapActivation, Sparsify, Moeify, Recover, Lower)
+}
 
-__all__ = ["PASSES", "Lower", "Mlpify", "Moeify", "Pass", "Sparsify", "SwapActivation", "TrainedPass"]
+__all__ = ["PASSES", "Lower", "Mlpify", "Moeify", "Pass", "Recover", "Sparsify", "SwapActivation", "TrainedPass"]

@@ -6,9 +6,9 @@ import dataclasses
 import fnmatch
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch.fx import GraphModule
@@ -29,6 +29,18 @@ from surgeon.tracing import adopt, is_aten_graph
 
 Site = TypeVar("Site", FFN, LinearSite, MoESite)
 SiteKind = Literal["ffn", "linear", "moe"]
+
+
+Value = TypeVar("Value")
+PerSite: TypeAlias = Value | dict[str, Value]
+"""An option with one value for every site, or values by path, patterns with * allowed; the first that fits counts."""
+
+
+def for_site(value: PerSite[Value] | None, path: str) -> Value | None:
+    """The value of an option for one site, None if it has none."""
+    if not isinstance(value, dict):
+        return value
+    return next((one for pattern, one in value.items() if fnmatch.fnmatchcase(path, pattern)), None)
 
 
 def option(default: Any, help: str) -> Any:
@@ -69,9 +81,19 @@ class Pass(ABC, Generic[Site]):
     def match(self, graph: GraphModule, site: Site) -> str | None:
         """Why this site cannot be changed, in words for the user; None if it can."""
 
+    def observe(
+        self, graph: TracedGraph, sites: Sequence[Site], data: Data | None, settings: Settings
+    ) -> Mapping[str, Any]:
+        """What rewriting needs to know beyond each site itself, by path: of the other sites, or of the data.
+
+        Raises:
+            UsageError: the options need data, and there is none.
+        """
+        return {}
+
     @abstractmethod
-    def rewrite(self, graph: TracedGraph, site: Site) -> SiteChange:
-        """Change one site in place."""
+    def rewrite(self, graph: TracedGraph, site: Site, seen: Any = None) -> SiteChange:
+        """Change one site in place, given what `observe` said of it."""
 
     def fit(
         self,
@@ -87,6 +109,11 @@ class Pass(ABC, Generic[Site]):
     def finish(self, graph: TracedGraph, sites: Sequence[Site], changes: Sequence[SiteChange]) -> tuple[str, ...]:
         """Last touches after verification; returns notes for the user."""
         return ()
+
+    @property
+    def will_fit(self) -> bool:
+        """Whether this run would fit something if it had data."""
+        return self.trains
 
     def keeps_output(self, fitted: bool) -> bool:
         """Whether this run promises the same output as before."""
@@ -147,14 +174,16 @@ class Pass(ABC, Generic[Site]):
         fit_report = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
+            seen = self.observe(graph, matched, None if settings.dry_run else data, settings)
             for site in matched:
                 try:
-                    changes.append(self.rewrite(graph, site))
+                    changes.append(self.rewrite(graph, site, seen.get(site.path)))
                 except Exception as error:
                     raise PassError(f"{self.name} failed at {site.path}: {_words(error)}") from error
             tidy(graph)
-            if matched and data is not None and self.trains and not settings.dry_run:
+            if matched and data is not None and self.will_fit and not settings.dry_run:
                 sites = self._sites_in(before, matched)
+                _start_alike(graph, [change.made for change in changes if change.made], settings)
                 try:
                     fit_report = self.fit(graph, before, list(zip(sites, changes, strict=True)), data, settings)
                 except SurgeonError:
@@ -168,7 +197,7 @@ class Pass(ABC, Generic[Site]):
             notes.append("Not verified and not measured: no example inputs were given.")
         elif settings.verify == "off":
             notes.append("Not verified: verification was switched off.")
-        if matched and self.trains and fit_report is None and self.untrained:
+        if matched and self.will_fit and fit_report is None and self.untrained:
             notes.append(self.untrained)
         return PassReport(
             name=self.name,
@@ -285,7 +314,7 @@ class TrainedPass(Pass[Site], ABC):
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
             raise UsageError(f"{self.name}: steps is {self.steps}, but must be at least 1.")
-        for name in ("epochs", "lr"):
+        for name in ("lr",) if self.steps is not None else ("epochs", "lr"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{self.name}: {name} is {getattr(self, name)}, but must be positive.")
         if self.schedule not in get_args(Schedule):
@@ -294,6 +323,32 @@ class TrainedPass(Pass[Site], ABC):
     def plan(self) -> Plan:
         """The options as a plan for `surgeon.fit`."""
         return Plan(self.epochs, self.steps, self.lr, self.weight_decay, self.schedule, self.clip)
+
+
+def _start_alike(graph: TracedGraph, made: Sequence[str], settings: Settings) -> None:
+    """Let a resumed fit start from the very modules that the interrupted one started from.
+
+    What rewriting puts in may depend on data that come in another order the next time (which neurons an expert has),
+    and a checkpoint of what was fitted to it would then belong to something else.
+    """
+    if settings.workdir is None or not made:
+        return
+    state = {
+        name: tensor
+        for name, tensor in graph.state_dict().items()
+        if name.startswith(tuple(f"{path}." for path in made))
+    }
+    path = settings.workdir / "rewritten.pt"
+    if settings.resume and path.is_file():
+        kept = torch.load(path, weights_only=True)
+        with torch.no_grad():
+            for name, tensor in state.items():
+                tensor.copy_(kept[name])
+        return
+    settings.workdir.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    torch.save(state, fresh)
+    fresh.rename(path)
 
 
 def _words(error: Exception) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
-from surgeon.graph import TracedGraph, aten
-from surgeon.moe import MoE, MoESite, dynamic_k_ffn, find_moes
+from surgeon.graph import TracedGraph
+from surgeon.moe import MoE, MoESite, dynamic_k_ffn, find_moes, router_nodes
 from surgeon.passes.base import Pass, SiteKind
 from surgeon.report import SiteChange
-from surgeon.rewrite import emit, get_attr
+from surgeon.rewrite import emit, get_attr, merge_duplicates
 from surgeon.sites import Rejection
 
 
@@ -33,8 +34,14 @@ class Lower(Pass[MoESite]):
     def match(self, graph: GraphModule, site: MoESite) -> str | None:
         return "it is lowered already" if site.form == "dynamic" else None
 
-    def rewrite(self, graph: TracedGraph, site: MoESite) -> SiteChange:
+    def rewrite(self, graph: TracedGraph, site: MoESite, seen: Any = None) -> SiteChange:
         names = [self._lower(graph, site, node) for node in site.nodes]
+        if site.form == "module":
+            # From here on only its parameters matter; the module itself belongs to other copies of the graph too.
+            graph.set_submodule(site.path, _parameters_only(graph.get_submodule(site.path)))
+        # Layers that read the same input may share a router's trunk.
+        ops = [node for moe in find_moes(graph) if moe.form == "dynamic" for node in moe.nodes]
+        merge_duplicates(graph, {part for node in ops for part in router_nodes(node)})
         parameters = sum(parameter.numel() for parameter in graph.get_submodule(site.path).parameters())
         return SiteChange(
             site.path,
@@ -62,13 +69,19 @@ class Lower(Pass[MoESite]):
             def step(target: object, *args: object, part: str = "router") -> Node:
                 return emit(graph, target, *args, path=f"{site.path}.{part}" if part else site.path)
 
-            first, second = (get_attr(graph, f"{site.path}.router.{layer}.weight") for layer in ("fc1", "fc2"))
-            hidden = step(aten.relu.default, step(aten.linear.default, x, first))
-            scores = step(aten.abs.default, step(aten.linear.default, hidden, second))
-            largest = step(aten.amax.default, scores, [-1])
-            threshold = step(aten.mul.Tensor, largest, get_attr(graph, f"{site.path}.tau"))
+            scores = module.router.steps(step, x, lambda name: get_attr(graph, f"{site.path}.router.{name}"))
+            scores, threshold = module.select(step, scores, get_attr(graph, f"{site.path}.tau"))
             weights = [parameter(name) for name in ("w1", "b1", "gate", "b_gate", "w2", "b2")]
             lowered = step(dynamic_k_ffn, x, scores, threshold, *weights, module.activation, part="")
         node.replace_all_uses_with(lowered)
         graph.graph.erase_node(node)
         return lowered.name
+
+
+def _parameters_only(module: nn.Module) -> nn.Module:
+    """A tree of plain modules that holds the same parameters and buffers under the same names."""
+    holder = nn.Module()
+    holder._parameters, holder._buffers = dict(module._parameters), dict(module._buffers)
+    for name, child in module.named_children():
+        holder.add_module(name, _parameters_only(child))
+    return holder

@@ -1,38 +1,63 @@
 """Split each feed-forward layer into experts with a router that predicts the size of every expert's output.
 
 Balanced clusters of neurons become experts (D2DMoE, section 3.2, after MoEfication); the router regresses the norms of
-the experts' outputs (section 3.3); at run time an expert is used if its score reaches tau times the largest (3.4).
+the experts' outputs (section 3.3); at run time a rule selects by the scores and tau (3.4, see `kernels.selection`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.fx import GraphModule
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from surgeon.batch import Batch, Data
+from surgeon.calibration import collect
 from surgeon.clustering import balanced_clusters, nearest_divisors
 from surgeon.errors import UsageError
 from surgeon.fit import Settings, fit, real_tokens
 from surgeon.graph import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
+from surgeon.kernels.selection import RULES
+from surgeon.kernels.torch_backend import Experts, hidden
 from surgeon.moe import MoE, find_moes, set_tau
-from surgeon.passes.base import SiteKind, TrainedPass, option
+from surgeon.passes.base import PerSite, SiteKind, TrainedPass, for_site, option
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import Capture, replace_call
+from surgeon.routing import Objective, Router, fit_closed_form, router_loss, target
 from surgeon.search import find_ffns
-from surgeon.sites import FFN, Rejection
+from surgeon.sites import FFN, PROJECTION_MLP, FFNWeights, Rejection
 
 log = logging.getLogger("surgeon")
 
+Split = Literal["auto", "weights", "activations", "random"]
+RouterKind = Literal["trained", "neurons"]
+
 # Expert size aimed at when neither `experts` nor `expert_size` is given.
 _USUAL_SIZE = 32
+# Share of the multiply-adds of what it routes that a router may cost when its width is not given, and its limits.
+_ROUTER_SHARE, _NARROWEST, _WIDEST = 0.025, 8, 128
+# Tokens that neurons are compared on, and that routers are fitted on in closed form.
+_SPLIT_TOKENS, _ROUTER_TOKENS = 4096, 16384
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is known of a site before it is rewritten.
+
+    router_width: of its router's trunk. x: inputs [N, d_in] if there is data. group: paths of the sites with which it
+    shares the trunk, itself included.
+    """
+
+    router_width: int
+    x: Tensor | None
+    group: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,34 +77,76 @@ class Moeify(TrainedPass[FFN]):
         "with --data, then set tau."
     )
 
-    experts: int | None = option(
+    experts: PerSite[int] | None = option(
         None, "Experts in each layer; must divide its width. By default about 32 neurons each."
     )
-    expert_size: int | None = option(None, "Neurons in each expert, instead of their number.")
-    router_width: int = option(128, "Hidden width of the router.")
+    expert_size: PerSite[int] | None = option(None, "Neurons in each expert, instead of their number.")
+    split: Split = option(
+        "auto",
+        "What makes neurons alike: weights (their rows, as published), activations (what fires together, on data), or "
+        "random. auto: activations with data, else weights.",
+    )
+    shared: int = option(0, "Experts that always run, made of the neurons that are active most often (with data).")
+    router: RouterKind = option(
+        "neurons",
+        "neurons: closed form, from the layer's own neurons, then trained unless epochs is 0. trained: from random "
+        "weights (as published).",
+    )
+    router_width: int | None = option(
+        None, "Hidden width of the router. By default what costs 2.5% of what it routes, 8 to 128."
+    )
+    share_trunk: bool = option(True, "One trunk for the routers of replaced projections that read the same input.")
+    objective: Objective = option(
+        "relative",
+        "What the router predicts: norm (of the expert's output, as published), relative (to the token's largest), log "
+        "(of that), or activation (sums, cross entropy: MoEfication); the last two with router=trained.",
+    )
+    underestimate: float = option(1.0, "Weight of the errors of scores that are too low.")
+    exposure: float = option(0.0, "tau at which the model runs while its routers are trained; 0: the dense model.")
+    rule: str = option("max", f"How scores select experts: {', '.join(RULES)}.")
     tau: float = option(0.0, "Set after fitting: the share of the largest score below which an expert is skipped.")
-    epochs: float = option(5.0, "How often router training goes through the data.")
+    epochs: float = option(1.0, "How often router training goes through the data; 0 trains nothing.")
     lr: float = option(1e-3, "Learning rate of AdamW for the routers.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self._trains_routers:
+            super().__post_init__()
+        elif self.router != "neurons":
+            raise UsageError("moeify: epochs is 0, which leaves a router random unless router is neurons.")
         if self.experts is not None and self.expert_size is not None:
             raise UsageError("moeify: give experts or expert_size, not both.")
         for name in ("experts", "expert_size", "router_width"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"moeify: {name} is {value}, but must be at least 1.")
-        if not 0.0 <= self.tau <= 1.0:
-            raise UsageError(f"moeify: tau is {self.tau}, but must be from 0 to 1.")
+            for one in value.values() if isinstance(value, Mapping) else [value]:
+                if one is not None and one < 1:
+                    raise UsageError(f"moeify: {name} is {one}, but must be at least 1.")
+        if self.shared < 0:
+            raise UsageError(f"moeify: shared is {self.shared}, but must not be negative.")
+        for name in ("tau", "exposure"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UsageError(f"moeify: {name} is {getattr(self, name)}, but must be from 0 to 1.")
+        if self.underestimate <= 0:
+            raise UsageError(f"moeify: underestimate is {self.underestimate}, but must be positive.")
+        for name, known in (
+            ("rule", RULES), ("split", get_args(Split)), ("router", get_args(RouterKind)),
+            ("objective", get_args(Objective)),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise UsageError(f"moeify: {name} is '{getattr(self, name)}'; it can be {', '.join(known)}.")
+        if self.router == "neurons" and self.objective in ("log", "activation"):
+            raise UsageError(f"moeify: the objective {self.objective} needs router=trained.")
 
     def find(self, graph: GraphModule) -> tuple[Sequence[FFN], list[Rejection]]:
         return find_ffns(graph)
 
     def match(self, graph: GraphModule, site: FFN) -> str | None:
-        if self.experts is not None and site.hidden % self.experts:
-            return _indivisible(site, self.experts, "experts")
-        if self.expert_size is not None and site.hidden % self.expert_size:
-            return _indivisible(site, self.expert_size, "neurons each")
+        experts, size = for_site(self.experts, site.path), for_site(self.expert_size, site.path)
+        if experts is not None and site.hidden % experts:
+            return _indivisible(site, experts, "experts")
+        if size is not None and site.hidden % size:
+            return _indivisible(site, size, "neurons each")
+        if self.shared >= self._experts(site):
+            return f"{self.shared} of its {self._experts(site)} experts would always run, which leaves none to route"
         return None
 
     def check(self, matched: Sequence[FFN], rejected: Sequence[Rejection]) -> None:
@@ -89,29 +156,53 @@ class Moeify(TrainedPass[FFN]):
         if misfit is not None:
             raise UsageError(f"{misfit.path}: {misfit.reason}")
 
-    def rewrite(self, graph: TracedGraph, site: FFN) -> SiteChange:
-        weights = site.weights(graph)
-        experts = self._experts(site.hidden)
+    def observe(
+        self, graph: TracedGraph, sites: Sequence[FFN], data: Data | None, settings: Settings
+    ) -> Mapping[str, Any]:
+        looks = self.split in ("auto", "activations") or self.shared
+        inputs: dict[str, Tensor] = {}
+        if looks and data is not None and sites:
+            names = {site.path: site.calls[0].x.name for site in sites}
+            values = collect(graph, names.values(), data, tokens=_SPLIT_TOKENS, progress=settings.progress)
+            inputs = {path: values[name] for path, name in names.items()}
+        elif looks and sites and (self.split == "activations" or self.shared) and not settings.dry_run:
+            raise UsageError("moeify: split=activations and shared need data to see which neurons are active.")
+        groups: dict[Node, list[FFN]] = defaultdict(list)
+        for site in sites:
+            groups[site.calls[0].x if self._shares(site) else site.calls[0].output].append(site)
+        return {
+            site.path: _Seen(self._width(group), inputs.get(site.path), tuple(one.path for one in group))
+            for group in groups.values()
+            for site in group
+        }
+
+    def rewrite(self, graph: TracedGraph, site: FFN, seen: Any = None) -> SiteChange:
+        weights, experts = site.weights(graph), self._experts(site)
+        assert isinstance(seen, _Seen)
         log.info("moeify: %s, %d experts of %d neurons", site.path, experts, site.hidden // experts)
-        rows = weights.w1 if weights.gate is None else weights.gate
-        # Rows of the linear whose output is sparse, at unit length, without the bias.
-        labels = balanced_clusters(
-            F.normalize(rows.detach().float(), dim=1), experts, seed=torch.initial_seed() % 2**31
-        )
-        moe = MoE(weights, labels, experts, site.activation, self.router_width)
+        labels = self._labels(site, weights, experts, seen.x)
+        router = self._router(site, weights, experts, seen.router_width)
+        moe = MoE(weights, labels, experts, site.activation, router, shared=self.shared)
+        moe.rule = self.rule
+        trunk = _trunk(graph, site, seen.group)
+        if trunk is not None:
+            router.fc1.weight, router.fc1.bias = trunk.weight, trunk.bias
         moe.train(graph.training)
-        target = free_target(graph, site.path, "moe")
-        graph.add_submodule(target, moe)
-        names = [replace_call(graph, call, target) for call in site.calls]
-        after = next(found for found in find_moes(graph) if found.path == target)
+        path = free_target(graph, site.path, "moe")
+        graph.add_submodule(path, moe)
+        names = [replace_call(graph, call, path) for call in site.calls]
+        after = next(found for found in find_moes(graph) if found.path == path)
+        parameters = sum(p.numel() for p in moe.parameters()) - sum(
+            p.numel() for p in ([] if trunk is None else trunk.parameters())
+        )
         return SiteChange(
             site.path,
             site.describe,
-            f"{after.describe}, router {self.router_width}",
-            (site.parameters(graph), sum(parameter.numel() for parameter in moe.parameters())),
+            f"{after.describe}, router {'shared' if trunk is not None else seen.router_width}",
+            (site.parameters(graph), parameters),
             (site.multiply_adds, after.multiply_adds),
             (site.calls[-1].output.name, names[-1]),
-            made=target,
+            made=path,
         )
 
     def fit(
@@ -122,28 +213,43 @@ class Moeify(TrainedPass[FFN]):
         data: Data,
         settings: Settings,
     ) -> FitReport | None:
-        """Regress the norms of the experts' outputs on the dense model's activations, all layers at once."""
-        moes: list[tuple[MoE, list[str]]] = []
-        for site, change in changes:
-            moe = graph.get_submodule(change.made)
-            assert isinstance(moe, MoE)
-            moes.append((moe, [call.x.name for call in site.calls]))
-        inner = Capture(before, [name for _, names in moes for name in names]).eval()
+        """Fit the routers to the experts' outputs on the inputs that the layers get, all layers at once."""
+        layers = list(_layers(graph, [change.made for _, change in changes]))
+        if self.router == "neurons":
+            self._fit_closed_form(before, [site for site, _ in changes], layers, data, settings)
+        if not self._trains_routers:
+            return FitReport(0, 0.0, 0.0, ())
+        # The inputs come from the model as it was, or from the model as it will run.
+        dense = self.exposure == 0.0
+        source = before if dense else graph
+        names = (
+            [[call.x.name for call in site.calls] for site, _ in changes] if dense else [names for _, names in layers]
+        )
+        inner = Capture(source, [name for group in names for name in group]).eval()
+        read = [(moe, group) for (moe, _), group in zip(layers, names, strict=True)]
 
         def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
             with torch.no_grad():
                 _, values = inner(*batch.args, **batch.kwargs)
             losses = []
-            for moe, names in moes:
-                x = torch.cat([real_tokens(batch, values[name]) for name in names])
-                with torch.no_grad():
-                    norms = moe.expert_norms(x)
-                losses.append(F.mse_loss(moe.router(x).float(), norms))
+            for moe, group in read:
+                for name in group:
+                    x = real_tokens(batch, values[name])
+                    with torch.no_grad():
+                        wanted = target(self.objective, x, moe.routed, moe.activation)
+                    losses.append(router_loss(self.objective, moe.router(x), wanted, self.underestimate))
             mean = torch.stack(losses).mean()
             return mean, {"router loss": mean.item()}
 
-        routers = [parameter for moe, _ in moes for parameter in moe.router.parameters()]
-        return fit(routers, loss, data, self.plan(), settings, "moeify routers")
+        routers = list(dict.fromkeys(p for moe, _ in layers for p in moe.router.parameters()))
+        taus = {moe: moe.tau.clone() for moe, _ in layers}
+        for moe in taus:
+            moe.tau.fill_(self.exposure)
+        try:
+            return fit(routers, loss, data, self.plan(), settings, "moeify routers")
+        finally:
+            for moe, tau in taus.items():
+                moe.tau.copy_(tau)
 
     def finish(self, graph: TracedGraph, sites: Sequence[FFN], changes: Sequence[SiteChange]) -> tuple[str, ...]:
         notes = []
@@ -161,12 +267,124 @@ class Moeify(TrainedPass[FFN]):
             )
         return tuple(notes)
 
-    def _experts(self, hidden: int) -> int:
-        if self.experts is not None:
-            return self.experts
-        if self.expert_size is not None:
-            return hidden // self.expert_size
-        return min(nearest_divisors(hidden, max(1, hidden // _USUAL_SIZE)), key=lambda n: abs(hidden / n - _USUAL_SIZE))
+    @property
+    def _trains_routers(self) -> bool:
+        return self.epochs != 0 or self.steps is not None
+
+    def _experts(self, site: FFN) -> int:
+        experts, size = for_site(self.experts, site.path), for_site(self.expert_size, site.path)
+        if experts is not None:
+            return experts
+        if size is not None:
+            return site.hidden // size
+        near = nearest_divisors(site.hidden, max(1, site.hidden // _USUAL_SIZE))
+        return min(near, key=lambda n: abs(site.hidden / n - _USUAL_SIZE))
+
+    def _shares(self, site: FFN) -> bool:
+        """Whether the site's router shares its trunk with those of other projections of the same input."""
+        return self.share_trunk and site.path.rpartition(".")[2].startswith(PROJECTION_MLP)
+
+    def _width(self, group: Sequence[FFN]) -> int:
+        """Width of the trunk of a group of layers that share it."""
+        if self.router_width is not None:
+            return self.router_width
+        routed = sum(site.multiply_adds for site in group)
+        outputs = sum(self._experts(site) - self.shared for site in group)
+        width = int(_ROUTER_SHARE * routed / (group[0].d_in + outputs))
+        return max(_NARROWEST, min(_WIDEST, width // 8 * 8))
+
+    def _labels(self, site: FFN, weights: FFNWeights, experts: int, x: Tensor | None) -> Tensor:
+        """The expert of every neuron, [h]; the first `shared` experts are those of the most active neurons."""
+        seed, size = torch.initial_seed() % 2**31, site.hidden // experts
+        generator = torch.Generator().manual_seed(seed)
+        active = None if x is None else _output_sizes(site, weights, x)
+        always = torch.zeros(0, dtype=torch.int64)
+        if self.shared:
+            if active is None:  # a dry run
+                always = torch.arange(self.shared * size)
+            else:
+                rate = (active > 0.1 * active.amax(0, keepdim=True)).float().mean(1)
+                always = rate.topk(self.shared * size).indices.cpu()
+        routed = torch.ones(site.hidden, dtype=torch.bool)
+        routed[always] = False
+        count = experts - self.shared
+        if self.split == "random":
+            found = torch.arange(count).repeat_interleave(size)[torch.randperm(count * size, generator=generator)]
+        else:
+            if active is not None and self.split != "weights":
+                features = F.normalize(active[routed], dim=1)
+            else:
+                # Rows of the linear whose output is sparse, at unit length, without the bias.
+                rows = weights.w1 if weights.gate is None else weights.gate
+                features = F.normalize(rows.detach().float()[routed], dim=1)
+            found = balanced_clusters(features, count, seed=seed)
+        labels = torch.empty(site.hidden, dtype=torch.int64)
+        labels[always] = torch.arange(self.shared).repeat_interleave(size)
+        labels[routed] = found + self.shared
+        return labels
+
+    def _router(self, site: FFN, weights: FFNWeights, experts: int, width: int) -> Router:
+        outputs = {"log": "exp", "activation": "sigmoid"}
+        neurons = self.router == "neurons"
+        return Router(
+            site.d_in,
+            width,
+            experts - self.shared,
+            bias=neurons,
+            hidden="tanh" if self.objective == "activation" else "relu",
+            output=outputs.get(self.objective, "abs"),  # type: ignore[arg-type]
+            like=weights.w1,
+        )
+
+    def _fit_closed_form(
+        self,
+        before: TracedGraph,
+        sites: Sequence[FFN],
+        layers: Sequence[tuple[MoE, list[str]]],
+        data: Data,
+        settings: Settings,
+    ) -> None:
+        groups: dict[int, list[tuple[FFN, MoE]]] = defaultdict(list)
+        for site, (moe, _) in zip(sites, layers, strict=True):
+            groups[id(moe.router.fc1.weight)].append((site, moe))
+        names = [group[0][0].calls[0].x.name for group in groups.values()]
+        values = collect(before, names, data, tokens=_ROUTER_TOKENS, progress=settings.progress)
+        with torch.no_grad():
+            for name, group in zip(names, groups.values(), strict=True):
+                fit_closed_form(
+                    [moe.router for _, moe in group],
+                    values[name],
+                    [(moe.routed, moe.activation) for _, moe in group],
+                    self.objective,
+                )
+
+
+def _layers(graph: TracedGraph, targets: Sequence[str]) -> Iterator[tuple[MoE, list[str]]]:
+    """Every expert layer with the names of the nodes it reads."""
+    for path in targets:
+        moe = graph.get_submodule(path)
+        assert isinstance(moe, MoE)
+        calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == path]
+        yield moe, [node.args[0].name for node in calls]
+
+
+def _trunk(graph: TracedGraph, site: FFN, group: Sequence[str]) -> nn.Linear | None:
+    """The trunk of the group, if a site of it has a router already; those of earlier runs are not touched."""
+    for node in site.calls[0].x.users:
+        if node.op == "call_module" and str(node.target).rpartition(".")[0] in group:
+            module = graph.get_submodule(str(node.target))
+            if isinstance(module, MoE):
+                return module.router.fc1
+    return None
+
+
+def _output_sizes(site: FFN, weights: FFNWeights, x: Tensor) -> Tensor:
+    """How large every neuron's share of the output is on every token, [h, N]: |activation| times the norm of its w2."""
+    with torch.no_grad():
+        experts = Experts(weights.w1, weights.b1, weights.gate, weights.b_gate, weights.w2)
+        a = hidden(x, experts, ACTIVATIONS[site.activation]).float()
+        sizes: Tensor = a.abs() * weights.w2.float().norm(dim=1)
+        return sizes.t()
 
 
 def _indivisible(site: FFN, number: int, what: str) -> str:

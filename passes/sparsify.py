@@ -1,40 +1,40 @@
 """Make activations sparse: put a tap on every FFN and fine-tune with a penalty on how many neurons are active.
 
-The penalty is the square Hoyer measure, (Σ|a|)² / Σa², which lies between 1 (one active neuron) and the width (all
-equally active); D2DMoE, section 3.1.
+The penalty is the square Hoyer measure or L1 (D2DMoE, section 3.1), with one weight for all layers, or with a weight
+for each that is adapted until the wanted share of its neurons is active.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from surgeon.batch import Batch, Data
+from surgeon.calibration import collect
 from surgeon.errors import UsageError
-from surgeon.fit import Settings, fit, loss_of, real_tokens
+from surgeon.finetuning import finetune
+from surgeon.fit import Settings, real_tokens
 from surgeon.graph import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.passes.base import SiteKind, TrainedPass, option
+from surgeon.passes.base import PerSite, SiteKind, TrainedPass, for_site, option
 from surgeon.probe import HALVES, Halves
 from surgeon.report import FitReport, SiteChange
-from surgeon.rewrite import Capture, own_parameters, set_path
+from surgeon.rewrite import set_path
 from surgeon.search import find_ffns
 from surgeon.sites import FFN, PROJECTION_MLP, Rejection
+from surgeon.sparsity import PENALTIES, AlphaControl, Penalty, Sparsity, active_share
 
 AlphaSchedule = Literal["constant", "linear", "linear_warmup"]
-EPSILON = 1e-15
-
-
-def square_hoyer(a: Tensor) -> Tensor:
-    """(Σ|a|)² / (Σa² + 1e-15) over the last dimension, [..., h] → [...] float32: from 1 to h, 0 if all are zero."""
-    a = a.float()
-    return a.abs().sum(-1).square() / (a.square().sum(-1) + EPSILON)
+# Tokens on which sparsity is reported.
+_REPORT_TOKENS = 4096
+_SHOWN = {"hoyer": "square Hoyer", "l1": "L1"}
 
 
 class SparsityTap(nn.Module):
@@ -67,18 +67,18 @@ class SparsityTap(nn.Module):
 
     def penalised(self, z: Tensor) -> Tensor:
         """The non-negative values that should be sparse, [..., h], of what goes through the tap."""
-        if self.gate_half is not None:
-            z = z[..., HALVES[self.gate_half](self.hidden)]
-        z = z * self.scale
+        z = self._input(z)
         known = ACTIVATIONS[self.activation]
         return known.fn(z) if known.leaves_zeros else z.clamp_min(self.displacement) - self.displacement
 
-    def active_share(self, z: Tensor) -> Tensor:
-        """Share of neurons whose activation is above a hundredth of the token's largest, [..., h] → [...]."""
+    def activations(self, z: Tensor) -> Tensor:
+        """The activation's values, [..., h], the gate's in a gated layer."""
+        return ACTIVATIONS[self.activation].fn(self._input(z))
+
+    def _input(self, z: Tensor) -> Tensor:
         if self.gate_half is not None:
             z = z[..., HALVES[self.gate_half](self.hidden)]
-        a = ACTIVATIONS[self.activation].fn(z * self.scale).abs()
-        return (a > 0.01 * a.amax(-1, keepdim=True)).float().mean(-1)
+        return z * self.scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,18 @@ class Sparsify(TrainedPass[FFN]):
         "Run again with --data to train."
     )
 
-    alpha: float = option(1e-3, "Weight of the sparsity penalty beside the task loss.")
+    penalty: Penalty = option(
+        "hoyer",
+        "hoyer (square Hoyer measure) or l1 (sum), of a ReLU's outputs or of GELU's and SiLU's shifted inputs.",
+    )
+    alpha: float = option(1e-3, "Weight of the sparsity penalty beside the task loss; with a target, its first value.")
     alpha_schedule: AlphaSchedule = option("linear", "The weight over time: constant, linear or linear_warmup.")
+    target: PerSite[float] | None = option(
+        None, "Share of neurons that should be active; finds the weight for each layer, instead of alpha_schedule."
+    )
+    distill: float = option(
+        0.0, "Share of the loss that is divergence from the model before the passes, in place of the task's loss."
+    )
     displacement: float = option(-10.0, "D: pre-activations below it count as zero where the activation leaves none.")
     epochs: float = option(3.0, "How often fine-tuning goes through the data.")
     lr: float = option(2e-5, "Learning rate of AdamW for all parameters.")
@@ -107,10 +117,16 @@ class Sparsify(TrainedPass[FFN]):
         super().__post_init__()
         if self.alpha < 0:
             raise UsageError(f"sparsify: alpha is {self.alpha}, but must not be negative.")
-        if self.alpha_schedule not in get_args(AlphaSchedule):
-            raise UsageError(
-                f"sparsify: alpha_schedule is '{self.alpha_schedule}'; it can be constant, linear or linear_warmup."
-            )
+        for name, known in (("alpha_schedule", get_args(AlphaSchedule)), ("penalty", tuple(PENALTIES))):
+            if getattr(self, name) not in known:
+                raise UsageError(f"sparsify: {name} is '{getattr(self, name)}'; it can be {', '.join(known)}.")
+        for value in self.target.values() if isinstance(self.target, dict) else [self.target]:
+            if value is not None and not 0.0 < value < 1.0:
+                raise UsageError(f"sparsify: target is {value}, but must be a share between 0 and 1.")
+        if self.target is not None and self.alpha == 0:
+            raise UsageError("sparsify: with a target, alpha is where its search starts and must be positive.")
+        if not 0.0 <= self.distill <= 1.0:
+            raise UsageError(f"sparsify: distill is {self.distill}, but must be from 0 to 1.")
 
     def keeps_output(self, fitted: bool) -> bool:
         return not fitted
@@ -121,7 +137,7 @@ class Sparsify(TrainedPass[FFN]):
     def match(self, graph: GraphModule, site: FFN) -> str | None:
         return "it has a sparsity tap already" if _tapped(graph, site) else None
 
-    def rewrite(self, graph: TracedGraph, site: FFN) -> SiteChange:
+    def rewrite(self, graph: TracedGraph, site: FFN, seen: Any = None) -> SiteChange:
         found = site.nonlinearity
         tap = SparsityTap(
             found.activation, found.fused, site.hidden, found.input_scale, self.displacement,
@@ -158,39 +174,63 @@ class Sparsify(TrainedPass[FFN]):
         data: Data,
         settings: Settings,
     ) -> FitReport | None:
-        """Fine-tune all parameters with task loss + alpha · mean over layers of mean over tokens of square Hoyer."""
-        own_parameters(graph)
+        """Fine-tune all parameters with task loss + Σ over layers of alpha / L · mean over tokens of the penalty."""
         taps: dict[str, SparsityTap] = {}
         for node in graph.graph.nodes:
             if node.op == "call_module" and isinstance(tap := graph.get_submodule(str(node.target)), SparsityTap):
                 taps[node.name] = tap
-        tapped = Capture(graph, list(taps), keep_output=True)
-        tapped.graph.train()
-        task = loss_of(graph, data)
+        paths = {node.name: str(node.target).rpartition(".")[0] for node in graph.graph.nodes if node.name in taps}
+        # Feed-forward layers and replaced projections are averaged apart, both with the same weight.
+        groups = Counter(tap.projection for tap in taps.values())
+        shares = torch.tensor([1.0 / groups[tap.projection] for tap in taps.values()])
+        control = self._control(list(paths.values()))
+        measure = PENALTIES[self.penalty]
 
-        def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
-            outputs, values = tapped(*batch.args, **batch.kwargs)
-            task_value = task(outputs, batch)
-            groups: dict[bool, list[Tensor]] = defaultdict(list)
-            shares = []
+        def penalise(batch: Batch, values: dict[str, Tensor], done: float) -> tuple[Tensor, dict[str, float]]:
+            sizes, active = [], []
             for name, tap in taps.items():
                 z = real_tokens(batch, values[name])
-                groups[tap.projection].append(square_hoyer(tap.penalised(z)).mean())
+                sizes.append(measure(tap.penalised(z)).mean())
                 with torch.no_grad():
-                    shares.append(tap.active_share(z).mean())
-            # Feed-forward layers and replaced projections are averaged apart, both with the same weight.
-            hoyer = torch.stack([torch.stack(group).mean() for group in groups.values()]).sum()
-            total = task_value + self._alpha(done) * hoyer
-            return total, {
-                "task loss": task_value.item(),
-                "square Hoyer": hoyer.item(),
-                "active": float(torch.stack(shares).mean()),
+                    active.append(active_share(tap.activations(z)).mean())
+            size, active_now = torch.stack(sizes), torch.stack(active)
+            if control is None:
+                alphas = torch.full_like(size, self._alpha(done))
+            else:
+                control.observe(active_now, done)
+                alphas = control.alphas.to(size)
+            weighted = size * shares.to(size)
+            return (alphas * weighted).sum(), {
+                _SHOWN[self.penalty]: weighted.sum().item(),
+                "active": float(active_now.mean()),
             }
 
-        parameters = [parameter for parameter in graph.parameters() if parameter.requires_grad]
-        if not parameters:
-            raise UsageError("sparsify: every parameter of the model is frozen (requires_grad is False).")
-        return fit(parameters, loss, data, self.plan(), settings, "sparsify")
+        before_training = self._sparsity(graph, taps, data)
+        report = finetune(
+            graph,
+            data,
+            self.plan(),
+            settings,
+            "sparsify",
+            watched=list(taps),
+            penalise=penalise,
+            distill=self.distill,
+            stateful=() if control is None else (control,),
+        )
+        after_training = self._sparsity(graph, taps, data)
+        sparsity = {paths[name]: (before_training[name], after_training[name]) for name in taps}
+        return dataclasses.replace(report, sparsity=sparsity)
+
+    def _control(self, paths: Sequence[str]) -> AlphaControl | None:
+        if self.target is None:
+            return None
+        # A layer without a target keeps what activity it has: its weight only ever falls.
+        targets = [for_site(self.target, path) or 1.0 for path in paths]
+        return AlphaControl(targets, self.alpha)
+
+    def _sparsity(self, graph: TracedGraph, taps: dict[str, SparsityTap], data: Data) -> dict[str, Sparsity]:
+        values = collect(graph, taps, data, tokens=_REPORT_TOKENS)
+        return {name: Sparsity.of(tap.activations(values[name])) for name, tap in taps.items()}
 
     def _alpha(self, done: float) -> float:
         if self.alpha_schedule == "linear":

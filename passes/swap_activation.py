@@ -8,11 +8,14 @@ from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
+from surgeon.batch import Data
 from surgeon.errors import UsageError
+from surgeon.finetuning import finetune
+from surgeon.fit import Settings
 from surgeon.graph import TracedGraph, aten, shape_of
-from surgeon.passes.base import Pass, SiteKind, option
+from surgeon.passes.base import PerSite, SiteKind, TrainedPass, for_site, option
 from surgeon.probe import HALVES, OTHER
-from surgeon.report import SiteChange
+from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import emit, emit_dropout, erase_unread
 from surgeon.search import find_ffns
 from surgeon.sites import FFN, Call, Rejection
@@ -28,44 +31,77 @@ TARGETS: dict[str, Callable[[Emit, Node], Node]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwapActivation(Pass[FFN]):
+class SwapActivation(TrainedPass[FFN]):
     """Replace each FFN's activation by ReLU, the gate's in a gated FFN (D2DMoE, section 3.1).
 
-    This changes what the model computes: fine-tune afterwards (sparsify does, with data).
+    This changes what the model computes: fine-tune afterwards, here with epochs above 0, or with sparsify.
     """
 
     name: ClassVar[str] = "swap-activation"
     works_on: ClassVar[SiteKind] = "ffn"
     must_precede: ClassVar[frozenset[str]] = frozenset({"sparsify", "moeify", "lower"})
     preserves: ClassVar[bool] = False
+    untrained: ClassVar[str] = (
+        "Nothing was fine-tuned: the model has not recovered from its new activation. Run again with --data to train."
+    )
 
-    to: str = option("relu", "The new activation: relu, relu2, gelu or silu.")
+    to: PerSite[str] = option("relu", "The new activation: relu, relu2, gelu or silu.")
+    epochs: float = option(0.0, "How often recovery training, if any, goes through the data.")
+    lr: float = option(2e-5, "Learning rate of AdamW for all parameters.")
+    distill: float = option(
+        0.0, "Share of the loss that is divergence from the model before the passes, in place of the task's loss."
+    )
 
     def __post_init__(self) -> None:
-        if self.to not in TARGETS:
-            raise UsageError(f"swap-activation: to is '{self.to}', but must be one of {', '.join(TARGETS)}.")
+        if self.will_fit:
+            super().__post_init__()
+        for to in self.to.values() if isinstance(self.to, dict) else [self.to]:
+            if to not in TARGETS:
+                raise UsageError(f"swap-activation: to is '{to}', but must be one of {', '.join(TARGETS)}.")
+        if not 0.0 <= self.distill <= 1.0:
+            raise UsageError(f"swap-activation: distill is {self.distill}, but must be from 0 to 1.")
+
+    @property
+    def will_fit(self) -> bool:
+        return self.epochs != 0 or self.steps is not None
 
     def find(self, graph: GraphModule) -> tuple[Sequence[FFN], list[Rejection]]:
         return find_ffns(graph)
 
     def match(self, graph: GraphModule, site: FFN) -> str | None:
-        if site.activation == self.to:
-            return f"its activation is {self.to} already"
+        to = for_site(self.to, site.path)
+        if to is None:
+            return "to names no activation for it"
+        if site.activation == to:
+            return f"its activation is {to} already"
         for call in site.calls:
             hidden, first = shape_of(call.down.input), shape_of(call.first[0].output)
             if hidden is None or first is None or len(hidden) != len(first):
                 return "its values change shape between the linears"
         return None
 
-    def rewrite(self, graph: TracedGraph, site: FFN) -> SiteChange:
+    def rewrite(self, graph: TracedGraph, site: FFN, seen: Any = None) -> SiteChange:
         output = ("", "")
+        to = for_site(self.to, site.path)
+        assert to is not None
         for call in site.calls:
             output = (call.output.name, call.output.name)
-            self._swap(graph, site, call)
+            self._swap(graph, site, call, to)
         count, cost = site.parameters(graph), site.multiply_adds
-        return SiteChange(site.path, site.activation, self.to, (count, count), (cost, cost), output)
+        return SiteChange(site.path, site.activation, to, (count, count), (cost, cost), output)
 
-    def _swap(self, graph: TracedGraph, site: FFN, call: Call) -> None:
+    def fit(
+        self,
+        graph: TracedGraph,
+        before: TracedGraph,
+        changes: Sequence[tuple[FFN, SiteChange]],
+        data: Data,
+        settings: Settings,
+    ) -> FitReport | None:
+        """Fine-tune all parameters for the task, so that the model recovers from the new activation."""
+        return finetune(graph, data, self.plan(), settings, "swap-activation", distill=self.distill)
+
+    def _swap(self, graph: TracedGraph, site: FFN, call: Call, to: str) -> None:
         """Write the cone anew in its plainest form: act(scale · z) · up · scale, then dropout."""
         found, old = site.nonlinearity, call.down.input
         reader = next(iter(node for node in old.users if node in call.down.nodes))
@@ -80,7 +116,7 @@ class SwapActivation(Pass[FFN]):
                 z, up = (step(aten.slice.Tensor, z, -1, part.start, part.stop, part.step or 1) for part in rows)
             if found.input_scale != 1.0:
                 z = step(aten.mul.Tensor, z, found.input_scale)
-            value = TARGETS[self.to](step, z)
+            value = TARGETS[to](step, z)
             if found.gated:
                 value = step(aten.mul.Tensor, value, up)
             if found.output_scale != 1.0:

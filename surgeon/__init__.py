@@ -21,11 +21,14 @@ _EXPORTS = {
     "TracedGraph": "surgeon.graph",
     "find_ffns": "surgeon.search",
     "find_moes": "surgeon.moe",
+    "get_rule": "surgeon.moe",
     "get_tau": "surgeon.moe",
     "load": "surgeon.artifact",
+    "set_rule": "surgeon.moe",
     "set_tau": "surgeon.moe",
     "to_networkx": "surgeon.graph",
     "trace": "surgeon.tracing",
+    "tune": "surgeon.tuning",
 }
 
 if TYPE_CHECKING:
@@ -35,12 +38,15 @@ if TYPE_CHECKING:
     from surgeon.graph import TracedGraph as TracedGraph
     from surgeon.graph import to_networkx as to_networkx
     from surgeon.moe import find_moes as find_moes
+    from surgeon.moe import get_rule as get_rule
     from surgeon.moe import get_tau as get_tau
+    from surgeon.moe import set_rule as set_rule
     from surgeon.moe import set_tau as set_tau
     from surgeon.pipeline import Pipeline as Pipeline
     from surgeon.pipeline import Surgery as Surgery
     from surgeon.search import find_ffns as find_ffns
     from surgeon.tracing import trace as trace
+    from surgeon.tuning import tune as tune
 
 __all__ = sorted(_EXPORTS)
 

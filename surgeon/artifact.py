@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from surgeon.checkpoint import read_program, sha256_of
 from surgeon.diff import GraphDiff, PassDiff
 from surgeon.errors import LoadError, SaveError
 from surgeon.graph import TracedGraph
-from surgeon.moe import find_moes, get_tau
+from surgeon.moe import find_moes, get_rule, get_tau
 from surgeon.pipeline import Diff, Surgery, inputs_of
 from surgeon.report import PassReport
 from surgeon.tracing import TraceInfo, from_program, quiet
@@ -269,9 +270,23 @@ def _record(surgery: Surgery, model: Path) -> dict[str, Any]:
             for site in find_moes(surgery.graph)
         ],
         "tau": get_tau(surgery.graph),
+        "rule": get_rule(surgery.graph),
+        "quality": _quality(surgery, first),
         "output_modules": _output_modules(surgery.graph),
         "model_sha256": sha256_of([model]),
     }
+
+
+def _quality(surgery: Surgery, first: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Quality before and after; of a surgery that goes on from another one, before that one if the data is the same."""
+    earlier = None if first is None else first.get("quality")
+    if surgery.quality is None:
+        return earlier
+    before, after, data = surgery.quality
+    found = {"before": asdict(before), "after": asdict(after), "data": data}
+    if earlier is not None and earlier["data"] == data:
+        found["before"] = earlier["before"]
+    return found
 
 
 def _output_modules(graph: GraphModule) -> list[str]:

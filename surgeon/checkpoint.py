@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgeon.errors import LoadError
+from surgeon.errors import LoadError, first_line
 
 _TRUST = "If you trust it: --trust-pickle."
 
@@ -157,7 +157,7 @@ def read_program(path: Path, *, trust_pickle: bool = False) -> torch.export.Expo
         with _errors_only("torch.export", "torch.export.pt2_archive._package"):
             return torch.export.load(path)
     except Exception as error:
-        raise LoadError(f"{path.name} cannot be loaded as a torch.export program: {_first_line(error)}") from error
+        raise LoadError(f"{path.name} cannot be loaded as a torch.export program: {first_line(error)}") from error
 
 
 def _check_program(path: Path) -> None:
@@ -196,7 +196,7 @@ def _check_program(path: Path) -> None:
                 if content and _unsafe_globals(io.BytesIO(content)) != []:
                     raise LoadError(f"{path.name} holds pickled code ({record}), which loading would run. {_TRUST}")
     except (zipfile.BadZipFile, KeyError, TypeError, AttributeError, ValueError, EOFError) as error:
-        raise LoadError(f"{path.name} is damaged or cut short: {_first_line(error)}") from error
+        raise LoadError(f"{path.name} is damaged or cut short: {first_line(error)}") from error
 
 
 def _unsafe_globals(file: Path | io.BytesIO) -> list[str] | None:
@@ -218,13 +218,8 @@ def _has_legacy_magic(path: Path) -> bool:
 
 
 def _damaged(path: Path, reason: object) -> LoadError:
-    text = _first_line(reason) if isinstance(reason, Exception) else reason
+    text = first_line(reason) if isinstance(reason, Exception) else reason
     return LoadError(f"{path.name} was not written by torch.save, or is damaged or cut short: {text}.")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
 
 
 @contextmanager

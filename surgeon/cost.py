@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from surgeon.errors import UsageError
 from surgeon.graph import flat_inputs, tensor_key
 from surgeon.kernels.dynamic_k import selected
-from surgeon.moe import MoE, MoESite, find_moes
+from surgeon.moe import MoE, MoESite, find_moes, masked_ffn, selection_threshold
 from surgeon.report import Cost
+from surgeon.routing import expert_norms
 
 
 def _attention_flops(
@@ -32,11 +37,18 @@ _ALSO_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _at
 
 @dataclass
 class LayerRun:
-    """What one expert layer ran: expert-token pairs in all and those that ran, and the multiply-adds of one pair."""
+    """What one expert layer ran.
+
+    pairs, ran: expert-token pairs in all, and those that ran. per_pair: multiply-adds of one of them.
+    tokens: how many there were. per_token: multiply-adds of the router for one of them. seconds: spent on the experts.
+    """
 
     pairs: int = 0
     ran: int = 0
     per_pair: int = 0
+    tokens: int = 0
+    per_token: int = 0
+    seconds: float = 0.0
 
     @property
     def share(self) -> float:
@@ -80,17 +92,47 @@ def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return cost, meter.layers
 
 
+def token_load(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """How much of its experts each token runs, from 0 to 1: Σ cost of those that ran / Σ cost of all, over the layers.
+
+    Returns:
+        float32, in the leading shape that most expert layers have, [B, T] for a transformer; layers of another shape (a
+        pooler's) are left out (D2DMoE, load maps of its section on spatial load).
+
+    Raises:
+        UsageError: the graph has no experts.
+    """
+    meter = ExpertMeter(graph)
+    if not meter.sites:
+        raise UsageError("The graph has no experts, so no token has a load. Apply moeify first.")
+    seen: list[tuple[Tensor, int]] = []
+    meter.on_selection = lambda site, ran: seen.append((ran, site.expert_multiply_adds))
+    with torch.no_grad():
+        meter.call(args, kwargs)
+    usual = Counter(ran.shape[:-1] for ran, _ in seen).most_common(1)[0][0]
+    chosen = [(ran, cost) for ran, cost in seen if ran.shape[:-1] == usual]
+    whole = sum(ran.shape[-1] * cost for ran, cost in chosen)
+    return torch.stack([ran.sum(-1) * cost for ran, cost in chosen]).sum(0).float() / whole
+
+
 class ExpertMeter(Interpreter):
     """Runs a graph and counts, at every expert layer, the expert-token pairs that ran; adds up over calls.
 
     token_mask: given the leading dimensions of a layer's tokens, which of them count (True); None counts all.
+    on_selection: called with every layer and what it selects, bool [..., E].
     """
 
-    def __init__(self, graph: GraphModule) -> None:
+    def __init__(self, graph: GraphModule, *, oracle: bool = False) -> None:
+        """Prepare to run `graph`; with `oracle`, selection is by the true norms of the experts' outputs."""
         super().__init__(graph)
+        self.oracle = oracle
         self.sites: dict[str, MoESite] = {site.path: site for site in find_moes(graph)}
-        self.layers = {path: LayerRun(per_pair=site.expert_multiply_adds) for path, site in self.sites.items()}
+        self.layers = {
+            path: LayerRun(per_pair=site.expert_multiply_adds, per_token=site.router_parameters)
+            for path, site in self.sites.items()
+        }
         self.token_mask: Callable[[Sequence[int]], Tensor | None] | None = None
+        self.on_selection: Callable[[MoESite, Tensor], None] | None = None
         self._site_of: dict[Node, MoESite] = {node: site for site in self.sites.values() for node in site.nodes}
         self._out_spec = graph.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
 
@@ -103,24 +145,45 @@ class ExpertMeter(Interpreter):
     def run_node(self, n: Node) -> Any:
         """Run one node, after looking at what a router selected if it is an expert layer."""
         site = self._site_of.get(n)
-        if site is not None:
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            # Looking costs nothing that should be counted.
-            with _disable_current_modes(), torch.no_grad():
-                self._count(site, n, args)
-        return super().run_node(n)
+        if site is None:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        # Looking costs nothing that should be counted.
+        with _disable_current_modes(), torch.no_grad():
+            scores, threshold = self._selection(site, n, args)
+            self._count(site, scores, threshold)
+            if self.oracle:
+                return self._run(site, n, args, scores, threshold)
+        started = time.perf_counter()
+        result = super().run_node(n)
+        self.layers[site.path].seconds += time.perf_counter() - started
+        return result
 
-    def _count(self, site: MoESite, node: Node, args: tuple[Any, ...]) -> None:
+    def _selection(self, site: MoESite, node: Node, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        if self.oracle:
+            x = args[0]
+            norms = expert_norms(x.reshape(-1, x.shape[-1]), site.routed, site.activation)
+            norms = norms.reshape(*x.shape[:-1], -1)
+            threshold = selection_threshold(norms, site.tau, site.rule)
+            return F.pad(norms, (site.shared, 0), value=math.inf), threshold
         if site.form == "module":
             moe = self.submodules[str(node.target)]
             assert isinstance(moe, MoE)
-            scores, threshold = moe.route(args[0])
-        else:
-            scores, threshold = args[1], args[2]
+            return moe.route(args[0])
+        return args[1], args[2]
+
+    def _run(self, site: MoESite, node: Node, args: tuple[Any, ...], scores: Tensor, threshold: Tensor) -> Tensor:
+        b2 = self.submodules[str(node.target)].b2 if site.form == "module" else args[8]
+        return masked_ffn(args[0], scores, threshold, *site.weights, b2, site.activation)  # type: ignore[no-any-return]
+
+    def _count(self, site: MoESite, scores: Tensor, threshold: Tensor) -> None:
         ran = selected(scores, threshold)
+        if self.on_selection is not None:
+            self.on_selection(site, ran)
         mask = None if self.token_mask is None else self.token_mask(ran.shape[:-1])
         if mask is not None:
             ran = ran[mask]
         layer = self.layers[site.path]
         layer.pairs += math.prod(ran.shape)
+        layer.tokens += math.prod(ran.shape[:-1])
         layer.ran += int(ran.sum())

@@ -116,8 +116,11 @@ class Loader:
     """Batches of samples, in another order in each epoch if shuffled.
 
     Order and masking of an epoch follow from the seed and the epoch's number; torch's DataLoader would draw from the
-    global random state as well. Without shuffling every pass is the same.
+    global random state as well. Without shuffling every pass is the same. Texts of like length go together, so that
+    little is padded: shuffled samples are sorted in windows of many batches, whose order is shuffled again.
     """
+
+    WINDOW = 50  # batches
 
     def __init__(self, samples: Sequence[Any], sampler: Sampler, batch_size: int, seed: int, *, shuffle: bool) -> None:
         self.samples = samples
@@ -132,9 +135,22 @@ class Loader:
         count = len(self.samples)
         order = torch.randperm(count, generator=generator).tolist() if self.shuffle else list(range(count))
         self.epoch += self.shuffle
-        for start in range(0, count, self.batch_size):
-            chosen = [self.samples[index] for index in order[start : start + self.batch_size]]
-            yield self.sampler.collate(chosen, generator)
+        for chosen in self._grouped(order, generator):
+            yield self.sampler.collate([self.samples[index] for index in chosen], generator)
+
+    def _grouped(self, order: list[int], generator: torch.Generator) -> list[list[int]]:
+        size = self.batch_size
+        lengths = self.sampler.lengths(self.samples)
+        if lengths is None:
+            return [order[start : start + size] for start in range(0, len(order), size)]
+        batches = []
+        window = self.WINDOW * size
+        for start in range(0, len(order), window):
+            alike = sorted(order[start : start + window], key=lambda index: -lengths[index])
+            batches += [alike[first : first + size] for first in range(0, len(alike), size)]
+        if not self.shuffle:
+            return batches
+        return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)

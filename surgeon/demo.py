@@ -134,8 +134,8 @@ def run(
         on_dense(dense)
     passes: list[Pass[Any]] = [
         SwapActivation(),
-        Sparsify(alpha=5e-3, lr=1e-3, epochs=20 * part, weight_decay=0.05),
-        Moeify(experts=32, router_width=16, lr=3e-3, epochs=10 * part),
+        Sparsify(target=0.05, lr=1e-3, epochs=20 * part, weight_decay=0.05),
+        Moeify(experts=32, router_width=16, epochs=5 * part),
         Lower(),
     ]
     example = next(iter(data.eval)).args

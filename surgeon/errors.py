@@ -8,6 +8,12 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line without a full stop; its class if it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
+
+
 class SurgeonError(Exception):
     """Base of all errors raised on purpose. `exit_code` is what the command line returns."""
 

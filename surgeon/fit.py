@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,23 @@ CHECKPOINT_SECONDS = 60.0
 BatchLoss = Callable[[Batch, float], tuple[Tensor, dict[str, float]]]
 
 
+class Stateful(Protocol):
+    """Something whose state can be kept in a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Go back to a state."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run of passes has in common.
 
     seed: of every random choice. verify: "off", "fast" (the example inputs) or "full" (also other inputs and sizes).
     progress: called during long work. workdir: where fits keep checkpoints; None for none. resume: continue from them.
-    dry_run: rewrite, but fit nothing.
+    dry_run: rewrite, but fit nothing. original: the graph before the first pass, in evaluation mode, to distill from.
     """
 
     seed: int = 0
@@ -49,6 +59,7 @@ class Settings:
     workdir: Path | None = None
     resume: bool = False
     dry_run: bool = False
+    original: GraphModule | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +88,19 @@ class Plan:
 
 
 def fit(
-    parameters: Sequence[nn.Parameter], loss: BatchLoss, data: Data, plan: Plan, settings: Settings, what: str
+    parameters: Sequence[nn.Parameter],
+    loss: BatchLoss,
+    data: Data,
+    plan: Plan,
+    settings: Settings,
+    what: str,
+    *,
+    stateful: Sequence[Stateful] = (),
 ) -> FitReport:
     """Optimise the parameters and leave everything else as it is.
+
+    Args:
+        stateful: what else changes in the course of the fit and belongs into its checkpoints.
 
     Raises:
         PassError: the loss is not finite.
@@ -94,10 +115,10 @@ def fit(
     frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(plan.schedule, step / total))
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
-    checkpoint = _Checkpoint(accelerator, trained, settings, what)
+    checkpoint = _Checkpoint(accelerator, [trained, *stateful], settings, what)
     step, history = checkpoint.restore() if settings.resume else (0, [])
     resumed_at, started, saved = step, time.monotonic(), time.monotonic()
     try:
@@ -215,10 +236,10 @@ def _format(values: dict[str, float]) -> str:
 class _Checkpoint:
     """The state of one fit on disk: written beside, then moved into place, so that it is whole or absent."""
 
-    def __init__(self, accelerator: Any, trained: nn.Module, settings: Settings, what: str) -> None:
+    def __init__(self, accelerator: Any, kept: Sequence[Stateful], settings: Settings, what: str) -> None:
         self._accelerator = accelerator
         self._directory = None if settings.workdir is None else settings.workdir / what.replace(" ", "-")
-        accelerator.register_for_checkpointing(trained)
+        accelerator.register_for_checkpointing(*kept)
 
     def save(self, step: int, history: list[tuple[int, dict[str, float]]]) -> None:
         if self._directory is None:

@@ -1,4 +1,4 @@
-"""Example inputs for tracing a model: made from its tokenizer, processor or config, or given by the user."""
+"""Example inputs for tracing: the forms they have, and how they are made for a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
-from surgeon.checkpoint import read_safetensors, read_torch_file
-from surgeon.errors import LoadError, UsageError
-from surgeon.user_function import call_spec, is_spec
+from surgeon.errors import UsageError
 
 log = logging.getLogger("surgeon")
 
@@ -29,43 +24,7 @@ _SENTENCES = (
     "The cat sat on the mat and looked at the rain.",
     "Nobody knew how long it would stay there, or why it came.",
 )
-_GIVE_INPUTS = "Give example inputs: --inputs module:function, or a file of tensors."
-
-
-# --- given by the user ------------------------------------------------------------------------------------------------
-
-
-def inputs_from(spec: str) -> Inputs:
-    """Read example inputs from a file of tensors or from a function.
-
-    Args:
-        spec: `module:function` or `file.py:function` (called without arguments), or a file: `.pt` with a tensor, a
-            tuple or a dict of tensors; `.safetensors` or `.npz`, a dict of keyword inputs; `.npy`, one tensor.
-
-    Returns:
-        A tensor, a tuple of positional inputs or a dict of keyword inputs.
-
-    Raises:
-        UsageError: there is no such file or function, it fails, or it does not hold tensors.
-    """
-    path = Path(spec)
-    if not path.is_file():
-        if not is_spec(spec):
-            raise UsageError(f"No file '{spec}', and it is not module:function either. {_GIVE_INPUTS}")
-        return _checked(call_spec(spec, UsageError), spec)
-    try:
-        match path.suffix:
-            case ".pt" | ".pth":
-                content = read_torch_file(path)
-            case ".safetensors":
-                content = read_safetensors(path)
-            case ".npy" | ".npz":
-                content = _read_numpy(path)
-            case suffix:
-                raise UsageError(f"{path.name}: cannot read inputs from {suffix or 'such'} files. {_GIVE_INPUTS}")
-    except LoadError as error:
-        raise UsageError(f"{error} Inputs are plain tensors: save a tensor, a tuple or a dict of tensors.") from error
-    return _checked(content, path.name)
+GIVE_INPUTS = "Give example inputs: --inputs module:function, or a file of tensors."
 
 
 def as_args_kwargs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -92,46 +51,6 @@ def as_args_kwargs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def inputs_of_program(program: ExportedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs a program was exported with, as positional and keyword arguments.
-
-    Raises:
-        UsageError: they were not saved with the program.
-    """
-    if program.example_inputs is None:
-        raise UsageError(f"The exported program holds no example inputs. {_GIVE_INPUTS}")
-    args, kwargs = program.example_inputs
-    return tuple(args), dict(kwargs)
-
-
-def _read_numpy(path: Path) -> Tensor | dict[str, Tensor]:
-    import numpy as np
-
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if path.suffix == ".npy":
-            return torch.from_numpy(loaded)
-        with loaded:
-            return {name: torch.from_numpy(loaded[name]) for name in loaded.files}
-    except Exception as error:  # damaged, pickled objects, or a type torch does not have
-        raise UsageError(f"{path.name} cannot be read as arrays of numbers: {error}") from error
-
-
-def _checked(content: Any, origin: str) -> Inputs:
-    if isinstance(content, Mapping):
-        content = dict(content)
-    elif isinstance(content, list):
-        content = tuple(content)
-    if not isinstance(content, Tensor | tuple | dict):
-        raise UsageError(f"{origin} gives a {type(content).__name__}, not a tensor, a tuple or a dict of tensors.")
-    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(content)):
-        raise UsageError(f"{origin} gives no tensor.")
-    return content
-
-
-# --- made for a Hugging Face model ------------------------------------------------------------------------------------
-
-
 def example_inputs(
     model: nn.Module, *, tokenizer: Any | None = None, processor: Any | None = None, config: Any | None = None
 ) -> dict[str, Tensor]:
@@ -155,7 +74,7 @@ def example_inputs(
     config = config if config is not None else getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
     if config is None or main is None:
-        raise UsageError(f"{type(model).__name__} is not a Hugging Face model: its inputs are unknown. {_GIVE_INPUTS}")
+        raise UsageError(f"{type(model).__name__} is not a Hugging Face model: its inputs are unknown. {GIVE_INPUTS}")
     maker = _Maker(model, config, tokenizer, processor)
     parameters = maker.parameters
     wanted = [main] if isinstance(main, str) else list(main)
@@ -171,7 +90,7 @@ def example_inputs(
     for name in dict.fromkeys(wanted):
         if name not in inputs:
             if name not in _MAKERS:
-                raise UsageError(f"{type(model).__name__} takes '{name}', which cannot be made up. {_GIVE_INPUTS}")
+                raise UsageError(f"{type(model).__name__} takes '{name}', which cannot be made up. {GIVE_INPUTS}")
             inputs |= _MAKERS[name](maker)
     head = type(model).__name__
     derives_decoder = "ForSequenceClassification" in head or "ForQuestionAnswering" in head  # shifts the encoder's ids
@@ -217,7 +136,7 @@ class _Maker:
         if value is None:
             raise UsageError(
                 f"{type(self.model).__name__}: the config has no {' or '.join(names)}, which its inputs depend on. "
-                f"{_GIVE_INPUTS}"
+                f"{GIVE_INPUTS}"
             )
         return value
 
@@ -278,7 +197,7 @@ class _Maker:
         if vocabulary is not None and int(made["input_ids"].max()) >= vocabulary:
             raise UsageError(
                 f"The tokenizer gives id {int(made['input_ids'].max())}, and the model has {vocabulary} embeddings: "
-                f"they do not belong together. {_GIVE_INPUTS}"
+                f"they do not belong together. {GIVE_INPUTS}"
             )
         return made
 

@@ -7,39 +7,26 @@ Before `lower`, a site is one `call_module` node of an `MoE`. After it, the rout
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-import surgeon.kernels.dynamic_k  # noqa: F401  (registers the ops)
+import surgeon.kernels.dynamic_k
+import surgeon.kernels.selection  # noqa: F401  (both register ops)
 from surgeon.errors import UsageError
-from surgeon.graph import attribute
-from surgeon.kernels.activations import ACTIVATIONS
+from surgeon.graph import aten, is_call, tensor_key, tensor_of
+from surgeon.kernels.selection import check_rule
+from surgeon.kernels.torch_backend import Experts
+from surgeon.routing import Router, Step
 from surgeon.sites import FFNWeights
 
 dynamic_k_ffn = torch.ops.surgeon.dynamic_k_ffn.default
 masked_ffn = torch.ops.surgeon.masked_ffn.default
-
-
-class Router(nn.Module):
-    """Predicts the norm of every expert's output: r(x) = |W_b relu(W_a x)|, without biases (D2DMoE, section 3.3).
-
-    x [..., d_in] → scores [..., experts], never negative.
-    """
-
-    def __init__(self, d_in: int, width: int, experts: int, *, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(d_in, width, bias=False, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(width, experts, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Score the experts."""
-        return self.fc2(F.relu(self.fc1(x))).abs()  # type: ignore[no-any-return]
+selection_threshold = torch.ops.surgeon.selection_threshold.default
 
 
 class MoE(nn.Module):
@@ -49,17 +36,24 @@ class MoE(nn.Module):
     module costs what the dense layer does; `lower` replaces it by an op that skips them. With tau = 0 every expert
     counts and the output is the dense layer's.
 
+    The first `shared` experts always run and the router scores the others.
+
     Parameters (E experts of s neurons): w1 [E, s, d_in], b1 [E, s], gate [E, s, d_in], b_gate [E, s], w2 [E, s, d_out],
     b2 [d_out]; those that the dense layer lacks are None. Buffer tau: a scalar in [0, 1].
     """
 
     tau: Tensor
 
-    def __init__(self, weights: FFNWeights, labels: Tensor, experts: int, activation: str, router_width: int) -> None:
-        """Split the weights by `labels` [h]: neuron i belongs to expert labels[i]; every expert has h / experts."""
+    def __init__(
+        self, weights: FFNWeights, labels: Tensor, experts: int, activation: str, router: Router, *, shared: int = 0
+    ) -> None:
+        """Split the weights by `labels` [h]: neuron i belongs to expert labels[i]; every expert has h / experts.
+
+        router: scores the experts from `shared` on; those before it always run.
+        """
         super().__init__()
         order = torch.argsort(labels, stable=True)
-        hidden, d_in = weights.w1.shape
+        hidden, _ = weights.w1.shape
 
         def rows(value: Tensor | None) -> nn.Parameter | None:
             if value is None:
@@ -72,15 +66,21 @@ class MoE(nn.Module):
         self.gate, self.b_gate = rows(weights.gate), rows(weights.b_gate)
         self.w2 = rows(weights.w2)
         self.b2 = None if weights.b2 is None else nn.Parameter(weights.b2.detach().clone())
-        self.activation = activation
-        self.router = Router(d_in, router_width, experts, device=weights.w1.device, dtype=weights.w1.dtype)
+        self.activation, self.shared, self.rule = activation, shared, "max"
+        self.router = router
         self.register_buffer("tau", torch.zeros((), dtype=torch.float32, device=weights.w1.device))
 
     @property
-    def experts(self) -> int:
-        """Number of experts."""
+    def weights(self) -> Experts:
+        """The experts' weights."""
         assert self.w1 is not None
-        return int(self.w1.shape[0])
+        assert self.w2 is not None
+        return Experts(self.w1, self.b1, self.gate, self.b_gate, self.w2)
+
+    @property
+    def routed(self) -> Experts:
+        """The weights of the experts that the router scores."""
+        return self.weights.after(self.shared)
 
     def forward(self, x: Tensor) -> Tensor:
         """X [..., d_in] → [..., d_out]."""
@@ -91,33 +91,14 @@ class MoE(nn.Module):
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [..., E] and the threshold [...] below which an expert is skipped; x [..., d_in]."""
-        scores = self.router(x)
-        return scores, scores.amax(dim=-1) * self.tau
+        return self.select(lambda op, *args: op(*args), self.router(x), self.tau)
 
-    def expert_norms(self, x: Tensor) -> Tensor:
-        """The router's target: the L2 norm of every expert's output, b2 left out. x [N, d_in] → [N, E], float32.
-
-        Through the Gram matrix of each expert's output weights, ‖h W2‖² = h (W2 W2ᵀ) hᵀ, so that no [E, N, d_out]
-        is ever held (D2DMoE, section 3.3).
-        """
-        assert self.w1 is not None
-        assert self.w2 is not None
-        act = ACTIVATIONS[self.activation].fn
-        experts, size, d_in = self.w1.shape
-
-        def linear(weight: Tensor, bias: Tensor | None) -> Tensor:
-            flat = None if bias is None else bias.reshape(-1)
-            return F.linear(x, weight.reshape(experts * size, d_in), flat).reshape(-1, experts, size)
-
-        first = linear(self.w1, self.b1)
-        hidden = act(first) if self.gate is None else act(linear(self.gate, self.b_gate)) * first
-        hidden = hidden.float().transpose(0, 1)  # [E, N, s]
-        w2 = self.w2.float()
-        if size < w2.shape[-1]:
-            squared = ((hidden @ (w2 @ w2.transpose(1, 2))) * hidden).sum(-1)
-        else:
-            squared = torch.stack([(h @ w).square().sum(-1) for h, w in zip(hidden, w2, strict=True)])
-        return squared.clamp_min(0.0).sqrt().t()
+    def select(self, step: Step, scores: Any, tau: Any) -> tuple[Any, Any]:
+        """From the router's scores to those of all experts and the threshold, run or written into a graph by `step`."""
+        threshold = step(selection_threshold, scores, tau, self.rule)
+        if self.shared:
+            scores = step(aten.constant_pad_nd.default, scores, [self.shared, 0], float("inf"))
+        return scores, threshold
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,16 +107,29 @@ class MoESite:
 
     path: the module path of the expert weights, `encoder.layer.0.moe`. nodes: every execution of it.
     form: "module" (one `call_module` node), "masked" (reference op) or "dynamic" (the op that skips experts).
+    shared: how many of the experts always run. router_parameters: weights of the matrices that score the rest; a trunk
+    that several layers share counts for the first of them. rule: one of `kernels.selection.RULES`.
     """
 
     path: str
     form: Literal["module", "masked", "dynamic"]
     nodes: tuple[Node, ...]
-    w1: Tensor
-    gate: Tensor | None
-    w2: Tensor
+    weights: Experts
+    activation: str
+    shared: int
     router_parameters: int
     tau: Tensor
+    rule: str
+
+    @property
+    def w1(self) -> Tensor:
+        """The first linear's weights, [E, s, d_in]."""
+        return self.weights.w1
+
+    @property
+    def routed(self) -> Experts:
+        """The weights of the experts that the router scores."""
+        return self.weights.after(self.shared)
 
     @property
     def experts(self) -> int:
@@ -146,7 +140,7 @@ class MoESite:
     def expert_multiply_adds(self) -> int:
         """Multiply-adds of one expert for one token."""
         size, d_in = self.w1.shape[1:]
-        return int(size * (d_in * (2 if self.gate is not None else 1) + self.w2.shape[2]))
+        return int(size * (d_in * (2 if self.weights.gate is not None else 1) + self.weights.w2.shape[2]))
 
     @property
     def multiply_adds(self) -> int:
@@ -155,8 +149,9 @@ class MoESite:
 
     @property
     def describe(self) -> str:
-        """`48 experts × 32, router 128`-style summary."""
-        return f"{self.experts} experts × {self.w1.shape[1]}"
+        """`48 experts × 32`, and how many of them always run."""
+        always = f", {self.shared} of them always on" if self.shared else ""
+        return f"{self.experts} experts × {self.w1.shape[1]}{always}"
 
 
 def find_moes(graph: GraphModule) -> list[MoESite]:
@@ -174,28 +169,56 @@ def find_moes(graph: GraphModule) -> list[MoESite]:
             continue
         found.setdefault(path, []).append(node)
         forms[path] = form  # type: ignore[assignment]
-    return [_site(graph, path, forms[path], nodes) for path, nodes in found.items()]
+    counted: set[tuple[object, ...]] = set()
+    return [_site(graph, path, forms[path], nodes, counted) for path, nodes in found.items()]
 
 
-def _site(graph: GraphModule, path: str, form: Literal["module", "masked", "dynamic"], nodes: list[Node]) -> MoESite:
-    module = graph.get_submodule(path)
-    router = attribute(graph, f"{path}.router")
-    return MoESite(
-        path,
-        form,
-        tuple(nodes),
-        module.w1,  # type: ignore[arg-type]
-        getattr(module, "gate", None),
-        module.w2,  # type: ignore[arg-type]
-        sum(parameter.numel() for parameter in router.parameters()),
-        module.tau,  # type: ignore[arg-type]
-    )
+def _site(
+    graph: GraphModule,
+    path: str,
+    form: Literal["module", "masked", "dynamic"],
+    nodes: list[Node],
+    counted: set[tuple[object, ...]],
+) -> MoESite:
+    module: Any = graph.get_submodule(path)
+    if form == "module":
+        router = [parameter for parameter in module.router.parameters() if parameter.dim() == 2]
+        activation, shared, rule = module.activation, module.shared, module.rule
+    else:
+        scores, threshold, activation = nodes[0].args[1], nodes[0].args[2], str(nodes[0].args[9])
+        read = [tensor_of(graph, node) for node in router_nodes(nodes[0])]
+        router, shared = [tensor for tensor in read if tensor is not None and tensor.dim() == 2], 0
+        assert isinstance(scores, Node)
+        assert isinstance(threshold, Node)
+        if is_call(scores, aten.constant_pad_nd.default):
+            shared = scores.args[1][0]  # type: ignore[index]
+        rule = str(threshold.args[2])
+    fresh = {tensor_key(weight): weight.numel() for weight in router if tensor_key(weight) not in counted}
+    counted.update(fresh)
+    weights = Experts(*(getattr(module, name, None) for name in Experts._fields))  # type: ignore[arg-type]
+    return MoESite(path, form, tuple(nodes), weights, str(activation), shared, sum(fresh.values()), module.tau, rule)
+
+
+def router_nodes(node: Node) -> list[Node]:
+    """The nodes between the input and the scores of an expert layer in op form, parameters included."""
+    x, scores = node.args[0], node.args[1]
+    assert isinstance(scores, Node)
+    found: dict[Node, None] = {}
+    stack = [scores]
+    while stack:
+        current = stack.pop()
+        if current is not x and current not in found and current.op in ("get_attr", "call_function"):
+            found[current] = None
+            stack.extend(current.all_input_nodes)
+    return list(found)
 
 
 def set_tau(graph: GraphModule, tau: float | Mapping[str, float], path: str | None = None) -> list[str]:
-    """Set the share of the largest router score below which an expert is skipped; larger is cheaper, 0 runs all.
+    """Set the knob of every layer's selection rule; larger is cheaper, 0 runs all experts.
 
-    Takes effect at the next call, in every form of the graph, and needs no retraining (D2DMoE, section 3.4).
+    For the rule "max" it is the share of the largest score below which an expert is skipped (D2DMoE, section 3.4); see
+    `surgeon.kernels.selection` for the others. Takes effect at the next call, in every form of the graph, and needs no
+    retraining.
 
     Args:
         tau: one value in [0, 1], or a value for each path.
@@ -207,18 +230,11 @@ def set_tau(graph: GraphModule, tau: float | Mapping[str, float], path: str | No
     Raises:
         UsageError: tau is outside [0, 1], the graph has no experts, or no layer has that path.
     """
-    sites = find_moes(graph)
-    if not sites:
-        raise UsageError("The graph has no experts to set tau for. Apply moeify first.")
     wanted = tau if isinstance(tau, Mapping) else {path or "*": tau}
-    chosen: dict[str, tuple[MoESite, float]] = {}
-    for pattern, value in wanted.items():
+    for value in wanted.values():
         if not 0.0 <= value <= 1.0:
-            raise UsageError(f"tau is {value}, but it is a share of the largest score: give a value from 0 to 1.")
-        matching = [site for site in sites if _matches(site.path, pattern)]
-        if not matching:
-            raise UsageError(f"No layer '{pattern}'. Layers with experts: {', '.join(site.path for site in sites)}.")
-        chosen.update({site.path: (site, value) for site in matching})
+            raise UsageError(f"tau is {value}, but it is a share: give a value from 0 to 1.")
+    chosen = {site.path: (site, value) for site, value in _matching(graph, wanted)}
     with torch.no_grad():
         for site, value in chosen.values():
             site.tau.fill_(value)
@@ -228,6 +244,51 @@ def set_tau(graph: GraphModule, tau: float | Mapping[str, float], path: str | No
 def get_tau(graph: GraphModule) -> dict[str, float]:
     """The tau of every layer, by the path of its experts."""
     return {site.path: float(site.tau) for site in find_moes(graph)}
+
+
+def set_rule(graph: GraphModule, rule: str | Mapping[str, str], path: str | None = None) -> list[str]:
+    """Set the rule by which scores and tau select experts, without retraining.
+
+    Args:
+        rule: one of `surgeon.kernels.selection.RULES`, or a rule for each path. path: as in `set_tau`.
+
+    Returns:
+        The paths that were set.
+
+    Raises:
+        UsageError: there is no such rule or no such layer, or the graph has no experts.
+    """
+    wanted = rule if isinstance(rule, Mapping) else {path or "*": rule}
+    for value in wanted.values():
+        check_rule(value)
+    chosen = {site.path: (site, value) for site, value in _matching(graph, wanted)}
+    for site, value in chosen.values():
+        for node in site.nodes:
+            if site.form == "module":
+                graph.get_submodule(site.path).rule = value
+            else:
+                threshold = node.args[2]
+                assert isinstance(threshold, Node)
+                threshold.update_arg(2, value)
+    graph.recompile()
+    return list(chosen)
+
+
+def get_rule(graph: GraphModule) -> dict[str, str]:
+    """The selection rule of every layer, by the path of its experts."""
+    return {site.path: site.rule for site in find_moes(graph)}
+
+
+def _matching(graph: GraphModule, wanted: Mapping[str, Any]) -> Iterable[tuple[MoESite, Any]]:
+    """Every (layer, value) that the patterns name, the later ones last."""
+    sites = find_moes(graph)
+    if not sites:
+        raise UsageError("The graph has no experts to set anything for. Apply moeify first.")
+    for pattern, value in wanted.items():
+        matching = [site for site in sites if _matches(site.path, pattern)]
+        if not matching:
+            raise UsageError(f"No layer '{pattern}'. Layers with experts: {', '.join(site.path for site in sites)}.")
+        yield from ((site, value) for site in matching)
 
 
 def _matches(path: str, pattern: str) -> bool:

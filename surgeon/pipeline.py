@@ -14,8 +14,9 @@ from surgeon.batch import Data
 from surgeon.diff import PassDiff, Snapshot, compare, snapshot
 from surgeon.errors import PassError, UsageError
 from surgeon.fit import Settings
-from surgeon.graph import TracedGraph
+from surgeon.graph import TracedGraph, fork
 from surgeon.inputs import as_args_kwargs, example_inputs
+from surgeon.losses import Quality
 from surgeon.moe import find_moes, set_tau
 from surgeon.passes import Pass
 from surgeon.report import PassReport, Progress
@@ -45,7 +46,8 @@ class Surgery:
 
     graph: the rewritten graph, called with the model's own arguments. reports: one per pass, in order.
     inputs: the example inputs it was verified with. snapshots: the graph before the first and after every pass.
-    earlier: the passes that had been run before, if the graph came from a saved surgery.
+    earlier: the passes that had been run before, if the graph came from a saved surgery. quality: of the model before
+    and after, and the fingerprint of the data it was measured on; None if it was not.
     """
 
     graph: TracedGraph
@@ -56,6 +58,7 @@ class Surgery:
     data: str | None = None
     origin: Origin = field(default_factory=Origin)
     earlier: tuple[PassDiff, ...] = ()
+    quality: tuple[Quality, Quality, str] | None = None
 
     def diff(self) -> Diff:
         """What each pass changed, those of an earlier surgery included; printable."""
@@ -148,10 +151,11 @@ class Pipeline:
             origin = Origin(config=getattr(model, "config", None))
         surgery = Surgery(graph, [], inputs, [snapshot(graph)], seed, given.description if given else None, origin)
         surgery.earlier = graph.meta.get("earlier_passes", ())
+        original = fork(graph).eval()
         for number, one in enumerate(self.passes):
             work = adopt(surgery.graph)
             place = None if workdir is None else workdir / f"{number:02d}-{one.name}"
-            step = Settings(seed, verify, progress, place, resume, dry_run)
+            step = Settings(seed, verify, progress, place, resume, dry_run, original)
             report = one.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
             surgery.reports.append(report)

@@ -13,6 +13,62 @@ from pydantic import TypeAdapter, ValidationError
 from surgeon.errors import UsageError
 from surgeon.passes import PASSES, Pass
 
+Steps = list[tuple[str, dict[str, Any]]]
+
+RELUFY: Steps = [("swap-activation", {"epochs": 3.0})]
+RECIPES: dict[str, tuple[str, Steps]] = {
+    "surgeon": (
+        "What works best here: ReLU, 5% of the neurons active, distillation, clusters of what fires together, routers "
+        "from closed form on. Then surgeon tune.",
+        [
+            ("swap-activation", {}),
+            ("sparsify", {"target": 0.05, "distill": 0.5}),
+            ("moeify", {}),
+            ("lower", {}),
+        ],
+    ),
+    "relufy": ("ReLU in place of the activation, and recovery training: what sparsity comes by itself.", RELUFY),
+    "moefication": (
+        "MoEfication (arXiv 2110.01786) as D2DMoE compares with it: ReLU, clusters of weights, routers that classify, "
+        "a fixed number of experts.",
+        [
+            *RELUFY,
+            (
+                "moeify",
+                {
+                    "split": "weights",
+                    "router": "trained",
+                    "router_width": 128,
+                    "objective": "activation",
+                    "rule": "top_k",
+                    "epochs": 5.0,
+                },
+            ),
+            ("lower", {}),
+        ],
+    ),
+    "d2dmoe": (
+        "D2DMoE (arXiv 2310.04361) as published: ReLU, square Hoyer with one weight for all layers, clusters of "
+        "weights, routers of width 128 that regress norms, experts above a share of the largest score.",
+        [
+            ("swap-activation", {}),
+            ("sparsify", {"alpha": 1e-3, "alpha_schedule": "linear"}),
+            (
+                "moeify",
+                {
+                    "split": "weights",
+                    "router": "trained",
+                    "router_width": 128,
+                    "objective": "norm",
+                    "share_trunk": False,
+                    "epochs": 5.0,
+                },
+            ),
+            ("lower", {}),
+        ],
+    ),
+}
+
 
 def find_pass(name: str) -> type[Pass[Any]]:
     """The pass of this name.
@@ -27,6 +83,8 @@ def find_pass(name: str) -> type[Pass[Any]]:
 
 def build(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> list[Pass[Any]]:
     """Passes from names and `{pass: {option: value}}`; values may be strings, as typed on a command line.
+
+    A value for each site is typed as `*.0.*:8,*:4`.
 
     Raises:
         UsageError: an unknown pass or option, a value of the wrong type, or options for a pass that is not run.
@@ -72,11 +130,24 @@ def _values(kind: type[Pass[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
                 value = tuple(part.strip() for part in value.split(",") if part.strip())
             elif value.lower() in ("none", "") and type(None) in typing.get_args(types[key]):
                 value = None
+            elif ":" in value and any(typing.get_origin(one) is dict for one in typing.get_args(types[key])):
+                value = _by_site(f"{kind.name}.{key}", value)
         try:
             values[key] = TypeAdapter(types[key]).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UsageError(f"{kind.name}.{key}={value}: {reason[0].lower()}{reason[1:]}.") from None
+    return values
+
+
+def _by_site(name: str, text: str) -> dict[str, str]:
+    """`"*.0.*:8,*:4"` → `{"*.0.*": "8", "*": "4"}`, in this order."""
+    values = {}
+    for part in text.split(","):
+        pattern, colon, value = (word.strip() for word in part.rpartition(":"))
+        if not colon or not pattern or not value:
+            raise UsageError(f"{name}={text}: write PATTERN:VALUE,PATTERN:VALUE, for example '*.0.*:8,*:4'.")
+        values[pattern] = value
     return values
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from surgeon.sparsity import Sparsity
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -48,6 +50,7 @@ class FitReport:
 
     steps: of the optimiser. epochs: times through the data, None if its length is unknown. losses: (step, values) at
     the start, at the end and in between. resumed_at: the step at which an interrupted fit went on, 0 if it was not.
+    sparsity: of the activations of each layer that was made sparse, by path, before and after.
     """
 
     steps: int
@@ -55,6 +58,7 @@ class FitReport:
     seconds: float
     losses: tuple[tuple[int, dict[str, float]], ...]
     resumed_at: int = 0
+    sparsity: Mapping[str, tuple[Sparsity, Sparsity]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ class PassReport:
             fit=None if fit is None else FitReport(
                 fit["steps"], fit["epochs"], fit["seconds"],
                 tuple((step, losses) for step, losses in fit["losses"]), fit["resumed_at"],
+                {path: (Sparsity(**old), Sparsity(**new)) for path, (old, new) in fit.get("sparsity", {}).items()},
             ),
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from surgeon.graph import TRAIN_VALUE, TracedGraph, aten, fork, is_call, shape_of, tensor_of
+from surgeon.graph import TRAIN_VALUE, TracedGraph, aten, fork, is_call, shape_of, tensor_key, tensor_of
 from surgeon.linear import SAME_VALUE
 from surgeon.probe import SHAPE_OPS
 from surgeon.sites import Call
@@ -151,11 +151,13 @@ def own_parameters(graph: TracedGraph) -> None:
     """
     copies: dict[int, Tensor] = {}
     replaced_modules: dict[int, nn.Module] = {}
+    memo: dict[int, Any] = {}
     for node in graph.graph.nodes:
         if node.op == "call_module":
             module = graph.get_submodule(str(node.target))
             if id(module) not in replaced_modules:
-                replaced_modules[id(module)] = copy.deepcopy(module)
+                # One memo: what modules share (a router's trunk) stays shared.
+                replaced_modules[id(module)] = copy.deepcopy(module, memo)
             replace_attribute(graph, str(node.target), replaced_modules[id(module)])
     for name, tensor in [
         *graph.named_parameters(remove_duplicate=False), *graph.named_buffers(remove_duplicate=False)
@@ -206,4 +208,19 @@ def erase_unread(graph: GraphModule, nodes: Iterable[Node]) -> None:
     doomed = set(nodes)
     for node in reversed(list(graph.graph.nodes)):
         if node in doomed and not node.users:
+            graph.graph.erase_node(node)
+
+
+def merge_duplicates(graph: GraphModule, nodes: Iterable[Node]) -> None:
+    """Compute once what several of the nodes compute: the same op on the same values, reads of tied parameters too."""
+    candidates = set(nodes)
+    first: dict[Any, Node] = {}
+    for node in list(graph.graph.nodes):
+        if node not in candidates:
+            continue
+        tensor = tensor_of(graph, node)
+        key = tensor_key(tensor) if tensor is not None else (node.target, repr(node.args), repr(node.kwargs))
+        kept = first.setdefault(key, node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
             graph.graph.erase_node(node)

@@ -49,6 +49,10 @@ class Sampler(Protocol):
         """A batch of samples; whatever is random in it comes from `generator`."""
         ...
 
+    def lengths(self, samples: Sequence[Any]) -> Sequence[int] | None:
+        """About how long each sample is, if that differs, so that those of like length can go together."""
+        ...
+
 
 class CausalSampler:
     """Texts joined, an end-of-text token after each, and cut into chunks of `max_length`; a shorter rest is dropped."""
@@ -79,6 +83,9 @@ class CausalSampler:
         ids = torch.stack(list(samples))
         make = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
         return Batch((), {name: make[name] for name in self.fields}, ids)
+
+    def lengths(self, samples: Sequence[Any]) -> None:
+        """All are alike."""
 
 
 class MaskedSampler:
@@ -111,6 +118,10 @@ class MaskedSampler:
             labels = labels.masked_fill(encoded["attention_mask"] == 0, IGNORED)
         return Batch((), encoded | {"input_ids": ids}, labels)
 
+    def lengths(self, samples: Sequence[tuple[str, ...]]) -> list[int]:
+        """Characters."""
+        return [sum(map(len, texts)) for texts in samples]
+
 
 class TextClassSampler:
     """Texts or pairs of texts, cut after `max_length` tokens, with a class each."""
@@ -130,6 +141,10 @@ class TextClassSampler:
         """Ids and mask int64 `[B, T]`, padded to the longest; labels int64 `[B]`."""
         encoded = _encode([text for text, _ in samples], self.tokenizer, self.options)
         return Batch((), encoded, torch.tensor([label for _, label in samples]))
+
+    def lengths(self, samples: Sequence[tuple[tuple[str, ...], int]]) -> list[int]:
+        """Characters."""
+        return [sum(map(len, texts)) for texts, _ in samples]
 
 
 class ImageClassSampler:
@@ -178,6 +193,9 @@ class ImageClassSampler:
         height, width = self.size
         pixels = torch.from_numpy(np.array(image.resize((width, height)))).float() / 255
         return pixels.unsqueeze(0) if self.mode == "L" else pixels.permute(2, 0, 1)
+
+    def lengths(self, samples: Sequence[Any]) -> None:
+        """All are alike."""
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

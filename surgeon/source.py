@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import json
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,41 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from surgeon.checkpoint import (
-    check_safetensors,
-    check_torch_file,
-    read_program,
-    read_safetensors,
-    read_torch_file,
-    sha256_of,
-)
-from surgeon.errors import LoadError, SurgeonError
+from surgeon.checkpoint import read_program, read_safetensors, read_torch_file, sha256_of
+from surgeon.errors import LoadError
+from surgeon.hugging_face import TASK_CLASSES, load_directory, model_class, quiet_transformers, read_config, some
 from surgeon.user_function import call_spec, is_spec
 
 Kind = Literal["hf", "pickle", "pt2", "state_dict", "artifact", "python"]
 
-TASK_CLASSES = {
-    "causal-lm": "AutoModelForCausalLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
 # For a state dict whose config names no class, the one with the most similar names; of equals, the first.
 _HEADS = (
     *("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
     *("AutoModelForSequenceClassification", "AutoModelForImageClassification", "AutoModel"),
 )
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-)
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -141,22 +116,9 @@ def _from_directory(path: Path, task: str | None) -> Source:
         return Source(path, "artifact", None, None, None, None, sha256_of(weights))
     if not (path / "config.json").is_file():
         raise LoadError(f"{path} is not a model directory: it has neither config.json (Hugging Face) nor surgery.json.")
-    files = _weight_files(path)
-    config = _hf_config(path)
-    with quiet_transformers():
-        try:
-            model, info = _hf_class(config, task).from_pretrained(
-                path, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
-        except SurgeonError:
-            raise
-        except Exception as error:  # transformers raises what it likes
-            raise LoadError(f"{path} cannot be loaded: {_first_line(error)}") from error
-    notes = _loading_notes(path, model, info)
-    tokenizer, tokenizer_notes = _hf_part(path, _TOKENIZER_FILES, ("AutoTokenizer",))
-    processor, processor_notes = _hf_part(path, _PROCESSOR_FILES, ("AutoImageProcessor", "AutoFeatureExtractor"))
-    all_notes = (*notes, *tokenizer_notes, *processor_notes)
-    return Source(path, "hf", model, tokenizer, processor, model.config, sha256_of(files), all_notes)
+    made = load_directory(path, task)
+    digest = sha256_of(made.files)
+    return Source(path, "hf", made.model, made.tokenizer, made.processor, made.model.config, digest, made.notes)
 
 
 def _from_file(path: Path, trust_pickle: bool, arch: str | None, task: str | None) -> Source:
@@ -200,116 +162,6 @@ def _sha256_of_values(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# --- Hugging Face directories -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from writing warnings and progress bars; what matters is raised or noted instead."""
-    from transformers.utils import logging
-
-    hf_logging: Any = logging  # not annotated
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The weight files of a Hugging Face directory, each present and whole as far as its header tells."""
-    name = next((name for name in _WEIGHT_FILES if (path / name).is_file()), None)
-    if name is None:
-        raise LoadError(f"{path} has a config.json but no weights: none of {', '.join(_WEIGHT_FILES)}.")
-    files = [path / name]
-    if name.endswith(".index.json"):
-        try:
-            shards = sorted(set(json.loads(files[0].read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise LoadError(f"{files[0]} is damaged: it does not list the weight files.") from error
-        files = [path / shard for shard in shards]
-    for file in files:
-        if not file.is_file():
-            raise LoadError(f"{path} lacks the weight file {file.name}, which {name} lists.")
-        if file.suffix == ".safetensors":
-            check_safetensors(file)
-        else:
-            check_torch_file(file)
-    return files
-
-
-def _hf_config(path: Path) -> Any:
-    import transformers
-
-    with quiet_transformers():
-        try:
-            return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:
-            raise LoadError(f"{path}: config.json cannot be read: {_first_line(error)}") from error
-
-
-def _hf_class(config: Any, task: str | None) -> Any:
-    """The class to load a config's weights with: the task's, the one the config names, or the one without a head."""
-    import transformers
-
-    if task is not None:
-        return getattr(transformers, TASK_CLASSES[task])
-    names = getattr(config, "architectures", None)
-    if not names:
-        return transformers.AutoModel
-    found = getattr(transformers, names[0], None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise LoadError(
-            f"config.json names the class {names[0]}, which transformers {transformers.__version__} does not have. "
-            "Code from model directories is never run: build the model in Python and give module:function."
-        )
-    return found
-
-
-def _loading_notes(path: Path, model: Any, info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Say which weights are new or unused, and refuse a model whose body is not all there.
-
-    A new head is what a new task asks for, and checkpoints of language models often lack the pooler. Anything else that
-    is missing would be random weights in the middle of the model.
-    """
-    missing = sorted(info["missing_keys"])
-    prefix = model.base_model_prefix + "."
-    headless = model.base_model is model
-    body = [name for name in missing if (headless or name.startswith(prefix)) and "pooler" not in name]
-    if body:
-        raise LoadError(f"{path}: the weights of {_some(body)} are missing from the weight files.")
-    notes = []
-    if missing:
-        notes.append(f"{_some(missing)} {'is' if len(missing) == 1 else 'are'} newly initialised.")
-    if unused := sorted(info["unexpected_keys"]):
-        notes.append(f"{type(model).__name__} does not use {_some(unused)} of the weight files.")
-    return tuple(notes)
-
-
-def _hf_part(path: Path, files: tuple[str, ...], loaders: tuple[str, ...]) -> tuple[Any | None, tuple[str, ...]]:
-    """Load the tokenizer or processor of a directory, with a note if its files are there but cannot be loaded."""
-    import transformers
-
-    present = [name for name in files if (path / name).is_file()]
-    if not present:
-        return None, ()
-    reason = ""
-    with quiet_transformers():
-        for name in loaders:
-            try:
-                loader = getattr(transformers, name)
-                return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False), ()
-            except Exception as error:
-                reason = reason or _first_line(error)
-    return None, (f"{present[0]} is there but cannot be loaded: {reason}.",)
-
-
 # --- state dicts ------------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +201,7 @@ def _from_arch(arch: str, state: Mapping[str, Tensor], task: str | None) -> tupl
             raise LoadError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module.")
         return model, lambda: model
     if Path(arch).exists():
-        config = _hf_config(Path(arch))
+        config = read_config(Path(arch))
     elif arch in transformers.CONFIG_MAPPING:
         config = transformers.AutoConfig.for_model(arch)
     else:
@@ -360,7 +212,7 @@ def _from_arch(arch: str, state: Mapping[str, Tensor], task: str | None) -> tupl
             "or module:function."
         )
     if task is not None or config.architectures:
-        heads = [_hf_class(config, task)]
+        heads = [model_class(config, task)]
     else:
         heads = [getattr(transformers, name) for name in _HEADS]
     fitting: dict[Any, nn.Module] = {}
@@ -397,18 +249,8 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, arch: 
         ],
     }
     if any(problems.values()):
-        detail = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names)
+        detail = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names)
         raise LoadError(
             f"{path.name} does not fit --arch {arch} ({type(model).__name__}). {detail}. "
             "If the sizes differ, give --arch a config.json that has them."
         )
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")

@@ -1,86 +1,188 @@
-"""Quality against cost at several values of tau."""
+"""Quality against cost: one graph at several settings of its selection, the oracle router beside the trained ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule
 
 from surgeon.batch import Batch
-from surgeon.cost import ExpertMeter, measure
+from surgeon.cost import ExpertMeter, LayerRun, measure
 from surgeon.errors import UsageError
 from surgeon.fit import token_mask
 from surgeon.inputs import as_args_kwargs
 from surgeon.losses import Quality, quality
-from surgeon.moe import find_moes, get_tau, set_tau
+from surgeon.moe import find_moes, get_rule, get_tau, set_rule, set_tau
 from surgeon.report import Progress
 
+RouterChoice = Literal["own", "oracle"]
 USUAL_TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+_REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Point:
     """One setting: quality on the data, and cost.
 
-    executed: share of expert-token pairs that ran, padding not counted. multiply_adds: of one call on the example
-    inputs at that share, everything included. relative: those over the dense model's, None if that is unknown.
+    tau: None for the values that the graph came with, where they differ between layers. router: "own", or "oracle" for
+    the true norms of the experts' outputs, which no router can beat by much.
+    executed: share of expert-token pairs that ran, padding not counted. layers: multiply-adds of the converted layers,
+    their routers included, over those of the dense layers. multiply_adds: of one call on the example inputs at that
+    share, everything included. relative: those over the dense model's, None if that is unknown. milliseconds: of one
+    call on the first batch, None if it was not timed.
     """
 
-    tau: float
+    tau: float | None
     quality: Quality
     executed: float
+    layers: float
     multiply_adds: int
     relative: float | None
+    rule: str = "max"
+    router: RouterChoice = "own"
+    milliseconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model beside its surgery. multiply_adds: of one call on the example inputs.
+
+    quality: on the same data, None if it is unknown. milliseconds: of a call on the first batch, None if not timed.
+    """
+
+    multiply_adds: int | None
+    quality: Quality | None = None
+    milliseconds: float | None = None
 
 
 def sweep(
     graph: GraphModule,
     batches: Iterable[Batch],
     task: str,
-    taus: Sequence[float] = USUAL_TAUS,
+    taus: Sequence[float | None] = USUAL_TAUS,
     *,
     inputs: Any,
+    rules: Sequence[str] | None = None,
+    routers: Sequence[RouterChoice] = ("own",),
+    timed: bool = False,
     dense_multiply_adds: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Point]:
-    """Measure quality and cost at each tau, on all batches; the graph's own tau is restored afterwards.
+    """Measure quality and cost at each tau, on all batches; the graph's own tau and rule are restored afterwards.
 
     Args:
+        taus: None stands for the values that the graph has.
         inputs: example inputs on which multiply-adds are counted. dense_multiply_adds: the dense model's on the same.
+        rules: of `surgeon.kernels.selection.RULES`; by default the graph's own. routers: "own", "oracle", or both.
+        timed: also time calls, all settings in turn.
 
     Raises:
-        UsageError: the graph has no experts, or a tau is outside [0, 1].
+        UsageError: the graph has no experts, there is no such rule, or a tau is outside [0, 1].
         DataError: labels are missing.
     """
     if not find_moes(graph):
         raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
     batches = list(batches)
-    before, training = get_tau(graph), graph.training
-    graph.eval()
-    args, kwargs = as_args_kwargs(inputs)
-    cost, example = measure(graph, args, kwargs)
+    settings = list(product(routers, rules or (None,), taus))
     points = []
-    try:
-        for number, tau in enumerate(taus):
-            set_tau(graph, tau)
-            meter, marks = ExpertMeter(graph), quality(task)
-            with torch.no_grad():
-                for index, batch in enumerate(batches):
-                    meter.token_mask = lambda lead, batch=batch: token_mask(batch, lead)
-                    marks.add(meter.call(batch.args, batch.kwargs), batch)
-                    if progress is not None:
-                        done = number * len(batches) + index + 1
-                        progress(Progress("sweep", done, len(taus) * len(batches), {"tau": tau}))
-            pairs = sum(layer.multiply_adds for layer in meter.layers.values())
-            ran = sum(layer.ran * layer.per_pair for layer in meter.layers.values())
-            skipped = sum((1.0 - meter.layers[path].share) * layer.multiply_adds for path, layer in example.items())
-            total = int(cost.multiply_adds - skipped)
-            relative = None if not dense_multiply_adds else total / dense_multiply_adds
-            points.append(Point(tau, marks.result(), ran / pairs if pairs else 1.0, total, relative))
-    finally:
-        set_tau(graph, before)
-        graph.train(training)
+    with knobs_restored(graph) as (own_taus, own_rules):
+        counter = _Counter(graph, inputs)
+
+        def choose(rule: str | None, tau: float | None) -> None:
+            set_rule(graph, own_rules if rule is None else rule)
+            set_tau(graph, own_taus if tau is None else tau)
+
+        for number, (router, rule, tau) in enumerate(settings):
+            choose(rule, tau)
+            meter, marks = ExpertMeter(graph, oracle=router == "oracle"), quality(task)
+            for index, batch in enumerate(run_batches(meter, batches)):
+                marks.add(batch[1], batch[0])
+                if progress is not None:
+                    done, total = number * len(batches) + index + 1, len(settings) * len(batches)
+                    progress(Progress("sweep", done, total, {} if tau is None else {"tau": tau}))
+            multiply_adds = counter.multiply_adds(meter.layers)
+            points.append(
+                Point(
+                    tau,
+                    marks.result(),
+                    executed_share(meter.layers),
+                    layers_share(meter.layers),
+                    multiply_adds,
+                    None if not dense_multiply_adds else multiply_adds / dense_multiply_adds,
+                    " ".join(dict.fromkeys(own_rules.values())) if rule is None else rule,
+                    router,
+                )
+            )
+        if timed:
+            calls = [lambda rule=rule, tau=tau: choose(rule, tau) for router, rule, tau in settings if router == "own"]
+            times = iter(time_settings(graph, batches[0], calls))
+            points = [replace(p, milliseconds=next(times)) if p.router == "own" else p for p in points]
     return points
+
+
+@contextmanager
+def knobs_restored(graph: GraphModule) -> Any:
+    """The graph in evaluation mode; gives its (tau, rule) by layer and puts mode and knobs back at the end."""
+    taus, rules, training = get_tau(graph), get_rule(graph), graph.training
+    graph.eval()
+    try:
+        yield taus, rules
+    finally:
+        set_tau(graph, taus)
+        set_rule(graph, rules)
+        graph.train(training)
+
+
+def run_batches(meter: ExpertMeter, batches: Iterable[Batch]) -> Iterable[tuple[Batch, Any]]:
+    """Every batch with the model's output for it, while the meter counts the tokens that are not padding."""
+    with torch.no_grad():
+        for batch in batches:
+            meter.token_mask = lambda lead, batch=batch: token_mask(batch, lead)
+            yield batch, meter.call(batch.args, batch.kwargs)
+
+
+def executed_share(layers: Mapping[str, LayerRun]) -> float:
+    """Share of the experts' multiply-adds that ran."""
+    everything = sum(layer.multiply_adds for layer in layers.values())
+    return sum(layer.ran * layer.per_pair for layer in layers.values()) / everything if everything else 1.0
+
+
+def layers_share(layers: Mapping[str, LayerRun]) -> float:
+    """Multiply-adds of the converted layers, routers included, over those of the dense layers."""
+    everything = sum(layer.multiply_adds for layer in layers.values())
+    routers = sum(layer.tokens * layer.per_token for layer in layers.values())
+    return executed_share(layers) + (routers / everything if everything else 0.0)
+
+
+class _Counter:
+    """The multiply-adds of one call on the example inputs, given what share of each layer runs on real data."""
+
+    def __init__(self, graph: GraphModule, inputs: Any) -> None:
+        args, kwargs = as_args_kwargs(inputs)
+        self._all, self._layers = measure(graph, args, kwargs)
+
+    def multiply_adds(self, layers: Mapping[str, LayerRun]) -> int:
+        skipped = sum((1.0 - layers[path].share) * layer.multiply_adds for path, layer in self._layers.items())
+        return int(self._all.multiply_adds - skipped)
+
+
+def time_settings(
+    graph: GraphModule, batch: Batch, choices: Sequence[Callable[[], None]], repeats: int = _REPEATS
+) -> list[float]:
+    """Median milliseconds of a call with each choice made before it, all choices in turn, again and again."""
+    times: list[list[float]] = [[] for _ in choices]
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            for found, choose in zip(times, choices, strict=True):
+                choose()
+                started = time.perf_counter()
+                graph(*batch.args, **batch.kwargs)
+                found.append(1000 * (time.perf_counter() - started))
+    return [statistics.median(found[1:]) for found in times]

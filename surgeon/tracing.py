@@ -8,7 +8,6 @@ it on for fine-tuning. A model whose training form cannot be traced, or does not
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import keyword
 import logging
@@ -19,16 +18,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from surgeon.agreement import relative_error, run, tolerance_for, without_none
+from surgeon.dynamic_sizes import dynamic_dims, dynamic_shapes, tile_single_batch
 from surgeon.errors import TraceError
 from surgeon.export_cleanup import changed_buffers, clean, use_first_names
-from surgeon.graph import TracedGraph, fork, is_switched_off, retie
+from surgeon.export_setup import keep_modes, plain_signature, without_caches
+from surgeon.graph import TracedGraph, fork, retie
 from surgeon.inputs import as_args_kwargs
 from surgeon.losses import task_of
+from surgeon.trace_check import brief, disagreement, is_random, run_reference
 
 log = logging.getLogger("surgeon")
 
@@ -76,24 +77,24 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     asks_for_cache = bool(kwargs.get("use_cache"))
     if asks_for_cache:
         kwargs = {**kwargs, "use_cache": False}
-    with quiet(), _without_caches(model), _keep_modes(model):
+    with quiet(), without_caches(model), keep_modes(model):
         model.eval()
-        args, kwargs, tiled = _tile_single_batch(model, args, kwargs)
-        reference = _run_reference(model, args, kwargs)
+        args, kwargs, tiled = tile_single_batch(model, args, kwargs)
+        reference = run_reference(model, args, kwargs)
         failures: list[str] = []
         for form, front_end in _attempts(model):
             try:
                 graph = _export(model, args, kwargs, form, front_end)
             except Exception as error:
-                failures.append(f"{form} form, {front_end.__name__.strip('_')}: {_first_line(error)}")
+                failures.append(f"{form} form, {front_end.__name__.strip('_')}: {brief(error)}")
                 log.debug("trace attempt failed", exc_info=True)
                 continue
-            problem, error_size = _disagreement(graph, reference, model, args, kwargs)
+            problem, error_size = disagreement(graph, reference, model, args, kwargs)
             if problem is None:
                 notes = _notes(graph, form, failures, tiled)
                 if asks_for_cache:
                     notes = (*notes, "use_cache was taken for False: a graph keeps no key-value cache.")
-                graph.meta["trace"] = TraceInfo(form, _dynamic_dims(graph), notes, error_size, task_of(model))
+                graph.meta["trace"] = TraceInfo(form, dynamic_dims(graph), notes, error_size, task_of(model))
                 graph.train(model_training)
                 return graph
             failures.append(f"{form} form, {front_end.__name__.strip('_')}: {problem}")
@@ -129,7 +130,7 @@ def adopt(graph: GraphModule) -> TracedGraph:
     traced = fork(graph)
     clean(traced)
     if "trace" not in traced.meta:
-        traced.meta["trace"] = TraceInfo(_form_of(traced), _dynamic_dims(traced))
+        traced.meta["trace"] = TraceInfo(_form_of(traced), dynamic_dims(traced))
     return traced
 
 
@@ -157,14 +158,14 @@ def is_aten_graph(graph: GraphModule) -> bool:
     )
 
 
-# --------------------------------------------------------------------------------------------- exporting
+# --- exporting --------------------------------------------------------------------------------------------------------
 
 
 FrontEnd = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], ExportedProgram]
 
 
 def _dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    with _plain_signature(model, args, kwargs):
+    with plain_signature(model, args, kwargs):
         shapes = dynamic_shapes(model, args, kwargs)
         return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
 
@@ -198,7 +199,7 @@ def _export(
 ) -> TracedGraph:
     model.train(form == "train")
     # A failed export leaves marks on the very tensors it was given, which make the next one fail.
-    args, kwargs = _map_tensors(torch.clone, args, kwargs)
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     try:
         # Without gradients a model's own no_grad regions (rotary embeddings) stay part of the one graph.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -212,26 +213,9 @@ def _export(
     graph.meta["trace"] = TraceInfo(form)
     if form == "train" and (changed := changed_buffers(graph)):
         raise TraceError(f"it changes its own state when it runs ({changed[0]})")
-    if form == "train" and (random := [node for node in graph.eval().graph.nodes if _is_random(node)]):
+    if form == "train" and (random := [node for node in graph.eval().graph.nodes if is_random(node)]):
         raise TraceError(f"it stays random in evaluation ({random[0].target})")
     return graph.train(form == "train")
-
-
-def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The `dynamic_shapes` of an export: batch and sequence dimensions are free, all others fixed.
-
-    The first dimension of every tensor is free; so is the second of token ids, masks and other integer or boolean
-    tensors, and of three-dimensional float tensors (embeddings). Export fixes those that the model needs fixed.
-    """
-
-    def free(value: object) -> dict[int, Any] | None:
-        if not isinstance(value, Tensor):
-            return None
-        sequence = value.dim() >= 2 and (not value.is_floating_point() or value.dim() == 3)
-        return {dim: Dim.AUTO for dim in range(min(value.dim(), 2 if sequence else 1)) if value.shape[dim] > 1}
-
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return {name: pytree.tree_map(free, value) for name, value in bound.items()}
 
 
 def _form_of(graph: GraphModule) -> Form:
@@ -244,117 +228,6 @@ def _form_of(graph: GraphModule) -> Form:
     return "train" if changed else "eval"
 
 
-# --------------------------------------------------------------------------------------------- agreement
-
-
-def _run_reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    try:
-        return run(model, args, kwargs)
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} fails on the example inputs, before any tracing: {_first_line(error)}"
-        ) from error
-
-
-def _disagreement(
-    graph: TracedGraph, reference: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[str | None, float]:
-    """Why the graph is not the model (None if it is), and the error on the example inputs."""
-    graph.eval()
-    try:
-        error = relative_error(run(graph, args, kwargs), reference)
-    except Exception as failure:
-        return f"the graph fails where the model runs: {_first_line(failure)}", float("inf")
-    tolerance = tolerance_for(reference, model)
-    if not error <= tolerance:
-        random = sorted({str(node.target) for node in graph.graph.nodes if _is_random(node)})
-        hint = f" (random ops: {', '.join(random)})" if random else ""
-        return f"the graph's output differs from the model's by {error:.1e} relative{hint}", error
-    grown = _grow_batch(graph, args, kwargs)
-    if grown is None:
-        return None, error
-    try:
-        expected = run(model, *grown)
-    except Exception:
-        return None, error  # the model itself does not take another batch size
-    try:
-        other = relative_error(run(graph, *grown), expected)
-    except Exception as failure:
-        return f"the graph fails at another batch size: {_first_line(failure)}", error
-    if not other <= tolerance:
-        return f"the graph's output differs from the model's by {other:.1e} relative at another batch size", error
-    return None, error
-
-
-def _is_random(node: Node) -> bool:
-    """Whether the node draws random numbers as it stands, which a dropout that is switched off does not."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    return not is_switched_off(node)
-
-
-def _tile_single_batch(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """Inputs of batch 1, doubled: export treats a dimension of size 1 as fixed. Unchanged if the model refuses."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
-        return args, kwargs, False
-    tiled_args, tiled_kwargs = _map_tensors(lambda tensor: torch.cat([tensor, tensor]), args, kwargs)
-    try:
-        one, two = run(model, args, kwargs), run(model, tiled_args, tiled_kwargs)
-    except Exception:
-        return args, kwargs, False
-    grew = any(
-        isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() > 0 and a.shape[0] * 2 == b.shape[0]
-        for a, b in zip(pytree.tree_leaves(without_none(one)), pytree.tree_leaves(without_none(two)), strict=False)
-    )
-    return (tiled_args, tiled_kwargs, True) if grew else (args, kwargs, False)
-
-
-def _grow_batch(
-    graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The inputs with one more row in every tensor whose first dimension is dynamic; None if none is."""
-    shapes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    leaves = pytree.tree_leaves((args, kwargs))
-    if len(shapes) != len(leaves):
-        return None
-    grows = [isinstance(shape, Tensor) and shape.dim() > 0 and not _is_fixed(shape.shape[0]) for shape in shapes]
-    rows = {leaf.shape[0] for leaf, grow in zip(leaves, grows, strict=True) if grow}
-    if len(rows) != 1:
-        return None
-    it = iter(grows)
-    return _map_leaves(lambda leaf: torch.cat([leaf, leaf[:1]]) if next(it) else leaf, args, kwargs)
-
-
-def _map_tensors(
-    change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return _map_leaves(lambda leaf: change(leaf) if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf, args, kwargs)
-
-
-def _map_leaves(
-    change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    changed = pytree.tree_map(change, (args, kwargs))
-    return changed[0], changed[1]
-
-
-def _is_fixed(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) or not size.node.expr.free_symbols
-
-
-def _dynamic_dims(graph: GraphModule) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    return tuple(
-        (node.name, tuple(dim for dim, size in enumerate(value.shape) if not _is_fixed(size)))
-        for node in placeholders
-        if isinstance(value := node.meta.get("val"), Tensor)
-    )
-
-
 def _notes(graph: TracedGraph, form: Form, failures: list[str], tiled: bool) -> tuple[str, ...]:
     notes = []
     if form == "eval":
@@ -363,15 +236,12 @@ def _notes(graph: TracedGraph, form: Form, failures: list[str], tiled: bool) -> 
             "Traced in evaluation form: dropout and other training-time randomness are off during fine-tuning. "
             f"The training form was refused ({why.partition(': ')[2]})."
         )
-    fixed = [name for name, dims in _dynamic_dims(graph) if 0 not in dims]
+    fixed = [name for name, dims in dynamic_dims(graph) if 0 not in dims]
     if fixed:
         notes.append(f"Batch size is fixed at the example's for: {', '.join(fixed)}.")
     if tiled:
         notes.append("The example batch of 1 was doubled for tracing, since a dimension of 1 would be fixed.")
     return tuple(notes)
-
-
-# --------------------------------------------------------------------------------------------- surroundings
 
 
 @contextlib.contextmanager
@@ -392,62 +262,3 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Let `forward` name every input it is given: export cannot say which dimensions of a `**kwargs` are dynamic."""
-    signature = inspect.signature(model.forward)
-    bound = signature.bind(*args, **kwargs).arguments
-    kinds = {signature.parameters[name].kind for name in bound}
-    if not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}:
-        yield
-        return
-    original, own = model.forward, "forward" in vars(model)
-    names = [name for name in bound if signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL]
-    names = [*names, *(f"input_{index}" for index in range(len(args)))][: len(args)]
-    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in (*names, *kwargs)]
-
-    def forward(*given: Any, **named: Any) -> Any:
-        return original(*given, **named)
-
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    model.forward = forward
-    try:
-        yield
-    finally:
-        if own:
-            model.forward = original
-        else:
-            del model.forward
-
-
-@contextlib.contextmanager
-def _keep_modes(model: nn.Module) -> Iterator[None]:
-    """Restore every module's own training flag: a user may have frozen some of them."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def _without_caches(model: nn.Module) -> Iterator[None]:
-    """Switch key-value caches off in every config of the model; encoder-decoders hold several."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if hasattr(config, "use_cache")}
-    saved = [(config, config.use_cache) for config in configs.values()]
-    for config, _ in saved:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, value in saved:
-            config.use_cache = value
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

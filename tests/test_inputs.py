@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from surgeon.errors import UsageError
-from surgeon.inputs import as_args_kwargs, example_inputs, inputs_from, inputs_of_program, token_fields
+from surgeon.given_inputs import inputs_from, inputs_of_program
+from surgeon.inputs import as_args_kwargs, example_inputs, token_fields
 
 TEXT = {
     "num_hidden_layers": 1,

@@ -22,7 +22,7 @@ def test_passes_are_found_by_name() -> None:
     [
         ("moefy", "No pass 'moefy'. Did you mean 'moeify'?"),
         ("swap_activation", "No pass 'swap_activation'. Did you mean 'swap-activation'?"),
-        ("xyz", "No pass 'xyz'. There are: swap-activation, sparsify, mlpify, moeify, lower."),
+        ("xyz", "No pass 'xyz'. There are: mlpify, swap-activation, sparsify, moeify, recover, lower."),
         ("", "No pass ''."),
     ],
 )
@@ -95,7 +95,7 @@ def test_wrong_settings(setting: str) -> None:
 
 def test_option_types() -> None:
     types = option_types(Moeify)
-    assert types["experts"] == int | None
+    assert types["experts"] == int | dict[str, int] | None
     assert types["tau"] is float
     assert {"only", "skip", "epochs", "lr", "router_width"} <= set(types)
 

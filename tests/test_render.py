@@ -12,7 +12,7 @@ import pytest
 from rich.text import Text
 
 from surgeon.diff import GraphDiff, PassDiff
-from surgeon.losses import Quality
+from surgeon.passes import Moeify
 from surgeon.pipeline import Diff
 from surgeon.render.diff_view import diff_view
 from surgeon.render.screen import Screen, diff_text, plain_text, to_json
@@ -27,9 +27,7 @@ from surgeon.render.summary import (
     percent,
     seconds,
 )
-from surgeon.render.views import sweep_view
 from surgeon.report import Cost, FitReport, PassReport, Progress, SiteChange
-from surgeon.sweep import Point
 
 ANSI = re.compile(r"\x1b\[")
 
@@ -59,6 +57,7 @@ def report(**changes: object) -> PassReport:
         "before": Cost(22_600_000, 176_000_000, 176_000_000),
         "after": Cost(23_000_000, 184_000_000, 184_000_000, 1.0),
         "max_error": 2.1e-07,
+        "notes": (Moeify.untrained,),
     }
     return PassReport(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -142,7 +141,7 @@ def test_layers_sort_by_number() -> None:
 
 
 def test_diff_says_what_a_pass_did_in_one_line_a_group() -> None:
-    header, parameters, adds, columns, sites, refused = diff_text(diff(report())).splitlines()
+    header, parameters, adds, columns, sites, refused, note = diff_text(diff(report()), "sites").splitlines()[:7]
     assert header == "moeify  6 of 7 sites  same output (differs by 2e-07)  not trained  23 s"
     assert parameters == "  parameters     22.6 M → 23.0 M  +1.8%"
     assert adds == "  multiply-adds  176 M → 184 M    +4.5%  100% of the experts ran"
@@ -151,6 +150,7 @@ def test_diff_says_what_a_pass_did_in_one_line_a_group() -> None:
         "  encoder.layer.0…5  ×6  FFN 384→1536→384 gelu → 48 experts × 32, router 128"
         "  1.18 M → 1.24 M  1.18 M → 1.23 M  100%"
     )
+    assert note.startswith("  note: The routers were not trained")
     assert refused == "  refused pooler: tanh between linears 384→384→2 is a pooler or a classifier head, not an FFN"
 
 
@@ -208,6 +208,8 @@ def test_stat_has_a_line_a_pass() -> None:
         ({"after": Cost(23_000_000, 184_000_000, 62_000_000, 0.27)}, "27% of the experts ran, 62.0 M in all"),
         ({"before": None, "after": None}, "moeify  6 of 7 sites"),
         ({"notes": ("Batch size is fixed.",)}, "note: Batch size is fixed."),
+        ({"notes": ()}, "same output (differs by 2e-07)  23 s"),
+        ({"fit": FitReport(0, 0.0, 0.0, ())}, "  fitted in closed form\n"),
         ({"name": "third-party"}, "third-party  6 of 7 sites  same output (differs by 2e-07)  23 s"),
         (
             {"fit": FitReport(120, 3.0, 33.5, ((1, {"router loss": 1.2}), (120, {"router loss": 0.03})), 40)},
@@ -225,17 +227,6 @@ def test_refusals_for_the_same_reason_are_one_line() -> None:
     assert "refused 3 sites, first h.0: the hidden values (gelu_0) escape" in text
     assert "h.1" not in text
     assert "refused h.1: the hidden values (gelu_1) escape" in diff_text(diff(report(rejected=rejected)), "full")
-
-
-def test_sweep_shows_what_each_tau_costs_in_quality() -> None:
-    points = [
-        Point(0.0, Quality("accuracy", 0.95, True, 60), 1.0, 5_060_000, 1.18),
-        Point(0.1, Quality("accuracy", 0.90, True, 60), 0.23, 2_950_000, None),
-    ]
-    lines = plain_text(sweep_view(points)).splitlines()
-    assert lines[1].split() == ["0", "(all", "experts)", "0.950", "100%", "5.06", "M", "118%"]
-    assert lines[2].split() == ["0.1", "0.900", "-0.05", "23%", "2.95", "M"]
-    assert lines[3].startswith("accuracy on 60 samples")
 
 
 # --- where it goes ----------------------------------------------------------------------------------------------------

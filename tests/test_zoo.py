@@ -13,10 +13,27 @@ from surgeon.inputs import as_args_kwargs
 from surgeon.passes import Lower, Moeify
 from surgeon.pipeline import Pipeline
 
-from .zoo import gated, huggingface, plain, structures, surroundings, traps, traps_between, vision
+from .zoo import (
+    gated,
+    huggingface,
+    interfaces,
+    modes,
+    naming,
+    plain,
+    sharing,
+    structures,
+    surroundings,
+    traps,
+    traps_between,
+    vision,
+)
 from .zoo.case import Case
 
-FAMILIES = (plain, gated, structures, surroundings, traps, traps_between, huggingface, vision)
+FAMILIES = (
+    *(plain, gated),
+    *(structures, naming, sharing, interfaces, modes, surroundings),
+    *(traps, traps_between, huggingface, vision),
+)
 
 
 def _cases() -> list[object]:

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,6 +19,7 @@ from surgeon.cost import measure
 from surgeon.diff import PassDiff
 from surgeon.errors import NothingChangedError, SaveError, UsageError
 from surgeon.graph import TracedGraph
+from surgeon.hugging_face import quiet_transformers
 from surgeon.inputs import as_args_kwargs
 from surgeon.jobs.inspection import LOOKS_FOR
 from surgeon.jobs.opening import DataOptions, Opened, Stage
@@ -27,10 +28,9 @@ from surgeon.losses import Quality, evaluate, task_of
 from surgeon.moe import find_moes
 from surgeon.passes import Pass
 from surgeon.pipeline import Pipeline, Surgery
-from surgeon.recipe import build
+from surgeon.recipe import RECIPES, Steps, build
 from surgeon.render.summary import count_reasons
 from surgeon.report import Cost, PassReport, Progress
-from surgeon.source import quiet_transformers
 
 
 class Interrupted(KeyboardInterrupt):
@@ -132,7 +132,7 @@ def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions)
         raise UsageError(f"--tau {options.tau:g}: tau is a share of the largest score, from 0 to 1.")
     if options.tau is not None and not artifact and not any(one.makes == "moe" for one in passes):
         raise UsageError("--tau needs experts: put moeify among the passes.")
-    trains = options.data is not None and not options.dry_run and any(one.trains for one in passes)
+    trains = options.data is not None and not options.dry_run and any(one.will_fit for one in passes)
     if options.resume and not trains:
         raise UsageError("--resume continues training, and this run trains nothing: run it without --resume.")
     if not options.dry_run:
@@ -185,7 +185,7 @@ def apply(
             notes.append(note)
 
     work = None
-    if data is not None and directory is not None and any(one.trains for one in passes):
+    if data is not None and directory is not None and any(one.will_fit for one in passes):
         recipe = {
             "model": opened.origin.sha256,
             "passes": [{"name": one.name, "options": one.options()} for one in passes],
@@ -215,6 +215,8 @@ def apply(
             surgery.set_tau(options.tau)
         surgery.graph.eval()
         quality = _quality(surgery.graph, opened, data, "after", stage)
+        if dense is not None and quality is not None and data is not None:
+            surgery.quality = dense, quality, data.fingerprint
         if directory is not None:
             with stage(f"saving {directory}"), quiet_transformers():
                 surgery.save(directory, overwrite=options.overwrite)
@@ -274,7 +276,7 @@ def _next(
     if directory is None:
         return _command(word for word in options.typed if word != "--dry-run"), "to do it"
     trained = {report.name for report in surgery.reports if report.fit is not None}
-    if any(one.trains and one.name not in trained for one in passes):
+    if any(one.will_fit and one.name not in trained for one in passes):
         again = [word for word in options.typed if word != "--overwrite"]
         return _command((*again, "--data", "DATA", "--overwrite")), "to train what was not trained"
     moes, place = find_moes(surgery.graph), str(directory)
@@ -319,18 +321,33 @@ def applied_json(applied: Applied, opened: Opened) -> dict[str, Any]:
     }
 
 
-def read_recipe(path: Path) -> tuple[list[Pass[Any]], int]:
-    """The passes and the seed that a `surgery.json`, or its `recipe` alone, records.
+def read_recipe(name: str, settings: Mapping[str, Mapping[str, Any]]) -> tuple[list[Pass[Any]], int | None]:
+    """The passes of a recipe and its seed: one that has a name, or what a `surgery.json` or its `recipe` recorded.
+
+    Args:
+        settings: options by pass, in place of the recipe's own.
 
     Raises:
-        UsageError: no such file, or no recipe in it; a pass or an option that does not exist.
+        UsageError: no such recipe or file, or no recipe in it; a pass or an option that does not exist.
     """
+    steps, seed = _steps(name)
+    unused = [one for one in settings if one not in [step for step, _ in steps]]
+    if unused:
+        raise UsageError(f"Options were given for '{unused[0]}', which recipe {name} does not run.")
+    return [build([step], {step: {**options, **settings.get(step, {})}})[0] for step, options in steps], seed
+
+
+def _steps(name: str) -> tuple[Steps, int | None]:
+    if name in RECIPES:
+        return RECIPES[name][1], None
+    path = Path(name)
     try:
         content = json.loads((path / RECORD if path.is_dir() else path).read_text(encoding="utf-8"))
         recipe = content.get("recipe", content)
-        steps, seed = [(step["name"], dict(step.get("options", {}))) for step in recipe["passes"]], int(recipe["seed"])
+        return [(step["name"], dict(step.get("options", {}))) for step in recipe["passes"]], int(recipe["seed"])
     except FileNotFoundError:
-        raise UsageError(f"--recipe {path}: there is no such file.") from None
+        raise UsageError(
+            f"--recipe {name}: there is no such file, nor a recipe of that name. There are: {', '.join(RECIPES)}."
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"--recipe {path} holds no recipe: {type(error).__name__}: {error}.") from error
-    return [build([name], {name: options})[0] for name, options in steps], seed
+        raise UsageError(f"--recipe {name} holds no recipe: {type(error).__name__}: {error}.") from error

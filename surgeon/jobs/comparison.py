@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from surgeon.agreement import relative_error, run
 from surgeon.cost import measure
 from surgeon.diff import GraphDiff, compare_unrelated, snapshot
-from surgeon.errors import UsageError
+from surgeon.errors import first_line
 from surgeon.inputs import as_args_kwargs
 from surgeon.jobs.inspection import outside_experts
 from surgeon.jobs.opening import Opened
-from surgeon.losses import task_of
 from surgeon.moe import find_moes
-from surgeon.report import Cost, Progress
-from surgeon.sweep import USUAL_TAUS, Point
-from surgeon.sweep import sweep as run_sweep
+from surgeon.report import Cost
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ def compare_models(first: Opened, second: Opened, *, with_nodes: bool = False) -
     try:
         difference = relative_error(run(second.graph, args, kwargs), run(first.graph, args, kwargs))
     except Exception as error:  # whatever a graph raises for inputs that are not its own
-        note = f"The outputs cannot be compared on the first model's example inputs: {_first_line(error)}."
+        note = f"The outputs cannot be compared on the first model's example inputs: {first_line(error)}."
     sides = _sides(first), _sides(second)
     return Comparison(
         (first.spec, second.spec),
@@ -77,62 +73,3 @@ def _sides(opened: Opened) -> dict[str, SiteSide]:
         side = SiteSide(site.describe, count, site.multiply_adds, layers[site.path].share)
         found[site.path.rpartition(".")[0]] = side
     return found
-
-
-# --- sweep ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Swept:
-    """Quality and cost of a saved surgery at several tau, the first 0. dense_multiply_adds: before the surgery."""
-
-    model: str
-    data: str
-    task: str
-    dense_multiply_adds: int | None
-    points: list[Point]
-
-
-def parse_taus(text: str | None) -> tuple[float, ...]:
-    """`"0.1,0.2"` → (0.0, 0.1, 0.2).
-
-    Raises:
-        UsageError: not numbers from 0 to 1.
-    """
-    if text is None:
-        return USUAL_TAUS
-    try:
-        taus = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        taus = []
-    if not taus or not all(0.0 <= tau <= 1.0 for tau in taus):
-        raise UsageError(f"--tau {text}: give numbers from 0 to 1, for example --tau 0,0.05,0.1.")
-    return tuple(dict.fromkeys((0.0, *taus)))
-
-
-def sweep(opened: Opened, taus: Sequence[float], *, progress: Callable[[Progress], None] | None = None) -> Swept:
-    """Measure a model with experts at each tau, on the held-out part of its data or, without one, on all of it.
-
-    Raises:
-        UsageError: the model has no experts; the task is unknown. DataError: there are no labels.
-    """
-    assert opened.data is not None
-    data = opened.data
-    batches = data.eval if data.eval is not None else data.train
-    task = opened.task
-    if task is None:
-        batch = next(iter(batches))
-        task = task_of(None, run(opened.graph, batch.args, batch.kwargs), batch.labels)
-    if task is None:
-        raise UsageError("What is the model for? Its quality cannot be measured without --task.")
-    before = (opened.record or {}).get("passes", [{}])[0].get("before")
-    dense = None if before is None else int(before["multiply_adds"])
-    points = run_sweep(
-        opened.graph, batches, task, taus, inputs=opened.inputs, dense_multiply_adds=dense, progress=progress
-    )
-    return Swept(opened.spec, data.description, task, dense, points)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,10 +14,12 @@ from torch.utils import _pytree as pytree
 from surgeon.artifact import load, load_inputs
 from surgeon.batch import Data
 from surgeon.data import load_data
+from surgeon.given_inputs import inputs_from, inputs_of_program
 from surgeon.graph import TracedGraph
-from surgeon.inputs import example_inputs, inputs_from, inputs_of_program
+from surgeon.hugging_face import TASK_CLASSES, companions
+from surgeon.inputs import example_inputs
 from surgeon.pipeline import Origin
-from surgeon.source import TASK_CLASSES, Source, check_finite, load_model, quiet_transformers
+from surgeon.source import Source, check_finite, load_model
 from surgeon.tracing import TraceInfo, from_program, trace
 
 Stage = Callable[[str], AbstractContextManager[object]]
@@ -88,8 +89,8 @@ def open_model(
     """Load a model or a saved surgery, find example inputs, trace it, and read data for it.
 
     Args:
-        inputs: as `surgeon.inputs.inputs_from` takes; by default the model's own, and the data's first rows for a model
-            that has none.
+        inputs: as `surgeon.given_inputs.inputs_from` takes; by default the model's own, and the data's first rows for
+            a model that has none.
         task: the head of a Hugging Face model. stage: called with what is being done.
 
     Raises:
@@ -131,27 +132,11 @@ def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | No
     graph = load(source.path)
     if given is None:
         given = load_inputs(source.path)
-    config, tokenizer, processor = _companions(source.path)
+    config, tokenizer, processor = companions(source.path)
     info: TraceInfo = graph.meta["trace"]
     read = _read(data, tokenizer, processor, config, info.task, stage)
     origin = Origin(str(source.path), "artifact", source.sha256, config, tokenizer, processor)
     return Opened(spec, graph, given, origin, info.notes, graph.meta["surgery"], read)
-
-
-def _companions(directory: Path) -> tuple[Any, Any, Any]:
-    """The config, tokenizer and processor that were saved with a surgery, None where it has none."""
-    import transformers
-
-    def part(file: str, loader: str) -> Any:
-        if not (directory / file).is_file():
-            return None
-        return getattr(transformers, loader).from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-
-    with quiet_transformers():
-        config = part("config.json", "AutoConfig")
-        if config is None:
-            return None, None, None
-        return config, part("tokenizer_config.json", "AutoTokenizer"), part("preprocessor_config.json", "AutoProcessor")
 
 
 def _read(

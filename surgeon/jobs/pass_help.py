@@ -51,15 +51,18 @@ def options_of(kind: type[Pass[Any]]) -> list[Option]:
 
 
 def _type(kind: Any) -> str:
-    """A type in words: `int or none`, `constant|linear|cosine`."""
+    """A type in words: `integer or none`, `constant|linear|cosine`, `number or PATTERN:number,...`."""
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
         return "|".join(map(str, arguments))
     if get_origin(kind) is tuple:
         return "list"
-    if type(None) in arguments:
-        return f"{' or '.join(_type(one) for one in arguments if one is not type(None))} or none"
-    return {"str": "text", "float": "number", "int": "integer"}.get(getattr(kind, "__name__", ""), str(kind))
+    if get_origin(kind) is dict:
+        return f"PATTERN:{_type(arguments[1])},..."
+    if arguments:
+        return " or ".join(map(_type, arguments))
+    names = {"str": "text", "float": "number", "int": "integer", "bool": "true|false", "NoneType": "none"}
+    return names.get(getattr(kind, "__name__", ""), str(kind))
 
 
 class _Example(nn.Module):

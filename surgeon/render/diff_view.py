@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Group, RenderableType
@@ -15,6 +15,7 @@ from surgeon.render.summary import (
     change,
     count_reasons,
     growth,
+    join_like,
     join_sites,
     natural,
     number,
@@ -22,6 +23,7 @@ from surgeon.render.summary import (
     seconds,
 )
 from surgeon.report import Cost, FitReport, PassReport
+from surgeon.sparsity import Sparsity
 
 if TYPE_CHECKING:
     from surgeon.diff import GraphDiff, PassDiff
@@ -47,6 +49,8 @@ def pass_view(one: PassDiff, detail: Detail, *, gap: bool = False) -> Renderable
         lines.append(_costs(report.before, report.after))
     if report.fit is not None:
         lines.append(indented(dim(_fitted(report.fit))))
+        if report.fit.sparsity:
+            lines.append(indented(sparsity_view(report.fit.sparsity, detail)))
     if report.sites:
         groups = (
             [SiteGroup(site.path, site, 1) for site in report.sites] if detail == "full" else join_sites(report.sites)
@@ -131,14 +135,19 @@ def _training(report: PassReport, *, short: bool = False) -> Text:
     from surgeon.passes import PASSES
 
     if report.fit is not None:
-        return Text(f"{report.fit.steps} steps") if short else Text("")
+        return Text(f"{report.fit.steps} steps" if report.fit.steps else "closed form") if short else Text("")
     kind = PASSES.get(report.name)
-    untrained = bool(report.matched) and kind is not None and kind.trains
+    if kind is None or not report.matched:
+        return Text("")
+    # Whether it was to train follows from its options; the note says that it was.
+    untrained = kind.untrained in report.notes if kind.untrained else kind.needs_data
     return Text("none" if short else "not trained", style="yellow") if untrained else Text("")
 
 
 def _fitted(fit: FitReport) -> str:
-    """`trained 120 steps in 34 s: router loss 0.23 → 0.001`."""
+    """`trained 120 steps in 34 s: router loss 0.23 → 0.001`, or `fitted in closed form`."""
+    if not fit.steps:
+        return "fitted in closed form"
     text = f"trained {fit.steps} steps in {seconds(fit.seconds)}"
     if fit.resumed_at:
         text += f", resumed at {fit.resumed_at}"
@@ -185,6 +194,39 @@ def sites_view(groups: Sequence[SiteGroup]) -> RenderableType:
             indented(dim(f"{costs[0]} parameters, {costs[1]} multiply-adds/token{share}")),
         ]
     return indented(Fitting(wide, Group(*narrow)))
+
+
+def sparsity_view(sparsity: Mapping[str, tuple[Sparsity, Sparsity]], detail: Detail) -> RenderableType:
+    """How sparse the activations of each layer were before training and are after it, layers that look alike joined."""
+    parts: dict[str, Callable[[Sparsity], float]] = {
+        "active": lambda one: 1.0 - one.below_100th,
+        "exactly zero": lambda one: one.zero,
+    }
+    if detail == "full":
+        parts = {
+            "exactly zero": lambda one: one.zero,
+            "below 1/10": lambda one: one.below_10th,
+            "below 1/100": lambda one: one.below_100th,
+            "below 1/1000": lambda one: one.below_1000th,
+        }
+    rows = [
+        (path, tuple(_moved(share(old), share(new)) for share in parts.values()))
+        for path, (old, new) in sparsity.items()
+    ]
+    joined = [(path, 1, place) for place, (path, _) in enumerate(rows)] if detail == "full" else join_like(rows)
+    columns: list[Literal["left", "right"]] = ["left"] * (1 + len(parts))
+    table = grid(*columns, header=["neurons", *parts])
+    for label, count, place in joined:
+        path = Text.assemble((label or MODEL, "cyan"), (f"  ×{count}" if count > 1 else "", "dim"))
+        table.add_row(path, *rows[place][1])
+    below = "below: that part of" if detail == "full" else "active: above a hundredth of"
+    return Group(table, dim(f"{below} the token's largest value; shares of the neurons, mean over tokens"))
+
+
+def _moved(before: float, after: float) -> str:
+    """`42% → 3.1%`, or one share if they look the same."""
+    old, new = percent(before), percent(after)
+    return old if old == new else f"{old} → {new}"
 
 
 def _refusals(rejected: Sequence[tuple[str, str]], detail: Detail) -> RenderableType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -12,19 +12,17 @@ from rich.text import Text
 
 from surgeon.render.diff_view import Detail, graph_diff_view, sites_view
 from surgeon.render.layout import MODEL, dim, grid, heading, indented, refused, sentences
+from surgeon.render.measured import items_of, quality_value
 from surgeon.render.summary import SiteGroup, growth, join_like, number, percent, seconds
 
 if TYPE_CHECKING:
-    from surgeon.demo import Demo
     from surgeon.diff import PassDiff
     from surgeon.jobs.applying import Applied
     from surgeon.jobs.comparison import Comparison, SiteSide
     from surgeon.jobs.doctor import Check
     from surgeon.jobs.inspection import Explanation, Inspection
     from surgeon.jobs.pass_help import Option
-    from surgeon.losses import Quality
     from surgeon.passes import Pass
-    from surgeon.sweep import Point
 
 
 # --- apply ------------------------------------------------------------------------------------------------------------
@@ -44,7 +42,7 @@ def applied_view(applied: Applied) -> RenderableType:
         )  # fmt: skip
     if applied.quality is not None:
         old, new = applied.quality
-        table.add_row(old.name, _value(old), _value(new), dim(f"on {new.items} {_items(new.name)}"))
+        table.add_row(old.name, quality_value(old), quality_value(new), dim(f"on {new.items} {items_of(new.name)}"))
     lines: list[RenderableType] = [table, sentences(applied.notes, indent=0)]
     time_taken = seconds(applied.seconds)
     if applied.directory is None:
@@ -59,14 +57,6 @@ def applied_view(applied: Applied) -> RenderableType:
 
 def _add_numbers(table: Table, name: str, before: int, after: int) -> None:
     table.add_row(name, number(before), number(after), dim(growth(before, after)))
-
-
-def _value(quality: Quality) -> str:
-    return f"{quality.value:.3f}" if quality.name == "accuracy" else f"{quality.value:.4g}"
-
-
-def _items(quality_name: str) -> str:
-    return "samples" if quality_name == "accuracy" else "tokens"
 
 
 # --- inspect, explain, passes -----------------------------------------------------------------------------------------
@@ -160,13 +150,17 @@ def explanation_view(passes: Sequence[Explanation]) -> RenderableType:
     return Group(*lines[:-1])
 
 
-def passes_view(passes: Iterable[type[Pass[Any]]]) -> RenderableType:
-    """The list of passes."""
+def passes_view(passes: Iterable[type[Pass[Any]]], recipes: Mapping[str, tuple[str, Any]]) -> RenderableType:
+    """The list of passes and of recipes."""
     table = grid("left", "left", "left", "left", header=("pass", "output", "data", "what it does"))
     for kind in passes:
         data = "needed" if kind.needs_data else "to train" if kind.trains else ""
         table.add_row(Text(kind.name, style="bold cyan"), promise(kind), data, first_sentence(kind))
-    return Group(table, Text(""), Text("surgeon passes NAME shows a pass's options and an example.", style="dim"))
+    named = grid("left", "left", header=("recipe", "for comparison: several passes with their options, as published"))
+    for name, (what, _) in recipes.items():
+        named.add_row(Text(name, style="bold cyan"), what)
+    hint = "surgeon passes NAME shows a pass's options and an example; surgeon apply --recipe NAME runs a recipe."
+    return Group(table, Text(""), named, Text(""), Text(hint, style="dim"))
 
 
 def pass_help_view(kind: type[Pass[Any]], options: Sequence[Option], example: PassDiff) -> RenderableType:
@@ -221,7 +215,7 @@ def pass_facts(kind: type[Pass[Any]]) -> list[tuple[str, str]]:
     return facts
 
 
-# --- diff of two, sweep, doctor ---------------------------------------------------------------------------------------
+# --- diff of two, doctor --------------------------------------------------------------------------------------
 
 
 def comparison_view(found: Comparison, detail: Detail) -> RenderableType:
@@ -264,48 +258,6 @@ def comparison_view(found: Comparison, detail: Detail) -> RenderableType:
 def _pair(old: SiteSide | None, new: SiteSide | None, what: Callable[[SiteSide], str]) -> str:
     before, after = (what(side) if side is not None else "" for side in (old, new))
     return before if before == after else f"{before or '-'} → {after or '-'}"
-
-
-def sweep_view(points: Sequence[Point], *, dense: tuple[Quality, int] | None = None) -> RenderableType:
-    """Quality and cost at every tau. dense: quality and multiply-adds of the dense model, if its quality is known."""
-    name = points[0].quality.name
-    header = ("tau", name, "", "experts that ran", "multiply-adds", "of dense")
-    table = grid("left", "right", "right", "right", "right", "right", header=header)
-    base = (points[0].quality if dense is None else dense[0]).value
-    if dense is not None:
-        table.add_row("dense", _value(dense[0]), "", "", number(dense[1]), "100%")
-    for point in points:
-        value = point.quality.value
-        moved = value - base
-        worse = moved < 0 if point.quality.higher_is_better else moved > 0
-        table.add_row(
-            f"{point.tau:g}" + (" (all experts)" if point.tau == 0 else ""),
-            _value(point.quality),
-            Text(f"{moved:+.2g}" if moved else "", style="red" if worse else "green"),
-            percent(point.executed),
-            number(point.multiply_adds),
-            percent(point.relative),
-        )
-    quality = points[0].quality
-    measured = f"{name} on {quality.items} {_items(name)}; multiply-adds for the example inputs"
-    return Group(table, dim(measured))
-
-
-def quality_line(what: str, quality: Quality) -> RenderableType:
-    """`dense model: accuracy 0.97 on 360 samples`."""
-    measured = f"{quality.name} {_value(quality)} on {quality.items} {_items(quality.name)}"
-    return Text.assemble((what, "bold"), f": {measured}\n")
-
-
-def demo_view(made: Demo) -> RenderableType:
-    """Quality against cost, and where the result is."""
-    before = made.surgery.reports[0].before
-    dense = None if before is None else (made.dense, before.multiply_adds)
-    return Group(
-        sweep_view(made.points, dense=dense),
-        Text.assemble("\nSaved to ", (str(made.directory), "bold"), ". Next, to see what was changed:"),
-        Text(f"  surgeon diff {made.directory}", style="bold"),
-    )
 
 
 def doctor_view(checks: Sequence[Check]) -> RenderableType:

@@ -27,7 +27,7 @@ X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 def test_every_pass_has_one() -> None:
-    assert set(GOLDEN) == set(PASSES)
+    assert set(GOLDEN) == set(PASSES) - {"recover"}, "recover changes weights only"
 
 
 def as_text(taken: Snapshot) -> str:

@@ -15,9 +15,10 @@ from surgeon.errors import UsageError
 from surgeon.fit import Settings
 from surgeon.graph import TracedGraph
 from surgeon.passes import Mlpify, Moeify, Sparsify, SwapActivation
-from surgeon.passes.sparsify import SparsityTap, square_hoyer
+from surgeon.passes.sparsify import SparsityTap
 from surgeon.rewrite import Capture
 from surgeon.search import find_ffns
+from surgeon.sparsity import active_share, square_hoyer
 from tests.models import WIDTH, Fused, Gated, Plain, Wrapped, classifier, labelled, labelled_vectors, tokens, vectors
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -104,7 +105,7 @@ def test_scale_in_front_of_the_activation_counts() -> None:
 def test_active_share_is_of_what_exceeds_a_hundredth_of_the_largest() -> None:
     tap = SparsityTap("relu", None, 4, 1.0, -10.0, projection=False)
     z = torch.tensor([[100.0, 2.0, 0.5, -3.0], [1.0, 1.0, 1.0, 1.0]])
-    assert tap.active_share(z).tolist() == [0.5, 1.0]
+    assert active_share(tap.activations(z)).tolist() == [0.5, 1.0]
 
 
 def test_tap_returns_its_input() -> None:
@@ -143,7 +144,7 @@ def test_report_says_where_the_tap_is(traces: Any) -> None:
 
 @pytest.mark.parametrize(("option", "words"), [
     ({"alpha": -1.0}, "alpha is -1.0, but must not be negative"),
-    ({"alpha_schedule": "steep"}, "alpha_schedule is 'steep'; it can be constant, linear or linear_warmup"),
+    ({"alpha_schedule": "steep"}, "alpha_schedule is 'steep'; it can be constant, linear, linear_warmup"),
 ])  # fmt: skip
 def test_wrong_options(option: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):

@@ -16,8 +16,9 @@ from surgeon.errors import UsageError
 from surgeon.graph import TracedGraph, aten
 from surgeon.passes import SwapActivation
 from surgeon.probe import DROPOUTS
+from surgeon.recipe import build
 from surgeon.search import find_ffns
-from tests.models import WIDTH, Function, Fused, Gated, Plain, Wrapped, vectors
+from tests.models import WIDTH, Function, Fused, Gated, Plain, Wrapped, classifier, labelled_vectors, tokens, vectors
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
 
@@ -165,3 +166,71 @@ def test_parameters_and_costs_stay(traces: Any) -> None:
     assert report.before == report.after
     assert set(graph.state_dict()) == set(state)
     assert all(torch.equal(value, state[name]) for name, value in graph.state_dict().items())
+
+
+# --- a value for each site, and recovery ------------------------------------------------------------------------------
+
+
+def test_each_site_gets_its_own_activation(traces: Any) -> None:
+    (one,) = build(["swap-activation"], {"swap-activation": {"to": "*.0.*:relu, *:silu"}})
+    graph = traces("stack:gelu")
+    report = one.apply(graph, inputs=vectors())
+    assert [(site.path, site.activation) for site in find_ffns(graph)[0]] == [
+        ("blocks.0.ffn", "relu"), ("blocks.1.ffn", "silu")
+    ]  # fmt: skip
+    assert report.options == {"to": {"*.0.*": "relu", "*": "silu"}}
+    assert [site.after for site in report.sites] == ["relu", "silu"]
+
+
+def test_a_site_without_a_value_is_left(traces: Any) -> None:
+    report = SwapActivation(to={"*.0.*": "relu"}).apply(traces("stack:gelu"), inputs=vectors())
+    assert report.matched == ["blocks.0.ffn"]
+    assert report.rejected == [("blocks.1.ffn", "to names no activation for it")]
+
+
+def test_nothing_is_trained_unless_asked_for(traces: Any) -> None:
+    graph, data = traces("stack:gelu"), labelled_vectors(2)
+    before = {name: value.clone() for name, value in graph.state_dict().items()}
+    report = SwapActivation().apply(graph, inputs=vectors(), data=data)
+    assert report.fit is None
+    assert report.notes == ()
+    assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
+    asked = SwapActivation(epochs=1).apply(traces("stack:gelu"), inputs=vectors())
+    assert asked.fit is None
+    assert any("Nothing was fine-tuned" in note and "--data" in note for note in asked.notes)
+
+
+@pytest.mark.parametrize("options", [{"epochs": 2.0}, {"steps": 4}])
+def test_recovery_trains_as_long_as_asked(traces: Any, options: Any) -> None:
+    report = SwapActivation(**options).apply(traces("stack:gelu"), inputs=vectors(), data=labelled_vectors(2))
+    assert report.fit is not None
+    assert report.fit.steps == 4
+    assert set(report.fit.losses[0][1]) == {"task loss"}
+    assert not report.preserved
+
+
+def test_recovery_brings_the_answers_back() -> None:
+    """Distilled from the model as it was, on inputs without labels."""
+    model = classifier("gelu", layers=1, dropout=0.0)
+    data = [tokens(8, seed=number) for number in range(4)]
+    apart = {}
+    for steps in (None, 100):
+        options: Any = {} if steps is None else {"steps": steps, "lr": 3e-3, "distill": 1.0}
+        surgery = surgeon.Pipeline([SwapActivation(**options)]).run(model, inputs=data[0], data=data)
+        with torch.no_grad():
+            want, got = (
+                torch.cat([one(**inputs) for inputs in data]).softmax(-1) for one in (model, surgery.graph.eval())
+            )
+        apart[steps] = float((got - want).abs().mean())
+    assert apart[100] < 0.1 * apart[None]
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"epochs": -1.0}, "epochs is -1.0, but must be positive"),
+    ({"epochs": 1.0, "lr": 0.0}, "lr is 0.0, but must be positive"),
+    ({"to": {"*": "relu", "a": "tanh"}}, "to is 'tanh', but must be one of relu, relu2, gelu, silu"),
+    ({"distill": 2.0}, "distill is 2.0, but must be from 0 to 1"),
+])  # fmt: skip
+def test_wrong_options(options: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=f"swap-activation: {words}"):
+        SwapActivation(**options)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import plain
+from . import spelling
 from .body import DOWN, FUSED, HIDDEN, UP, WIDTH, weight
 from .case import Registry
 
 CASES = Registry("gated")
-ffn = partial(plain.ffn, registry=CASES)
+ffn = partial(spelling.ffn, CASES)
 
 THREE = {"gate": UP, "up": UP, "down": DOWN}
 TWO = {"gate_up": FUSED, "down": DOWN}

@@ -84,7 +84,7 @@ for _name, _options in [
     ("beit_base_patch16_224", VIT),
     ("beitv2_base_patch16_224", VIT),
     ("convit_tiny", {**VIT, "local_up_to_layer": 1}),
-    ("eva_giant_patch14_224", VIT_48),
+    ("eva_giant_patch14_224", {**VIT_48, "mlp_ratio": 4.0}),
     ("samvit_base_patch16", {**VIT, "global_attn_indexes": (1,), "window_size": 2}),
 ]:
     timm_model(_name, int(_options["img_size"]), 2, "gelu", **_options)

@@ -1,0 +1,162 @@
+"""A GPT of about 10 million parameters on the source of Python's standard library: loss against cost.
+
+python examples/frontier/language.py work            # GELU, made ReLU
+python examples/frontier/language.py work --gated    # a llama, its SiLU gates made ReLU gates
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from study import Study, Variant, main
+from torch import Tensor, nn
+
+from surgeon.batch import Batch, Data
+from surgeon.passes import Lower, Moeify, Pass, Sparsify, SwapActivation
+
+VOCABULARY, LENGTH, BATCH = 2048, 256, 16
+TRAIN_TOKENS, EVAL_TOKENS = 3_000_000, 65_536
+STEPS = TRAIN_TOKENS // LENGTH // BATCH  # in an epoch
+WIDTH, LAYERS, HEADS = 320, 6, 5
+LR = 1e-3
+PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "steps": 200}
+TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+
+
+@cache
+def tokens() -> tuple[Tensor, Tensor]:
+    """Token ids to train on and of held-out files, [N, LENGTH] each: every twentieth file is held out."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib"}
+    files = sorted(file for file in root.rglob("*.py") if not left_out & set(file.relative_to(root).parts))
+    random.Random(0).shuffle(files)
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts[::10], trainer)
+    parts: tuple[list[int], list[int]] = ([], [])
+    for place, text in enumerate(texts):
+        part, enough = (parts[0], TRAIN_TOKENS) if place % 20 else (parts[1], EVAL_TOKENS)
+        if len(part) < enough:
+            part += tokenizer.encode(text).ids[: enough - len(part)]
+    train, held = parts
+    return tuple(torch.tensor(part[: len(part) // LENGTH * LENGTH]).view(-1, LENGTH) for part in (train, held))
+
+
+class Chunks:
+    """Batches in another order in each epoch, which follows from the seed."""
+
+    def __init__(self, rows: Tensor, seed: int) -> None:
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        self.epoch += 1
+        for chosen in order.split(BATCH):
+            yield Batch((), {"input_ids": self.rows[chosen]})
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // BATCH)
+
+
+def data(seed: int) -> Data:
+    train, held = tokens()
+    return Data(
+        Chunks(train, seed), [Batch((), {"input_ids": rows}) for rows in held.split(BATCH)], task="causal-lm",
+        description="Python's standard library",
+    )  # fmt: skip
+
+
+def inputs(data: Data) -> dict[str, Tensor]:
+    return {"input_ids": tokens()[1][:2]}
+
+
+def gpt(seed: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def llama(seed: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=864, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, max_position_embeddings=LENGTH, use_cache=False, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def ours(**sparsify: Any) -> list[Pass[Any]]:
+    return [
+        SwapActivation(),
+        Sparsify(lr=LR / 2, steps=300, weight_decay=0.1, **sparsify),
+        Moeify(expert_size=32, steps=100),
+        Lower(),
+    ]
+
+
+def study(gated: bool) -> Study:
+    return Study(
+        name="code_gated" if gated else "code",
+        task="causal-lm",
+        keep=1.01,
+        data=data,
+        model=llama if gated else gpt,
+        inputs=inputs,
+        dense={"epochs": 600 / STEPS, "lr": LR, "weight_decay": 0.1, "schedule": "cosine"},
+        longer={"epochs": 300 / STEPS, "lr": LR / 2, "weight_decay": 0.1, "schedule": "linear"},
+        variants={
+            "moefication": Variant(
+                [
+                    SwapActivation(lr=LR / 2, steps=300, weight_decay=0.1),
+                    Moeify(expert_size=32, **PUBLISHED, objective="activation", rule="top_k"),
+                    Lower(),
+                ],
+                (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+            ),
+            "d2dmoe": Variant(
+                [
+                    SwapActivation(),
+                    Sparsify(alpha=1e-4, lr=LR / 2, steps=300, weight_decay=0.1),
+                    Moeify(expert_size=32, **PUBLISHED, objective="norm"),
+                    Lower(),
+                ],
+                TAUS,
+                oracle=True,
+            ),
+            "ours": Variant(
+                ours(target=0.15 if gated else 0.08), TAUS, budgets=(0.55, 0.6, 0.65, 0.7, 0.8), oracle=True
+            ),
+            "untrained": Variant(
+                [Moeify(expert_size=32, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8, 0.9),
+                oracle=True,
+            ),
+        },
+        calibration_batches=6,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    gated = "--gated" in sys.argv
+    if gated:
+        sys.argv.remove("--gated")
+    main(study(gated))

@@ -1,0 +1,135 @@
+"""From the result files of the studies: a plot for each, and the table of what it costs to keep the dense quality.
+
+python examples/frontier/report.py results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+NAMES = {
+    "moefication": "MoEfication",
+    "d2dmoe": "D2DMoE as published",
+    "ours": "ours",
+    "ours_attention": "ours, attention too",
+    "untrained": "ours, no training",
+}
+
+
+def cost_at(points: Sequence[dict[str, Any]], quality: float, cost: str, higher: bool) -> float | None:
+    """The lowest cost at which a curve reaches a quality, between neighbours on a straight line; None if it never does.
+
+    Of points that are beaten in both by another one only the better counts.
+    """
+    sign = 1.0 if higher else -1.0
+    ordered = sorted((p[cost], sign * p["quality"]) for p in points)
+    front: list[tuple[float, float]] = []
+    for x, y in ordered:
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    wanted = sign * quality
+    for (x0, y0), (x1, y1) in pairwise(front):
+        if y0 < wanted <= y1:
+            return x0 + (x1 - x0) * (wanted - y0) / (y1 - y0)
+    return front[0][0] if front and front[0][1] >= wanted else None
+
+
+def rows(results: dict[str, Any]) -> Iterator[tuple[str, str, list[float | None], list[float | None]]]:
+    """(variant, curve, cost of the converted layers, cost of the whole model), a cost for each seed."""
+    seeds = results["seeds"]
+    first = next(iter(seeds.values()))
+    for variant in [name for name in NAMES if name in first]:
+        for curve in first[variant]["curves"]:
+            layers, whole = [], []
+            for found in seeds.values():
+                dense = found["dense"]
+                wanted = dense["value"] * results["keep"]
+                points = found[variant]["curves"][curve]
+                layers.append(cost_at(points, wanted, "layers", dense["higher_is_better"]))
+                whole.append(cost_at(points, wanted, "relative", dense["higher_is_better"]))
+            yield variant, curve, layers, whole
+
+
+def percent(values: Sequence[float | None]) -> str:
+    """Mean and spread over the seeds."""
+    reached = [value for value in values if value is not None]
+    if len(reached) < len(values):
+        return "not reached" if not reached else f"reached by {len(reached)} of {len(values)} seeds"
+    spread = f" ± {100 * statistics.stdev(reached):.1f}" if len(reached) > 1 else ""
+    return f"{100 * statistics.fmean(reached):.1f}%{spread}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """As Markdown."""
+    seeds = results["seeds"].values()
+    dense = [found["dense"]["value"] for found in seeds]
+    longer = [found["longer"]["value"] for found in seeds if "longer" in found]
+    name = next(iter(seeds))["dense"]["name"]
+    keep = f"{100 * results['keep']:.0f}% of dense {name}"
+    lines = [
+        f"### {results['study']}", "",
+        f"Dense {name} {_mean(dense)}" + (f"; trained as much again {_mean(longer)}" if longer else "")
+        + f"; {len(dense)} seed(s).", "",
+        f"| | selection | converted layers at {keep} | whole model |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    selections = {"uniform": "one tau", "tuned": "a tau for each layer", "oracle": "one tau, oracle router"}
+    lines += [
+        f"| {NAMES[variant]} | {selections[curve]} | {percent(layers)} | {percent(whole)} |"
+        for variant, curve, layers, whole in rows(results)
+    ]
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Quality against the cost of the whole model, a thin line for each seed."""
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.add_subplot()
+    colours = dict(zip(NAMES, ("tab:grey", "tab:orange", "tab:blue", "tab:green", "tab:purple"), strict=True))
+    for number, found in enumerate(results["seeds"].values()):
+        for variant, colour in colours.items():
+            if variant not in found:
+                continue
+            curves = found[variant]["curves"]
+            for curve, style in (("uniform", "-o"), ("tuned", "--*"), ("oracle", ":")):
+                points = sorted(curves.get(curve, ()), key=lambda point: point["relative"])
+                if not points or (curve == "oracle" and variant != "ours"):
+                    continue
+                label = NAMES[variant] + {"uniform": "", "tuned": ", tuned", "oracle": ", oracle router"}[curve]
+                axes.plot(
+                    [p["relative"] for p in points], [p["quality"] for p in points], style, color=colour, ms=4, lw=1.2,
+                    label=label if number == 0 else None,
+                )  # fmt: skip
+    dense = [found["dense"] for found in results["seeds"].values()]
+    value = statistics.fmean(one["value"] for one in dense)
+    axes.axhline(value, color="black", lw=1, label="dense")
+    axes.axhline(value * results["keep"], color="black", lw=0.8, ls=":")
+    higher = dense[0]["higher_is_better"]
+    reach = 0.06 if higher else 0.15
+    axes.set_ylim(*((value * (1 - reach), value * 1.02) if higher else (value * (1 + reach), value * 0.96)))
+    axes.set_xlabel("multiply-adds of the whole model, share of dense")
+    axes.set_ylabel(f"{dense[0]['name']} on {dense[0]['items']:,} held-out items")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=130)
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="the directory with the result files of the studies")
+    for path in sorted(parser.parse_args().results.glob("*.json")):
+        content = json.loads(path.read_text())
+        plot(content, path.with_suffix(".png"))
+        print(table(content), end="\n\n")

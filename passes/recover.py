@@ -1,0 +1,118 @@
+"""Fine-tune a model as it will run: with the experts skipped that tau leaves out, and routers that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from surgeon.batch import Batch, Data
+from surgeon.errors import UsageError
+from surgeon.finetuning import finetune
+from surgeon.fit import Settings, real_tokens
+from surgeon.graph import TracedGraph
+from surgeon.moe import MoE, MoESite, find_moes
+from surgeon.passes.base import SiteKind, TrainedPass, option
+from surgeon.report import FitReport, SiteChange
+from surgeon.rewrite import own_parameters
+from surgeon.routing import Objective, router_loss, target
+from surgeon.sites import Rejection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover(TrainedPass[MoESite]):
+    """Fine-tune with experts skipped, so that those that run make up for those that do not.
+
+    Every step draws a tau up to the given one. Selection itself gets no gradient; the routers go on learning the norms
+    of the changing experts, on the inputs that the sparse model gives them. Not part of D2DMoE.
+    """
+
+    name: ClassVar[str] = "recover"
+    works_on: ClassVar[SiteKind] = "moe"
+    must_precede: ClassVar[frozenset[str]] = frozenset({"lower"})
+    preserves: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = True
+
+    tau: float = option(0.3, "The largest tau that the model is trained at.")
+    distill: float = option(
+        0.0, "Share of the loss that is divergence from the model before the passes, in place of the task's loss."
+    )
+    router_weight: float = option(0.1, "Weight of the routers' loss beside the model's.")
+    epochs: float = option(1.0, "How often fine-tuning goes through the data.")
+    lr: float = option(2e-5, "Learning rate of AdamW for all parameters.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tau", "distill"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UsageError(f"recover: {name} is {getattr(self, name)}, but must be from 0 to 1.")
+        if self.router_weight < 0:
+            raise UsageError(f"recover: router_weight is {self.router_weight}, but must not be negative.")
+
+    def find(self, graph: GraphModule) -> tuple[Sequence[MoESite], list[Rejection]]:
+        return find_moes(graph), []
+
+    def match(self, graph: GraphModule, site: MoESite) -> str | None:
+        return None if site.form == "module" else "it stands in the graph as ops: recover runs right after moeify"
+
+    def rewrite(self, graph: TracedGraph, site: MoESite, seen: Any = None) -> SiteChange:
+        count = sum(parameter.numel() for parameter in graph.get_submodule(site.path).parameters())
+        cost, name = site.multiply_adds, site.nodes[-1].name
+        return SiteChange(site.path, site.describe, "fine-tuned", (count, count), (cost, cost), (name, name), site.path)
+
+    def fit(
+        self,
+        graph: TracedGraph,
+        before: TracedGraph,
+        changes: Sequence[tuple[MoESite, SiteChange]],
+        data: Data,
+        settings: Settings,
+    ) -> FitReport | None:
+        """Train all parameters for the task, at a tau drawn anew in every step; the layers' own tau is put back."""
+        own_parameters(graph)
+        chosen = {change.path for _, change in changes}
+        sites = [site for site in find_moes(graph) if site.path in chosen]
+        inputs = {site.path: [str(node.args[0].name) for node in site.nodes] for site in sites}  # type: ignore[union-attr]
+        taus = {site.path: site.tau.clone() for site in sites}
+
+        def layer(path: str) -> MoE:
+            # Looked up at every use: `finetune` gives the graph copies of its modules.
+            moe = graph.get_submodule(path)
+            assert isinstance(moe, MoE)
+            return moe
+
+        def draw(done: float) -> None:
+            # From the seed and how far training is, so that a resumed fit draws the same.
+            generator = torch.Generator().manual_seed(settings.seed + int((1.0 + done) * 1e9))
+            tau = self.tau * float(torch.rand((), generator=generator))
+            for path in inputs:
+                layer(path).tau.fill_(tau)
+
+        def penalise(batch: Batch, values: dict[str, Tensor], done: float) -> tuple[Tensor, dict[str, float]]:
+            losses = []
+            for path, names in inputs.items():
+                moe = layer(path)
+                objective: Objective = "relative"
+                for name in names:
+                    x = real_tokens(batch, values[name]).detach()
+                    with torch.no_grad():
+                        wanted = target(objective, x, moe.routed, moe.activation)
+                        scale = moe.router(x).amax(-1, keepdim=True).clamp_min(1e-6)
+                    losses.append(router_loss(objective, moe.router(x) / scale, wanted))
+            mean = torch.stack(losses).mean()
+            draw(done)
+            return self.router_weight * mean, {"router loss": mean.item()}
+
+        draw(-1.0)
+        try:
+            return finetune(
+                graph, data, self.plan(), settings, "recover", watched=[n for names in inputs.values() for n in names],
+                penalise=penalise, distill=self.distill,
+            )  # fmt: skip
+        finally:
+            for path, tau in taus.items():
+                layer(path).tau.copy_(tau)

@@ -1,0 +1,50 @@
+"""Look at what a graph computes inside, on a few thousand tokens of real data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from surgeon.batch import Batch, Data
+from surgeon.fit import real_tokens
+from surgeon.report import Progress
+from surgeon.rewrite import Capture
+
+
+def collect(
+    graph: GraphModule,
+    names: Iterable[str],
+    data: Data,
+    *,
+    tokens: int,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Tensor]:
+    """The values of inner nodes on the first batches of the training data, padding left out, in evaluation mode.
+
+    Args:
+        names: of nodes whose values are [..., d]; each may have its own number of tokens.
+        tokens: when every node has so many, it is enough; less if the data ends.
+
+    Returns:
+        By name, [N, d] with N at most `tokens`.
+    """
+    names = list(dict.fromkeys(names))
+    inner = Capture(graph, names).eval()
+    device = next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    enough = 0
+    with torch.no_grad():
+        for item in data.train:
+            batch = Batch.from_any(item).to(device)
+            _, values = inner(*batch.args, **batch.kwargs)
+            for name in names:
+                found[name].append(real_tokens(batch, values[name]))
+            enough = min(sum(len(part) for part in parts) for parts in found.values())
+            if progress is not None:
+                progress(Progress("calibration", min(enough, tokens), tokens))
+            if enough >= tokens:
+                break
+    return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}

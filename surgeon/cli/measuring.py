@@ -1,0 +1,162 @@
+"""Commands that weigh quality against cost: sweep, tune."""
+
+# The annotations are read when commands are made, so they are not postponed.
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgeon.cli.app import Run, command
+from surgeon.cli.options import (
+    BatchSize,
+    Held,
+    LabelColumn,
+    Limit,
+    MaxLength,
+    NeededData,
+    Saved,
+    Seed,
+    Task,
+    TextColumn,
+    TrustPickle,
+)
+from surgeon.cli.reading import data_options
+
+
+class Metric(StrEnum):
+    """What a budget counts."""
+
+    flops = "flops"
+    ms = "ms"
+
+
+DenseModel = Annotated[
+    str | None, typer.Option("--dense", metavar="MODEL", help="The model before the surgery, to measure beside it.")
+]
+
+
+@command
+def sweep(
+    run: Run,
+    model: Saved,
+    data: NeededData,
+    tau: Annotated[
+        str | None, typer.Option("--tau", metavar="T,T,...", help="Values of tau; 0, every expert, comes first.")
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            "--rule", metavar="R,R,...", help="Selection rules: max, cumulative, energy, top_k. By default the saved."
+        ),
+    ] = None,
+    oracle: Annotated[
+        bool, typer.Option(help="Also select by the true norms of the experts' outputs, the best a router could do.")
+    ] = True,
+    timed: Annotated[bool, typer.Option("--time", help="Also time a call at each setting.")] = False,
+    dense: DenseModel = None,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Also write the table (.json) or a plot (.png)."),
+    ] = None,
+    text: TextColumn = None,
+    label: LabelColumn = None,
+    task: Task = None,
+    batch_size: BatchSize = 16,
+    max_length: MaxLength = 128,
+    limit: Limit = None,
+    eval_fraction: Held = 0.1,
+    seed: Seed = 0,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Measure quality and cost at several tau.
+
+    Quality is measured on the held-out part of the data, the same that apply holds out; with --eval-fraction 0 on all.
+
+    Example: surgeon sweep bert-surgery --data reviews.csv --tau 0,0.05,0.1,0.2 -o sweep.png
+
+    JSON: {model, data, task, dense: {multiply_adds, quality, milliseconds}, points: [{tau, quality, executed, layers,
+    multiply_adds, relative, rule, router, milliseconds}]}
+    """
+    from surgeon.jobs import measuring
+    from surgeon.jobs.opening import open_model
+    from surgeon.render.files import write_swept
+    from surgeon.render.measured import sweep_view
+
+    taus, rules = measuring.parse_taus(tau), measuring.parse_rules(rule)
+    measuring.check_files(out or [])
+    wanted = data_options(
+        data, text=text, label=label, task=task, batch_size=batch_size, max_length=max_length, limit=limit,
+        eval_fraction=eval_fraction, seed=seed,
+    )  # fmt: skip
+    opened = open_model(str(model), data=wanted, stage=run.screen.stage)
+    beside = None
+    if dense is not None:
+        beside = open_model(dense, task=task or opened.task, trust_pickle=trust_pickle, stage=run.screen.stage)
+    swept = measuring.sweep(
+        opened, taus, rules=rules, oracle=oracle, timed=timed, dense=beside, progress=run.screen.progress
+    )
+    run.screen.show(sweep_view(swept.points, swept.dense))
+    for file in out or []:
+        write_swept(swept, file)
+        run.screen.say(f"Written to {file}.")
+    run.screen.result(swept)
+
+
+@command
+def tune(
+    run: Run,
+    model: Saved,
+    budget: Annotated[
+        float, typer.Option("--budget", metavar="B", help="Cost to stay within: a share of the dense model's.")
+    ],
+    data: NeededData,
+    metric: Annotated[
+        Metric, typer.Option("--metric", help="What is counted: multiply-adds, or milliseconds on this machine.")
+    ] = Metric.flops,
+    samples: Annotated[int, typer.Option("--samples", help="Samples of the training data to measure damage on.")] = 512,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default it replaces DIR."),
+    ] = None,
+    dense: DenseModel = None,
+    text: TextColumn = None,
+    label: LabelColumn = None,
+    task: Task = None,
+    batch_size: BatchSize = 16,
+    max_length: MaxLength = 128,
+    limit: Limit = None,
+    eval_fraction: Held = 0.1,
+    seed: Seed = 0,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Find a tau for each layer that meets a budget and hurts least, and store it.
+
+    Nothing is trained. What every layer's experts are worth is measured on some of the training data, by how far the
+    output moves when the layer gets a bit more or less; quality is then measured on the held-out part.
+
+    Example: surgeon tune bert-surgery --budget 0.4 --data reviews.csv
+
+    JSON: {model, directory, budget, metric, tuned: {taus, shares, cost, damage, uniform, uniform_cost, uniform_damage,
+    rounds}, quality: [before, after]}
+    """
+    from surgeon.jobs import measuring
+    from surgeon.jobs.applying import check_target
+    from surgeon.jobs.opening import open_model
+    from surgeon.render.measured import tuned_view
+
+    if out is not None:
+        check_target(out, str(model), overwrite=False)
+    wanted = data_options(
+        data, text=text, label=label, task=task, batch_size=batch_size, max_length=max_length, limit=limit,
+        eval_fraction=eval_fraction, seed=seed,
+    )  # fmt: skip
+    opened = open_model(str(model), data=wanted, stage=run.screen.stage)
+    beside = None
+    if dense is not None:
+        beside = open_model(dense, task=task or opened.task, trust_pickle=trust_pickle, stage=run.screen.stage)
+    found = measuring.tune(
+        opened, budget, metric=metric.value, samples=samples, out=out, dense=beside, progress=run.screen.progress
+    )
+    run.screen.show(tuned_view(found))
+    run.screen.result(found)

@@ -1,0 +1,86 @@
+"""Fine-tune a graph for its task while something else is wanted of it too: sparse activations, a teacher's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+
+from surgeon.agreement import run
+from surgeon.batch import Batch, Data
+from surgeon.errors import UsageError
+from surgeon.fit import Plan, Settings, Stateful, fit, loss_of, real_tokens
+from surgeon.graph import TracedGraph
+from surgeon.losses import logits_of
+from surgeon.report import FitReport
+from surgeon.rewrite import Capture, own_parameters
+
+# From the watched values and the share of the training that is done: what to add to the loss, and what to show.
+Penalise = Callable[[Batch, dict[str, Tensor], float], tuple[Tensor, dict[str, float]]]
+
+
+def finetune(
+    graph: TracedGraph,
+    data: Data,
+    plan: Plan,
+    settings: Settings,
+    what: str,
+    *,
+    watched: Sequence[str] = (),
+    penalise: Penalise | None = None,
+    distill: float = 0.0,
+    stateful: Sequence[Stateful] = (),
+) -> FitReport:
+    """Train all parameters of the graph, which gets copies of its own; returns with the graph's mode as it was.
+
+    Args:
+        watched: names of nodes whose values `penalise` gets.
+        distill: weight of the divergence from the model before the first pass, `settings.original`; the task's loss has
+            the rest.
+
+    Raises:
+        UsageError: every parameter is frozen, the task is unknown, or there is no model to distill from.
+        PassError: the loss is not finite.
+    """
+    own_parameters(graph)
+    parameters = [parameter for parameter in graph.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise UsageError(f"{what}: every parameter of the model is frozen (requires_grad is False).")
+    tapped = Capture(graph, watched, keep_output=True)
+    tapped.graph.train()
+    teacher = settings.original if distill else None
+    if distill and teacher is None:
+        raise UsageError(f"{what}: there is no model before the passes to distill from. Run it in a Pipeline.")
+    task = loss_of(graph, data) if distill < 1.0 else None
+
+    def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
+        outputs, values = tapped(*batch.args, **batch.kwargs)
+        total, shown = torch.zeros(()), {}
+        if task is not None:
+            value = task(outputs, batch)
+            shown["task loss"] = value.item()
+            total = (1.0 - distill) * value
+        if teacher is not None:
+            value = divergence(teacher, outputs, batch)
+            shown["divergence"] = value.item()
+            total = total + distill * value
+        if penalise is not None:
+            extra, more = penalise(batch, values, done)
+            total, shown = total + extra, shown | more
+        return total, shown
+
+    return fit(parameters, loss, data, plan, settings, what, stateful=stateful)
+
+
+def divergence(teacher: GraphModule, outputs: object, batch: Batch) -> Tensor:
+    """Mean over samples or real tokens of KL(teacher ‖ outputs), in nats, of the distributions the logits stand for."""
+    expected = logits_of(run(teacher, batch.args, dict(batch.kwargs)))
+    logits = logits_of(outputs)
+    if logits.dim() > 2:
+        expected, logits = real_tokens(batch, expected), real_tokens(batch, logits)
+    return F.kl_div(
+        logits.float().log_softmax(-1), expected.float().log_softmax(-1), log_target=True, reduction="batchmean"
+    )

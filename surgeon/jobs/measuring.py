@@ -1,0 +1,226 @@
+"""Weigh a saved surgery's quality against its cost: measure it at several settings, and tune it to a budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgeon.agreement import run
+from surgeon.artifact import save
+from surgeon.batch import Batch, Data
+from surgeon.errors import SaveError, UsageError
+from surgeon.jobs.opening import Opened
+from surgeon.kernels.selection import check_rule
+from surgeon.losses import Quality, evaluate, task_of
+from surgeon.moe import get_tau
+from surgeon.pipeline import Surgery
+from surgeon.report import Progress
+from surgeon.sweep import USUAL_TAUS, Dense, Point, time_settings
+from surgeon.sweep import sweep as run_sweep
+from surgeon.tuning import Metric, Tuned
+from surgeon.tuning import tune as run_tuning
+
+
+@dataclass(frozen=True)
+class Swept:
+    """Quality and cost of a saved surgery at several settings, and of the dense model."""
+
+    model: str
+    data: str
+    task: str
+    dense: Dense
+    points: list[Point]
+
+
+def parse_taus(text: str | None) -> tuple[float, ...]:
+    """`"0.1,0.2"` → (0.0, 0.1, 0.2).
+
+    Raises:
+        UsageError: not numbers from 0 to 1.
+    """
+    if text is None:
+        return USUAL_TAUS
+    try:
+        taus = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        taus = []
+    if not taus or not all(0.0 <= tau <= 1.0 for tau in taus):
+        raise UsageError(f"--tau {text}: give numbers from 0 to 1, for example --tau 0,0.05,0.1.")
+    return tuple(dict.fromkeys((0.0, *taus)))
+
+
+def parse_rules(text: str | None) -> tuple[str, ...] | None:
+    """`"max,top_k"` → ("max", "top_k"), None for the surgery's own.
+
+    Raises:
+        UsageError: there is no such rule.
+    """
+    if text is None:
+        return None
+    rules = tuple(part.strip() for part in text.split(",") if part.strip())
+    for rule in rules:
+        check_rule(rule)
+    return rules
+
+
+def check_files(files: Sequence[Path]) -> None:
+    """Refuse files that cannot be written, before anything is measured.
+
+    Raises:
+        UsageError: neither .json nor .png. SaveError: there is no such directory, or no permission.
+    """
+    for file in files:
+        if file.suffix not in (".json", ".png"):
+            raise UsageError(f"{file}: a table is written as .json, a plot as .png.")
+        if not os.access(file.parent, os.W_OK | os.X_OK) or file.is_dir():
+            raise SaveError(f"Cannot write {file}: there is no such directory, or no permission to write there.")
+
+
+def sweep(
+    opened: Opened,
+    taus: Sequence[float],
+    *,
+    rules: Sequence[str] | None = None,
+    oracle: bool = True,
+    timed: bool = False,
+    dense: Opened | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Swept:
+    """Measure a model with experts at each setting, on the held-out part of its data or, without one, on all of it.
+
+    The setting that is stored in it is measured too.
+
+    Args:
+        dense: the model before the surgery, to be measured beside it; else its quality is taken from the record, if it
+            was measured on the same data.
+
+    Raises:
+        UsageError: the model has no experts; the task is unknown. DataError: there are no labels.
+    """
+    task, batches = _task(opened), _batches(opened)
+    settings: list[float | None] = list(taus)
+    stored = set(get_tau(opened.graph).values())
+    if len(stored) > 1 or not any(abs(tau - next(iter(stored))) < 1e-6 for tau in taus):
+        settings.append(None)
+    multiply_adds = dense_multiply_adds(opened)
+    points = run_sweep(
+        opened.graph, batches, task, settings, inputs=opened.inputs, rules=rules, timed=timed,
+        routers=("own", "oracle") if oracle else ("own",),
+        dense_multiply_adds=multiply_adds, progress=progress,
+    )  # fmt: skip
+    assert opened.data is not None
+    beside = Dense(multiply_adds, recorded_quality(opened))
+    if dense is not None:
+        milliseconds = time_settings(dense.graph, batches[0], [lambda: None])[0] if timed else None
+        beside = Dense(multiply_adds, evaluate(dense.graph, batches, task), milliseconds)
+    return Swept(opened.spec, opened.data.description, task, beside, points)
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What tuning found, and where it was saved. quality: on the held-out data, before (every expert) and after."""
+
+    model: str
+    directory: Path
+    budget: float
+    metric: Metric
+    tuned: Tuned
+    quality: tuple[Quality, Quality] | None
+
+
+def tune(
+    opened: Opened,
+    budget: float,
+    *,
+    metric: Metric = "flops",
+    samples: int = 512,
+    out: Path | None = None,
+    dense: Opened | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> TuningResult:
+    """Find a tau for each layer within a budget, on training data, and store it in the surgery.
+
+    Args:
+        budget: share of the dense model's cost. samples: of the training data, on which damage is measured.
+        out: where the tuned surgery goes; by default it replaces the one that was opened.
+        dense: the model before the surgery, which "ms" needs as the yardstick.
+
+    Raises:
+        UsageError: as `surgeon.tuning.tune`; "ms" without the dense model.
+        SaveError: as `surgeon.artifact.save`.
+    """
+    assert opened.data is not None
+    calibration = _first(opened.data, samples)
+    if metric == "ms" and dense is None:
+        raise UsageError("--metric ms compares with the dense model's time: give it with --dense MODEL.")
+    whole: float | None = dense_multiply_adds(opened)
+    if metric == "ms" and dense is not None:
+        whole = time_settings(dense.graph, calibration[0], [lambda: None])[0]
+    tuned = run_tuning(
+        opened.graph, calibration, budget, inputs=opened.inputs, dense=whole, metric=metric, progress=progress
+    )
+    quality = None
+    if opened.data.eval is not None and (task := opened.task) is not None:
+        every, chosen = run_sweep(
+            opened.graph, _batches(opened), task, [0.0, None], inputs=opened.inputs, progress=progress
+        )
+        quality = every.quality, chosen.quality
+    surgery = _surgery(opened)
+    before = recorded_quality(opened)
+    if quality is not None and before is not None:
+        surgery.quality = before, quality[1], opened.data.fingerprint
+    directory = Path(opened.spec) if out is None else out
+    save(surgery, directory, overwrite=out is None)
+    return TuningResult(opened.spec, directory, budget, metric, tuned, quality)
+
+
+def _surgery(opened: Opened) -> Surgery:
+    """The opened surgery as it is now, to be saved again."""
+    from surgeon.diff import snapshot
+
+    earlier = opened.graph.meta.get("earlier_passes", ())
+    data = (opened.record or {}).get("recipe", {}).get("data")
+    seed = int((opened.record or {}).get("recipe", {}).get("seed", 0))
+    return Surgery(opened.graph, [], opened.inputs, [snapshot(opened.graph)], seed, data, opened.origin, earlier)
+
+
+def dense_multiply_adds(opened: Opened) -> int | None:
+    """The multiply-adds before the surgery, from its record."""
+    before = ((opened.record or {}).get("passes") or [{}])[0].get("before")
+    return None if before is None else int(before["multiply_adds"])
+
+
+def recorded_quality(opened: Opened) -> Quality | None:
+    """The dense model's quality, if it was measured on the data that is given now."""
+    found = (opened.record or {}).get("quality")
+    if found is None or opened.data is None or found["data"] != opened.data.fingerprint:
+        return None
+    return Quality(**found["before"])
+
+
+def _batches(opened: Opened) -> list[Batch]:
+    assert opened.data is not None
+    data = opened.data
+    return [Batch.from_any(item) for item in (data.eval if data.eval is not None else data.train)]
+
+
+def _first(data: Data, samples: int) -> list[Batch]:
+    """The first batches of the training data, until there are so many samples."""
+    found: list[Batch] = []
+    for item in data.train:
+        found.append(Batch.from_any(item))
+        if sum(batch.size for batch in found) >= samples:
+            break
+    return found
+
+
+def _task(opened: Opened) -> str:
+    task = opened.task
+    if task is None:
+        batch = _batches(opened)[0]
+        task = task_of(None, run(opened.graph, batch.args, batch.kwargs), batch.labels)
+    if task is None:
+        raise UsageError("What is the model for? Its quality cannot be measured without --task.")
+    return task

@@ -1,0 +1,104 @@
+"""How sparse activations are, to be measured and to be penalised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Penalty = Literal["hoyer", "l1"]
+_EPSILON = 1e-15
+
+
+def square_hoyer(a: Tensor) -> Tensor:
+    """(Σ|a|)² / (Σa² + 1e-15) over the last dimension, [..., h] → [...] float32: from 1 to h, 0 if all are zero.
+
+    The square Hoyer measure of D2DMoE, section 3.1: 1 for one active neuron, h if all are equally active.
+    """
+    a = a.float()
+    return a.abs().sum(-1).square() / (a.square().sum(-1) + _EPSILON)
+
+
+def l1(a: Tensor) -> Tensor:
+    """Σ|a| over the last dimension, [..., h] → [...] float32."""
+    return a.float().abs().sum(-1)
+
+
+PENALTIES: dict[Penalty, Callable[[Tensor], Tensor]] = {"hoyer": square_hoyer, "l1": l1}
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How sparse a layer's activations are: mean shares of the neurons, over tokens.
+
+    zero: exactly zero. below_10th, below_100th, below_1000th: smaller than that part of the token's largest.
+    """
+
+    zero: float
+    below_10th: float
+    below_100th: float
+    below_1000th: float
+
+    @classmethod
+    def of(cls, a: Tensor) -> Sparsity:
+        """Measure activations [N, h]."""
+        size = a.detach().float().abs()
+        largest = size.amax(-1, keepdim=True)
+        parts = (float((size < largest / part).float().mean()) for part in (10, 100, 1000))
+        return cls(float((size == 0).float().mean()), *parts)
+
+
+def active_share(a: Tensor) -> Tensor:
+    """Share of neurons that are above a hundredth of the token's largest, [..., h] → [...]."""
+    size = a.abs()
+    return (size > 0.01 * size.amax(-1, keepdim=True)).float().mean(-1)
+
+
+class AlphaControl:
+    """Finds the weight of each layer's penalty so that its share of active neurons becomes what is wanted.
+
+    The goal falls geometrically from where the layer starts to the target over the first part of the training. A layer
+    above its goal gets more weight, one below it less: proportional and integral control in the logarithm.
+    """
+
+    _RAMP = 0.6  # part of the training in which the goal falls
+    _PROPORTIONAL, _INTEGRAL = 2.0, 0.1
+    _SMOOTHING = 0.9
+    _LIMITS = (-18.0, 2.0)  # of the logarithm
+
+    def __init__(self, targets: Sequence[float], start: float) -> None:
+        """Control one layer to each of `targets`, in (0, 1], from the weight `start` on."""
+        layers = len(targets)
+        self._target = torch.tensor(targets).log()
+        self._first: Tensor | None = None
+        self._smooth = torch.zeros(layers)
+        self._integral = torch.full((layers,), start).log()
+        self._proportional = torch.zeros(layers)
+
+    def observe(self, active: Tensor, done: float) -> None:
+        """Take in the layers' active shares [layers] at the share `done` of the training."""
+        value = active.detach().cpu().float().clamp_min(1e-4).log()
+        if self._first is None:
+            self._first, self._smooth = value, value
+        self._smooth = self._SMOOTHING * self._smooth + (1 - self._SMOOTHING) * value
+        goal = self._first + (self._target - self._first) * min(1.0, done / self._RAMP)
+        error = (self._smooth - goal).clamp(-1.0, 1.0)
+        self._integral = (self._integral + self._INTEGRAL * error).clamp(*self._LIMITS)
+        self._proportional = self._PROPORTIONAL * error
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """What a checkpoint keeps."""
+        return {"first": self._first, "smooth": self._smooth, "integral": self._integral, "last": self._proportional}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint."""
+        self._first, self._smooth = state["first"], state["smooth"]
+        self._integral, self._proportional = state["integral"], state["last"]
+
+    @property
+    def alphas(self) -> Tensor:
+        """The weights now, [layers]."""
+        return (self._integral + self._proportional).exp()

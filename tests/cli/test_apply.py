@@ -1,0 +1,112 @@
+"""`surgeon apply`: what it shows, trains, measures and saves."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+import surgeon
+from surgeon.artifact import read_record
+
+from .harness import DATA, NET, Run, left
+
+
+def test_apply_shows_each_pass_the_total_and_what_comes_next(shelf: Path) -> None:
+    out = (shelf / "apply.txt").read_text()
+    heads = [line for line in out.splitlines() if re.match(r"^(swap-activation|sparsify|moeify|lower)  \d", line)]
+    assert [head.split("  ")[:2] for head in heads] == [
+        ["swap-activation", "2 of 3 sites"], ["sparsify", "2 of 3 sites"], ["moeify", "2 of 3 sites"],
+        ["lower", "2 of 2 sites"],
+    ]  # fmt: skip
+    assert "bert.encoder.layer.0…1  ×2  FFN 16→32→16 relu → 4 experts × 8, router 8" in out
+    assert "note: The routers were not trained: every expert runs and the output is unchanged." in out
+    assert re.search(r"^Saved to bert-moe in ", out, re.MULTILINE)
+    assert out.rstrip().endswith(
+        "surgeon apply --passes swap-activation,sparsify,moeify,lower --set moeify.experts=4 bert -o bert-moe "
+        "--data DATA --overwrite"
+    )
+
+
+def test_apply_saves_what_can_be_loaded(shelf: Path, run: Run) -> None:
+    record = read_record(shelf / "bert-moe")
+    assert [step["name"] for step in record["recipe"]["passes"]] == ["swap-activation", "sparsify", "moeify", "lower"]
+    assert record["input"]["path"] == "bert"
+    assert (shelf / "bert-moe/tokenizer.json").exists()
+    assert set(surgeon.get_tau(surgeon.load(shelf / "bert-moe")).values()) == {0.0}
+
+
+def test_apply_trains_measures_and_sets_tau(run: Run, tmp_path: Path) -> None:
+    result = run(
+        "apply", "--passes", "swap-activation,sparsify,moeify,lower", "bert", "--data", "reviews.csv", "--tau", "0.5",
+        "--set", "sparsify.steps=3", "--set", "moeify.steps=6", "--eval-fraction", "0.25", "--limit", "32",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "trained 3 steps in" in result.out
+    assert "router loss" in result.out
+    assert re.search(r"^accuracy +0\.\d+ +\d\.\d+ +on 8 samples$", result.out, re.MULTILINE)
+    assert re.search(r"^  that ran .* of the experts$", result.out, re.MULTILINE)
+    assert result.out.rstrip().endswith("surgeon sweep bert-surgery --data reviews.csv --limit 32 --eval-fraction 0.25")
+    assert re.search(r"^moeify routers  6/6  router loss", result.err, re.MULTILINE)
+    assert left(tmp_path) == {"bert-surgery"}
+    assert set(surgeon.get_tau(surgeon.load("bert-surgery")).values()) == {0.5}
+
+
+def test_apply_json_is_alone_on_stdout(run: Run) -> None:
+    result = run("--output", "json", "apply", "--passes", "moeify", *NET, "-o", "out", "--verify", "full")
+    done = result.json
+    assert set(done) == {
+        "model", "directory", "dry_run", "passes", "before", "after", "quality", "notes", "next", "seconds"
+    }  # fmt: skip
+    assert done["directory"] == "out"
+    assert done["passes"][0]["matched"] == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert done["passes"][0]["max_error"] < 1e-4
+    assert "tracing Net ..." in result.err
+
+
+def test_dry_run_changes_shows_and_saves_nothing(run: Run, tmp_path: Path) -> None:
+    result = run("apply", "--passes", "mlpify,moeify,lower", *NET, "--dry-run", *DATA)
+    assert result.code == 0, result.err
+    assert "mlpify  2 of 3 sites" in result.out
+    assert "nothing was trained and nothing was saved" in result.out
+    assert result.out.rstrip().endswith(f"surgeon apply --passes mlpify,moeify,lower {' '.join((*NET, *DATA))}")
+    assert left(tmp_path) == set()
+
+
+def test_a_saved_surgery_can_be_gone_on_with(run: Run, tmp_path: Path) -> None:
+    result = run("apply", "--passes", "lower", "masked")
+    assert result.code == 0, result.err
+    assert left(tmp_path) == {"masked-lower"}
+    assert result.out.rstrip().endswith("surgeon sweep masked-lower --data DATA")
+    assert {site.form for site in surgeon.find_moes(surgeon.load("masked-lower"))} == {"dynamic"}
+    x = torch.randn(3, 4, 16)
+    import nets
+
+    with torch.no_grad():
+        assert torch.allclose(surgeon.load("masked-lower")(x), nets.gelu().eval()(x), atol=1e-5)
+
+
+def test_a_recipe_can_be_run_again(run: Run, tmp_path: Path) -> None:
+    recipe = read_record(Path("masked"))["recipe"]
+    recipe["passes"][0]["options"] = {"experts": 8, "only": ["blocks.1.*"]}
+    (tmp_path / "r.json").write_text(json.dumps({**recipe, "seed": 3}))
+    assert run("-q", "apply", "--recipe", "r.json", *NET, "-o", "again").code == 0
+    made = read_record(Path("again"))["recipe"]
+    assert made["passes"] == recipe["passes"]
+    assert made["seed"] == 3
+    assert run("-q", "apply", "--recipe", "masked", *NET, "--dry-run").code == 0
+    (tmp_path / "r.json").write_text("{}")
+    assert "--recipe r.json holds no recipe: KeyError: 'passes'." in run("apply", "x", "--recipe", "r.json").err
+
+
+def test_quality_that_cannot_be_measured_is_said(run: Run) -> None:
+    result = run("-q", "apply", "--passes", "moeify", *NET, *DATA, "--set", "moeify.steps=1")
+    assert "note: Quality was not measured: no data was held out for it." in result.out
+
+
+def test_example_inputs_are_taken_from_the_data(run: Run) -> None:
+    result = run("apply", "--passes", "moeify", "nets:gelu", *DATA, "--set", "moeify.steps=1")
+    assert result.code == 0, result.err
+    assert "note: The example inputs are the first two rows of the data." in result.err

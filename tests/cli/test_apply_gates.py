@@ -1,0 +1,81 @@
+"""`surgeon apply` where a pass changes nothing, does not fit, or does not keep what it must keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from surgeon.errors import NothingChangedError
+from surgeon.jobs.applying import check_changed
+from surgeon.report import PassReport
+
+from .harness import NET, Run, left
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            ("--passes", "lower", "bert-moe"),
+            "lower changed 0 of 2 sites. 2 rejected: it is lowered already (first: bert.encoder.layer.0.moe). "
+            "See surgeon explain.",
+        ),
+        (
+            ("--passes", "moeify", "nets:linear", "--inputs", "nets:inputs"),
+            "moeify changed nothing: the model has no feed-forward layer. See surgeon inspect.",
+        ),
+        (
+            ("--passes", "moeify", *NET, "--set", "moeify.only=head"),
+            "moeify changed nothing: no feed-forward layer is left by only= and skip=. See surgeon inspect.",
+        ),
+        (
+            ("--passes", "swap-activation", "nets:relu", "--inputs", "nets:inputs"),
+            "swap-activation changed nothing: all 2 activations are the wanted one already.",
+        ),
+        (
+            ("--passes", "moeify", *NET, "--set", "moeify.only=pooler"),
+            "moeify changed 0 of 1 sites. 1 rejected: tanh between linears 16→16→3",
+        ),
+    ],
+)
+def test_a_pass_that_changes_nothing_exits_with_1_and_saves_nothing(
+    run: Run, tmp_path: Path, args: tuple[str, ...], words: str
+) -> None:
+    result = run("-q", "apply", *args, "-o", "out")
+    assert result.code == 1
+    assert result.err.startswith(f"error: {words}")
+    assert left(tmp_path) == set()
+
+
+def test_an_activation_that_is_relu_already_is_a_note(run: Run) -> None:
+    result = run(
+        "-q", "apply", "--passes", "swap-activation,moeify", "nets:relu", "--inputs", "nets:inputs", "--dry-run"
+    )
+    assert result.code == 0
+    assert "note: swap-activation changed nothing: all 2 activations are the wanted one already." in result.out
+
+
+def test_most_common_reason_is_named(run: Run) -> None:
+    report = PassReport(
+        "sparsify", {}, [], [("a", "it is odd"), ("b", "it is even (linear_1)"), ("c", "it is even (x_2)")]
+    )
+    with pytest.raises(NothingChangedError) as error:
+        check_changed(report, "feed-forward layer")
+    assert str(error.value) == (
+        "sparsify changed 0 of 3 sites. 3 rejected: 2 of them, it is even (linear_1) (first: b). See surgeon explain."
+    )
+
+
+def test_experts_that_do_not_divide_are_named_with_those_that_do(run: Run) -> None:
+    result = run("-q", "apply", "--passes", "moeify", *NET, "--set", "moeify.experts=5")
+    assert result.code == 2
+    assert result.err == "error: blocks.0.mlp: 64 neurons do not divide by 5 experts. Nearest: 4, 8.\n"
+
+
+def test_a_failed_verification_exits_with_4(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgeon.passes.base.tolerance_for", lambda *outputs: -1.0)
+    result = run("-q", "apply", "--passes", "moeify", *NET)
+    assert (result.code, result.out) == (4, "")
+    assert result.err.startswith("error: moeify must not change what the graph computes")
+    assert left(tmp_path) == set()

@@ -1,0 +1,38 @@
+"""`surgeon doctor`: what it checks, and what it says about what is broken."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from .harness import run_surgeon
+
+
+def test_doctor_checks_from_python_to_a_surgery() -> None:
+    result = run_surgeon("-q", "doctor")
+    assert result.code == 0, result.out
+    names = ["python", "torch", "gpu", "packages", "triton", "compiler", "disk", "temporary files", "a tiny surgery"]
+    assert all(re.search(rf"^[✓·]  {name} ", result.out, re.MULTILINE) for name in names)
+    assert result.out.rstrip().endswith("Everything works.")
+
+
+def test_doctor_says_what_to_do_about_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, *args: object, **options: object) -> None:
+        raise RuntimeError("no kernel\nmore")
+
+    monkeypatch.setattr("surgeon.jobs.doctor.Pipeline.run", fail)
+    monkeypatch.setattr("surgeon.jobs.doctor.shutil.disk_usage", lambda path: SimpleNamespace(free=12_000_000))
+    monkeypatch.setattr("surgeon.jobs.doctor.shutil.which", lambda name: None)
+    monkeypatch.setattr("surgeon.jobs.doctor._PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.delenv("CXX", raising=False)
+    result = run_surgeon("-q", "doctor")
+    assert result.code == 1
+    assert re.search(r"^✗  a tiny surgery +RuntimeError: no kernel\n +Reinstall torch", result.out, re.MULTILINE)
+    assert re.search(r"^✗  disk +0\.0 GB free", result.out, re.MULTILINE)
+    assert re.search(r"^✗  packages +missing: no-such-package\n +pip install no-such-package", result.out, re.MULTILINE)
+    assert re.search(r"^·  compiler +no C\+\+ compiler, and none is needed", result.out, re.MULTILINE)
+    assert "3 problem(s) found." in result.out
+    states = {one["name"]: one["state"] for one in run_surgeon("-q", "doctor", "--output", "json").json["checks"]}
+    assert states["a tiny surgery"] == "failed"

@@ -1,0 +1,70 @@
+"""`surgeon passes` and `surgeon explain`: what passes promise, and why they change a place or leave it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from surgeon.passes import PASSES
+
+from .harness import NET, Run, run_surgeon
+
+
+def test_passes_are_listed_with_what_they_promise() -> None:
+    result = run_surgeon("passes")
+    lines = {
+        line.split()[0]: line for line in result.out.splitlines() if line.split()[:1] and line.split()[0] in PASSES
+    }
+    assert set(lines) == set(PASSES)
+    assert re.search(r"^sparsify +stays until trained +to train +Put a square-Hoyer tap", lines["sparsify"])
+    assert re.search(r"^mlpify +changes +needed ", lines["mlpify"])
+    assert re.search(r"^lower +stays +Lower each", lines["lower"])
+
+
+@pytest.mark.parametrize("name", list(PASSES))
+def test_a_pass_is_shown_with_options_and_a_living_example(name: str) -> None:
+    result = run_surgeon("-q", "passes", name)
+    assert result.code == 0
+    assert f"--set {name}.OPTION=VALUE" in result.out
+    assert bool(re.search(r"^    \+ ", result.out, re.MULTILINE)) == (name != "recover")  # which changes weights only
+    shown = run_surgeon("-q", "passes", name, "--output", "json").json
+    assert {"name", "summary", "works_on", "preserves", "needs_data", "trains", "options", "example"} <= set(shown)
+    assert [option["name"] for option in shown["options"]][-2:] == ["only", "skip"]
+    assert all(option["help"] and option["type"] for option in shown["options"])
+    assert shown["example"]["report"]["matched"]
+
+
+def test_options_are_described_in_words() -> None:
+    options = {one["name"]: one for one in run_surgeon("-q", "passes", "moeify", "--output", "json").json["options"]}
+    assert options["experts"]["type"] == "integer or PATTERN:integer,... or none"
+    assert options["experts"]["default"] is None
+    assert options["schedule"]["type"] == "constant|linear|cosine"
+    assert options["only"]["type"] == "list"
+    assert next(iter(options)) == "experts"
+
+
+def test_explain_names_every_candidate_and_the_first_condition_that_failed(run: Run) -> None:
+    result = run("-q", "explain", *NET, "--passes", "sparsify,moeify,lower")
+    assert result.code == 0
+    assert "sparsify  changes 2 of 3 candidates" in result.out
+    assert re.search(r"✓ +blocks\.0\.mlp +FFN 16→64→16 gelu", result.out)
+    assert re.search(r"✗ +pooler +tanh between linears 16→16→3 is a pooler", result.out)
+    # lower is asked about the graph that moeify leaves
+    assert re.search(r"lower  changes 2 of 2 candidates\n +✓ +blocks\.0\.mlp\.moe", result.out)
+
+
+def test_explain_says_which_value_does_not_fit(run: Run) -> None:
+    options = ("--passes", "moeify", "--set", "moeify.experts=5", "--at", "*.1.mlp", "--output", "json")
+    (one,) = run("-q", "explain", *NET, *options).json["passes"]
+    assert one["matched"] == []
+    assert one["rejected"] == [["blocks.1.mlp", "64 neurons do not divide by 5 experts. Nearest: 4, 8."]]
+
+
+def test_explain_says_where_there_is_no_candidate(run: Run) -> None:
+    result = run("-q", "explain", *NET, "--passes", "moeify", "--at", "blocks.7.mlp")
+    assert result.code == 2
+    assert "No candidate at 'blocks.7.mlp': nothing there looks like a feed-forward layer." in result.err
+    assert "Nearest candidates: blocks.1.mlp, blocks.0.mlp." in result.err
+    result = run("-q", "explain", "nets:linear", "--inputs", "nets:inputs", "--passes", "moeify")
+    assert "moeify  finds no feed-forward layer" in result.out

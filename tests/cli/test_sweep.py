@@ -1,0 +1,123 @@
+"""`surgeon sweep`: quality and cost at each tau."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import surgeon
+from surgeon.artifact import save
+from surgeon.diff import snapshot
+from surgeon.jobs.opening import open_model
+from surgeon.pipeline import Surgery
+
+from .harness import DATA, Run
+
+REVIEWS = ("--data", "reviews.csv", "--eval-fraction", "0")
+
+
+def table(out: str) -> list[list[str]]:
+    return [line.split() for line in out.splitlines()]
+
+
+def test_sweep_measures_at_each_tau_and_all_experts_first(run: Run) -> None:
+    result = run("sweep", "bert-moe", *REVIEWS, "--tau", "0.5,0.9", "--no-oracle")
+    assert result.code == 0, result.err
+    header, dense, *rows = table(result.out)
+    assert " ".join(header) == "tau accuracy experts that ran converted layers multiply-adds of dense"
+    assert (dense[0], dense[-1]) == ("dense", "100%")
+    assert [row[0] for row in rows[:3]] == ["0", "0.5", "0.9"]
+    assert " ".join(rows[3]).startswith("note: accuracy on 40 samples")
+    assert result.out.rstrip().endswith("is not known: give the model with --dense.")
+
+
+def test_the_oracle_is_measured_beside_the_routers(run: Run) -> None:
+    found = run("-q", "sweep", "bert-moe", *REVIEWS, "--tau", "0.5,0.9", "--output", "json").json
+    assert set(found) == {"model", "data", "task", "dense", "points"}
+    assert [(point["router"], point["tau"]) for point in found["points"]] == [
+        (router, tau) for router in ("own", "oracle") for tau in (0.0, 0.5, 0.9)
+    ]
+    for first, second, third in (found["points"][:3], found["points"][3:]):
+        assert first["executed"] == 1.0
+        assert first["executed"] > second["executed"] > third["executed"]
+        assert third["multiply_adds"] < first["multiply_adds"]
+        assert first["relative"] > 1.0  # the routers come on top
+        assert first["layers"] > 1.0 > third["layers"]
+    assert found["dense"] == {
+        "multiply_adds": round(found["points"][0]["multiply_adds"] / found["points"][0]["relative"]),
+        "quality": None,
+        "milliseconds": None,
+    }
+
+
+def test_rules_are_compared(run: Run) -> None:
+    result = run("-q", "sweep", "bert-moe", *REVIEWS, "--tau", "0.5", "--rule", "top_k, energy", "--no-oracle")
+    assert result.code == 0, result.err
+    header, _, *rows = table(result.out)
+    assert header[:2] == ["rule", "tau"]
+    assert [row[:2] for row in rows[:4]] == [["top_k", "0"], ["top_k", "0.5"], ["energy", "0"], ["energy", "0.5"]]
+    assert "50%" in rows[1]
+
+
+def test_the_dense_model_is_measured_beside_it(run: Run) -> None:
+    args = ("-q", "sweep", "bert-moe", *REVIEWS, "--tau", "0.5", "--no-oracle", "--dense", "bert", "--time")
+    found = run(*args, "--output", "json").json
+    assert found["dense"]["quality"]["items"] == 40
+    assert found["dense"]["milliseconds"] > 0
+    assert all(point["milliseconds"] > 0 for point in found["points"])
+    shown = run(*args).out
+    assert "--dense" not in shown
+    assert table(shown)[0][-1] == "ms"
+
+
+def test_tables_and_plots_are_written(run: Run, tmp_path: Path) -> None:
+    args = ("sweep", "bert-moe", *REVIEWS, "--tau", "0.5", "-o", "table.json", "-o", "curve.png")
+    result = run(*args, "--output", "json")
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "table.json").read_text()) == result.json
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "Written to table.json." in result.err
+    assert "Written to curve.png." in result.err
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "dir.png").mkdir()
+    for name, code, words in (
+        ("table.csv", 2, "table.csv: a table is written as .json, a plot as .png."),
+        ("nowhere/table.json", 4, "Cannot write nowhere/table.json: there is no such directory"),
+        ("dir.png", 4, "Cannot write dir.png"),
+    ):
+        result = run("sweep", "does-not-exist", *REVIEWS, "-o", name)
+        assert (result.code, result.out) == (code, "")
+        assert words in result.err
+
+
+def test_values_stored_for_each_layer_are_measured_too(run: Run, tmp_path: Path) -> None:
+    opened = open_model("bert-moe")
+    graph = opened.graph
+    first, second = surgeon.get_tau(graph)
+    surgeon.set_tau(graph, {first: 0.9, second: 0.0})
+    surgeon.set_rule(graph, "top_k", first)
+    save(Surgery(graph, [], opened.inputs, [snapshot(graph)], origin=opened.origin), tmp_path / "mixed")
+    found = run("-q", "sweep", "mixed", *REVIEWS, "--tau", "0.5", "--no-oracle", "--output", "json").json
+    assert [point["tau"] for point in found["points"]] == [0.0, 0.5, None]
+    stored = found["points"][2]
+    assert stored["rule"] == "top_k max"
+    assert stored["executed"] == 0.5 * (0.25 + 1.0)
+    assert "as stored" in run("-q", "sweep", "mixed", *REVIEWS, "--tau", "0.5", "-o", "mixed.png").out
+
+
+def test_wrong_settings_exit_with_2(run: Run) -> None:
+    for options, words in (
+        (("--rule", "best"), "No selection rule 'best'. There are: max, cumulative, energy, top_k."),
+        (("--tau", "0.5,x"), "--tau 0.5,x: give numbers from 0 to 1"),
+    ):
+        result = run("sweep", "bert-moe", *REVIEWS, *options)
+        assert (result.code, result.out) == (2, "")
+        assert words in result.err
+
+
+def test_sweep_needs_experts(run: Run) -> None:
+    result = run("-q", "sweep", "nets:gelu", *DATA)
+    assert result.code == 2
+    assert "The graph has no experts, so tau changes nothing. Apply moeify first." in result.err

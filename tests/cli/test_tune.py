@@ -1,0 +1,98 @@
+"""`surgeon tune`: a tau for each layer within a budget, stored in the surgery."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import surgeon
+from surgeon.artifact import load, load_diff, read_record
+
+from .harness import Run, left
+
+REVIEWS = ("--data", "reviews.csv", "--eval-fraction", "0.25")
+
+
+@pytest.fixture(scope="module")
+def trained(shelf: Path) -> Path:
+    """A surgery whose routers know something, and whose record holds its quality."""
+    import contextlib
+
+    from .harness import run_surgeon
+
+    with contextlib.chdir(shelf):
+        result = run_surgeon(
+            "apply", "--passes", "swap-activation,moeify,lower", "bert", *REVIEWS, "-o", "trained", "--set",
+            "moeify.experts=8", "--set", "moeify.router=neurons", "--set", "moeify.epochs=0",
+        )  # fmt: skip
+    assert result.code == 0, result.err
+    return shelf / "trained"
+
+
+def test_the_result_is_stored_where_it_is_wanted(run: Run, trained: Path, tmp_path: Path) -> None:
+    result = run("tune", str(trained), *REVIEWS, "--budget", "0.85", "--samples", "16", "-o", "tuned")
+    assert result.code == 0, result.err
+    assert left(tmp_path) == {"tuned"}
+    lines = [line.split() for line in result.out.splitlines()]
+    assert lines[0] == ["layer", "tau", "experts", "that", "run"]
+    assert [line[0] for line in lines[1:3]] == list(surgeon.get_tau(load(trained)))
+    assert "accuracy: " in result.out
+    assert result.out.rstrip().endswith("Saved to tuned.")
+    assert "tuning  " in result.err
+    taus = surgeon.get_tau(load("tuned"))
+    assert [f"{tau:.3g}" for tau in taus.values()] == [line[1] for line in lines[1:3]]
+    assert set(surgeon.get_tau(load(trained)).values()) == {0.0}
+
+
+def test_without_a_place_it_replaces_the_surgery(run: Run, trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "mine")
+    found = run("-q", "tune", "mine", *REVIEWS, "--budget", "0.85", "--output", "json").json
+    assert set(found) == {"model", "directory", "budget", "metric", "tuned", "quality"}
+    assert found["directory"] == "mine"
+    tuned = found["tuned"]
+    assert tuned["cost"] <= 0.85
+    assert tuned["damage"] <= tuned["uniform_damage"]
+    assert [one["items"] for one in found["quality"]] == [10, 10]
+    assert surgeon.get_tau(load("mine")) == pytest.approx(tuned["taus"])
+    before, after = read_record(trained), read_record(Path("mine"))
+    assert after["tau"] == pytest.approx(tuned["taus"])
+    assert [one["name"] for one in after["passes"]] == [one["name"] for one in before["passes"]]
+    assert after["quality"]["before"] == before["quality"]["before"]
+    assert (after["input"], after["recipe"]["passes"]) == (before["input"], before["recipe"]["passes"])
+    assert [one.report for one in load_diff(Path("mine")).passes] == [one.report for one in load_diff(trained).passes]
+
+
+def test_the_record_knows_the_dense_quality_on_the_same_data_only(run: Run, trained: Path) -> None:
+    args = ("-q", "sweep", str(trained), "--tau", "0.5", "--no-oracle", "--output", "json")
+    recorded = run(*args, *REVIEWS).json["dense"]["quality"]
+    assert recorded == read_record(trained)["quality"]["before"]
+    assert run(*args, "--data", "reviews.csv").json["dense"]["quality"] is None
+
+
+def test_milliseconds_need_the_dense_model(run: Run, trained: Path) -> None:
+    result = run("-q", "tune", str(trained), *REVIEWS, "--budget", "9", "--metric", "ms", "-o", "tuned")
+    assert result.code == 2
+    assert "--metric ms compares with the dense model's time: give it with --dense MODEL." in result.err
+    args = ("--budget", "100", "--metric", "ms", "--dense", "bert", "-o", "tuned", "--output", "json")
+    found = run("-q", "tune", str(trained), *REVIEWS, *args).json
+    assert found["metric"] == "ms"
+    assert set(found["tuned"]["taus"].values()) == {0.0}
+
+
+def test_what_cannot_be_done_exits_with_2_and_stores_nothing(run: Run, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for args, words in (
+        ((str(trained), "--budget", "0.01"), "A budget of 1% cannot be met: with hardly any experts"),
+        ((str(trained), "--budget", "0"), "The budget is 0.0, but must be a positive share"),
+        ((str(trained), "--budget", "0.5", "-o", "full"), "full holds something else than a saved surgery"),
+        (("bert", "--budget", "0.5"), "The graph has no experts, so tau changes nothing. Apply moeify first."),
+    ):
+        result = run("-q", "tune", *args, *REVIEWS, *(() if "-o" in args else ("-o", "out")))
+        assert (result.code, result.out) == (2, ""), words
+        assert words in result.err
+    assert left(tmp_path) == {"full"}
+    assert set(surgeon.get_tau(load(trained)).values()) == {0.0}

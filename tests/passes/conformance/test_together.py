@@ -1,0 +1,56 @@
+"""All passes in their usual order, and each of them saved and loaded in another process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgeon.data import Data
+from surgeon.passes import PASSES, Lower
+from surgeon.pipeline import Pipeline
+from tests.models import labelled_vectors, vectors
+
+from .subjects import SUBJECTS
+
+READER = """
+import json, sys, torch, surgeon
+result = {}
+for directory in sys.argv[2:]:
+    graph = surgeon.load(directory)
+    inputs = torch.load(sys.argv[1])
+    result[directory] = [graph(**one).tolist() for one in inputs]
+print(json.dumps(result))
+"""
+
+
+def test_saved_and_loaded_in_another_process_it_is_the_same(subject: Any, tmp_path: Path) -> None:
+    batches = [vectors(), vectors(1, 4), vectors(5, 9)]
+    torch.save(batches, tmp_path / "inputs.pt")
+    want: dict[str, list[Tensor]] = {}
+    for name in SUBJECTS:
+        one, graph = subject(name)
+        surgery = Pipeline([one]).run(graph, inputs=vectors(), data=labelled_vectors(1))
+        directory = str(surgery.save(tmp_path / name))
+        want[directory] = [surgery.graph.eval()(**batch) for batch in batches]
+    command = [sys.executable, "-W", "error::UserWarning:surgeon", "-c", READER, str(tmp_path / "inputs.pt"), *want]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    got = json.loads(done.stdout.splitlines()[-1])
+    for directory, outputs in want.items():
+        for a, b in zip(got[directory], outputs, strict=True):
+            assert torch.allclose(torch.tensor(a), b, atol=1e-5), directory
+
+
+def test_all_passes_in_their_usual_order(traces: Any) -> None:
+    passes = [SUBJECTS[name].make() for name in PASSES]
+    data = Data.of(labelled_vectors(2))
+    surgery = Pipeline(passes).run(traces("stack:gelu"), inputs=vectors(), data=data)
+    assert [report.name for report in surgery.reports] == list(PASSES)
+    assert all(report.matched for report in surgery.reports)
+    assert len(surgery.reports[-1].matched) == 2 + 2
+    assert isinstance(passes[-1], Lower)

@@ -1,0 +1,362 @@
+"""moeify's options: what makes neurons alike, experts that always run, and how routers are made, asked and trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import surgeon
+from surgeon.calibration import collect
+from surgeon.cost import ExpertMeter, measure
+from surgeon.data import Batch, Data
+from surgeon.errors import UsageError
+from surgeon.fit import Settings
+from surgeon.graph import TracedGraph, fork
+from surgeon.moe import MoE, find_moes, get_rule, set_rule, set_tau
+from surgeon.passes import Lower, Moeify
+from surgeon.recipe import build
+from surgeon.rewrite import own_parameters
+from surgeon.routing import expert_norms, target
+from tests.models import HIDDEN, WIDTH, Gated, Plain, Wrapped, vectors
+
+X = torch.randn(4, 6, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def layer(graph: TracedGraph, path: str = "blocks.0.ffn.moe") -> MoE:
+    module = graph.get_submodule(path)
+    assert isinstance(module, MoE)
+    return module
+
+
+def groups(graph: TracedGraph, dense: Tensor, path: str = "ffn.moe") -> list[set[int]]:
+    """For every expert the indices of its neurons among the rows of the dense layer."""
+    rows = layer(graph, path).w1
+    assert rows is not None
+    return [{int((dense == row).all(1).nonzero().item()) for row in expert} for expert in rows]
+
+
+# --- splitting --------------------------------------------------------------------------------------------------------
+
+
+def firing_together() -> tuple[nn.Module, list[Tensor], list[set[int]]]:
+    """A layer in which neurons i, i + 8, i + 16 and i + 24 fire together, whatever their rows look like."""
+    torch.manual_seed(0)
+    ffn = Plain(act=F.relu, dropout=0.0)
+    with torch.no_grad():
+        ffn.fc1.weight.copy_(torch.eye(WIDTH).repeat(2, 1)[torch.arange(HIDDEN) % 8])
+        # Rows differ in a direction that the data does not have.
+        ffn.fc1.weight[:, 8:] = 5 * torch.randn(HIDDEN, 8)
+        ffn.fc1.bias.zero_()
+    data = []
+    for number in range(4):
+        x = torch.zeros(8, 4, WIDTH)
+        x[..., :8] = torch.rand(8, 4, 8, generator=torch.Generator().manual_seed(number)) - 0.4
+        data.append(x)
+    return nn.Sequential(ffn), data, [set(range(first, HIDDEN, 8)) for first in range(8)]
+
+
+@pytest.mark.parametrize("split", ["activations", "auto"])
+def test_neurons_that_fire_together_are_put_together(split: Any) -> None:
+    model, data, want = firing_together()
+    dense = model[0].fc1.weight.detach()
+    graph = surgeon.trace(model.eval(), data[0])
+    Moeify(experts=8, split=split, router="neurons", epochs=0).apply(graph, inputs=data[0], data=data)
+    assert sorted(map(sorted, groups(graph, dense, "0.moe"))) == sorted(map(sorted, want))
+
+
+@pytest.mark.parametrize(("split", "data"), [("weights", True), ("auto", False)])
+def test_rows_are_compared_if_wanted_or_if_there_is_no_data(split: Any, data: bool) -> None:
+    model, batches, want = firing_together()
+    dense = model[0].fc1.weight.detach()
+    graph = surgeon.trace(model.eval(), batches[0])
+    Moeify(experts=8, split=split, steps=1).apply(graph, inputs=batches[0], data=batches if data else None)
+    assert sorted(map(sorted, groups(graph, dense, "0.moe"))) != sorted(map(sorted, want))
+
+
+def test_split_at_random_is_a_permutation_that_the_seed_decides() -> None:
+    torch.manual_seed(0)
+    model = Wrapped(Plain(act=F.relu)).eval()
+    dense = model.ffn.fc1.weight.detach()  # type: ignore[union-attr]
+    found = []
+    for seed in (0, 0, 1):
+        graph = surgeon.trace(model, X)
+        Moeify(experts=4, split="random").apply(graph, inputs=X, settings=Settings(seed=seed))
+        found.append(groups(graph, dense))
+        assert sorted(index for group in found[-1] for index in group) == list(range(HIDDEN))
+    assert found[0] == found[1] != found[2]
+
+
+# --- experts that always run ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("split", ["activations", "weights", "random"])
+def test_neurons_that_are_active_most_often_always_run(gated: bool, split: Any) -> None:
+    torch.manual_seed(0)
+    ffn: Any = Gated(act=F.relu, bias=True) if gated else Plain(act=F.relu, dropout=0.0)
+    busy = {1, 4, 9, 16, 20, 25, 30, 31}
+    with torch.no_grad():
+        bias = ffn.gate.bias if gated else ffn.fc1.bias
+        bias.fill_(-1.5)
+        bias[sorted(busy)] = 4.0
+        if gated:
+            ffn.up.bias.fill_(3.0)
+    dense = (ffn.up if gated else ffn.fc1).weight.detach()
+    model = Wrapped(ffn).eval()
+    graph = surgeon.trace(model, X)
+    Moeify(experts=8, shared=2, split=split, steps=1).apply(graph, inputs=X, data=[X])
+    found = groups(graph, dense)
+    assert found[0] | found[1] == busy
+    assert layer(graph, "ffn.moe").shared == 2
+    assert torch.allclose(graph(X), model(X), atol=1e-5)
+    assert layer(graph, "ffn.moe").router(X).shape == (4, 6, 6)
+
+
+def test_shared_experts_leave_some_to_route() -> None:
+    torch.manual_seed(0)
+    graph = surgeon.trace(Wrapped(Plain(act=F.relu)).eval(), X)
+    report = Moeify(experts=4, shared=4).apply(fork(graph), inputs=X, data=[X])
+    assert report.rejected == [("ffn", "4 of its 4 experts would always run, which leaves none to route")]
+    assert Moeify(experts=4, shared=3, steps=1).apply(graph, inputs=X, data=[X]).matched == ["ffn"]
+
+
+@pytest.mark.parametrize("options", [{"shared": 1}, {"split": "activations"}])
+def test_what_needs_data_is_refused_without_and_allowed_in_a_dry_run(options: Any) -> None:
+    torch.manual_seed(0)
+    graph = surgeon.trace(Wrapped(Plain(act=F.relu)).eval(), X)
+    with pytest.raises(UsageError, match="need data to see which neurons are active"):
+        Moeify(experts=4, **options).apply(fork(graph), inputs=X)
+    dry = Moeify(experts=4, **options).apply(fork(graph), inputs=X, data=[X], settings=Settings(dry_run=True))
+    assert dry.matched == ["ffn"]
+    assert dry.fit is None
+
+
+# --- routers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("experts", "hidden", "width"), [
+    (48, 1536, 64),   # 2.5% of 384 · 1536 · 2 over 384 + 48, a multiple of 8
+    (4, 32, 8),       # at least 8
+    (64, 200_000, 128),  # at most 128
+])  # fmt: skip
+def test_width_of_a_router_follows_from_what_it_may_cost(experts: int, hidden: int, width: int) -> None:
+    class Site:
+        path, d_in, multiply_adds = "ffn", 384, 2 * 384 * hidden
+
+    site: Any = Site()
+    site.hidden = hidden
+    assert Moeify(experts=experts)._width([site]) == width
+    assert Moeify(experts=experts, router_width=5)._width([site]) == 5
+
+
+def share_of_norms(graph: TracedGraph, data: list[Any], tau: float) -> float:
+    """How much of the experts' output, by their norms, a fixed number of experts of highest score keep."""
+    kept = total = 0.0
+    set_rule(graph, "top_k")
+    for site in find_moes(graph):
+        moe = layer(graph, site.path)
+        x = collect(graph, [site.nodes[0].args[0].name], Data.of(data), tokens=10**6)  # type: ignore[union-attr]
+        (values,) = x.values()
+        with torch.no_grad():
+            norms = expert_norms(values, moe.weights, moe.activation)
+            set_tau(graph, tau)
+            scores, threshold = moe.route(values)
+            kept += float((norms * (scores >= threshold.unsqueeze(-1))).sum())
+            total += float(norms.sum())
+    return kept / total
+
+
+@pytest.fixture(scope="module")
+def sharp() -> tuple[TracedGraph, list[Any]]:
+    """A stack in which it matters which experts run: groups of neurons that listen to one input each."""
+    from tests.models import stack
+
+    model = stack("relu")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for block in model.blocks:
+            listens = torch.eye(WIDTH)[torch.arange(HIDDEN) // 4]
+            block.ffn.fc1.weight.copy_(2 * listens + 0.05 * torch.randn(HIDDEN, WIDTH, generator=generator))
+            block.ffn.fc1.bias.fill_(-1.0)
+    data = [(vectors(16, 8, seed=number), torch.arange(16) % 3) for number in range(4)]
+    return surgeon.trace(model.eval(), vectors()), data
+
+
+def converted(sharp: tuple[TracedGraph, list[Any]], **options: Any) -> TracedGraph:
+    graph = fork(sharp[0])
+    own_parameters(graph)
+    usual = {"experts": 8, "split": "weights", "router": "trained", "router_width": 16, "epochs": 30, "lr": 1e-2}
+    options = {**usual, **options}
+    Moeify(**options).apply(graph, inputs=vectors(), data=sharp[1])
+    return graph.eval()
+
+
+@pytest.mark.parametrize("options", [
+    {"objective": "norm"}, {"objective": "relative"}, {"objective": "log"}, {"objective": "activation"},
+    {"objective": "norm", "underestimate": 4.0}, {"exposure": 0.3},
+    {"router": "neurons", "epochs": 0}, {"router": "neurons", "epochs": 0, "objective": "relative"},
+    {"router": "neurons", "epochs": 5},
+], ids=str)  # fmt: skip
+def test_routers_of_every_kind_find_the_experts_that_matter(sharp: Any, options: Any) -> None:
+    graph = converted(sharp, **options)
+    assert share_of_norms(graph, sharp[1], 0.75) > 0.55  # 2 of 8
+    assert all(site.rule == "top_k" for site in find_moes(graph))
+    lowered = fork(graph)
+    set_tau(lowered, 0.5)
+    want = lowered(**vectors())
+    Lower().apply(lowered, inputs=vectors())
+    assert torch.allclose(lowered(**vectors()), want, atol=1e-5)
+
+
+def test_random_routers_do_not(sharp: Any) -> None:
+    graph = converted(sharp, epochs=5.0, steps=1, lr=1e-9)
+    assert share_of_norms(graph, sharp[1], 0.75) < 0.45
+
+
+def test_kinds_of_router_are_what_they_are_called(sharp: Any) -> None:
+    shapes = {
+        "norm": ("relu", "abs", False), "relative": ("relu", "abs", False), "log": ("relu", "exp", False),
+        "activation": ("tanh", "sigmoid", False),
+    }  # fmt: skip
+    for objective, (hidden, output, bias) in shapes.items():
+        router = layer(converted(sharp, objective=objective, steps=1)).router
+        assert (router.hidden, router.output, router.fc1.bias is not None) == (hidden, output, bias)
+    router = layer(converted(sharp, router="neurons", epochs=0)).router
+    assert (router.hidden, router.output, router.fc1.bias is not None) == ("relu", "abs", True)
+
+
+def test_closed_form_trains_nothing_and_says_so(sharp: Any) -> None:
+    graph = fork(sharp[0])
+    report = Moeify(experts=8, router="neurons", epochs=0).apply(graph, inputs=vectors(), data=sharp[1])
+    assert report.fit is not None
+    assert (report.fit.steps, report.fit.losses) == (0, ())
+    assert not any("not trained" in note for note in report.notes)
+    untrained = Moeify(experts=8, router="neurons", epochs=0).apply(fork(sharp[0]), inputs=vectors())
+    assert any("not trained" in note for note in untrained.notes)
+
+
+def test_steps_train_a_closed_form_further(sharp: Any) -> None:
+    report = Moeify(experts=8, router="neurons", epochs=0, steps=3).apply(fork(sharp[0]), data=sharp[1])
+    assert report.fit is not None
+    assert report.fit.steps == 3
+    assert Moeify(epochs=0, steps=3).plan().steps == 3
+
+
+def first_loss(sharp: Any, **options: Any) -> float:
+    graph = fork(sharp[0])
+    report = Moeify(experts=8, split="weights", steps=1, lr=1e-9, **options).apply(graph, data=sharp[1])
+    assert report.fit is not None
+    return report.fit.losses[0][1]["router loss"]
+
+
+@pytest.mark.parametrize("objective", ["norm", "relative", "log", "activation"])
+def test_the_loss_is_that_of_the_objective_on_what_is_routed(sharp: Any, objective: Any) -> None:
+    graph = fork(sharp[0])
+    options: Any = {
+        "experts": 8,
+        "split": "weights",
+        "router": "trained",
+        "objective": objective,
+        "shared": 1,
+        "steps": 1,
+        "lr": 1e-9,
+    }
+    report = Moeify(**options).apply(graph, data=sharp[1])
+    assert report.fit is not None
+    losses = []
+    batch = Batch.from_any(sharp[1][0])
+    for site in find_moes(graph):
+        moe = layer(graph, site.path)
+        name = site.nodes[0].args[0].name  # type: ignore[union-attr]
+        x = collect(graph, [name], Data.of([batch]), tokens=10**6)[name]
+        with torch.no_grad():
+            wanted, scores = target(objective, x, moe.routed, moe.activation), moe.router(x)
+        assert wanted.shape[1] == 7
+        if objective == "activation":
+            losses.append(F.binary_cross_entropy(scores, wanted))
+        else:
+            losses.append(F.mse_loss(scores.log() if objective == "log" else scores, wanted))
+    assert report.fit.losses[0][1]["router loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-3)
+
+
+def test_exposed_routers_see_what_the_sparse_model_gives_them(sharp: Any) -> None:
+    dense, exposed = first_loss(sharp), first_loss(sharp, exposure=1.0)
+    assert first_loss(sharp, exposure=1e-9) == pytest.approx(dense, rel=1e-4)
+    assert abs(exposed - dense) > 0.01 * dense
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.25])
+def test_exposure_leaves_tau_as_asked(sharp: Any, tau: float) -> None:
+    graph = converted(sharp, exposure=0.5, tau=tau, steps=2, epochs=1.0)
+    assert {float(site.tau) for site in find_moes(graph)} == {tau}
+
+
+def test_rule_is_set(sharp: Any) -> None:
+    graph = converted(sharp, rule="energy", steps=1, epochs=1.0)
+    assert set(get_rule(graph).values()) == {"energy"}
+    meter = ExpertMeter(graph)
+    meter.call((), vectors())
+    assert {layer.share for layer in meter.layers.values()} == {1.0}
+
+
+# --- values for each site ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        ({"expert_size": {"*.0.*": 8, "*": 4}}, [4, 8]),
+        ({"expert_size": {"*": 4, "*.0.*": 8}}, [8, 8]),  # the first that fits
+        ({"experts": {"blocks.1.ffn": 16}}, [1, 16]),  # the others as usual
+        ({"expert_size": "*.0.*:8,*:4"}, [4, 8]),
+        ({"experts": "*.1.ffn : 2 , *:4"}, [4, 2]),
+    ],
+)
+def test_numbers_of_experts_for_each_site(traces: Any, options: Any, counts: list[int]) -> None:
+    (one,) = build(["moeify"], {"moeify": options})
+    graph = traces("stack:relu")
+    report = one.apply(graph, inputs=vectors())
+    assert [site.experts for site in find_moes(graph)] == counts
+    assert build(["moeify"], {"moeify": report.options}) == [one]
+
+
+def test_a_value_that_fits_no_site_there_is_refused_there() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Wrapped(Plain(act=F.relu)), Wrapped(Plain(act=F.relu))).eval()
+    graph = surgeon.trace(model, X)
+    report = Moeify(expert_size={"0.*": 8, "1.*": 5}).apply(graph, inputs=X)
+    assert report.matched == ["0.ffn"]
+    assert ("1.ffn", "32 neurons do not divide by 5 neurons each. Nearest: 4, 8.") in report.rejected
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"epochs": 0, "router": "trained"}, "epochs is 0, which leaves a router random unless router is neurons"),
+    ({"experts": {"*": 4}, "expert_size": 4}, "give experts or expert_size, not both"),
+    ({"experts": {"a": 4, "b": 0}}, "experts is 0, but must be at least 1"),
+    ({"shared": -1}, "shared is -1, but must not be negative"),
+    ({"exposure": 1.5}, "exposure is 1.5, but must be from 0 to 1"),
+    ({"underestimate": 0.0}, "underestimate is 0.0, but must be positive"),
+    ({"rule": "best"}, "rule is 'best'; it can be max, cumulative, energy, top_k"),
+    ({"split": "even"}, "split is 'even'; it can be auto, weights, activations, random"),
+    ({"router": "none"}, "router is 'none'; it can be trained, neurons"),
+    ({"objective": "size"}, "objective is 'size'; it can be norm, relative, log, activation"),
+    ({"router": "neurons", "objective": "log"}, "the objective log needs router=trained"),
+    ({"router": "neurons", "objective": "activation"}, "the objective activation needs router=trained"),
+])  # fmt: skip
+def test_wrong_options(options: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=f"moeify: {words}"):
+        Moeify(**options)
+
+
+def test_cost_is_that_of_the_router_that_was_made(sharp: Any) -> None:
+    graph = converted(sharp, steps=1, epochs=1.0)
+    cost, _ = measure(graph, (), vectors())
+    before, _ = measure(sharp[0], (), vectors())
+    assert cost.multiply_adds - before.multiply_adds == 2 * 15 * 16 * (WIDTH + 8)

@@ -1,0 +1,257 @@
+"""sparsify's options: the other penalty, targets for each layer, a teacher, and what it reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import surgeon
+from surgeon.artifact import load_diff
+from surgeon.cost import measure
+from surgeon.data import Data
+from surgeon.errors import UsageError
+from surgeon.fit import Settings
+from surgeon.graph import TracedGraph, aten, fork, is_call
+from surgeon.passes import Moeify, Sparsify, SwapActivation
+from surgeon.pipeline import Pipeline
+from surgeon.recipe import build
+from surgeon.report import FitReport, PassReport
+from surgeon.rewrite import Capture
+from tests.models import classifier, labelled_vectors, stack, tokens, vectors
+
+DATA = labelled_vectors(4)
+
+
+def fitted(graph: TracedGraph, data: Any = None, settings: Settings | None = None, **options: Any) -> FitReport:
+    report = Sparsify(**options).apply(graph, data=DATA if data is None else data, settings=settings)
+    assert report.fit is not None
+    return report.fit
+
+
+def active(fit: FitReport) -> dict[str, tuple[float, float]]:
+    return {path: (1 - old.below_100th, 1 - new.below_100th) for path, (old, new) in fit.sparsity.items()}
+
+
+# --- penalties --------------------------------------------------------------------------------------------------------
+
+
+def test_l1_is_penalised_and_shown() -> None:
+    inputs = tokens(padded=False)
+    graph = surgeon.trace(classifier("relu", layers=2, dropout=0.0), inputs)
+    names = [node.name for node in graph.graph.nodes if is_call(node, aten.relu.default)]
+    with torch.no_grad():
+        _, values = Capture(graph, names)(**inputs)
+    want = sum(float(value.sum(-1).mean()) for value in values.values()) / 2
+    data = [(inputs, torch.tensor([0, 1, 2]))]
+    first = fitted(graph, data, steps=1, lr=1e-9, penalty="l1").losses[0][1]
+    assert set(first) == {"task loss", "L1", "active"}
+    assert first["L1"] == pytest.approx(want, rel=1e-5)
+
+
+def test_l1_makes_it_sparse(traces: Any) -> None:
+    graph = traces("stack:relu")
+    settings: dict[str, Any] = {"penalty": "l1", "epochs": 20, "lr": 3e-3, "schedule": "constant"}
+    with_it = fitted(fork(graph), alpha=0.1, alpha_schedule="constant", **settings)
+    without = fitted(fork(graph), alpha=0.0, alpha_schedule="constant", **settings)
+    assert with_it.losses[-1][1]["L1"] < 0.3 * without.losses[-1][1]["L1"]
+    assert with_it.losses[-1][1]["active"] < without.losses[-1][1]["active"]
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def near(value: float, wanted: float) -> bool:
+    return wanted / 1.5 < value < wanted * 1.5
+
+
+def test_every_layer_comes_near_one_target() -> None:
+    fit = fitted(surgeon.trace(stack("relu"), vectors()), steps=300, target=0.12, lr=3e-3)
+    assert set(fit.sparsity) == {"blocks.0.ffn", "blocks.1.ffn"}
+    for before, after in active(fit).values():
+        assert before > 0.4
+        assert near(after, 0.12)
+    assert fit.losses[-1][1]["active"] == pytest.approx(sum(after for _, after in active(fit).values()) / 2, abs=0.04)
+
+
+def test_layers_come_near_targets_of_their_own(traces: Any) -> None:
+    (one,) = build(["sparsify"], {"sparsify": {"steps": "300", "lr": "3e-3", "target": "*.0.*:0.25,*:0.06"}})
+    report = one.apply(traces("stack:relu"), data=DATA)
+    assert report.fit is not None
+    found = active(report.fit)
+    assert near(found["blocks.0.ffn"][1], 0.25)
+    assert near(found["blocks.1.ffn"][1], 0.06)
+    assert report.options["target"] == {"*.0.*": 0.25, "*": 0.06}
+
+
+def test_a_layer_without_a_target_is_left_about_as_active(traces: Any) -> None:
+    fit = fitted(traces("stack:relu"), steps=300, lr=3e-3, target={"*.0.*": 0.1})
+    found = active(fit)
+    assert near(found["blocks.0.ffn"][1], 0.1)
+    assert found["blocks.1.ffn"][1] > 0.6 * found["blocks.1.ffn"][0]
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def test_sparsity_is_reported_before_and_after_and_comes_back_from_json(traces: Any, tmp_path: Path) -> None:
+    graph = traces("stack:relu")
+    surgery = Pipeline([Sparsify(steps=3)]).run(graph, inputs=vectors(), data=DATA)
+    fit = surgery.reports[0].fit
+    assert fit is not None
+    before, after = fit.sparsity["blocks.0.ffn"]
+    assert 0 < before.zero < 1
+    assert before.zero <= before.below_1000th <= before.below_100th <= before.below_10th < 1
+    assert before != after
+    assert PassReport.from_json(json.loads(json.dumps(surgery.reports[0].to_json()))) == surgery.reports[0]
+    saved = load_diff(surgery.save(tmp_path / "saved"))
+    assert saved.passes[0].report.fit == fit
+
+
+def test_sparsity_is_that_of_the_activation_and_not_of_what_is_penalised(traces: Any) -> None:
+    """GELU's penalised values are shifted by 10 and never small."""
+    fit = fitted(traces("stack:gelu"), steps=1, lr=1e-9)
+    before, _ = fit.sparsity["blocks.0.ffn"]
+    assert before.zero < 0.01
+    assert 0 < before.below_10th < 0.9
+
+
+def test_padding_takes_no_part_in_the_report() -> None:
+    graph = surgeon.trace(classifier("relu", layers=1, dropout=0.0), tokens())
+    padded = tokens(1, 7, padded=False)
+    padded["attention_mask"][0, 4:] = 0
+    short = {name: value[:, :4] for name, value in padded.items()}
+    one, two = (
+        fitted(fork(graph), data=Data.of([(inputs, torch.tensor([1]))], task="classification"), steps=1, lr=1e-9)
+        for inputs in (padded, short)
+    )
+    assert one.sparsity["blocks.0.ffn"][0] == two.sparsity["blocks.0.ffn"][0]
+
+
+# --- a teacher --------------------------------------------------------------------------------------------------------
+
+
+def outputs(graph: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([graph.eval()(**inputs) for inputs, _ in DATA])
+
+
+def test_with_a_teacher_its_answers_are_kept_and_labels_are_not_needed() -> None:
+    model = stack("gelu")
+    unlabelled = [inputs for inputs, _ in DATA]
+    expected = outputs(model).log_softmax(-1)
+    apart = {}
+    for distill in (0.0, 1.0):
+        passes = [SwapActivation(), Sparsify(distill=distill, steps=150, lr=3e-3, alpha=1e-4)]
+        surgery = Pipeline(passes).run(model, inputs=vectors(), data=unlabelled if distill else DATA)
+        fit = surgery.reports[1].fit
+        assert fit is not None
+        shown = fit.losses[-1][1]
+        assert ("divergence" in shown, "task loss" in shown) == (bool(distill), not distill)
+        found = outputs(surgery.graph).log_softmax(-1)
+        apart[distill] = float(F.kl_div(found, expected, log_target=True, reduction="batchmean"))
+    assert apart[1.0] < 0.01
+    assert apart[1.0] < 0.1 * apart[0.0]
+
+
+def test_distilled_divergence_is_that_of_the_model_before_all_passes() -> None:
+    model = stack("gelu")
+    passes = [SwapActivation(), Sparsify(distill=1.0, steps=1, lr=1e-9)]
+    surgery = Pipeline(passes).run(model, inputs=vectors(), data=[DATA[0]])
+    fit = surgery.reports[1].fit
+    assert fit is not None
+    graph = surgery.graph.eval()
+    with torch.no_grad():
+        expected, found = (one(**DATA[0][0]).log_softmax(-1) for one in (model, graph))
+    want = float(F.kl_div(found, expected, log_target=True, reduction="batchmean"))
+    assert 0.2 * want < fit.losses[0][1]["divergence"] < 50 * want  # dropout is on in training
+    assert want > 1e-6
+
+
+def test_a_share_of_the_loss_goes_to_each(traces: Any) -> None:
+    (first, _), graph = DATA[0], traces("stack:relu")
+    surgery = Pipeline([Sparsify(distill=0.25, steps=1, alpha=0.0)]).run(graph, inputs=first, data=DATA)
+    fit = surgery.reports[0].fit
+    assert fit is not None
+    assert {"task loss", "divergence", "square Hoyer", "active"} == set(fit.losses[0][1])
+
+
+def test_a_teacher_needs_a_pipeline(traces: Any) -> None:
+    with pytest.raises(UsageError, match=r"sparsify: there is no model before the passes to distill from\. Run it in"):
+        Sparsify(distill=0.5, steps=1).apply(traces("stack:relu"), data=DATA)
+
+
+def test_the_teacher_is_not_trained() -> None:
+    model = stack("relu")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Pipeline([Sparsify(distill=1.0, steps=3, lr=1e-2)]).run(model, inputs=vectors(), data=DATA)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+class Stops(list):  # type: ignore[type-arg]
+    """Data that is interrupted in one of the passes through it."""
+
+    begun, stop = 0, 0
+
+    def __iter__(self) -> Any:
+        self.begun += 1
+        for index, batch in enumerate(super().__iter__()):
+            if self.begun == self.stop and index == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def test_a_run_with_targets_can_be_resumed(tmp_path: Path) -> None:
+    one = Sparsify(steps=20, target=0.1, lr=3e-3)
+    results = {}
+    for name in ("whole", "resumed"):
+        torch.manual_seed(0)
+        graph = surgeon.trace(stack("relu"), vectors())
+        place = tmp_path / name
+        data = Stops(DATA)
+        if name == "resumed":
+            data.stop = 4  # in the second epoch: before training, the report and the loss look at the data
+            with pytest.raises(KeyboardInterrupt):
+                one.apply(fork(graph), data=Data.of(data), settings=Settings(workdir=place))
+            data = Stops(DATA)
+        report = one.apply(graph, data=Data.of(data), settings=Settings(workdir=place, resume=name == "resumed"))
+        assert report.fit is not None
+        assert report.fit.resumed_at == (6 if name == "resumed" else 0)
+        results[name] = {key: value.clone() for key, value in graph.state_dict().items()}
+    for key, value in results["whole"].items():
+        assert torch.equal(value, results["resumed"][key]), key
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"penalty": "l2"}, "penalty is 'l2'; it can be hoyer, l1"),
+    ({"target": 0.0}, "target is 0.0, but must be a share between 0 and 1"),
+    ({"target": {"a": 0.5, "b": 1.5}}, "target is 1.5, but must be a share between 0 and 1"),
+    ({"target": 0.1, "alpha": 0.0}, "with a target, alpha is where its search starts and must be positive"),
+    ({"distill": 1.5}, "distill is 1.5, but must be from 0 to 1"),
+    ({"distill": -0.5}, "distill is -0.5"),
+])  # fmt: skip
+def test_wrong_options(options: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=f"sparsify: {words}"):
+        Sparsify(**options)
+
+
+def test_the_sparser_model_needs_fewer_experts(traces: Any) -> None:
+    """What sparsity is for: at one tau the sparse model runs fewer experts than the dense one."""
+    shares = {}
+    for target in (None, 0.08):
+        sparsify = [] if target is None else [Sparsify(steps=200, target=target, lr=3e-3)]
+        passes = [*sparsify, Moeify(experts=16, steps=120, lr=1e-2, tau=0.2)]
+        surgery = Pipeline(passes).run(traces("stack:relu"), inputs=vectors(), data=DATA)
+        cost = measure(surgery.graph.eval(), (), vectors())[0]
+        shares[target] = cost.executed
+    assert shares[0.08] < 0.8 * shares[None]
