@@ -17,7 +17,7 @@ Steps = list[tuple[str, dict[str, Any]]]
 
 RELUFY: Steps = [("swap-activation", {"epochs": 3.0})]
 RECIPES: dict[str, tuple[str, Steps]] = {
-    "surgeon": (
+    "recommended": (
         "What works best here: ReLU, 5% of the neurons active, distillation, clusters of what fires together, routers "
         "from closed form on. Then surgeon tune.",
         [

@@ -32,7 +32,7 @@ def base() -> tuple[TracedGraph, int]:
     """A trained model with experts, some of its layers much sparser than others, and what the dense one costs."""
     passes = [
         Sparsify(steps=250, lr=3e-3, target={"*.0.*": 0.3, "*.1.*": 0.08, "*": 0.15}),
-        Moeify(experts=16, router="neurons", router_width=8, epochs=0), Lower(),
+        Moeify(experts=16, router="neurons", objective="norm", router_width=8, epochs=0), Lower(),
     ]  # fmt: skip
     surgery = Pipeline(passes).run(stack("relu", layers=3), inputs=INPUTS, data=DATA)
     before = surgery.reports[0].before

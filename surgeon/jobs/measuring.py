@@ -102,7 +102,7 @@ def sweep(
     task, batches = _task(opened), _batches(opened)
     settings: list[float | None] = list(taus)
     stored = set(get_tau(opened.graph).values())
-    if len(stored) > 1 or not any(abs(tau - next(iter(stored))) < 1e-6 for tau in taus):
+    if not all(any(abs(tau - own) < 1e-6 for tau in taus) for own in stored) or len(stored) > 1:
         settings.append(None)
     multiply_adds = dense_multiply_adds(opened)
     points = run_sweep(

@@ -23,7 +23,7 @@ def test_diff_puts_two_models_side_by_side(run: Run) -> None:
     args = ("-q", "diff", "nets:gelu", "masked", "--inputs", "nets:inputs")
     result = run(*args)
     assert result.code == 0
-    row = r"^blocks\.0…1\.mlp +×2 +FFN 16→64→16 gelu +2 experts × 32 +2\.13 k → 2\.27 k .* - → 100%$"
+    row = r"^blocks\.0…1\.mlp +×2 +FFN 16→64→16 gelu +2 experts × 32 +2\.13 k → 2\.28 k .* - → 100%$"
     assert re.search(row, result.out, re.MULTILINE)
     assert re.search(r"^The outputs differ by \d\.\de-\d\d, relative, on nets:gelu's", result.out, re.MULTILINE)
     found = run(*args, "--full", "--output", "json").json
