@@ -199,7 +199,8 @@ def test_calls_are_timed_but_not_the_oracle(graph: TracedGraph) -> None:
 def test_true_norms_are_better_than_bad_routers() -> None:
     """On a trained model the oracle keeps the output nearer at the same number of experts."""
     data: Any = labelled(4)
-    passes = [Sparsify(alpha=0.01, epochs=30, lr=5e-3), Moeify(experts=16, router="trained", steps=1, lr=1e-9, rule="top_k")]
+    random = Moeify(experts=16, router="trained", steps=1, lr=1e-9, rule="top_k")
+    passes = [Sparsify(alpha=0.01, epochs=30, lr=5e-3), random]
     graph = Pipeline(passes).run(classifier("relu", layers=1, dropout=0.0), inputs=tokens(), data=data).graph.eval()
     moved = {}
     with torch.no_grad():

@@ -45,7 +45,8 @@ def test_recipes_run(run: Run, name: str) -> None:
     record = read_record(Path("out"))
     assert [one["name"] for one in record["recipe"]["passes"]] == [step for step, _ in RECIPES[name][1]]
     for one in record["passes"]:
-        trains = one["name"] in ("sparsify", "moeify") or (one["name"] == "swap-activation" and name in ("relufy", "moefication"))
+        recovers = name in ("relufy", "moefication")
+        trains = one["name"] in ("sparsify", "moeify") or (one["name"] == "swap-activation" and recovers)
         assert (one["fit"] is not None) == trains, one["name"]
         assert one["fit"] is None or one["fit"]["steps"] == 2
     if name == "moefication":
