@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 # Loaded on first use: `import surgeon` and `surgeon --help` do not wait for torch.
 _EXPORTS = {
     "Data": "surgeon.batch",
+    "compensate": "surgeon.compensation",
     "Pipeline": "surgeon.pipeline",
     "Surgery": "surgeon.pipeline",
     "SurgeonError": "surgeon.errors",
@@ -34,6 +35,7 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from surgeon.artifact import load as load
     from surgeon.batch import Data as Data
+    from surgeon.compensation import compensate as compensate
     from surgeon.errors import SurgeonError as SurgeonError
     from surgeon.graph import TracedGraph as TracedGraph
     from surgeon.graph import to_networkx as to_networkx

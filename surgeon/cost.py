@@ -120,6 +120,7 @@ class ExpertMeter(Interpreter):
 
     token_mask: given the leading dimensions of a layer's tokens, which of them count (True); None counts all.
     on_selection: called with every layer and what it selects, bool [..., E].
+    on_tokens: called with every layer, its inputs [N, d_in] and what it selects, bool [N, E], of the tokens that count.
     """
 
     def __init__(self, graph: GraphModule, *, oracle: bool = False) -> None:
@@ -133,6 +134,7 @@ class ExpertMeter(Interpreter):
         }
         self.token_mask: Callable[[Sequence[int]], Tensor | None] | None = None
         self.on_selection: Callable[[MoESite, Tensor], None] | None = None
+        self.on_tokens: Callable[[MoESite, Tensor, Tensor], None] | None = None
         self._site_of: dict[Node, MoESite] = {node: site for site in self.sites.values() for node in site.nodes}
         self._out_spec = graph.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
 
@@ -151,7 +153,7 @@ class ExpertMeter(Interpreter):
         # Looking costs nothing that should be counted.
         with _disable_current_modes(), torch.no_grad():
             scores, threshold = self._selection(site, n, args)
-            self._count(site, scores, threshold)
+            self._count(site, args[0], scores, threshold)
             if self.oracle:
                 return self._run(site, n, args, scores, threshold)
         started = time.perf_counter()
@@ -176,13 +178,15 @@ class ExpertMeter(Interpreter):
         b2 = self.submodules[str(node.target)].b2 if site.form == "module" else args[8]
         return masked_ffn(args[0], scores, threshold, *site.weights, b2, site.activation)  # type: ignore[no-any-return]
 
-    def _count(self, site: MoESite, scores: Tensor, threshold: Tensor) -> None:
+    def _count(self, site: MoESite, x: Tensor, scores: Tensor, threshold: Tensor) -> None:
         ran = selected(scores, threshold)
         if self.on_selection is not None:
             self.on_selection(site, ran)
         mask = None if self.token_mask is None else self.token_mask(ran.shape[:-1])
         if mask is not None:
-            ran = ran[mask]
+            x, ran = x[mask], ran[mask]
+        if self.on_tokens is not None:
+            self.on_tokens(site, x.reshape(-1, x.shape[-1]), ran.reshape(-1, ran.shape[-1]))
         layer = self.layers[site.path]
         layer.pairs += math.prod(ran.shape)
         layer.tokens += math.prod(ran.shape[:-1])

@@ -26,6 +26,8 @@ from surgeon.sites import FFNWeights
 
 dynamic_k_ffn = torch.ops.surgeon.dynamic_k_ffn.default
 masked_ffn = torch.ops.surgeon.masked_ffn.default
+# Buffer of a layer's module that holds the mean output of what it skips, see `surgeon.compensation`.
+SKIPPED_MEAN = "skipped_mean"
 selection_threshold = torch.ops.surgeon.selection_threshold.default
 
 
@@ -237,6 +239,7 @@ def set_tau(graph: GraphModule, tau: float | Mapping[str, float], path: str | No
     chosen = {site.path: (site, value) for site, value in _matching(graph, wanted)}
     with torch.no_grad():
         for site, value in chosen.values():
+            _reset_compensation(graph, site, bool(abs(float(site.tau) - value) > 1e-6))
             site.tau.fill_(value)
     return list(chosen)
 
@@ -263,6 +266,7 @@ def set_rule(graph: GraphModule, rule: str | Mapping[str, str], path: str | None
         check_rule(value)
     chosen = {site.path: (site, value) for site, value in _matching(graph, wanted)}
     for site, value in chosen.values():
+        _reset_compensation(graph, site, site.rule != value)
         for node in site.nodes:
             if site.form == "module":
                 graph.get_submodule(site.path).rule = value
@@ -277,6 +281,39 @@ def set_rule(graph: GraphModule, rule: str | Mapping[str, str], path: str | None
 def get_rule(graph: GraphModule) -> dict[str, str]:
     """The selection rule of every layer, by the path of its experts."""
     return {site.path: site.rule for site in find_moes(graph)}
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """All that can be set after training, by layer: tau, rule, and the mean of what is skipped where it is added."""
+
+    taus: dict[str, float]
+    rules: dict[str, str]
+    means: dict[str, Tensor]
+
+
+def get_knobs(graph: GraphModule) -> Knobs:
+    """The knobs as they are now."""
+    means = {site.path: getattr(graph.get_submodule(site.path), SKIPPED_MEAN, None) for site in find_moes(graph)}
+    kept = {path: mean.clone() for path, mean in means.items() if isinstance(mean, Tensor)}
+    return Knobs(get_tau(graph), get_rule(graph), kept)
+
+
+def set_knobs(graph: GraphModule, knobs: Knobs) -> None:
+    """Put all of them back."""
+    set_tau(graph, knobs.taus)
+    set_rule(graph, knobs.rules)
+    with torch.no_grad():
+        for path, mean in knobs.means.items():
+            getattr(graph.get_submodule(path), SKIPPED_MEAN).copy_(mean)
+
+
+def _reset_compensation(graph: GraphModule, site: MoESite, changed: bool) -> None:
+    """Other experts are skipped from now on, so the mean of what was skipped is no longer added."""
+    mean = getattr(graph.get_submodule(site.path), SKIPPED_MEAN, None)
+    if changed and mean is not None:
+        with torch.no_grad():
+            mean.zero_()
 
 
 def _matching(graph: GraphModule, wanted: Mapping[str, Any]) -> Iterable[tuple[MoESite, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -19,7 +19,7 @@ from surgeon.errors import UsageError
 from surgeon.fit import token_mask
 from surgeon.inputs import as_args_kwargs
 from surgeon.losses import Quality, quality
-from surgeon.moe import find_moes, get_rule, get_tau, set_rule, set_tau
+from surgeon.moe import Knobs, find_moes, get_knobs, set_knobs, set_rule, set_tau
 from surgeon.report import Progress
 
 RouterChoice = Literal["own", "oracle"]
@@ -92,12 +92,15 @@ def sweep(
     batches = list(batches)
     settings = list(product(routers, rules or (None,), taus))
     points = []
-    with knobs_restored(graph) as (own_taus, own_rules):
+    with knobs_restored(graph) as own:
         counter = _Counter(graph, inputs)
 
         def choose(rule: str | None, tau: float | None) -> None:
-            set_rule(graph, own_rules if rule is None else rule)
-            set_tau(graph, own_taus if tau is None else tau)
+            set_knobs(graph, own)
+            if rule is not None:
+                set_rule(graph, rule)
+            if tau is not None:
+                set_tau(graph, tau)
 
         for number, (router, rule, tau) in enumerate(settings):
             choose(rule, tau)
@@ -116,7 +119,7 @@ def sweep(
                     layers_share(meter.layers),
                     multiply_adds,
                     None if not dense_multiply_adds else multiply_adds / dense_multiply_adds,
-                    " ".join(dict.fromkeys(own_rules.values())) if rule is None else rule,
+                    " ".join(dict.fromkeys(own.rules.values())) if rule is None else rule,
                     router,
                 )
             )
@@ -128,15 +131,14 @@ def sweep(
 
 
 @contextmanager
-def knobs_restored(graph: GraphModule) -> Any:
-    """The graph in evaluation mode; gives its (tau, rule) by layer and puts mode and knobs back at the end."""
-    taus, rules, training = get_tau(graph), get_rule(graph), graph.training
+def knobs_restored(graph: GraphModule) -> Iterator[Knobs]:
+    """The graph in evaluation mode; gives its knobs, and puts mode and knobs back at the end."""
+    knobs, training = get_knobs(graph), graph.training
     graph.eval()
     try:
-        yield taus, rules
+        yield knobs
     finally:
-        set_tau(graph, taus)
-        set_rule(graph, rules)
+        set_knobs(graph, knobs)
         graph.train(training)
 
 

@@ -114,6 +114,9 @@ def tune(
     metric: Annotated[
         Metric, typer.Option("--metric", help="What is counted: multiply-adds, or milliseconds on this machine.")
     ] = Metric.flops,
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Also add the mean output of the skipped experts, for every layer.")
+    ] = False,
     samples: Annotated[int, typer.Option("--samples", help="Samples of the training data to measure damage on.")] = 512,
     out: Annotated[
         Path | None,
@@ -156,7 +159,14 @@ def tune(
     if dense is not None:
         beside = open_model(dense, task=task or opened.task, trust_pickle=trust_pickle, stage=run.screen.stage)
     found = measuring.tune(
-        opened, budget, metric=metric.value, samples=samples, out=out, dense=beside, progress=run.screen.progress
+        opened,
+        budget,
+        metric=metric.value,
+        samples=samples,
+        compensated=compensate,
+        out=out,
+        dense=beside,
+        progress=run.screen.progress,
     )
     run.screen.show(tuned_view(found))
     run.screen.result(found)

@@ -10,6 +10,7 @@ from pathlib import Path
 from surgeon.agreement import run
 from surgeon.artifact import save
 from surgeon.batch import Batch, Data
+from surgeon.compensation import compensate
 from surgeon.errors import SaveError, UsageError
 from surgeon.jobs.opening import Opened
 from surgeon.kernels.selection import check_rule
@@ -136,6 +137,7 @@ def tune(
     *,
     metric: Metric = "flops",
     samples: int = 512,
+    compensated: bool = False,
     out: Path | None = None,
     dense: Opened | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -144,6 +146,7 @@ def tune(
 
     Args:
         budget: share of the dense model's cost. samples: of the training data, on which damage is measured.
+        compensated: also add the mean of what is skipped (`surgeon.compensation`).
         out: where the tuned surgery goes; by default it replaces the one that was opened.
         dense: the model before the surgery, which "ms" needs as the yardstick.
 
@@ -161,6 +164,8 @@ def tune(
     tuned = run_tuning(
         opened.graph, calibration, budget, inputs=opened.inputs, dense=whole, metric=metric, progress=progress
     )
+    if compensated:
+        compensate(opened.graph, calibration)
     quality = None
     if opened.data.eval is not None and (task := opened.task) is not None:
         every, chosen = run_sweep(
