@@ -332,7 +332,8 @@ class Moeify(TrainedPass[FFN]):
             experts - self.shared,
             bias=neurons,
             hidden="tanh" if self.objective == "activation" else "relu",
-            output=outputs.get(self.objective, "abs"),  # type: ignore[arg-type]
+            # A regression from neurons goes below zero where an expert is silent, and abs would call it small.
+            output="relu" if neurons else outputs.get(self.objective, "abs"),  # type: ignore[arg-type]
             like=weights.w1,
         )
 

@@ -18,14 +18,16 @@ from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.torch_backend import Experts, hidden
 
 Objective = Literal["norm", "relative", "log", "activation"]
-Output = Literal["abs", "exp", "sigmoid"]
+Output = Literal["abs", "relu", "exp", "sigmoid"]
 Step = Callable[..., Any]
 
 # Below this share of the token's largest norm, differences do not matter for "log".
 _LOG_FLOOR = 0.01
 
 _HIDDEN = {"relu": aten.relu.default, "tanh": aten.tanh.default}
-_OUTPUT = {"abs": aten.abs.default, "exp": aten.exp.default, "sigmoid": aten.sigmoid.default}
+_OUTPUT = {
+    "abs": aten.abs.default, "relu": aten.relu.default, "exp": aten.exp.default, "sigmoid": aten.sigmoid.default
+}  # fmt: skip
 # Neurons among which forward selection chooses: its cost grows with their square.
 _CANDIDATES = 2048
 
@@ -33,7 +35,7 @@ _CANDIDATES = 2048
 class Router(nn.Module):
     """Scores experts: r(x) = |W_b relu(W_a x)| (D2DMoE, section 3.3), x [..., d_in] → [..., experts], never negative.
 
-    hidden: "relu", or "tanh" as in MoEfication. output: "abs", or "exp" and "sigmoid" as objectives need.
+    hidden: "relu", or "tanh" as in MoEfication. output: "abs", "relu", or "exp" and "sigmoid" as objectives need.
     fc1, the trunk, may be shared by the routers of several layers that read the same input.
     """
 
