@@ -11,7 +11,7 @@
 | energy | the same for squared scores and tau² (orthogonal outputs would then differ by a share tau of their norm) | |
 | top_k | it is among the tau · E smallest, rounded down | MoEfication (arXiv 2110.01786) |
 
-Experts with equal scores run or are skipped together, so `top_k` runs more than asked where many scores are zero.
+Experts with equal scores run or are skipped together.
 """
 
 from __future__ import annotations

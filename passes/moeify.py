@@ -98,8 +98,8 @@ class Moeify(TrainedPass[FFN]):
     share_trunk: bool = option(True, "One trunk for the routers of replaced projections that read the same input.")
     objective: Objective = option(
         "relative",
-        "What the router predicts: norm (of the expert's output, as published), relative (to the token's largest), log "
-        "(of that), or activation (sums, cross entropy: MoEfication); the last two with router=trained.",
+        "What the router predicts: relative (norms of the experts' outputs, to the token's largest); with "
+        "router=trained also norm (as published), log (of relative) or activation (sums, cross entropy: MoEfication).",
     )
     underestimate: float = option(1.0, "Weight of the errors of scores that are too low.")
     exposure: float = option(0.0, "tau at which the model runs while its routers are trained; 0: the dense model.")
@@ -133,7 +133,7 @@ class Moeify(TrainedPass[FFN]):
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise UsageError(f"moeify: {name} is '{getattr(self, name)}'; it can be {', '.join(known)}.")
-        if self.router == "neurons" and self.objective in ("log", "activation"):
+        if self.router == "neurons" and self.objective != "relative":
             raise UsageError(f"moeify: the objective {self.objective} needs router=trained.")
 
     def find(self, graph: GraphModule) -> tuple[Sequence[FFN], list[Rejection]]:
@@ -333,7 +333,7 @@ class Moeify(TrainedPass[FFN]):
             bias=neurons,
             hidden="tanh" if self.objective == "activation" else "relu",
             # A regression from neurons goes below zero where an expert is silent, and abs would call it small.
-            output="relu" if neurons else outputs.get(self.objective, "abs"),  # type: ignore[arg-type]
+            output="softplus" if neurons else outputs.get(self.objective, "abs"),  # type: ignore[arg-type]
             like=weights.w1,
         )
 

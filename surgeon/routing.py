@@ -18,16 +18,21 @@ from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.torch_backend import Experts, hidden
 
 Objective = Literal["norm", "relative", "log", "activation"]
-Output = Literal["abs", "relu", "exp", "sigmoid"]
+Output = Literal["abs", "softplus", "exp", "sigmoid"]
 Step = Callable[..., Any]
 
 # Below this share of the token's largest norm, differences do not matter for "log".
 _LOG_FLOOR = 0.01
 
 _HIDDEN = {"relu": aten.relu.default, "tanh": aten.tanh.default}
-_OUTPUT = {
-    "abs": aten.abs.default, "relu": aten.relu.default, "exp": aten.exp.default, "sigmoid": aten.sigmoid.default
-}  # fmt: skip
+# Each output as an op and its further arguments.
+_OUTPUT: dict[Output, tuple[Any, ...]] = {
+    "abs": (aten.abs.default,),
+    # Close to a ReLU on targets from 0 to 1 and never zero: scores that are equal could not be told apart by a rule.
+    "softplus": (aten.softplus.default, 50.0),
+    "exp": (aten.exp.default,),
+    "sigmoid": (aten.sigmoid.default,),
+}
 # Neurons among which forward selection chooses: its cost grows with their square.
 _CANDIDATES = 2048
 
@@ -35,7 +40,8 @@ _CANDIDATES = 2048
 class Router(nn.Module):
     """Scores experts: r(x) = |W_b relu(W_a x)| (D2DMoE, section 3.3), x [..., d_in] → [..., experts], never negative.
 
-    hidden: "relu", or "tanh" as in MoEfication. output: "abs", "relu", or "exp" and "sigmoid" as objectives need.
+    hidden: "relu", or "tanh" as in MoEfication. output: "abs" as published, "softplus" of a regression, or "exp" and
+    "sigmoid" as objectives need.
     fc1, the trunk, may be shared by the routers of several layers that read the same input.
     """
 
@@ -69,7 +75,8 @@ class Router(nn.Module):
             return step(aten.linear.default, x, parameter(f"{name}.weight"), *bias)
 
         features = step(_HIDDEN[self.hidden], linear(x, self.fc1, "fc1"))
-        return step(_OUTPUT[self.output], linear(features, self.fc2, "fc2"))
+        op, *arguments = _OUTPUT[self.output]
+        return step(op, linear(features, self.fc2, "fc2"), *arguments)
 
 
 def expert_norms(x: Tensor, experts: Experts, activation: str) -> Tensor:

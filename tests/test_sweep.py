@@ -55,7 +55,7 @@ def test_cost_of_a_layer_is_that_of_the_published_formula(e: int, n: int, d_h: i
     torch.manual_seed(0)
     dense = surgeon.trace(Wrapped(Plain(WIDTH, e * WIDTH, act=F.relu, bias=False)).eval(), X)
     before, _ = measure(dense, (X,), {})
-    Moeify(experts=n, router="trained", router_width=d_h, rule="top_k").apply(dense, inputs=X)
+    Moeify(experts=n, router_width=d_h, rule="top_k").apply(dense, inputs=X)
     if lowered:
         Lower().apply(dense, inputs=X)
     for k in sorted({1, n // 2, n}):

@@ -226,7 +226,7 @@ def test_kinds_of_router_are_what_they_are_called(sharp: Any) -> None:
         router = layer(converted(sharp, objective=objective, steps=1)).router
         assert (router.hidden, router.output, router.fc1.bias is not None) == (hidden, output, bias)
     router = layer(converted(sharp, router="neurons", epochs=0)).router
-    assert (router.hidden, router.output, router.fc1.bias is not None) == ("relu", "relu", True)
+    assert (router.hidden, router.output, router.fc1.bias is not None) == ("relu", "softplus", True)
 
 
 def test_closed_form_trains_nothing_and_says_so(sharp: Any) -> None:
@@ -248,7 +248,7 @@ def test_steps_train_a_closed_form_further(sharp: Any) -> None:
 
 def first_loss(sharp: Any, **options: Any) -> float:
     graph = fork(sharp[0])
-    trained = Moeify(experts=8, split="weights", router="trained", steps=1, lr=1e-9, **options)
+    trained = Moeify(experts=8, split="weights", steps=1, lr=1e-9, **options)
     report = trained.apply(graph, data=sharp[1])
     assert report.fit is not None
     return report.fit.losses[0][1]["router loss"]
