@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from surgeon.passes.base import Pass, TrainedPass
+from surgeon.passes.base import FitContext, Pass, TrainedPass
 from surgeon.passes.lower import Lower
 from surgeon.passes.mlpify import Mlpify
 from surgeon.passes.moeify import Moeify
@@ -14,4 +14,15 @@ PASSES: dict[str, type[Pass[Any]]] = {
     cls.name: cls for cls in (Mlpify, SwapActivation, Sparsify, Moeify, Recover, Lower)
 }
 
-__all__ = ["PASSES", "Lower", "Mlpify", "Moeify", "Pass", "Recover", "Sparsify", "SwapActivation", "TrainedPass"]
+__all__ = [
+    "PASSES",
+    "FitContext",
+    "Lower",
+    "Mlpify",
+    "Moeify",
+    "Pass",
+    "Recover",
+    "Sparsify",
+    "SwapActivation",
+    "TrainedPass",
+]

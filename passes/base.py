@@ -18,7 +18,7 @@ from surgeon.agreement import relative_error, run, tolerance_for
 from surgeon.batch import Data
 from surgeon.cost import LayerRun, measure
 from surgeon.errors import PassError, SurgeonError, UsageError, VerificationError
-from surgeon.fit import Plan, Schedule, Settings
+from surgeon.fit import Plan, Schedule, Settings, start_alike
 from surgeon.graph import TracedGraph, tidy
 from surgeon.inputs import as_args_kwargs
 from surgeon.moe import MoESite
@@ -46,6 +46,21 @@ def for_site(value: PerSite[Value] | None, path: str) -> Value | None:
 def option(default: Any, help: str) -> Any:
     """A field of a pass that is also its command-line option, with the sentence that explains it."""
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class FitContext(Generic[Site]):
+    """What a pass trains with, once it has rewritten its sites.
+
+    graph: the rewritten graph. before: the graph as it was before the pass. changes: every rewritten site, as it is in
+    `before`, with what was made of it. data: to train on.
+    """
+
+    graph: TracedGraph
+    before: TracedGraph
+    changes: Sequence[tuple[Site, SiteChange]]
+    data: Data
+    settings: Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +110,8 @@ class Pass(ABC, Generic[Site]):
     def rewrite(self, graph: TracedGraph, site: Site, seen: Any = None) -> SiteChange:
         """Change one site in place, given what `observe` said of it."""
 
-    def fit(
-        self,
-        graph: TracedGraph,
-        before: TracedGraph,
-        changes: Sequence[tuple[Site, SiteChange]],
-        data: Data,
-        settings: Settings,
-    ) -> FitReport | None:
-        """Train what the rewritten graph needs. `before` is the graph as it was; the sites are its sites."""
+    def fit(self, context: FitContext[Site]) -> FitReport | None:
+        """Train what the rewritten graph needs, in place; None if there is nothing to train."""
         return None
 
     def finish(self, graph: TracedGraph, sites: Sequence[Site], changes: Sequence[SiteChange]) -> tuple[str, ...]:
@@ -183,9 +191,10 @@ class Pass(ABC, Generic[Site]):
             tidy(graph)
             if matched and data is not None and self.will_fit and not settings.dry_run:
                 sites = self._sites_in(before, matched)
-                _start_alike(graph, [change.made for change in changes if change.made], settings)
+                start_alike(graph, [change.made for change in changes if change.made], settings)
                 try:
-                    fit_report = self.fit(graph, before, list(zip(sites, changes, strict=True)), data, settings)
+                    pairs = tuple(zip(sites, changes, strict=True))
+                    fit_report = self.fit(FitContext(graph, before, pairs, data, settings))
                 except SurgeonError:
                     raise
                 except Exception as error:
@@ -323,32 +332,6 @@ class TrainedPass(Pass[Site], ABC):
     def plan(self) -> Plan:
         """The options as a plan for `surgeon.fit`."""
         return Plan(self.epochs, self.steps, self.lr, self.weight_decay, self.schedule, self.clip)
-
-
-def _start_alike(graph: TracedGraph, made: Sequence[str], settings: Settings) -> None:
-    """Let a resumed fit start from the very modules that the interrupted one started from.
-
-    What rewriting puts in may depend on data that come in another order the next time (which neurons an expert has),
-    and a checkpoint of what was fitted to it would then belong to something else.
-    """
-    if settings.workdir is None or not made:
-        return
-    state = {
-        name: tensor
-        for name, tensor in graph.state_dict().items()
-        if name.startswith(tuple(f"{path}." for path in made))
-    }
-    path = settings.workdir / "rewritten.pt"
-    if settings.resume and path.is_file():
-        kept = torch.load(path, weights_only=True)
-        with torch.no_grad():
-            for name, tensor in state.items():
-                tensor.copy_(kept[name])
-        return
-    settings.workdir.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    torch.save(state, fresh)
-    fresh.rename(path)
 
 
 def _words(error: Exception) -> str:

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from surgeon.batch import Batch, Data
+from surgeon.batch import Batch
 from surgeon.errors import UsageError
-from surgeon.fit import Settings, fit, real_tokens
+from surgeon.fit import fit, real_tokens
 from surgeon.fused import fused_parts
 from surgeon.graph import TracedGraph, aten, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.linear import Linear
-from surgeon.passes.base import SiteKind, TrainedPass, option
+from surgeon.passes.base import FitContext, SiteKind, TrainedPass, option
 from surgeon.passes.swap_activation import TARGETS
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import Capture, emit, emit_dropout, erase_unread, get_attr, replace_value
@@ -227,21 +227,15 @@ class Mlpify(TrainedPass[LinearSite]):
         value = emit_dropout(graph, linear(value, "fc2"), self.dropout, path=target)
         return emit(graph, aten.add.Tensor, x, value, path=target) if module.residual else value
 
-    def fit(
-        self,
-        graph: TracedGraph,
-        before: TracedGraph,
-        changes: Sequence[tuple[LinearSite, SiteChange]],
-        data: Data,
-        settings: Settings,
-    ) -> FitReport | None:
+    def fit(self, context: FitContext[LinearSite]) -> FitReport | None:
         """Imitate every layer on the inputs it has in the model as it was: unexplained variance, plus the penalty.
 
         The paper takes the plain mean squared error. Divided by the variance of the layer's outputs it weighs every
         layer alike, where otherwise those with small outputs (usually o) are drowned by the others and the penalty:
         in MiniLM, 500 steps from a random start leave 7 % of the variance instead of 9 %, and 8 % of o's instead of 16.
         """
-        pairs = list(_pairs(graph, [site for site, _ in changes]))
+        before, data = context.before, context.data
+        pairs = list(_pairs(context.graph, [site for site, _ in context.changes]))
         teacher = Capture(before, {node.name for _, call in pairs for node in (call.input, call.output)}).eval()
 
         @torch.no_grad()
@@ -274,7 +268,7 @@ class Mlpify(TrainedPass[LinearSite]):
             }
 
         parameters = [p for module in {id(module): module for module, _ in pairs}.values() for p in module.parameters()]
-        return fit(parameters, loss, data, self.plan(), settings, "mlpify")
+        return fit(parameters, loss, data, self.plan(), context.settings, "mlpify")
 
     def finish(self, graph: TracedGraph, sites: Sequence[LinearSite], changes: Sequence[SiteChange]) -> tuple[str, ...]:
         notes = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -17,20 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from surgeon.batch import Batch, Data
+from surgeon.batch import Data
 from surgeon.calibration import collect
 from surgeon.clustering import balanced_clusters, nearest_divisors
 from surgeon.errors import UsageError
-from surgeon.fit import Settings, fit, real_tokens
+from surgeon.fit import Settings
 from surgeon.graph import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.selection import RULES
 from surgeon.kernels.torch_backend import Experts, hidden
 from surgeon.moe import MoE, find_moes, set_tau
-from surgeon.passes.base import PerSite, SiteKind, TrainedPass, for_site, option
+from surgeon.passes.base import FitContext, PerSite, SiteKind, TrainedPass, for_site, option
 from surgeon.report import FitReport, SiteChange
-from surgeon.rewrite import Capture, replace_call
-from surgeon.routing import Objective, Router, fit_closed_form, router_loss, target
+from surgeon.rewrite import replace_call
+from surgeon.router_fitting import by_trunk, fit_from_neurons, running_at, train_routers
+from surgeon.routing import Objective, Router
 from surgeon.search import find_ffns
 from surgeon.sites import FFN, PROJECTION_MLP, FFNWeights, Rejection
 
@@ -43,8 +44,8 @@ RouterKind = Literal["trained", "neurons"]
 _USUAL_SIZE = 32
 # Share of the multiply-adds of what it routes that a router may cost when its width is not given, and its limits.
 _ROUTER_SHARE, _NARROWEST, _WIDEST = 0.025, 8, 128
-# Tokens that neurons are compared on, and that routers are fitted on in closed form.
-_SPLIT_TOKENS, _ROUTER_TOKENS = 4096, 16384
+# Tokens that neurons are compared on.
+_SPLIT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ class Moeify(TrainedPass[FFN]):
         "relative",
         "What the router predicts: relative (norms of the experts' outputs, to the token's largest); with "
         "router=trained also norm (as published), log (of relative) or activation (sums, cross entropy: MoEfication).",
+    )
+    layer_by_layer: bool = option(
+        False,
+        "Fit the routers of one layer after another, which needs less memory and runs the model more often.",
     )
     underestimate: float = option(1.0, "Weight of the errors of scores that are too low.")
     exposure: float = option(0.0, "tau at which the model runs while its routers are trained; 0: the dense model.")
@@ -205,51 +210,40 @@ class Moeify(TrainedPass[FFN]):
             made=path,
         )
 
-    def fit(
-        self,
-        graph: TracedGraph,
-        before: TracedGraph,
-        changes: Sequence[tuple[FFN, SiteChange]],
-        data: Data,
-        settings: Settings,
-    ) -> FitReport | None:
-        """Fit the routers to the experts' outputs on the inputs that the layers get, all layers at once."""
-        layers = list(_layers(graph, [change.made for _, change in changes]))
+    def fit(self, context: FitContext[FFN]) -> FitReport | None:
+        """Fit the routers to the experts' outputs on the inputs that the layers get, all at once or layer by layer."""
+        graph, inputs = context.before, {}
+        paths: dict[MoE, str] = {}
+        for site, change in context.changes:
+            moe = context.graph.get_submodule(change.made)
+            assert isinstance(moe, MoE)
+            paths[moe], inputs[moe] = site.path, [call.x.name for call in site.calls]
+        parts = self._parts(paths)
         if self.router == "neurons":
-            self._fit_closed_form(before, [site for site, _ in changes], layers, data, settings)
+            for part in parts.values():
+                of_part = {moe: inputs[moe] for moe in part}
+                fit_from_neurons(graph, of_part, self.objective, context.data, context.settings)
         if not self._trains_routers:
             return FitReport(0, 0.0, 0.0, ())
-        # The inputs come from the model as it was, or from the model as it will run.
-        dense = self.exposure == 0.0
-        source = before if dense else graph
-        names = (
-            [[call.x.name for call in site.calls] for site, _ in changes] if dense else [names for _, names in layers]
-        )
-        inner = Capture(source, [name for group in names for name in group]).eval()
-        read = [(moe, group) for (moe, _), group in zip(layers, names, strict=True)]
-
-        def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
-            with torch.no_grad():
-                _, values = inner(*batch.args, **batch.kwargs)
-            losses = []
-            for moe, group in read:
-                for name in group:
-                    x = real_tokens(batch, values[name])
-                    with torch.no_grad():
-                        wanted = target(self.objective, x, moe.routed, moe.activation)
-                    losses.append(router_loss(self.objective, moe.router(x), wanted, self.underestimate))
-            mean = torch.stack(losses).mean()
-            return mean, {"router loss": mean.item()}
-
-        routers = list(dict.fromkeys(p for moe, _ in layers for p in moe.router.parameters()))
-        taus = {moe: moe.tau.clone() for moe, _ in layers}
-        for moe in taus:
-            moe.tau.fill_(self.exposure)
-        try:
-            return fit(routers, loss, data, self.plan(), settings, "moeify routers")
-        finally:
-            for moe, tau in taus.items():
-                moe.tau.copy_(tau)
+        if self.exposure:
+            # Not the inputs in the model as it was, but those in the model as it will run.
+            graph = context.graph
+            inputs = dict(zip(paths, (_read(graph, change.made) for _, change in context.changes), strict=True))
+        with running_at(self.exposure, paths):
+            reports = [
+                train_routers(
+                    graph,
+                    {moe: inputs[moe] for moe in part},
+                    context.data,
+                    self.plan(),
+                    context.settings,
+                    what,
+                    objective=self.objective,
+                    underestimate=self.underestimate,
+                )
+                for what, part in parts.items()
+            ]
+        return FitReport.merged(reports)
 
     def finish(self, graph: TracedGraph, sites: Sequence[FFN], changes: Sequence[SiteChange]) -> tuple[str, ...]:
         notes = []
@@ -270,6 +264,17 @@ class Moeify(TrainedPass[FFN]):
     @property
     def _trains_routers(self) -> bool:
         return self.epochs != 0 or self.steps is not None
+
+    def _parts(self, layers: Mapping[MoE, str]) -> dict[str, list[MoE]]:
+        """The layers, given with their paths, whose routers are fitted together, by the name of the fit."""
+        if not self.layer_by_layer:
+            return {"moeify routers": list(layers)}
+        parts = {}
+        groups = by_trunk(layers)
+        for number, group in enumerate(groups, 1):
+            others = f" and {len(group) - 1} more" if len(group) > 1 else ""
+            parts[f"moeify routers {number} of {len(groups)}, {layers[group[0]]}{others}"] = group
+        return parts
 
     def _experts(self, site: FFN) -> int:
         experts, size = for_site(self.experts, site.path), for_site(self.expert_size, site.path)
@@ -337,36 +342,11 @@ class Moeify(TrainedPass[FFN]):
             like=weights.w1,
         )
 
-    def _fit_closed_form(
-        self,
-        before: TracedGraph,
-        sites: Sequence[FFN],
-        layers: Sequence[tuple[MoE, list[str]]],
-        data: Data,
-        settings: Settings,
-    ) -> None:
-        groups: dict[int, list[tuple[FFN, MoE]]] = defaultdict(list)
-        for site, (moe, _) in zip(sites, layers, strict=True):
-            groups[id(moe.router.fc1.weight)].append((site, moe))
-        names = [group[0][0].calls[0].x.name for group in groups.values()]
-        values = collect(before, names, data, tokens=_ROUTER_TOKENS, progress=settings.progress)
-        with torch.no_grad():
-            for name, group in zip(names, groups.values(), strict=True):
-                fit_closed_form(
-                    [moe.router for _, moe in group],
-                    values[name],
-                    [(moe.routed, moe.activation) for _, moe in group],
-                    self.objective,
-                )
 
-
-def _layers(graph: TracedGraph, targets: Sequence[str]) -> Iterator[tuple[MoE, list[str]]]:
-    """Every expert layer with the names of the nodes it reads."""
-    for path in targets:
-        moe = graph.get_submodule(path)
-        assert isinstance(moe, MoE)
-        calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == path]
-        yield moe, [node.args[0].name for node in calls]
+def _read(graph: TracedGraph, path: str) -> list[str]:
+    """Names of the nodes that an expert layer reads, one for every call."""
+    calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == path]
+    return [node.args[0].name for node in calls]
 
 
 def _trunk(graph: TracedGraph, site: FFN, group: Sequence[str]) -> nn.Linear | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from surgeon.finetuning import finetune
 from surgeon.fit import Settings, real_tokens
 from surgeon.graph import TracedGraph
 from surgeon.moe import MoE, MoESite, find_moes
-from surgeon.passes.base import SiteKind, TrainedPass, option
+from surgeon.passes.base import FitContext, SiteKind, TrainedPass, option
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import own_parameters
 from surgeon.routing import Objective, router_loss, target
@@ -34,7 +34,6 @@ class Recover(TrainedPass[MoESite]):
     name: ClassVar[str] = "recover"
     works_on: ClassVar[SiteKind] = "moe"
     must_precede: ClassVar[frozenset[str]] = frozenset({"lower"})
-    preserves: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
 
     tau: float = option(0.3, "The largest tau that the model is trained at.")
@@ -53,28 +52,32 @@ class Recover(TrainedPass[MoESite]):
         if self.router_weight < 0:
             raise UsageError(f"recover: router_weight is {self.router_weight}, but must not be negative.")
 
+    def keeps_output(self, fitted: bool) -> bool:
+        return not fitted
+
     def find(self, graph: GraphModule) -> tuple[Sequence[MoESite], list[Rejection]]:
         return find_moes(graph), []
 
     def match(self, graph: GraphModule, site: MoESite) -> str | None:
         return None if site.form == "module" else "it stands in the graph as ops: recover runs right after moeify"
 
+    def observe(
+        self, graph: TracedGraph, sites: Sequence[MoESite], data: Data | None, settings: Settings
+    ) -> Mapping[str, Any]:
+        without = "to be fine-tuned" if settings.dry_run else "as it was: there is no data to train it on"
+        return dict.fromkeys((site.path for site in sites), without if data is None else "fine-tuned")
+
     def rewrite(self, graph: TracedGraph, site: MoESite, seen: Any = None) -> SiteChange:
+        """Say what becomes of the site: nothing is put in, and only `fit` changes anything."""
         count = sum(parameter.numel() for parameter in graph.get_submodule(site.path).parameters())
         cost, name = site.multiply_adds, site.nodes[-1].name
-        return SiteChange(site.path, site.describe, "fine-tuned", (count, count), (cost, cost), (name, name), site.path)
+        return SiteChange(site.path, site.describe, seen, (count, count), (cost, cost), (name, name))
 
-    def fit(
-        self,
-        graph: TracedGraph,
-        before: TracedGraph,
-        changes: Sequence[tuple[MoESite, SiteChange]],
-        data: Data,
-        settings: Settings,
-    ) -> FitReport | None:
+    def fit(self, context: FitContext[MoESite]) -> FitReport | None:
         """Train all parameters for the task, at a tau drawn anew in every step; the layers' own tau is put back."""
+        graph = context.graph
         own_parameters(graph)
-        chosen = {change.path for _, change in changes}
+        chosen = {change.path for _, change in context.changes}
         sites = [site for site in find_moes(graph) if site.path in chosen]
         inputs = {site.path: [str(node.args[0].name) for node in site.nodes] for site in sites}  # type: ignore[union-attr]
         taus = {site.path: site.tau.clone() for site in sites}
@@ -84,13 +87,6 @@ class Recover(TrainedPass[MoESite]):
             moe = graph.get_submodule(path)
             assert isinstance(moe, MoE)
             return moe
-
-        def draw(done: float) -> None:
-            # From the seed and how far training is, so that a resumed fit draws the same.
-            generator = torch.Generator().manual_seed(settings.seed + int((1.0 + done) * 1e9))
-            tau = self.tau * float(torch.rand((), generator=generator))
-            for path in inputs:
-                layer(path).tau.fill_(tau)
 
         def penalise(batch: Batch, values: dict[str, Tensor], done: float) -> tuple[Tensor, dict[str, float]]:
             losses = []
@@ -104,15 +100,42 @@ class Recover(TrainedPass[MoESite]):
                         scale = moe.router(x).amax(-1, keepdim=True).clamp_min(1e-6)
                     losses.append(router_loss(objective, moe.router(x) / scale, wanted))
             mean = torch.stack(losses).mean()
-            draw(done)
+            drawn.draw(done)
             return self.router_weight * mean, {"router loss": mean.item()}
 
-        draw(-1.0)
+        drawn = _DrawnTau(lambda: map(layer, inputs), self.tau, context.settings.seed)
+        drawn.draw(-1.0)
         try:
             return finetune(
-                graph, data, self.plan(), settings, "recover", watched=[n for names in inputs.values() for n in names],
-                penalise=penalise, distill=self.distill,
+                graph, context.data, self.plan(), context.settings, "recover",
+                watched=[n for names in inputs.values() for n in names],
+                penalise=penalise, distill=self.distill, stateful=(drawn,),
             )  # fmt: skip
         finally:
             for path, tau in taus.items():
                 layer(path).tau.copy_(tau)
+
+
+class _DrawnTau:
+    """The tau that the layers run at, drawn at the end of every step for the next one: checkpoints have to keep it."""
+
+    def __init__(self, layers: Callable[[], Iterable[MoE]], largest: float, seed: int) -> None:
+        self._layers, self._largest, self._seed, self._tau = layers, largest, seed, 0.0
+
+    def draw(self, done: float) -> None:
+        """Draw anew, from the seed and the share of the training that is done."""
+        generator = torch.Generator().manual_seed(self._seed + int((1.0 + done) * 1e9))
+        self._set(self._largest * float(torch.rand((), generator=generator)))
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"tau": self._tau}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a checkpoint."""
+        self._set(state["tau"])
+
+    def _set(self, tau: float) -> None:
+        self._tau = tau
+        for moe in self._layers():
+            moe.tau.fill_(tau)

@@ -20,10 +20,10 @@ from surgeon.batch import Batch, Data
 from surgeon.calibration import collect
 from surgeon.errors import UsageError
 from surgeon.finetuning import finetune
-from surgeon.fit import Settings, real_tokens
+from surgeon.fit import real_tokens
 from surgeon.graph import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.passes.base import PerSite, SiteKind, TrainedPass, for_site, option
+from surgeon.passes.base import FitContext, PerSite, SiteKind, TrainedPass, for_site, option
 from surgeon.probe import HALVES, Halves
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import set_path
@@ -166,15 +166,9 @@ class Sparsify(TrainedPass[FFN]):
             made=target,
         )
 
-    def fit(
-        self,
-        graph: TracedGraph,
-        before: TracedGraph,
-        changes: Sequence[tuple[FFN, SiteChange]],
-        data: Data,
-        settings: Settings,
-    ) -> FitReport | None:
+    def fit(self, context: FitContext[FFN]) -> FitReport | None:
         """Fine-tune all parameters with task loss + Σ over layers of alpha / L · mean over tokens of the penalty."""
+        graph, data = context.graph, context.data
         taps: dict[str, SparsityTap] = {}
         for node in graph.graph.nodes:
             if node.op == "call_module" and isinstance(tap := graph.get_submodule(str(node.target)), SparsityTap):
@@ -210,7 +204,7 @@ class Sparsify(TrainedPass[FFN]):
             graph,
             data,
             self.plan(),
-            settings,
+            context.settings,
             "sparsify",
             watched=list(taps),
             penalise=penalise,

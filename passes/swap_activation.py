@@ -8,12 +8,10 @@ from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
-from surgeon.batch import Data
 from surgeon.errors import UsageError
 from surgeon.finetuning import finetune
-from surgeon.fit import Settings
 from surgeon.graph import TracedGraph, aten, shape_of
-from surgeon.passes.base import PerSite, SiteKind, TrainedPass, for_site, option
+from surgeon.passes.base import FitContext, PerSite, SiteKind, TrainedPass, for_site, option
 from surgeon.probe import HALVES, OTHER
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import emit, emit_dropout, erase_unread
@@ -90,16 +88,11 @@ class SwapActivation(TrainedPass[FFN]):
         count, cost = site.parameters(graph), site.multiply_adds
         return SiteChange(site.path, site.activation, to, (count, count), (cost, cost), output)
 
-    def fit(
-        self,
-        graph: TracedGraph,
-        before: TracedGraph,
-        changes: Sequence[tuple[FFN, SiteChange]],
-        data: Data,
-        settings: Settings,
-    ) -> FitReport | None:
+    def fit(self, context: FitContext[FFN]) -> FitReport | None:
         """Fine-tune all parameters for the task, so that the model recovers from the new activation."""
-        return finetune(graph, data, self.plan(), settings, "swap-activation", distill=self.distill)
+        return finetune(
+            context.graph, context.data, self.plan(), context.settings, "swap-activation", distill=self.distill
+        )
 
     def _swap(self, graph: TracedGraph, site: FFN, call: Call, to: str) -> None:
         """Write the cone anew in its plainest form: act(scale · z) · up · scale, then dropout."""

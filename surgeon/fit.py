@@ -157,6 +157,32 @@ def fit(
     return FitReport(step, epochs, round(time.monotonic() - started, 2), tuple(history), resumed_at)
 
 
+def start_alike(graph: GraphModule, made: Sequence[str], settings: Settings) -> None:
+    """Let a resumed fit start from the very modules `made`, by path, that the interrupted one started from.
+
+    What rewriting puts in may depend on data that come in another order the next time (which neurons an expert has),
+    and a checkpoint of what was fitted to it would then belong to something else.
+    """
+    if settings.workdir is None or not made:
+        return
+    state = {
+        name: tensor
+        for name, tensor in graph.state_dict().items()
+        if name.startswith(tuple(f"{path}." for path in made))
+    }
+    path = settings.workdir / "rewritten.pt"
+    if settings.resume and path.is_file():
+        kept = torch.load(path, weights_only=True)
+        with torch.no_grad():
+            for name, tensor in state.items():
+                tensor.copy_(kept[name])
+        return
+    settings.workdir.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    torch.save(state, fresh)
+    fresh.rename(path)
+
+
 def loss_of(graph: GraphModule, data: Data) -> Loss:
     """The task loss for this data: its own, its task's, the model's task's, or classification where labels look so.
 
@@ -244,7 +270,7 @@ class _Checkpoint:
     def save(self, step: int, history: list[tuple[int, dict[str, float]]]) -> None:
         if self._directory is None:
             return
-        fresh = self._directory.with_suffix(".new")
+        fresh = self._directory.with_name(f"{self._directory.name}.new")
         shutil.rmtree(fresh, ignore_errors=True)
         self._accelerator.save_state(str(fresh))
         (fresh / "fit.json").write_text(json.dumps({"step": step, "history": history}))

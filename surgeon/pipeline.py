@@ -181,8 +181,8 @@ class Pipeline:
                 raise UsageError(f"{one.name} works on experts, and there are none: put moeify before it.")
             if one.needs_data and not has_data:
                 raise UsageError(
-                    f"{one.name} needs data: what it puts in computes noise until it was trained. Give --data, or "
-                    "--dry-run to see what would change."
+                    f"{one.name} needs data: without training it is of no use. Give --data, or --dry-run to see what "
+                    "would change."
                 )
             if one.makes is not None:
                 made.add(one.makes)

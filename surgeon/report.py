@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,6 +59,24 @@ class FitReport:
     losses: tuple[tuple[int, dict[str, float]], ...]
     resumed_at: int = 0
     sparsity: Mapping[str, tuple[Sparsity, Sparsity]] = field(default_factory=dict)
+
+    @classmethod
+    def merged(cls, fits: Sequence[FitReport]) -> FitReport:
+        """Fits by one plan that ran one after the other: what they took together, and the means of their losses."""
+        epochs = [fit.epochs for fit in fits if fit.epochs is not None]
+        losses = []
+        for moment in zip(*(fit.losses for fit in fits), strict=True):
+            names = moment[0][1]
+            means = {name: sum(values[name] for _, values in moment) / len(fits) for name in names}
+            losses.append((sum(step for step, _ in moment), means))
+        return cls(
+            steps=sum(fit.steps for fit in fits),
+            epochs=round(sum(epochs), 3) if len(epochs) == len(fits) else None,
+            seconds=round(sum(fit.seconds for fit in fits), 2),
+            losses=tuple(losses),
+            resumed_at=sum(fit.resumed_at for fit in fits),
+            sparsity={path: values for fit in fits for path, values in fit.sparsity.items()},
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Example inputs: made for tiny models of many kinds, which must then run on them; read from files and functions."""
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -261,21 +260,19 @@ def test_feature_extractor_makes_sound() -> None:
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    (tmp_path / "my_inputs.py").write_text(
+def functions(write_module: Callable[[str, str], None]) -> None:
+    write_module(
+        "my_inputs",
         "import torch\n"
         "def tensor(): return torch.ones(2, 3)\n"
         "def pair(): return [torch.ones(2), torch.zeros(2)]\n"
         "def number(): return 3\n"
         "def nothing(): return {}\n"
-        "def broken(): return torch.ones(2) @ torch.ones(3)\n"
+        "def broken(): return torch.ones(2) @ torch.ones(3)\n",
     )
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    sys.modules.pop("my_inputs", None)
 
 
-def test_inputs_from_a_function(module: Path) -> None:
+def test_inputs_from_a_function(functions: None) -> None:
     assert torch.equal(inputs_from("my_inputs:tensor"), torch.ones(2, 3))
     pair = inputs_from("my_inputs.py:pair")
     assert isinstance(pair, tuple)
@@ -293,7 +290,7 @@ def test_inputs_from_a_function(module: Path) -> None:
         ("my_inputs.py", "cannot read inputs from .py files"),
     ],
 )
-def test_inputs_that_fail(module: Path, spec: str, message: str) -> None:
+def test_inputs_that_fail(functions: None, spec: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         inputs_from(spec)
 

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from surgeon.batch import Batch, Data
 from surgeon.passes import Lower, Moeify, Pass, Sparsify, SwapActivation
 
-VOCABULARY, LENGTH, BATCH = 2048, 256, 16
-TRAIN_TOKENS, EVAL_TOKENS = 3_000_000, 65_536
-STEPS = TRAIN_TOKENS // LENGTH // BATCH  # in an epoch
+VOCABULARY, LENGTH, BATCH = 2048, 128, 16
+TRAIN_TOKENS, EVAL_TOKENS = 2_000_000, 32_768
+EPOCH = TRAIN_TOKENS // LENGTH // BATCH
+# Optimiser steps of 2,048 tokens: of dense training, and of every fine-tuning.
+DENSE, TUNING = 700, 250
 WIDTH, LAYERS, HEADS = 320, 6, 5
 LR = 1e-3
 PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "steps": 200}
@@ -108,8 +110,8 @@ def llama(seed: int) -> nn.Module:
 def ours(**sparsify: Any) -> list[Pass[Any]]:
     return [
         SwapActivation(),
-        Sparsify(lr=LR / 2, steps=300, weight_decay=0.1, **sparsify),
-        Moeify(expert_size=32, steps=100),
+        Sparsify(lr=LR / 2, steps=TUNING, weight_decay=0.1, **sparsify),
+        Moeify(expert_size=16, steps=100),
         Lower(),
     ]
 
@@ -122,13 +124,13 @@ def study(gated: bool) -> Study:
         data=data,
         model=llama if gated else gpt,
         inputs=inputs,
-        dense={"epochs": 600 / STEPS, "lr": LR, "weight_decay": 0.1, "schedule": "cosine"},
-        longer={"epochs": 300 / STEPS, "lr": LR / 2, "weight_decay": 0.1, "schedule": "linear"},
+        dense={"epochs": DENSE / EPOCH, "lr": LR, "weight_decay": 0.1, "schedule": "cosine"},
+        longer={"epochs": TUNING / EPOCH, "lr": LR / 2, "weight_decay": 0.1, "schedule": "linear"},
         variants={
             "moefication": Variant(
                 [
-                    SwapActivation(lr=LR / 2, steps=300, weight_decay=0.1),
-                    Moeify(expert_size=32, **PUBLISHED, objective="activation", rule="top_k"),
+                    SwapActivation(lr=LR / 2, steps=TUNING, weight_decay=0.1),
+                    Moeify(expert_size=16, **PUBLISHED, objective="activation", rule="top_k"),
                     Lower(),
                 ],
                 (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
@@ -136,18 +138,18 @@ def study(gated: bool) -> Study:
             "d2dmoe": Variant(
                 [
                     SwapActivation(),
-                    Sparsify(alpha=1e-4, lr=LR / 2, steps=300, weight_decay=0.1),
-                    Moeify(expert_size=32, **PUBLISHED, objective="norm"),
+                    Sparsify(alpha=1e-4, lr=LR / 2, steps=TUNING, weight_decay=0.1),
+                    Moeify(expert_size=16, **PUBLISHED, objective="norm"),
                     Lower(),
                 ],
                 TAUS,
                 oracle=True,
             ),
             "ours": Variant(
-                ours(target=0.15 if gated else 0.08), TAUS, budgets=(0.55, 0.6, 0.65, 0.7, 0.8), oracle=True
+                ours(target=0.15 if gated else 0.1), TAUS, budgets=(0.55, 0.6, 0.65, 0.7, 0.8), oracle=True
             ),
             "untrained": Variant(
-                [Moeify(expert_size=32, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8, 0.9),
+                [Moeify(expert_size=16, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8, 0.9),
                 oracle=True,
             ),
         },

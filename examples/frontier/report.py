@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from matplotlib.figure import Figure
 NAMES = {
     "moefication": "MoEfication",
     "d2dmoe": "D2DMoE as published",
+    "d2dmoe_attention": "D2DMoE as published, attention too",
     "ours": "ours",
     "ours_attention": "ours, attention too",
     "untrained": "ours, no training",
 }
+COLOURS = ("tab:grey", "tab:orange", "tab:brown", "tab:blue", "tab:green", "tab:purple")
 
 
 def cost_at(points: Sequence[dict[str, Any]], quality: float, cost: str, higher: bool) -> float | None:
@@ -42,49 +44,49 @@ def cost_at(points: Sequence[dict[str, Any]], quality: float, cost: str, higher:
     return front[0][0] if front and front[0][1] >= wanted else None
 
 
-def rows(results: dict[str, Any]) -> Iterator[tuple[str, str, list[float | None], list[float | None]]]:
-    """(variant, curve, cost of the converted layers, cost of the whole model), a cost for each seed."""
-    seeds = results["seeds"]
-    first = next(iter(seeds.values()))
-    for variant in [name for name in NAMES if name in first]:
-        for curve in first[variant]["curves"]:
-            layers, whole = [], []
-            for found in seeds.values():
-                dense = found["dense"]
-                wanted = dense["value"] * results["keep"]
-                points = found[variant]["curves"][curve]
-                layers.append(cost_at(points, wanted, "layers", dense["higher_is_better"]))
-                whole.append(cost_at(points, wanted, "relative", dense["higher_is_better"]))
-            yield variant, curve, layers, whole
+def cells(results: dict[str, Any], variant: str, curve: str, reference: str) -> list[str]:
+    """What the converted layers and the whole model cost where the quality of a dense model is kept."""
+    found = []
+    for cost in ("layers", "relative"):
+        values = []
+        for one in results["seeds"].values():
+            dense = one[reference]
+            points = one[variant]["curves"][curve]
+            values.append(cost_at(points, dense["value"] * results["keep"], cost, dense["higher_is_better"]))
+        found.append(percent(values))
+    return found
 
 
 def percent(values: Sequence[float | None]) -> str:
     """Mean and spread over the seeds."""
     reached = [value for value in values if value is not None]
-    if len(reached) < len(values):
-        return "not reached" if not reached else f"reached by {len(reached)} of {len(values)} seeds"
+    if not reached:
+        return "not reached"
     spread = f" ± {100 * statistics.stdev(reached):.1f}" if len(reached) > 1 else ""
-    return f"{100 * statistics.fmean(reached):.1f}%{spread}"
+    mean = f"{100 * statistics.fmean(reached):.1f}%{spread}"
+    return mean if len(reached) == len(values) else f"{mean}, by {len(reached)} of {len(values)}"
 
 
 def table(results: dict[str, Any]) -> str:
     """As Markdown."""
-    seeds = results["seeds"].values()
-    dense = [found["dense"]["value"] for found in seeds]
-    longer = [found["longer"]["value"] for found in seeds if "longer" in found]
-    name = next(iter(seeds))["dense"]["name"]
-    keep = f"{100 * results['keep']:.0f}% of dense {name}"
-    lines = [
-        f"### {results['study']}", "",
-        f"Dense {name} {_mean(dense)}" + (f"; trained as much again {_mean(longer)}" if longer else "")
-        + f"; {len(dense)} seed(s).", "",
-        f"| | selection | converted layers at {keep} | whole model |", "| --- | --- | --- | --- |",
-    ]  # fmt: skip
+    seeds = list(results["seeds"].values())
+    references = [name for name in ("dense", "longer") if all(name in found for found in seeds)]
+    quality = {name: _mean([found[name]["value"] for found in seeds]) for name in references}
+    name, keep = seeds[0]["dense"]["name"], f"{100 * results['keep']:.0f}%"
+    lines = [f"### {results['study']}", "", f"Dense {name} {quality['dense']}"]
+    head = [f"converted layers at {keep} of dense", "whole model"]
+    if "longer" in references:
+        lines[-1] += f"; trained as much again {quality['longer']}"
+        head += [f"converted layers at {keep} of dense trained as much again", "whole model"]
+    lines[-1] += f"; {len(seeds)} seed{'s' * (len(seeds) > 1)}, {seeds[0]['dense']['items']:,} held-out items each."
+    lines += ["", "| | selection | " + " | ".join(head) + " |", "| --- " * (2 + len(head)) + "|"]
     selections = {"uniform": "one tau", "tuned": "a tau for each layer", "oracle": "one tau, oracle router"}
-    lines += [
-        f"| {NAMES[variant]} | {selections[curve]} | {percent(layers)} | {percent(whole)} |"
-        for variant, curve, layers, whole in rows(results)
-    ]
+    for variant, found in seeds[0].items():
+        if variant in ("dense", "longer") or any(variant not in one for one in seeds):
+            continue
+        for curve in found["curves"]:
+            row = [cell for reference in references for cell in cells(results, variant, curve, reference)]
+            lines.append(f"| {NAMES.get(variant, variant)} | {selections[curve]} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -92,9 +94,8 @@ def plot(results: dict[str, Any], file: Path) -> None:
     """Quality against the cost of the whole model, a thin line for each seed."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.add_subplot()
-    colours = dict(zip(NAMES, ("tab:grey", "tab:orange", "tab:blue", "tab:green", "tab:purple"), strict=True))
     for number, found in enumerate(results["seeds"].values()):
-        for variant, colour in colours.items():
+        for variant, colour in zip(NAMES, COLOURS, strict=True):
             if variant not in found:
                 continue
             curves = found[variant]["curves"]
@@ -131,5 +132,8 @@ if __name__ == "__main__":
     parser.add_argument("results", type=Path, help="the directory with the result files of the studies")
     for path in sorted(parser.parse_args().results.glob("*.json")):
         content = json.loads(path.read_text())
-        plot(content, path.with_suffix(".png"))
+        if "seeds" not in content:
+            continue
+        if set(NAMES) & set(next(iter(content["seeds"].values()))) - {"ours"}:
+            plot(content, path.with_suffix(".png"))
         print(table(content), end="\n\n")

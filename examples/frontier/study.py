@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,9 @@ Passes = Sequence[Pass[Any]]
 class Variant:
     """One way to rewrite the dense model, and how to look at the result.
 
-    passes: what to run. taus: for the curve with one tau for all layers; none if there are no experts yet. budgets:
-    shares of the dense model's multiply-adds to tune for. oracle: also with the true norms. starts_from: another
+    passes: what to run; if there are none, another variant's result is looked at in another way. taus: for the curve
+    with one tau for all layers; none if there are no experts yet. budgets: shares of the dense model's multiply-adds to
+    tune for. oracle: also with the true norms. compensated: the mean of what is skipped is added. starts_from: another
     variant, to go on from its result.
     """
 
@@ -48,6 +51,7 @@ class Variant:
     taus: Sequence[float] = ()
     budgets: Sequence[float] = ()
     oracle: bool = False
+    compensated: bool = False
     rules: Sequence[str] | None = None
     starts_from: str | None = None
 
@@ -83,7 +87,7 @@ class Run:
 
     def result(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a stage measured: read if it was done before, else made and written."""
-        path = self.work / f"{name}.json"
+        path = self.work / f"{_file(name)}.json"
         if path.is_file():
             return json.loads(path.read_text())
         started = time.monotonic()
@@ -125,13 +129,16 @@ class Run:
 
     def rewritten(self, name: str, dense: Callable[[], nn.Module], data: Data) -> surgeon.TracedGraph:
         """The graph of a variant, made or loaded."""
-        directory = self.work / name
+        directory = self.work / _file(name)
+        variant = self.study.variants[name]
+        if not variant.passes:
+            assert variant.starts_from is not None
+            return self.rewritten(variant.starts_from, dense, data)
         if not (directory / "surgery.json").is_file():
-            variant = self.study.variants[name]
             start: nn.Module = dense()
             if variant.starts_from is not None:
                 start = self.rewritten(variant.starts_from, dense, data)
-            workdir = self.work / f"{name}.work"
+            workdir = directory.with_name(f"{directory.name}.work")
             workdir.mkdir(parents=True, exist_ok=True)
             surgery = Pipeline(variant.passes).run(
                 start, inputs=self.study.inputs(data), data=data, seed=self.seed, workdir=workdir, resume=True,
@@ -162,20 +169,28 @@ class Run:
             }  # fmt: skip
 
         def curve(oracle: bool) -> dict[str, Any]:
-            points = sweep(
-                graph(), data.eval, task, variant.taus, rules=variant.rules, routers=["oracle" if oracle else "own"],
-                **common(),
-            )  # fmt: skip
+            shared = common() | {"rules": variant.rules, "routers": ["oracle" if oracle else "own"]}
+            if not variant.compensated:
+                points = sweep(graph(), data.eval, task, variant.taus, **shared)
+                return {"points": [row(point) for point in points]}
+            points = []
+            for tau in variant.taus:
+                surgeon.set_tau(graph(), tau)
+                surgeon.compensate(graph(), calibration())
+                points += [replace(point, tau=tau) for point in sweep(graph(), data.eval, task, [None], **shared)]
             return {"points": [row(point) for point in points]}
+
+        @cache
+        def calibration() -> list[Batch]:
+            return [Batch.from_any(item) for item in islice(data.train, self.study.calibration_batches)]
 
         tuners: list[Tuner] = []
 
         def tuned(budget: float) -> dict[str, Any]:
             if not tuners:
-                calibration = [Batch.from_any(item) for item in islice(data.train, self.study.calibration_batches)]
                 shared = common()
                 shared["dense"] = shared.pop("dense_multiply_adds")
-                tuners.append(Tuner(graph(), calibration, **shared))
+                tuners.append(Tuner(graph(), calibration(), **shared))
             try:
                 found = tuners[0].tune(budget)
             except surgeon.SurgeonError as error:
@@ -197,6 +212,11 @@ class Run:
         if variant.oracle:
             result["curves"]["oracle"] = self.result(f"{name}-oracle", lambda: curve(True))["points"]
         return result
+
+
+def _file(name: str) -> str:
+    """A name as that of a file."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def row(point: Point) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import typer
 from typer.core import TyperGroup
 
 from surgeon.cli.options import Debug, Output, OutputMode, Quiet, Verbose
+from surgeon.cli.reading import with_data_options
 from surgeon.errors import SurgeonError
 
 if TYPE_CHECKING:
@@ -127,8 +128,10 @@ def _surgeon(
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a function a command. It takes the run first, and every command gets the options that all have.
 
-    They count wherever they stand: before the command's name or after it.
+    They count wherever they stand: before the command's name or after it. A function that takes `DataOptions`, or
+    None, gets the options that say how to read data (see `with_data_options`).
     """
+    function = with_data_options(function)
 
     @functools.wraps(function)
     def run_command(

@@ -3,25 +3,16 @@
 # The annotations are read when commands are made, so they are not postponed.
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from surgeon.cli.app import Run, command
-from surgeon.cli.options import (
-    BatchSize,
-    Held,
-    LabelColumn,
-    Limit,
-    MaxLength,
-    NeededData,
-    Saved,
-    Seed,
-    Task,
-    TextColumn,
-    TrustPickle,
-)
-from surgeon.cli.reading import data_options
+from surgeon.cli.options import Saved, TrustPickle
+from surgeon.jobs.data_options import DataOptions
+
+if TYPE_CHECKING:
+    from surgeon.jobs.opening import Opened
 
 
 class Metric(StrEnum):
@@ -40,7 +31,7 @@ DenseModel = Annotated[
 def sweep(
     run: Run,
     model: Saved,
-    data: NeededData,
+    *,
     tau: Annotated[
         str | None, typer.Option("--tau", metavar="T,T,...", help="Values of tau; 0, every expert, comes first.")
     ] = None,
@@ -59,14 +50,7 @@ def sweep(
         list[Path] | None,
         typer.Option("--out", "-o", metavar="FILE", help="Also write the table (.json) or a plot (.png)."),
     ] = None,
-    text: TextColumn = None,
-    label: LabelColumn = None,
-    task: Task = None,
-    batch_size: BatchSize = 16,
-    max_length: MaxLength = 128,
-    limit: Limit = None,
-    eval_fraction: Held = 0.1,
-    seed: Seed = 0,
+    data: DataOptions,
     trust_pickle: TrustPickle = False,
 ) -> None:
     """Measure quality and cost at several tau.
@@ -79,20 +63,12 @@ def sweep(
     multiply_adds, relative, rule, router, milliseconds}]}
     """
     from surgeon.jobs import measuring
-    from surgeon.jobs.opening import open_model
     from surgeon.render.files import write_swept
     from surgeon.render.measured import sweep_view
 
     taus, rules = measuring.parse_taus(tau), measuring.parse_rules(rule)
     measuring.check_files(out or [])
-    wanted = data_options(
-        data, text=text, label=label, task=task, batch_size=batch_size, max_length=max_length, limit=limit,
-        eval_fraction=eval_fraction, seed=seed,
-    )  # fmt: skip
-    opened = open_model(str(model), data=wanted, stage=run.screen.stage)
-    beside = None
-    if dense is not None:
-        beside = open_model(dense, task=task or opened.task, trust_pickle=trust_pickle, stage=run.screen.stage)
+    opened, beside = _open(run, model, data, dense, trust_pickle=trust_pickle)
     swept = measuring.sweep(
         opened, taus, rules=rules, oracle=oracle, timed=timed, dense=beside, progress=run.screen.progress
     )
@@ -107,10 +83,10 @@ def sweep(
 def tune(
     run: Run,
     model: Saved,
+    *,
     budget: Annotated[
         float, typer.Option("--budget", metavar="B", help="Cost to stay within: a share of the dense model's.")
     ],
-    data: NeededData,
     metric: Annotated[
         Metric, typer.Option("--metric", help="What is counted: multiply-adds, or milliseconds on this machine.")
     ] = Metric.flops,
@@ -123,14 +99,7 @@ def tune(
         typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default it replaces DIR."),
     ] = None,
     dense: DenseModel = None,
-    text: TextColumn = None,
-    label: LabelColumn = None,
-    task: Task = None,
-    batch_size: BatchSize = 16,
-    max_length: MaxLength = 128,
-    limit: Limit = None,
-    eval_fraction: Held = 0.1,
-    seed: Seed = 0,
+    data: DataOptions,
     trust_pickle: TrustPickle = False,
 ) -> None:
     """Find a tau for each layer that meets a budget and hurts least, and store it.
@@ -145,19 +114,11 @@ def tune(
     """
     from surgeon.jobs import measuring
     from surgeon.jobs.applying import check_target
-    from surgeon.jobs.opening import open_model
     from surgeon.render.measured import tuned_view
 
     if out is not None:
         check_target(out, str(model), overwrite=False)
-    wanted = data_options(
-        data, text=text, label=label, task=task, batch_size=batch_size, max_length=max_length, limit=limit,
-        eval_fraction=eval_fraction, seed=seed,
-    )  # fmt: skip
-    opened = open_model(str(model), data=wanted, stage=run.screen.stage)
-    beside = None
-    if dense is not None:
-        beside = open_model(dense, task=task or opened.task, trust_pickle=trust_pickle, stage=run.screen.stage)
+    opened, beside = _open(run, model, data, dense, trust_pickle=trust_pickle)
     found = measuring.tune(
         opened,
         budget,
@@ -170,3 +131,16 @@ def tune(
     )
     run.screen.show(tuned_view(found))
     run.screen.result(found)
+
+
+def _open(
+    run: Run, model: Path, data: DataOptions, dense: str | None, *, trust_pickle: bool
+) -> "tuple[Opened, Opened | None]":
+    """The surgery with its data, and the dense model if it was given, with a head for the same task."""
+    from surgeon.jobs.opening import open_model
+
+    opened = open_model(str(model), data=data, stage=run.screen.stage)
+    if dense is None:
+        return opened, None
+    task = data.task or opened.task
+    return opened, open_model(dense, task=task, trust_pickle=trust_pickle, stage=run.screen.stage)

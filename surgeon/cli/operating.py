@@ -1,6 +1,7 @@
 """Commands that make something: demo, apply."""
 
 # The annotations are read when commands are made, so they are not postponed.
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -9,24 +10,18 @@ import typer
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import (
     Arch,
-    BatchSize,
-    Data,
-    Held,
     Inputs,
-    LabelColumn,
-    Limit,
-    MaxLength,
     Model,
     PassList,
     Seed,
     Settings,
     Task,
-    TextColumn,
     TrustPickle,
     Verify,
 )
-from surgeon.cli.reading import build, data_options
+from surgeon.cli.reading import build
 from surgeon.errors import UsageError
+from surgeon.jobs.data_options import DataOptions
 
 
 @command
@@ -81,14 +76,8 @@ def apply(
             "--recipe", metavar="R", help="A recipe (surgeon passes lists them), or a surgery.json: what it recorded."
         ),
     ] = None,
-    data: Data = None,
-    text: TextColumn = None,
-    label: LabelColumn = None,
+    data: DataOptions | None = None,
     task: Task = None,
-    batch_size: BatchSize = 16,
-    max_length: MaxLength = 128,
-    limit: Limit = None,
-    eval_fraction: Held = 0.1,
     inputs: Inputs = None,
     out: Annotated[
         Path | None,
@@ -131,15 +120,13 @@ def apply(
     else:
         built = build(passes, settings)
     seed = seed or 0
-    wanted = data_options(
-        data, text=text, label=label, task=task, batch_size=batch_size, max_length=max_length, limit=limit,
-        eval_fraction=eval_fraction, seed=seed,
-    )  # fmt: skip
+    if data is not None:
+        data = dataclasses.replace(data, seed=seed)
     typed = tuple(run.args)
-    options = applying.ApplyOptions(out, overwrite, dry_run, resume, verify.value, seed, tau, wanted, typed)
+    options = applying.ApplyOptions(out, overwrite, dry_run, resume, verify.value, seed, tau, data, typed)
     applying.check_options(model, built, options)
     opened = open_model(
-        model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, data=wanted, stage=run.screen.stage
+        model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, data=data, stage=run.screen.stage
     )
     for note in opened.notes:
         run.screen.say(f"note: {note}")

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,16 +64,6 @@ Arch = Annotated[
     str | None,
     typer.Option("--arch", metavar="A", help="What a state dict belongs to: a model type such as gpt2, a config.json."),
 ]
-_data_option = typer.Option(
-    "--data",
-    metavar="D",
-    help="A JSONL, CSV, Parquet or text file, a folder of images or a saved dataset, or module:function.",
-    show_default=False,
-)
-Data = Annotated[str | None, _data_option]
-NeededData = Annotated[str, _data_option]
-TextColumn = Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="The column with text or image.")]
-LabelColumn = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="The column with the class.")]
 Task = Annotated[
     str | None,
     typer.Option(
@@ -82,11 +72,28 @@ Task = Annotated[
         "classification. By default what its class says.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Samples in a batch.")]
-MaxLength = Annotated[int, typer.Option("--max-length", help="Tokens after which texts are cut.")]
-Limit = Annotated[int | None, typer.Option("--limit", help="Read at most so many rows of each split.")]
-Held = Annotated[
-    float,
-    typer.Option("--eval-fraction", help="Share of the data held out to measure quality on, if it has one split."),
-]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+
+# Of commands that read data, by the field of `DataOptions` that each gives.
+DATA_OPTIONS: dict[str, Any] = {
+    "spec": Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="D",
+            help="A JSONL, CSV, Parquet or text file, a folder of images or a saved dataset, or module:function.",
+            show_default=False,
+        ),
+    ],
+    "text": Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="The column with text or image.")],
+    "label": Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="The column with the class.")],
+    "task": Task,
+    "batch_size": Annotated[int, typer.Option("--batch-size", help="Samples in a batch.")],
+    "max_length": Annotated[int, typer.Option("--max-length", help="Tokens after which texts are cut.")],
+    "limit": Annotated[int | None, typer.Option("--limit", help="Read at most so many rows of each split.")],
+    "eval_fraction": Annotated[
+        float,
+        typer.Option("--eval-fraction", help="Share of the data held out to measure quality on, if it has one split."),
+    ],
+    "seed": Seed,
+}

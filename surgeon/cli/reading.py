@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+import functools
+import inspect as signatures
+from collections.abc import Callable, Container
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from surgeon.cli.options import DATA_OPTIONS
 from surgeon.errors import UsageError
+from surgeon.jobs.data_options import DataOptions
 
 if TYPE_CHECKING:
-    from surgeon.jobs.opening import DataOptions
     from surgeon.passes import Pass
 
 
-def data_options(data: str | None, **options: Any) -> DataOptions | None:
-    """The options that say how to read data, None without data."""
-    from surgeon.jobs.opening import DataOptions
+def with_data_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take the options that say how to read data in place of its parameter of type `DataOptions`.
 
-    return None if data is None else DataOptions(data, **options)
+    A parameter `DataOptions | None` is None without --data. An option that the command also has itself, such as
+    `task`, stands where the command has it and is handed to both.
+    """
+    own = signatures.signature(function).parameters
+    asked = next((one for one in own.values() if one.annotation in (DataOptions, DataOptions | None)), None)
+    if asked is None:
+        return function
+
+    @functools.wraps(function)
+    def take(run: Any, **options: Any) -> None:
+        # What is None was not given, and has its default.
+        given = {field.name: options[field.name] for field in fields(DataOptions) if options[field.name] is not None}
+        kept = {name: value for name, value in options.items() if name in own}
+        function(run, **kept, **{asked.name: DataOptions(**given) if "spec" in given else None})
+
+    run, *others = own.values()
+    mixed = []
+    for parameter in others:
+        mixed += _data_parameters(parameter, own) if parameter is asked else [parameter]
+    keywords = (parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in mixed)
+    take.__signature__ = signatures.Signature([run, *keywords])  # type: ignore[attr-defined]
+    return take
+
+
+def _data_parameters(asked: signatures.Parameter, own: Container[str]) -> list[signatures.Parameter]:
+    """The fields of `DataOptions` as parameters of a command, without those that it has itself."""
+    return [
+        asked.replace(
+            name=field.name,
+            annotation=DATA_OPTIONS[field.name],
+            default=asked.default if field.name == "spec" else field.default,
+        )
+        for field in fields(DataOptions)
+        if field.name not in own
+    ]
 
 
 def build(names: str | None, settings: list[str] | None) -> list[Pass[Any]]:

@@ -21,8 +21,9 @@ from surgeon.errors import NothingChangedError, SaveError, UsageError
 from surgeon.graph import TracedGraph
 from surgeon.hugging_face import quiet_transformers
 from surgeon.inputs import as_args_kwargs
+from surgeon.jobs.data_options import DataOptions
 from surgeon.jobs.inspection import LOOKS_FOR
-from surgeon.jobs.opening import DataOptions, Opened, Stage
+from surgeon.jobs.opening import Opened, Stage
 from surgeon.jobs.workdir import WorkDirectory
 from surgeon.losses import Quality, evaluate, task_of
 from surgeon.moe import find_moes
@@ -274,7 +275,9 @@ def _next(
 ) -> tuple[str, str]:
     """The command that goes on from here, and what for."""
     if directory is None:
-        return _command(word for word in options.typed if word != "--dry-run"), "to do it"
+        again = [word for word in options.typed if word != "--dry-run"]
+        needed = options.data is None and any(one.needs_data for one in passes)
+        return _command((*again, *(("--data", "DATA") if needed else ()))), "to do it"
     trained = {report.name for report in surgery.reports if report.fit is not None}
     if any(one.will_fit and one.name not in trained for one in passes):
         again = [word for word in options.typed if word != "--overwrite"]

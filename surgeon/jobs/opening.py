@@ -18,6 +18,7 @@ from surgeon.given_inputs import inputs_from, inputs_of_program
 from surgeon.graph import TracedGraph
 from surgeon.hugging_face import TASK_CLASSES, companions
 from surgeon.inputs import example_inputs
+from surgeon.jobs.data_options import DataOptions
 from surgeon.pipeline import Origin
 from surgeon.source import Source, check_finite, load_model
 from surgeon.tracing import TraceInfo, from_program, trace
@@ -31,21 +32,6 @@ _KINDS = {
     "artifact": "saved surgery",
     "python": "Python function",
 }
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How to read data: the arguments of `surgeon.data.load_data` that the command line has."""
-
-    spec: str
-    text: str | None = None
-    label: str | None = None
-    task: str | None = None
-    batch_size: int = 16
-    max_length: int = 128
-    limit: int | None = None
-    eval_fraction: float = 0.1
-    seed: int = 0
 
 
 @dataclass(frozen=True)

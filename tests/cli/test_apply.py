@@ -75,6 +75,12 @@ def test_dry_run_changes_shows_and_saves_nothing(run: Run, tmp_path: Path) -> No
     assert left(tmp_path) == set()
 
 
+def test_dry_run_without_data_that_is_needed_asks_for_it(run: Run) -> None:
+    result = run("apply", "--passes", "mlpify,moeify", *NET, "--dry-run")
+    assert result.code == 0, result.err
+    assert result.out.rstrip().endswith(f"surgeon apply --passes mlpify,moeify {' '.join(NET)} --data DATA")
+
+
 def test_a_saved_surgery_can_be_gone_on_with(run: Run, tmp_path: Path) -> None:
     result = run("apply", "--passes", "lower", "masked")
     assert result.code == 0, result.err

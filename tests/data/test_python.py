@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
@@ -86,8 +84,9 @@ def test_unknown_task_of_data() -> None:
 
 
 @pytest.fixture
-def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    (tmp_path / "my_data.py").write_text(
+def functions(write_module: Callable[[str, str], None]) -> None:
+    write_module(
+        "my_data",
         "import datasets, torch\n"
         "from surgeon.data import Data\n"
         "def batches(): return [(torch.ones(2, 3), torch.tensor([0, 1]))]\n"
@@ -96,11 +95,8 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         "def tables(): return datasets.DatasetDict(train=table(), test=table())\n"
         "def stream(): return table().to_iterable_dataset()\n"
         "def generator(): yield 1\n"
-        "def broken(): raise ValueError('no luck')\n"
+        "def broken(): raise ValueError('no luck')\n",
     )
-    monkeypatch.chdir(tmp_path)
-    yield
-    sys.modules.pop("my_data", None)
 
 
 def test_data_from_functions(functions: None, tokenizer: Any, config: Any) -> None:

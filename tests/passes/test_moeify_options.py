@@ -200,6 +200,7 @@ def converted(sharp: tuple[TracedGraph, list[Any]], **options: Any) -> TracedGra
     {"objective": "norm", "underestimate": 4.0}, {"exposure": 0.3},
     {"router": "neurons", "epochs": 0}, {"router": "neurons", "epochs": 0, "objective": "relative"},
     {"router": "neurons", "epochs": 5},
+    {"layer_by_layer": True}, {"layer_by_layer": True, "exposure": 0.3}, {"layer_by_layer": True, "router": "neurons"},
 ], ids=str)  # fmt: skip
 def test_routers_of_every_kind_find_the_experts_that_matter(sharp: Any, options: Any) -> None:
     graph = converted(sharp, **options)

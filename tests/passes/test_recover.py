@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import surgeon
-from surgeon.errors import UsageError
+from surgeon.errors import PassError, UsageError
+from surgeon.fit import Settings
 from surgeon.graph import TracedGraph, fork
 from surgeon.moe import MoE, find_moes, get_tau, set_tau
 from surgeon.passes import Lower, Moeify, Recover
 from surgeon.pipeline import Pipeline
+from surgeon.report import Progress
 from surgeon.rewrite import own_parameters
 from tests.models import labelled_vectors, stack, vectors
 
@@ -80,10 +82,36 @@ def test_every_step_runs_at_another_tau(converted: TracedGraph, monkeypatch: pyt
 
 
 def test_the_model_gets_better_at_running_few_experts(converted: TracedGraph) -> None:
-    plain, recovered = own(converted), own(converted)
+    plain, fine_tuned, recovered = own(converted), own(converted), own(converted)
+    Recover(steps=150, tau=0.0, lr=2e-3).apply(fine_tuned, data=DATA)
     Recover(steps=150, tau=1.0, lr=2e-3).apply(recovered, data=DATA)
     assert task_loss(plain, 0.8) > 1.2 * task_loss(plain, 0.0)  # there is something to recover
     assert task_loss(recovered, 0.8) < 0.8 * task_loss(plain, 0.8)
+    # and it is not the training alone that does it
+    assert task_loss(recovered, 0.8) < 0.5 * task_loss(fine_tuned, 0.8)
+
+
+@pytest.mark.parametrize("error", [PassError("broken on purpose"), KeyboardInterrupt()])
+def test_tau_is_put_back_after_an_error(
+    converted: TracedGraph, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[TracedGraph] = []
+    original = surgeon.passes.recover.finetune
+
+    def finetune(graph: TracedGraph, *args: Any, **options: Any) -> Any:
+        trained.append(graph)
+        return original(graph, *args, **options)
+
+    def fail(moment: Progress) -> None:
+        assert set(get_tau(trained[0]).values()) != {0.25, 0.125}
+        raise error
+
+    monkeypatch.setattr("surgeon.passes.recover.finetune", finetune)
+    graph = own(converted)
+    with pytest.raises(type(error)):
+        Recover(steps=3).apply(graph, data=DATA, settings=Settings(progress=fail))
+    want = {"blocks.0.ffn.moe": 0.25, "blocks.1.ffn.moe": 0.125}
+    assert get_tau(graph) == get_tau(trained[0]) == want
 
 
 def test_a_teacher_takes_the_place_of_labels() -> None:
@@ -105,12 +133,36 @@ def test_lowered_experts_are_refused_with_the_reason(traces: Any) -> None:
 
 
 def test_it_needs_data_and_experts() -> None:
-    with pytest.raises(UsageError, match="recover needs data"):
+    with pytest.raises(UsageError, match=r"recover needs data: without training it is of no use\. Give --data"):
         Pipeline([Moeify(experts=4), Recover()]).run(stack("relu"), inputs=vectors())
     with pytest.raises(UsageError, match="recover works on experts, and there are none: put moeify before it"):
         Pipeline([Recover()]).run(stack("relu"), inputs=vectors(), data=DATA)
     with pytest.raises(UsageError, match="recover must run before lower"):
         surgeon.Pipeline([Moeify(experts=4), Lower(), Recover()]).run(stack("relu"), inputs=vectors(), data=DATA)
+
+
+@pytest.mark.parametrize(("data", "dry_run", "after"), [
+    (DATA, False, "fine-tuned"),
+    (None, False, "as it was: there is no data to train it on"),
+    (DATA, True, "to be fine-tuned"),
+    (None, True, "to be fine-tuned"),
+])  # fmt: skip
+def test_only_what_was_trained_is_reported_as_such(
+    converted: TracedGraph, data: Any, dry_run: bool, after: str
+) -> None:
+    trained, settings = after == "fine-tuned", Settings(dry_run=dry_run)
+    report = Recover(steps=1, lr=1e-3).apply(own(converted), inputs=vectors(), data=data, settings=settings)
+    assert {site.after for site in report.sites} == {after}
+    assert (report.fit is not None) == trained
+    assert report.max_error is not None
+    assert (report.max_error > 0) == trained
+    assert report.preserved != trained
+
+
+def test_a_dry_run_shows_that_nothing_was_trained(converted: TracedGraph) -> None:
+    text = str(Pipeline([Recover()]).run(converted, inputs=vectors(), dry_run=True).diff())
+    assert "recover  2 of 2 sites  same output  not trained" in text
+    assert "to be fine-tuned" in text
 
 
 @pytest.mark.parametrize(("options", "words"), [

@@ -1,7 +1,7 @@
 """transformers models from tiny configs: two layers, width 32, hidden width 64, vocabulary 101, random weights.
 
-What is known of each model stands in the tables (`text_models`, `seq2seq_models`, `vision_models`, ...); this module
-turns a row into a case. No test downloads anything.
+What is known of each model stands in the tables (`hf_text`, `hf_images`, ...); this module turns a row into a case. No
+test downloads anything.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from . import hf_other, hf_text, hf_variants
+from . import hf_images, hf_other, hf_text, hf_variants
 from .case import Case, Inputs, Registry
 from .hf_row import DROP, Row
 
@@ -143,5 +143,5 @@ def _add(row: Row) -> None:
     )
 
 
-for _row in (*hf_text.ROWS, *hf_variants.ROWS, *hf_other.ROWS):
+for _row in (*hf_text.ROWS, *hf_variants.ROWS, *hf_images.ROWS, *hf_other.ROWS):
     _add(_row)

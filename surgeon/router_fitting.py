@@ -1,0 +1,106 @@
+"""Fit the routers of expert layers on the inputs that the layers get: in closed form, or by training."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from surgeon.batch import Batch, Data
+from surgeon.calibration import collect
+from surgeon.fit import Plan, Settings, fit, real_tokens
+from surgeon.graph import TracedGraph
+from surgeon.moe import MoE
+from surgeon.report import FitReport
+from surgeon.rewrite import Capture
+from surgeon.routing import Objective, fit_closed_form, router_loss, target
+
+# Tokens that routers are fitted on in closed form.
+_TOKENS = 16384
+
+Inputs: TypeAlias = Mapping[MoE, Sequence[str]]
+"""Expert layers with the names of the nodes that hold their inputs, one for every call."""
+
+
+def by_trunk(layers: Iterable[MoE]) -> list[list[MoE]]:
+    """The layers, those together whose routers share a trunk."""
+    groups: dict[int, list[MoE]] = defaultdict(list)
+    for moe in layers:
+        groups[id(moe.router.fc1.weight)].append(moe)
+    return list(groups.values())
+
+
+def fit_from_neurons(graph: TracedGraph, inputs: Inputs, objective: Objective, data: Data, settings: Settings) -> None:
+    """Fit every router in closed form from its layer's own neurons (`surgeon.routing.fit_closed_form`).
+
+    Args:
+        graph: what the inputs are read from.
+    """
+    groups = by_trunk(inputs)
+    names = [inputs[group[0]][0] for group in groups]
+    values = collect(graph, names, data, tokens=_TOKENS, progress=settings.progress)
+    with torch.no_grad():
+        for name, group in zip(names, groups, strict=True):
+            fit_closed_form(
+                [moe.router for moe in group],
+                values[name],
+                [(moe.routed, moe.activation) for moe in group],
+                objective,
+            )
+
+
+def train_routers(
+    graph: TracedGraph,
+    inputs: Inputs,
+    data: Data,
+    plan: Plan,
+    settings: Settings,
+    what: str,
+    *,
+    objective: Objective,
+    underestimate: float = 1.0,
+) -> FitReport:
+    """Train the routers, and nothing else, to predict what the objective says of the experts' outputs.
+
+    Args:
+        graph: what the inputs are read from. It is run in evaluation mode, as far as the inputs need.
+        what: name of the fit, and of its checkpoint.
+        underestimate: weight of the errors of scores that are too low.
+
+    Raises:
+        PassError: the loss is not finite.
+    """
+    inner = Capture(graph, [name for names in inputs.values() for name in names]).eval()
+
+    def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            _, values = inner(*batch.args, **batch.kwargs)
+        losses = []
+        for moe, names in inputs.items():
+            for name in names:
+                x = real_tokens(batch, values[name])
+                with torch.no_grad():
+                    wanted = target(objective, x, moe.routed, moe.activation)
+                losses.append(router_loss(objective, moe.router(x), wanted, underestimate))
+        mean = torch.stack(losses).mean()
+        return mean, {"router loss": mean.item()}
+
+    routers = list(dict.fromkeys(parameter for moe in inputs for parameter in moe.router.parameters()))
+    return fit(routers, loss, data, plan, settings, what)
+
+
+@contextmanager
+def running_at(tau: float, layers: Iterable[MoE]) -> Iterator[None]:
+    """Let layers run at a tau for a while; their own is put back."""
+    own = {moe: moe.tau.clone() for moe in layers}
+    for moe in own:
+        moe.tau.fill_(tau)
+    try:
+        yield
+    finally:
+        for moe, before in own.items():
+            moe.tau.copy_(before)
