@@ -37,6 +37,8 @@ _NAMES = {
     3: [f"{PROJECTION_MLP}_{part}" for part in "qkv"],
 }
 _MOST_PARTS = max(_NAMES)
+# What wider hidden layers are a multiple of.
+_MULTIPLE = 8
 # Batches whose outputs the start is computed from.
 _START_BATCHES = 16
 # E|z|³ / E z⁴ of a standard normal z: the factor that brings z·|z| nearest to z.
@@ -161,8 +163,12 @@ class Mlpify(TrainedPass[LinearSite]):
         return None
 
     def hidden_width(self, d_in: int, d_out: int) -> int:
-        """The width at which the replacement costs what the layer does, biases counted: d_in = d_out = 768 → 384."""
-        return round(self.cost_factor * (d_in * d_out + d_out) / (d_in + d_out + 1))
+        """The width at which the replacement costs what the layer does, biases counted: d_in = d_out = 768 → 384.
+
+        To the nearest multiple of 8, from 16 on, so that it can be split into experts.
+        """
+        width = self.cost_factor * (d_in * d_out + d_out) / (d_in + d_out + 1)
+        return round(width) if width < 2 * _MULTIPLE else _MULTIPLE * round(width / _MULTIPLE)
 
     def _parts(self, site: LinearSite) -> list[range]:
         """The outputs that get an MLP of their own: all of them together, or the parts of a fused layer."""

@@ -24,10 +24,10 @@ VOCABULARY, LENGTH, BATCH = 2048, 128, 16
 TRAIN_TOKENS, EVAL_TOKENS = 2_000_000, 32_768
 EPOCH = TRAIN_TOKENS // LENGTH // BATCH
 # Optimiser steps of 2,048 tokens: of dense training, and of every fine-tuning.
-DENSE, TUNING = 700, 250
+DENSE, TUNING = 500, 150
 WIDTH, LAYERS, HEADS = 320, 6, 5
 LR = 1e-3
-PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "steps": 200}
+PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "steps": 100}
 TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 
 
@@ -111,7 +111,7 @@ def ours(**sparsify: Any) -> list[Pass[Any]]:
     return [
         SwapActivation(),
         Sparsify(lr=LR / 2, steps=TUNING, weight_decay=0.1, **sparsify),
-        Moeify(expert_size=16, steps=100),
+        Moeify(expert_size=16, steps=60),
         Lower(),
     ]
 
