@@ -24,8 +24,11 @@ from .projections import one_layer
 
 @pytest.mark.parametrize(
     ("d_in", "d_out", "factor", "width"),
-    [(768, 768, 1.0, 384), (768, 768, 0.5, 192), (16, 16, 1.0, 8), (768, 3072, 1.0, 616), (64, 64, 4.0, 128), (1, 1, 0.1, 0)],
-)
+    [
+        (768, 768, 1.0, 384), (768, 768, 0.5, 192), (16, 16, 1.0, 8), (768, 3072, 1.0, 616), (64, 64, 4.0, 128),
+        (1, 1, 0.1, 0),
+    ],
+)  # fmt: skip
 def test_width_of_equal_cost(d_in: int, d_out: int, factor: float, width: int) -> None:
     assert Mlpify(cost_factor=factor).hidden_width(d_in, d_out) == width
 

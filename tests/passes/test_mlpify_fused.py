@@ -138,7 +138,7 @@ def test_a_residual_goes_to_every_part(fused: Any) -> None:
     assert report.rejected == [
         ("grouped.qkv", "a residual needs an output as wide as the input, and this is 16→8"),
     ]
-    assert {site.path: site.after for site in report.sites}["chunk.qkv"] == "3 MLPs 16→41→16 relu + input"
+    assert {site.path: site.after for site in report.sites}["chunk.qkv"] == "3 MLPs 16→40→16 relu + input"
     assert torch.allclose(graph(x)["timm"], want["timm"], atol=1e-4)
 
 
