@@ -13,12 +13,15 @@ from torch import nn
 
 from surgeon import demo
 from surgeon.batch import Batch, Data
-from surgeon.passes import Lower, Mlpify, Moeify, Sparsify, SwapActivation
+from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivation
 
-LR, DECAY = 1e-3, 0.05
+# Of every fine-tuning of the whole model, and of the routers.
+TRAINING: dict[str, Any] = {"epochs": 40.0, "lr": 1e-3, "weight_decay": 0.05}
+ROUTER_EPOCHS = 10.0
+PUBLISHED: dict[str, Any] = {"split": "weights", "router": "trained", "router_width": 32, "epochs": ROUTER_EPOCHS}
+TARGET, DISTILL = 0.04, 0.7
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
-
-PUBLISHED = {"split": "weights", "router": "trained", "epochs": 10.0}
+BUDGETS = (0.41, 0.43, 0.45)
 
 
 def model(seed: int) -> nn.Module:
@@ -40,56 +43,52 @@ STUDY = Study(
     data=demo.digits,
     model=model,
     inputs=inputs,
-    dense={"epochs": 40.0, "lr": 2e-3, "weight_decay": DECAY, "schedule": "cosine"},
-    longer={"epochs": 40.0, "lr": LR, "weight_decay": DECAY, "schedule": "linear"},
+    dense={"epochs": 40.0, "lr": 2e-3, "weight_decay": 0.05, "schedule": "cosine"},
+    longer=TRAINING | {"schedule": "linear"},
     variants={
         "moefication": Variant(
-            [
-                SwapActivation(epochs=40.0, lr=LR, weight_decay=DECAY),
-                ffn(**PUBLISHED, objective="activation", rule="top_k", router_width=32),
-                Lower(),
-            ],
+            [SwapActivation(**TRAINING), ffn(**PUBLISHED, objective="activation", rule="top_k"), Lower()],
             (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95),
         ),
         "d2dmoe": Variant(
+            [SwapActivation(), Sparsify(alpha=1e-3, **TRAINING), ffn(**PUBLISHED, objective="norm"), Lower()],
+            TAUS,
+            oracle=True,
+        ),
+        "d2dmoe_attention": Variant(
             [
                 Mlpify(epochs=10.0, init="random"),
                 SwapActivation(),
-                Sparsify(alpha=1e-3, epochs=30.0, lr=LR, weight_decay=DECAY),
-                ffn(**PUBLISHED, objective="norm", router_width=32, share_trunk=False),
+                Sparsify(alpha=1e-3, **TRAINING),
+                ffn(**PUBLISHED, objective="norm", share_trunk=False),
                 Lower(),
             ],
             TAUS,
-            oracle=True,
         ),
         "ours": Variant(
             [
-                SwapActivation(),
-                Sparsify(target=0.04, distill=0.5, epochs=40.0, lr=LR, weight_decay=DECAY),
-                ffn(epochs=10.0),
+                SwapActivation(), Sparsify(target=TARGET, distill=DISTILL, **TRAINING), ffn(epochs=ROUTER_EPOCHS),
                 Lower(),
             ],
             TAUS,
-            budgets=(0.41, 0.43, 0.45, 0.5),
+            BUDGETS,
             oracle=True,
         ),
+        # Replacements so wide that they can be exact: what counts is the few of their neurons that run.
         "ours_attention": Variant(
             [
-                Mlpify(epochs=10.0),
+                Mlpify(epochs=5.0, cost_factor=4.0),
                 SwapActivation(),
-                Sparsify(
-                    target={"*projection_mlp*": 0.1, "*": 0.04}, distill=0.5, epochs=40.0, lr=LR, weight_decay=DECAY
-                ),
-                ffn(epochs=10.0),
+                Sparsify(target={"*projection_mlp*": 0.06, "*": 0.05}, distill=DISTILL, **TRAINING),
+                ffn(epochs=5.0),
+                Recover(tau=0.15, distill=DISTILL, **TRAINING | {"epochs": 15.0, "lr": 5e-4}),
                 Lower(),
             ],
             TAUS,
-            budgets=(0.2, 0.23, 0.26, 0.3, 0.35),
+            budgets=(0.3, 0.35),
             oracle=True,
         ),
-        "untrained": Variant(
-            [ffn(epochs=0), Lower()], TAUS, budgets=(0.5, 0.6, 0.7, 0.8), oracle=True
-        ),
+        "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8), oracle=True),
     },
 )  # fmt: skip
 
