@@ -114,9 +114,16 @@ class Pass(ABC, Generic[Site]):
         """Train what the rewritten graph needs, in place; None if there is nothing to train."""
         return None
 
-    def finish(self, graph: TracedGraph, sites: Sequence[Site], changes: Sequence[SiteChange]) -> tuple[str, ...]:
-        """Last touches after verification; returns notes for the user."""
+    def finish(
+        self, graph: TracedGraph, sites: Sequence[Site], changes: Sequence[SiteChange], fit: FitReport | None
+    ) -> tuple[str, ...]:
+        """Last touches after verification, given what `fit` reported if it ran; returns notes for the user."""
         return ()
+
+    @property
+    def why_data(self) -> str:
+        """Why this run cannot do without data to fit on, "" if it can."""
+        return "without training it is of no use" if self.needs_data else ""
 
     @property
     def will_fit(self) -> bool:
@@ -178,6 +185,8 @@ class Pass(ABC, Generic[Site]):
         before = adopt(graph)
         matched, rejected = self.explain(graph)
         self.check(matched, rejected)
+        if matched:
+            self._check_patterns(matched, rejected)
         changes: list[SiteChange] = []
         fit_report = None
         with torch.random.fork_rng(devices=[]):
@@ -201,12 +210,12 @@ class Pass(ABC, Generic[Site]):
                     raise PassError(f"{self.name} failed while it was fitted: {_words(error)}") from error
         preserved = self.keeps_output(fit_report is not None)
         cost, max_error, layers = self._verify(before, graph, changes, inputs, preserved, settings)
-        notes = list(self.finish(graph, matched, changes))
+        notes = list(self.finish(graph, matched, changes, fit_report))
         if inputs is None:
             notes.append("Not verified and not measured: no example inputs were given.")
         elif settings.verify == "off":
             notes.append("Not verified: verification was switched off.")
-        if matched and self.will_fit and fit_report is None and self.untrained:
+        if matched and fit_report is None and self.untrained and (self.will_fit or not self.preserves):
             notes.append(self.untrained)
         return PassReport(
             name=self.name,
@@ -230,6 +239,20 @@ class Pass(ABC, Generic[Site]):
             for field in dataclasses.fields(self)
             if (value := getattr(self, field.name)) != field.default
         }
+
+    def _check_patterns(self, matched: Sequence[Site], rejected: Sequence[Rejection]) -> None:
+        """Refuse an option whose values by path name something that is not there.
+
+        Raises:
+            UsageError: with the pattern and the paths there are.
+        """
+        paths = [*(site.path for site in matched), *(rejection.path for rejection in rejected)]
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for pattern in value if isinstance(value, dict) else ():
+                if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+                    there = ", ".join(dict.fromkeys(path for path in paths if path))
+                    raise UsageError(f"{self.name}.{field.name}: no site is called '{pattern}'. There are: {there}.")
 
     def _chosen(self, path: str) -> bool:
         def matches(patterns: tuple[str, ...]) -> bool:

@@ -116,6 +116,7 @@ class ReplacementMLP(nn.Module):
 class Mlpify(TrainedPass[LinearSite]):
     """Replace standalone linear layers (attention projections) by MLPs of equal cost that imitate them (D2DMoE, 3.5).
 
+    Every linear layer outside feed-forward layers is one, except the head: with `skip` others (a pooler) stay.
     Queries, keys and values computed by one layer get an MLP each. Every replacement is trained on the inputs and
     outputs of the layer it replaces, for itself and without dropout, which only acts in the graph's training mode.
     """
@@ -123,7 +124,7 @@ class Mlpify(TrainedPass[LinearSite]):
     name: ClassVar[str] = "mlpify"
     works_on: ClassVar[SiteKind] = "linear"
     makes: ClassVar[SiteKind | None] = "ffn"
-    must_precede: ClassVar[frozenset[str]] = frozenset({"moeify", "lower"})
+    must_precede: ClassVar[frozenset[str]] = frozenset({"sparsify", "moeify", "lower"})
     preserves: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
 
@@ -276,7 +277,9 @@ class Mlpify(TrainedPass[LinearSite]):
         parameters = [p for module in {id(module): module for module, _ in pairs}.values() for p in module.parameters()]
         return fit(parameters, loss, data, self.plan(), context.settings, "mlpify")
 
-    def finish(self, graph: TracedGraph, sites: Sequence[LinearSite], changes: Sequence[SiteChange]) -> tuple[str, ...]:
+    def finish(
+        self, graph: TracedGraph, sites: Sequence[LinearSite], changes: Sequence[SiteChange], fit: FitReport | None
+    ) -> tuple[str, ...]:
         notes = []
         if changes and self.dropout and graph.meta["trace"].form == "eval":
             notes.append("No dropout was put in: the graph is of evaluation form, which has no training mode.")

@@ -7,37 +7,35 @@ the experts' outputs (section 3.3); at run time a rule selects by the scores and
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch import Tensor
+from torch.fx import GraphModule
 
 from surgeon.batch import Data
-from surgeon.calibration import collect
-from surgeon.clustering import balanced_clusters, nearest_divisors
+from surgeon.calibration import collect_calls
+from surgeon.clustering import nearest_divisors
 from surgeon.errors import UsageError
 from surgeon.fit import Settings
 from surgeon.graph import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.selection import RULES
-from surgeon.kernels.torch_backend import Experts, hidden
 from surgeon.moe import MoE, find_moes, set_tau
+from surgeon.neuron_split import Split, split_neurons
 from surgeon.passes.base import FitContext, PerSite, SiteKind, TrainedPass, for_site, option
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import replace_call
 from surgeon.router_fitting import by_trunk, fit_from_neurons, running_at, train_routers
 from surgeon.routing import Objective, Router
 from surgeon.search import find_ffns
-from surgeon.sites import FFN, PROJECTION_MLP, FFNWeights, Rejection
+from surgeon.shared_trunk import trunk_groups, trunk_of
+from surgeon.sites import FFN, FFNWeights, Rejection
 
 log = logging.getLogger("surgeon")
 
-Split = Literal["auto", "weights", "activations", "random"]
 RouterKind = Literal["trained", "neurons"]
 
 # Expert size aimed at when neither `experts` nor `expert_size` is given.
@@ -91,12 +89,14 @@ class Moeify(TrainedPass[FFN]):
     router: RouterKind = option(
         "neurons",
         "neurons: closed form, from the layer's own neurons, then trained unless epochs is 0. trained: from random "
-        "weights (as published).",
+        "weights (as published: with objective=norm, split=weights, router_width=128, share_trunk=false).",
     )
     router_width: int | None = option(
         None, "Hidden width of the router. By default what costs 2.5% of what it routes, 8 to 128."
     )
-    share_trunk: bool = option(True, "One trunk for the routers of replaced projections that read the same input.")
+    share_trunk: bool = option(
+        True, "One trunk for the routers of an attention's replaced projections that read the same input."
+    )
     objective: Objective = option(
         "relative",
         "What the router predicts: relative (norms of the experts' outputs, to the token's largest); with "
@@ -108,8 +108,13 @@ class Moeify(TrainedPass[FFN]):
     )
     underestimate: float = option(1.0, "Weight of the errors of scores that are too low.")
     exposure: float = option(0.0, "tau at which the model runs while its routers are trained; 0: the dense model.")
-    rule: str = option("max", f"How scores select experts: {', '.join(RULES)}.")
-    tau: float = option(0.0, "Set after fitting: the share of the largest score below which an expert is skipped.")
+    rule: str = option(
+        "max",
+        "How scores and tau select: max (an expert is skipped below tau times the largest score), cumulative (the "
+        "smallest that sum to less than tau of all), energy (likewise for squares, tau²), top_k (the smallest tau · E "
+        "of E).",
+    )
+    tau: float = option(0.0, "Set after fitting (needs data): 0 runs every expert, larger is cheaper; see rule.")
     epochs: float = option(1.0, "How often router training goes through the data; 0 trains nothing.")
     lr: float = option(1e-3, "Learning rate of AdamW for the routers.")
 
@@ -138,6 +143,13 @@ class Moeify(TrainedPass[FFN]):
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise UsageError(f"moeify: {name} is '{getattr(self, name)}'; it can be {', '.join(known)}.")
+        for name, default in (("exposure", 0.0), ("underestimate", 1.0)):
+            if getattr(self, name) != default and not self._trains_routers:
+                raise UsageError(f"moeify: {name} is for the training of routers, and epochs is 0.")
+        if self.underestimate != 1.0 and self.objective == "activation":
+            raise UsageError(
+                "moeify: underestimate weighs errors of regression, and the objective activation has none."
+            )
         if self.router == "neurons" and self.objective != "relative":
             raise UsageError(f"moeify: the objective {self.objective} needs router=trained.")
 
@@ -161,23 +173,25 @@ class Moeify(TrainedPass[FFN]):
         if misfit is not None:
             raise UsageError(f"{misfit.path}: {misfit.reason}")
 
+    @property
+    def why_data(self) -> str:
+        return "tau needs routers that were fitted" if self.tau else ""
+
     def observe(
         self, graph: TracedGraph, sites: Sequence[FFN], data: Data | None, settings: Settings
     ) -> Mapping[str, Any]:
+        if self.why_data and data is None and not settings.dry_run:
+            raise UsageError(f"moeify: {self.why_data}, and there is no data. Give it, or set tau later.")
         looks = self.split in ("auto", "activations") or self.shared
         inputs: dict[str, Tensor] = {}
         if looks and data is not None and sites:
-            names = {site.path: site.calls[0].x.name for site in sites}
-            values = collect(graph, names.values(), data, tokens=_SPLIT_TOKENS, progress=settings.progress)
-            inputs = {path: values[name] for path, name in names.items()}
+            names = {site.path: [call.x.name for call in site.calls] for site in sites}
+            inputs = collect_calls(graph, names, data, tokens=_SPLIT_TOKENS, progress=settings.progress)
         elif looks and sites and (self.split == "activations" or self.shared) and not settings.dry_run:
             raise UsageError("moeify: split=activations and shared need data to see which neurons are active.")
-        groups: dict[Node, list[FFN]] = defaultdict(list)
-        for site in sites:
-            groups[site.calls[0].x if self._shares(site) else site.calls[0].output].append(site)
         return {
             site.path: _Seen(self._width(group), inputs.get(site.path), tuple(one.path for one in group))
-            for group in groups.values()
+            for group in (trunk_groups(graph, sites) if self.share_trunk else [[site] for site in sites])
             for site in group
         }
 
@@ -185,11 +199,14 @@ class Moeify(TrainedPass[FFN]):
         weights, experts = site.weights(graph), self._experts(site)
         assert isinstance(seen, _Seen)
         log.info("moeify: %s, %d experts of %d neurons", site.path, experts, site.hidden // experts)
-        labels = self._labels(site, weights, experts, seen.x)
+        labels = split_neurons(
+            weights, site.activation, experts,
+            split=self.split, shared=self.shared, x=seen.x, seed=torch.initial_seed() % 2**31,
+        )  # fmt: skip
         router = self._router(site, weights, experts, seen.router_width)
         moe = MoE(weights, labels, experts, site.activation, router, shared=self.shared)
         moe.rule = self.rule
-        trunk = _trunk(graph, site, seen.group)
+        trunk = trunk_of(graph, site, seen.group) if len(seen.group) > 1 else None
         if trunk is not None:
             router.fc1.weight, router.fc1.bias = trunk.weight, trunk.bias
         moe.train(graph.training)
@@ -245,9 +262,11 @@ class Moeify(TrainedPass[FFN]):
             ]
         return FitReport.merged(reports)
 
-    def finish(self, graph: TracedGraph, sites: Sequence[FFN], changes: Sequence[SiteChange]) -> tuple[str, ...]:
+    def finish(
+        self, graph: TracedGraph, sites: Sequence[FFN], changes: Sequence[SiteChange], fit: FitReport | None
+    ) -> tuple[str, ...]:
         notes = []
-        if changes and self.tau:
+        if changes and self.tau and fit is not None:  # a dry run has no routers to skip by
             set_tau(graph, {change.made: self.tau for change in changes})
         if any(site.dropout for site in sites):
             notes.append("Dropout between the linears is not carried into the experts; it matters in training only.")
@@ -285,10 +304,6 @@ class Moeify(TrainedPass[FFN]):
         near = nearest_divisors(site.hidden, max(1, site.hidden // _USUAL_SIZE))
         return min(near, key=lambda n: abs(site.hidden / n - _USUAL_SIZE))
 
-    def _shares(self, site: FFN) -> bool:
-        """Whether the site's router shares its trunk with those of other projections of the same input."""
-        return self.share_trunk and site.path.rpartition(".")[2].startswith(PROJECTION_MLP)
-
     def _width(self, group: Sequence[FFN]) -> int:
         """Width of the trunk of a group of layers that share it."""
         if self.router_width is not None:
@@ -297,36 +312,6 @@ class Moeify(TrainedPass[FFN]):
         outputs = sum(self._experts(site) - self.shared for site in group)
         width = int(_ROUTER_SHARE * routed / (group[0].d_in + outputs))
         return max(_NARROWEST, min(_WIDEST, width // 8 * 8))
-
-    def _labels(self, site: FFN, weights: FFNWeights, experts: int, x: Tensor | None) -> Tensor:
-        """The expert of every neuron, [h]; the first `shared` experts are those of the most active neurons."""
-        seed, size = torch.initial_seed() % 2**31, site.hidden // experts
-        generator = torch.Generator().manual_seed(seed)
-        active = None if x is None else _output_sizes(site, weights, x)
-        always = torch.zeros(0, dtype=torch.int64)
-        if self.shared:
-            if active is None:  # a dry run
-                always = torch.arange(self.shared * size)
-            else:
-                rate = (active > 0.1 * active.amax(0, keepdim=True)).float().mean(1)
-                always = rate.topk(self.shared * size).indices.cpu()
-        routed = torch.ones(site.hidden, dtype=torch.bool)
-        routed[always] = False
-        count = experts - self.shared
-        if self.split == "random":
-            found = torch.arange(count).repeat_interleave(size)[torch.randperm(count * size, generator=generator)]
-        else:
-            if active is not None and self.split != "weights":
-                features = F.normalize(active[routed], dim=1)
-            else:
-                # Rows of the linear whose output is sparse, at unit length, without the bias.
-                rows = weights.w1 if weights.gate is None else weights.gate
-                features = F.normalize(rows.detach().float()[routed], dim=1)
-            found = balanced_clusters(features, count, seed=seed)
-        labels = torch.empty(site.hidden, dtype=torch.int64)
-        labels[always] = torch.arange(self.shared).repeat_interleave(size)
-        labels[routed] = found + self.shared
-        return labels
 
     def _router(self, site: FFN, weights: FFNWeights, experts: int, width: int) -> Router:
         outputs = {"log": "exp", "activation": "sigmoid"}
@@ -347,25 +332,6 @@ def _read(graph: TracedGraph, path: str) -> list[str]:
     """Names of the nodes that an expert layer reads, one for every call."""
     calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == path]
     return [node.args[0].name for node in calls]
-
-
-def _trunk(graph: TracedGraph, site: FFN, group: Sequence[str]) -> nn.Linear | None:
-    """The trunk of the group, if a site of it has a router already; those of earlier runs are not touched."""
-    for node in site.calls[0].x.users:
-        if node.op == "call_module" and str(node.target).rpartition(".")[0] in group:
-            module = graph.get_submodule(str(node.target))
-            if isinstance(module, MoE):
-                return module.router.fc1
-    return None
-
-
-def _output_sizes(site: FFN, weights: FFNWeights, x: Tensor) -> Tensor:
-    """How large every neuron's share of the output is on every token, [h, N]: |activation| times the norm of its w2."""
-    with torch.no_grad():
-        experts = Experts(weights.w1, weights.b1, weights.gate, weights.b_gate, weights.w2)
-        a = hidden(x, experts, ACTIVATIONS[site.activation]).float()
-        sizes: Tensor = a.abs() * weights.w2.float().norm(dim=1)
-        return sizes.t()
 
 
 def _indivisible(site: FFN, number: int, what: str) -> str:

@@ -36,9 +36,11 @@ class Recover(TrainedPass[MoESite]):
     must_precede: ClassVar[frozenset[str]] = frozenset({"lower"})
     needs_data: ClassVar[bool] = True
 
-    tau: float = option(0.3, "The largest tau that the model is trained at.")
+    tau: float = option(0.3, "The largest tau that the model is trained at; its own tau stays.")
     distill: float = option(
-        0.0, "Share of the loss that is divergence from the model before the passes, in place of the task's loss."
+        0.0,
+        "Share of the loss that is divergence from the model before the first pass of this run (a saved surgery, if it "
+        "goes on from one), in place of the task's loss.",
     )
     router_weight: float = option(0.1, "Weight of the routers' loss beside the model's.")
     epochs: float = option(1.0, "How often fine-tuning goes through the data.")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from surgeon.batch import Batch, Data
-from surgeon.calibration import collect
+from surgeon.calibration import SPARSITY_TOKENS, collect
 from surgeon.errors import UsageError
 from surgeon.finetuning import finetune
 from surgeon.fit import real_tokens
@@ -32,9 +32,9 @@ from surgeon.sites import FFN, PROJECTION_MLP, Rejection
 from surgeon.sparsity import PENALTIES, AlphaControl, Penalty, Sparsity, active_share
 
 AlphaSchedule = Literal["constant", "linear", "linear_warmup"]
-# Tokens on which sparsity is reported.
-_REPORT_TOKENS = 4096
 _SHOWN = {"hoyer": "square Hoyer", "l1": "L1"}
+# A layer has missed its target if it is more active than that by this factor.
+_MISSED = 1.2
 
 
 class SparsityTap(nn.Module):
@@ -83,7 +83,7 @@ class SparsityTap(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsify(TrainedPass[FFN]):
-    """Put a square-Hoyer tap on each FFN's activation and fine-tune for task and sparsity (D2DMoE, section 3.1).
+    """Put a sparsity tap on each FFN's activation and fine-tune for task and sparsity (D2DMoE, section 3.1).
 
     Without data the taps are put in and nothing is trained: the output is unchanged.
     """
@@ -104,10 +104,14 @@ class Sparsify(TrainedPass[FFN]):
     alpha: float = option(1e-3, "Weight of the sparsity penalty beside the task loss; with a target, its first value.")
     alpha_schedule: AlphaSchedule = option("linear", "The weight over time: constant, linear or linear_warmup.")
     target: PerSite[float] | None = option(
-        None, "Share of neurons that should be active; finds the weight for each layer, instead of alpha_schedule."
+        None,
+        "Share of neurons that should be active (above a hundredth of the token's largest); finds the weight for each "
+        "layer, instead of alpha_schedule.",
     )
     distill: float = option(
-        0.0, "Share of the loss that is divergence from the model before the passes, in place of the task's loss."
+        0.0,
+        "Share of the loss that is divergence from the model before the first pass of this run (a saved surgery, if it "
+        "goes on from one), in place of the task's loss.",
     )
     displacement: float = option(-10.0, "D: pre-activations below it count as zero where the activation leaves none.")
     epochs: float = option(3.0, "How often fine-tuning goes through the data.")
@@ -159,7 +163,7 @@ class Sparsify(TrainedPass[FFN]):
         return SiteChange(
             site.path,
             site.describe,
-            f"{site.describe} + square-Hoyer tap ({where})",
+            f"{site.describe} + {_SHOWN[self.penalty]} tap ({where})",
             (count, count),
             (cost, cost),
             (output, output),
@@ -215,6 +219,26 @@ class Sparsify(TrainedPass[FFN]):
         sparsity = {paths[name]: (before_training[name], after_training[name]) for name in taps}
         return dataclasses.replace(report, sparsity=sparsity)
 
+    def finish(
+        self, graph: TracedGraph, sites: Sequence[FFN], changes: Sequence[SiteChange], fit: FitReport | None
+    ) -> tuple[str, ...]:
+        if self.target is None or fit is None:
+            return ()
+        wanted = {path: for_site(self.target, path) for path in fit.sparsity}
+        missed = {
+            path: (new.active, goal)
+            for path, (_, new) in fit.sparsity.items()
+            if (goal := wanted[path]) is not None and new.active > _MISSED * goal
+        }
+        if not missed:
+            return ()
+        path, (active, goal) = max(missed.items(), key=lambda item: item[1][0] / item[1][1])
+        aimed = sum(goal is not None for goal in wanted.values())
+        return (
+            f"{len(missed)} of {aimed} layers missed the target, most of all {path} with {active:.1%} of its neurons "
+            f"active instead of {goal:.1%}: train longer (epochs), faster (lr), or start from a larger alpha.",
+        )
+
     def _control(self, paths: Sequence[str]) -> AlphaControl | None:
         if self.target is None:
             return None
@@ -223,7 +247,7 @@ class Sparsify(TrainedPass[FFN]):
         return AlphaControl(targets, self.alpha)
 
     def _sparsity(self, graph: TracedGraph, taps: dict[str, SparsityTap], data: Data) -> dict[str, Sparsity]:
-        values = collect(graph, taps, data, tokens=_REPORT_TOKENS)
+        values = collect(graph, taps, data, tokens=SPARSITY_TOKENS)
         return {name: Sparsity.of(tap.activations(values[name])) for name, tap in taps.items()}
 
     def _alpha(self, done: float) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
+from surgeon.calibration import layer_sparsity
 from surgeon.errors import UsageError
 from surgeon.finetuning import finetune
 from surgeon.graph import TracedGraph, aten, shape_of
@@ -40,14 +42,17 @@ class SwapActivation(TrainedPass[FFN]):
     must_precede: ClassVar[frozenset[str]] = frozenset({"sparsify", "moeify", "lower"})
     preserves: ClassVar[bool] = False
     untrained: ClassVar[str] = (
-        "Nothing was fine-tuned: the model has not recovered from its new activation. Run again with --data to train."
+        "Nothing was fine-tuned: the model has not recovered from its new activation. It does with epochs above 0 and "
+        "--data, or in a sparsify that follows."
     )
 
     to: PerSite[str] = option("relu", "The new activation: relu, relu2, gelu or silu.")
     epochs: float = option(0.0, "How often recovery training, if any, goes through the data.")
     lr: float = option(2e-5, "Learning rate of AdamW for all parameters.")
     distill: float = option(
-        0.0, "Share of the loss that is divergence from the model before the passes, in place of the task's loss."
+        0.0,
+        "Share of the loss that is divergence from the model before the first pass of this run (a saved surgery, if it "
+        "goes on from one), in place of the task's loss.",
     )
 
     def __post_init__(self) -> None:
@@ -90,9 +95,13 @@ class SwapActivation(TrainedPass[FFN]):
 
     def fit(self, context: FitContext[FFN]) -> FitReport | None:
         """Fine-tune all parameters for the task, so that the model recovers from the new activation."""
-        return finetune(
-            context.graph, context.data, self.plan(), context.settings, "swap-activation", distill=self.distill
-        )
+        graph, data = context.graph, context.data
+        swapped = {site.path for site, _ in context.changes}
+        sites = [site for site in find_ffns(graph)[0] if site.path in swapped]
+        before = layer_sparsity(graph, sites, data)
+        report = finetune(graph, data, self.plan(), context.settings, "swap-activation", distill=self.distill)
+        after = layer_sparsity(graph, sites, data)
+        return dataclasses.replace(report, sparsity={path: (before[path], after[path]) for path in before})
 
     def _swap(self, graph: TracedGraph, site: FFN, call: Call, to: str) -> None:
         """Write the cone anew in its plainest form: act(scale · z) · up · scale, then dropout."""

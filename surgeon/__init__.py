@@ -28,6 +28,7 @@ _EXPORTS = {
     "set_rule": "surgeon.moe",
     "set_tau": "surgeon.moe",
     "to_networkx": "surgeon.graph",
+    "token_load": "surgeon.cost",
     "trace": "surgeon.tracing",
     "tune": "surgeon.tuning",
 }
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from surgeon.artifact import load as load
     from surgeon.batch import Data as Data
     from surgeon.compensation import compensate as compensate
+    from surgeon.cost import token_load as token_load
     from surgeon.errors import SurgeonError as SurgeonError
     from surgeon.graph import TracedGraph as TracedGraph
     from surgeon.graph import to_networkx as to_networkx

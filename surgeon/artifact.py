@@ -36,7 +36,7 @@ from surgeon.checkpoint import read_program, sha256_of
 from surgeon.diff import GraphDiff, PassDiff
 from surgeon.errors import LoadError, SaveError
 from surgeon.graph import TracedGraph
-from surgeon.moe import find_moes, get_rule, get_tau
+from surgeon.moe import compensated, find_moes, get_rule, get_tau
 from surgeon.pipeline import Diff, Surgery, inputs_of
 from surgeon.report import PassReport
 from surgeon.tracing import TraceInfo, from_program, quiet
@@ -242,6 +242,8 @@ def _record(surgery: Surgery, model: Path) -> dict[str, Any]:
     reports = [one.report for one in surgery.diff().passes]
     first = surgery.graph.meta.get("surgery")
     given = {"path": origin.path, "kind": origin.kind, "sha256": origin.sha256}
+    graph = surgery.graph
+    knobs = {"tau": get_tau(graph), "rule": get_rule(graph), "compensated": compensated(graph)}
     return {
         "schema": SCHEMA,
         "versions": {
@@ -269,19 +271,22 @@ def _record(surgery: Surgery, model: Path) -> dict[str, Any]:
             {"path": site.path, "experts": site.experts, "form": site.form, "expert_shape": list(site.w1.shape[1:])}
             for site in find_moes(surgery.graph)
         ],
-        "tau": get_tau(surgery.graph),
-        "rule": get_rule(surgery.graph),
-        "quality": _quality(surgery, first),
+        **knobs,
+        "quality": _quality(surgery, first, knobs),
         "output_modules": _output_modules(surgery.graph),
         "model_sha256": sha256_of([model]),
     }
 
 
-def _quality(surgery: Surgery, first: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Quality before and after; of a surgery that goes on from another one, before that one if the data is the same."""
+def _quality(surgery: Surgery, first: dict[str, Any] | None, knobs: dict[str, Any]) -> dict[str, Any] | None:
+    """Quality before and after; of a surgery that goes on from another one, before that one if the data is the same.
+
+    Where it was not measured anew, "after" is None once the knobs have other values than it was measured at.
+    """
     earlier = None if first is None else first.get("quality")
     if surgery.quality is None:
-        return earlier
+        same = first is None or all(first.get(name, []) == value for name, value in knobs.items())
+        return earlier if earlier is None or same else {**earlier, "after": None}
     before, after, data = surgery.quality
     found = {"before": asdict(before), "after": asdict(after), "data": data}
     if earlier is not None and earlier["data"] == data:
@@ -316,6 +321,8 @@ def _check_space(graph: GraphModule, where: Path) -> None:
 def _written_whole(directory: Path) -> Iterator[Path]:
     """A new directory beside the target that takes its place when everything is written, and vanishes otherwise."""
     fresh: Path | None = None
+    if directory.is_symlink():
+        directory = directory.resolve()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))

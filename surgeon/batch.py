@@ -85,6 +85,16 @@ class Batch:
         return Batch(tuple(map(move, self.args)), {name: move(v) for name, v in self.kwargs.items()}, labels)
 
 
+def first_batches(items: Iterable[Any], samples: int) -> list[Batch]:
+    """The first batches, until there are so many samples."""
+    found: list[Batch] = []
+    for item in items:
+        found.append(Batch.from_any(item))
+        if sum(batch.size for batch in found) >= samples:
+            break
+    return found
+
+
 class Batches:
     """Something that can be read again and again, each time as `Batch` objects."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ from surgeon.batch import Batch, Data
 from surgeon.fit import real_tokens
 from surgeon.report import Progress
 from surgeon.rewrite import Capture
+from surgeon.sites import FFN
+from surgeon.sparsity import Sparsity
+
+Key = TypeVar("Key")
+
+# Tokens on which sparsity is reported.
+SPARSITY_TOKENS = 4096
 
 
 def collect(
@@ -48,3 +56,37 @@ def collect(
             if enough >= tokens:
                 break
     return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
+
+
+def collect_calls(
+    graph: GraphModule,
+    names: Mapping[Key, Sequence[str]],
+    data: Data,
+    *,
+    tokens: int,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[Key, Tensor]:
+    """The values of several nodes as one, such as the inputs of a layer that is executed several times.
+
+    Args:
+        names: of nodes whose values are [..., d], for every key; each gives an equal part of its key's tokens.
+
+    Returns:
+        By key, [N, d] with N at most `tokens`.
+    """
+    values = collect(
+        graph, (name for group in names.values() for name in group), data, tokens=tokens, progress=progress
+    )
+    found = {}
+    for key, group in names.items():
+        different = list(dict.fromkeys(group))
+        found[key] = torch.cat([values[name][: max(1, tokens // len(different))] for name in different])
+    return found
+
+
+def layer_sparsity(graph: GraphModule, sites: Iterable[FFN], data: Data) -> dict[str, Sparsity]:
+    """How sparse the activations of feed-forward layers are, by path, all executions of a layer together."""
+    sites = list(sites)
+    names = {site.path: [call.first[0].output.name for call in site.calls] for site in sites}
+    values = collect_calls(graph, names, data, tokens=SPARSITY_TOKENS)
+    return {site.path: Sparsity.of(site.activations(values[site.path])) for site in sites}

@@ -7,6 +7,7 @@ addition of vectors for each call and layer, and goes when tau is set anew, whic
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,12 @@ from surgeon.rewrite import emit, get_attr
 from surgeon.sweep import knobs_restored, run_batches
 
 
-def compensate(graph: TracedGraph, batches: Iterable[Batch]) -> list[str]:
+def compensate(graph: TracedGraph, batches: Iterable[Any]) -> list[str]:
     """Add to every layer the mean of what it skips at its present tau, padding not counted.
 
     Args:
-        graph: with lowered experts; it gets one buffer for each layer. batches: some hundred samples.
+        graph: with lowered experts; it gets one buffer for each layer.
+        batches: some hundred samples, in any form that `Batch.from_any` takes.
 
     Returns:
         The paths of the layers.
@@ -52,7 +54,7 @@ def compensate(graph: TracedGraph, batches: Iterable[Batch]) -> list[str]:
             sums[site.path] = sums.get(site.path, torch.zeros_like(skipped)) + skipped
 
         meter.on_tokens = add
-        for _ in run_batches(meter, batches):
+        for _ in run_batches(meter, map(Batch.from_any, batches)):
             pass
     with torch.no_grad():
         for site in sites:

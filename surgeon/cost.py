@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from surgeon.errors import UsageError
 from surgeon.graph import flat_inputs, tensor_key
+from surgeon.inputs import as_args_kwargs
 from surgeon.kernels.dynamic_k import selected
 from surgeon.moe import MoE, MoESite, find_moes, masked_ffn, selection_threshold
 from surgeon.report import Cost
@@ -92,16 +93,31 @@ def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return cost, meter.layers
 
 
-def token_load(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+def clock(device: torch.device) -> float:
+    """Seconds from an arbitrary start, read when the device has done everything it was given.
+
+    A GPU works behind Python: without waiting, the time of a call would be that of handing it over.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and device.type == accelerator.type:
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def token_load(graph: GraphModule, inputs: Any) -> Tensor:
     """How much of its experts each token runs, from 0 to 1: Σ cost of those that ran / Σ cost of all, over the layers.
 
+    Args:
+        inputs: of one call: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
     Returns:
-        float32, in the leading shape that most expert layers have, [B, T] for a transformer; layers of another shape (a
-        pooler's) are left out (D2DMoE, load maps of its section on spatial load).
+        float32, in the leading shape that most expert layers have, [B, T] for a transformer, padding included; layers
+        of another shape (a pooler's) are left out (D2DMoE, load maps of its section on spatial load).
 
     Raises:
         UsageError: the graph has no experts.
     """
+    args, kwargs = as_args_kwargs(inputs)
     meter = ExpertMeter(graph)
     if not meter.sites:
         raise UsageError("The graph has no experts, so no token has a load. Apply moeify first.")
@@ -156,9 +172,9 @@ class ExpertMeter(Interpreter):
             self._count(site, args[0], scores, threshold)
             if self.oracle:
                 return self._run(site, n, args, scores, threshold)
-        started = time.perf_counter()
+        started = clock(args[0].device)
         result = super().run_node(n)
-        self.layers[site.path].seconds += time.perf_counter() - started
+        self.layers[site.path].seconds += clock(args[0].device) - started
         return result
 
     def _selection(self, site: MoESite, node: Node, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

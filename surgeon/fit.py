@@ -205,16 +205,21 @@ def loss_of(graph: GraphModule, data: Data) -> Loss:
 
 
 def token_mask(batch: Batch, lead: Sequence[int]) -> Tensor | None:
-    """Which tokens are real, for values of leading dimensions `lead`: the batch's attention mask of that shape.
+    """Which tokens are real, for values of leading dimensions `lead`: the batch's mask of that shape.
+
+    A mask is a keyword input [B, T] whose name ends in `attention_mask` (Hugging Face: 1 for a real token) or in
+    `key_padding_mask` (`torch.nn.Transformer`: True, or -inf, for padding). Any other padding counts as tokens.
 
     None if no mask fits, or if every token is real. A mask also fits values whose tokens were flattened.
     """
     masks = [
-        value for name, value in batch.kwargs.items() if name.endswith("attention_mask") and isinstance(value, Tensor)
+        value.bool() if name.endswith("attention_mask") else value == 0
+        for name, value in batch.kwargs.items()
+        if name.endswith(("attention_mask", "key_padding_mask")) and isinstance(value, Tensor)
     ]
     for mask in sorted(masks, key=lambda mask: tuple(mask.shape) != tuple(lead)):
         if mask.dim() == 2 and (tuple(mask.shape) == tuple(lead) or list(lead) == [mask.numel()]):
-            real = mask.reshape(tuple(lead)).bool()
+            real = mask.reshape(tuple(lead))
             return None if bool(real.all()) else real
     return None
 

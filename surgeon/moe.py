@@ -283,6 +283,12 @@ def get_rule(graph: GraphModule) -> dict[str, str]:
     return {site.path: site.rule for site in find_moes(graph)}
 
 
+def compensated(graph: GraphModule) -> list[str]:
+    """The layers whose output has the mean of what they skip added (`surgeon.compensation`), by their experts' path."""
+    # A mean that no longer holds is set to zero.
+    return [path for path, mean in get_knobs(graph).means.items() if bool(mean.any())]
+
+
 @dataclass(frozen=True)
 class Knobs:
     """All that can be set after training, by layer: tau, rule, and the mean of what is skipped where it is added."""

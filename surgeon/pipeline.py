@@ -176,13 +176,12 @@ class Pipeline:
         for position, one in enumerate(self.passes):
             early = next((p.name for p in self.passes[:position] if p.name in one.must_precede), None)
             if early is not None:
-                raise UsageError(f"{one.name} must run before {early}, which leaves it nothing to work on: swap them.")
+                raise UsageError(f"{one.name} must run before {early}, which goes on from what it makes: swap them.")
             if one.works_on == "moe" and "moe" not in made:
                 raise UsageError(f"{one.name} works on experts, and there are none: put moeify before it.")
-            if one.needs_data and not has_data:
+            if one.why_data and not has_data:
                 raise UsageError(
-                    f"{one.name} needs data: without training it is of no use. Give --data, or --dry-run to see what "
-                    "would change."
+                    f"{one.name} needs data: {one.why_data}. Give --data, or --dry-run to see what would change."
                 )
             if one.makes is not None:
                 made.add(one.makes)

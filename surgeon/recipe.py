@@ -16,6 +16,22 @@ from surgeon.passes import PASSES, Pass
 Steps = list[tuple[str, dict[str, Any]]]
 
 RELUFY: Steps = [("swap-activation", {"epochs": 3.0})]
+D2DMOE: Steps = [
+    ("swap-activation", {}),
+    ("sparsify", {"alpha": 1e-3, "alpha_schedule": "linear"}),
+    (
+        "moeify",
+        {
+            "split": "weights",
+            "router": "trained",
+            "router_width": 128,
+            "objective": "norm",
+            "share_trunk": False,
+            "epochs": 5.0,
+        },
+    ),
+    ("lower", {}),
+]
 RECIPES: dict[str, tuple[str, Steps]] = {
     "recommended": (
         "What works best here: ReLU, 5% of the neurons active, distillation, clusters of what fires together, routers "
@@ -50,22 +66,12 @@ RECIPES: dict[str, tuple[str, Steps]] = {
     "d2dmoe": (
         "D2DMoE (arXiv 2310.04361) as published: ReLU, square Hoyer with one weight for all layers, clusters of "
         "weights, routers of width 128 that regress norms, experts above a share of the largest score.",
-        [
-            ("swap-activation", {}),
-            ("sparsify", {"alpha": 1e-3, "alpha_schedule": "linear"}),
-            (
-                "moeify",
-                {
-                    "split": "weights",
-                    "router": "trained",
-                    "router_width": 128,
-                    "objective": "norm",
-                    "share_trunk": False,
-                    "epochs": 5.0,
-                },
-            ),
-            ("lower", {}),
-        ],
+        D2DMOE,
+    ),
+    "d2dmoe-attention": (
+        "d2dmoe after attention projections became MLPs, from random weights. mlpify.skip leaves other linear layers "
+        "(a pooler) alone.",
+        [("mlpify", {"init": "random"}), *D2DMOE],
     ),
 }
 
@@ -131,7 +137,7 @@ def _values(kind: type[Pass[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
             elif value.lower() in ("none", "") and type(None) in typing.get_args(types[key]):
                 value = None
             elif ":" in value and any(typing.get_origin(one) is dict for one in typing.get_args(types[key])):
-                value = _by_site(f"{kind.name}.{key}", value)
+                value = parse_by_site(f"{kind.name}.{key}=", value)
         try:
             values[key] = TypeAdapter(types[key]).validate_python(value)
         except ValidationError as error:
@@ -140,13 +146,19 @@ def _values(kind: type[Pass[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _by_site(name: str, text: str) -> dict[str, str]:
-    """`"*.0.*:8,*:4"` → `{"*.0.*": "8", "*": "4"}`, in this order."""
+def parse_by_site(name: str, text: str) -> dict[str, str]:
+    """`"*.0.*:8,*:4"` → `{"*.0.*": "8", "*": "4"}`, in this order.
+
+    name: what it was given as, for the message.
+
+    Raises:
+        UsageError: not of this form.
+    """
     values = {}
     for part in text.split(","):
         pattern, colon, value = (word.strip() for word in part.rpartition(":"))
         if not colon or not pattern or not value:
-            raise UsageError(f"{name}={text}: write PATTERN:VALUE,PATTERN:VALUE, for example '*.0.*:8,*:4'.")
+            raise UsageError(f"{name}{text}: write PATTERN:VALUE,PATTERN:VALUE, for example '*.0.*:8,*:4'.")
         values[pattern] = value
     return values
 

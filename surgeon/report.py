@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -136,6 +136,27 @@ class PassReport:
                 {path: (Sparsity(**old), Sparsity(**new)) for path, (old, new) in fit.get("sparsity", {}).items()},
             ),
         )  # fmt: skip
+
+
+def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
+    """What every layer with experts replaced: multiply-adds for one token before all passes, by the experts' path.
+
+    Where a layer was replaced by one of another cost before it was split, the first one counts; the parts of a fused
+    layer have shares of it in proportion to what replaced them.
+
+    Args:
+        reports: of all passes, in order.
+    """
+    found: dict[str, float] = {}
+    # Of what a pass made: the multiply-adds before all passes, over its own.
+    ratios: dict[str, float] = {}
+    for change in (site for report in reports for site in report.sites if site.made and site.made not in found):
+        before, after = change.multiply_adds
+        within = (ratio for made, ratio in ratios.items() if f"{change.path}.".startswith(f"{made}."))
+        dense = before * next(within, 1.0)
+        found[change.made] = dense
+        ratios[change.made] = dense / after if after else 1.0
+    return found
 
 
 @dataclass(frozen=True)

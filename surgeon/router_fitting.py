@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgeon.batch import Batch, Data
-from surgeon.calibration import collect
+from surgeon.calibration import collect_calls
 from surgeon.fit import Plan, Settings, fit, real_tokens
 from surgeon.graph import TracedGraph
 from surgeon.moe import MoE
@@ -37,17 +37,19 @@ def by_trunk(layers: Iterable[MoE]) -> list[list[MoE]]:
 def fit_from_neurons(graph: TracedGraph, inputs: Inputs, objective: Objective, data: Data, settings: Settings) -> None:
     """Fit every router in closed form from its layer's own neurons (`surgeon.routing.fit_closed_form`).
 
+    A layer that is executed several times is fitted on the inputs of all its executions.
+
     Args:
         graph: what the inputs are read from.
     """
     groups = by_trunk(inputs)
-    names = [inputs[group[0]][0] for group in groups]
-    values = collect(graph, names, data, tokens=_TOKENS, progress=settings.progress)
+    names = {place: [name for moe in group for name in inputs[moe]] for place, group in enumerate(groups)}
+    values = collect_calls(graph, names, data, tokens=_TOKENS, progress=settings.progress)
     with torch.no_grad():
-        for name, group in zip(names, groups, strict=True):
+        for place, group in enumerate(groups):
             fit_closed_form(
                 [moe.router for moe in group],
-                values[name],
+                values[place],
                 [(moe.routed, moe.activation) for moe in group],
                 objective,
             )
@@ -85,7 +87,9 @@ def train_routers(
                 x = real_tokens(batch, values[name])
                 with torch.no_grad():
                     wanted = target(objective, x, moe.routed, moe.activation)
-                losses.append(router_loss(objective, moe.router(x), wanted, underestimate))
+                # Cross entropy wants logits: scores that are exactly 0 or 1 have no gradient.
+                given = moe.router.logits(x) if objective == "activation" else moe.router(x)
+                losses.append(router_loss(objective, given, wanted, underestimate))
         mean = torch.stack(losses).mean()
         return mean, {"router loss": mean.item()}
 

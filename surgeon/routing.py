@@ -67,16 +67,21 @@ class Router(nn.Module):
         """Score the experts."""
         return self.steps(lambda op, *args: op(*args), x, lambda name: self.get_parameter(name))  # type: ignore[no-any-return]
 
+    def logits(self, x: Tensor) -> Tensor:
+        """What goes into the last op: the scores before abs, softplus, exp or sigmoid."""
+        return self._logits(lambda op, *args: op(*args), x, lambda name: self.get_parameter(name))  # type: ignore[no-any-return]
+
     def steps(self, step: Step, x: Any, parameter: Callable[[str], Any]) -> Any:
         """The router as a sequence of ATen ops, run or written into a graph by `step(op, *args)`."""
+        op, *arguments = _OUTPUT[self.output]
+        return step(op, self._logits(step, x, parameter), *arguments)
 
+    def _logits(self, step: Step, x: Any, parameter: Callable[[str], Any]) -> Any:
         def linear(x: Any, layer: nn.Linear, name: str) -> Any:
             bias = () if layer.bias is None else (parameter(f"{name}.bias"),)
             return step(aten.linear.default, x, parameter(f"{name}.weight"), *bias)
 
-        features = step(_HIDDEN[self.hidden], linear(x, self.fc1, "fc1"))
-        op, *arguments = _OUTPUT[self.output]
-        return step(op, linear(features, self.fc2, "fc2"), *arguments)
+        return linear(step(_HIDDEN[self.hidden], linear(x, self.fc1, "fc1")), self.fc2, "fc2")
 
 
 def expert_norms(x: Tensor, experts: Experts, activation: str) -> Tensor:
@@ -127,11 +132,12 @@ def target(objective: Objective, x: Tensor, experts: Experts, activation: str) -
 def router_loss(objective: Objective, scores: Tensor, wanted: Tensor, underestimate: float = 1.0) -> Tensor:
     """How wrong scores are, a scalar: mean squared error, or binary cross entropy for "activation".
 
+    scores: for "activation" the logits, whose sigmoid the scores are: one that is certain and wrong has a gradient.
     underestimate: weight of the errors of experts whose score is too low; above 1, experts are skipped more cautiously.
     """
     scores = scores.float()
     if objective == "activation":
-        return F.binary_cross_entropy(scores.clamp(1e-6, 1 - 1e-6), wanted)
+        return F.binary_cross_entropy_with_logits(scores, wanted)
     error = (scores.log() if objective == "log" else scores) - wanted
     if underestimate == 1.0:
         return error.square().mean()

@@ -8,8 +8,9 @@ from typing import TypeVar
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.linear import Linear
-from surgeon.probe import Halves, Nonlinearity, half, other_half
+from surgeon.probe import HALVES, Halves, Nonlinearity, half, other_half
 
 _MaybeTensor = TypeVar("_MaybeTensor", bound=Tensor | None)
 
@@ -123,6 +124,13 @@ class FFN:
         """Numbers in the weights and biases."""
         found = self.weights(graph)
         return sum(value.numel() for value in vars(found).values() if value is not None)
+
+    def activations(self, z: Tensor) -> Tensor:
+        """The activated values, [..., h], of what the first linear gives (the gate's in a gated layer)."""
+        found = self.nonlinearity
+        if found.fused is not None:
+            z = z[..., HALVES[found.fused](self.hidden)]
+        return ACTIVATIONS[found.activation].fn(z * found.input_scale)
 
     def weights(self, graph: GraphModule) -> FFNWeights:
         """The weights, one row per neuron (views of the parameters where nothing is folded in)."""

@@ -34,7 +34,7 @@ PENALTIES: dict[Penalty, Callable[[Tensor], Tensor]] = {"hoyer": square_hoyer, "
 class Sparsity:
     """How sparse a layer's activations are: mean shares of the neurons, over tokens.
 
-    zero: exactly zero. below_10th, below_100th, below_1000th: smaller than that part of the token's largest.
+    zero: exactly zero. below_10th, below_100th, below_1000th: zero, or smaller than that part of the token's largest.
     """
 
     zero: float
@@ -47,8 +47,15 @@ class Sparsity:
         """Measure activations [N, h]."""
         size = a.detach().float().abs()
         largest = size.amax(-1, keepdim=True)
-        parts = (float((size < largest / part).float().mean()) for part in (10, 100, 1000))
-        return cls(float((size == 0).float().mean()), *parts)
+        # A token whose values are all zero has no neuron that is active.
+        zero = size == 0
+        parts = (float(((size < largest / part) | zero).float().mean()) for part in (10, 100, 1000))
+        return cls(float(zero.float().mean()), *parts)
+
+    @property
+    def active(self) -> float:
+        """Share of the neurons above a hundredth of the token's largest."""
+        return 1.0 - self.below_100th
 
 
 def active_share(a: Tensor) -> Tensor:

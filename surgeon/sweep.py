@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from surgeon.batch import Batch
-from surgeon.cost import ExpertMeter, LayerRun, measure
+from surgeon.cost import ExpertMeter, LayerRun, clock, measure
 from surgeon.errors import UsageError
 from surgeon.fit import token_mask
 from surgeon.inputs import as_args_kwargs
@@ -31,12 +30,12 @@ _REPEATS = 5
 class Point:
     """One setting: quality on the data, and cost.
 
-    tau: None for the values that the graph came with, where they differ between layers. router: "own", or "oracle" for
-    the true norms of the experts' outputs, which no router can beat by much.
-    executed: share of expert-token pairs that ran, padding not counted. layers: multiply-adds of the converted layers,
-    their routers included, over those of the dense layers. multiply_adds: of one call on the example inputs at that
-    share, everything included. relative: those over the dense model's, None if that is unknown. milliseconds: of one
-    call on the first batch, None if it was not timed.
+    tau: None for the values that the graph came with, of tau and of the rule. router: "own", or "oracle" for the true
+    norms of the experts' outputs, which no router can beat by much.
+    executed: share of the experts' multiply-adds that ran, padding not counted. layers: multiply-adds of the converted
+    layers, their routers included, over those of the dense layers they replaced. multiply_adds: of one call on the
+    example inputs at that share, everything included. relative: those over the dense model's, None if that is unknown.
+    milliseconds: of one call on the first batch, None if it was not timed. shares: of its experts that ran, by layer.
     """
 
     tau: float | None
@@ -48,6 +47,7 @@ class Point:
     rule: str = "max"
     router: RouterChoice = "own"
     milliseconds: float | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,16 @@ def sweep(
     routers: Sequence[RouterChoice] = ("own",),
     timed: bool = False,
     dense_multiply_adds: int | None = None,
+    dense_layers: Mapping[str, float] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Point]:
     """Measure quality and cost at each tau, on all batches; the graph's own tau and rule are restored afterwards.
 
     Args:
-        taus: None stands for the values that the graph has.
+        taus: None stands for the values that the graph has, its rules too, and is measured once whatever the rules.
         inputs: example inputs on which multiply-adds are counted. dense_multiply_adds: the dense model's on the same.
+        dense_layers: what the dense layers cost, by the path of their experts (`surgeon.report.dense_layers`); by
+            default what all the experts cost, which differs where layers were replaced at another cost before.
         rules: of `surgeon.kernels.selection.RULES`; by default the graph's own. routers: "own", "oracle", or both.
         timed: also time calls, all settings in turn.
 
@@ -90,7 +93,8 @@ def sweep(
     if not find_moes(graph):
         raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
     batches = list(batches)
-    settings = list(product(routers, rules or (None,), taus))
+    combined = product(routers, rules or (None,), taus)
+    settings = list(dict.fromkeys((router, None if tau is None else rule, tau) for router, rule, tau in combined))
     points = []
     with knobs_restored(graph) as own:
         counter = _Counter(graph, inputs)
@@ -116,11 +120,12 @@ def sweep(
                     tau,
                     marks.result(),
                     executed_share(meter.layers),
-                    layers_share(meter.layers),
+                    layers_share(meter.layers, dense_layers),
                     multiply_adds,
                     None if not dense_multiply_adds else multiply_adds / dense_multiply_adds,
                     " ".join(dict.fromkeys(own.rules.values())) if rule is None else rule,
                     router,
+                    shares={path: layer.share for path, layer in meter.layers.items()},
                 )
             )
         if timed:
@@ -156,11 +161,17 @@ def executed_share(layers: Mapping[str, LayerRun]) -> float:
     return sum(layer.ran * layer.per_pair for layer in layers.values()) / everything if everything else 1.0
 
 
-def layers_share(layers: Mapping[str, LayerRun]) -> float:
-    """Multiply-adds of the converted layers, routers included, over those of the dense layers."""
-    everything = sum(layer.multiply_adds for layer in layers.values())
-    routers = sum(layer.tokens * layer.per_token for layer in layers.values())
-    return executed_share(layers) + (routers / everything if everything else 0.0)
+def layers_share(layers: Mapping[str, LayerRun], dense: Mapping[str, float] | None = None) -> float:
+    """Multiply-adds of the converted layers that ran, routers included, over those of the dense layers they replaced.
+
+    dense: multiply-adds of those for one token, by path; what all experts of a layer cost where it is not given.
+    """
+    dense = dense or {}
+    everything = sum(
+        layer.tokens * dense[path] if path in dense else layer.multiply_adds for path, layer in layers.items()
+    )
+    ran = sum(layer.ran * layer.per_pair + layer.tokens * layer.per_token for layer in layers.values())
+    return ran / everything if everything else 1.0
 
 
 class _Counter:
@@ -180,11 +191,12 @@ def time_settings(
 ) -> list[float]:
     """Median milliseconds of a call with each choice made before it, all choices in turn, again and again."""
     times: list[list[float]] = [[] for _ in choices]
+    device = next(iter((*batch.args, *batch.kwargs.values()))).device
     with torch.no_grad():
         for _ in range(repeats + 1):
             for found, choose in zip(times, choices, strict=True):
                 choose()
-                started = time.perf_counter()
+                started = clock(device)
                 graph(*batch.args, **batch.kwargs)
-                found.append(1000 * (time.perf_counter() - started))
+                found.append(1000 * (clock(device) - started))
     return [statistics.median(found[1:]) for found in times]

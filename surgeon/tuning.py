@@ -4,15 +4,17 @@ Start from the one tau for all layers that meets the budget. Then give each laye
 measure what that does to the output, and move cost from the layers that miss it least to those that need it most;
 again, as long as the output gets nearer to what it is with every expert running.
 
-Damage is the mean divergence KL(every expert ‖ selected experts) between the model's answers, in nats.
+Damage is the mean divergence KL(every expert ‖ selected experts) between the model's answers, in nats. For a language
+model, whose answers are as wide as its vocabulary, the mean is over evenly spaced tokens, as many as `_KEPT` allows.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +39,8 @@ _PATH = (0.0, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
 # Shares of the experts a layer is tried with, relative to what it has, at first and in later rounds.
 _TRIALS, _FINER = (0.6, 0.8, 1.25, 1.6), (0.8, 1.25)
 _ROUNDS = 3
+# Numbers kept of the answers with every expert running: a quarter of a GiB. GPT-2's for 512 texts would take 13 GiB.
+_KEPT = 2**26
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Tuned:
 
 def tune(
     graph: GraphModule,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     budget: float,
     *,
     inputs: object,
@@ -99,7 +103,7 @@ class Tuner:
     def __init__(
         self,
         graph: GraphModule,
-        batches: Iterable[Batch],
+        batches: Iterable[Any],
         *,
         inputs: object,
         dense: float | None = None,
@@ -109,18 +113,22 @@ class Tuner:
         """Measure the graph at one tau for all layers.
 
         Args:
-            batches: what damage and executed shares are measured on; a few hundred samples. Labels are not used.
+            batches: what damage and executed shares are measured on; a few hundred samples, in any form that
+                `Batch.from_any` takes. Labels are not used.
+                Executed shares count all tokens that are not padding; damage is the mean over every n-th of each batch
+                where the answers to all would be more than 2²⁶ numbers, so that about so many are kept.
             inputs: example inputs on which multiply-adds are counted.
             dense: the dense model's cost: its multiply-adds on the example inputs, or for "ms" its milliseconds on the
                 first batch; by default that of this graph with every expert running.
-            metric: "flops" counts multiply-adds, "ms" measures time on this machine.
+            metric: "flops" counts multiply-adds, "ms" measures time on this machine, of calls on the first batch.
 
         Raises:
             UsageError: the graph has no experts.
         """
         if not find_moes(graph):
             raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
-        self.graph, self.batches, self.metric, self.progress = graph, list(batches), metric, progress
+        self.graph, self.metric, self.progress = graph, metric, progress
+        self.batches = [Batch.from_any(item) for item in batches]
         self.paths = [site.path for site in find_moes(graph)]
         self.done, self.total = 0, 0
         with knobs_restored(graph):
@@ -150,7 +158,9 @@ class Tuner:
         args, kwargs = as_args_kwargs(inputs)
         cost, layers = measure(graph, args, kwargs)
         with torch.no_grad():
-            self.expected = [_log_probabilities(graph(*b.args, **b.kwargs), b) for b in batches]
+            numbers = sum(_logits(graph(*b.args, **b.kwargs), b).numel() for b in batches)
+            self.every = max(1, math.ceil(numbers / _KEPT))
+            self.expected = [self._log_probabilities(graph(*b.args, **b.kwargs), b) for b in batches]
         self.full = {path: float(layer.multiply_adds) for path, layer in layers.items()}
         self.fixed = cost.multiply_adds - sum(self.full.values())
         self.dense = float(cost.multiply_adds) if dense is None or metric == "ms" else dense
@@ -228,7 +238,7 @@ class Tuner:
         set_tau(self.graph, taus)
         meter, damage, count = ExpertMeter(self.graph), 0.0, 0
         for (batch, outputs), expected in zip(run_batches(meter, self.batches), self.expected, strict=True):
-            found = _log_probabilities(outputs, batch)
+            found = self._log_probabilities(outputs, batch)
             damage += float(F.kl_div(found, expected, log_target=True, reduction="sum"))
             count += len(expected)
         shares = {path: layer.share for path, layer in meter.layers.items()}
@@ -237,6 +247,10 @@ class Tuner:
             self.progress(Progress("tuning", min(self.done, self.total), self.total, {"damage": damage / count}))
         cost = self.fixed + sum(self._cost_of(path, share) for path, share in shares.items())
         return _Trial(taus, shares, damage / count, cost / self.dense)
+
+    def _log_probabilities(self, outputs: object, batch: Batch) -> Tensor:
+        """[N, C] of the samples, or of every so many-th token."""
+        return _logits(outputs, batch)[:: self.every].float().log_softmax(-1)
 
     def _cost_of(self, path: str, share: float) -> float:
         """What a layer costs at this share of its experts, in the units of the metric."""
@@ -306,7 +320,7 @@ def _monotone(points: Iterable[tuple[float, float]]) -> tuple[np.ndarray, np.nda
     return np.array(list(ordered)), np.array(list(ordered.values()))
 
 
-def _log_probabilities(outputs: object, batch: Batch) -> Tensor:
+def _logits(outputs: object, batch: Batch) -> Tensor:
+    """[N, C] of the samples, or of the tokens that are not padding."""
     logits = logits_of(outputs)
-    logits = real_tokens(batch, logits) if logits.dim() > 2 else logits
-    return logits.float().log_softmax(-1)
+    return real_tokens(batch, logits) if logits.dim() > 2 else logits

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgeon
-from surgeon.cost import measure, parameter_count
+from surgeon.cost import clock, measure, parameter_count
+from surgeon.errors import UsageError
 from surgeon.kernels.dynamic_k import selected
 from surgeon.moe import MoE, set_tau
 from surgeon.passes import Lower, Moeify
@@ -51,6 +52,21 @@ def test_inputs_may_be_given_in_any_form(traces: Any) -> None:
     by_name, _ = measure(traces("gelu"), (), inputs)
     mixed, _ = measure(traces("gelu"), (inputs["input_ids"],), {"attention_mask": inputs["attention_mask"]})
     assert by_name == mixed
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_share_of_the_dense_layer_is_the_papers_formula(gated: bool) -> None:
+    """k/n + d_h (d_m + n) / (2 d_m d_ff), with 3 in place of 2 for a gated layer (D2DMoE, appendix on cost)."""
+    n, k, d_h = 8, 3, 4
+    graph = surgeon.trace(Wrapped(Gated() if gated else Plain()).eval(), X)
+    dense, _ = measure(graph, (X,), {})
+    Moeify(experts=n, router_width=d_h, rule="top_k").apply(graph)
+    Lower().apply(graph)
+    set_tau(graph, 1 - k / n)
+    cost, _ = measure(graph, (X,), {})
+    linears = 3 if gated else 2
+    ratio = k / n + d_h * (WIDTH + n) / (linears * WIDTH * HIDDEN)
+    assert cost.executed_multiply_adds / dense.multiply_adds == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize("lowered", [False, True])
@@ -94,6 +110,54 @@ def test_shared_experts_count_at_every_execution(traces: Any) -> None:
     router = graph.get_submodule(next(iter(layers)) + ".router")
     weights = sum(p.numel() for p in router.parameters() if p.dim() == 2)
     assert cost.multiply_adds == dense.multiply_adds + 2 * 15 * weights
+
+
+@pytest.mark.parametrize("lowered", [False, True])
+def test_the_load_of_a_token_is_the_share_of_its_experts(lowered: bool) -> None:
+    graph = surgeon.trace(Wrapped(Plain(act=F.relu)).eval(), X)
+    Moeify(experts=8, router_width=8).apply(graph)
+    moe = graph.get_submodule("ffn.moe")
+    assert isinstance(moe, MoE)
+    with torch.no_grad():
+        scores = moe.router(F.layer_norm(X, (WIDTH,)))
+    if lowered:
+        Lower().apply(graph)
+    set_tau(graph, 0.6)
+    load = surgeon.token_load(graph, X)
+    assert torch.equal(load, (scores >= 0.6 * scores.amax(-1, keepdim=True)).float().mean(-1))
+    assert load.unique().numel() > 1
+    assert float(load.mean()) == pytest.approx(measure(graph, (X,), {})[0].executed)
+
+
+def test_layers_weigh_by_their_cost_and_layers_of_other_tokens_are_left_out() -> None:
+    """Two layers over tokens, one three times as wide, and one over the first token only."""
+    model = Function(
+        lambda m, x: m.last((x + m.wide(x + m.narrow(x)))[:, 0]),
+        narrow=Plain(act=F.relu), wide=Plain(hidden=3 * HIDDEN, act=F.relu), last=Plain(act=F.relu),
+    )  # fmt: skip
+    graph = surgeon.trace(model.eval(), X)
+    Moeify(experts=4, router_width=8, rule="top_k").apply(graph)
+    set_tau(graph, {"narrow": 0.75, "wide": 0.0, "last": 0.75})
+    load = surgeon.token_load(graph, {"x": X})
+    assert load.shape == (2, 5)
+    assert torch.allclose(load, torch.full_like(load, (0.25 + 3) / 4))
+
+
+def test_a_load_needs_experts(traces: Any) -> None:
+    with pytest.raises(UsageError, match="The graph has no experts, so no token has a load"):
+        surgeon.token_load(traces("stack:gelu"), vectors())
+
+
+def test_time_is_read_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr("torch.accelerator.synchronize", waited.append)
+    here, other = torch.device("cpu"), torch.device("meta")
+    assert clock(here) <= clock(here)
+    assert waited == []
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: other)
+    clock(here)
+    clock(other)
+    assert waited == [other]
 
 
 def test_measuring_changes_nothing(traces: Any) -> None:

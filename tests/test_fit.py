@@ -259,6 +259,10 @@ def batch(**masks: Tensor) -> Batch:
         (batch(), (2, 3), None),
         (batch(attention_mask=torch.ones(2, 5), decoder_attention_mask=MASK), (2, 3), MASK.bool()),
         (batch(attention_mask=torch.ones(2, 1, 3, 3)), (2, 3), None),
+        (batch(src_key_padding_mask=MASK == 0), (2, 3), MASK.bool()),
+        (batch(key_padding_mask=torch.zeros(2, 3).masked_fill(MASK == 0, -torch.inf)), (6,), MASK.bool().flatten()),
+        (batch(src_key_padding_mask=torch.zeros(2, 3, dtype=torch.bool)), (2, 3), None),
+        (batch(padding=MASK == 0), (2, 3), None),
     ],
 )
 def test_token_mask(given: Batch, lead: tuple[int, ...], want: Tensor | None) -> None:

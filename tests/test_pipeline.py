@@ -30,11 +30,13 @@ SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER = (
         ([LOWER], "lower works on experts, and there are none: put moeify before it"),
         ([LOWER, MOEIFY], "put moeify before it|moeify must run before lower"),
         ([MOEIFY, LOWER, MOEIFY], "moeify must run before lower"),
-        ([SPARSIFY, SWAP], "swap-activation must run before sparsify, which leaves it nothing to work on: swap them"),
+        ([SPARSIFY, SWAP], "swap-activation must run before sparsify, which goes on from what it makes: swap them"),
         ([MOEIFY, SPARSIFY], "sparsify must run before moeify"),
         ([MOEIFY, MLPIFY], "mlpify must run before moeify"),
+        ([Sparsify(), MLPIFY], "mlpify must run before sparsify"),
         ([MOEIFY, SWAP], "swap-activation must run before moeify"),
         ([MLPIFY, MOEIFY], "mlpify needs data.*--data.*--dry-run"),
+        ([Moeify(tau=0.5)], "moeify needs data: tau needs routers that were fitted.*--data.*--dry-run"),
     ],
 )
 def test_wrong_order_is_refused_before_anything_runs(passes: Any, words: str) -> None:
@@ -48,7 +50,7 @@ def test_wrong_order_is_refused_before_anything_runs(passes: Any, words: str) ->
 
 @pytest.mark.parametrize(
     "passes",
-    [[SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER], [MLPIFY, SWAP, SPARSIFY, MOEIFY], [MOEIFY, MOEIFY], [LOWER, LOWER]],
+    [[SWAP, MLPIFY, SPARSIFY, MOEIFY, LOWER], [MLPIFY, SWAP, SPARSIFY, MOEIFY], [MOEIFY, MOEIFY], [LOWER, LOWER]],
 )
 def test_orders_that_work(passes: Any) -> None:
     Pipeline(passes).check(has_moes=passes[0] is LOWER, has_data=True)
@@ -177,7 +179,7 @@ def test_progress_and_data_are_passed_on(traces: Any) -> None:
 
 
 def test_dry_run_rewrites_and_trains_nothing(traces: Any) -> None:
-    passes = [SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER]
+    passes = [SWAP, MLPIFY, SPARSIFY, MOEIFY, LOWER]
     surgery = Pipeline(passes).run(traces("stack:gelu"), inputs=vectors(), data=labelled_vectors(1), dry_run=True)
     assert all(report.matched for report in surgery.reports)
     assert all(report.fit is None for report in surgery.reports)
@@ -228,7 +230,7 @@ def test_tau_through_the_surgery(traces: Any) -> None:
 
 
 def test_a_finished_surgery_can_be_continued(traces: Any) -> None:
-    first = Pipeline([Moeify(experts=4, tau=0.5)]).run(traces("stack:relu"), inputs=vectors())
+    first = Pipeline([MOEIFY]).run(traces("stack:relu"), inputs=vectors()).set_tau(0.5)
     second = Pipeline([LOWER]).run(first.graph, inputs=vectors())
     assert {site.form for site in find_moes(second.graph)} == {"dynamic"}
     assert {site.form for site in find_moes(first.graph)} == {"module"}

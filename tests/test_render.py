@@ -205,7 +205,10 @@ def test_stat_has_a_line_a_pass() -> None:
         ({"max_error": 0.0}, "same output  not trained"),
         ({"max_error": None}, "not verified"),
         ({"matched": [], "sites": ()}, "0 of 1 sites  nothing changed"),
-        ({"after": Cost(23_000_000, 184_000_000, 62_000_000, 0.27)}, "27% of the experts ran, 62.0 M in all"),
+        (
+            {"after": Cost(23_000_000, 184_000_000, 62_000_000, 0.27)},
+            "27% of the experts ran, 62.0 M in all (example inputs, padding counted)",
+        ),
         ({"before": None, "after": None}, "moeify  6 of 7 sites"),
         ({"notes": ("Batch size is fixed.",)}, "note: Batch size is fixed."),
         ({"notes": ()}, "same output (differs by 2e-07)  23 s"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 
 from surgeon.diff import GraphDiff, PassDiff
 from surgeon.jobs.measuring import Swept, TuningResult
+from surgeon.jobs.setting import Change, Setting, SettingResult
 from surgeon.losses import Quality
 from surgeon.render.diff_view import Detail, diff_view
 from surgeon.render.files import write_swept
-from surgeon.render.measured import sweep_view, tuned_view
+from surgeon.render.measured import setting_view, sweep_view, tuned_view
 from surgeon.render.screen import plain_text, to_json
 from surgeon.report import Cost, FitReport, PassReport, SiteChange
 from surgeon.sparsity import Sparsity
@@ -101,6 +103,31 @@ def test_tuning_shows_every_tau_and_what_it_gained() -> None:
     assert not any("within the budget" in line for line in plain_text(tuned_view(tuning(None)), 120).splitlines())
 
 
+def test_what_was_not_measured_is_told() -> None:
+    found = dataclasses.replace(tuning(None), notes=("Quality was not measured: the data has no labels.",))
+    lines = plain_text(tuned_view(found), 120).splitlines()
+    assert lines[-2:] == ["note: Quality was not measured: the data has no labels.", "Saved to m-tuned."]
+
+
+def test_settings_show_what_changed() -> None:
+    same, other = Setting(0.25, "max", compensated=False), Setting(0.1, "top_k", compensated=False)
+    layers = {"blocks.0.ffn.moe": Change(same, same), "blocks.1.ffn.moe": Change(same, other)}
+    lines = plain_text(setting_view(SettingResult("m", Path("m"), layers)), 120).splitlines()
+    assert [line.split() for line in lines] == [
+        ["layer", "tau", "rule"],
+        ["blocks.0.ffn.moe", "0.25", "max"],
+        ["blocks.1.ffn.moe", "0.25", "→", "0.1", "max", "→", "top_k"],
+        ["Saved", "to", "m."],
+    ]
+    added = dataclasses.replace(same, compensated=True)
+    layers = {"blocks.0.ffn.moe": Change(added, same), "blocks.1.ffn.moe": Change(same, same)}
+    lines = plain_text(setting_view(SettingResult("m", None, layers, ("Gone.",))), 120).splitlines()
+    assert lines[0].split() == ["layer", "tau", "rule", "compensated"]
+    assert lines[1].split()[-3:] == ["yes", "→", "no"]
+    assert lines[2].split()[-1] == "no"
+    assert lines[3:] == ["note: Gone."]
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +186,7 @@ def test_sparsity_is_shown_layer_by_layer_with_like_layers_joined() -> None:
     assert lines[start + 1].split() == ["h.0…2.mlp", "×3", "50%", "→", "3.2%", "40%", "→", "90%"]
     assert lines[start + 2].split() == ["h.3.mlp", "50%", "40%"]
     assert lines[start + 3].startswith("  active: above a hundredth of the token's largest value")
+    assert "a tenth and a thousandth: surgeon diff --full" in " ".join(" ".join(lines[start + 3 :]).split())
 
 
 def test_full_detail_has_every_layer_and_all_three_parts() -> None:

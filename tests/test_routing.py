@@ -189,12 +189,27 @@ def test_underestimates_weigh_what_they_are_said_to(objective: Any) -> None:
     assert float(router_loss(objective, scores, wanted, 0.5)) == pytest.approx((0.5 * 4 + 1) / 2)
 
 
-def test_loss_of_activations_is_cross_entropy_and_survives_certainty() -> None:
-    scores, wanted = torch.tensor([[0.9, 0.25]]), torch.tensor([[1.0, 0.5]])
-    want = -(torch.tensor(0.9).log() + 0.5 * torch.tensor(0.25).log() + 0.5 * torch.tensor(0.75).log()) / 2
-    assert float(router_loss("activation", scores, wanted)) == pytest.approx(float(want))
-    sure = router_loss("activation", torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
-    assert bool(sure.isfinite())
+def test_loss_of_activations_is_cross_entropy() -> None:
+    logits, wanted = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 0.5]])
+    scores = logits.sigmoid()
+    want = -(scores[0, 0].log() + 0.5 * scores[0, 1].log() + 0.5 * (1 - scores[0, 1]).log()) / 2
+    assert float(router_loss("activation", logits, wanted)) == pytest.approx(float(want))
+
+
+def test_a_router_that_is_certain_and_wrong_still_learns() -> None:
+    router = Router(D, 4, E, hidden="tanh", output="sigmoid")
+    with torch.no_grad():
+        router.fc2.weight.fill_(50.0)
+    logits = router.logits(X)
+    assert torch.equal(router(X), logits.sigmoid())
+    certain = (router(X) == 0) | (router(X) == 1)
+    assert bool(certain.any())
+    logits.retain_grad()
+    loss = router_loss("activation", logits, 1.0 - router(X).detach().round())
+    loss.backward()
+    assert bool(loss.isfinite())
+    assert logits.grad is not None
+    assert bool((logits.grad[certain].abs() > 0.5 / logits.numel()).all())
 
 
 # --- closed form ------------------------------------------------------------------------------------------------------

@@ -36,10 +36,14 @@ def test_shares_of_small_values() -> None:
     assert found.below_1000th == pytest.approx(2 / 10)
 
 
-def test_a_silent_token_counts_as_zeros() -> None:
-    found = Sparsity.of(torch.zeros(2, 4))
-    assert found.zero == 1.0
-    assert found.below_100th == 0.0  # nothing is below a part of zero
+def test_a_silent_token_has_no_active_neuron() -> None:
+    assert Sparsity.of(torch.zeros(2, 4)) == Sparsity(1.0, 1.0, 1.0, 1.0)
+    assert Sparsity.of(torch.zeros(2, 4)).active == 0.0
+
+
+def test_active_is_the_mean_active_share() -> None:
+    a = torch.tensor([[100.0, 2.0, 0.5, -3.0], [0.0, 0.0, 0.0, 0.0]])
+    assert Sparsity.of(a).active == pytest.approx(float(active_share(a).mean()))
 
 
 def test_sparsity_of_activations_that_carry_gradients() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +20,12 @@ from surgeon.graph import TracedGraph, fork
 from surgeon.kernels.selection import RULES
 from surgeon.losses import evaluate
 from surgeon.moe import MoE, find_moes, get_rule, get_tau, set_rule, set_tau
-from surgeon.passes import Lower, Moeify, Sparsify
+from surgeon.passes import Lower, Mlpify, Moeify, Sparsify
 from surgeon.pipeline import Pipeline
-from surgeon.report import Progress
+from surgeon.report import PassReport, Progress, dense_layers
 from surgeon.rewrite import own_parameters
 from surgeon.sweep import executed_share, layers_share, sweep
-from tests.models import WIDTH, Plain, Wrapped, classifier, labelled, labelled_vectors, stack, tokens, vectors
+from tests.models import WIDTH, Function, Plain, Wrapped, classifier, labelled, labelled_vectors, stack, tokens, vectors
 
 TASK = "classification"
 DATA = [Batch.from_any(item) for item in labelled_vectors(3)]
@@ -65,6 +67,36 @@ def test_cost_of_a_layer_is_that_of_the_published_formula(e: int, n: int, d_h: i
         assert cost.executed_multiply_adds / before.multiply_adds == pytest.approx(ratio, abs=1e-12)
         assert layers_share(layers) == pytest.approx(ratio, abs=1e-12)
         assert executed_share(layers) == pytest.approx(k / n)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_converted_layers_count_against_what_they_replaced(factor: float, tmp_path: Path) -> None:
+    """Projections, fused ones too, become MLPs of another cost before they are split: the dense layers are theirs."""
+    torch.manual_seed(0)
+
+    def compute(m: Any, x: Tensor) -> Any:
+        q, k, v = m.qkv(x).chunk(3, -1)
+        return m.ffn(m.out(q.tanh() * k + v))
+
+    model = Function(compute, qkv=(16, 48), out=(16, 16), ffn=Plain())
+    dense = surgeon.trace(model.eval(), X)
+    whole, _ = measure(dense, (X,), {})
+    graph, reports = fork(dense), []
+    passes = [
+        Mlpify(cost_factor=factor), Sparsify(), Moeify(experts=2, router_width=4, rule="top_k", share_trunk=False),
+        Lower(),
+    ]  # fmt: skip
+    for one in passes:
+        reports.append(PassReport.from_json(json.loads(json.dumps(one.apply(graph, inputs=X).to_json()))))
+    set_tau(graph, 0.5)
+    cost, layers = measure(graph, (X,), {})
+    costs = dense_layers(reports)
+    assert len(layers) == 5
+    assert sum(costs[path] for path in layers) * 3 * 7 == pytest.approx(whole.multiply_adds)
+    # Everything in the model is converted, so that the layers' share is the model's.
+    assert layers_share(layers, costs) == pytest.approx(cost.executed_multiply_adds / whole.multiply_adds)
+    if factor != 1.0:
+        assert layers_share(layers, costs) > 1.5 * layers_share(layers)
 
 
 # --- oracle -----------------------------------------------------------------------------------------------------------
@@ -136,6 +168,17 @@ def test_every_setting_is_measured(graph: TracedGraph) -> None:
         assert point.layers == pytest.approx(point.executed + 8 * (WIDTH + 8) / (2 * WIDTH * 32))
         assert point.milliseconds is None
     assert (moments[-1].done, moments[-1].total) == (8 * 3, 8 * 3)
+
+
+def test_what_is_stored_is_measured_once_and_as_it_is(graph: TracedGraph) -> None:
+    set_rule(graph, {"blocks.0.*": "energy"})
+    set_tau(graph, {"blocks.0.*": 0.25, "blocks.1.*": 0.5})
+    points = sweep(graph, DATA, TASK, [0.5, None], inputs=vectors(), rules=["max", "top_k"])
+    assert [(point.rule, point.tau) for point in points] == [("max", 0.5), ("energy max", None), ("top_k", 0.5)]
+    (alone,) = sweep(graph, DATA, TASK, [None], inputs=vectors())
+    assert points[1] == alone
+    assert alone.shares == {path: share for path, share in alone.shares.items() if 0 < share < 1}
+    assert list(alone.shares) == list(get_tau(graph))
 
 
 def test_points_are_what_measuring_at_that_setting_gives(graph: TracedGraph) -> None:

@@ -19,8 +19,8 @@ from surgeon.passes import Lower, Moeify, Sparsify
 from surgeon.pipeline import Pipeline
 from surgeon.report import Progress
 from surgeon.rewrite import own_parameters
-from surgeon.tuning import Tuned, _allocate, tune
-from tests.models import labelled_vectors, stack, vectors
+from surgeon.tuning import Tuned, Tuner, _allocate, tune
+from tests.models import CLASSES, labelled_vectors, stack, vectors
 
 DATA = labelled_vectors(4)
 BATCHES = [Batch.from_any(item) for item in DATA]
@@ -106,7 +106,7 @@ def test_a_smaller_budget_costs_more_quality(graph: TracedGraph, dense: int) -> 
 
 
 def test_a_budget_that_all_experts_meet_keeps_them_all(graph: TracedGraph, dense: int) -> None:
-    found = tune(graph, BATCHES, 2.0, inputs=INPUTS, dense=dense)
+    found = tune(graph, DATA, 2.0, inputs=INPUTS, dense=dense)
     assert set(found.taus.values()) == {0.0}
     assert (found.damage, found.uniform_damage) == (0.0, 0.0)
 
@@ -157,6 +157,22 @@ def test_time_can_be_the_budget(graph: TracedGraph) -> None:
     found = tune(graph, BATCHES, 1.0, inputs=INPUTS, dense=10_000.0, metric="ms")
     assert 0 < found.cost < 1
     assert set(found.taus.values()) == {0.0}
+
+
+def test_of_very_many_answers_a_part_is_kept(graph: TracedGraph, dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = 3
+    numbers = sum(batch.size for batch in BATCHES) * CLASSES
+    monkeypatch.setattr("surgeon.tuning._KEPT", numbers // every)
+    tuner = Tuner(graph, BATCHES, inputs=INPUTS, dense=dense)
+    # Of the eight samples of each batch the first, the fourth and the seventh.
+    assert [tuple(one.shape) for one in tuner.expected] == [(3, CLASSES)] * len(BATCHES)
+    found = tuner.tune(0.7)
+    with torch.no_grad():
+        outputs = torch.cat([graph(**batch.kwargs)[::every] for batch in BATCHES]).log_softmax(-1)
+        set_tau(graph, 0.0)
+        expected = torch.cat([graph(**batch.kwargs)[::every] for batch in BATCHES]).log_softmax(-1)
+    divergence = float(F.kl_div(outputs, expected, log_target=True, reduction="batchmean"))
+    assert found.damage == pytest.approx(divergence, rel=1e-3, abs=1e-7)
 
 
 def test_labels_are_not_needed_and_progress_ends(graph: TracedGraph, dense: int) -> None:

@@ -19,7 +19,8 @@ from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivat
 TRAINING: dict[str, Any] = {"epochs": 40.0, "lr": 1e-3, "weight_decay": 0.05}
 ROUTER_EPOCHS = 10.0
 PUBLISHED: dict[str, Any] = {"split": "weights", "router": "trained", "router_width": 32, "epochs": ROUTER_EPOCHS}
-TARGET, DISTILL = 0.04, 0.7
+TARGET, TARGET_ATTENTION, DISTILL = 0.04, 0.05, 0.7
+RECOVER = Recover(tau=0.2, distill=DISTILL, **TRAINING | {"epochs": 20.0, "lr": 5e-4})
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 BUDGETS = (0.41, 0.43, 0.45)
 
@@ -44,7 +45,7 @@ STUDY = Study(
     model=model,
     inputs=inputs,
     dense={"epochs": 40.0, "lr": 2e-3, "weight_decay": 0.05, "schedule": "cosine"},
-    longer=TRAINING | {"schedule": "linear"},
+    longer=TRAINING | {"epochs": 60.0, "schedule": "linear"},
     variants={
         "moefication": Variant(
             [SwapActivation(**TRAINING), ffn(**PUBLISHED, objective="activation", rule="top_k"), Lower()],
@@ -68,7 +69,7 @@ STUDY = Study(
         "ours": Variant(
             [
                 SwapActivation(), Sparsify(target=TARGET, distill=DISTILL, **TRAINING), ffn(epochs=ROUTER_EPOCHS),
-                Lower(),
+                RECOVER, Lower(),
             ],
             TAUS,
             BUDGETS,
@@ -79,9 +80,9 @@ STUDY = Study(
             [
                 Mlpify(epochs=5.0, cost_factor=4.0),
                 SwapActivation(),
-                Sparsify(target={"*projection_mlp*": 0.06, "*": 0.05}, distill=DISTILL, **TRAINING),
-                ffn(epochs=5.0),
-                Recover(tau=0.15, distill=DISTILL, **TRAINING | {"epochs": 15.0, "lr": 5e-4}),
+                Sparsify(target=TARGET_ATTENTION, distill=DISTILL, **TRAINING),
+                ffn(epochs=ROUTER_EPOCHS),
+                RECOVER,
                 Lower(),
             ],
             TAUS,

@@ -18,13 +18,13 @@ from study import Study, Variant, main
 from torch import Tensor, nn
 
 from surgeon.batch import Batch, Data
-from surgeon.passes import Lower, Moeify, Pass, Sparsify, SwapActivation
+from surgeon.passes import Lower, Moeify, Pass, Recover, Sparsify, SwapActivation
 
 VOCABULARY, LENGTH, BATCH = 2048, 128, 16
 TRAIN_TOKENS, EVAL_TOKENS = 2_000_000, 32_768
 EPOCH = TRAIN_TOKENS // LENGTH // BATCH
-# Optimiser steps of 2,048 tokens: of dense training, and of every fine-tuning.
-DENSE, TUNING = 500, 150
+# Optimiser steps of 2,048 tokens: of dense training, of fine-tuning, and of ours with experts skipped.
+DENSE, TUNING, RECOVERY = 500, 150, 50
 WIDTH, LAYERS, HEADS = 320, 6, 5
 LR = 1e-3
 PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "steps": 100}
@@ -50,11 +50,13 @@ def tokens() -> tuple[Tensor, Tensor]:
     tokenizer.train_from_iterator(texts[::10], trainer)
     parts: tuple[list[int], list[int]] = ([], [])
     for place, text in enumerate(texts):
-        part, enough = (parts[0], TRAIN_TOKENS) if place % 20 else (parts[1], EVAL_TOKENS)
+        # Of a held-out file only the first tokens, so that many files are looked at.
+        part, enough, most = (
+            (parts[0], TRAIN_TOKENS, None) if place % 20 else (parts[1], EVAL_TOKENS, EVAL_TOKENS // 32)
+        )
         if len(part) < enough:
-            part += tokenizer.encode(text).ids[: enough - len(part)]
-    train, held = parts
-    return tuple(torch.tensor(part[: len(part) // LENGTH * LENGTH]).view(-1, LENGTH) for part in (train, held))
+            part += tokenizer.encode(text).ids[:most][: enough - len(part)]
+    return tuple(torch.tensor(part[: len(part) // LENGTH * LENGTH]).view(-1, LENGTH) for part in parts)
 
 
 class Chunks:
@@ -112,6 +114,7 @@ def ours(**sparsify: Any) -> list[Pass[Any]]:
         SwapActivation(),
         Sparsify(lr=LR / 2, steps=TUNING, weight_decay=0.1, **sparsify),
         Moeify(expert_size=16, steps=60),
+        Recover(lr=LR / 4, steps=RECOVERY, weight_decay=0.1, tau=0.3),
         Lower(),
     ]
 
@@ -125,8 +128,11 @@ def study(gated: bool) -> Study:
         model=llama if gated else gpt,
         inputs=inputs,
         dense={"epochs": DENSE / EPOCH, "lr": LR, "weight_decay": 0.1, "schedule": "cosine"},
-        longer={"epochs": TUNING / EPOCH, "lr": LR / 2, "weight_decay": 0.1, "schedule": "linear"},
+        longer={"epochs": (TUNING + RECOVERY) / EPOCH, "lr": LR / 2, "weight_decay": 0.1, "schedule": "linear"},
         variants={
+            "ours": Variant(
+                ours(target=0.15 if gated else 0.1), TAUS, budgets=(0.55, 0.6, 0.7), oracle=True
+            ),
             "moefication": Variant(
                 [
                     SwapActivation(lr=LR / 2, steps=TUNING, weight_decay=0.1),
@@ -145,12 +151,8 @@ def study(gated: bool) -> Study:
                 TAUS,
                 oracle=True,
             ),
-            "ours": Variant(
-                ours(target=0.15 if gated else 0.1), TAUS, budgets=(0.55, 0.6, 0.65, 0.7, 0.8), oracle=True
-            ),
             "untrained": Variant(
-                [Moeify(expert_size=16, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8, 0.9),
-                oracle=True,
+                [Moeify(expert_size=16, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)
             ),
         },
         calibration_batches=6,

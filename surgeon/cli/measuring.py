@@ -1,4 +1,4 @@
-"""Commands that weigh quality against cost: sweep, tune."""
+"""Commands that weigh quality against cost: sweep, tune, set."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from enum import StrEnum
@@ -23,7 +23,12 @@ class Metric(StrEnum):
 
 
 DenseModel = Annotated[
-    str | None, typer.Option("--dense", metavar="MODEL", help="The model before the surgery, to measure beside it.")
+    str | None,
+    typer.Option(
+        "--dense",
+        metavar="MODEL",
+        help="The model before the surgery, to measure beside it; tune --metric ms wants it.",
+    ),
 ]
 
 
@@ -60,7 +65,7 @@ def sweep(
     Example: surgeon sweep bert-surgery --data reviews.csv --tau 0,0.05,0.1,0.2 -o sweep.png
 
     JSON: {model, data, task, dense: {multiply_adds, quality, milliseconds}, points: [{tau, quality, executed, layers,
-    multiply_adds, relative, rule, router, milliseconds}]}
+    multiply_adds, relative, rule, router, milliseconds, shares}]}
     """
     from surgeon.jobs import measuring
     from surgeon.render.files import write_swept
@@ -88,7 +93,10 @@ def tune(
         float, typer.Option("--budget", metavar="B", help="Cost to stay within: a share of the dense model's.")
     ],
     metric: Annotated[
-        Metric, typer.Option("--metric", help="What is counted: multiply-adds, or milliseconds on this machine.")
+        Metric,
+        typer.Option(
+            "--metric", help="What is counted: multiply-adds, or milliseconds of a call on the first batch, here."
+        ),
     ] = Metric.flops,
     compensate: Annotated[
         bool, typer.Option("--compensate", help="Also add the mean output of the skipped experts, for every layer.")
@@ -110,7 +118,7 @@ def tune(
     Example: surgeon tune bert-surgery --budget 0.4 --data reviews.csv
 
     JSON: {model, directory, budget, metric, tuned: {taus, shares, cost, damage, uniform, uniform_cost, uniform_damage,
-    rounds}, quality: [before, after]}
+    rounds}, quality: [before, after], notes}
     """
     from surgeon.jobs import measuring
     from surgeon.jobs.applying import check_target
@@ -130,6 +138,50 @@ def tune(
         progress=run.screen.progress,
     )
     run.screen.show(tuned_view(found))
+    run.screen.result(found)
+
+
+@command
+def set_(
+    run: Run,
+    model: Saved,
+    *,
+    tau: Annotated[
+        str | None,
+        typer.Option("--tau", metavar="T", help="From 0, every expert, to 1: for all layers, or PATTERN:T,PATTERN:T."),
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option("--rule", metavar="R", help="max, cumulative, energy or top_k; or PATTERN:R,PATTERN:R."),
+    ] = None,
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Add the mean output of the skipped experts of --data, in all layers.")
+    ] = False,
+    samples: Annotated[int, typer.Option("--samples", help="Samples of the data that --compensate reads.")] = 512,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default it replaces DIR."),
+    ] = None,
+    data: DataOptions | None = None,
+) -> None:
+    """Set tau and selection rule of the layers, and store them; without options, show what is stored.
+
+    A pattern is the path of a layer, with * allowed; of several that fit, the first counts. Layers that none fits keep
+    what they have.
+
+    Example: surgeon set bert-surgery --tau "*.layer.0:0.05,*:0.2" --rule max
+
+    JSON: {model, directory, layers: {path: {before: {tau, rule, compensated}, after}}, notes}
+    """
+    from surgeon.jobs import setting
+    from surgeon.jobs.opening import open_model
+    from surgeon.render.measured import setting_view
+
+    wanted = setting.Wanted(setting.parse_tau(tau), setting.parse_rule(rule), compensate)
+    setting.check_setting(model, wanted, has_data=data is not None, out=out)
+    opened = open_model(str(model), data=data, stage=run.screen.stage)
+    found = setting.apply_setting(opened, wanted, samples=samples, out=out)
+    run.screen.show(setting_view(found))
     run.screen.result(found)
 
 

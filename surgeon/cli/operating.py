@@ -91,7 +91,9 @@ def apply(
     ] = Verify.fast,
     tau: Annotated[
         float | None,
-        typer.Option("--tau", help="Skip experts whose score is below this share of the largest: 0 skips none."),
+        typer.Option(
+            "--tau", help="How much to skip, from 0 (nothing) to 1, by the rule of moeify.rule. Needs --data."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.  [default: 0]")] = None,
     trust_pickle: TrustPickle = False,

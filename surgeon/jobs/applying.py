@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from surgeon.agreement import run
 from surgeon.artifact import RECORD
 from surgeon.batch import Data
 from surgeon.cost import measure
@@ -24,8 +23,9 @@ from surgeon.inputs import as_args_kwargs
 from surgeon.jobs.data_options import DataOptions
 from surgeon.jobs.inspection import LOOKS_FOR
 from surgeon.jobs.opening import Opened, Stage
+from surgeon.jobs.quality import eval_task, why_unmeasured
 from surgeon.jobs.workdir import WorkDirectory
-from surgeon.losses import Quality, evaluate, task_of
+from surgeon.losses import Quality, evaluate
 from surgeon.moe import find_moes
 from surgeon.passes import Pass
 from surgeon.pipeline import Pipeline, Surgery
@@ -130,9 +130,11 @@ def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions)
     artifact = (Path(spec) / RECORD).is_file()
     Pipeline(passes).check(has_moes=artifact, has_data=options.data is not None or options.dry_run)
     if options.tau is not None and not 0.0 <= options.tau <= 1.0:
-        raise UsageError(f"--tau {options.tau:g}: tau is a share of the largest score, from 0 to 1.")
+        raise UsageError(f"--tau {options.tau:g}: tau is a number from 0, every expert, to 1.")
     if options.tau is not None and not artifact and not any(one.makes == "moe" for one in passes):
         raise UsageError("--tau needs experts: put moeify among the passes.")
+    if options.tau and options.data is None and not options.dry_run and any(one.makes == "moe" for one in passes):
+        raise UsageError("--tau needs routers that were fitted: give --data.")
     trains = options.data is not None and not options.dry_run and any(one.will_fit for one in passes)
     if options.resume and not trains:
         raise UsageError("--resume continues training, and this run trains nothing: run it without --resume.")
@@ -212,7 +214,11 @@ def apply(
         )
         if not any(report.matched for report in surgery.reports):
             raise NothingChangedError(" ".join(notes))
-        if options.tau is not None:
+        if options.tau and not _routers_are_fitted(surgery):
+            if directory is not None:
+                raise UsageError("--tau needs routers that were fitted, and those of this surgery were not.")
+            notes.append("tau was not set: a dry run fits no routers.")
+        elif options.tau is not None:
             surgery.set_tau(options.tau)
         surgery.graph.eval()
         quality = _quality(surgery.graph, opened, data, "after", stage)
@@ -228,7 +234,7 @@ def apply(
         if work is not None:
             work.close(done=done)
     if data is not None and dense is None:
-        notes.append(_why_unmeasured(opened))
+        notes.append(why_unmeasured(opened))
     args, kwargs = as_args_kwargs(opened.inputs)
     return Applied(
         surgery,
@@ -242,32 +248,20 @@ def apply(
     )
 
 
+def _routers_are_fitted(surgery: Surgery) -> bool:
+    """Whether the routers know anything: fitted where they were made, or trained by recover since."""
+    reports = [*(one.report for one in surgery.earlier), *surgery.reports]
+    fits = {name: [one.fit for one in reports if one.name == name and one.matched] for name in ("moeify", "recover")}
+    return all(fits["moeify"]) or any(fits["recover"])
+
+
 def _quality(graph: TracedGraph, opened: Opened, data: Data | None, when: str, stage: Stage) -> Quality | None:
     """Quality on the evaluation data, None if there is none with labels or the task is unknown."""
-    task = _eval_task(opened) if data is not None else None
+    task = eval_task(opened) if data is not None else None
     if data is None or data.eval is None or task is None:
         return None
     with stage(f"measuring quality {when}"):
         return evaluate(graph, data.eval, task)
-
-
-def _eval_task(opened: Opened) -> str | None:
-    """The task to measure, None if it is unknown or the evaluation data has no labels for it."""
-    if opened.data is None or opened.data.eval is None:
-        return None
-    batch = next(iter(opened.data.eval))
-    if batch.labels is None and opened.task != "causal-lm":
-        return None
-    return opened.task or task_of(None, run(opened.graph, batch.args, batch.kwargs), batch.labels)
-
-
-def _why_unmeasured(opened: Opened) -> str:
-    if opened.data is None or opened.data.eval is None:
-        return "Quality was not measured: no data was held out for it."
-    batch = next(iter(opened.data.eval))
-    if batch.labels is None:
-        return "Quality was not measured: the data has no labels."
-    return "Quality was not measured: say what the model is for with --task."
 
 
 def _next(

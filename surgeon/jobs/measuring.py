@@ -7,17 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.agreement import run
-from surgeon.artifact import save
-from surgeon.batch import Batch, Data
+from surgeon.batch import Batch, first_batches
 from surgeon.compensation import compensate
 from surgeon.errors import SaveError, UsageError
 from surgeon.jobs.opening import Opened
+from surgeon.jobs.quality import eval_task, task_for, why_unmeasured
+from surgeon.jobs.setting import store
 from surgeon.kernels.selection import check_rule
-from surgeon.losses import Quality, evaluate, task_of
-from surgeon.moe import get_tau
-from surgeon.pipeline import Surgery
-from surgeon.report import Progress
+from surgeon.losses import Quality, evaluate
+from surgeon.moe import get_rule, get_tau
+from surgeon.report import PassReport, Progress, dense_layers
 from surgeon.sweep import USUAL_TAUS, Dense, Point, time_settings
 from surgeon.sweep import sweep as run_sweep
 from surgeon.tuning import Metric, Tuned
@@ -102,14 +101,13 @@ def sweep(
     """
     task, batches = _task(opened), _batches(opened)
     settings: list[float | None] = list(taus)
-    stored = set(get_tau(opened.graph).values())
-    if not all(any(abs(tau - own) < 1e-6 for tau in taus) for own in stored) or len(stored) > 1:
+    if not _among(opened, taus, rules):
         settings.append(None)
     multiply_adds = dense_multiply_adds(opened)
     points = run_sweep(
         opened.graph, batches, task, settings, inputs=opened.inputs, rules=rules, timed=timed,
         routers=("own", "oracle") if oracle else ("own",),
-        dense_multiply_adds=multiply_adds, progress=progress,
+        dense_multiply_adds=multiply_adds, dense_layers=_dense_layers(opened), progress=progress,
     )  # fmt: skip
     assert opened.data is not None
     beside = Dense(multiply_adds, recorded_quality(opened))
@@ -119,9 +117,22 @@ def sweep(
     return Swept(opened.spec, opened.data.description, task, beside, points)
 
 
+def _among(opened: Opened, taus: Sequence[float], rules: Sequence[str] | None) -> bool:
+    """Whether what is stored is one of these settings: one tau and one rule for all layers, both among them."""
+    stored = set(zip(get_tau(opened.graph).values(), get_rule(opened.graph).values(), strict=True))
+    own_taus = {tau for tau, _ in stored}
+    if len(own_taus) > 1 or not any(abs(tau - own) < 1e-6 for tau in taus for own in own_taus):
+        return False
+    # At 0 every expert runs, whatever the rule.
+    return rules is None or own_taus == {0.0} or (len(stored) == 1 and all(rule in rules for _, rule in stored))
+
+
 @dataclass(frozen=True)
 class TuningResult:
-    """What tuning found, and where it was saved. quality: on the held-out data, before (every expert) and after."""
+    """What tuning found, and where it was saved.
+
+    quality: on the held-out data, before (every expert) and after; None if it was not measured, and notes say why.
+    """
 
     model: str
     directory: Path
@@ -129,6 +140,7 @@ class TuningResult:
     metric: Metric
     tuned: Tuned
     quality: tuple[Quality, Quality] | None
+    notes: tuple[str, ...] = ()
 
 
 def tune(
@@ -155,7 +167,7 @@ def tune(
         SaveError: as `surgeon.artifact.save`.
     """
     assert opened.data is not None
-    calibration = _first(opened.data, samples)
+    calibration = first_batches(opened.data.train, samples)
     if metric == "ms" and dense is None:
         raise UsageError("--metric ms compares with the dense model's time: give it with --dense MODEL.")
     whole: float | None = dense_multiply_adds(opened)
@@ -166,29 +178,21 @@ def tune(
     )
     if compensated:
         compensate(opened.graph, calibration)
-    quality = None
-    if opened.data.eval is not None and (task := opened.task) is not None:
+    quality, task = None, eval_task(opened)
+    if task is not None:
         every, chosen = run_sweep(
             opened.graph, _batches(opened), task, [0.0, None], inputs=opened.inputs, progress=progress
         )
         quality = every.quality, chosen.quality
-    surgery = _surgery(opened)
     before = recorded_quality(opened)
-    if quality is not None and before is not None:
-        surgery.quality = before, quality[1], opened.data.fingerprint
-    directory = Path(opened.spec) if out is None else out
-    save(surgery, directory, overwrite=out is None)
-    return TuningResult(opened.spec, directory, budget, metric, tuned, quality)
+    directory = store(opened, out, None if quality is None or before is None else (before, quality[1]))
+    return TuningResult(
+        opened.spec, directory, budget, metric, tuned, quality, () if task is not None else (why_unmeasured(opened),)
+    )
 
 
-def _surgery(opened: Opened) -> Surgery:
-    """The opened surgery as it is now, to be saved again."""
-    from surgeon.diff import snapshot
-
-    earlier = opened.graph.meta.get("earlier_passes", ())
-    data = (opened.record or {}).get("recipe", {}).get("data")
-    seed = int((opened.record or {}).get("recipe", {}).get("seed", 0))
-    return Surgery(opened.graph, [], opened.inputs, [snapshot(opened.graph)], seed, data, opened.origin, earlier)
+def _dense_layers(opened: Opened) -> dict[str, float]:
+    return dense_layers(PassReport.from_json(report) for report in (opened.record or {}).get("passes", ()))
 
 
 def dense_multiply_adds(opened: Opened) -> int | None:
@@ -211,21 +215,8 @@ def _batches(opened: Opened) -> list[Batch]:
     return [Batch.from_any(item) for item in (data.eval if data.eval is not None else data.train)]
 
 
-def _first(data: Data, samples: int) -> list[Batch]:
-    """The first batches of the training data, until there are so many samples."""
-    found: list[Batch] = []
-    for item in data.train:
-        found.append(Batch.from_any(item))
-        if sum(batch.size for batch in found) >= samples:
-            break
-    return found
-
-
 def _task(opened: Opened) -> str:
-    task = opened.task
-    if task is None:
-        batch = _batches(opened)[0]
-        task = task_of(None, run(opened.graph, batch.args, batch.kwargs), batch.labels)
+    task = task_for(opened, _batches(opened))
     if task is None:
         raise UsageError("What is the model for? Its quality cannot be measured without --task.")
     return task

@@ -162,7 +162,7 @@ def _costs(before: Cost, after: Cost) -> RenderableType:
     if after.executed is not None:
         ran = f"{percent(after.executed)} of the experts ran"
         if after.executed_multiply_adds != after.multiply_adds:
-            ran += f", {number(after.executed_multiply_adds)} in all"
+            ran += f", {number(after.executed_multiply_adds)} in all (example inputs, padding counted)"
     if (before.parameters, before.multiply_adds) == (after.parameters, after.multiply_adds):
         same = f"{number(after.parameters)} parameters, {number(after.multiply_adds)} multiply-adds"
         return indented(dim(f"{same}, {ran}" if ran else same))
@@ -199,7 +199,7 @@ def sites_view(groups: Sequence[SiteGroup]) -> RenderableType:
 def sparsity_view(sparsity: Mapping[str, tuple[Sparsity, Sparsity]], detail: Detail) -> RenderableType:
     """How sparse the activations of each layer were before training and are after it, layers that look alike joined."""
     parts: dict[str, Callable[[Sparsity], float]] = {
-        "active": lambda one: 1.0 - one.below_100th,
+        "active": lambda one: one.active,
         "exactly zero": lambda one: one.zero,
     }
     if detail == "full":
@@ -220,7 +220,8 @@ def sparsity_view(sparsity: Mapping[str, tuple[Sparsity, Sparsity]], detail: Det
         path = Text.assemble((label or MODEL, "cyan"), (f"  ×{count}" if count > 1 else "", "dim"))
         table.add_row(path, *rows[place][1])
     below = "below: that part of" if detail == "full" else "active: above a hundredth of"
-    return Group(table, dim(f"{below} the token's largest value; shares of the neurons, mean over tokens"))
+    more = "" if detail == "full" else "; a tenth and a thousandth: surgeon diff --full"
+    return Group(table, dim(f"{below} the token's largest value; shares of the neurons, mean over tokens{more}"))
 
 
 def _moved(before: float, after: float) -> str:

@@ -48,7 +48,7 @@ def _plot(swept: Swept, file: Path) -> None:
     stored = [point for point in swept.points if point.tau is None and point.router == "own"]
     if stored:
         costs = [_cost(p, relative) for p in stored]
-        axes.plot(costs, [p.quality.value for p in stored], "*", ms=12, label="as stored, tau per layer")
+        axes.plot(costs, [p.quality.value for p in stored], "*", ms=12, label="as stored")
     if swept.dense.quality is not None:
         axes.axhline(swept.dense.quality.value, color="grey", lw=1, label="dense model")
     quality = swept.points[0].quality

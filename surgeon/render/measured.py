@@ -1,4 +1,4 @@
-"""How quality against cost looks: sweeps, tuned budgets, the demo."""
+"""How quality against cost looks: sweeps, tuned budgets, what is set, the demo."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from surgeon.sweep import Dense
 if TYPE_CHECKING:
     from surgeon.demo import Demo
     from surgeon.jobs.measuring import TuningResult
+    from surgeon.jobs.setting import SettingResult
     from surgeon.losses import Quality
     from surgeon.sweep import Point
 
@@ -103,7 +104,27 @@ def tuned_view(found: TuningResult) -> RenderableType:
         lines.append(
             Text(f"{every.name}: {quality_value(chosen)} within the budget, {quality_value(every)} with every expert.")
         )
+    lines.append(sentences(found.notes, indent=0))
     lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), "."))
+    return Group(*lines)
+
+
+def setting_view(found: SettingResult) -> RenderableType:
+    """What is set for every layer, beside what was set before where that changed."""
+    layers = found.layers.values()
+    header = ["layer", "tau", "rule"]
+    if any(one.compensated for change in layers for one in (change.before, change.after)):
+        header.append("compensated")
+    table = grid(*(["left"] * len(header)), header=header)  # type: ignore[arg-type]
+    for path, change in found.layers.items():
+        before, after = (
+            (f"{one.tau:.3g}", one.rule, "yes" if one.compensated else "no") for one in (change.before, change.after)
+        )
+        cells = (new if old == new else f"{old} → {new}" for old, new in zip(before, after, strict=True))
+        table.add_row(Text(path, style="cyan"), *list(cells)[: len(header) - 1])
+    lines: list[RenderableType] = [table, sentences(found.notes, indent=0)]
+    if found.directory is not None:
+        lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), "."))
     return Group(*lines)
 
 

@@ -38,7 +38,7 @@ def applied_view(applied: Applied) -> RenderableType:
         share = percent(after.executed_multiply_adds / before.multiply_adds) if before.multiply_adds else ""
         table.add_row(
             "  that ran", number(before.executed_multiply_adds), number(after.executed_multiply_adds),
-            dim(f"{share} of before; {percent(after.executed)} of the experts"),
+            dim(f"{share} of before; {percent(after.executed)} of the experts (example inputs, padding counted)"),
         )  # fmt: skip
     if applied.quality is not None:
         old, new = applied.quality
@@ -156,7 +156,7 @@ def passes_view(passes: Iterable[type[Pass[Any]]], recipes: Mapping[str, tuple[s
     for kind in passes:
         data = "needed" if kind.needs_data else "to train" if kind.trains else ""
         table.add_row(Text(kind.name, style="bold cyan"), promise(kind), data, first_sentence(kind))
-    named = grid("left", "left", header=("recipe", "for comparison: several passes with their options, as published"))
+    named = grid("left", "left", header=("recipe", "several passes with their options"))
     for name, (what, _) in recipes.items():
         named.add_row(Text(name, style="bold cyan"), what)
     hint = "surgeon passes NAME shows a pass's options and an example; surgeon apply --recipe NAME runs a recipe."

@@ -151,7 +151,7 @@ def test_torch_alone_reads_it_once_the_operators_are_registered(tmp_path: Path) 
     x = torch.randn(2, 5, WIDTH)
     torch.save({"x": x}, tmp_path / "inputs.pt")
     model = Wrapped(Plain(dropout=0.0)).eval()
-    surgery = Pipeline([Moeify(experts=4, rule="energy", tau=0.5), Lower()]).run(model, inputs={"x": x})
+    surgery = Pipeline([Moeify(experts=4, rule="energy"), Lower()]).run(model, inputs={"x": x}).set_tau(0.5)
     place = surgery.save(tmp_path / "moe")
     command = [sys.executable, "-c", PLAIN_READER, str(tmp_path / "inputs.pt"), str(place / "model.pt2")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -72,6 +72,11 @@ def data():
     return Interrupted(
         (torch.randn(8, 5, 16, generator=generator), torch.randint(0, 3, (8,), generator=generator)) for _ in range(6)
     )
+
+def split():
+    from surgeon import Data
+    batches = list(data())
+    return Data(batches[:4], batches[4:])
 """
 
 

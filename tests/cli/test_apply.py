@@ -47,11 +47,27 @@ def test_apply_trains_measures_and_sets_tau(run: Run, tmp_path: Path) -> None:
     assert "trained 3 steps in" in result.out
     assert "router loss" in result.out
     assert re.search(r"^accuracy +0\.\d+ +\d\.\d+ +on 8 samples$", result.out, re.MULTILINE)
-    assert re.search(r"^  that ran .* of the experts$", result.out, re.MULTILINE)
+    assert re.search(r"^  that ran .* of the experts \(example inputs, padding counted\)$", result.out, re.MULTILINE)
     assert result.out.rstrip().endswith("surgeon sweep bert-surgery --data reviews.csv --limit 32 --eval-fraction 0.25")
     assert re.search(r"^moeify routers  6/6  router loss", result.err, re.MULTILINE)
     assert left(tmp_path) == {"bert-surgery"}
     assert set(surgeon.get_tau(surgeon.load("bert-surgery")).values()) == {0.5}
+
+
+def test_tau_is_for_routers_that_were_fitted(run: Run, tmp_path: Path) -> None:
+    """Those of a surgery without data were not; a dry run fits none and leaves tau alone."""
+    refused = run("apply", "--passes", "lower", "masked", "--tau", "0.5", "-o", "out")
+    assert refused.code == 2
+    assert "--tau needs routers that were fitted, and those of this surgery were not." in refused.err
+    dry = run("apply", "--passes", "moeify,lower", *NET, *DATA, "--tau", "0.5", "--dry-run")
+    assert dry.code == 0, dry.err
+    assert "tau was not set: a dry run fits no routers." in dry.out
+    assert "100% of the experts (" in dry.out
+    assert left(tmp_path) == set()
+    fitted = run("apply", "--passes", "moeify", "--set", "moeify.epochs=0", *NET, *DATA, "-o", "fitted")
+    assert fitted.code == 0, fitted.err
+    assert run("apply", "--passes", "lower", "fitted", "--tau", "0.5", "-o", "low").code == 0
+    assert set(surgeon.get_tau(surgeon.load("low")).values()) == {0.5}
 
 
 def test_apply_json_is_alone_on_stdout(run: Run) -> None:

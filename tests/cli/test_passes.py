@@ -17,7 +17,7 @@ def test_passes_are_listed_with_what_they_promise() -> None:
         line.split()[0]: line for line in result.out.splitlines() if line.split()[:1] and line.split()[0] in PASSES
     }
     assert set(lines) == set(PASSES)
-    assert re.search(r"^sparsify +stays until trained +to train +Put a square-Hoyer tap", lines["sparsify"])
+    assert re.search(r"^sparsify +stays until trained +to train +Put a sparsity tap", lines["sparsify"])
     assert re.search(r"^mlpify +changes +needed ", lines["mlpify"])
     assert re.search(r"^lower +stays +Lower each", lines["lower"])
 

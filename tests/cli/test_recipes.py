@@ -14,6 +14,7 @@ from surgeon.recipe import RECIPES
 from .harness import Run, run_surgeon
 
 TINY = {
+    "mlpify": ("mlpify.steps=2",),
     "swap-activation": ("swap-activation.steps=2",),
     "sparsify": ("sparsify.steps=2",),
     "moeify": ("moeify.steps=2", "moeify.experts=4"),
@@ -46,7 +47,7 @@ def test_recipes_run(run: Run, name: str) -> None:
     assert [one["name"] for one in record["recipe"]["passes"]] == [step for step, _ in RECIPES[name][1]]
     for one in record["passes"]:
         recovers = name in ("relufy", "moefication")
-        trains = one["name"] in ("sparsify", "moeify") or (one["name"] == "swap-activation" and recovers)
+        trains = one["name"] in ("mlpify", "sparsify", "moeify") or (one["name"] == "swap-activation" and recovers)
         assert (one["fit"] is not None) == trains, one["name"]
         assert one["fit"] is None or one["fit"]["steps"] == 2
     if name == "moefication":
@@ -60,6 +61,10 @@ def test_recipes_run(run: Run, name: str) -> None:
         surgeon.set_tau(graph, 0.5)
         _, layers = measure(graph, *load_inputs(Path("out")))
         assert {layer.share for layer in layers.values()} == {0.5}
+    if name == "d2dmoe-attention":
+        assert record["recipe"]["passes"][0]["options"] == {"init": "random", "steps": 2}
+        layers = [one["path"] for one in record["experts"]]
+        assert sum("projection_mlp" in path for path in layers) > len(layers) / 2
     if name == "relufy":  # what was recorded runs again
         again = run("-q", "apply", "--recipe", "out", "bert", "--data", "reviews.csv", "-o", "again")
         assert again.code == 0, again.err
@@ -76,7 +81,7 @@ def test_a_recipe_without_data_says_what_was_not_trained(run: Run) -> None:
 
 def test_wrong_recipes(run: Run) -> None:
     for args, words in (
-        (("--recipe", "d2d"), "nor a recipe of that name. There are: recommended, relufy, moefication, d2dmoe."),
+        (("--recipe", "d2d"), "There are: recommended, relufy, moefication, d2dmoe, d2dmoe-attention."),
         (("--recipe", "relufy", "--set", "moeify.experts=4"), "'moeify', which recipe relufy does not run."),
         (("--recipe", "relufy", "--set", "swap-activation.too=relu"), "has no option 'too'. Did you mean 'to'?"),
         (("--recipe", "relufy", "--passes", "lower"), "Give --recipe or --passes, not both."),

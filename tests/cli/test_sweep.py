@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 import surgeon
 from surgeon.artifact import save
 from surgeon.diff import snapshot
@@ -43,6 +45,9 @@ def test_the_oracle_is_measured_beside_the_routers(run: Run) -> None:
         assert third["multiply_adds"] < first["multiply_adds"]
         assert first["relative"] > 1.0  # the routers come on top
         assert first["layers"] > 1.0 > third["layers"]
+        assert list(third["shares"]) == list(surgeon.get_tau(surgeon.load("bert-moe")))
+        # The layers are of equal cost.
+        assert sum(third["shares"].values()) / 2 == pytest.approx(third["executed"])
     assert found["dense"] == {
         "multiply_adds": round(found["points"][0]["multiply_adds"] / found["points"][0]["relative"]),
         "quality": None,
@@ -104,7 +109,21 @@ def test_values_stored_for_each_layer_are_measured_too(run: Run, tmp_path: Path)
     stored = found["points"][2]
     assert stored["rule"] == "top_k max"
     assert stored["executed"] == 0.5 * (0.25 + 1.0)
+    args = ("-q", "sweep", "mixed", *REVIEWS, "--tau", "0.5", "--no-oracle", "--rule", "max,energy")
+    points = run(*args, "--output", "json").json["points"]
+    own = [point for point in points if point["tau"] is None]
+    assert [point["rule"] for point in own] == ["top_k max"]  # as it is stored, not under other rules
+    assert len(points) == 2 * 2 + 1
     assert "as stored" in run("-q", "sweep", "mixed", *REVIEWS, "--tau", "0.5", "-o", "mixed.png").out
+
+
+def test_a_stored_setting_is_measured_beside_other_rules(run: Run) -> None:
+    assert run("set", "bert-moe", "--tau", "0.5", "--rule", "energy", "-o", "mine").code == 0
+    args = ("-q", "sweep", "mine", *REVIEWS, "--tau", "0.5", "--no-oracle", "--output", "json")
+    for rules, found in (("top_k", [("top_k", 0.0), ("top_k", 0.5), ("energy", None)]),
+                         ("energy", [("energy", 0.0), ("energy", 0.5)])):  # fmt: skip
+        points = run(*args, "--rule", rules).json["points"]
+        assert [(point["rule"], point["tau"]) for point in points] == found
 
 
 def test_wrong_settings_exit_with_2(run: Run) -> None:

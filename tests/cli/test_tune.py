@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import surgeon
-from surgeon.artifact import load, load_diff, read_record
+from surgeon.artifact import load, load_diff, load_inputs, read_record
 
-from .harness import Run, left
+from .harness import NET, Run, left
 
 REVIEWS = ("--data", "reviews.csv", "--eval-fraction", "0.25")
 
@@ -50,7 +51,7 @@ def test_without_a_place_it_replaces_the_surgery(run: Run, trained: Path, tmp_pa
 
     shutil.copytree(trained, tmp_path / "mine")
     found = run("-q", "tune", "mine", *REVIEWS, "--budget", "0.85", "--output", "json").json
-    assert set(found) == {"model", "directory", "budget", "metric", "tuned", "quality"}
+    assert set(found) == {"model", "directory", "budget", "metric", "tuned", "quality", "notes"}
     assert found["directory"] == "mine"
     tuned = found["tuned"]
     assert tuned["cost"] <= 0.85
@@ -70,6 +71,41 @@ def test_the_record_knows_the_dense_quality_on_the_same_data_only(run: Run, trai
     recorded = run(*args, *REVIEWS).json["dense"]["quality"]
     assert recorded == read_record(trained)["quality"]["before"]
     assert run(*args, "--data", "reviews.csv").json["dense"]["quality"] is None
+
+
+def test_quality_that_is_not_measured_is_said(run: Run, trained: Path) -> None:
+    args = ("-q", "tune", str(trained), "--data", "reviews.csv", "--budget", "0.9", "--eval-fraction", "0")
+    shown = run(*args, "-o", "tuned").out
+    assert "note: Quality was not measured: no data was held out for it." in shown
+    found = run(*args, "-o", "again", "--output", "json").json
+    assert (found["quality"], len(found["notes"])) == (None, 1)
+    # What the record had was measured at another tau.
+    assert read_record(trained)["quality"]["after"]["items"] == 10
+    assert read_record(Path("tuned"))["quality"] == read_record(trained)["quality"] | {"after": None}
+
+
+def test_what_the_labels_tell_is_enough(run: Run, shelf: Path) -> None:
+    made = run("-q", "apply", "--passes", "moeify,lower", *NET, "--set", "moeify.experts=4", "-o", "net")
+    assert made.code == 0
+    data = ("--data", "nets:split")
+    assert [one["task"] for one in (run("-q", "sweep", "net", *data, "--output", "json").json,)] == ["classification"]
+    found = run("-q", "tune", "net", *data, "--budget", "0.95", "--output", "json").json
+    assert (found["notes"], [one["name"] for one in found["quality"]]) == ([], ["accuracy"] * 2)
+
+
+def test_the_mean_of_what_is_skipped_can_be_added(run: Run, trained: Path) -> None:
+    args = ("-q", "tune", str(trained), *REVIEWS, "--budget", "0.8", "--samples", "24", "--output", "json")
+    plain, added = run(*args, "-o", "plain").json, run(*args, "-o", "added", "--compensate").json
+    assert plain["tuned"]["taus"] == added["tuned"]["taus"]
+    graphs = load("plain"), load("added")
+    assert read_record(Path("plain"))["compensated"] == []
+    skipping = [path for path, share in added["tuned"]["shares"].items() if share < 1.0]
+    assert read_record(Path("added"))["compensated"] == skipping != []
+    inputs = load_inputs("added")[1]
+    assert not torch.allclose(graphs[0](**inputs).logits, graphs[1](**inputs).logits, atol=1e-6)
+    surgeon.set_tau(graphs[0], 0.0)
+    surgeon.set_tau(graphs[1], 0.0)
+    assert torch.allclose(graphs[0](**inputs).logits, graphs[1](**inputs).logits, atol=1e-6)
 
 
 def test_milliseconds_need_the_dense_model(run: Run, trained: Path) -> None:

@@ -18,7 +18,8 @@ NAMES = ["gelu", "relu", "gated", "fused", "biasless", "shared"]
 
 def converted(traces: Any, name: str, tau: float = 0.0) -> Any:
     graph = traces(f"stack:{name}")
-    Moeify(experts=4, router_width=8, tau=tau).apply(graph)
+    Moeify(experts=4, router_width=8).apply(graph)
+    set_tau(graph, tau)
     return graph
 
 

@@ -154,6 +154,9 @@ def test_experts_that_do_not_divide_some_layers_leave_those() -> None:
     ({"expert_size": -1}, "expert_size is -1"),
     ({"router_width": 0}, "router_width is 0"),
     ({"tau": 1.5}, "tau is 1.5, but must be from 0 to 1"),
+    ({"epochs": 0, "exposure": 0.2}, "exposure is for the training of routers, and epochs is 0"),
+    ({"epochs": 0, "underestimate": 2.0}, "underestimate is for the training of routers, and epochs is 0"),
+    ({"router": "trained", "objective": "activation", "underestimate": 2.0}, "underestimate weighs errors of regress"),
 ])  # fmt: skip
 def test_wrong_options(options: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
@@ -170,17 +173,25 @@ def test_only_and_skip(traces: Any) -> None:
 
 def test_tau_is_set_after_all_is_verified(traces: Any) -> None:
     graph = traces("stack:relu")
-    report = Moeify(experts=4, tau=0.5).apply(graph, inputs=vectors())
+    report = Moeify(experts=4, tau=0.5, epochs=0).apply(graph, inputs=vectors(), data=labelled_vectors(1))
     assert set(get_tau(graph).values()) == {0.5}
     assert report.max_error is not None
     assert report.max_error < 1e-6
 
 
+def test_tau_needs_fitted_routers(traces: Any) -> None:
+    with pytest.raises(UsageError, match="tau needs routers that were fitted, and there is no data"):
+        Moeify(experts=4, tau=0.5).apply(traces("stack:relu"), inputs=vectors())
+    graph = traces("stack:relu")
+    Moeify(experts=4, tau=0.5).apply(graph, data=labelled_vectors(1), settings=Settings(dry_run=True))
+    assert set(get_tau(graph).values()) == {0.0}
+
+
 def test_tau_of_layers_converted_earlier_stays(traces: Any) -> None:
     first = traces("stack:relu")
-    Moeify(experts=4, only=("blocks.0.*",), tau=0.1).apply(first)
+    Moeify(experts=4, only=("blocks.0.*",), tau=0.1, epochs=0).apply(first, data=labelled_vectors(1))
     second = fork(first)
-    Moeify(experts=4, only=("blocks.1.*",), tau=0.5).apply(second)
+    Moeify(experts=4, only=("blocks.1.*",), tau=0.5, epochs=0).apply(second, data=labelled_vectors(1))
     assert get_tau(second) == {"blocks.0.ffn.moe": pytest.approx(0.1), "blocks.1.ffn.moe": 0.5}
     assert get_tau(first) == {"blocks.0.ffn.moe": pytest.approx(0.1)}
 

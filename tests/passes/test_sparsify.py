@@ -138,7 +138,7 @@ def test_tapped_layers_are_still_found_and_not_tapped_twice(traces: Any) -> None
 
 
 def test_report_says_where_the_tap_is(traces: Any) -> None:
-    assert "square-Hoyer tap (output)" in Sparsify().apply(traces("stack:relu")).sites[0].after
+    assert "square Hoyer tap (output)" in Sparsify().apply(traces("stack:relu")).sites[0].after
     assert "pre-activation, D = -5" in Sparsify(displacement=-5).apply(traces("stack:gelu")).sites[0].after
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ def test_layers_come_near_targets_of_their_own(traces: Any) -> None:
     assert near(found["blocks.0.ffn"][1], 0.25)
     assert near(found["blocks.1.ffn"][1], 0.06)
     assert report.options["target"] == {"*.0.*": 0.25, "*": 0.06}
+
+
+def test_a_target_that_was_missed_is_named(traces: Any) -> None:
+    def note(**options: Any) -> tuple[str, ...]:
+        return Sparsify(lr=3e-3, **options).apply(traces("stack:relu"), inputs=vectors(), data=DATA).notes
+
+    (missed,) = note(steps=1, target={"*.0.*": 0.01, "*": 0.9})
+    assert re.match(r"1 of 2 layers missed the target, most of all blocks.0.ffn with \d\d\.\d% .* of 1\.0%: ", missed)
+    (both,) = note(steps=1, target={"*.0.*": 0.1, "*": 0.01})
+    assert "2 of 2 layers missed the target, most of all blocks.1.ffn" in both
+    assert note(steps=1, target=0.9) == ()
+    assert note(steps=1) == ()
 
 
 def test_a_layer_without_a_target_is_left_about_as_active(traces: Any) -> None:

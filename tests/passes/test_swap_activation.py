@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,9 @@ from surgeon.graph import TracedGraph, aten
 from surgeon.passes import SwapActivation
 from surgeon.probe import DROPOUTS
 from surgeon.recipe import build
+from surgeon.rewrite import Capture
 from surgeon.search import find_ffns
+from surgeon.sparsity import Sparsity
 from tests.models import WIDTH, Function, Fused, Gated, Plain, Wrapped, classifier, labelled_vectors, tokens, vectors
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -193,7 +196,7 @@ def test_nothing_is_trained_unless_asked_for(traces: Any) -> None:
     before = {name: value.clone() for name, value in graph.state_dict().items()}
     report = SwapActivation().apply(graph, inputs=vectors(), data=data)
     assert report.fit is None
-    assert report.notes == ()
+    assert report.notes == (SwapActivation.untrained,)
     assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
     asked = SwapActivation(epochs=1).apply(traces("stack:gelu"), inputs=vectors())
     assert asked.fit is None
@@ -207,6 +210,30 @@ def test_recovery_trains_as_long_as_asked(traces: Any, options: Any) -> None:
     assert report.fit.steps == 4
     assert set(report.fit.losses[0][1]) == {"task loss"}
     assert not report.preserved
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gated", "fused", "shared"])
+def test_recovery_reports_how_sparse_every_layer_was_and_is(traces: Any, kind: str) -> None:
+    """Before: the new activation in the model as it was; every execution of a layer counts."""
+    graph, data = traces(f"stack:{kind}"), labelled_vectors(2)
+    swapped = surgeon.graph.fork(graph)
+    to, op = ("silu", aten.silu.default) if kind == "shared" else ("relu", aten.relu.default)
+    SwapActivation(to=to).apply(swapped)
+    names = defaultdict(list)
+    for site in find_ffns(swapped)[0]:
+        names[site.path] = [node.name for call in site.calls for node in call.cone if node.target is op]
+    with torch.no_grad():
+        values = [
+            Capture(swapped.eval(), [name for group in names.values() for name in group])(**inputs)[1]
+            for inputs, _ in data
+        ]
+    report = SwapActivation(to=to, steps=20, lr=1e-2).apply(graph, inputs=vectors(), data=data)
+    assert report.fit is not None
+    assert set(report.fit.sparsity) == set(names) == set(report.matched)
+    for path, (before, after) in report.fit.sparsity.items():
+        a = torch.cat([found[name].flatten(0, -2) for name in names[path] for found in values])
+        assert before == Sparsity.of(a)
+        assert after != before
 
 
 def test_recovery_brings_the_answers_back() -> None:

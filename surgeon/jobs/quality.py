@@ -1,0 +1,38 @@
+"""What a model's quality is measured for, and why it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from surgeon.agreement import run
+from surgeon.batch import Batch
+from surgeon.jobs.opening import Opened
+from surgeon.losses import task_of
+
+
+def task_for(opened: Opened, batches: Iterable[Any]) -> str | None:
+    """What the model is for: what is known of it, else what its answers to the first batch and the labels look like."""
+    if opened.task is not None:
+        return opened.task
+    batch = Batch.from_any(next(iter(batches)))
+    return task_of(None, run(opened.graph, batch.args, batch.kwargs), batch.labels)
+
+
+def eval_task(opened: Opened) -> str | None:
+    """The task to measure, None if it is unknown or the evaluation data has no labels for it."""
+    if opened.data is None or opened.data.eval is None:
+        return None
+    batch = Batch.from_any(next(iter(opened.data.eval)))
+    if batch.labels is None and opened.task != "causal-lm":
+        return None
+    return task_for(opened, opened.data.eval)
+
+
+def why_unmeasured(opened: Opened) -> str:
+    """Why `eval_task` has none, for the user."""
+    if opened.data is None or opened.data.eval is None:
+        return "Quality was not measured: no data was held out for it."
+    if Batch.from_any(next(iter(opened.data.eval))).labels is None:
+        return "Quality was not measured: the data has no labels."
+    return "Quality was not measured: say what the model is for with --task."

@@ -1,0 +1,44 @@
+"""Options with values by path: a pattern that names no site is refused, with the paths there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from surgeon.errors import UsageError
+from surgeon.graph import fork
+from surgeon.passes import Moeify, Sparsify, SwapActivation
+from tests.models import vectors
+
+
+@pytest.mark.parametrize(
+    ("one", "name", "pattern"),
+    [
+        (Moeify(experts={"*.layer.zero": 4}), "moeify.experts", "*.layer.zero"),
+        (Moeify(expert_size={"*.0.*": 4, "blocks.2.ffn": 8}), "moeify.expert_size", "blocks.2.ffn"),
+        (Moeify(experts={"*.0.*": 4}, only=("*.1.*",)), "moeify.experts", "*.0.*"),
+        (Sparsify(target={"blocks.0": 0.1, "*": 0.2}), "sparsify.target", "blocks.0"),
+        (SwapActivation(to={"BLOCKS.*": "relu2", "*": "relu"}), "swap-activation.to", "BLOCKS.*"),
+    ],
+)
+def test_a_pattern_that_names_no_site_is_refused(traces: Any, one: Any, name: str, pattern: str) -> None:
+    graph = fork(traces("stack:gelu"))
+    code = graph.code
+    with pytest.raises(UsageError) as error:
+        one.apply(graph, inputs=vectors())
+    there = "blocks.1.ffn" if one.only else "blocks.0.ffn, blocks.1.ffn"
+    assert str(error.value) == f"{name}: no site is called '{pattern}'. There are: {there}."
+    assert graph.code == code
+
+
+def test_a_pattern_may_name_a_site_that_is_refused(traces: Any) -> None:
+    """Then the reason is that of the site."""
+    report = Moeify(experts={"*.0.*": 4, "*.1.*": 5}).apply(traces("stack:relu"), inputs=vectors())
+    assert report.matched == ["blocks.0.ffn"]
+    assert [path for path, _ in report.rejected] == ["blocks.1.ffn"]
+
+
+def test_where_no_site_is_left_the_pattern_is_not_to_blame(traces: Any) -> None:
+    one = SwapActivation(to={"nowhere": "relu"}, only=("head",))
+    assert one.apply(traces("stack:gelu"), inputs=vectors()).matched == []
