@@ -35,11 +35,12 @@ D2DMOE: Steps = [
 RECIPES: dict[str, tuple[str, Steps]] = {
     "recommended": (
         "What works best here: ReLU, 5% of the neurons active, distillation, clusters of what fires together, routers "
-        "from closed form on. Then surgeon tune.",
+        "from closed form on, fine-tuning with experts skipped. Then surgeon tune.",
         [
             ("swap-activation", {}),
             ("sparsify", {"target": 0.05, "distill": 0.5}),
             ("moeify", {}),
+            ("recover", {"distill": 0.5}),
             ("lower", {}),
         ],
     ),
