@@ -19,8 +19,8 @@ from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivat
 TRAINING: dict[str, Any] = {"epochs": 40.0, "lr": 1e-3, "weight_decay": 0.05}
 ROUTER_EPOCHS = 10.0
 PUBLISHED: dict[str, Any] = {"split": "weights", "router": "trained", "router_width": 32, "epochs": ROUTER_EPOCHS}
-TARGET, TARGET_ATTENTION, DISTILL = 0.04, 0.05, 0.7
-RECOVER = Recover(tau=0.2, distill=DISTILL, **TRAINING | {"epochs": 20.0, "lr": 5e-4})
+TARGET, DISTILL = 0.04, 0.7
+RECOVER = Recover(tau=0.15, distill=DISTILL, **TRAINING | {"epochs": 15.0, "lr": 5e-4})
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 BUDGETS = (0.41, 0.43, 0.45)
 
@@ -45,7 +45,7 @@ STUDY = Study(
     model=model,
     inputs=inputs,
     dense={"epochs": 40.0, "lr": 2e-3, "weight_decay": 0.05, "schedule": "cosine"},
-    longer=TRAINING | {"epochs": 60.0, "schedule": "linear"},
+    longer=TRAINING | {"epochs": 55.0, "schedule": "linear"},
     variants={
         "moefication": Variant(
             [SwapActivation(**TRAINING), ffn(**PUBLISHED, objective="activation", rule="top_k"), Lower()],
@@ -80,16 +80,15 @@ STUDY = Study(
             [
                 Mlpify(epochs=5.0, cost_factor=4.0),
                 SwapActivation(),
-                Sparsify(target=TARGET_ATTENTION, distill=DISTILL, **TRAINING),
-                ffn(epochs=ROUTER_EPOCHS),
-                RECOVER,
+                Sparsify(target=TARGET, distill=DISTILL, **TRAINING),
+                Moeify(expert_size={"*projection_mlp*": 4, "*": 8}, epochs=30.0),
                 Lower(),
             ],
             TAUS,
             budgets=(0.3, 0.35),
             oracle=True,
         ),
-        "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8), oracle=True),
+        "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
     },
 )  # fmt: skip
 

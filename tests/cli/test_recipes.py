@@ -47,7 +47,9 @@ def test_recipes_run(run: Run, name: str) -> None:
     assert [one["name"] for one in record["recipe"]["passes"]] == [step for step, _ in RECIPES[name][1]]
     for one in record["passes"]:
         recovers = name in ("relufy", "moefication")
-        trains = one["name"] in ("mlpify", "sparsify", "moeify", "recover") or (one["name"] == "swap-activation" and recovers)
+        trains = one["name"] in ("mlpify", "sparsify", "moeify", "recover") or (
+            one["name"] == "swap-activation" and recovers
+        )
         assert (one["fit"] is not None) == trains, one["name"]
         assert one["fit"] is None or one["fit"]["steps"] == 2
     if name == "moefication":
