@@ -131,7 +131,7 @@ def study(gated: bool) -> Study:
         longer={"epochs": (TUNING + RECOVERY) / EPOCH, "lr": LR / 2, "weight_decay": 0.1, "schedule": "linear"},
         variants={
             "ours": Variant(
-                ours(target=0.15 if gated else 0.1), TAUS, budgets=(0.55, 0.6, 0.7), oracle=True
+                ours(target=0.15 if gated else 0.1), TAUS, budgets=(0.62 if gated else 0.47,), oracle=True
             ),
             "moefication": Variant(
                 [
