@@ -165,9 +165,13 @@ def train(
     weight_decay: float,
     schedule: Schedule,
     seed: int,
+    workdir: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> None:
-    """Train a dense model by the same loop that fits the passes; it ends in evaluation mode."""
+    """Train a dense model by the same loop that fits the passes; it ends in evaluation mode.
+
+    workdir: where checkpoints are kept; training goes on from the last one there.
+    """
     assert data.loss is not None
     task = data.loss
 
@@ -177,5 +181,6 @@ def train(
 
     model.train()
     plan = Plan(epochs, None, lr, weight_decay, schedule)
-    fit(list(model.parameters()), loss, data, plan, Settings(seed=seed, progress=progress), "dense training")
+    settings = Settings(seed=seed, progress=progress, workdir=workdir, resume=workdir is not None)
+    fit(list(model.parameters()), loss, data, plan, settings, "dense training")
     model.eval()

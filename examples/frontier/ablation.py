@@ -57,16 +57,20 @@ VARIANTS = {
     "+ a target for each layer": split("target"),
     "ours": split(),
     "+ a tau for each layer": same(budgets=digits.BUDGETS),
+    "+ fine-tuning with experts skipped": Variant(
+        [digits.ffn(epochs=digits.ROUTER_EPOCHS), digits.RECOVER, Lower()], TAUS, digits.BUDGETS, starts_from="sparse"
+    ),
     # What the penalty is, on what.
     **{f"alpha {alpha:g} in place of the target": split(f"alpha_{alpha:g}") for alpha in ALPHAS},
     "GELU in place of ReLU": split("gelu"),
     # Experts and routers.
     **{f"experts of {size} neurons in place of 8": split(expert_size=size) for size in (4, 16, 32)},
+    "two experts that always run": split(shared=2),
     "split of weights": split(split="weights"),
     "split at random": split(split="random"),
-    "router as published": split(**TRAINED, objective="norm"),
-    "router of relative norms": split(**TRAINED),
-    "router of logarithms": split(**TRAINED, objective="log"),
+    "router trained on norms": split(**TRAINED, objective="norm"),
+    "router trained on relative norms": split(**TRAINED),
+    "router trained on logarithms": split(**TRAINED, objective="log"),
     "router, too low counts four times": split(underestimate=4.0),
     "router on the sparse model's inputs": split(exposure=0.1),
     "router in closed form only": split(epochs=0),

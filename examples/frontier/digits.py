@@ -5,6 +5,7 @@ python examples/frontier/digits.py work
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def inputs(data: Data) -> Any:
 
 
 def ffn(**options: Any) -> Moeify:
-    return Moeify(expert_size=8, **options)
+    return Moeify(**{"expert_size": 8} | options)
 
 
 STUDY = Study(
@@ -80,8 +81,9 @@ STUDY = Study(
             [
                 Mlpify(epochs=5.0, cost_factor=4.0),
                 SwapActivation(),
-                Sparsify(target=TARGET, distill=DISTILL, **TRAINING),
+                Sparsify(target=0.05, distill=DISTILL, **TRAINING),
                 Moeify(expert_size={"*projection_mlp*": 4, "*": 8}, epochs=30.0),
+                replace(RECOVER, epochs=30.0),
                 Lower(),
             ],
             TAUS,

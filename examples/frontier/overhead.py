@@ -59,6 +59,7 @@ def overhead(width: int, hidden: int, experts: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="where the numbers go, .json")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     found = [overhead(*shape) for shape in SHAPES]
     for row in found:
@@ -66,7 +67,7 @@ def main() -> None:
             f"d {row['width']}, hidden {row['hidden']}, {row['experts']} experts, router width {row['router_width']}: "
             f"{row['compute']:.1%} of the dense layer's multiply-adds, {row['time']:.1%} of its time"
         )
-    parser.parse_args().out.write_text(json.dumps({"tokens": TOKENS, "threads": 1, "layers": found}, indent=1))
+    args.out.write_text(json.dumps({"tokens": TOKENS, "threads": 1, "layers": found}, indent=1))
 
 
 if __name__ == "__main__":

