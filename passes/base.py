@@ -6,9 +6,9 @@ import dataclasses
 import fnmatch
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import torch
 from torch.fx import GraphModule
@@ -18,7 +18,7 @@ from surgeon.agreement import relative_error, run, tolerance_for
 from surgeon.batch import Data
 from surgeon.cost import LayerRun, measure
 from surgeon.errors import PassError, SurgeonError, UsageError, VerificationError
-from surgeon.fit import Plan, Schedule, Settings, start_alike
+from surgeon.fit import Settings, start_alike
 from surgeon.graph import TracedGraph, tidy
 from surgeon.inputs import as_args_kwargs
 from surgeon.moe import MoESite
@@ -142,8 +142,15 @@ class Pass(ABC, Generic[Site]):
         """
 
     def explain(self, graph: GraphModule) -> tuple[list[Site], list[Rejection]]:
-        """The sites this pass would change, and every other candidate with the first condition that failed."""
+        """The sites this pass would change, and every other candidate with the first condition that failed.
+
+        Raises:
+            UsageError: `only` or `skip` names no candidate at all.
+        """
         sites, rejected = self.find(graph)
+        paths = _paths(sites, rejected)
+        for name in ("only", "skip") if paths else ():
+            self._check_patterns(name, getattr(self, name), paths)
         matched = []
         for site in sites:
             if not self._chosen(site.path):
@@ -186,7 +193,9 @@ class Pass(ABC, Generic[Site]):
         matched, rejected = self.explain(graph)
         self.check(matched, rejected)
         if matched:
-            self._check_patterns(matched, rejected)
+            for field in dataclasses.fields(self):
+                if isinstance(value := getattr(self, field.name), dict):
+                    self._check_patterns(field.name, value, _paths(matched, rejected))
         changes: list[SiteChange] = []
         fit_report = None
         with torch.random.fork_rng(devices=[]):
@@ -240,19 +249,16 @@ class Pass(ABC, Generic[Site]):
             if (value := getattr(self, field.name)) != field.default
         }
 
-    def _check_patterns(self, matched: Sequence[Site], rejected: Sequence[Rejection]) -> None:
-        """Refuse an option whose values by path name something that is not there.
+    def _check_patterns(self, name: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
+        """Refuse an option with a pattern that is none of the paths.
 
         Raises:
             UsageError: with the pattern and the paths there are.
         """
-        paths = [*(site.path for site in matched), *(rejection.path for rejection in rejected)]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            for pattern in value if isinstance(value, dict) else ():
-                if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
-                    there = ", ".join(dict.fromkeys(path for path in paths if path))
-                    raise UsageError(f"{self.name}.{field.name}: no site is called '{pattern}'. There are: {there}.")
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+                there = ", ".join(filter(None, paths))
+                raise UsageError(f"{self.name}.{name}: no site is called '{pattern}'. There are: {there}.")
 
     def _chosen(self, path: str) -> bool:
         def matches(patterns: tuple[str, ...]) -> bool:
@@ -330,31 +336,9 @@ class Pass(ABC, Generic[Site]):
         return error
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainedPass(Pass[Site], ABC):
-    """A pass that fits something, with the options of the training loop."""
-
-    trains: ClassVar[bool] = True
-
-    epochs: float = option(3.0, "How often training goes through the data.")
-    steps: int | None = option(None, "Optimiser steps, instead of epochs.")
-    lr: float = option(1e-3, "Learning rate of AdamW.")
-    weight_decay: float = option(0.0, "Weight decay of AdamW.")
-    schedule: Schedule = option("linear", "Learning rate over time: constant, linear or cosine (to zero).")
-    clip: float | None = option(1.0, "Largest gradient norm.")
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise UsageError(f"{self.name}: steps is {self.steps}, but must be at least 1.")
-        for name in ("lr",) if self.steps is not None else ("epochs", "lr"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{self.name}: {name} is {getattr(self, name)}, but must be positive.")
-        if self.schedule not in get_args(Schedule):
-            raise UsageError(f"{self.name}: schedule is '{self.schedule}'; it can be {', '.join(get_args(Schedule))}.")
-
-    def plan(self) -> Plan:
-        """The options as a plan for `surgeon.fit`."""
-        return Plan(self.epochs, self.steps, self.lr, self.weight_decay, self.schedule, self.clip)
+def _paths(sites: Iterable[FFN | LinearSite | MoESite], rejected: Iterable[Rejection]) -> list[str]:
+    """The paths of all candidates, each once."""
+    return list(dict.fromkeys([*(site.path for site in sites), *(rejection.path for rejection in rejected)]))
 
 
 def _words(error: Exception) -> str:

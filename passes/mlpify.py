@@ -15,13 +15,15 @@ from torch.fx import GraphModule, Node
 
 from surgeon.batch import Batch
 from surgeon.errors import UsageError
-from surgeon.fit import fit, real_tokens
+from surgeon.fit import fit
 from surgeon.fused import fused_parts
 from surgeon.graph import TracedGraph, aten, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.linear import Linear
-from surgeon.passes.base import FitContext, SiteKind, TrainedPass, option
+from surgeon.padding import real_tokens
+from surgeon.passes.base import FitContext, SiteKind, option
 from surgeon.passes.swap_activation import TARGETS
+from surgeon.passes.trained import TrainedPass
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import Capture, emit, emit_dropout, erase_unread, get_attr, replace_value
 from surgeon.search import find_linear_sites
@@ -39,6 +41,8 @@ _NAMES = {
 _MOST_PARTS = max(_NAMES)
 # What wider hidden layers are a multiple of.
 _MULTIPLE = 8
+# A single neuron passes nothing on of one sign.
+_FEWEST = 2
 # Batches whose outputs the start is computed from.
 _START_BATCHES = 16
 # E|z|³ / E z⁴ of a standard normal z: the factor that brings z·|z| nearest to z.
@@ -95,14 +99,14 @@ class ReplacementMLP(nn.Module):
         share = 1e-3 * covariance.trace() / prior.trace().clamp_min(1e-30) + 1e-12
         values, vectors = torch.linalg.eigh(covariance + share * prior)
         count = min(self.fc1.out_features // 2, *rows.shape)
-        directions = vectors[:, -count:]
+        directions = vectors[:, vectors.shape[1] - count :]
         into, shift = directions.t() @ rows, directions.t() @ offset
         # The weights of both linears get the same size.
         size = into.norm(dim=1)
         scale = size.clamp_min(1e-6 * float(size.max()) + 1e-30).sqrt()
         first, shift, out = into / scale[:, None], shift / scale, directions * scale
         if self.activation == "relu2":
-            spread = values[-count:].clamp_min(1e-12 * float(values[-1]) + 1e-30).sqrt() / scale
+            spread = values[len(values) - count :].clamp_min(1e-12 * float(values[-1]) + 1e-30).sqrt() / scale
             out = out * _SQUARE_TO_LINEAR / spread
         self.fc1.weight[: 2 * count] = torch.cat([first, -first]).to(self.fc1.weight)
         self.fc1.bias[: 2 * count] = torch.cat([shift, -shift]).to(self.fc1.bias)
@@ -159,8 +163,10 @@ class Mlpify(TrainedPass[LinearSite]):
         for part in self._parts(site):
             if self.kind == "residual" and site.d_in != len(part):
                 return f"a residual needs an output as wide as the input, and this is {site.d_in}→{len(part)}"
-            if self.hidden_width(site.d_in, len(part)) < 1:
-                return f"a replacement of equal cost for {site.d_in}→{len(part)} has no neuron"
+            width = self.hidden_width(site.d_in, len(part))
+            if width < _FEWEST:
+                found = "one neuron" if width else "no neuron"
+                return f"a replacement of equal cost for {site.d_in}→{len(part)} has {found}"
         return None
 
     def hidden_width(self, d_in: int, d_out: int) -> int:

@@ -25,7 +25,8 @@ from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.selection import RULES
 from surgeon.moe import MoE, find_moes, set_tau
 from surgeon.neuron_split import Split, split_neurons
-from surgeon.passes.base import FitContext, PerSite, SiteKind, TrainedPass, for_site, option
+from surgeon.passes.base import FitContext, PerSite, SiteKind, for_site, option
+from surgeon.passes.trained import TrainedPass
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import replace_call
 from surgeon.router_fitting import by_trunk, fit_from_neurons, running_at, train_routers
@@ -71,6 +72,8 @@ class Moeify(TrainedPass[FFN]):
     makes: ClassVar[SiteKind | None] = "moe"
     must_precede: ClassVar[frozenset[str]] = frozenset({"lower"})
     preserves: ClassVar[bool] = True
+    optional: ClassVar[bool] = True
+    for_training: ClassVar[frozenset[str]] = frozenset({"exposure", "underestimate"})
     untrained: ClassVar[str] = (
         "The routers were not trained: every expert runs and the output is unchanged. To make it cheaper, run again "
         "with --data, then set tau."
@@ -119,9 +122,8 @@ class Moeify(TrainedPass[FFN]):
     lr: float = option(1e-3, "Learning rate of AdamW for the routers.")
 
     def __post_init__(self) -> None:
-        if self._trains_routers:
-            super().__post_init__()
-        elif self.router != "neurons":
+        super().__post_init__()
+        if not self.optimises and self.router != "neurons":
             raise UsageError("moeify: epochs is 0, which leaves a router random unless router is neurons.")
         if self.experts is not None and self.expert_size is not None:
             raise UsageError("moeify: give experts or expert_size, not both.")
@@ -143,9 +145,6 @@ class Moeify(TrainedPass[FFN]):
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise UsageError(f"moeify: {name} is '{getattr(self, name)}'; it can be {', '.join(known)}.")
-        for name, default in (("exposure", 0.0), ("underestimate", 1.0)):
-            if getattr(self, name) != default and not self._trains_routers:
-                raise UsageError(f"moeify: {name} is for the training of routers, and epochs is 0.")
         if self.underestimate != 1.0 and self.objective == "activation":
             raise UsageError(
                 "moeify: underestimate weighs errors of regression, and the objective activation has none."
@@ -239,8 +238,8 @@ class Moeify(TrainedPass[FFN]):
         if self.router == "neurons":
             for part in parts.values():
                 of_part = {moe: inputs[moe] for moe in part}
-                fit_from_neurons(graph, of_part, self.objective, context.data, context.settings)
-        if not self._trains_routers:
+                fit_from_neurons(graph, of_part, context.data, context.settings)
+        if not self.optimises:
             return FitReport(0, 0.0, 0.0, ())
         if self.exposure:
             # Not the inputs in the model as it was, but those in the model as it will run.
@@ -279,10 +278,6 @@ class Moeify(TrainedPass[FFN]):
                 "the quality drops. To save more, run swap-activation and sparsify (with --data) first."
             )
         return tuple(notes)
-
-    @property
-    def _trains_routers(self) -> bool:
-        return self.epochs != 0 or self.steps is not None
 
     def _parts(self, layers: Mapping[MoE, str]) -> dict[str, list[MoE]]:
         """The layers, given with their paths, whose routers are fitted together, by the name of the fit."""

@@ -13,18 +13,23 @@ from torch.fx import GraphModule
 from surgeon.batch import Batch, Data
 from surgeon.errors import UsageError
 from surgeon.finetuning import finetune
-from surgeon.fit import Settings, real_tokens
+from surgeon.fit import Settings
 from surgeon.graph import TracedGraph
 from surgeon.moe import MoE, MoESite, find_moes
-from surgeon.passes.base import FitContext, SiteKind, TrainedPass, option
+from surgeon.padding import real_tokens
+from surgeon.passes.base import FitContext, SiteKind, option
+from surgeon.passes.trained import FineTunedPass
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import own_parameters
 from surgeon.routing import Objective, router_loss, target
 from surgeon.sites import Rejection
 
+# What the routers go on learning, whatever they were fitted to: the rules compare scores of one token only.
+_OBJECTIVE: Objective = "relative"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Recover(TrainedPass[MoESite]):
+class Recover(FineTunedPass[MoESite]):
     """Fine-tune with experts skipped, so that those that run make up for those that do not.
 
     Every step draws a tau up to the given one. Selection itself gets no gradient; the routers go on learning the norms
@@ -34,23 +39,17 @@ class Recover(TrainedPass[MoESite]):
     name: ClassVar[str] = "recover"
     works_on: ClassVar[SiteKind] = "moe"
     must_precede: ClassVar[frozenset[str]] = frozenset({"lower"})
+    preserves: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
 
     tau: float = option(0.3, "The largest tau that the model is trained at; its own tau stays.")
-    distill: float = option(
-        0.0,
-        "Share of the loss that is divergence from the model before the first pass of this run (a saved surgery, if it "
-        "goes on from one), in place of the task's loss.",
-    )
     router_weight: float = option(0.1, "Weight of the routers' loss beside the model's.")
     epochs: float = option(1.0, "How often fine-tuning goes through the data.")
-    lr: float = option(2e-5, "Learning rate of AdamW for all parameters.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tau", "distill"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UsageError(f"recover: {name} is {getattr(self, name)}, but must be from 0 to 1.")
+        if not 0.0 <= self.tau <= 1.0:
+            raise UsageError(f"recover: tau is {self.tau}, but must be from 0 to 1.")
         if self.router_weight < 0:
             raise UsageError(f"recover: router_weight is {self.router_weight}, but must not be negative.")
 
@@ -78,6 +77,7 @@ class Recover(TrainedPass[MoESite]):
     def fit(self, context: FitContext[MoESite]) -> FitReport | None:
         """Train all parameters for the task, at a tau drawn anew in every step; the layers' own tau is put back."""
         graph = context.graph
+        # `finetune` does so too, but after the first tau is drawn, which must not be set in the graph this came from.
         own_parameters(graph)
         chosen = {change.path for _, change in context.changes}
         sites = [site for site in find_moes(graph) if site.path in chosen]
@@ -94,13 +94,12 @@ class Recover(TrainedPass[MoESite]):
             losses = []
             for path, names in inputs.items():
                 moe = layer(path)
-                objective: Objective = "relative"
                 for name in names:
                     x = real_tokens(batch, values[name]).detach()
                     with torch.no_grad():
-                        wanted = target(objective, x, moe.routed, moe.activation)
+                        wanted = target(_OBJECTIVE, x, moe.routed, moe.activation)
                         scale = moe.router(x).amax(-1, keepdim=True).clamp_min(1e-6)
-                    losses.append(router_loss(objective, moe.router(x) / scale, wanted))
+                    losses.append(router_loss(_OBJECTIVE, moe.router(x) / scale, wanted))
             mean = torch.stack(losses).mean()
             drawn.draw(done)
             return self.router_weight * mean, {"router loss": mean.item()}

@@ -16,20 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from surgeon.batch import Batch, Data
-from surgeon.calibration import SPARSITY_TOKENS, collect
+from surgeon.batch import Batch
+from surgeon.calibration import layer_sparsity
 from surgeon.errors import UsageError
 from surgeon.finetuning import finetune
-from surgeon.fit import real_tokens
 from surgeon.graph import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.passes.base import FitContext, PerSite, SiteKind, TrainedPass, for_site, option
+from surgeon.padding import real_tokens
+from surgeon.passes.base import FitContext, PerSite, SiteKind, for_site, option
+from surgeon.passes.trained import FineTunedPass
 from surgeon.probe import HALVES, Halves
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import set_path
 from surgeon.search import find_ffns
-from surgeon.sites import FFN, PROJECTION_MLP, Rejection
-from surgeon.sparsity import PENALTIES, AlphaControl, Penalty, Sparsity, active_share
+from surgeon.sites import FFN, Rejection
+from surgeon.sparsity import PENALTIES, AlphaControl, Penalty, active_share
 
 AlphaSchedule = Literal["constant", "linear", "linear_warmup"]
 _SHOWN = {"hoyer": "square Hoyer", "l1": "L1"}
@@ -82,7 +83,7 @@ class SparsityTap(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sparsify(TrainedPass[FFN]):
+class Sparsify(FineTunedPass[FFN]):
     """Put a sparsity tap on each FFN's activation and fine-tune for task and sparsity (D2DMoE, section 3.1).
 
     Without data the taps are put in and nothing is trained: the output is unchanged.
@@ -108,14 +109,8 @@ class Sparsify(TrainedPass[FFN]):
         "Share of neurons that should be active (above a hundredth of the token's largest); finds the weight for each "
         "layer, instead of alpha_schedule.",
     )
-    distill: float = option(
-        0.0,
-        "Share of the loss that is divergence from the model before the first pass of this run (a saved surgery, if it "
-        "goes on from one), in place of the task's loss.",
-    )
     displacement: float = option(-10.0, "D: pre-activations below it count as zero where the activation leaves none.")
     epochs: float = option(3.0, "How often fine-tuning goes through the data.")
-    lr: float = option(2e-5, "Learning rate of AdamW for all parameters.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,8 +124,6 @@ class Sparsify(TrainedPass[FFN]):
                 raise UsageError(f"sparsify: target is {value}, but must be a share between 0 and 1.")
         if self.target is not None and self.alpha == 0:
             raise UsageError("sparsify: with a target, alpha is where its search starts and must be positive.")
-        if not 0.0 <= self.distill <= 1.0:
-            raise UsageError(f"sparsify: distill is {self.distill}, but must be from 0 to 1.")
 
     def keeps_output(self, fitted: bool) -> bool:
         return not fitted
@@ -145,7 +138,7 @@ class Sparsify(TrainedPass[FFN]):
         found = site.nonlinearity
         tap = SparsityTap(
             found.activation, found.fused, site.hidden, found.input_scale, self.displacement,
-            projection=site.path.rpartition(".")[2].startswith(PROJECTION_MLP),
+            projection=site.is_projection,
         )  # fmt: skip
         target = free_target(graph, site.path, "hoyer")
         graph.add_submodule(target, tap)
@@ -173,11 +166,15 @@ class Sparsify(TrainedPass[FFN]):
     def fit(self, context: FitContext[FFN]) -> FitReport | None:
         """Fine-tune all parameters with task loss + Σ over layers of alpha / L · mean over tokens of the penalty."""
         graph, data = context.graph, context.data
+        # An earlier sparsify may have left taps on other sites.
+        sites = {change.made: site.path for site, change in context.changes}
         taps: dict[str, SparsityTap] = {}
+        paths: dict[str, str] = {}
         for node in graph.graph.nodes:
-            if node.op == "call_module" and isinstance(tap := graph.get_submodule(str(node.target)), SparsityTap):
-                taps[node.name] = tap
-        paths = {node.name: str(node.target).rpartition(".")[0] for node in graph.graph.nodes if node.name in taps}
+            if node.op == "call_module" and node.target in sites:
+                tap = graph.get_submodule(str(node.target))
+                assert isinstance(tap, SparsityTap)
+                taps[node.name], paths[node.name] = tap, sites[node.target]
         # Feed-forward layers and replaced projections are averaged apart, both with the same weight.
         groups = Counter(tap.projection for tap in taps.values())
         shares = torch.tensor([1.0 / groups[tap.projection] for tap in taps.values()])
@@ -203,7 +200,8 @@ class Sparsify(TrainedPass[FFN]):
                 "active": float(active_now.mean()),
             }
 
-        before_training = self._sparsity(graph, taps, data)
+        tapped = [site for site in find_ffns(graph)[0] if site.path in sites.values()]
+        before_training = layer_sparsity(graph, tapped, data)
         report = finetune(
             graph,
             data,
@@ -215,8 +213,8 @@ class Sparsify(TrainedPass[FFN]):
             distill=self.distill,
             stateful=() if control is None else (control,),
         )
-        after_training = self._sparsity(graph, taps, data)
-        sparsity = {paths[name]: (before_training[name], after_training[name]) for name in taps}
+        after_training = layer_sparsity(graph, tapped, data)
+        sparsity = {path: (before_training[path], after_training[path]) for path in before_training}
         return dataclasses.replace(report, sparsity=sparsity)
 
     def finish(
@@ -242,13 +240,7 @@ class Sparsify(TrainedPass[FFN]):
     def _control(self, paths: Sequence[str]) -> AlphaControl | None:
         if self.target is None:
             return None
-        # A layer without a target keeps what activity it has: its weight only ever falls.
-        targets = [for_site(self.target, path) or 1.0 for path in paths]
-        return AlphaControl(targets, self.alpha)
-
-    def _sparsity(self, graph: TracedGraph, taps: dict[str, SparsityTap], data: Data) -> dict[str, Sparsity]:
-        values = collect(graph, taps, data, tokens=SPARSITY_TOKENS)
-        return {name: Sparsity.of(tap.activations(values[name])) for name, tap in taps.items()}
+        return AlphaControl([for_site(self.target, path) for path in paths], self.alpha)
 
     def _alpha(self, done: float) -> float:
         if self.alpha_schedule == "linear":

@@ -13,7 +13,8 @@ from surgeon.calibration import layer_sparsity
 from surgeon.errors import UsageError
 from surgeon.finetuning import finetune
 from surgeon.graph import TracedGraph, aten, shape_of
-from surgeon.passes.base import FitContext, PerSite, SiteKind, TrainedPass, for_site, option
+from surgeon.passes.base import FitContext, PerSite, SiteKind, for_site, option
+from surgeon.passes.trained import FineTunedPass
 from surgeon.probe import HALVES, OTHER
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import emit, emit_dropout, erase_unread
@@ -31,7 +32,7 @@ TARGETS: dict[str, Callable[[Emit, Node], Node]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwapActivation(TrainedPass[FFN]):
+class SwapActivation(FineTunedPass[FFN]):
     """Replace each FFN's activation by ReLU, the gate's in a gated FFN (D2DMoE, section 3.1).
 
     This changes what the model computes: fine-tune afterwards, here with epochs above 0, or with sparsify.
@@ -41,6 +42,7 @@ class SwapActivation(TrainedPass[FFN]):
     works_on: ClassVar[SiteKind] = "ffn"
     must_precede: ClassVar[frozenset[str]] = frozenset({"sparsify", "moeify", "lower"})
     preserves: ClassVar[bool] = False
+    optional: ClassVar[bool] = True
     untrained: ClassVar[str] = (
         "Nothing was fine-tuned: the model has not recovered from its new activation. It does with epochs above 0 and "
         "--data, or in a sparsify that follows."
@@ -48,25 +50,16 @@ class SwapActivation(TrainedPass[FFN]):
 
     to: PerSite[str] = option("relu", "The new activation: relu, relu2, gelu or silu.")
     epochs: float = option(0.0, "How often recovery training, if any, goes through the data.")
-    lr: float = option(2e-5, "Learning rate of AdamW for all parameters.")
-    distill: float = option(
-        0.0,
-        "Share of the loss that is divergence from the model before the first pass of this run (a saved surgery, if it "
-        "goes on from one), in place of the task's loss.",
-    )
 
     def __post_init__(self) -> None:
-        if self.will_fit:
-            super().__post_init__()
+        super().__post_init__()
         for to in self.to.values() if isinstance(self.to, dict) else [self.to]:
             if to not in TARGETS:
                 raise UsageError(f"swap-activation: to is '{to}', but must be one of {', '.join(TARGETS)}.")
-        if not 0.0 <= self.distill <= 1.0:
-            raise UsageError(f"swap-activation: distill is {self.distill}, but must be from 0 to 1.")
 
     @property
     def will_fit(self) -> bool:
-        return self.epochs != 0 or self.steps is not None
+        return self.optimises
 
     def find(self, graph: GraphModule) -> tuple[Sequence[FFN], list[Rejection]]:
         return find_ffns(graph)

@@ -258,6 +258,8 @@ def _record(surgery: Surgery, model: Path) -> dict[str, Any]:
             "passes": [{"name": report.name, "options": dict(report.options)} for report in reports],
             "seed": surgery.seed,
             "data": surgery.data,
+            # Of a surgery that goes on from a saved one without data: of what that one was made with.
+            "fingerprint": surgery.fingerprint or (None if first is None else first["recipe"].get("fingerprint")),
         },
         "trace": {
             "form": info.form,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from surgeon.batch import Batch, Data
-from surgeon.fit import real_tokens
+from surgeon.padding import real_tokens, warn_of_masks
 from surgeon.report import Progress
 from surgeon.rewrite import Capture
 from surgeon.sites import FFN
@@ -43,11 +43,12 @@ def collect(
     inner = Capture(graph, names).eval()
     device = next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    enough = 0
+    enough, warned = 0, False
     with torch.no_grad():
         for item in data.train:
             batch = Batch.from_any(item).to(device)
             _, values = inner(*batch.args, **batch.kwargs)
+            warned = warned or warn_of_masks(batch, [value.shape[:-1] for value in values.values()])
             for name in names:
                 found[name].append(real_tokens(batch, values[name]))
             enough = min(sum(len(part) for part in parts) for parts in found.values())

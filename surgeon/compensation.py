@@ -7,6 +7,7 @@ addition of vectors for each call and layer, and goes when tau is set anew, whic
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.fx import Node
 
 from surgeon.batch import Batch
 from surgeon.cost import ExpertMeter
-from surgeon.errors import UsageError
+from surgeon.errors import DataError, UsageError
 from surgeon.graph import TracedGraph, aten
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.torch_backend import hidden, keep_selected
@@ -35,13 +36,17 @@ def compensate(graph: TracedGraph, batches: Iterable[Any]) -> list[str]:
         The paths of the layers.
 
     Raises:
-        UsageError: the graph has no experts, or they are not lowered.
+        UsageError: the graph has no experts, or they are not lowered. DataError: there are no batches.
     """
     sites = find_moes(graph)
     if not sites:
         raise UsageError("The graph has no experts, so nothing is skipped. Apply moeify first.")
     if any(site.form == "module" for site in sites):
         raise UsageError("Compensation works on lowered experts: apply lower first.")
+    rest = iter(batches)
+    first = next(rest, None)
+    if first is None:
+        raise DataError("There is no data to take the mean of what is skipped over: the batches are empty.")
     for site in sites:
         _buffer(graph, site).zero_()
     sums: dict[str, Tensor] = {}
@@ -54,7 +59,7 @@ def compensate(graph: TracedGraph, batches: Iterable[Any]) -> list[str]:
             sums[site.path] = sums.get(site.path, torch.zeros_like(skipped)) + skipped
 
         meter.on_tokens = add
-        for _ in run_batches(meter, map(Batch.from_any, batches)):
+        for _ in run_batches(meter, map(Batch.from_any, chain([first], rest))):
             pass
     with torch.no_grad():
         for site in sites:

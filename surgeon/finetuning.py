@@ -12,9 +12,10 @@ from torch.fx import GraphModule
 from surgeon.agreement import run
 from surgeon.batch import Batch, Data
 from surgeon.errors import UsageError
-from surgeon.fit import Plan, Settings, Stateful, fit, loss_of, real_tokens
+from surgeon.fit import Plan, Settings, Stateful, fit, loss_of
 from surgeon.graph import TracedGraph
 from surgeon.losses import logits_of
+from surgeon.padding import real_tokens
 from surgeon.report import FitReport
 from surgeon.rewrite import Capture, own_parameters
 

@@ -204,32 +204,6 @@ def loss_of(graph: GraphModule, data: Data) -> Loss:
     return task_loss(task)
 
 
-def token_mask(batch: Batch, lead: Sequence[int]) -> Tensor | None:
-    """Which tokens are real, for values of leading dimensions `lead`: the batch's mask of that shape.
-
-    A mask is a keyword input [B, T] whose name ends in `attention_mask` (Hugging Face: 1 for a real token) or in
-    `key_padding_mask` (`torch.nn.Transformer`: True, or -inf, for padding). Any other padding counts as tokens.
-
-    None if no mask fits, or if every token is real. A mask also fits values whose tokens were flattened.
-    """
-    masks = [
-        value.bool() if name.endswith("attention_mask") else value == 0
-        for name, value in batch.kwargs.items()
-        if name.endswith(("attention_mask", "key_padding_mask")) and isinstance(value, Tensor)
-    ]
-    for mask in sorted(masks, key=lambda mask: tuple(mask.shape) != tuple(lead)):
-        if mask.dim() == 2 and (tuple(mask.shape) == tuple(lead) or list(lead) == [mask.numel()]):
-            real = mask.reshape(tuple(lead))
-            return None if bool(real.all()) else real
-    return None
-
-
-def real_tokens(batch: Batch, values: Tensor) -> Tensor:
-    """[..., d] → [N, d]: the values of the tokens that are not padding."""
-    mask = token_mask(batch, values.shape[:-1])
-    return values.flatten(0, -2) if mask is None else values[mask]
-
-
 def _batches(data: Data, skip: int, total: int) -> Iterator[Batch]:
     """Batches of epoch after epoch. The first `skip` are drawn and dropped, so that a resumed fit sees the rest."""
     position = 0

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-import surgeon.kernels.dynamic_k
-import surgeon.kernels.selection  # noqa: F401  (both register ops)
+import surgeon.kernels.dynamic_k  # noqa: F401  (registers the ops)
 from surgeon.errors import UsageError
 from surgeon.graph import aten, is_call, tensor_key, tensor_of
 from surgeon.kernels.selection import check_rule
@@ -34,9 +33,10 @@ selection_threshold = torch.ops.surgeon.selection_threshold.default
 class MoE(nn.Module):
     """A feed-forward layer split into experts of equal size, in ordinary trainable torch code.
 
-    Every expert is computed and those whose score is below tau times the token's largest score are masked out, so this
-    module costs what the dense layer does; `lower` replaces it by an op that skips them. With tau = 0 every expert
-    counts and the output is the dense layer's.
+    Every expert is computed and those that the rule leaves out at tau are masked out, so this module costs what the
+    dense layer does; `lower` replaces it by an op that skips them. With tau = 0 every expert counts and the output is
+    the dense layer's. The rule, one of `kernels.selection.RULES`, is "max" at first: left out is what scores below tau
+    times the token's largest score.
 
     The first `shared` experts always run and the router scores the others.
 

@@ -47,7 +47,7 @@ class Surgery:
     graph: the rewritten graph, called with the model's own arguments. reports: one per pass, in order.
     inputs: the example inputs it was verified with. snapshots: the graph before the first and after every pass.
     earlier: the passes that had been run before, if the graph came from a saved surgery. quality: of the model before
-    and after, and the fingerprint of the data it was measured on; None if it was not.
+    and after, and the fingerprint of the data it was measured on; None if it was not. fingerprint: of `data`.
     """
 
     graph: TracedGraph
@@ -59,6 +59,7 @@ class Surgery:
     origin: Origin = field(default_factory=Origin)
     earlier: tuple[PassDiff, ...] = ()
     quality: tuple[Quality, Quality, str] | None = None
+    fingerprint: str | None = None
 
     def diff(self) -> Diff:
         """What each pass changed, those of an earlier surgery included; printable."""
@@ -150,6 +151,7 @@ class Pipeline:
         if origin is None:
             origin = Origin(config=getattr(model, "config", None))
         surgery = Surgery(graph, [], inputs, [snapshot(graph)], seed, given.description if given else None, origin)
+        surgery.fingerprint = given.fingerprint if given else None
         surgery.earlier = graph.meta.get("earlier_passes", ())
         original = fork(graph).eval()
         for number, one in enumerate(self.passes):

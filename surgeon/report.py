@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from surgeon.sites import PROJECTION_MLP
 from surgeon.sparsity import Sparsity
 
 
@@ -152,8 +153,10 @@ def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
     ratios: dict[str, float] = {}
     for change in (site for report in reports for site in report.sites if site.made and site.made not in found):
         before, after = change.multiply_adds
-        within = (ratio for made, ratio in ratios.items() if f"{change.path}.".startswith(f"{made}."))
-        dense = before * next(within, 1.0)
+        within, _, name = change.path.rpartition(".")
+        # The parts of a fused layer are recorded by the module that holds them, and other layers may stand in it too.
+        made = within if change.path not in ratios and name.startswith(PROJECTION_MLP) else change.path
+        dense = before * ratios.get(made, 1.0)
         found[change.made] = dense
         ratios[change.made] = dense / after if after else 1.0
     return found

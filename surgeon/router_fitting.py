@@ -12,9 +12,10 @@ from torch import Tensor
 
 from surgeon.batch import Batch, Data
 from surgeon.calibration import collect_calls
-from surgeon.fit import Plan, Settings, fit, real_tokens
+from surgeon.fit import Plan, Settings, fit
 from surgeon.graph import TracedGraph
 from surgeon.moe import MoE
+from surgeon.padding import real_tokens
 from surgeon.report import FitReport
 from surgeon.rewrite import Capture
 from surgeon.routing import Objective, fit_closed_form, router_loss, target
@@ -34,8 +35,8 @@ def by_trunk(layers: Iterable[MoE]) -> list[list[MoE]]:
     return list(groups.values())
 
 
-def fit_from_neurons(graph: TracedGraph, inputs: Inputs, objective: Objective, data: Data, settings: Settings) -> None:
-    """Fit every router in closed form from its layer's own neurons (`surgeon.routing.fit_closed_form`).
+def fit_from_neurons(graph: TracedGraph, inputs: Inputs, data: Data, settings: Settings) -> None:
+    """Fit every router in closed form from its layer's own neurons (`surgeon.routing.fit_closed_form`), to be relative.
 
     A layer that is executed several times is fitted on the inputs of all its executions.
 
@@ -51,7 +52,7 @@ def fit_from_neurons(graph: TracedGraph, inputs: Inputs, objective: Objective, d
                 [moe.router for moe in group],
                 values[place],
                 [(moe.routed, moe.activation) for moe in group],
-                objective,
+                "relative",
             )
 
 

@@ -35,6 +35,8 @@ _OUTPUT: dict[Output, tuple[Any, ...]] = {
 }
 # Neurons among which forward selection chooses: its cost grows with their square.
 _CANDIDATES = 2048
+# Of the ridge regression, relative to the mean square of the features.
+_RIDGE = 1e-3
 
 
 class Router(nn.Module):
@@ -149,7 +151,6 @@ def fit_closed_form(
     x: Tensor,
     layers: Sequence[tuple[Experts, str]],
     objective: Objective,
-    ridge: float = 1e-3,
 ) -> None:
     """Set the weights of routers that share a trunk without training: neurons as features, then ridge regression.
 
@@ -160,7 +161,6 @@ def fit_closed_form(
         routers: with biases and ReLU; all with the same fc1. layers: (weights, activation) of each, in the same order.
         x: [N, d_in] inputs of the layers; some thousands.
         objective: what to predict.
-        ridge: relative to the mean square of the features.
     """
     trunk = routers[0].fc1
     assert trunk.bias is not None
@@ -177,7 +177,7 @@ def fit_closed_form(
         trunk.bias.copy_(bias[chosen])
         inputs = F.pad(features[:, chosen], (0, 1), value=1.0)
         gram = inputs.t() @ inputs
-        gram.diagonal()[:-1].add_(ridge * gram.diagonal()[:-1].mean().clamp_min(1e-12))
+        gram.diagonal()[:-1].add_(_RIDGE * gram.diagonal()[:-1].mean().clamp_min(1e-12))
         for router, labels_of in zip(routers, wanted, strict=True):
             solution = torch.linalg.lstsq(gram, inputs.t() @ labels_of.double()).solution
             router.fc2.weight.copy_(solution[:-1].t())
@@ -208,12 +208,14 @@ def _forward_selection(features: Tensor, labels: Tensor, count: int) -> Tensor:
         usable = free & (remaining > 1e-6 * scale)
         gain = torch.where(usable, cross.square().sum(1) / remaining.clamp_min(1e-12), -1.0)
         best = int(gain.argmax())
+        if not bool(usable[best]):
+            break
         free[best] = False
         chosen.append(best)
-        if not bool(usable[best]):
-            continue
         column = gram[best] / remaining[best]
         cross = cross - torch.outer(column, cross[best])
         gram = gram - torch.outer(column, gram[best])
-    # Fewer neurons than asked for: the rest of the trunk repeats the first, and the ridge shares its weight out.
+    # Fewer neurons than asked for: the rest of the trunk repeats the first, and the ridge shares its weight out. Where
+    # not one neuron ever fires it does not matter which are taken.
+    chosen = chosen or [0]
     return candidates[(chosen * (count // len(chosen) + 1))[:count]]

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.linear import find_linears
 from surgeon.moe import MoE, find_moes
-from surgeon.sites import FFN, PROJECTION_MLP
+from surgeon.sites import FFN
 
 
 def trunk_groups(graph: GraphModule, sites: Sequence[FFN]) -> list[list[FFN]]:
@@ -25,7 +25,7 @@ def trunk_groups(graph: GraphModule, sites: Sequence[FFN]) -> list[list[FFN]]:
     linears |= {node for moe in find_moes(graph) for node in moe.nodes}
     groups: dict[object, list[FFN]] = defaultdict(list)
     for site in sites:
-        if site.path.rpartition(".")[2].startswith(PROJECTION_MLP):
+        if site.is_projection:
             call = site.calls[0]
             groups[call.x, _meeting_point(call.output, linears, order)].append(site)
         else:

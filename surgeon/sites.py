@@ -95,6 +95,11 @@ class FFN:
         return self.nonlinearity.gated
 
     @property
+    def is_projection(self) -> bool:
+        """Whether it stands in for a linear layer, such as an attention projection (`passes.mlpify`)."""
+        return self.path.rpartition(".")[2].startswith(PROJECTION_MLP)
+
+    @property
     def fused(self) -> Halves | None:
         """Which outputs of the single first linear are the gate; None if gate and up are two layers."""
         return self.nonlinearity.fused

@@ -76,10 +76,11 @@ class AlphaControl:
     _SMOOTHING = 0.9
     _LIMITS = (-18.0, 2.0)  # of the logarithm
 
-    def __init__(self, targets: Sequence[float], start: float) -> None:
-        """Control one layer to each of `targets`, in (0, 1], from the weight `start` on."""
+    def __init__(self, targets: Sequence[float | None], start: float) -> None:
+        """Control one layer to each of `targets`, in (0, 1], from the weight `start` on; with None the weight is 0."""
         layers = len(targets)
-        self._target = torch.tensor(targets).log()
+        self._aimed = torch.tensor([target is not None for target in targets])
+        self._target = torch.tensor([1.0 if target is None else target for target in targets]).log()
         self._first: Tensor | None = None
         self._smooth = torch.zeros(layers)
         self._integral = torch.full((layers,), start).log()
@@ -108,4 +109,4 @@ class AlphaControl:
     @property
     def alphas(self) -> Tensor:
         """The weights now, [layers]."""
-        return (self._integral + self._proportional).exp()
+        return (self._integral + self._proportional).exp() * self._aimed

@@ -10,15 +10,16 @@ from itertools import product
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from surgeon.batch import Batch
 from surgeon.cost import ExpertMeter, LayerRun, clock, measure
 from surgeon.errors import UsageError
-from surgeon.fit import token_mask
 from surgeon.inputs import as_args_kwargs
 from surgeon.losses import Quality, quality
 from surgeon.moe import Knobs, find_moes, get_knobs, set_knobs, set_rule, set_tau
+from surgeon.padding import token_mask
 from surgeon.report import Progress
 
 RouterChoice = Literal["own", "oracle"]
@@ -148,11 +149,16 @@ def knobs_restored(graph: GraphModule) -> Iterator[Knobs]:
 
 
 def run_batches(meter: ExpertMeter, batches: Iterable[Batch]) -> Iterable[tuple[Batch, Any]]:
-    """Every batch with the model's output for it, while the meter counts the tokens that are not padding."""
+    """Every batch, on the graph's device, with the output for it; the meter counts the tokens that are not padding."""
+    device = _device_of(meter.module)
     with torch.no_grad():
-        for batch in batches:
+        for batch in (one.to(device) for one in batches):
             meter.token_mask = lambda lead, batch=batch: token_mask(batch, lead)
             yield batch, meter.call(batch.args, batch.kwargs)
+
+
+def _device_of(graph: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
 
 
 def executed_share(layers: Mapping[str, LayerRun]) -> float:
@@ -191,7 +197,8 @@ def time_settings(
 ) -> list[float]:
     """Median milliseconds of a call with each choice made before it, all choices in turn, again and again."""
     times: list[list[float]] = [[] for _ in choices]
-    device = next(iter((*batch.args, *batch.kwargs.values()))).device
+    device = _device_of(graph)
+    batch = batch.to(device)
     with torch.no_grad():
         for _ in range(repeats + 1):
             for found, choose in zip(times, choices, strict=True):

@@ -12,33 +12,36 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, permutations
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
 from surgeon.batch import Batch
 from surgeon.cost import ExpertMeter, LayerRun, measure
-from surgeon.errors import UsageError
-from surgeon.fit import real_tokens
+from surgeon.errors import DataError, UsageError
 from surgeon.inputs import as_args_kwargs
 from surgeon.losses import logits_of
 from surgeon.moe import find_moes, set_tau
+from surgeon.padding import real_tokens
 from surgeon.report import Progress
 from surgeon.sweep import knobs_restored, run_batches, time_settings
 
 Metric = Literal["flops", "ms"]
 
 # One tau for all layers: where damage and cost are measured first.
-_PATH = (0.0, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
+_UNIFORM_TAUS = (0.0, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
 # Shares of the experts a layer is tried with, relative to what it has, at first and in later rounds.
 _TRIALS, _FINER = (0.6, 0.8, 1.25, 1.6), (0.8, 1.25)
 _ROUNDS = 3
+# Times the dense model's cost. With every expert a surgery costs a little more than the dense model.
+_LARGEST_BUDGET = 2.0
 # Numbers kept of the answers with every expert running: a quarter of a GiB. GPT-2's for 512 texts would take 13 GiB.
 _KEPT = 2**26
 
@@ -79,9 +82,23 @@ def tune(
         batches, inputs, dense, metric, progress: as in `Tuner`, which is for several budgets.
 
     Raises:
-        UsageError: the graph has no experts, or no tau is cheap enough; the message says what is.
+        UsageError: the graph has no experts; as `check_budget`; no tau is cheap enough, and the message says what is.
+        DataError: there are no batches.
     """
+    check_budget(budget)
     return Tuner(graph, batches, inputs=inputs, dense=dense, metric=metric, progress=progress).tune(budget)
+
+
+def check_budget(budget: float) -> None:
+    """Refuse what can be no share of the dense model's cost.
+
+    Raises:
+        UsageError: the budget is not positive, or so large that it must be a percentage or an absolute number.
+    """
+    if not budget > 0.0:
+        raise UsageError(f"The budget is {budget}, but must be a positive share of the dense model's cost.")
+    if budget > _LARGEST_BUDGET:
+        raise UsageError(f"The budget is {budget:g}, but is a share of the dense model's cost: 0.4 stands for 40%.")
 
 
 @dataclass(frozen=True)
@@ -123,14 +140,16 @@ class Tuner:
             metric: "flops" counts multiply-adds, "ms" measures time on this machine, of calls on the first batch.
 
         Raises:
-            UsageError: the graph has no experts.
+            UsageError: the graph has no experts. DataError: there are no batches, or nothing in them but padding.
         """
         if not find_moes(graph):
             raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
-        self.graph, self.metric, self.progress = graph, metric, progress
-        self.batches = [Batch.from_any(item) for item in batches]
-        self.paths = [site.path for site in find_moes(graph)]
-        self.done, self.total = 0, 0
+        self._graph, self._metric, self._progress = graph, metric, progress
+        self._batches = [Batch.from_any(item) for item in batches]
+        if not self._batches:
+            raise DataError("There is no data to tune on: the batches are empty.")
+        self._layers = [site.path for site in find_moes(graph)]
+        self._done, self._total = 0, 0
         with knobs_restored(graph):
             self._prepare(inputs, dense)
 
@@ -138,48 +157,50 @@ class Tuner:
         """Find the values for a budget, a share of the dense model's cost, and set them.
 
         Raises:
-            UsageError: no tau is cheap enough; the message says what is.
+            UsageError: as `check_budget`; no tau is cheap enough, and the message says what is.
         """
-        if not budget > 0.0:
-            raise UsageError(f"The budget is {budget}, but must be a positive share of the dense model's cost.")
-        self._expect(6 + len(self.paths) * (len(_TRIALS) + (_ROUNDS - 1) * len(_FINER)) + 2 * _ROUNDS)
-        with knobs_restored(self.graph):
+        check_budget(budget)
+        self._expect(6 + len(self._layers) * (len(_TRIALS) + (_ROUNDS - 1) * len(_FINER)) + 2 * _ROUNDS)
+        with knobs_restored(self._graph):
             tuned = self._search(budget)
-        set_tau(self.graph, tuned.taus)
+        set_tau(self._graph, tuned.taus)
         return tuned
 
     def _expect(self, trials: int) -> None:
-        self.done, self.total = 0, trials
+        self._done, self._total = 0, trials
 
     def _prepare(self, inputs: object, dense: float | None) -> None:
-        graph, metric, batches = self.graph, self.metric, self.batches
-        self._expect(len(_PATH))
+        graph, metric, batches = self._graph, self._metric, self._batches
+        self._expect(len(_UNIFORM_TAUS))
         set_tau(graph, 0.0)
         args, kwargs = as_args_kwargs(inputs)
         cost, layers = measure(graph, args, kwargs)
-        with torch.no_grad():
-            numbers = sum(_logits(graph(*b.args, **b.kwargs), b).numel() for b in batches)
-            self.every = max(1, math.ceil(numbers / _KEPT))
-            self.expected = [self._log_probabilities(graph(*b.args, **b.kwargs), b) for b in batches]
-        self.full = {path: float(layer.multiply_adds) for path, layer in layers.items()}
-        self.fixed = cost.multiply_adds - sum(self.full.values())
-        self.dense = float(cost.multiply_adds) if dense is None or metric == "ms" else dense
+        meter = ExpertMeter(graph)
+        numbers = sum(_logits(outputs, batch).numel() for batch, outputs in run_batches(meter, batches))
+        if not numbers:
+            raise DataError("There is no data to tune on: the batches hold padding only.")
+        self._every = max(1, math.ceil(numbers / _KEPT))
+        self._expected = [self._log_probabilities(outputs, batch) for batch, outputs in run_batches(meter, batches)]
+        self._full = {path: float(layer.multiply_adds) for path, layer in layers.items()}
+        self._fixed = cost.multiply_adds - sum(self._full.values())
+        self._dense = float(cost.multiply_adds) if dense is None or metric == "ms" else dense
         if metric == "ms":
             self._measure_time(dense)
-        self.path = [self._try(dict.fromkeys(self.paths, tau)) for tau in _PATH]
-        measured = list(zip(self.path, _PATH, strict=True))
-        self.curves = {name: _monotone((trial.shares[name], tau) for trial, tau in measured) for name in self.paths}
+        self._uniform_trials = [self._try(dict.fromkeys(self._layers, tau)) for tau in _UNIFORM_TAUS]
+        measured = list(zip(self._uniform_trials, _UNIFORM_TAUS, strict=True))
+        self._curves = {name: _monotone((trial.shares[name], tau) for trial, tau in measured) for name in self._layers}
 
     def _search(self, budget: float) -> Tuned:
-        path = self.path
-        if path[-1].cost > budget:
+        least = self._uniform_trials[-1]
+        if least.cost > budget:
             raise UsageError(
-                f"A budget of {budget:.0%} cannot be met: with hardly any experts (tau {_PATH[-1]:g}) the model still "
-                f"costs {path[-1].cost:.1%} of the dense one. The rest is not converted."
+                f"A budget of {budget:.0%} cannot be met: with hardly any experts (tau {_UNIFORM_TAUS[-1]:g}) the "
+                f"model still costs {least.cost:.1%} of the dense one. The rest is not converted."
             )
-        uniform = self._uniform(path, budget)
+        uniform = self._uniform(budget)
         best, rounds = uniform, 0
-        for number in range(_ROUNDS):
+        # Where every expert fits, there is nothing to move.
+        for number in range(_ROUNDS if any(uniform.taus.values()) else 0):
             moved = self._move(best, budget, _FINER if number else _TRIALS)
             if moved is None:
                 break
@@ -189,14 +210,14 @@ class Tuner:
             uniform.damage, rounds,
         )  # fmt: skip
 
-    def _uniform(self, path: Sequence[_Trial], budget: float) -> _Trial:
+    def _uniform(self, budget: float) -> _Trial:
         """The smallest single tau that meets the budget, by bisection."""
-        high = next(index for index, trial in enumerate(path) if trial.cost <= budget)
-        found = path[high]
-        low_tau, high_tau = _PATH[max(0, high - 1)], _PATH[high]
+        high = next(index for index, trial in enumerate(self._uniform_trials) if trial.cost <= budget)
+        found = self._uniform_trials[high]
+        low_tau, high_tau = _UNIFORM_TAUS[max(0, high - 1)], _UNIFORM_TAUS[high]
         for _ in range(6 if high else 0):
             middle = 0.5 * (low_tau + high_tau)
-            trial = self._try(dict.fromkeys(self.paths, middle))
+            trial = self._try(dict.fromkeys(self._layers, middle))
             if trial.cost <= budget:
                 found, high_tau = trial, middle
             else:
@@ -206,7 +227,7 @@ class Tuner:
     def _move(self, base: _Trial, budget: float, factors: Sequence[float]) -> _Trial | None:
         """Move cost between layers; None if no move brings the output nearer."""
         options: dict[str, list[tuple[float, float, float]]] = {}
-        for path in self.paths:
+        for path in self._layers:
             have = base.shares[path]
             options[path] = [(self._cost_of(path, have), 0.0, have)]
             for factor in factors:
@@ -215,10 +236,10 @@ class Tuner:
                 options[path].append(
                     (self._cost_of(path, trial.shares[path]), trial.damage - base.damage, trial.shares[path])
                 )
-        limit = budget * self.dense - self.fixed
+        limit = budget * self._dense - self._fixed
         for strength in (1.0, 0.5):
             shares = _allocate(options, limit)
-            wanted = {p: base.shares[p] + strength * (shares[p] - base.shares[p]) for p in self.paths}
+            wanted = {p: base.shares[p] + strength * (shares[p] - base.shares[p]) for p in self._layers}
             trial = self._within({p: self._tau(p, share) for p, share in wanted.items()}, budget)
             if trial.damage < base.damage * 0.995 and trial.cost <= budget:
                 return trial
@@ -230,86 +251,87 @@ class Tuner:
         for _ in range(4):
             if trial.cost <= budget:
                 break
-            over = (trial.cost * self.dense - self.fixed) / max(1e-9, budget * self.dense - self.fixed)
-            trial = self._try({p: self._tau(p, trial.shares[p] / over * 0.995) for p in self.paths})
+            over = (trial.cost * self._dense - self._fixed) / max(1e-9, budget * self._dense - self._fixed)
+            trial = self._try({p: self._tau(p, trial.shares[p] / over * 0.995) for p in self._layers})
         return trial
 
     def _try(self, taus: dict[str, float]) -> _Trial:
-        set_tau(self.graph, taus)
-        meter, damage, count = ExpertMeter(self.graph), 0.0, 0
-        for (batch, outputs), expected in zip(run_batches(meter, self.batches), self.expected, strict=True):
+        set_tau(self._graph, taus)
+        meter, damage, count = ExpertMeter(self._graph), 0.0, 0
+        for (batch, outputs), expected in zip(run_batches(meter, self._batches), self._expected, strict=True):
             found = self._log_probabilities(outputs, batch)
             damage += float(F.kl_div(found, expected, log_target=True, reduction="sum"))
             count += len(expected)
         shares = {path: layer.share for path, layer in meter.layers.items()}
-        self.done += 1
-        if self.progress is not None:
-            self.progress(Progress("tuning", min(self.done, self.total), self.total, {"damage": damage / count}))
-        cost = self.fixed + sum(self._cost_of(path, share) for path, share in shares.items())
-        return _Trial(taus, shares, damage / count, cost / self.dense)
+        self._done += 1
+        if self._progress is not None:
+            self._progress(Progress("tuning", min(self._done, self._total), self._total, {"damage": damage / count}))
+        cost = self._fixed + sum(self._cost_of(path, share) for path, share in shares.items())
+        return _Trial(taus, shares, damage / count, cost / self._dense)
 
     def _log_probabilities(self, outputs: object, batch: Batch) -> Tensor:
         """[N, C] of the samples, or of every so many-th token."""
-        return _logits(outputs, batch)[:: self.every].float().log_softmax(-1)
+        return _logits(outputs, batch)[:: self._every].float().log_softmax(-1)
 
     def _cost_of(self, path: str, share: float) -> float:
         """What a layer costs at this share of its experts, in the units of the metric."""
-        if self.metric == "flops":
-            return self.full[path] * share
-        grid, times = self.times[path]
+        if self._metric == "flops":
+            return self._full[path] * share
+        grid, times = self._times[path]
         return float(np.interp(share, grid, times))
 
     def _tau(self, path: str, share: float) -> float:
         """The tau at which this layer runs this share of its experts."""
-        shares, taus = self.curves[path]
+        shares, taus = self._curves[path]
         return float(np.clip(np.interp(share, shares, taus), 0.0, 1.0))
 
     def _measure_time(self, dense: float | None) -> None:
         """Time each layer at several settings on the first batch; the rest of the model is what remains."""
-        batch = self.batches[0]
-        found: dict[str, list[tuple[float, float]]] = {path: [] for path in self.paths}
-        totals = []
-        for tau in _PATH[::2]:
-            set_tau(self.graph, tau)
+        batch = self._batches[0]
+        found: dict[str, list[tuple[float, float]]] = {path: [] for path in self._layers}
+        set_tau(self._graph, 0.0)
+        (total,) = time_settings(self._graph, batch, [lambda: None], 3)
+        for tau in _UNIFORM_TAUS[::2]:
+            set_tau(self._graph, tau)
             runs: list[dict[str, LayerRun]] = []
             for _ in range(4):
-                meter = ExpertMeter(self.graph)
+                meter = ExpertMeter(self._graph)
                 list(run_batches(meter, [batch]))
                 runs.append(meter.layers)
-            totals.extend(time_settings(self.graph, batch, [lambda: None], 3))
-            for path in self.paths:
+            for path in self._layers:
                 milliseconds = 1000 * statistics.median(run[path].seconds for run in runs[1:])
                 found[path].append((runs[0][path].share, milliseconds))
-        self.times = {path: _monotone(values) for path, values in found.items()}
-        self.full = {path: float(times[-1]) for path, (_, times) in self.times.items()}
-        self.fixed = max(0.0, totals[0] - sum(self.full.values()))
-        self.dense = totals[0] if dense is None else dense
+        self._times = {path: _monotone(values) for path, values in found.items()}
+        self._full = {path: float(times[-1]) for path, (_, times) in self._times.items()}
+        self._fixed = max(0.0, total - sum(self._full.values()))
+        self._dense = total if dense is None else dense
 
 
 def _allocate(options: Mapping[str, Sequence[tuple[float, float, float]]], limit: float) -> dict[str, float]:
     """The share of each layer that minimises total damage with total cost within `limit`.
 
-    options: (cost, damage, share) of the choices of each layer. By a price on cost, found by bisection; then every
-    layer takes what is best at that price.
+    options: (cost, damage, share) of the choices of each layer; costs in any unit. By a price on cost, at which every
+    layer takes what is best. That changes at few prices only, so all that matter can be tried.
     """
 
     def best(price: float) -> dict[str, tuple[float, float, float]]:
-        return {path: min(choices, key=lambda one: one[1] + price * one[0]) for path, choices in options.items()}
+        return {
+            path: min(choices, key=lambda one: (one[1] + price * one[0], one[0])) for path, choices in options.items()
+        }
 
-    low, high = 0.0, 1.0
-    while sum(choice[0] for choice in best(high).values()) > limit and high < 1e12:
-        high *= 4.0
-    if sum(choice[0] for choice in best(low).values()) <= limit:
-        high = low
-    # Costs may be small numbers or billions: the price is searched by ratios.
-    low = high * 1e-15
-    for _ in range(100):
-        middle = (low * high) ** 0.5
-        if sum(choice[0] for choice in best(middle).values()) > limit:
-            low = middle
-        else:
-            high = middle
-    return {path: choice[2] for path, choice in best(high).items()}
+    # Where a layer would as soon have the cheaper of two choices.
+    turns = sorted(
+        {
+            (less[1] - more[1]) / (more[0] - less[0])
+            for choices in options.values()
+            for less, more in permutations(choices, 2)
+            if less[0] < more[0] and less[1] > more[1]
+        }
+    )
+    # Free, between two of them, and dearer than any: the dearer, the less the best choices cost.
+    prices = [0.0, *(0.5 * (low + high) for low, high in pairwise(turns)), 2.0 * turns[-1]] if turns else [0.0]
+    place = bisect_left(prices, True, key=lambda price: sum(one[0] for one in best(price).values()) <= limit)
+    return {path: choice[2] for path, choice in best(prices[min(place, len(prices) - 1)]).items()}
 
 
 def _monotone(points: Iterable[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:

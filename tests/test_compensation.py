@@ -11,7 +11,7 @@ import torch
 import surgeon
 from surgeon.batch import Batch
 from surgeon.cost import ExpertMeter
-from surgeon.errors import UsageError
+from surgeon.errors import DataError, UsageError
 from surgeon.graph import TracedGraph
 from surgeon.moe import SKIPPED_MEAN, find_moes, get_knobs, set_knobs
 from surgeon.passes import Lower, Moeify
@@ -100,6 +100,16 @@ def test_it_is_saved(tmp_path: Path) -> None:
     assert all(getattr(loaded.get_submodule(site.path), SKIPPED_MEAN).any() for site in find_moes(loaded))
     surgeon.compensate(loaded, DATA)
     assert torch.allclose(loaded(**vectors()), want, atol=1e-5)
+
+
+def test_without_data_nothing_is_changed() -> None:
+    graph = lowered().graph
+    surgeon.set_tau(graph, 0.7)
+    surgeon.compensate(graph, DATA)
+    want = graph(**vectors())
+    with pytest.raises(DataError, match="the batches are empty"):
+        surgeon.compensate(graph, [])
+    assert torch.equal(graph(**vectors()), want)
 
 
 def test_what_it_needs(traces: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from surgeon.data import Batch, Data
 from surgeon.errors import DataError, PassError, UsageError
-from surgeon.fit import Plan, Settings, fit, loss_of, real_tokens, token_mask
+from surgeon.fit import Plan, Settings, fit, loss_of
 from surgeon.passes import Sparsify
 from surgeon.report import FitReport, Progress
 from surgeon.tracing import TraceInfo
@@ -235,51 +235,6 @@ def test_without_resume_an_old_checkpoint_is_not_used(tmp_path: Path) -> None:
     problem = Problem()
     assert problem.fit(regression(), workdir=tmp_path).resumed_at == 0
     assert len(problem.seen) == 30
-
-
-# --- padding ----------------------------------------------------------------------------------------------------------
-
-MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
-
-
-def batch(**masks: Tensor) -> Batch:
-    return Batch(kwargs={"input_ids": torch.zeros(2, 3, dtype=torch.int64), **masks})
-
-
-@pytest.mark.parametrize(
-    ("given", "lead", "want"),
-    [
-        (batch(attention_mask=MASK), (2, 3), MASK.bool()),
-        (batch(attention_mask=MASK.bool()), (2, 3), MASK.bool()),
-        (batch(attention_mask=MASK.float()), (2, 3), MASK.bool()),
-        (batch(attention_mask=MASK), (6,), MASK.bool().flatten()),
-        (batch(attention_mask=MASK), (2, 5), None),
-        (batch(attention_mask=MASK), (2,), None),
-        (batch(attention_mask=torch.ones_like(MASK)), (2, 3), None),
-        (batch(), (2, 3), None),
-        (batch(attention_mask=torch.ones(2, 5), decoder_attention_mask=MASK), (2, 3), MASK.bool()),
-        (batch(attention_mask=torch.ones(2, 1, 3, 3)), (2, 3), None),
-        (batch(src_key_padding_mask=MASK == 0), (2, 3), MASK.bool()),
-        (batch(key_padding_mask=torch.zeros(2, 3).masked_fill(MASK == 0, -torch.inf)), (6,), MASK.bool().flatten()),
-        (batch(src_key_padding_mask=torch.zeros(2, 3, dtype=torch.bool)), (2, 3), None),
-        (batch(padding=MASK == 0), (2, 3), None),
-    ],
-)
-def test_token_mask(given: Batch, lead: tuple[int, ...], want: Tensor | None) -> None:
-    found = token_mask(given, lead)
-    assert (found is None) == (want is None)
-    if want is not None:
-        assert found is not None
-        assert torch.equal(found, want)
-
-
-def test_real_tokens_of_padded_and_flattened_values() -> None:
-    values = torch.arange(12.0).view(2, 3, 2)
-    want = values.view(6, 2)[[0, 1, 2, 3]]
-    assert torch.equal(real_tokens(batch(attention_mask=MASK), values), want)
-    assert torch.equal(real_tokens(batch(attention_mask=MASK), values.view(6, 2)), want)
-    assert torch.equal(real_tokens(batch(), values), values.view(6, 2))
-    assert torch.equal(real_tokens(batch(), values.view(6, 2)), values.view(6, 2))
 
 
 # --- which loss -------------------------------------------------------------------------------------------------------

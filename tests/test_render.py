@@ -12,13 +12,13 @@ import pytest
 from rich.text import Text
 
 from surgeon.diff import GraphDiff, PassDiff
+from surgeon.jobs.reasons import count_reasons
 from surgeon.passes import Moeify
 from surgeon.pipeline import Diff
 from surgeon.render.diff_view import diff_view
 from surgeon.render.screen import Screen, diff_text, plain_text, to_json
 from surgeon.render.summary import (
     change,
-    count_reasons,
     growth,
     join_paths,
     join_sites,

@@ -332,3 +332,18 @@ def test_closed_form_of_more_neurons_than_are_compared(monkeypatch: pytest.Monke
     assert unexplained(all_compared, one) < unexplained(few_compared, one) < 0.3
     (wider,) = fitted([one], 20)  # than there are candidates
     assert unexplained(wider, one) < 1.1 * unexplained(few_compared, one)
+
+
+def test_where_few_neurons_tell_anything_the_trunk_repeats_them() -> None:
+    """Two neurons that ever fire: each stands in the trunk as often, and none of the silent ones does."""
+    one = layer()
+    assert one.b1 is not None
+    one.b1.fill_(-100.0)
+    one.b1[0, 2] = one.b1[3, 1] = 1.0
+    (router,) = fitted([one], 6)
+    rows = one.w1.flatten(0, 1)
+    chosen = [(rows == row).all(1).nonzero().item() for row in router.fc1.weight]
+    assert sorted(chosen) == [2] * 3 + [13] * 3
+    one.b1.fill_(-100.0)
+    (silent,) = fitted([one], 6)
+    assert bool(silent.fc2.weight.isfinite().all())

@@ -90,6 +90,14 @@ def test_a_layer_above_its_goal_gets_more_weight_and_one_below_less() -> None:
     assert low < 0.5e-3
 
 
+def test_a_layer_without_a_target_has_no_weight() -> None:
+    control, alone = AlphaControl([None, 0.1], 1e-3), AlphaControl([0.1], 1e-3)
+    for _ in range(20):
+        control.observe(torch.tensor([0.5, 0.5]), 1.0)
+        alone.observe(torch.tensor([0.5]), 1.0)
+        assert control.alphas.tolist() == [0.0, float(alone.alphas)]
+
+
 def test_weights_stay_within_limits() -> None:
     control = AlphaControl([0.001], 1e-3)
     for _ in range(2000):

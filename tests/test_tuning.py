@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 
 from surgeon.batch import Batch
 from surgeon.cost import ExpertMeter, measure
-from surgeon.errors import UsageError
+from surgeon.errors import DataError, UsageError
 from surgeon.graph import TracedGraph, fork
 from surgeon.moe import get_rule, get_tau, set_rule, set_tau
 from surgeon.passes import Lower, Moeify, Sparsify
 from surgeon.pipeline import Pipeline
 from surgeon.report import Progress
 from surgeon.rewrite import own_parameters
+from surgeon.sweep import time_settings
 from surgeon.tuning import Tuned, Tuner, _allocate, tune
 from tests.models import CLASSES, labelled_vectors, stack, vectors
+from tests.worked_time import DENSE, milliseconds, replace_clock
 
 DATA = labelled_vectors(4)
 BATCHES = [Batch.from_any(item) for item in DATA]
@@ -108,7 +110,7 @@ def test_a_smaller_budget_costs_more_quality(graph: TracedGraph, dense: int) -> 
 def test_a_budget_that_all_experts_meet_keeps_them_all(graph: TracedGraph, dense: int) -> None:
     found = tune(graph, DATA, 2.0, inputs=INPUTS, dense=dense)
     assert set(found.taus.values()) == {0.0}
-    assert (found.damage, found.uniform_damage) == (0.0, 0.0)
+    assert (found.damage, found.uniform_damage, found.rounds) == (0.0, 0.0, 0)
 
 
 def test_without_the_dense_cost_the_graph_with_all_experts_is_the_yardstick(graph: TracedGraph, dense: int) -> None:
@@ -145,6 +147,12 @@ def test_budgets_are_positive(graph: TracedGraph, budget: float) -> None:
         tune(graph, BATCHES, budget, inputs=INPUTS)
 
 
+def test_a_percentage_is_no_budget(graph: TracedGraph) -> None:
+    for call in (tune, lambda *args, inputs: Tuner(graph, BATCHES, inputs=inputs).tune(40)):
+        with pytest.raises(UsageError, match=r"The budget is 40, but is a share .*: 0\.4 stands for 40%"):
+            call(graph, BATCHES, 40, inputs=INPUTS)
+
+
 def test_tuning_needs_experts() -> None:
     import surgeon
 
@@ -152,11 +160,45 @@ def test_tuning_needs_experts() -> None:
         tune(surgeon.trace(stack("relu"), INPUTS), BATCHES, 0.5, inputs=INPUTS)
 
 
-def test_time_can_be_the_budget(graph: TracedGraph) -> None:
-    """A generous budget: times of so small a model mean little."""
-    found = tune(graph, BATCHES, 1.0, inputs=INPUTS, dense=10_000.0, metric="ms")
-    assert 0 < found.cost < 1
-    assert set(found.taus.values()) == {0.0}
+@pytest.mark.parametrize(("dense", "budget"), [(None, 0.6), (DENSE, 0.7)])
+def test_time_can_be_the_budget(
+    graph: TracedGraph, monkeypatch: pytest.MonkeyPatch, dense: float | None, budget: float
+) -> None:
+    replace_clock(monkeypatch)
+    set_tau(graph, 0.3)
+    found = tune(graph, BATCHES, budget, inputs=INPUTS, dense=dense, metric="ms")
+    whole = dense or milliseconds(dict.fromkeys(found.shares, 1.0))
+    assert found.cost == pytest.approx(milliseconds(found.shares) / whole, rel=1e-6)
+    for cost in (found.cost, found.uniform_cost):
+        assert 0.9 * budget < cost <= budget
+    assert found.damage <= found.uniform_damage
+    assert get_tau(graph) == pytest.approx(found.taus)
+
+
+def test_a_budget_in_time_that_cannot_be_met_is_refused(graph: TracedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_clock(monkeypatch)
+    with pytest.raises(UsageError, match=r"A budget of 39% cannot be met: .* the model still costs 4\d\.\d% of"):
+        tune(graph, BATCHES, 0.39, inputs=INPUTS, dense=DENSE, metric="ms")
+
+
+class Elsewhere(Batch):
+    """A batch on a device that is not the graph's."""
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
+        assert torch.device(device or "meta").type == "cpu"
+        return Batch((), INPUTS)
+
+
+def test_batches_are_moved_to_the_graph(graph: TracedGraph) -> None:
+    away = [Elsewhere((), {"x": INPUTS["x"].to("meta")})]
+    want = tune(graph, [INPUTS], 0.7, inputs=INPUTS)
+    assert tune(graph, away, 0.7, inputs=INPUTS) == want
+    assert len(time_settings(graph, away[0], [lambda: None], 1)) == 1
+
+
+def test_tuning_needs_data(graph: TracedGraph) -> None:
+    with pytest.raises(DataError, match="There is no data to tune on: the batches are empty"):
+        tune(graph, [], 0.5, inputs=INPUTS)
 
 
 def test_of_very_many_answers_a_part_is_kept(graph: TracedGraph, dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +207,7 @@ def test_of_very_many_answers_a_part_is_kept(graph: TracedGraph, dense: int, mon
     monkeypatch.setattr("surgeon.tuning._KEPT", numbers // every)
     tuner = Tuner(graph, BATCHES, inputs=INPUTS, dense=dense)
     # Of the eight samples of each batch the first, the fourth and the seventh.
-    assert [tuple(one.shape) for one in tuner.expected] == [(3, CLASSES)] * len(BATCHES)
+    assert [tuple(one.shape) for one in tuner._expected] == [(3, CLASSES)] * len(BATCHES)
     found = tuner.tune(0.7)
     with torch.no_grad():
         outputs = torch.cat([graph(**batch.kwargs)[::every] for batch in BATCHES]).log_softmax(-1)
@@ -218,3 +260,6 @@ def test_costs_may_be_of_any_size() -> None:
         assert _allocate(options, 6.5 * scale) == {"a": 0.5, "b": 1.0}
         assert _allocate(options, 8 * scale) == {"a": 1.0, "b": 1.0}
         assert _allocate(options, scale) == {"a": 0.25, "b": 0.5}
+        one = {"a": [(4 * scale, 0.0, 1.0), (2 * scale, 1e-7, 0.5), (scale, 1e-4, 0.25)]}
+        shares = [_allocate(one, limit * scale)["a"] for limit in (4, 3.9, 2, 1.9, 1, 0.5)]
+        assert shares == [1.0, 0.5, 0.5, 0.25, 0.25, 0.25]

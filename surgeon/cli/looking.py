@@ -59,8 +59,9 @@ def passes(
 
     Example: surgeon passes moeify
 
-    JSON: {passes: [{name, summary, works_on, makes, must_precede, preserves, needs_data, trains}]}; of one pass also
-    {options: [{name, type, default, help}], example}
+    JSON: {passes: [{name, summary, works_on, makes, must_precede, preserves, needs_data, trains}], recipes: {name:
+    {summary, passes: [[name, options]]}}}; of one pass its {name, ..., trains, options: [{name, type, default, help}],
+    example}
     """
     from surgeon.jobs.pass_help import describe, example_of, options_of
     from surgeon.passes import PASSES

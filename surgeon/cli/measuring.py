@@ -65,10 +65,11 @@ def sweep(
     Example: surgeon sweep bert-surgery --data reviews.csv --tau 0,0.05,0.1,0.2 -o sweep.png
 
     JSON: {model, data, task, dense: {multiply_adds, quality, milliseconds}, points: [{tau, quality, executed, layers,
-    multiply_adds, relative, rule, router, milliseconds, shares}]}
+    multiply_adds, relative, rule, router, milliseconds, shares}], notes}
     """
     from surgeon.jobs import measuring
     from surgeon.render.files import write_swept
+    from surgeon.render.layout import sentences
     from surgeon.render.measured import sweep_view
 
     taus, rules = measuring.parse_taus(tau), measuring.parse_rules(rule)
@@ -78,6 +79,8 @@ def sweep(
         opened, taus, rules=rules, oracle=oracle, timed=timed, dense=beside, progress=run.screen.progress
     )
     run.screen.show(sweep_view(swept.points, swept.dense))
+    if swept.notes:
+        run.screen.show(sentences(swept.notes, indent=0))
     for file in out or []:
         write_swept(swept, file)
         run.screen.say(f"Written to {file}.")
@@ -121,9 +124,10 @@ def tune(
     rounds}, quality: [before, after], notes}
     """
     from surgeon.jobs import measuring
-    from surgeon.jobs.applying import check_target
+    from surgeon.jobs.storing import check_target
     from surgeon.render.measured import tuned_view
 
+    measuring.check_tuning(budget, metric.value, has_dense=dense is not None)
     if out is not None:
         check_target(out, str(model), overwrite=False)
     opened, beside = _open(run, model, data, dense, trust_pickle=trust_pickle)

@@ -95,5 +95,8 @@ DATA_OPTIONS: dict[str, Any] = {
         float,
         typer.Option("--eval-fraction", help="Share of the data held out to measure quality on, if it has one split."),
     ],
-    "seed": Seed,
+    "seed": Annotated[
+        int | None,
+        typer.Option("--seed", help="Seed of the order and of what is held out.  [default: that of the surgery]"),
+    ],
 }

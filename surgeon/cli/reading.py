@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect as signatures
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def with_data_options(function: Callable[..., None]) -> Callable[..., None]:
     """Let a command take the options that say how to read data in place of its parameter of type `DataOptions`.
 
-    A parameter `DataOptions | None` is None without --data. An option that the command also has itself, such as
-    `task`, stands where the command has it and is handed to both.
+    A parameter `DataOptions | None` is None without --data; the other options are refused then. An option that the
+    command also has itself, such as `task`, stands where the command has it and is handed to both.
     """
     own = signatures.signature(function).parameters
     asked = next((one for one in own.values() if one.annotation in (DataOptions, DataOptions | None)), None)
@@ -31,6 +31,8 @@ def with_data_options(function: Callable[..., None]) -> Callable[..., None]:
     def take(run: Any, **options: Any) -> None:
         # What is None was not given, and has its default.
         given = {field.name: options[field.name] for field in fields(DataOptions) if options[field.name] is not None}
+        if "spec" not in given:
+            _check_unused(options, own)
         kept = {name: value for name, value in options.items() if name in own}
         function(run, **kept, **{asked.name: DataOptions(**given) if "spec" in given else None})
 
@@ -41,6 +43,17 @@ def with_data_options(function: Callable[..., None]) -> Callable[..., None]:
     keywords = (parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in mixed)
     take.__signature__ = signatures.Signature([run, *keywords])  # type: ignore[attr-defined]
     return take
+
+
+def _check_unused(options: Mapping[str, Any], own: Container[str]) -> None:
+    """Without data, refuse the options that say how to read it.
+
+    Raises:
+        UsageError: one was given that the command does not have itself.
+    """
+    for field in fields(DataOptions):
+        if field.name != "spec" and field.name not in own and options[field.name] != field.default:
+            raise UsageError(f"--{field.name.replace('_', '-')} says how to read data, and there is none: give --data.")
 
 
 def _data_parameters(asked: signatures.Parameter, own: Container[str]) -> list[signatures.Parameter]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,11 +11,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from surgeon.artifact import RECORD
+from surgeon.artifact import RECORD, read_record
 from surgeon.batch import Data
 from surgeon.cost import measure
 from surgeon.diff import PassDiff
-from surgeon.errors import NothingChangedError, SaveError, UsageError
+from surgeon.errors import NothingChangedError, UsageError
 from surgeon.graph import TracedGraph
 from surgeon.hugging_face import quiet_transformers
 from surgeon.inputs import as_args_kwargs
@@ -24,13 +23,14 @@ from surgeon.jobs.data_options import DataOptions
 from surgeon.jobs.inspection import LOOKS_FOR
 from surgeon.jobs.opening import Opened, Stage
 from surgeon.jobs.quality import eval_task, why_unmeasured
+from surgeon.jobs.reasons import count_reasons
+from surgeon.jobs.storing import check_target
 from surgeon.jobs.workdir import WorkDirectory
 from surgeon.losses import Quality, evaluate
 from surgeon.moe import find_moes
 from surgeon.passes import Pass
 from surgeon.pipeline import Pipeline, Surgery
 from surgeon.recipe import RECIPES, Steps, build
-from surgeon.render.summary import count_reasons
 from surgeon.report import Cost, PassReport, Progress
 
 
@@ -73,28 +73,6 @@ class ApplyOptions:
     tau: float | None = None
     data: DataOptions | None = None
     typed: tuple[str, ...] = ()
-
-
-def check_target(directory: Path, model: str | None = None, *, overwrite: bool) -> None:
-    """Find out before the work whether the result can be written.
-
-    Raises:
-        UsageError: the directory is the model's own, or has content that is not to be replaced.
-        SaveError: its parent cannot be written to.
-    """
-    where = directory.resolve()
-    if model is not None and Path(model).resolve() in (where, *where.parents):
-        raise UsageError(f"{directory} is the model itself, which is never changed. Give another directory with -o.")
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory} is a file. Give a directory for the result with -o.")
-    if directory.is_dir() and any(directory.iterdir()):
-        if not (directory / RECORD).exists():
-            raise UsageError(f"{directory} holds something else than a saved surgery. Give another one with -o.")
-        if not overwrite:
-            raise UsageError(f"{directory} exists. Give another directory with -o, or replace it with --overwrite.")
-    parent = next(parent for parent in where.parents if parent.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise SaveError(f"Cannot write {directory}: no permission to write to {parent}.")
 
 
 def check_changed(report: PassReport, looks_for: str) -> str | None:
@@ -155,6 +133,12 @@ def target_of(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions) -> 
         return Path(f"{spec.rpartition(':')[2]}-surgery")
     path = Path(spec).resolve()
     return Path(f"{path.name if path.is_dir() else path.stem}-surgery")
+
+
+def default_seed(spec: str) -> int:
+    """The seed to go on with: a saved surgery's own, so that the same data is held out again, else 0."""
+    directory = Path(spec)
+    return int(read_record(directory)["recipe"]["seed"]) if (directory / RECORD).is_file() else 0
 
 
 def apply(
@@ -296,7 +280,8 @@ def _data_words(options: DataOptions | None) -> list[str]:
     words = ["--data", options.spec]
     for item in fields(DataOptions):
         value = getattr(options, item.name)
-        if item.name != "spec" and value != item.default:
+        # The seed is recorded, and what goes on from the result takes it from there.
+        if item.name not in ("spec", "seed") and value != item.default:
             words += [f"--{item.name.replace('_', '-')}", str(value)]
     return words
 

@@ -1,4 +1,4 @@
-"""Compare: two models side by side, and one saved surgery at several values of tau."""
+"""Compare two models side by side: what they cost, their sites, and what they compute."""
 
 from __future__ import annotations
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How to read data: the arguments of `surgeon.data.load_data` that the command line has."""
+    """How to read data: the arguments of `surgeon.data.load_data` that the command line has.
+
+    seed: None stands for a saved surgery's own, so that the same part is held out again, and for 0 otherwise.
+    """
 
     spec: str
     text: str | None = None
@@ -17,4 +20,4 @@ class DataOptions:
     max_length: int = 128
     limit: int | None = None
     eval_fraction: float = 0.1
-    seed: int = 0
+    seed: int | None = None

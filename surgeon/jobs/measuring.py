@@ -11,15 +11,17 @@ from surgeon.batch import Batch, first_batches
 from surgeon.compensation import compensate
 from surgeon.errors import SaveError, UsageError
 from surgeon.jobs.opening import Opened
-from surgeon.jobs.quality import eval_task, task_for, why_unmeasured
-from surgeon.jobs.setting import store
+from surgeon.jobs.quality import eval_task, other_data, task_for, why_unmeasured
+from surgeon.jobs.setting import compensation_notes
+from surgeon.jobs.storing import store
 from surgeon.kernels.selection import check_rule
 from surgeon.losses import Quality, evaluate
+from surgeon.moe import compensated as compensated_layers
 from surgeon.moe import get_rule, get_tau
 from surgeon.report import PassReport, Progress, dense_layers
 from surgeon.sweep import USUAL_TAUS, Dense, Point, time_settings
 from surgeon.sweep import sweep as run_sweep
-from surgeon.tuning import Metric, Tuned
+from surgeon.tuning import Metric, Tuned, check_budget
 from surgeon.tuning import tune as run_tuning
 
 
@@ -32,6 +34,7 @@ class Swept:
     task: str
     dense: Dense
     points: list[Point]
+    notes: tuple[str, ...] = ()
 
 
 def parse_taus(text: str | None) -> tuple[float, ...]:
@@ -114,7 +117,7 @@ def sweep(
     if dense is not None:
         milliseconds = time_settings(dense.graph, batches[0], [lambda: None])[0] if timed else None
         beside = Dense(multiply_adds, evaluate(dense.graph, batches, task), milliseconds)
-    return Swept(opened.spec, opened.data.description, task, beside, points)
+    return Swept(opened.spec, opened.data.description, task, beside, points, other_data(opened))
 
 
 def _among(opened: Opened, taus: Sequence[float], rules: Sequence[str] | None) -> bool:
@@ -131,7 +134,8 @@ def _among(opened: Opened, taus: Sequence[float], rules: Sequence[str] | None) -
 class TuningResult:
     """What tuning found, and where it was saved.
 
-    quality: on the held-out data, before (every expert) and after; None if it was not measured, and notes say why.
+    quality: on the held-out data, before (every expert) and after; None if it was not measured. notes: why
+    it was not, and what the user may not expect.
     """
 
     model: str
@@ -141,6 +145,17 @@ class TuningResult:
     tuned: Tuned
     quality: tuple[Quality, Quality] | None
     notes: tuple[str, ...] = ()
+
+
+def check_tuning(budget: float, metric: Metric, *, has_dense: bool) -> None:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        UsageError: as `surgeon.tuning.check_budget`; "ms" without the dense model.
+    """
+    check_budget(budget)
+    if metric == "ms" and not has_dense:
+        raise UsageError("--metric ms compares with the dense model's time: give it with --dense MODEL.")
 
 
 def tune(
@@ -163,32 +178,37 @@ def tune(
         dense: the model before the surgery, which "ms" needs as the yardstick.
 
     Raises:
-        UsageError: as `surgeon.tuning.tune`; "ms" without the dense model.
+        UsageError: as `check_tuning` and `surgeon.tuning.tune`.
         SaveError: as `surgeon.artifact.save`.
     """
+    check_tuning(budget, metric, has_dense=dense is not None)
     assert opened.data is not None
     calibration = first_batches(opened.data.train, samples)
-    if metric == "ms" and dense is None:
-        raise UsageError("--metric ms compares with the dense model's time: give it with --dense MODEL.")
     whole: float | None = dense_multiply_adds(opened)
     if metric == "ms" and dense is not None:
         whole = time_settings(dense.graph, calibration[0], [lambda: None])[0]
+    earlier = compensated_layers(opened.graph)
     tuned = run_tuning(
         opened.graph, calibration, budget, inputs=opened.inputs, dense=whole, metric=metric, progress=progress
     )
     if compensated:
         compensate(opened.graph, calibration)
+    notes = [*other_data(opened), *compensation_notes(opened.graph, earlier, wanted=compensated)]
+    if not any(tuned.taus.values()):
+        notes.append(
+            f"Every expert fits a budget of {budget:.0%}: with tau 0 the model costs {tuned.cost:.1%} of the dense one."
+        )
     quality, task = None, eval_task(opened)
     if task is not None:
         every, chosen = run_sweep(
             opened.graph, _batches(opened), task, [0.0, None], inputs=opened.inputs, progress=progress
         )
         quality = every.quality, chosen.quality
+    else:
+        notes.append(why_unmeasured(opened))
     before = recorded_quality(opened)
     directory = store(opened, out, None if quality is None or before is None else (before, quality[1]))
-    return TuningResult(
-        opened.spec, directory, budget, metric, tuned, quality, () if task is not None else (why_unmeasured(opened),)
-    )
+    return TuningResult(opened.spec, directory, budget, metric, tuned, quality, tuple(notes))
 
 
 def _dense_layers(opened: Opened) -> dict[str, float]:

@@ -90,7 +90,7 @@ def open_model(
             return _open_artifact(spec, source, given, data, stage)
         assert source.model is not None
         check_finite(source.model)
-    read = _read(data, source.tokenizer, source.processor, source.config, None, stage)
+    read = _read(data, source.tokenizer, source.processor, source.config, None, 0, stage)
     notes = list(source.notes)
     if isinstance(source.model, ExportedProgram):
         given = given if given is not None else inputs_of_program(source.model)
@@ -120,14 +120,22 @@ def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | No
         given = load_inputs(source.path)
     config, tokenizer, processor = companions(source.path)
     info: TraceInfo = graph.meta["trace"]
-    read = _read(data, tokenizer, processor, config, info.task, stage)
+    record = graph.meta["surgery"]
+    read = _read(data, tokenizer, processor, config, info.task, int(record["recipe"]["seed"]), stage)
     origin = Origin(str(source.path), "artifact", source.sha256, config, tokenizer, processor)
-    return Opened(spec, graph, given, origin, info.notes, graph.meta["surgery"], read)
+    return Opened(spec, graph, given, origin, info.notes, record, read)
 
 
 def _read(
-    options: DataOptions | None, tokenizer: Any, processor: Any, config: Any, task: str | None, stage: Stage
+    options: DataOptions | None,
+    tokenizer: Any,
+    processor: Any,
+    config: Any,
+    task: str | None,
+    seed: int,
+    stage: Stage,
 ) -> Data | None:
+    """The data, if there is any; task and seed: where the options give none."""
     if options is None:
         return None
     with stage(f"reading {options.spec}"):
@@ -141,7 +149,7 @@ def _read(
             task=options.task or task,
             batch_size=options.batch_size,
             max_length=options.max_length,
-            seed=options.seed,
+            seed=seed if options.seed is None else options.seed,
             eval_fraction=options.eval_fraction,
             limit=options.limit,
         )

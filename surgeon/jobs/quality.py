@@ -36,3 +36,14 @@ def why_unmeasured(opened: Opened) -> str:
     if Batch.from_any(next(iter(opened.data.eval))).labels is None:
         return "Quality was not measured: the data has no labels."
     return "Quality was not measured: say what the model is for with --task."
+
+
+def other_data(opened: Opened) -> tuple[str, ...]:
+    """A note for the user if the data is not, or is not read as, what the surgery was made with."""
+    recorded = (opened.record or {}).get("recipe", {}).get("fingerprint")
+    if opened.data is None or recorded in (None, opened.data.fingerprint):
+        return ()
+    return (
+        "The data, or how it is read (--seed, --limit, --eval-fraction, ...), differs from what the surgery was made "
+        "with: what is held out now may have been trained on.",
+    )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.artifact import read_record, save
+from surgeon.artifact import read_record
 from surgeon.batch import first_batches
 from surgeon.compensation import compensate
-from surgeon.diff import snapshot
 from surgeon.errors import UsageError
 from surgeon.graph import TracedGraph
-from surgeon.jobs.applying import check_target
 from surgeon.jobs.opening import Opened
+from surgeon.jobs.storing import check_target, store
 from surgeon.kernels.selection import check_rule
-from surgeon.losses import Quality
-from surgeon.moe import compensated, get_rule, get_tau, set_rule, set_tau
-from surgeon.pipeline import Surgery
+from surgeon.moe import compensated, find_moes, get_rule, get_tau, set_rule, set_tau
 from surgeon.recipe import parse_by_site
 
 
@@ -67,15 +65,19 @@ def parse_tau(text: str | None) -> dict[str, float]:
     Raises:
         UsageError: not numbers from 0 to 1, or not of this form.
     """
-    found = {}
-    for pattern, value in _by_pattern("--tau", text).items():
-        try:
-            found[pattern] = float(value)
-        except ValueError:
-            found[pattern] = -1.0
-        if not 0.0 <= found[pattern] <= 1.0:
-            raise UsageError(f"--tau {text}: {value} is no number from 0 to 1. Write --tau 0.2 or '*.0.*:0.1,*:0.2'.")
-    return found
+    return {pattern: _tau(text, value) for pattern, value in _by_pattern("--tau", text).items()}
+
+
+def _tau(text: str | None, value: str) -> float:
+    """The number that stands for one layer in `text`."""
+    error = UsageError(f"--tau {text}: {value} is no number from 0 to 1. Write --tau 0.2 or '*.0.*:0.1,*:0.2'.")
+    try:
+        tau = float(value)
+    except ValueError:
+        raise error from None
+    if not 0.0 <= tau <= 1.0:
+        raise error
+    return tau
 
 
 def parse_rule(text: str | None) -> dict[str, str]:
@@ -136,37 +138,30 @@ def apply_setting(opened: Opened, wanted: Wanted, *, samples: int = 512, out: Pa
         assert opened.data is not None
         compensate(graph, first_batches(opened.data.train, samples))
     layers = {path: Change(before[path], after) for path, after in _settings(graph).items()}
-    dropped = sum(change.before.compensated and not change.after.compensated for change in layers.values())
-    notes: tuple[str, ...] = ()
-    if dropped:
-        notes = (
-            f"Compensation was dropped in {dropped} of {len(layers)} layers, which skip other experts now; "
-            "--compensate takes the mean anew.",
-        )
+    earlier = [path for path, setting in before.items() if setting.compensated]
+    notes = compensation_notes(graph, earlier, wanted=wanted.compensated)
     directory = store(opened, out) if wanted.anything else None
     return SettingResult(opened.spec, directory, layers, notes)
+
+
+def compensation_notes(graph: TracedGraph, earlier: Sequence[str], *, wanted: bool) -> tuple[str, ...]:
+    """What the user may not expect: compensation that is gone, or had nothing to add.
+
+    Args:
+        earlier: the layers that were compensated before. wanted: whether it was asked for now.
+    """
+    now = compensated(graph)
+    if wanted:
+        return () if now else ("--compensate added nothing: no expert is skipped.",)
+    dropped = set(earlier) - set(now)
+    if not dropped:
+        return ()
+    return (
+        f"Compensation was dropped in {len(dropped)} of {len(find_moes(graph))} layers, which skip other experts now; "
+        "--compensate takes the mean anew.",
+    )
 
 
 def _settings(graph: TracedGraph) -> dict[str, Setting]:
     rules, added = get_rule(graph), set(compensated(graph))
     return {path: Setting(tau, rules[path], path in added) for path, tau in get_tau(graph).items()}
-
-
-def store(opened: Opened, out: Path | None, quality: tuple[Quality, Quality] | None = None) -> Path:
-    """Save an opened surgery as it is now; returns where.
-
-    Args:
-        out: where to; by default it replaces the one that was opened, whole or not at all.
-        quality: of the dense model and of the surgery as it is now, on the opened data, if it was measured.
-
-    Raises:
-        SaveError: as `surgeon.artifact.save`.
-    """
-    recipe = (opened.record or {}).get("recipe", {})
-    surgery = Surgery(
-        opened.graph, [], opened.inputs, [snapshot(opened.graph)], int(recipe.get("seed", 0)), recipe.get("data"),
-        opened.origin, opened.graph.meta.get("earlier_passes", ()),
-    )  # fmt: skip
-    if quality is not None and opened.data is not None:
-        surgery.quality = *quality, opened.data.fingerprint
-    return save(surgery, Path(opened.spec) if out is None else out, overwrite=out is None)

@@ -9,11 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from surgeon.jobs.reasons import count_reasons
 from surgeon.render.layout import MODEL, Fitting, dim, grid, indented, refused, sentences
 from surgeon.render.summary import (
     SiteGroup,
     change,
-    count_reasons,
     growth,
     join_like,
     join_sites,

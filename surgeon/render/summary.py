@@ -1,4 +1,4 @@
-"""Say much in few lines: the sites of repeated layers joined, like reasons counted, numbers and times rounded."""
+"""Say much in few lines: the sites of repeated layers joined, numbers and times rounded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from surgeon.report import SiteChange
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _LAST_NUMBER = re.compile(r"^(?P<head>(?:.*\.)?)(?P<number>\d+)(?P<tail>(?:\.\D[^.]*)*)$")
-# What differs between two refusals for the same reason: names of nodes and modules.
-_PARTICULARS = re.compile(r"'[^']*'|\(\w*_\w*\)|\(\w+\d\)")
 
 
 @dataclass(frozen=True)
@@ -22,15 +20,6 @@ class SiteGroup:
     label: str
     change: SiteChange
     count: int
-
-
-@dataclass(frozen=True)
-class Reason:
-    """A reason for refusing sites: how often, in the words of the first, and the first's path."""
-
-    text: str
-    count: int
-    first: str
 
 
 def join_like(items: Iterable[tuple[str, Hashable]]) -> list[tuple[str, int, int]]:
@@ -71,15 +60,6 @@ def join_paths(paths: Sequence[str]) -> str:
             runs.append([number])
     text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}…{run[-1]}" for run in runs)
     return f"{found['head']}{text}{found['tail']}"
-
-
-def count_reasons(rejected: Iterable[tuple[str, str]]) -> list[Reason]:
-    """The reasons of (path, reason) pairs, the most common first; names inside a reason do not make it another one."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for path, reason in rejected:
-        groups.setdefault(_PARTICULARS.sub("", reason), []).append((path, reason))
-    ordered = sorted(groups.values(), key=len, reverse=True)
-    return [Reason(same[0][1], len(same), same[0][0]) for same in ordered]
 
 
 def number(value: float) -> str:

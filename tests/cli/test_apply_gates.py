@@ -26,7 +26,7 @@ from .harness import NET, Run, left
             "moeify changed nothing: the model has no feed-forward layer. See surgeon inspect.",
         ),
         (
-            ("--passes", "moeify", *NET, "--set", "moeify.only=head"),
+            ("--passes", "moeify", *NET, "--set", "moeify.skip=*"),
             "moeify changed nothing: no feed-forward layer is left by only= and skip=. See surgeon inspect.",
         ),
         (

@@ -9,6 +9,7 @@ import pytest
 
 from surgeon.cli.options import DATA_OPTIONS
 from surgeon.cli.reading import with_data_options
+from surgeon.errors import UsageError
 from surgeon.jobs.data_options import DataOptions
 
 USUAL: dict[str, Any] = {field.name: field.default for field in fields(DataOptions)}
@@ -59,3 +60,12 @@ def test_an_option_of_the_command_itself_is_handed_to_both(spec: Any, seed: Any,
     assert list(inspect.signature(take).parameters) == ["run", *DATA_OPTIONS]  # the last of them is the seed
     take("run", **USUAL | {"spec": spec, "seed": seed})
     assert got == ["run", data, seed]
+
+
+@pytest.mark.parametrize(("name", "value"), [("text", "body"), ("label", "y"), ("limit", 3), ("batch_size", 4)])
+def test_what_says_how_to_read_data_needs_data(name: str, value: Any) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(UsageError, match=f"^{flag} says how to read data, and there is none: give --data"):
+        with_data_options(may_have_data)("run", **USUAL | {"spec": None, name: value})
+    with_data_options(may_have_data)("run", **USUAL | {"spec": "d.csv", name: value})
+    assert got[1] == DataOptions("d.csv", **{name: value})

@@ -95,17 +95,27 @@ def test_the_mean_of_what_is_skipped_is_added_and_dropped(run: Run, mine: str) -
     assert read_record(Path(mine))["compensated"] == [SECOND]
 
 
+def test_where_nothing_is_skipped_there_is_no_mean_to_add(run: Run, mine: str) -> None:
+    result = run("-q", "set", mine, "--compensate", *REVIEWS)
+    assert result.code == 0, result.err
+    assert "note: --compensate added nothing: no expert is skipped." in result.out
+    assert read_record(Path(mine))["compensated"] == []
+
+
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
         (("mine", "--tau", "*.layer.7:0.1"), 2, f"No layer '*.layer.7'. Layers with experts: {FIRST}, {SECOND}."),
         (("mine", "--tau", "0.5", "--rule", "pooler:max"), 2, f"No layer 'pooler'. Layers with experts: {FIRST}"),
         (("mine", "--tau", "0.1,0.2"), 2, "--tau 0.1,0.2: 0.1,0.2 is no number from 0 to 1. Write --tau 0.2 or"),
+        (("mine", "--tau", "*:nan"), 2, "--tau *:nan: nan is no number from 0 to 1."),
+        (("mine", "--tau", "much"), 2, "--tau much: much is no number from 0 to 1."),
         (("mine", "--tau", "*:1.5"), 2, "--tau *:1.5: 1.5 is no number from 0 to 1."),
         (("mine", "--tau", "a:0.5,b"), 2, "--tau a:0.5,b: write PATTERN:VALUE,PATTERN:VALUE"),
         (("mine", "--rule", "best"), 2, "No selection rule 'best'. There are: max, cumulative, energy, top_k."),
         (("mine", "--compensate"), 2, "--compensate takes the mean of what is skipped over some data"),
         (("mine", "--tau", "0.5", *REVIEWS), 2, "--data is read for --compensate only"),
+        (("mine", "--tau", "0.5", "--limit", "3"), 2, "--limit says how to read data, and there is none: give --data."),
         (("mine", "-o", "other"), 2, "There is nothing to store with -o: give --tau, --rule or --compensate."),
         (("mine", "--tau", "0.5", "-o", "masked"), 2, "masked exists. Give another directory with -o"),
         (("bert", "--tau", "0.5"), 3, "bert is no saved surgery: it has no surgery.json."),

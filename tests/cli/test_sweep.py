@@ -35,7 +35,7 @@ def test_sweep_measures_at_each_tau_and_all_experts_first(run: Run) -> None:
 
 def test_the_oracle_is_measured_beside_the_routers(run: Run) -> None:
     found = run("-q", "sweep", "bert-moe", *REVIEWS, "--tau", "0.5,0.9", "--output", "json").json
-    assert set(found) == {"model", "data", "task", "dense", "points"}
+    assert set(found) == {"model", "data", "task", "dense", "points", "notes"}
     assert [(point["router"], point["tau"]) for point in found["points"]] == [
         (router, tau) for router in ("own", "oracle") for tau in (0.0, 0.5, 0.9)
     ]

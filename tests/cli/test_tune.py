@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,14 @@ import torch
 
 import surgeon
 from surgeon.artifact import load, load_diff, load_inputs, read_record
+from tests.worked_time import DENSE, milliseconds, replace_clock
 
 from .harness import NET, Run, left
 
 REVIEWS = ("--data", "reviews.csv", "--eval-fraction", "0.25")
+OTHER = (
+    "The data, or how it is read (--seed, --limit, --eval-fraction, ...), differs from what the surgery was made with"
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,8 @@ def test_quality_that_is_not_measured_is_said(run: Run, trained: Path) -> None:
     shown = run(*args, "-o", "tuned").out
     assert "note: Quality was not measured: no data was held out for it." in shown
     found = run(*args, "-o", "again", "--output", "json").json
-    assert (found["quality"], len(found["notes"])) == (None, 1)
+    assert found["quality"] is None
+    assert [note.partition(":")[0] for note in found["notes"]] == [OTHER, "Quality was not measured"]
     # What the record had was measured at another tau.
     assert read_record(trained)["quality"]["after"]["items"] == 10
     assert read_record(Path("tuned"))["quality"] == read_record(trained)["quality"] | {"after": None}
@@ -108,14 +114,52 @@ def test_the_mean_of_what_is_skipped_can_be_added(run: Run, trained: Path) -> No
     assert torch.allclose(graphs[0](**inputs).logits, graphs[1](**inputs).logits, atol=1e-6)
 
 
-def test_milliseconds_need_the_dense_model(run: Run, trained: Path) -> None:
-    result = run("-q", "tune", str(trained), *REVIEWS, "--budget", "9", "--metric", "ms", "-o", "tuned")
-    assert result.code == 2
-    assert "--metric ms compares with the dense model's time: give it with --dense MODEL." in result.err
-    args = ("--budget", "100", "--metric", "ms", "--dense", "bert", "-o", "tuned", "--output", "json")
-    found = run("-q", "tune", str(trained), *REVIEWS, *args).json
-    assert found["metric"] == "ms"
-    assert set(found["tuned"]["taus"].values()) == {0.0}
+def test_what_tuning_drops_and_what_it_cannot_add_is_said(run: Run, trained: Path) -> None:
+    added = run("-q", "set", str(trained), "--tau", "0.3", "--compensate", *REVIEWS, "-o", "added")
+    assert added.code == 0, added.err
+    count = len(read_record(Path("added"))["compensated"])
+    assert count
+    args = ("-q", "tune", "added", *REVIEWS, "--output", "json")
+    (dropped,) = run(*args, "--budget", "0.8", "-o", "dropped").json["notes"]
+    assert dropped.startswith(f"Compensation was dropped in {count} of 2 layers, which skip other experts now;")
+    assert read_record(Path("dropped"))["compensated"] == []
+    nothing, fits = run(*args, "--budget", "1.5", "--compensate", "-o", "every").json["notes"]
+    assert nothing == "--compensate added nothing: no expert is skipped."
+    assert re.fullmatch(r"Every expert fits a budget of 150%: with tau 0 the model costs 1\d\d\.\d% .*", fits)
+
+
+def test_what_was_held_out_is_held_out_again(run: Run, trained: Path) -> None:
+    made = run(
+        "-q", "apply", "--passes", "moeify", "bert", *REVIEWS, "--seed", "3", "-o", "third", "--set",
+        "moeify.experts=4", "--set", "moeify.epochs=0",
+    )  # fmt: skip
+    assert made.code == 0, made.err
+    sweep = ("-q", "sweep", "third", *REVIEWS, "--tau", "0.5", "--no-oracle", "--output", "json")
+    same, other = run(*sweep).json, run(*sweep, "--seed", "0").json
+    assert (same["notes"], same["dense"]["quality"]) == ([], read_record(Path("third"))["quality"]["before"])
+    assert [note.partition(":")[0] for note in other["notes"]] == [OTHER]
+    shown = run(*sweep[:-2], "--limit", "30")
+    assert f"note: {OTHER}: what is held out now may have been trained on." in " ".join(shown.out.split())
+    tuned = run("-q", "tune", "third", *REVIEWS, "--budget", "1.5", "--seed", "4", "-o", "tuned", "--output", "json")
+    assert OTHER in tuned.json["notes"][0]
+    # The surgeries that go on from it, with data or without, know it too.
+    assert run("-q", "set", "third", "--tau", "0.5", "-o", "set").code == 0
+    again = run("-q", "apply", "--passes", "lower", "set", *REVIEWS, "-o", "again")
+    assert again.code == 0, again.err
+    assert again.out.rstrip().endswith("surgeon sweep again --data reviews.csv --eval-fraction 0.25")
+    recipes = [read_record(Path(name))["recipe"] for name in ("third", "set", "again")]
+    assert [one["seed"] for one in recipes] == [3, 3, 3]
+    assert len({one["fingerprint"] for one in recipes}) == 1
+
+
+def test_milliseconds_are_shares_of_the_dense_models(run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_clock(monkeypatch)
+    args = ("--budget", "0.8", "--metric", "ms", "-o", "tuned", "--output", "json")
+    found = run("-q", "tune", str(trained), *REVIEWS, *args, "--dense", "bert").json
+    tuned = found["tuned"]
+    assert (found["metric"], found["notes"]) == ("ms", [])
+    assert 0.7 < tuned["cost"] <= 0.8
+    assert tuned["cost"] == pytest.approx(milliseconds(tuned["shares"]) / DENSE, rel=1e-6)
 
 
 def test_what_cannot_be_done_exits_with_2_and_stores_nothing(run: Run, trained: Path, tmp_path: Path) -> None:
@@ -124,6 +168,8 @@ def test_what_cannot_be_done_exits_with_2_and_stores_nothing(run: Run, trained: 
     for args, words in (
         ((str(trained), "--budget", "0.01"), "A budget of 1% cannot be met: with hardly any experts"),
         ((str(trained), "--budget", "0"), "The budget is 0.0, but must be a positive share"),
+        ((str(trained), "--budget", "40"), "The budget is 40, but is a share of the dense model's cost: 0.4"),
+        (("nowhere", "--budget", "0.5", "--metric", "ms"), "--metric ms compares with the dense model's time: give it"),
         ((str(trained), "--budget", "0.5", "-o", "full"), "full holds something else than a saved surgery"),
         (("bert", "--budget", "0.5"), "The graph has no experts, so tau changes nothing. Apply moeify first."),
     ):

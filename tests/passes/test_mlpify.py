@@ -162,6 +162,20 @@ def test_too_small_a_layer_is_refused() -> None:
     assert report.rejected == [("a", "a replacement of equal cost for 6→6 has no neuron")]
 
 
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_a_layer_with_one_output_is_refused_and_those_beside_it_are_not(init: Any) -> None:
+    """A single neuron costs as much as 64→1 does, and passes on nothing of one sign."""
+    torch.manual_seed(0)
+    model = Function(lambda m, x: m.score(m.mix(x)).tanh() + x, mix=(64, 64), score=(64, 1)).eval()
+    x = torch.randn(2, 5, 64)
+    graph = surgeon.trace(model, x)
+    report = Mlpify(init=init, steps=1).apply(graph, inputs=x, data=[x])
+    assert report.matched == ["mix"]
+    assert report.rejected == [("score", "a replacement of equal cost for 64→1 has one neuron")]
+    again = Mlpify(init=init, steps=1, cost_factor=2.0, only=("score",)).apply(graph, inputs=x, data=[x])
+    assert [site.after for site in again.sites] == ["MLP 64→2→1 relu"]
+
+
 def test_a_residual_needs_equal_widths() -> None:
     graph, _ = one_layer(6, 8)
     report = Mlpify(kind="residual").apply(graph)

@@ -154,8 +154,10 @@ def test_experts_that_do_not_divide_some_layers_leave_those() -> None:
     ({"expert_size": -1}, "expert_size is -1"),
     ({"router_width": 0}, "router_width is 0"),
     ({"tau": 1.5}, "tau is 1.5, but must be from 0 to 1"),
-    ({"epochs": 0, "exposure": 0.2}, "exposure is for the training of routers, and epochs is 0"),
-    ({"epochs": 0, "underestimate": 2.0}, "underestimate is for the training of routers, and epochs is 0"),
+    ({"epochs": 0, "exposure": 0.2}, "exposure is for training, and epochs is 0"),
+    ({"epochs": 0, "underestimate": 2.0}, "underestimate is for training, and epochs is 0"),
+    ({"epochs": 0, "lr": 1e-2}, "lr is for training, and epochs is 0"),
+    ({"epochs": 0, "schedule": "never"}, "schedule is 'never'"),
     ({"router": "trained", "objective": "activation", "underestimate": 2.0}, "underestimate weighs errors of regress"),
 ])  # fmt: skip
 def test_wrong_options(options: Any, words: str) -> None:
@@ -166,7 +168,7 @@ def test_wrong_options(options: Any, words: str) -> None:
 def test_only_and_skip(traces: Any) -> None:
     assert Moeify(experts=4, only=("blocks.0.*",)).apply(traces("stack:relu")).matched == ["blocks.0.ffn"]
     assert Moeify(experts=4, skip=("*.0.ffn",)).apply(traces("stack:relu")).matched == ["blocks.1.ffn"]
-    none = Moeify(experts=4, only=("nowhere",)).apply(traces("stack:relu"))
+    none = Moeify(experts=4, skip=("*",)).apply(traces("stack:relu"))
     assert none.matched == []
     assert none.rejected == []
 

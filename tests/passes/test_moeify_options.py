@@ -191,6 +191,8 @@ def converted(sharp: tuple[TracedGraph, list[Any]], **options: Any) -> TracedGra
     own_parameters(graph)
     usual = {"experts": 8, "split": "weights", "router": "trained", "router_width": 16, "epochs": 30, "lr": 1e-2}
     options = {**usual, **options}
+    if options["epochs"] == 0:
+        del options["lr"]
     Moeify(**options).apply(graph, inputs=vectors(), data=sharp[1])
     return graph.eval()
 

@@ -1,4 +1,4 @@
-"""Options with values by path: a pattern that names no site is refused, with the paths there are."""
+"""Options by path, only and skip too: a pattern that names no site is refused, with the paths there are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from surgeon.errors import UsageError
 from surgeon.graph import fork
-from surgeon.passes import Moeify, Sparsify, SwapActivation
+from surgeon.passes import Lower, Moeify, Sparsify, SwapActivation
 from tests.models import vectors
 
 
@@ -20,6 +20,8 @@ from tests.models import vectors
         (Moeify(experts={"*.0.*": 4}, only=("*.1.*",)), "moeify.experts", "*.0.*"),
         (Sparsify(target={"blocks.0": 0.1, "*": 0.2}), "sparsify.target", "blocks.0"),
         (SwapActivation(to={"BLOCKS.*": "relu2", "*": "relu"}), "swap-activation.to", "BLOCKS.*"),
+        (Sparsify(only=("*.0.*", "blocks.2.*")), "sparsify.only", "blocks.2.*"),
+        (Sparsify(skip=("blocks.1",)), "sparsify.skip", "blocks.1"),
     ],
 )
 def test_a_pattern_that_names_no_site_is_refused(traces: Any, one: Any, name: str, pattern: str) -> None:
@@ -27,7 +29,8 @@ def test_a_pattern_that_names_no_site_is_refused(traces: Any, one: Any, name: st
     code = graph.code
     with pytest.raises(UsageError) as error:
         one.apply(graph, inputs=vectors())
-    there = "blocks.1.ffn" if one.only else "blocks.0.ffn, blocks.1.ffn"
+    chosen = one.only == ("*.1.*",)
+    there = "blocks.1.ffn" if chosen else "blocks.0.ffn, blocks.1.ffn"
     assert str(error.value) == f"{name}: no site is called '{pattern}'. There are: {there}."
     assert graph.code == code
 
@@ -40,5 +43,18 @@ def test_a_pattern_may_name_a_site_that_is_refused(traces: Any) -> None:
 
 
 def test_where_no_site_is_left_the_pattern_is_not_to_blame(traces: Any) -> None:
-    one = SwapActivation(to={"nowhere": "relu"}, only=("head",))
+    one = SwapActivation(to={"nowhere": "relu"}, skip=("*",))
     assert one.apply(traces("stack:gelu"), inputs=vectors()).matched == []
+
+
+def test_a_pattern_may_name_a_candidate_that_the_other_leaves_out(traces: Any) -> None:
+    """Both are compared with all candidates, those that are refused included."""
+    graph = traces("stack:relu")
+    one = SwapActivation(only=("blocks.0.*", "blocks.1.*"), skip=("blocks.1.ffn",))
+    assert one.apply(graph, inputs=vectors()).rejected == [("blocks.0.ffn", "its activation is relu already")]
+
+
+def test_explaining_refuses_it_too_and_a_graph_without_candidates_does_not(traces: Any) -> None:
+    with pytest.raises(UsageError, match=r"moeify\.skip: no site is called 'head'"):
+        Moeify(skip=("head",)).explain(traces("stack:gelu"))
+    assert Lower(skip=("blocks.0.*",)).explain(traces("stack:gelu")) == ([], [])

@@ -256,7 +256,10 @@ def test_recovery_brings_the_answers_back() -> None:
     ({"epochs": -1.0}, "epochs is -1.0, but must be positive"),
     ({"epochs": 1.0, "lr": 0.0}, "lr is 0.0, but must be positive"),
     ({"to": {"*": "relu", "a": "tanh"}}, "to is 'tanh', but must be one of relu, relu2, gelu, silu"),
-    ({"distill": 2.0}, "distill is 2.0, but must be from 0 to 1"),
+    ({"distill": 2.0, "steps": 1}, "distill is 2.0, but must be from 0 to 1"),
+    ({"distill": 0.5}, "distill is for training, and epochs is 0"),
+    ({"lr": 1e-3}, "lr is for training, and epochs is 0"),
+    ({"epochs": 0, "clip": None}, "clip is for training, and epochs is 0"),
 ])  # fmt: skip
 def test_wrong_options(options: Any, words: str) -> None:
     with pytest.raises(UsageError, match=f"swap-activation: {words}"):

@@ -40,7 +40,7 @@ def demo(
     JSON: {dense, passes, points, directory}
     """
     from surgeon import demo as story
-    from surgeon.jobs.applying import check_target
+    from surgeon.jobs.storing import check_target
     from surgeon.render.diff_view import pass_view
     from surgeon.render.measured import demo_view, quality_line
 
@@ -95,7 +95,10 @@ def apply(
             "--tau", help="How much to skip, from 0 (nothing) to 1, by the rule of moeify.rule. Needs --data."
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random choice.  [default: 0]")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", help="Seed of every random choice.  [default: that of a saved surgery, else 0]"),
+    ] = None,
     trust_pickle: TrustPickle = False,
     arch: Arch = None,
 ) -> None:
@@ -121,7 +124,7 @@ def apply(
         seed = recorded_seed if seed is None else seed
     else:
         built = build(passes, settings)
-    seed = seed or 0
+    seed = applying.default_seed(model) if seed is None else seed
     if data is not None:
         data = dataclasses.replace(data, seed=seed)
     typed = tuple(run.args)

@@ -1,0 +1,76 @@
+"""Passes that train: the options of the training loop, and of fine-tuning, with their checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+from surgeon.errors import UsageError
+from surgeon.fit import Plan, Schedule
+from surgeon.passes.base import Pass, Site, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPass(Pass[Site], ABC):
+    """A pass that fits something, with the options of the training loop.
+
+    A subclass may say:
+        optional: whether epochs may be 0, which trains nothing.
+        for_training: its own options that mean something only where something is trained.
+    """
+
+    trains: ClassVar[bool] = True
+    optional: ClassVar[bool] = False
+    for_training: ClassVar[frozenset[str]] = frozenset()
+
+    epochs: float = option(3.0, "How often training goes through the data.")
+    steps: int | None = option(None, "Optimiser steps, instead of epochs.")
+    lr: float = option(1e-3, "Learning rate of AdamW.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    schedule: Schedule = option("linear", "Learning rate over time: constant, linear or cosine (to zero).")
+    clip: float | None = option(1.0, "Largest gradient norm.")
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"{self.name}: steps is {self.steps}, but must be at least 1.")
+        epochs_count = self.steps is None and not (self.optional and self.epochs == 0)
+        for name in ("epochs", "lr") if epochs_count else ("lr",):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{self.name}: {name} is {getattr(self, name)}, but must be positive.")
+        if self.schedule not in get_args(Schedule):
+            raise UsageError(f"{self.name}: schedule is '{self.schedule}'; it can be {', '.join(get_args(Schedule))}.")
+        if not self.optimises:
+            for field in dataclasses.fields(self):
+                pointless = field.name in self.for_training | {"lr", "weight_decay", "schedule", "clip"}
+                if pointless and getattr(self, field.name) != field.default:
+                    raise UsageError(f"{self.name}: {field.name} is for training, and epochs is 0.")
+
+    @property
+    def optimises(self) -> bool:
+        """Whether this run would train something if it had data."""
+        return self.epochs != 0 or self.steps is not None
+
+    def plan(self) -> Plan:
+        """The options as a plan for `surgeon.fit`."""
+        return Plan(self.epochs, self.steps, self.lr, self.weight_decay, self.schedule, self.clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTunedPass(TrainedPass[Site], ABC):
+    """A pass that fine-tunes the whole model (`surgeon.finetuning`)."""
+
+    for_training: ClassVar[frozenset[str]] = frozenset({"distill"})
+
+    lr: float = option(2e-5, "Learning rate of AdamW for all parameters.")
+    distill: float = option(
+        0.0,
+        "Share of the loss that is divergence from the model before the first pass of this run (a saved surgery, if it "
+        "goes on from one), in place of the task's loss.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.distill <= 1.0:
+            raise UsageError(f"{self.name}: distill is {self.distill}, but must be from 0 to 1.")

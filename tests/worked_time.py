@@ -1,0 +1,50 @@
+"""Time that follows the experts that ran, whatever else the machine does meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+from torch.fx import GraphModule, Interpreter, Node
+
+from surgeon.batch import Batch
+from surgeon.cost import ExpertMeter
+from surgeon.moe import find_moes
+from surgeon.sweep import run_batches
+
+REST, DENSE = 2.0, 5.0  # milliseconds of all that is no expert, and of a model without experts
+
+
+def milliseconds(shares: Mapping[str, float]) -> float:
+    """Of a call that runs these shares of the layers' experts: the first layer's take 2, every other's 1 in all."""
+    return REST + sum(share * (1 if number else 2) for number, share in enumerate(shares.values()))
+
+
+def replace_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let layers and calls take as long as `milliseconds` says."""
+    now = 0.0
+    run_node = Interpreter.run_node
+
+    def run_and_take_time(self: Interpreter, node: Node) -> Any:
+        nonlocal now
+        if isinstance(self, ExpertMeter) and node in self._site_of:
+            path = self._site_of[node].path
+            now += self.layers[path].share * (1 if list(self.layers).index(path) else 2) / 1000
+        return run_node(self, node)
+
+    def time_settings(
+        graph: GraphModule, batch: Batch, choices: Sequence[Callable[[], None]], repeats: int = 1
+    ) -> list[float]:
+        times = []
+        for choose in choices:
+            choose()
+            meter = ExpertMeter(graph)
+            list(run_batches(meter, [batch]))
+            times.append(milliseconds({path: layer.share for path, layer in meter.layers.items()}))
+        return times if find_moes(graph) else [DENSE for _ in choices]
+
+    monkeypatch.setattr("surgeon.cost.clock", lambda device: now)
+    monkeypatch.setattr(Interpreter, "run_node", run_and_take_time)
+    for module in ("surgeon.tuning", "surgeon.jobs.measuring"):
+        monkeypatch.setattr(f"{module}.time_settings", time_settings)
