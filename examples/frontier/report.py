@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 NAMES = {
     "moefication": "MoEfication",
@@ -91,30 +92,34 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
-    """Quality against the cost of the whole model, a thin line for each seed."""
+    """Quality against the cost of the whole model: the mean over the seeds at each setting, and every seed faintly."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.add_subplot()
-    for number, found in enumerate(results["seeds"].values()):
-        for variant, colour in zip(NAMES, COLOURS, strict=True):
-            if variant not in found:
+    seeds = list(results["seeds"].values())
+    for variant, colour in zip(NAMES, COLOURS, strict=True):
+        for curve, line, marker in (("uniform", "-", "o"), ("tuned", "--", "*"), ("oracle", ":", "")):
+            runs = [found[variant]["curves"].get(curve) for found in seeds if variant in found]
+            if not runs or not all(runs) or (curve == "oracle" and not variant.startswith("ours")):
                 continue
-            curves = found[variant]["curves"]
-            for curve, style in (("uniform", "-o"), ("tuned", "--*"), ("oracle", ":")):
-                points = sorted(curves.get(curve, ()), key=lambda point: point["relative"])
-                if not points or (curve == "oracle" and variant != "ours"):
-                    continue
-                label = NAMES[variant] + {"uniform": "", "tuned": ", tuned", "oracle": ", oracle router"}[curve]
-                axes.plot(
-                    [p["relative"] for p in points], [p["quality"] for p in points], style, color=colour, ms=4, lw=1.2,
-                    label=label if number == 0 else None,
-                )  # fmt: skip
-    dense = [found["dense"] for found in results["seeds"].values()]
+            each = [([p["relative"] for p in points], [p["quality"] for p in points]) for points in runs]
+            if len(each) > 1:
+                for x, y in each:
+                    axes.plot(x, y, ls=line, color=colour, lw=0.6, alpha=0.35)
+            label = NAMES[variant] + {"uniform": "", "tuned": ", tuned", "oracle": ", oracle router"}[curve]
+            x, y = (
+                [statistics.fmean(values) for values in zip(*axis, strict=True)] for axis in zip(*each, strict=True)
+            )
+            axes.plot(x, y, ls=line, marker=marker, color=colour, ms=4, lw=1.4, label=label)
+    dense = [found["dense"] for found in seeds]
     value = statistics.fmean(one["value"] for one in dense)
     axes.axhline(value, color="black", lw=1, label="dense")
-    axes.axhline(value * results["keep"], color="black", lw=0.8, ls=":")
+    axes.axhline(value * results["keep"], color="black", lw=0.8, ls=":", label=f"{100 * results['keep']:.0f}% of dense")
     higher = dense[0]["higher_is_better"]
     reach = 0.06 if higher else 0.15
     axes.set_ylim(*((value * (1 - reach), value * 1.02) if higher else (value * (1 + reach), value * 0.96)))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
+    if higher:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
     axes.set_xlabel("multiply-adds of the whole model, share of dense")
     axes.set_ylabel(f"{dense[0]['name']} on {dense[0]['items']:,} held-out items")
     axes.grid(alpha=0.3)
