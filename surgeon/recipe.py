@@ -34,7 +34,7 @@ D2DMOE: Steps = [
 ]
 RECIPES: dict[str, tuple[str, Steps]] = {
     "recommended": (
-        "What works best here: ReLU, 5% of the neurons active, distillation, clusters of what fires together, routers "
+        "Our choice: ReLU, 5% of the neurons active, distillation, clusters of what fires together, routers "
         "from closed form on, fine-tuning with experts skipped. Then surgeon tune.",
         [
             ("swap-activation", {}),
