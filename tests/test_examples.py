@@ -100,3 +100,21 @@ def test_a_study_runs_and_goes_on(frontier: Any, tmp_path: Path) -> None:
     changed = replace(wanted, variants=variants | {"sparse": study.Variant([SwapActivation(), Sparsify(steps=3)])})
     with pytest.raises(SystemExit, match=r"sparse\.json was made by another definition"):
         study.run(changed, tmp_path, [0])
+
+
+def test_cost_at_a_quality(frontier: Any) -> None:
+    report = frontier("report")
+
+    def cost_at(points: Any, quality: float, higher: bool) -> Any:
+        found = report.cost_at([{"cost": x, "quality": y} for x, y in points], quality, "cost", higher)
+        return None if found is None else (pytest.approx(found.share), found.at_most)
+
+    accuracies = ((0.5, 0.8), (0.1, 0.6), (0.2, 0.5), (1.0, 0.9))
+    assert cost_at(accuracies, 0.7, True) == (0.4, False)  # from the point at 0.2, not from the better one at 0.1
+    assert cost_at(accuracies, 0.6, True) == (0.1, True)
+    assert cost_at(accuracies, 0.95, True) is None
+    losses = ((0.1, 6.0), (0.3, 5.0))
+    assert cost_at(losses, 5.5, False) == (0.2, False)
+    assert cost_at(losses, 6.5, False) == (0.1, True)
+    assert cost_at(losses, 4.9, False) is None
+    assert report.percent([report.Cost(0.1), report.Cost(0.2, at_most=True), None]) == "≤ 15.0% ± 7.1, by 2 of 3"

@@ -9,7 +9,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +27,24 @@ NAMES = {
 COLOURS = ("tab:grey", "tab:orange", "tab:brown", "tab:blue", "tab:green", "tab:purple")
 
 
-def cost_at(points: Sequence[dict[str, Any]], quality: float, cost: str, higher: bool) -> float | None:
-    """The lowest cost at which a curve reaches a quality, between neighbours on a straight line; None if it never does.
+@dataclass(frozen=True)
+class Cost:
+    """Share of the dense model's cost; at_most: nothing cheaper was measured that could fall short."""
 
-    Of points that are beaten in both by another one only the better counts.
-    """
+    share: float
+    at_most: bool = False
+
+
+def cost_at(points: Sequence[dict[str, Any]], quality: float, cost: str, higher: bool) -> Cost | None:
+    """The lowest cost at which a curve reaches a quality, on a line from the next cheaper point; None if never."""
     sign = 1.0 if higher else -1.0
     ordered = sorted((p[cost], sign * p["quality"]) for p in points)
-    front: list[tuple[float, float]] = []
-    for x, y in ordered:
-        if not front or y > front[-1][1]:
-            front.append((x, y))
     wanted = sign * quality
-    for (x0, y0), (x1, y1) in pairwise(front):
-        if y0 < wanted <= y1:
-            return x0 + (x1 - x0) * (wanted - y0) / (y1 - y0)
-    return front[0][0] if front and front[0][1] >= wanted else None
+    reached = next((index for index, (_, y) in enumerate(ordered) if y >= wanted), None)
+    if not reached:
+        return None if reached is None else Cost(ordered[0][0], at_most=True)
+    (x0, y0), (x1, y1) = ordered[reached - 1 : reached + 1]
+    return Cost(x0 + (x1 - x0) * (wanted - y0) / (y1 - y0))
 
 
 def cells(results: dict[str, Any], variant: str, curve: str, reference: str) -> list[str]:
@@ -58,13 +60,14 @@ def cells(results: dict[str, Any], variant: str, curve: str, reference: str) -> 
     return found
 
 
-def percent(values: Sequence[float | None]) -> str:
+def percent(values: Sequence[Cost | None]) -> str:
     """Mean and spread over the seeds."""
     reached = [value for value in values if value is not None]
     if not reached:
         return "not reached"
-    spread = f" ± {100 * statistics.stdev(reached):.1f}" if len(reached) > 1 else ""
-    mean = f"{100 * statistics.fmean(reached):.1f}%{spread}"
+    shares = [100 * value.share for value in reached]
+    spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    mean = f"{'≤ ' * any(value.at_most for value in reached)}{statistics.fmean(shares):.1f}%{spread}"
     return mean if len(reached) == len(values) else f"{mean}, by {len(reached)} of {len(values)}"
 
 
