@@ -1,6 +1,6 @@
 """Where a vision transformer spends its experts: the cheapest and costliest held-out digits, patch by patch.
 
-python examples/frontier/load_map.py work/digits/0/ours_attention load_map.png --tau 0.2
+python examples/frontier/load_map.py work/digits/0/ours load_map.png --tau 0.2
 """
 
 from __future__ import annotations
