@@ -270,6 +270,16 @@ class Moeify(TrainedPass[FFN]):
         if any(site.dropout for site in sites):
             notes.append("Dropout between the linears is not carried into the experts; it matters in training only.")
         modules = [graph.get_submodule(change.made) for change in changes]
+        single = [
+            change.path
+            for change, module in zip(changes, modules, strict=True)
+            if isinstance(module, MoE) and len(module.weights.w1) == 1
+        ]
+        if single:
+            notes.append(
+                f"{len(single)} of {len(changes)} layers have one expert, which always runs, so nothing is saved "
+                f"there: {', '.join(single[:3])}{', ...' * (len(single) > 3)}. Give them a smaller expert_size."
+            )
         names = {module.activation for module in modules if isinstance(module, MoE)}
         dense = sorted(name for name in names if not ACTIVATIONS[name].leaves_zeros)
         if dense:

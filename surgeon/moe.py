@@ -151,9 +151,9 @@ class MoESite:
 
     @property
     def describe(self) -> str:
-        """`48 experts × 32`, and how many of them always run."""
+        """`48 experts × 32`, `1 expert × 8`, and how many of them always run."""
         always = f", {self.shared} of them always on" if self.shared else ""
-        return f"{self.experts} experts × {self.w1.shape[1]}{always}"
+        return f"{self.experts} expert{'s' * (self.experts != 1)} × {self.w1.shape[1]}{always}"
 
 
 def find_moes(graph: GraphModule) -> list[MoESite]:

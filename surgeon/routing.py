@@ -28,7 +28,8 @@ _HIDDEN = {"relu": aten.relu.default, "tanh": aten.tanh.default}
 # Each output as an op and its further arguments.
 _OUTPUT: dict[Output, tuple[Any, ...]] = {
     "abs": (aten.abs.default,),
-    # Close to a ReLU on targets from 0 to 1 and never zero: scores that are equal could not be told apart by a rule.
+    # Close to a ReLU on targets from 0 to 1, but above zero down to -2, where float32 ends: equal scores could not be
+    # told apart by a rule.
     "softplus": (aten.softplus.default, 50.0),
     "exp": (aten.exp.default,),
     "sigmoid": (aten.sigmoid.default,),

@@ -195,7 +195,8 @@ class Tuner:
         if least.cost > budget:
             raise UsageError(
                 f"A budget of {budget:.0%} cannot be met: with hardly any experts (tau {_UNIFORM_TAUS[-1]:g}) the "
-                f"model still costs {least.cost:.1%} of the dense one. The rest is not converted."
+                f"model still costs {least.cost:.1%} of the dense one. What is left is never "
+                "skipped: layers that are not converted, routers, and at least one expert in each layer."
             )
         uniform = self._uniform(budget)
         best, rounds = uniform, 0

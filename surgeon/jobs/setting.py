@@ -152,7 +152,11 @@ def compensation_notes(graph: TracedGraph, earlier: Sequence[str], *, wanted: bo
     """
     now = compensated(graph)
     if wanted:
-        return () if now else ("--compensate added nothing: no expert is skipped.",)
+        return (
+            ()
+            if now
+            else ("--compensate added nothing: no expert is skipped, or those that are give nothing on this data.",)
+        )
     dropped = set(earlier) - set(now)
     if not dropped:
         return ()

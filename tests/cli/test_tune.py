@@ -124,7 +124,7 @@ def test_what_tuning_drops_and_what_it_cannot_add_is_said(run: Run, trained: Pat
     assert dropped.startswith(f"Compensation was dropped in {count} of 2 layers, which skip other experts now;")
     assert read_record(Path("dropped"))["compensated"] == []
     nothing, fits = run(*args, "--budget", "1.5", "--compensate", "-o", "every").json["notes"]
-    assert nothing == "--compensate added nothing: no expert is skipped."
+    assert nothing == "--compensate added nothing: no expert is skipped, or those that are give nothing on this data."
     assert re.fullmatch(r"Every expert fits a budget of 150%: with tau 0 the model costs 1\d\d\.\d% .*", fits)
 
 

@@ -364,3 +364,11 @@ def test_cost_is_that_of_the_router_that_was_made(sharp: Any) -> None:
     cost, _ = measure(graph, (), vectors())
     before, _ = measure(sharp[0], (), vectors())
     assert cost.multiply_adds - before.multiply_adds == 2 * 15 * 16 * (WIDTH + 8)
+
+
+def test_layers_with_one_expert_are_told(sharp: Any) -> None:
+    def notes(experts: int) -> str:
+        return " ".join(Moeify(experts=experts, epochs=0).apply(fork(sharp[0]), data=sharp[1]).notes)
+
+    assert "layers have one expert, which always runs, so nothing is saved there" in notes(1)
+    assert "one expert" not in notes(2)
