@@ -30,6 +30,10 @@ DenseModel = Annotated[
         help="The model before the surgery, to measure beside it; tune --metric ms wants it.",
     ),
 ]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default it replaces DIR."),
+]
 
 
 @command
@@ -105,10 +109,7 @@ def tune(
         bool, typer.Option("--compensate", help="Also add the mean output of the skipped experts, for every layer.")
     ] = False,
     samples: Annotated[int, typer.Option("--samples", help="Samples of the training data to measure damage on.")] = 512,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default it replaces DIR."),
-    ] = None,
+    out: Out = None,
     dense: DenseModel = None,
     data: DataOptions,
     trust_pickle: TrustPickle = False,
@@ -162,10 +163,7 @@ def set_(
         bool, typer.Option("--compensate", help="Add the mean output of the skipped experts of --data, in all layers.")
     ] = False,
     samples: Annotated[int, typer.Option("--samples", help="Samples of the data that --compensate reads.")] = 512,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default it replaces DIR."),
-    ] = None,
+    out: Out = None,
     data: DataOptions | None = None,
 ) -> None:
     """Set tau and selection rule of the layers, and store them; without options, show what is stored.
