@@ -11,7 +11,8 @@
 | energy | the same for squared scores and tau² (orthogonal outputs would then differ by a share tau of their norm) | |
 | top_k | it is among the tau · E smallest, rounded down | MoEfication (arXiv 2110.01786) |
 
-Experts with equal scores run or are skipped together.
+E counts the experts that are scored; those that always run are not among them. Experts with equal scores run or are
+skipped together. The code of D2DMoE's authors calls 1 − tau its tau.
 """
 
 from __future__ import annotations

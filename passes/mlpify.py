@@ -28,10 +28,19 @@ from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import Capture, emit, emit_dropout, erase_unread, get_attr, replace_value
 from surgeon.search import find_linear_sites
 from surgeon.sites import PROJECTION_MLP, LinearSite, Rejection
-from surgeon.sparsity import active_share, square_hoyer
+from surgeon.sparsity import (
+    PENALTIES,
+    PENALTY_NAMES,
+    AlphaSchedule,
+    Penalty,
+    active_share,
+    alpha_at,
+    penalised_values,
+)
 
 Kind = Literal["plain", "residual"]
 Start = Literal["svd", "random"]
+Error = Literal["relative", "mse"]
 # Names of the MLPs that stand in for one, two and three parts of a layer.
 _NAMES = {
     1: [PROJECTION_MLP],
@@ -39,6 +48,7 @@ _NAMES = {
     3: [f"{PROJECTION_MLP}_{part}" for part in "qkv"],
 }
 _MOST_PARTS = max(_NAMES)
+_ERROR_NAMES: dict[Error, str] = {"relative": "unexplained variance", "mse": "mean squared error"}
 # What wider hidden layers are a multiple of.
 _MULTIPLE = 8
 # A single neuron passes nothing on of one sign.
@@ -75,10 +85,10 @@ class ReplacementMLP(nn.Module):
         self.activation, self.residual = activation, residual
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """X [..., d_in] → (output [..., d_out], hidden activations [..., h])."""
-        hidden = ACTIVATIONS[self.activation].fn(self.fc1(x))
-        output = self.fc2(hidden)
-        return x + output if self.residual else output, hidden
+        """X [..., d_in] → (output [..., d_out], what goes into the activation [..., h])."""
+        z = self.fc1(x)
+        output = self.fc2(ACTIVATIONS[self.activation].fn(z))
+        return x + output if self.residual else output, z
 
     @torch.no_grad()
     def start_from(self, rows: Tensor, bias: Tensor | None, mean: Tensor, second_moment: Tensor) -> None:
@@ -121,8 +131,10 @@ class Mlpify(TrainedPass[LinearSite]):
     """Replace standalone linear layers (attention projections) by MLPs of equal cost that imitate them (D2DMoE, 3.5).
 
     Every linear layer outside feed-forward layers is one, except the head: with `skip` others (a pooler) stay.
-    Queries, keys and values computed by one layer get an MLP each. Every replacement is trained on the inputs and
-    outputs of the layer it replaces, for itself and without dropout, which only acts in the graph's training mode.
+    Queries, keys and values computed by one layer get an MLP each. An MLP's hidden width is cost_factor times
+    (d_in·d_out + d_out) / (d_in + d_out + 1), from 16 on to a multiple of 8; its first linear always has a bias. Every
+    replacement is trained on the inputs and outputs of the layer it replaces, for itself and without dropout, which
+    only acts in the graph's training mode.
     """
 
     name: ClassVar[str] = "mlpify"
@@ -138,7 +150,17 @@ class Mlpify(TrainedPass[LinearSite]):
     split_fused: bool = option(True, "Give queries, keys and values that one layer computes an MLP each.")
     dropout: float = option(0.0, "Dropout probability after the activation and after the second linear.")
     init: Start = option("svd", "Start from the best linear map of that width on the data (svd), or random.")
-    alpha: float = option(1e-3, "Weight of the square-Hoyer penalty on the hidden values, growing linearly from 0.")
+    error: Error = option(
+        "relative",
+        "What imitation minimises: relative (mean squared error over the variance of the layer's outputs, so that "
+        "layers with small outputs count alike), or mse (as published).",
+    )
+    penalty: Penalty = option("hoyer", "Penalty on the hidden values beside the error: hoyer or l1, as in sparsify.")
+    alpha: float = option(1e-3, "Weight of the penalty.")
+    alpha_schedule: AlphaSchedule = option(
+        "linear", "The weight over time: constant, linear or linear_warmup, as in sparsify."
+    )
+    displacement: float = option(-10.0, "D: pre-activations below it count as zero where the activation leaves none.")
     epochs: float = option(3.0, "How often imitation goes through the data.")
     lr: float = option(1e-3, "Learning rate of AdamW for the replacements.")
 
@@ -152,7 +174,8 @@ class Mlpify(TrainedPass[LinearSite]):
             raise UsageError(f"mlpify: dropout is {self.dropout}, but must be at least 0 and below 1.")
         if self.alpha < 0:
             raise UsageError(f"mlpify: alpha is {self.alpha}, but must not be negative.")
-        for name, kind in (("kind", Kind), ("init", Start)):
+        choices = {"kind": Kind, "init": Start, "error": Error, "penalty": Penalty, "alpha_schedule": AlphaSchedule}
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"mlpify: {name} is '{getattr(self, name)}'; it can be {' or '.join(get_args(kind))}.")
 
@@ -241,7 +264,7 @@ class Mlpify(TrainedPass[LinearSite]):
         return emit(graph, aten.add.Tensor, x, value, path=target) if module.residual else value
 
     def fit(self, context: FitContext[LinearSite]) -> FitReport | None:
-        """Imitate every layer on the inputs it has in the model as it was: unexplained variance, plus the penalty.
+        """Imitate every layer on the inputs it has in the model as it was: the error, plus the penalty.
 
         The paper takes the plain mean squared error. Divided by the variance of the layer's outputs it weighs every
         layer alike, where otherwise those with small outputs (usually o) are drowned by the others and the penalty.
@@ -260,22 +283,26 @@ class Mlpify(TrainedPass[LinearSite]):
             batches = itertools.islice(data.train, _START_BATCHES)
             _start(before, pairs, (values(batch.to(device)) for batch in batches))
 
+        measure = PENALTIES[self.penalty]
+
         def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
             found = values(batch)
-            errors, hoyers, shares = [], [], []
+            errors, sizes, shares = [], [], []
             for replacement, call in pairs:
                 y = _target(found, replacement, call)
-                imitation, hidden = replacement(found[call.input.name])
-                variance = y.var(correction=0)
+                imitation, z = replacement(found[call.input.name])
                 error = F.mse_loss(imitation.float(), y)
-                errors.append(error / torch.where(variance > 0, variance, 1.0))
-                hoyers.append(square_hoyer(hidden).mean())
+                if self.error == "relative":
+                    variance = y.var(correction=0)
+                    error = error / torch.where(variance > 0, variance, 1.0)
+                errors.append(error)
+                sizes.append(measure(penalised_values(z, replacement.activation, self.displacement)).mean())
                 with torch.no_grad():
-                    shares.append(active_share(hidden).mean())
-            error, hoyer = torch.stack(errors).mean(), torch.stack(hoyers).mean()
-            return error + self.alpha * done * hoyer, {
-                "unexplained variance": error.item(),
-                "square Hoyer": hoyer.item(),
+                    shares.append(active_share(ACTIVATIONS[replacement.activation].fn(z)).mean())
+            error, size = torch.stack(errors).mean(), torch.stack(sizes).mean()
+            return error + alpha_at(self.alpha_schedule, self.alpha, done) * size, {
+                _ERROR_NAMES[self.error]: error.item(),
+                PENALTY_NAMES[self.penalty]: size.item(),
                 "active": float(torch.stack(shares).mean()),
             }
 

@@ -85,10 +85,14 @@ class Moeify(TrainedPass[FFN]):
     expert_size: PerSite[int] | None = option(None, "Neurons in each expert, instead of their number.")
     split: Split = option(
         "auto",
-        "What makes neurons alike: weights (their rows, as published), activations (what fires together, on data), or "
-        "random. auto: activations with data, else weights.",
+        "What makes neurons alike: weights (their rows, as published; balanced by our own assignment, not by the exact "
+        "solver), activations (what fires together, on data), or random. auto: activations with data, else weights.",
     )
-    shared: int = option(0, "Experts that always run, made of the neurons that are active most often (with data).")
+    shared: int = option(
+        0,
+        "Experts that always run, made of the neurons that are active most often (with data): whose share of the "
+        "output is above a tenth of the token's largest. tau · E of top_k counts routed experts only.",
+    )
     router: RouterKind = option(
         "neurons",
         "neurons: closed form, from the layer's own neurons, then trained unless epochs is 0. trained: from random "
@@ -103,14 +107,19 @@ class Moeify(TrainedPass[FFN]):
     objective: Objective = option(
         "relative",
         "What the router predicts: relative (norms of the experts' outputs, to the token's largest); with "
-        "router=trained also norm (as published), log (of relative) or activation (sums, cross entropy: MoEfication).",
+        "router=trained also norm (as published), log (of relative, with a floor of 1% of the largest) or activation "
+        "(sums, cross entropy: MoEfication).",
     )
     layer_by_layer: bool = option(
         False,
         "Fit the routers of one layer after another, which needs less memory and runs the model more often.",
     )
     underestimate: float = option(1.0, "Weight of the errors of scores that are too low.")
-    exposure: float = option(0.0, "tau at which the model runs while its routers are trained; 0: the dense model.")
+    exposure: float = option(
+        0.0,
+        "tau at which the model runs while its routers are trained; 0: the dense model. With router=neurons only the "
+        "training after the closed form sees those inputs.",
+    )
     rule: str = option(
         "max",
         "How scores and tau select: max (an expert is skipped below tau times the largest score), cumulative (the "

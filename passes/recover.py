@@ -32,7 +32,7 @@ _OBJECTIVE: Objective = "relative"
 class Recover(FineTunedPass[MoESite]):
     """Fine-tune with experts skipped, so that those that run make up for those that do not.
 
-    Every step draws a tau up to the given one. Selection itself gets no gradient; the routers go on learning the norms
+    Every batch draws a tau up to the given one. Selection itself gets no gradient; the routers go on learning the norms
     of the changing experts, on the inputs that the sparse model gives them. Not part of D2DMoE.
     """
 
@@ -75,7 +75,7 @@ class Recover(FineTunedPass[MoESite]):
         return SiteChange(site.path, site.describe, seen, (count, count), (cost, cost), (name, name))
 
     def fit(self, context: FitContext[MoESite]) -> FitReport | None:
-        """Train all parameters for the task, at a tau drawn anew in every step; the layers' own tau is put back."""
+        """Train all parameters for the task, at a tau drawn anew for every batch; the layers' own tau is put back."""
         graph = context.graph
         # `finetune` does so too, but after the first tau is drawn, which must not be set in the graph this came from.
         own_parameters(graph)
@@ -118,7 +118,7 @@ class Recover(FineTunedPass[MoESite]):
 
 
 class _DrawnTau:
-    """The tau that the layers run at, drawn at the end of every step for the next one: checkpoints have to keep it."""
+    """The tau that the layers run at, drawn at the end of every batch for the next one: checkpoints have to keep it."""
 
     def __init__(self, layers: Callable[[], Iterable[MoE]], largest: float, seed: int) -> None:
         self._layers, self._largest, self._seed, self._tau = layers, largest, seed, 0.0

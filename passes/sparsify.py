@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +30,23 @@ from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import set_path
 from surgeon.search import find_ffns
 from surgeon.sites import FFN, Rejection
-from surgeon.sparsity import PENALTIES, AlphaControl, Penalty, active_share
+from surgeon.sparsity import (
+    PENALTIES,
+    PENALTY_NAMES,
+    AlphaControl,
+    AlphaSchedule,
+    Penalty,
+    active_share,
+    alpha_at,
+    penalised_values,
+)
 
-AlphaSchedule = Literal["constant", "linear", "linear_warmup"]
-_SHOWN = {"hoyer": "square Hoyer", "l1": "L1"}
 # A layer has missed its target if it is more active than that by this factor.
 _MISSED = 1.2
 
 
 class SparsityTap(nn.Module):
-    """Marks the values that go into an activation, and says how far from sparse they are. Returns its input.
-
-    A ReLU's output is penalised as it is; for an activation that leaves no zeros (GELU, SiLU) the pre-activation z is,
-    shifted to max(z, D) − D, so that values below D, where the activation is near zero, cost nothing.
-    """
+    """Marks the values that go into an activation, and says how far from sparse they are. Returns its input."""
 
     surgeon_identity = True
 
@@ -68,9 +71,7 @@ class SparsityTap(nn.Module):
 
     def penalised(self, z: Tensor) -> Tensor:
         """The non-negative values that should be sparse, [..., h], of what goes through the tap."""
-        z = self._input(z)
-        known = ACTIVATIONS[self.activation]
-        return known.fn(z) if known.leaves_zeros else z.clamp_min(self.displacement) - self.displacement
+        return penalised_values(self._input(z), self.activation, self.displacement)
 
     def activations(self, z: Tensor) -> Tensor:
         """The activation's values, [..., h], the gate's in a gated layer."""
@@ -85,6 +86,10 @@ class SparsityTap(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class Sparsify(FineTunedPass[FFN]):
     """Put a sparsity tap on each FFN's activation and fine-tune for task and sparsity (D2DMoE, section 3.1).
+
+    The square Hoyer measure of a token is (Σ|a|)² / Σa². Here a is a ReLU's output; before a GELU or SiLU it is
+    max(z, D) − D; in a gated layer it is that of the gate. Feed-forward layers and replaced projections are averaged
+    apart, with the same weight.
 
     Without data the taps are put in and nothing is trained: the output is unchanged.
     """
@@ -103,11 +108,15 @@ class Sparsify(FineTunedPass[FFN]):
         "hoyer (square Hoyer measure) or l1 (sum), of a ReLU's outputs or of GELU's and SiLU's shifted inputs.",
     )
     alpha: float = option(1e-3, "Weight of the sparsity penalty beside the task loss; with a target, its first value.")
-    alpha_schedule: AlphaSchedule = option("linear", "The weight over time: constant, linear or linear_warmup.")
+    alpha_schedule: AlphaSchedule = option(
+        "linear",
+        "The weight over time: constant; linear: from 0 to alpha over the whole training; linear_warmup: from 0 to "
+        "alpha over the first half, then constant.",
+    )
     target: PerSite[float] | None = option(
         None,
         "Share of neurons that should be active (above a hundredth of the token's largest); finds the weight for each "
-        "layer, instead of alpha_schedule.",
+        "layer, instead of alpha_schedule. Layers that no pattern fits are not penalised.",
     )
     displacement: float = option(-10.0, "D: pre-activations below it count as zero where the activation leaves none.")
     epochs: float = option(3.0, "How often fine-tuning goes through the data.")
@@ -122,6 +131,11 @@ class Sparsify(FineTunedPass[FFN]):
         for value in self.target.values() if isinstance(self.target, dict) else [self.target]:
             if value is not None and not 0.0 < value < 1.0:
                 raise UsageError(f"sparsify: target is {value}, but must be a share between 0 and 1.")
+        if self.target is not None and self.alpha_schedule != type(self).alpha_schedule:
+            raise UsageError(
+                "sparsify: a target finds the weight over time by itself, so alpha_schedule would be ignored. "
+                "Give one of them."
+            )
         if self.target is not None and self.alpha == 0:
             raise UsageError("sparsify: with a target, alpha is where its search starts and must be positive.")
 
@@ -156,7 +170,7 @@ class Sparsify(FineTunedPass[FFN]):
         return SiteChange(
             site.path,
             site.describe,
-            f"{site.describe} + {_SHOWN[self.penalty]} tap ({where})",
+            f"{site.describe} + {PENALTY_NAMES[self.penalty]} tap ({where})",
             (count, count),
             (cost, cost),
             (output, output),
@@ -190,13 +204,13 @@ class Sparsify(FineTunedPass[FFN]):
                     active.append(active_share(tap.activations(z)).mean())
             size, active_now = torch.stack(sizes), torch.stack(active)
             if control is None:
-                alphas = torch.full_like(size, self._alpha(done))
+                alphas = torch.full_like(size, alpha_at(self.alpha_schedule, self.alpha, done))
             else:
                 control.observe(active_now, done)
                 alphas = control.alphas.to(size)
             weighted = size * shares.to(size)
             return (alphas * weighted).sum(), {
-                _SHOWN[self.penalty]: weighted.sum().item(),
+                PENALTY_NAMES[self.penalty]: weighted.sum().item(),
                 "active": float(active_now.mean()),
             }
 
@@ -240,14 +254,8 @@ class Sparsify(FineTunedPass[FFN]):
     def _control(self, paths: Sequence[str]) -> AlphaControl | None:
         if self.target is None:
             return None
-        return AlphaControl([for_site(self.target, path) for path in paths], self.alpha)
-
-    def _alpha(self, done: float) -> float:
-        if self.alpha_schedule == "linear":
-            return self.alpha * done
-        if self.alpha_schedule == "linear_warmup":
-            return self.alpha * min(1.0, 2.0 * done)
-        return self.alpha
+        goals = [for_site(self.target, path) for path in paths]
+        return AlphaControl(goals, self.alpha, per_step=self.accumulate)
 
 
 def _tapped(graph: GraphModule, site: FFN) -> bool:

@@ -91,7 +91,7 @@ class SwapActivation(FineTunedPass[FFN]):
         graph, data = context.graph, context.data
         swapped = {site.path for site, _ in context.changes}
         sites = [site for site in find_ffns(graph)[0] if site.path in swapped]
-        before = layer_sparsity(graph, sites, data)
+        before = layer_sparsity(context.before, [site for site, _ in context.changes], data)
         report = finetune(graph, data, self.plan(), context.settings, "swap-activation", distill=self.distill)
         after = layer_sparsity(graph, sites, data)
         return dataclasses.replace(report, sparsity={path: (before[path], after[path]) for path in before})

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from surgeon.errors import UsageError
-from surgeon.fit import Plan, Schedule
+from surgeon.fit import Plan, Precision, Schedule
 from surgeon.passes.base import Pass, Site, option
+
+# Options that mean something only where something is trained, all of them fields of `Plan`.
+_OF_THE_PLAN = frozenset({"lr", "weight_decay", "schedule", "warmup", "clip", "accumulate", "precision"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,12 @@ class TrainedPass(Pass[Site], ABC):
     lr: float = option(1e-3, "Learning rate of AdamW.")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     schedule: Schedule = option("linear", "Learning rate over time: constant, linear or cosine (to zero).")
+    warmup: float = option(0.0, "Share of the training in which the learning rate first rises linearly from 0.")
     clip: float | None = option(1.0, "Largest gradient norm.")
+    accumulate: int = option(1, "Batches for one optimiser step, with the mean of their gradients.")
+    precision: Precision = option(
+        "float32", "float32, or bfloat16: mixed precision in training; the weights keep their type."
+    )
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -39,12 +47,17 @@ class TrainedPass(Pass[Site], ABC):
         for name in ("epochs", "lr") if epochs_count else ("lr",):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{self.name}: {name} is {getattr(self, name)}, but must be positive.")
-        if self.schedule not in get_args(Schedule):
-            raise UsageError(f"{self.name}: schedule is '{self.schedule}'; it can be {', '.join(get_args(Schedule))}.")
+        for name, kind in (("schedule", Schedule), ("precision", Precision)):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise UsageError(f"{self.name}: {name} is '{getattr(self, name)}'; it can be {known}.")
+        if not 0.0 <= self.warmup < 1.0:
+            raise UsageError(f"{self.name}: warmup is {self.warmup}, but must be at least 0 and below 1.")
+        if self.accumulate < 1:
+            raise UsageError(f"{self.name}: accumulate is {self.accumulate}, but must be at least 1.")
         if not self.optimises:
             for field in dataclasses.fields(self):
-                pointless = field.name in self.for_training | {"lr", "weight_decay", "schedule", "clip"}
-                if pointless and getattr(self, field.name) != field.default:
+                if field.name in self.for_training | _OF_THE_PLAN and getattr(self, field.name) != field.default:
                     raise UsageError(f"{self.name}: {field.name} is for training, and epochs is 0.")
 
     @property
@@ -54,7 +67,7 @@ class TrainedPass(Pass[Site], ABC):
 
     def plan(self) -> Plan:
         """The options as a plan for `surgeon.fit`."""
-        return Plan(self.epochs, self.steps, self.lr, self.weight_decay, self.schedule, self.clip)
+        return Plan(self.epochs, self.steps, **{name: getattr(self, name) for name in _OF_THE_PLAN})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,19 @@
 """The one training loop: every pass that learns something describes its loss and runs it here.
 
-Built on accelerate (device, precision, checkpoints). A fit writes a checkpoint as it goes and can be continued from it.
+Built on accelerate (device, accumulation, checkpoints). A fit writes checkpoints and can be continued from the last.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,6 +32,7 @@ from surgeon.tracing import TraceInfo
 log = logging.getLogger("surgeon")
 
 Schedule = Literal["constant", "linear", "cosine"]
+Precision = Literal["float32", "bfloat16"]
 CHECKPOINT_SECONDS = 60.0
 # A loss of a batch: (loss, named values worth showing), given the batch and the share of the fit that is done.
 BatchLoss = Callable[[Batch, float], tuple[Tensor, dict[str, float]]]
@@ -64,7 +68,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to optimise: AdamW for `epochs` over the data, or for `steps` if given."""
+    """How to optimise: AdamW for `epochs` over the data, or for `steps` of the optimiser if given.
+
+    schedule: of the learning rate, after the share `warmup` of the steps in which it rises linearly from 0.
+    clip: largest gradient norm. accumulate: batches for one step, with the mean of their gradients.
+    precision: "bfloat16" computes the loss in mixed precision; the parameters keep their type.
+    """
 
     epochs: float
     steps: int | None
@@ -72,6 +81,9 @@ class Plan:
     weight_decay: float = 0.0
     schedule: Schedule = "linear"
     clip: float | None = 1.0
+    warmup: float = 0.0
+    accumulate: int = 1
+    precision: Precision = "float32"
 
     def total_steps(self, data: Data) -> int:
         """Optimiser steps of the whole fit.
@@ -84,7 +96,18 @@ class Plan:
         length = _length(data)
         if length is None:
             raise DataError("The data has no length: say how long to train, with the pass's option `steps`.")
-        return max(1, round(self.epochs * length))
+        return max(1, round(self.epochs * length / self.accumulate))
+
+    def rate(self, done: float) -> float:
+        """The learning rate when the share `done` of the fit is over, relative to `lr`."""
+        if done < self.warmup:
+            return done / self.warmup
+        done = (done - self.warmup) / (1.0 - self.warmup)
+        if self.schedule == "linear":
+            return max(0.0, 1.0 - done)
+        if self.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+        return 1.0
 
 
 def fit(
@@ -100,6 +123,7 @@ def fit(
     """Optimise the parameters and leave everything else as it is.
 
     Args:
+        loss: of one batch, called `plan.accumulate` times for every step.
         stateful: what else changes in the course of the fit and belongs into its checkpoints.
 
     Raises:
@@ -110,32 +134,44 @@ def fit(
 
     total = plan.total_steps(data)
     device = parameters[0].device
-    accelerator = Accelerator(cpu=device.type == "cpu", step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        step_scheduler_with_optimizer=False,
+        gradient_accumulation_steps=plan.accumulate,  # what `backward` divides by
+    )
     trained = nn.ParameterList(parameters)
     frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(plan.schedule, step / total))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.rate(step / total))
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     checkpoint = _Checkpoint(accelerator, [trained, *stateful], settings, what)
     step, history = checkpoint.restore() if settings.resume else (0, [])
     resumed_at, started, saved = step, time.monotonic(), time.monotonic()
+    undo_part = _remember(stateful, device)
+    batches = _batches(data, step * plan.accumulate, total * plan.accumulate)
     try:
-        for batch in _batches(data, step, total):
-            value, shown = loss(batch.to(device), step / total)
-            if not bool(torch.isfinite(value)):
-                raise PassError(
-                    f"{what}: the loss is {value.item()} at step {step + 1} of {total}. "
-                    f"Try a smaller learning rate (now {plan.lr:g})."
-                )
-            accelerator.backward(value)
+        for group in _groups(batches, plan.accumulate):
+            parts = []
+            for part, batch in enumerate(group):
+                with _computing_in(plan.precision, device):
+                    value, values = loss(batch.to(device), (step + part / plan.accumulate) / total)
+                if not bool(torch.isfinite(value)):
+                    raise PassError(
+                        f"{what}: the loss is {value.item()} at step {step + 1} of {total}. "
+                        f"Try a smaller learning rate (now {plan.lr:g})."
+                    )
+                accelerator.backward(value)
+                parts.append(values)
+            shown = {name: sum(values[name] for values in parts) / len(parts) for name in parts[0]}
             if plan.clip is not None:
                 accelerator.clip_grad_norm_(parameters, plan.clip)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             step += 1
+            undo_part = _remember(stateful, device)
             if step == 1 or step == total or step % max(1, total // 20) == 0:
                 history.append((step, shown))
                 log.info("%s: step %d of %d, %s", what, step, total, _format(shown))
@@ -146,6 +182,7 @@ def fit(
                 saved = time.monotonic()
         checkpoint.save(step, history)
     except KeyboardInterrupt:
+        undo_part()
         checkpoint.save(step, history)
         raise
     finally:
@@ -153,7 +190,7 @@ def fit(
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
     length = _length(data)
-    epochs = round(step / length, 3) if length else None
+    epochs = round(step * plan.accumulate / length, 3) if length else None
     return FitReport(step, epochs, round(time.monotonic() - started, 2), tuple(history), resumed_at)
 
 
@@ -219,6 +256,11 @@ def _batches(data: Data, skip: int, total: int) -> Iterator[Batch]:
             raise DataError("The training data is empty.")
 
 
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    while group := list(itertools.islice(batches, size)):
+        yield group
+
+
 def _length(data: Data) -> int | None:
     try:
         return len(data.train)  # type: ignore[arg-type]
@@ -226,12 +268,24 @@ def _length(data: Data) -> int | None:
         return None
 
 
-def _rate(schedule: Schedule, done: float) -> float:
-    if schedule == "linear":
-        return max(0.0, 1.0 - done)
-    if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-    return 1.0
+def _computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Mixed precision, or nothing. Not accelerate's, which is set once for the whole process."""
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)
+
+
+def _remember(stateful: Sequence[Stateful], device: torch.device) -> Callable[[], None]:
+    """Remember what changes while a step is computed; the function returned puts it back."""
+    states = [copy.deepcopy(one.state_dict()) for one in stateful]
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def put_back() -> None:
+        for one, state in zip(stateful, states, strict=True):
+            one.load_state_dict(state)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    return put_back
 
 
 def _format(values: dict[str, float]) -> str:

@@ -47,7 +47,7 @@ RECIPES: dict[str, tuple[str, Steps]] = {
     "relufy": ("ReLU in place of the activation, and recovery training: what sparsity comes by itself.", RELUFY),
     "moefication": (
         "MoEfication (arXiv 2110.01786) as D2DMoE compares with it: ReLU, clusters of weights, routers that classify, "
-        "a fixed number of experts.",
+        "a fixed number of experts; their published size, 24, is to be set with moeify.expert_size.",
         [
             *RELUFY,
             (
@@ -66,13 +66,14 @@ RECIPES: dict[str, tuple[str, Steps]] = {
     ),
     "d2dmoe": (
         "D2DMoE (arXiv 2310.04361) as published: ReLU, square Hoyer with one weight for all layers, clusters of "
-        "weights, routers of width 128 that regress norms, experts above a share of the largest score.",
+        "weights, routers of width 128 that regress norms, experts above a share of the largest score; their published "
+        "sizes (24 for BERT, 4 for GPT-2, 6 for ViT-B) are to be set with moeify.expert_size.",
         D2DMOE,
     ),
     "d2dmoe-attention": (
-        "d2dmoe after attention projections became MLPs, from random weights. mlpify.skip leaves other linear layers "
-        "(a pooler) alone.",
-        [("mlpify", {"init": "random"}), *D2DMOE],
+        "d2dmoe after attention projections became MLPs, from random weights; the published sizes of experts are to be "
+        "set as there. mlpify.skip leaves other linear layers (a pooler) alone.",
+        [("mlpify", {"init": "random", "error": "mse"}), *D2DMOE],
     ),
 }
 

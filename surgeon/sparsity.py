@@ -9,7 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from surgeon.kernels.activations import ACTIVATIONS
+
 Penalty = Literal["hoyer", "l1"]
+AlphaSchedule = Literal["constant", "linear", "linear_warmup"]
 _EPSILON = 1e-15
 
 
@@ -28,6 +31,29 @@ def l1(a: Tensor) -> Tensor:
 
 
 PENALTIES: dict[Penalty, Callable[[Tensor], Tensor]] = {"hoyer": square_hoyer, "l1": l1}
+PENALTY_NAMES: dict[Penalty, str] = {"hoyer": "square Hoyer", "l1": "L1"}
+
+
+def penalised_values(z: Tensor, activation: str, displacement: float) -> Tensor:
+    """The non-negative values that should be sparse, given what goes into an activation, [..., h] → [..., h].
+
+    A ReLU's output as it is. For an activation that leaves no zeros (GELU, SiLU) the pre-activation, shifted to
+    max(z, D) − D in float32: values below the displacement D, where the activation is near zero, cost nothing.
+    """
+    known = ACTIVATIONS[activation]
+    return known.fn(z) if known.leaves_zeros else z.float().clamp_min(displacement) - displacement
+
+
+def alpha_at(schedule: AlphaSchedule, alpha: float, done: float) -> float:
+    """The penalty's weight when the share `done` of the training is over.
+
+    constant: alpha. linear: from 0 to alpha over the whole training. linear_warmup: over its first half, then alpha.
+    """
+    if schedule == "linear":
+        return alpha * done
+    if schedule == "linear_warmup":
+        return alpha * min(1.0, 2.0 * done)
+    return alpha
 
 
 @dataclass(frozen=True)
@@ -76,9 +102,13 @@ class AlphaControl:
     _SMOOTHING = 0.9
     _LIMITS = (-18.0, 2.0)  # of the logarithm
 
-    def __init__(self, targets: Sequence[float | None], start: float) -> None:
-        """Control one layer to each of `targets`, in (0, 1], from the weight `start` on; with None the weight is 0."""
+    def __init__(self, targets: Sequence[float | None], start: float, *, per_step: int = 1) -> None:
+        """Control one layer to each of `targets`, in (0, 1], from the weight `start` on; with None the weight is 0.
+
+        per_step: how often it observes in one optimiser step; together they count as one observation.
+        """
         layers = len(targets)
+        self._keep, self._gain = self._SMOOTHING ** (1 / per_step), self._INTEGRAL / per_step
         self._aimed = torch.tensor([target is not None for target in targets])
         self._target = torch.tensor([1.0 if target is None else target for target in targets]).log()
         self._first: Tensor | None = None
@@ -91,10 +121,10 @@ class AlphaControl:
         value = active.detach().cpu().float().clamp_min(1e-4).log()
         if self._first is None:
             self._first, self._smooth = value, value
-        self._smooth = self._SMOOTHING * self._smooth + (1 - self._SMOOTHING) * value
+        self._smooth = self._keep * self._smooth + (1 - self._keep) * value
         goal = self._first + (self._target - self._first) * min(1.0, done / self._RAMP)
         error = (self._smooth - goal).clamp(-1.0, 1.0)
-        self._integral = (self._integral + self._INTEGRAL * error).clamp(*self._LIMITS)
+        self._integral = (self._integral + self._gain * error).clamp(*self._LIMITS)
         self._proportional = self._PROPORTIONAL * error
 
     def state_dict(self) -> dict[str, Tensor | None]:

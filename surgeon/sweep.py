@@ -18,12 +18,14 @@ from surgeon.cost import ExpertMeter, LayerRun, clock, measure
 from surgeon.errors import UsageError
 from surgeon.inputs import as_args_kwargs
 from surgeon.losses import Quality, quality
-from surgeon.moe import Knobs, find_moes, get_knobs, set_knobs, set_rule, set_tau
+from surgeon.moe import Knobs, find_moes, get_knobs, get_rule, set_knobs, set_rule, set_tau
 from surgeon.padding import token_mask
 from surgeon.report import Progress
 
 RouterChoice = Literal["own", "oracle"]
-USUAL_TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+_USUAL_TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+# For top_k tau is the share of the experts that is skipped.
+_TOP_K_TAUS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _REPEATS = 5
 
 
@@ -67,9 +69,10 @@ def sweep(
     graph: GraphModule,
     batches: Iterable[Batch],
     task: str,
-    taus: Sequence[float | None] = USUAL_TAUS,
+    taus: Sequence[float | None] | None = None,
     *,
     inputs: Any,
+    stored: bool = False,
     rules: Sequence[str] | None = None,
     routers: Sequence[RouterChoice] = ("own",),
     timed: bool = False,
@@ -80,7 +83,8 @@ def sweep(
     """Measure quality and cost at each tau, on all batches; the graph's own tau and rule are restored afterwards.
 
     Args:
-        taus: None stands for the values that the graph has, its rules too, and is measured once whatever the rules.
+        taus: by default `usual_taus` of each rule. None among them stands for the values that the graph has, its rules
+            too, and is measured once whatever the rules; stored: measure those as well.
         inputs: example inputs on which multiply-adds are counted. dense_multiply_adds: the dense model's on the same.
         dense_layers: what the dense layers cost, by the path of their experts (`surgeon.report.dense_layers`); by
             default what all the experts cost, which differs where layers were replaced at another cost before.
@@ -94,8 +98,12 @@ def sweep(
     if not find_moes(graph):
         raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
     batches = list(batches)
-    combined = product(routers, rules or (None,), taus)
-    settings = list(dict.fromkeys((router, None if tau is None else rule, tau) for router, rule, tau in combined))
+    combined = [
+        (router, None if tau is None else rule, tau)
+        for router, rule in product(routers, rules or (None,))
+        for tau in (*(usual_taus(graph, rule) if taus is None else taus), *((None,) if stored else ()))
+    ]
+    settings = list(dict.fromkeys(combined))
     points = []
     with knobs_restored(graph) as own:
         counter = _Counter(graph, inputs)
@@ -134,6 +142,12 @@ def sweep(
             times = iter(time_settings(graph, batches[0], calls))
             points = [replace(p, milliseconds=next(times)) if p.router == "own" else p for p in points]
     return points
+
+
+def usual_taus(graph: GraphModule, rule: str | None = None) -> tuple[float, ...]:
+    """The values of tau that are swept by default, with this rule or with the graph's own."""
+    rules = set(get_rule(graph).values()) if rule is None else {rule}
+    return _TOP_K_TAUS if rules == {"top_k"} else _USUAL_TAUS
 
 
 @contextmanager

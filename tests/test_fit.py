@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from surgeon.data import Batch, Data
 from surgeon.errors import DataError, PassError, UsageError
-from surgeon.fit import Plan, Settings, fit, loss_of
+from surgeon.fit import Plan, Precision, Settings, fit, loss_of
 from surgeon.passes import Sparsify
 from surgeon.report import FitReport, Progress
 from surgeon.tracing import TraceInfo
@@ -98,6 +99,63 @@ def test_learning_rate_after_a_third_and_two_thirds(schedule: Any, rates: tuple[
     assert moves == pytest.approx(rates, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("constant", (0, 0.5, 1, 1, 1, 1)), ("linear", (0, 0.5, 1, 0.75, 0.5, 0.25)),
+     ("cosine", (0, 0.5, 1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4))],
+)  # fmt: skip
+def test_learning_rate_rises_first_and_then_follows_its_schedule(schedule: Any, rates: tuple[float, ...]) -> None:
+    plan = Plan(epochs=1, steps=None, lr=1.0, schedule=schedule, warmup=1 / 3)
+    assert [plan.rate(step / 6) for step in range(6)] == pytest.approx(rates)
+    problem = Problem()
+    start = problem.layer.weight.clone()
+    problem.fit([regression(1)[0]] * 3, Plan(epochs=1, steps=1, lr=1.0, schedule=schedule, warmup=0.5))
+    assert torch.equal(problem.layer.weight, start)
+
+
+def test_a_step_takes_the_mean_of_the_batches_that_it_accumulates() -> None:
+    """Halves of batches, two for a step, are the batches."""
+    data = regression(6)
+    halves = [(part_x, part_y) for x, y in data for part_x, part_y in zip(x.split(4), y.split(4), strict=True)]
+    one, other = Problem(), Problem()
+    want = one.fit(data, Plan(epochs=5, steps=None, lr=0.05))
+    found = other.fit(halves, Plan(epochs=5, steps=None, lr=0.05, accumulate=2))
+    assert (found.steps, found.epochs) == (want.steps, want.epochs) == (30, 5)
+    assert torch.allclose(other.layer.weight, one.layer.weight, atol=1e-6)
+    assert found.losses[-1][1]["loss"] == pytest.approx(want.losses[-1][1]["loss"], rel=1e-4)
+    assert [done for _, done in other.seen] == pytest.approx([part / 60 for part in range(60)])
+
+
+@pytest.mark.parametrize(("plan", "steps", "batches"), [
+    (Plan(epochs=1, steps=None, lr=0.1, accumulate=4), 2, 8),  # the nearest to the six there are
+    (Plan(epochs=0.1, steps=None, lr=0.1, accumulate=4), 1, 4),
+    (Plan(epochs=1, steps=3, lr=0.1, accumulate=4), 3, 12),
+])  # fmt: skip
+def test_epochs_count_data_and_steps_those_of_the_optimiser(plan: Plan, steps: int, batches: int) -> None:
+    problem = Problem()
+    report = problem.fit(regression(6), plan)
+    assert (report.steps, report.epochs) == (steps, round(batches / 6, 3))
+    assert len(problem.seen) == batches
+    assert len(problem.progress) == steps
+
+
+def test_bfloat16_is_what_the_loss_is_computed_in_and_not_what_weights_are_stored_in() -> None:
+    types = set()
+
+    class Watched(Problem):
+        def loss(self, batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
+            with torch.no_grad():  # a cast that records no gradient must not be used where one is wanted
+                types.add(self.layer(batch.args[0]).dtype)
+            return super().loss(batch, done)
+
+    problem = Watched()
+    report = problem.fit(regression(), Plan(epochs=30, steps=None, lr=0.1, precision="bfloat16"))
+    assert types == {torch.bfloat16}
+    assert problem.layer.weight.dtype == torch.float32
+    assert report.losses[-1][1]["loss"] < 0.01 * report.losses[0][1]["loss"]
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_gradients_are_clipped() -> None:
     sizes = []
     for clip in (None, 1e-3):
@@ -127,15 +185,16 @@ def test_everything_else_is_left_as_it_was() -> None:
     assert not torch.equal(problem.layer.weight, before)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_loss_that_is_not_finite_stops(bad: float) -> None:
+def test_loss_that_is_not_finite_stops(bad: float, precision: Precision) -> None:
     problem = Problem()
     data = regression(3)
     data[1] = (data[1][0], data[1][1] * bad)
     with pytest.raises(
         PassError, match=r"the fit: the loss is (nan|inf) at step 2 of 15.*smaller learning rate \(now 0.05\)"
     ):
-        problem.fit(data)
+        problem.fit(data, replace(PLAN, precision=precision))
     assert torch.isfinite(problem.layer.weight).all()
     assert all(p.requires_grad and p.grad is None for p in problem.layer.parameters())
 
@@ -164,8 +223,11 @@ def test_empty_data() -> None:
         Problem().fit([], Plan(epochs=1, steps=3, lr=0.1))
 
 
-@pytest.mark.parametrize("option", [{"steps": 0}, {"epochs": 0.0}, {"lr": -1.0}])
-def test_nothing_to_do_is_refused(option: Any) -> None:
+@pytest.mark.parametrize("option", [
+    {"steps": 0}, {"epochs": 0.0}, {"lr": -1.0}, {"warmup": 1.0}, {"warmup": -0.1}, {"accumulate": 0},
+    {"precision": "float16"},
+])  # fmt: skip
+def test_training_that_cannot_be_is_refused(option: Any) -> None:
     (name,) = option
     with pytest.raises(UsageError, match=f"sparsify: {name} is"):
         Sparsify(**option)
@@ -200,6 +262,53 @@ def test_resumed_fit_ends_as_an_uninterrupted_one(tmp_path: Path, step: int, dro
     assert torch.equal(fresh.layer.bias, whole.layer.bias)
     assert [entry[0] for entry in report.losses] == [entry[0] for entry in want.losses]
     assert report.losses[-1][1] == want.losses[-1][1]
+
+
+class Counter:
+    """Something that changes with every batch."""
+
+    seen = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+@pytest.mark.parametrize("stop", [7, 9, 11])
+def test_resumed_in_the_middle_of_a_step(tmp_path: Path, stop: int) -> None:
+    """What random numbers and other state the part of a step has used is taken back."""
+    plan = Plan(epochs=5, steps=None, lr=0.05, accumulate=3, warmup=0.2, precision="bfloat16")
+
+    class Counted(Problem):
+        counter, stop = Counter(), -1
+
+        def loss(self, batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
+            self.counter.seen += 1
+            value, shown = super().loss(batch, done)
+            if self.counter.seen == self.stop:
+                raise KeyboardInterrupt
+            return value * (1 + self.counter.seen), shown
+
+        def run(self, **settings: Any) -> FitReport:
+            torch.manual_seed(1)
+            self.counter = Counter()
+            return fit(
+                list(self.layer.parameters()), self.loss, Data.of(regression(6)), plan, Settings(**settings), "the fit",
+                stateful=[self.counter],
+            )  # fmt: skip
+
+    whole, broken, resumed = Counted(0.5), Counted(0.5), Counted(0.5)
+    want = whole.run()
+    broken.stop = stop
+    with pytest.raises(KeyboardInterrupt):
+        broken.run(workdir=tmp_path)
+    report = resumed.run(workdir=tmp_path, resume=True)
+    assert report.resumed_at == (stop - 1) // 3
+    assert (report.steps, report.losses) == (10, want.losses)
+    assert torch.equal(resumed.layer.weight, whole.layer.weight)
+    assert resumed.counter.seen == 30
 
 
 def test_checkpoint_is_whole(tmp_path: Path) -> None:

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from surgeon.report import FitReport, PassReport
-from surgeon.sparsity import AlphaControl, Sparsity, active_share, l1, square_hoyer
+from surgeon.sparsity import (
+    AlphaControl,
+    AlphaSchedule,
+    Sparsity,
+    active_share,
+    alpha_at,
+    l1,
+    penalised_values,
+    square_hoyer,
+)
 
 
 def test_l1_is_the_sum_per_token_in_float32() -> None:
@@ -20,6 +29,26 @@ def test_l1_is_the_sum_per_token_in_float32() -> None:
 def test_penalties_agree_about_one_active_neuron() -> None:
     a = torch.tensor([0.0, 3.0, 0.0])
     assert (float(square_hoyer(a)), float(l1(a))) == (pytest.approx(1.0), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("activation", "want"),
+    [("relu", [0.0, 0.0, 2.0]), ("relu2", [0.0, 0.0, 4.0]), ("gelu", [0.0, 2.0, 7.0]), ("silu", [0.0, 2.0, 7.0])],
+)
+def test_where_an_activation_leaves_no_zeros_its_shifted_input_is_penalised(activation: str, want: list[float]) -> None:
+    assert penalised_values(torch.tensor([-9.0, -3.0, 2.0]), activation, -5.0).tolist() == want
+
+
+def test_small_differences_survive_the_shift_in_half_precision() -> None:
+    z = torch.tensor([0.01, 0.02], dtype=torch.bfloat16)
+    assert penalised_values(z, "gelu", -10.0).tolist() == pytest.approx((z.float() + 10).tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at"), [("constant", [1, 1, 1]), ("linear", [0, 0.5, 1]), ("linear_warmup", [0, 1, 1])]
+)
+def test_alpha_over_time(schedule: AlphaSchedule, at: list[float]) -> None:
+    assert [alpha_at(schedule, 0.5, done) for done in (0.0, 0.5, 1.0)] == [0.5 * share for share in at]
 
 
 def test_active_are_those_above_a_hundredth_of_the_largest() -> None:
@@ -113,6 +142,17 @@ def test_the_goal_moves_slowly_from_where_the_layer_starts() -> None:
     control = AlphaControl([0.01], 1e-3)
     control.observe(torch.tensor([0.5]), 0.0)
     assert float(control.alphas) == pytest.approx(1e-3)
+
+
+def test_observations_in_one_step_count_as_one() -> None:
+    once, often = AlphaControl([0.1], 1e-3), AlphaControl([0.1], 1e-3, per_step=4)
+    for step in range(100):
+        active = torch.tensor([0.5 - 0.004 * step])
+        once.observe(active, step / 100)
+        for part in range(4):
+            often.observe(active, (step + part / 4) / 100)
+    grown, want = (float((one.alphas / 1e-3).log()) for one in (often, once))
+    assert grown == pytest.approx(want, rel=0.05)
 
 
 def test_control_goes_on_from_a_checkpoint() -> None:

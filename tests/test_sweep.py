@@ -170,6 +170,24 @@ def test_every_setting_is_measured(graph: TracedGraph) -> None:
     assert (moments[-1].done, moments[-1].total) == (8 * 3, 8 * 3)
 
 
+TOP_K = [0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+OTHERS = [0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5]
+
+
+@pytest.mark.parametrize(("own", "rules", "want"), [
+    ("max", None, {"max": OTHERS}), ("top_k", None, {"top_k": TOP_K}),
+    ({"blocks.0.*": "top_k"}, None, {"top_k max": OTHERS}),
+    ("max", ["top_k", "energy"], {"top_k": TOP_K, "energy": OTHERS}), ("top_k", ["max"], {"max": OTHERS}),
+])  # fmt: skip
+def test_what_is_swept_by_default_suits_the_rule(graph: TracedGraph, own: Any, rules: Any, want: Any) -> None:
+    set_rule(graph, own)
+    points = sweep(graph, DATA[:1], TASK, inputs=vectors(), rules=rules)
+    assert [(point.rule, point.tau) for point in points] == [(rule, tau) for rule, taus in want.items() for tau in taus]
+    (*others, last) = sweep(graph, DATA[:1], TASK, inputs=vectors(), rules=rules and rules[:1], stored=True)
+    assert len(others) == 8
+    assert last.tau is None
+
+
 def test_what_is_stored_is_measured_once_and_as_it_is(graph: TracedGraph) -> None:
     set_rule(graph, {"blocks.0.*": "energy"})
     set_tau(graph, {"blocks.0.*": 0.25, "blocks.1.*": 0.5})

@@ -59,7 +59,7 @@ STUDY = Study(
         ),
         "d2dmoe_attention": Variant(
             [
-                Mlpify(epochs=10.0, init="random"),
+                Mlpify(epochs=10.0, init="random", error="mse"),
                 SwapActivation(),
                 Sparsify(alpha=1e-3, **TRAINING),
                 ffn(**PUBLISHED, objective="norm", share_trunk=False),

@@ -15,7 +15,7 @@ from surgeon.cli.options import (
     Task,
     TrustPickle,
 )
-from surgeon.cli.reading import build
+from surgeon.cli.reading import build, check_no_pass
 from surgeon.errors import UsageError
 
 
@@ -41,6 +41,7 @@ def inspect(
     from surgeon.jobs.opening import open_model
     from surgeon.render.views import inspection_view
 
+    check_no_pass(model)
     opened = open_model(model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=run.screen.stage)
     with run.screen.stage("measuring"):
         found = look(opened, with_graph=graph)
@@ -55,13 +56,13 @@ def passes(
 ) -> None:
     """List the passes, or show one of them.
 
-    Of one pass: its options, what it needs and promises, and an example.
+    Of one pass: what it does, its options, what it needs and promises, and an example.
 
     Example: surgeon passes moeify
 
-    JSON: {passes: [{name, summary, works_on, makes, must_precede, preserves, needs_data, trains}], recipes: {name:
-    {summary, passes: [[name, options]]}}}; of one pass its {name, ..., trains, options: [{name, type, default, help}],
-    example}
+    JSON: {passes: [{name, summary, description, works_on, makes, must_precede, preserves, needs_data, trains}],
+    recipes: {name: {summary, passes: [[name, options]]}}}; of one pass its {name, ..., trains, options: [{name, type,
+    default, help}], example}
     """
     from surgeon.jobs.pass_help import describe, example_of, options_of
     from surgeon.passes import PASSES
@@ -76,9 +77,9 @@ def passes(
     kind = find_pass(name)
     with run.screen.stage(f"running {name} on a small model"):
         example = example_of(kind)
-    options = options_of(kind)
-    run.screen.show(pass_help_view(kind, options, example))
-    run.screen.result({**describe(kind), "options": options, "example": example})
+    about, options = describe(kind), options_of(kind)
+    run.screen.show(pass_help_view(kind, about["description"], options, example))
+    run.screen.result({**about, "options": options, "example": example})
 
 
 @command
@@ -106,6 +107,7 @@ def explain(
     from surgeon.jobs.opening import open_model
     from surgeon.render.views import explanation_view
 
+    check_no_pass(model)
     built = build(passes, settings)
     opened = open_model(model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=run.screen.stage)
     with run.screen.stage("asking the passes"):

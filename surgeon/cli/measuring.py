@@ -42,7 +42,12 @@ def sweep(
     model: Saved,
     *,
     tau: Annotated[
-        str | None, typer.Option("--tau", metavar="T,T,...", help="Values of tau; 0, every expert, comes first.")
+        str | None,
+        typer.Option(
+            "--tau",
+            metavar="T,T,...",
+            help="Values of tau; 0, every expert, comes first. By default up to 0.5, with top_k up to 0.95.",
+        ),
     ] = None,
     rule: Annotated[
         str | None,
@@ -106,7 +111,10 @@ def tune(
         ),
     ] = Metric.flops,
     compensate: Annotated[
-        bool, typer.Option("--compensate", help="Also add the mean output of the skipped experts, for every layer.")
+        bool,
+        typer.Option(
+            "--compensate", help="Also add the mean output of the skipped experts, for every layer, after the search."
+        ),
     ] = False,
     samples: Annotated[int, typer.Option("--samples", help="Samples of the training data to measure damage on.")] = 512,
     out: Out = None,

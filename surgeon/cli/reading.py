@@ -6,6 +6,7 @@ import functools
 import inspect as signatures
 from collections.abc import Callable, Container, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.cli.options import DATA_OPTIONS
@@ -67,6 +68,20 @@ def _data_parameters(asked: signatures.Parameter, own: Container[str]) -> list[s
         for field in fields(DataOptions)
         if field.name not in own
     ]
+
+
+def check_no_pass(model: str) -> None:
+    """Refuse a pass where a model is wanted, unless a file has its name.
+
+    Raises:
+        UsageError: with the command that shows a pass.
+    """
+    from surgeon.passes import PASSES
+
+    if model in PASSES and not Path(model).exists():
+        raise UsageError(
+            f"'{model}' is a pass, and MODEL is missing. To see the options of a pass, run surgeon passes {model}."
+        )
 
 
 def build(names: str | None, settings: list[str] | None) -> list[Pass[Any]]:

@@ -19,7 +19,7 @@ from surgeon.losses import Quality, evaluate
 from surgeon.moe import compensated as compensated_layers
 from surgeon.moe import get_rule, get_tau
 from surgeon.report import PassReport, Progress, dense_layers
-from surgeon.sweep import USUAL_TAUS, Dense, Point, time_settings
+from surgeon.sweep import Dense, Point, time_settings, usual_taus
 from surgeon.sweep import sweep as run_sweep
 from surgeon.tuning import Metric, Tuned, check_budget
 from surgeon.tuning import tune as run_tuning
@@ -37,14 +37,14 @@ class Swept:
     notes: tuple[str, ...] = ()
 
 
-def parse_taus(text: str | None) -> tuple[float, ...]:
-    """`"0.1,0.2"` → (0.0, 0.1, 0.2).
+def parse_taus(text: str | None) -> tuple[float, ...] | None:
+    """`"0.1,0.2"` → (0.0, 0.1, 0.2), None for those that suit the rules.
 
     Raises:
         UsageError: not numbers from 0 to 1.
     """
     if text is None:
-        return USUAL_TAUS
+        return None
     try:
         taus = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -83,7 +83,7 @@ def check_files(files: Sequence[Path]) -> None:
 
 def sweep(
     opened: Opened,
-    taus: Sequence[float],
+    taus: Sequence[float] | None = None,
     *,
     rules: Sequence[str] | None = None,
     oracle: bool = True,
@@ -96,6 +96,7 @@ def sweep(
     The setting that is stored in it is measured too.
 
     Args:
+        taus: by default those of `surgeon.sweep.usual_taus`.
         dense: the model before the surgery, to be measured beside it; else its quality is taken from the record, if it
             was measured on the same data.
 
@@ -103,13 +104,10 @@ def sweep(
         UsageError: the model has no experts; the task is unknown. DataError: there are no labels.
     """
     task, batches = _task(opened), _batches(opened)
-    settings: list[float | None] = list(taus)
-    if not _among(opened, taus, rules):
-        settings.append(None)
     multiply_adds = dense_multiply_adds(opened)
     points = run_sweep(
-        opened.graph, batches, task, settings, inputs=opened.inputs, rules=rules, timed=timed,
-        routers=("own", "oracle") if oracle else ("own",),
+        opened.graph, batches, task, taus, inputs=opened.inputs, rules=rules, timed=timed,
+        stored=not _among(opened, taus, rules), routers=("own", "oracle") if oracle else ("own",),
         dense_multiply_adds=multiply_adds, dense_layers=_dense_layers(opened), progress=progress,
     )  # fmt: skip
     assert opened.data is not None
@@ -120,14 +118,15 @@ def sweep(
     return Swept(opened.spec, opened.data.description, task, beside, points, other_data(opened))
 
 
-def _among(opened: Opened, taus: Sequence[float], rules: Sequence[str] | None) -> bool:
+def _among(opened: Opened, taus: Sequence[float] | None, rules: Sequence[str] | None) -> bool:
     """Whether what is stored is one of these settings: one tau and one rule for all layers, both among them."""
-    stored = set(zip(get_tau(opened.graph).values(), get_rule(opened.graph).values(), strict=True))
-    own_taus = {tau for tau, _ in stored}
-    if len(own_taus) > 1 or not any(abs(tau - own) < 1e-6 for tau in taus for own in own_taus):
+    own_taus, own_rules = set(get_tau(opened.graph).values()), set(get_rule(opened.graph).values())
+    # With own rules they stay, whatever they are. At 0 every expert runs, whatever the rule.
+    if rules is not None and own_taus != {0.0} and (len(own_rules) > 1 or not own_rules <= set(rules)):
         return False
-    # At 0 every expert runs, whatever the rule.
-    return rules is None or own_taus == {0.0} or (len(stored) == 1 and all(rule in rules for _, rule in stored))
+    if taus is None:
+        taus = usual_taus(opened.graph)
+    return len(own_taus) == 1 and any(abs(tau - own) < 1e-6 for tau in taus for own in own_taus)
 
 
 @dataclass(frozen=True)

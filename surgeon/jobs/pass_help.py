@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -26,10 +27,12 @@ class Option:
 
 
 def describe(kind: type[Pass[Any]]) -> dict[str, Any]:
-    """What a pass says about itself, as plain values."""
+    """What a pass says about itself, as plain values; its paragraphs are separated by empty lines."""
+    paragraphs = [" ".join(part.split()) for part in inspect.cleandoc(kind.__doc__ or "").split("\n\n")]
     return {
         "name": kind.name,
-        "summary": " ".join((kind.__doc__ or "").partition("\n\n")[0].split()),
+        "summary": paragraphs[0],
+        "description": "\n\n".join(paragraphs),
         "works_on": kind.works_on,
         "makes": kind.makes,
         "must_precede": sorted(kind.must_precede),

@@ -163,7 +163,9 @@ def passes_view(passes: Iterable[type[Pass[Any]]], recipes: Mapping[str, tuple[s
     return Group(table, Text(""), named, Text(""), Text(hint, style="dim"))
 
 
-def pass_help_view(kind: type[Pass[Any]], options: Sequence[Option], example: PassDiff) -> RenderableType:
+def pass_help_view(
+    kind: type[Pass[Any]], description: str, options: Sequence[Option], example: PassDiff
+) -> RenderableType:
     """One pass: what it does, needs and promises, its options, and what it makes of a small model."""
     table = grid("left", "left", "left", "left", header=("option", "type", "default", ""))
     for option in options:
@@ -174,7 +176,9 @@ def pass_help_view(kind: type[Pass[Any]], options: Sequence[Option], example: Pa
         facts.add_row(dim(name), value)
     shown = graph_diff_view(example.graph)
     return Group(
-        heading(kind.name, first_sentence(kind)),
+        heading(kind.name),
+        indented(Text(description)),
+        Text(""),
         indented(facts),
         Text(""),
         heading("options", f"--set {kind.name}.OPTION=VALUE"),

@@ -20,6 +20,8 @@ from .harness import NET, Run, left
         (("apply", "x"), "Say which passes to run: --passes sparsify,moeify. surgeon passes lists them."),
         (("apply", "x", "--passes", ","), "Say which passes to run"),
         (("apply", "x", "--passes", "moefy"), "No pass 'moefy'. Did you mean 'moeify'?"),
+        (("explain", "moeify"), "To see the options of a pass, run surgeon passes moeify."),
+        (("inspect", "lower"), "To see the options of a pass, run surgeon passes lower."),
         (("passes", "lowr"), "No pass 'lowr'. Did you mean 'lower'?"),
         (("explain", "x", "--passes", "zzz"), "No pass 'zzz'. There are: mlpify, swap-activation, sparsify"),
         (("apply", "x", "--passes", "moeify", "--set", "experts=3"), "write pass.option=value"),

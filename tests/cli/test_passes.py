@@ -29,7 +29,20 @@ def test_a_pass_is_shown_with_options_and_a_living_example(name: str) -> None:
     assert f"--set {name}.OPTION=VALUE" in result.out
     assert bool(re.search(r"^    \+ ", result.out, re.MULTILINE)) == (name != "recover")  # which changes weights only
     shown = run_surgeon("-q", "passes", name, "--output", "json").json
-    assert {"name", "summary", "works_on", "preserves", "needs_data", "trains", "options", "example"} <= set(shown)
+    assert {
+        "name",
+        "summary",
+        "description",
+        "works_on",
+        "preserves",
+        "needs_data",
+        "trains",
+        "options",
+        "example",
+    } <= set(shown)
+    assert shown["description"].startswith(shown["summary"])
+    assert all(part in result.out for part in shown["description"].split("\n\n"))
+    assert shown["description"].split() == str(PASSES[name].__doc__).split()
     assert [option["name"] for option in shown["options"]][-2:] == ["only", "skip"]
     assert all(option["help"] and option["type"] for option in shown["options"])
     assert shown["example"]["report"]["matched"]

@@ -63,7 +63,7 @@ def test_recipes_run(run: Run, name: str) -> None:
         _, layers = measure(graph, *load_inputs(Path("out")))
         assert {layer.share for layer in layers.values()} == {0.5}
     if name == "d2dmoe-attention":
-        assert record["recipe"]["passes"][0]["options"] == {"init": "random", "steps": 2}
+        assert record["recipe"]["passes"][0]["options"] == {"init": "random", "error": "mse", "steps": 2}
         layers = [one["path"] for one in record["experts"]]
         assert sum("projection_mlp" in path for path in layers) > len(layers) / 2
     if name == "relufy":  # what was recorded runs again

@@ -126,6 +126,15 @@ def test_a_stored_setting_is_measured_beside_other_rules(run: Run) -> None:
         assert [(point["rule"], point["tau"]) for point in points] == found
 
 
+def test_by_default_every_rule_is_swept_at_values_that_suit_it(run: Run) -> None:
+    usual, skipped = [0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5], [0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+    assert run("set", "bert-moe", "--tau", "0.9", "--rule", "top_k", "-o", "mine").code == 0
+    args = ("-q", "sweep", "mine", *REVIEWS, "--no-oracle", "--output", "json")
+    for rules, found in (((), [*skipped]), (("--rule", "max,top_k"), [*usual, *skipped]),
+                         (("--rule", "max"), [*usual, None])):  # fmt: skip
+        assert [point["tau"] for point in run(*args, *rules).json["points"]] == found
+
+
 def test_wrong_settings_exit_with_2(run: Run) -> None:
     for options, words in (
         (("--rule", "best"), "No selection rule 'best'. There are: max, cumulative, energy, top_k."),

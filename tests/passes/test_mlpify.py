@@ -149,6 +149,9 @@ def test_a_graph_without_a_training_mode_gets_no_dropout() -> None:
     ({"alpha": -1.0}, "alpha is -1.0, but must not be negative"),
     ({"kind": "other"}, "kind is 'other'; it can be plain or residual"),
     ({"init": "zeros"}, "init is 'zeros'; it can be svd or random"),
+    ({"error": "mae"}, "error is 'mae'; it can be relative or mse"),
+    ({"penalty": "l2"}, "penalty is 'l2'; it can be hoyer or l1"),
+    ({"alpha_schedule": "steep"}, "alpha_schedule is 'steep'; it can be constant or linear or linear_warmup"),
     ({"steps": 0}, "steps is 0, but must be at least 1"),
 ])  # fmt: skip
 def test_wrong_options(option: Any, words: str) -> None:

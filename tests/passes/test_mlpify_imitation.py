@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
 from surgeon.fit import Settings
-from surgeon.passes import Mlpify
-from surgeon.passes.mlpify import Kind, Start
+from surgeon.passes import Mlpify, Sparsify
+from surgeon.passes.mlpify import Error, Kind, Start
+from surgeon.sparsity import AlphaSchedule, Penalty
 from tests.models import Function, labelled_vectors, vectors
 
 from .projections import one_layer
@@ -108,6 +110,48 @@ def test_penalty_makes_the_replacements_sparse(traces: Any) -> None:
         assert report.fit is not None
         shares.append(report.fit.losses[-1][1]["square Hoyer"])
     assert shares[1] < 0.7 * shares[0]
+
+
+@pytest.mark.parametrize(("penalty", "shown"), [("hoyer", "square Hoyer"), ("l1", "L1")])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_what_is_penalised_is_what_sparsify_would_penalise(activation: str, penalty: Penalty, shown: str) -> None:
+    graph, x = one_layer()
+    report = Mlpify(steps=1, lr=1e-9, activation=activation, penalty=penalty, displacement=-2.0).apply(graph, data=[x])
+    assert report.fit is not None
+    tapped = Sparsify(steps=1, lr=1e-9, penalty=penalty, displacement=-2.0, distill=1.0)
+    surgery = surgeon.Pipeline([tapped]).run(graph, inputs=x, data=[x])
+    fit = surgery.reports[0].fit
+    assert fit is not None
+    assert report.fit.losses[0][1][shown] == pytest.approx(fit.losses[0][1][shown], rel=1e-5)
+    with torch.no_grad():
+        z = F.linear(x, *(graph.get_parameter(f"a.projection_mlp.fc1.{name}") for name in ("weight", "bias")))
+    a = z.relu() if activation == "relu" else z.clamp_min(-2.0) + 2.0
+    sizes = a.sum(-1) if penalty == "l1" else a.sum(-1).square() / a.square().sum(-1).clamp_min(1e-15)
+    assert report.fit.losses[0][1][shown] == pytest.approx(float(sizes.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("schedule", "penalised"), [("constant", True), ("linear", False), ("linear_warmup", False)])
+def test_the_penalty_starts_where_its_schedule_says(schedule: AlphaSchedule, penalised: bool) -> None:
+    found = []
+    for alpha in (0.0, 1.0):
+        graph, x = one_layer()
+        Mlpify(steps=1, lr=1e-2, alpha=alpha, alpha_schedule=schedule).apply(graph, data=[x])
+        found.append(graph.get_parameter("a.projection_mlp.fc1.weight"))
+    assert torch.equal(*found) != penalised
+
+
+def test_the_published_error_is_not_relative() -> None:
+    graph, x = one_layer()
+    with torch.no_grad():
+        variance = float(F.linear(x, graph.get_parameter("a.weight"), graph.get_parameter("a.bias")).var(correction=0))
+    found = {}
+    for error in get_args(Error):
+        report = Mlpify(steps=1, init="random", error=error).apply(surgeon.graph.fork(graph), data=[x])
+        assert report.fit is not None
+        found[error] = report.fit.losses[0][1]
+    assert "unexplained variance" not in found["mse"]
+    want = found["relative"]["unexplained variance"] * variance
+    assert found["mse"]["mean squared error"] == pytest.approx(want, rel=1e-5)
 
 
 def test_imitates_what_the_layer_gave_and_not_what_became_of_it() -> None:

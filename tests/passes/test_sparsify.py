@@ -151,12 +151,14 @@ def test_wrong_options(option: Any, words: str) -> None:
         Sparsify(**option)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "at"), [("constant", [1, 1, 1]), ("linear", [0, 0.5, 1]), ("linear_warmup", [0, 1, 1])]
-)
-def test_alpha_over_time(schedule: Any, at: list[float]) -> None:
-    one = Sparsify(alpha=0.5, alpha_schedule=schedule)
-    assert [one._alpha(done) for done in (0.0, 0.5, 1.0)] == [0.5 * share for share in at]
+@pytest.mark.parametrize(("schedule", "penalised"), [("constant", True), ("linear", False), ("linear_warmup", False)])
+def test_the_penalty_starts_where_its_schedule_says(traces: Any, schedule: Any, penalised: bool) -> None:
+    found = []
+    for alpha in (0.0, 1.0):
+        graph = traces("stack:relu")
+        Sparsify(steps=1, lr=1e-2, alpha=alpha, alpha_schedule=schedule).apply(graph, data=labelled_vectors(1))
+        found.append(graph.get_parameter("blocks.0.ffn.fc1.weight"))
+    assert torch.equal(*found) != penalised
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -262,8 +262,10 @@ class Stops(list):  # type: ignore[type-arg]
             yield batch
 
 
-def test_a_run_with_targets_can_be_resumed(tmp_path: Path) -> None:
-    one = Sparsify(steps=20, target=0.1, lr=3e-3)
+@pytest.mark.parametrize(("accumulate", "done"), [(1, 6), (4, 1)])
+def test_a_run_with_targets_can_be_resumed(tmp_path: Path, accumulate: int, done: int) -> None:
+    """It is interrupted after six batches."""
+    one = Sparsify(steps=20, target=0.1, lr=3e-3, accumulate=accumulate)
     results = {}
     for name in ("whole", "resumed"):
         torch.manual_seed(0)
@@ -277,7 +279,7 @@ def test_a_run_with_targets_can_be_resumed(tmp_path: Path) -> None:
             data = Stops(DATA)
         report = one.apply(graph, data=Data.of(data), settings=Settings(workdir=place, resume=name == "resumed"))
         assert report.fit is not None
-        assert report.fit.resumed_at == (6 if name == "resumed" else 0)
+        assert report.fit.resumed_at == (done if name == "resumed" else 0)
         results[name] = {key: value.clone() for key, value in graph.state_dict().items()}
     for key, value in results["whole"].items():
         assert torch.equal(value, results["resumed"][key]), key
@@ -290,6 +292,7 @@ def test_a_run_with_targets_can_be_resumed(tmp_path: Path) -> None:
     ({"penalty": "l2"}, "penalty is 'l2'; it can be hoyer, l1"),
     ({"target": 0.0}, "target is 0.0, but must be a share between 0 and 1"),
     ({"target": {"a": 0.5, "b": 1.5}}, "target is 1.5, but must be a share between 0 and 1"),
+    ({"target": 0.1, "alpha_schedule": "constant"}, "a target finds the weight over time by itself"),
     ({"target": 0.1, "alpha": 0.0}, "with a target, alpha is where its search starts and must be positive"),
     ({"distill": 1.5}, "distill is 1.5, but must be from 0 to 1"),
     ({"distill": -0.5}, "distill is -0.5"),
