@@ -169,7 +169,7 @@ def pass_help_view(
     """One pass: what it does, needs and promises, its options, and what it makes of a small model."""
     table = grid("left", "left", "left", "left", header=("option", "type", "default", ""))
     for option in options:
-        default = "" if option.default in (None, ()) else str(option.default)
+        default = "" if option.default in (None, ()) else _typed(option.default)
         table.add_row(Text(option.name, style="cyan"), option.type, default, option.help)
     facts = grid("left", "left")
     for name, value in pass_facts(kind):
@@ -195,6 +195,11 @@ def first_sentence(kind: type[Pass[Any]]) -> str:
     text = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
     head, bracket, _ = text.rpartition(" (D2DMoE")
     return f"{head}." if bracket else text
+
+
+def _typed(value: Any) -> str:
+    """A value as it would be typed on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def promise(kind: type[Pass[Any]]) -> str:
