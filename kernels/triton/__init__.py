@@ -1,0 +1,162 @@
+"""The Triton kernels of the dynamic-k FFN, for NVIDIA and AMD graphics processors.
+
+`chosen`, `supports`, `forward` and `backward` are all there is to call; importing this module imports no Triton. The
+operator takes them where `SURGEON_GPU=triton` says so; until they have run on hardware, torch's are the default.
+
+How it computes: `plan` sorts the selected (token, expert) pairs by expert on the device, without the host waiting for
+their number. The forward pass multiplies tiles of them: the rows of x are gathered, and results are added to the rows
+of the output in fp32, atomically. Where a fused kernel would leave processors idle, or an expert has more neurons than
+it can hold (128; half if gated, half in fp32), two kernels do it, with the hidden values in memory. Up to 16 tokens are
+decoded: one kernel, no plan. The backward pass computes hidden values anew; only its gradient of x is added atomically.
+
+| kernels launched | plan | then |
+| --- | --- | --- |
+| forward, up to 16 tokens | 0 | 1 |
+| forward, fused or in two kernels | 4 | 1 or 2 |
+| forward, ordered, for each range of tokens | 4 | 3 |
+| backward | 4 | 1, and 1 for x, and 2 for the weights (3 if gated) |
+
+Besides, PyTorch fills the fp32 output with the bias, and converts it if x is of a half type: one launch each.
+
+Memory, which must be had for every pair because the host does not know how many run: 4 bytes per pair for the plan;
+one hidden value in the dtype of x per neuron and token for the forward in two kernels, as in the dense FFN, and two
+or three (gated) for the backward. The ordered mode takes 4 · E · d_out bytes a token, so it goes through ranges of
+tokens that take 256 MiB; it does not wait for the host either, and is slow where E is in the thousands.
+
+Reproducible: plan, ordered forward, ordered gradient of x, gradients of the weights. Atomic sums (forward otherwise,
+gradient of x otherwise) change in their last bits from run to run.
+
+Not verified on hardware: nothing here has run on a graphics processor yet. The tests compare all kernels with a
+float64 reference in Triton's interpreter and compile them for sm_80, sm_90, sm_100 and gfx942, reading off registers,
+spills, shared memory and instructions. That shows neither
+
+- speed: tile sizes, the number of programs, when two kernels replace the fused one (`tiles.fuses`) and the number of
+  neurons a decode program takes are estimates;
+- nor races: the interpreter runs programs one after another;
+- nor bf16: the interpreter is made to calculate in fp32 and round where the kernels round;
+- nor TF32, which the interpreter does not have, nor what the hardware's exp, erf and fused multiply-add round to.
+
+Small experts gain little: below 16 neurons, tiles are padded to 16, which `tl.dot` needs, and the padding is computed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..torch_backend import Experts, Gradients
+
+__all__ = ["available", "backward", "chosen", "forward", "supports"]
+
+log = logging.getLogger("surgeon")
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@cache
+def available() -> bool:
+    """Whether Triton is installed, without importing it."""
+    return find_spec("triton") is not None
+
+
+def supports(x: Tensor, experts: Experts, activation: str) -> str | None:
+    """Say why the kernels cannot compute this, or None if they can.
+
+    Args:
+        x: [N, d_in].
+        experts: the weights, same dtype and device as `x`.
+        activation: a name of `surgeon.kernels.activations.ACTIVATIONS`.
+    """
+    if not available():
+        return "Triton is not installed"
+    from . import launch
+    from .elementwise import ACTIVATIONS
+
+    if x.device.type != "cuda" and not launch.INTERPRETED:
+        return f"Triton's kernels run on CUDA and ROCm devices, not on {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"Triton's kernels compute in float32, float16 and bfloat16, not in {x.dtype}"
+    if activation not in ACTIVATIONS:
+        return f"Triton's kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}"
+    if 0 in (*experts.w1.shape, experts.w2.shape[2]):
+        return "Triton's kernels need every dimension of the weights to be at least 1"
+    found = launch.chip(x.device)
+    if found.backend == "cuda" and found.capability < 80:
+        return f"Triton's kernels need compute capability 8.0, this device has {found.capability / 10}"
+    return None
+
+
+def chosen(x: Tensor, experts: Experts, activation: str) -> bool:
+    """Whether these kernels are to compute this: `SURGEON_GPU=triton` asks for them, and they can.
+
+    On a processor they are not asked for, except in Triton's interpreter (`TRITON_INTERPRET=1`), for tests.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if os.environ.get("SURGEON_GPU") != "triton" or (x.device.type == "cpu" and not interpreted):
+        return False
+    why = supports(x, experts, activation)
+    if why is not None:
+        _say_once(why)
+    return why is None
+
+
+@cache
+def _say_once(why: str) -> None:
+    log.warning("The torch backend runs instead of Triton's kernels: %s.", why)
+
+
+def forward(
+    x: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    experts: Experts,
+    b2: Tensor | None,
+    activation: str,
+    *,
+    ordered: bool = False,
+) -> Tensor:
+    """Return Σ over selected experts of h_e w2_e, plus b2: a new contiguous tensor [N, d_out] in the dtype of `x`.
+
+    Only for arguments that `supports` has no objection to. Sums over experts are accumulated in fp32; hidden values
+    are rounded to the dtype of `x` between the two products, as they are in the dense FFN. fp32 is multiplied in TF32
+    if PyTorch may (`torch.backends.cuda.matmul`).
+
+    Args:
+        x: [N, d_in].
+        scores: [N, E], any floating dtype.
+        threshold: [N], any floating dtype.
+        experts: the weights, same dtype as `x`.
+        b2: [d_out] or None.
+        activation: one of `elementwise.ACTIVATIONS`.
+        ordered: add up experts in a fixed order, so that equal inputs give equal bits.
+    """
+    from . import host
+
+    return host.forward(x, scores, threshold, experts, b2, activation, ordered=ordered)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    experts: Experts,
+    activation: str,
+    need_x: bool = True,
+    need_weights: bool = True,
+    *,
+    ordered: bool = False,
+) -> Gradients:
+    """Return the gradients of `x` and the weights for `grad`, the gradient of the output [N, d_out].
+
+    Arguments are those of `forward`, which need not be called first; what is not needed is None. `ordered` is about
+    the gradient of `x`: those of the weights are reproducible anyway.
+    """
+    from . import host
+
+    return host.backward(grad, x, scores, threshold, experts, activation, need_x, need_weights, ordered=ordered)

@@ -1,0 +1,101 @@
+"""Kernels for a handful of tokens: one launch without a plan, a program for each expert and block of its neurons.
+
+A program whose expert no token selected ends at once, so only the selected weights are read, each once for all tokens.
+Results are added to out [N, d_out], fp32, atomically.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: N803, SIM108
+# Triton gives parameters their types when it compiles; the only annotation it reads is `constexpr`, and those are
+# constants. Conditions on them decide what is compiled, so each is a statement of its own.
+
+import triton
+import triton.language as tl
+
+from .elementwise import activate
+from .forward_kernels import project
+from .plan import runs
+
+MOST_TOKENS = 16
+"""The rows of the smallest tile that tensor cores multiply."""
+
+
+@triton.jit
+def decode_tokens(
+    x, scores, threshold, w1, b1, gate, b_gate, w2, out, N, E, s, d_in, d_out,
+    ACTIVATION: tl.constexpr, COMPARE: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Up to ROWS tokens, by matrix products."""
+    blocks = tl.cdiv(s, NEURONS)
+    expert = (tl.program_id(0) // blocks).to(tl.int64)
+    neuron = (tl.program_id(0) % blocks) * NEURONS + tl.arange(0, NEURONS)
+    token = tl.arange(0, ROWS)
+    score = tl.load(scores + token.to(tl.int64) * E + expert, mask=token < N, other=0.0)
+    least = tl.load(threshold + token, mask=token < N, other=0.0)
+    there = runs(score, least, COMPARE) & (token < N)
+    if tl.sum(there.to(tl.int32), 0) == 0:
+        return
+    token = token.to(tl.int64)
+    up, z = project(
+        x + token * d_in, there, w1, b1, gate, b_gate, expert, neuron, s, d_in,
+        ROWS, NEURONS, DEPTH, PRECISION, UPCAST,
+    )  # fmt: skip
+    if gate is not None:
+        h = activate(z, ACTIVATION) * up
+    else:
+        h = activate(up, ACTIVATION)
+    h = h.to(w2.dtype.element_ty)
+    if UPCAST:
+        h = h.to(tl.float32)
+    w_row = w2 + (expert * s + neuron) * d_out
+    for first in range(0, d_out, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        known = column < d_out
+        w = tl.load(w_row[:, None] + column[None, :], mask=(neuron < s)[:, None] & known[None, :], other=0.0)
+        if UPCAST:
+            w = w.to(tl.float32)
+        y = tl.dot(h, w, input_precision=PRECISION)
+        inside = there[:, None] & known[None, :]
+        tl.atomic_add(out + token[:, None] * d_out + column[None, :], y, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def decode_one(
+    x, scores, threshold, w1, b1, gate, b_gate, w2, out, s, d_in, d_out,
+    ACTIVATION: tl.constexpr, COMPARE: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One token, by multiply-adds: the weights are read once and used once, so tensor cores would not help."""
+    blocks = tl.cdiv(s, NEURONS)
+    expert = (tl.program_id(0) // blocks).to(tl.int64)
+    if runs(tl.load(scores + expert), tl.load(threshold), COMPARE):
+        neuron = (tl.program_id(0) % blocks) * NEURONS + tl.arange(0, NEURONS)
+        known = neuron < s
+        w_row = expert * s + neuron
+        up_parts = tl.zeros((NEURONS, DEPTH), tl.float32)
+        z_parts = tl.zeros((NEURONS, DEPTH), tl.float32)
+        for first in range(0, d_in, DEPTH):
+            k = first + tl.arange(0, DEPTH)
+            a = tl.load(x + k, mask=k < d_in, other=0.0).to(tl.float32)
+            at = w_row[:, None] * d_in + k[None, :]
+            inside = known[:, None] & (k < d_in)[None, :]
+            up_parts += a[None, :] * tl.load(w1 + at, mask=inside, other=0.0).to(tl.float32)
+            if gate is not None:
+                z_parts += a[None, :] * tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.sum(up_parts, 1)
+        if b1 is not None:
+            up += tl.load(b1 + w_row, mask=known, other=0.0).to(tl.float32)
+        if gate is not None:
+            z = tl.sum(z_parts, 1)
+            if b_gate is not None:
+                z += tl.load(b_gate + w_row, mask=known, other=0.0).to(tl.float32)
+            h = activate(z, ACTIVATION) * up
+        else:
+            h = activate(up, ACTIVATION)
+        # Rounded like hidden values everywhere else.
+        h = h.to(w2.dtype.element_ty).to(tl.float32)
+        for first in range(0, d_out, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            at = w_row[:, None] * d_out + column[None, :]
+            w = tl.load(w2 + at, mask=known[:, None] & (column < d_out)[None, :], other=0.0).to(tl.float32)
+            tl.atomic_add(out + column, tl.sum(h[:, None] * w, 0), mask=column < d_out, sem="relaxed")

@@ -1,0 +1,180 @@
+"""Kernels of the forward pass over tiles of a plan: fused, or split in two with the hidden values in memory.
+
+Programs share out the tiles of a `Plan`: program p takes items p, p + programs, … until the count found on the device.
+All offsets into tensors are 64-bit. Rows of a tile that belong to no pair are loaded as zero and never stored, so what
+one token holds, NaN included, reaches no other.
+
+Arguments that every kernel has: `start`, `first_tile`, `expert_of_tile` and `token_of_slot` from the plan; `s` neurons
+per expert; PRECISION and UPCAST from `launch`; tile sizes ROWS × NEURONS for hidden values, DEPTH along the sum that
+gives them, COLUMNS of the result.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: N803, SIM108
+# Triton gives parameters their types when it compiles; the only annotation it reads is `constexpr`, and those are
+# constants. Conditions on them decide what is compiled, so each is a statement of its own.
+
+import triton
+import triton.language as tl
+
+from .elementwise import activate
+
+
+@triton.jit
+def rows_of(tile, start, first_tile, expert_of_tile, token_of_slot, ROWS: tl.constexpr):
+    """The expert of a tile, and for its rows: the slot, whether there is a pair, and the token."""
+    expert = tl.load(expert_of_tile + tile).to(tl.int64)
+    slot = tl.load(start + expert) + (tile - tl.load(first_tile + expert)) * ROWS + tl.arange(0, ROWS)
+    there = slot < tl.load(start + expert + 1)
+    token = tl.load(token_of_slot + slot, mask=there, other=0).to(tl.int64)
+    return expert, slot, there, token
+
+
+@triton.jit
+def project(
+    x_row, there, w1, b1, gate, b_gate, expert, neuron, s, d_in,
+    ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """x w1ᵀ + b1, and x gateᵀ + b_gate or zeros: fp32 [ROWS, NEURONS]. `x_row` points to the rows of x [ROWS]."""
+    known = neuron < s
+    w_row = expert * s + neuron
+    up = tl.zeros((ROWS, NEURONS), tl.float32)
+    z = tl.zeros((ROWS, NEURONS), tl.float32)
+    for first in range(0, d_in, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        x_inside = there[:, None] & (k < d_in)[None, :]
+        w_inside = known[None, :] & (k < d_in)[:, None]
+        w_at = w_row[None, :] * d_in + k[:, None]
+        a = tl.load(x_row[:, None] + k[None, :], mask=x_inside, other=0.0)
+        w = tl.load(w1 + w_at, mask=w_inside, other=0.0)
+        if UPCAST:
+            a = a.to(tl.float32)
+            w = w.to(tl.float32)
+        up = tl.dot(a, w, up, input_precision=PRECISION)
+        if gate is not None:
+            g = tl.load(gate + w_at, mask=w_inside, other=0.0)
+            if UPCAST:
+                g = g.to(tl.float32)
+            z = tl.dot(a, g, z, input_precision=PRECISION)
+    if b1 is not None:
+        up += tl.load(b1 + w_row, mask=known, other=0.0).to(tl.float32)[None, :]
+    if b_gate is not None:
+        z += tl.load(b_gate + w_row, mask=known, other=0.0).to(tl.float32)[None, :]
+    return up, z
+
+
+@triton.jit
+def fused(
+    x, w1, b1, gate, b_gate, w2, out, start, first_tile, expert_of_tile, token_of_slot, E, s, d_in, d_out,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add the experts' outputs to out [N, d_out], fp32, atomically. NEURONS covers all `s`: they stay on the chip."""
+    tiles = tl.load(first_tile + E)
+    neuron = tl.arange(0, NEURONS)
+    for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
+        expert, _, there, token = rows_of(tile, start, first_tile, expert_of_tile, token_of_slot, ROWS)
+        up, z = project(
+            x + token * d_in, there, w1, b1, gate, b_gate, expert, neuron, s, d_in,
+            ROWS, NEURONS, DEPTH, PRECISION, UPCAST,
+        )  # fmt: skip
+        if gate is not None:
+            h = activate(z, ACTIVATION) * up
+        else:
+            h = activate(up, ACTIVATION)
+        h = h.to(w2.dtype.element_ty)
+        if UPCAST:
+            h = h.to(tl.float32)
+        w_row = w2 + (expert * s + neuron) * d_out
+        out_row = out + token * d_out
+        for first in range(0, d_out, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            known = column < d_out
+            w = tl.load(w_row[:, None] + column[None, :], mask=(neuron < s)[:, None] & known[None, :], other=0.0)
+            if UPCAST:
+                w = w.to(tl.float32)
+            y = tl.dot(h, w, input_precision=PRECISION)
+            inside = there[:, None] & known[None, :]
+            tl.atomic_add(out_row[:, None] + column[None, :], y, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def hidden(
+    x, w1, b1, gate, b_gate, h, start, first_tile, expert_of_tile, token_of_slot, E, s, d_in,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Write the hidden values h [slots, s]. An item is a tile and a block of NEURONS."""
+    blocks = tl.cdiv(s, NEURONS)
+    for item in range(tl.program_id(0).to(tl.int64), tl.load(first_tile + E) * blocks, tl.num_programs(0)):
+        expert, slot, there, token = rows_of(item // blocks, start, first_tile, expert_of_tile, token_of_slot, ROWS)
+        neuron = (item % blocks) * NEURONS + tl.arange(0, NEURONS)
+        up, z = project(
+            x + token * d_in, there, w1, b1, gate, b_gate, expert, neuron, s, d_in,
+            ROWS, NEURONS, DEPTH, PRECISION, UPCAST,
+        )  # fmt: skip
+        if gate is not None:
+            value = activate(z, ACTIVATION) * up
+        else:
+            value = activate(up, ACTIVATION)
+        inside = there[:, None] & (neuron < s)[None, :]
+        tl.store(h + slot[:, None] * s + neuron[None, :], value.to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def combine(
+    h, w, h_gate, w_gate, out, start, first_tile, expert_of_tile, token_of_slot, E, s, d,
+    ORDERED: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """h w, plus h_gate w_gate if given: h [slots, s], w [E, s, d]. An item is a tile and a block of COLUMNS.
+
+    Add it to out [N, d], fp32, atomically; or, if ORDERED, write it to out [slots, d].
+    """
+    blocks = tl.cdiv(d, COLUMNS)
+    for item in range(tl.program_id(0).to(tl.int64), tl.load(first_tile + E) * blocks, tl.num_programs(0)):
+        expert, slot, there, token = rows_of(item // blocks, start, first_tile, expert_of_tile, token_of_slot, ROWS)
+        column = (item % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+        known = column < d
+        y = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(0, s, NEURONS):
+            neuron = first + tl.arange(0, NEURONS)
+            h_at = slot[:, None] * s + neuron[None, :]
+            h_inside = there[:, None] & (neuron < s)[None, :]
+            w_at = (expert * s + neuron)[:, None] * d + column[None, :]
+            w_inside = (neuron < s)[:, None] & known[None, :]
+            a = tl.load(h + h_at, mask=h_inside, other=0.0)
+            b = tl.load(w + w_at, mask=w_inside, other=0.0)
+            if UPCAST:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            y = tl.dot(a, b, y, input_precision=PRECISION)
+            if h_gate is not None:
+                a = tl.load(h_gate + h_at, mask=h_inside, other=0.0)
+                b = tl.load(w_gate + w_at, mask=w_inside, other=0.0)
+                if UPCAST:
+                    a = a.to(tl.float32)
+                    b = b.to(tl.float32)
+                y = tl.dot(a, b, y, input_precision=PRECISION)
+        inside = there[:, None] & known[None, :]
+        if ORDERED:
+            tl.store(out + slot[:, None] * d + column[None, :], y, mask=inside)
+        else:
+            tl.atomic_add(out + token[:, None] * d + column[None, :], y, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def reduce(partial, slot_of_pair, bias, out, E, d, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out[n] = bias + Σ over the experts of token n of partial[slot], in an order that depends on nothing but E."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    known = column < d
+    total = tl.zeros((COLUMNS,), tl.float32)
+    if bias is not None:
+        total += tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
+    for first in range(0, E, EXPERTS):
+        expert = first + tl.arange(0, EXPERTS)
+        slot = tl.load(slot_of_pair + token * E + expert, mask=expert < E, other=-1).to(tl.int64)
+        inside = (slot >= 0)[:, None] & known[None, :]
+        total += tl.sum(tl.load(partial + slot[:, None] * d + column[None, :], mask=inside, other=0.0), 0)
+    tl.store(out + token * d + column, total.to(out.dtype.element_ty), mask=known)

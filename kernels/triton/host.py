@@ -1,0 +1,268 @@
+"""The forward and backward pass from the kernels: which are launched, with which sizes and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..torch_backend import Experts, Gradients
+from . import backward_kernels as _backward
+from . import decode_kernels as _decode
+from . import forward_kernels as _forward
+from . import launch
+from . import plan as _plan
+from . import tiles as _tiles
+from .plan import Plan
+
+ORDERED_BYTES = 256 * 2**20
+"""What the outputs per pair may take in the ordered mode, where their number is not known to the host."""
+
+
+class _Hidden(NamedTuple):
+    """For every slot [slots, s]: gradients of x w1ᵀ + b1 and of x gateᵀ + b_gate, and hidden values."""
+
+    up: Tensor
+    gate: Tensor | None
+    h: Tensor | None
+
+
+def forward(
+    x: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    experts: Experts,
+    b2: Tensor | None,
+    activation: str,
+    *,
+    ordered: bool = False,
+) -> Tensor:
+    """See `surgeon.kernels.triton.forward`."""
+    x, scores, threshold = x.contiguous(), scores.contiguous(), threshold.contiguous()
+    experts = _contiguous(experts)
+    tokens, d_out = x.shape[0], experts.w2.shape[2]
+    if ordered:
+        ordered_out = x.new_empty(tokens, d_out)
+        for part in _parts(scores, d_out):
+            plan = _plan.plan(scores[part], threshold[part], _rows(x), slot_of_pair=True)
+            h = _hidden(x[part], plan, experts, activation)
+            _ordered_sum(plan, [(h, experts.w2)], b2, ordered_out[part])
+        return ordered_out
+    out = torch.empty(tokens, d_out, dtype=torch.float32, device=x.device)
+    out.zero_() if b2 is None else out.copy_(b2)
+    if tokens == 0:
+        pass
+    elif tokens <= _decode.MOST_TOKENS:
+        _decode_into(out, x, scores, threshold, experts, activation)
+    else:
+        chip, (count, neurons, _) = launch.chip(x.device), experts.w1.shape
+        plan = _plan.plan(scores, threshold, _rows(x))
+        if _tiles.fuses(chip, x.dtype, tokens, count, neurons, plan.rows, gated=experts.gate is not None):
+            _fused_into(out, x, plan, experts, activation)
+        else:
+            _add_products(plan, [(_hidden(x, plan, experts, activation), experts.w2)], out)
+    return out.to(x.dtype)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    experts: Experts,
+    activation: str,
+    need_x: bool = True,
+    need_weights: bool = True,
+    *,
+    ordered: bool = False,
+) -> Gradients:
+    """See `surgeon.kernels.triton.backward`."""
+    grad, x, scores, threshold = (t.contiguous() for t in (grad, x, scores, threshold))
+    experts = _contiguous(experts)
+    grad_x = torch.empty_like(x) if need_x else None
+    grads = None
+    if need_weights:
+        # Without a token nothing is launched; otherwise every element is written.
+        new = torch.zeros_like if x.shape[0] == 0 else torch.empty_like
+        grads = Experts(*(None if t is None else new(t) for t in experts))  # type: ignore[arg-type]
+    if grad_x is not None and ordered:
+        for part in _parts(scores, x.shape[1]):
+            plan = _plan.plan(scores[part], threshold[part], _rows(x), slot_of_pair=True)
+            found = _grad_hidden(grad[part], x[part], plan, experts, activation, need_h=False)
+            _ordered_sum(plan, _into_x(found, experts), None, grad_x[part])
+    if x.shape[0] and (grads is not None or not ordered):
+        plan = _plan.plan(scores, threshold, _rows(x))
+        found = _grad_hidden(grad, x, plan, experts, activation, need_h=need_weights)
+        if grad_x is not None and not ordered:
+            total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            _add_products(plan, _into_x(found, experts), total)
+            grad_x = total.to(x.dtype)
+        if grads is not None:
+            _grad_weight(plan, found.up, x, grads.w1, grads.b1)
+            _grad_weight(plan, found.gate, x, grads.gate, grads.b_gate)
+            _grad_weight(plan, found.h, grad, grads.w2, None)
+    return Gradients(grad_x, *(grads or [None] * 5))
+
+
+def _contiguous(experts: Experts) -> Experts:
+    return Experts(*(None if t is None else t.contiguous() for t in experts))  # type: ignore[arg-type]
+
+
+def _rows(x: Tensor) -> int:
+    return _tiles.rows(launch.chip(x.device), x.dtype, x.shape[0])
+
+
+def _parts(scores: Tensor, width: int) -> Iterator[slice]:
+    """Ranges of tokens of which outputs of `width` for every pair would fit into `ORDERED_BYTES`."""
+    tokens, experts = scores.shape
+    step = max(_decode.MOST_TOKENS, ORDERED_BYTES // (experts * width * 4))
+    return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
+
+
+def _arithmetic(x: Tensor) -> dict[str, object]:
+    return {"PRECISION": launch.precision(x.dtype, launch.chip(x.device).backend), "UPCAST": launch.upcasts(x.dtype)}
+
+
+def _decode_into(out: Tensor, x: Tensor, scores: Tensor, threshold: Tensor, experts: Experts, activation: str) -> None:
+    (tokens, d_in), (count, neurons, _), d_out = x.shape, experts.w1.shape, out.shape[1]
+    sizes = _tiles.decode(launch.chip(x.device), x.dtype, tokens, neurons)
+    grid = (count * triton.cdiv(neurons, sizes.neurons),)
+    tensors = (x, scores, threshold, *experts, out)
+    constants = {
+        "ACTIVATION": activation,
+        "COMPARE": _plan.comparison_type(scores, threshold),
+        "NEURONS": sizes.neurons,
+        "DEPTH": sizes.depth,
+        "COLUMNS": sizes.columns,
+        "warps": sizes.warps,
+        "stages": sizes.stages,
+    }
+    if tokens == 1:
+        launch.launch(_decode.decode_one, grid, *tensors, neurons, d_in, d_out, **constants)
+    else:
+        constants |= {"ROWS": sizes.rows, **_arithmetic(x)}
+        launch.launch(_decode.decode_tokens, grid, *tensors, tokens, count, neurons, d_in, d_out, **constants)
+
+
+def _fused_into(out: Tensor, x: Tensor, plan: Plan, experts: Experts, activation: str) -> None:
+    (count, neurons, d_in), d_out, chip = experts.w1.shape, out.shape[1], launch.chip(x.device)
+    sizes = _tiles.fused(chip, x.dtype, plan.rows, neurons, gated=experts.gate is not None)
+    launch.launch(
+        _forward.fused,
+        (_tiles.programs(chip, sizes),),
+        *(x, *experts, out, *plan.tiles(), count, neurons, d_in, d_out),
+        ACTIVATION=activation,
+        ROWS=sizes.rows,
+        NEURONS=sizes.neurons,
+        DEPTH=sizes.depth,
+        COLUMNS=sizes.columns,
+        **_arithmetic(x),
+        warps=sizes.warps,
+        stages=sizes.stages,
+    )
+
+
+def _hidden(x: Tensor, plan: Plan, experts: Experts, activation: str) -> Tensor:
+    """The hidden values [slots, s], in memory as large as those of the dense FFN."""
+    (count, neurons, d_in), chip = experts.w1.shape, launch.chip(x.device)
+    sizes = _tiles.hidden(chip, x.dtype, plan.rows, neurons, products=1 if experts.gate is None else 2)
+    h = x.new_empty(plan.token_of_slot.shape[0], neurons)
+    launch.launch(
+        _forward.hidden,
+        (_tiles.programs(chip, sizes),),
+        *(x, *experts[:4], h, *plan.tiles(), count, neurons, d_in),
+        ACTIVATION=activation,
+        ROWS=sizes.rows,
+        NEURONS=sizes.neurons,
+        DEPTH=sizes.depth,
+        **_arithmetic(x),
+        warps=sizes.warps,
+        stages=sizes.stages,
+    )
+    return h
+
+
+def _grad_hidden(grad: Tensor, x: Tensor, plan: Plan, experts: Experts, activation: str, *, need_h: bool) -> _Hidden:
+    """The gradients of the pre-activations, and the hidden values if needed."""
+    (count, neurons, d_in), d_out, chip = experts.w1.shape, grad.shape[1], launch.chip(x.device)
+    sizes = _tiles.hidden(chip, x.dtype, plan.rows, neurons, products=2 if experts.gate is None else 3)
+    grad_up = x.new_empty(plan.token_of_slot.shape[0], neurons)
+    grad_z = None if experts.gate is None else torch.empty_like(grad_up)
+    h = torch.empty_like(grad_up) if need_h else None
+    launch.launch(
+        _backward.grad_hidden,
+        (_tiles.programs(chip, sizes),),
+        *(grad, x, *experts, h, grad_up, grad_z, *plan.tiles(), count, neurons, d_in, d_out),
+        ACTIVATION=activation,
+        ROWS=sizes.rows,
+        NEURONS=sizes.neurons,
+        DEPTH=sizes.depth,
+        **_arithmetic(x),
+        warps=sizes.warps,
+        stages=sizes.stages,
+    )
+    return _Hidden(grad_up, grad_z, h)
+
+
+def _into_x(found: _Hidden, experts: Experts) -> list[tuple[Tensor, Tensor]]:
+    """The products whose sum is the gradient of x."""
+    pairs = (found.up, experts.w1), (found.gate, experts.gate)
+    return [(g, w) for g, w in pairs if g is not None and w is not None]
+
+
+def _add_products(plan: Plan, products: list[tuple[Tensor, Tensor]], out: Tensor, *, ordered: bool = False) -> None:
+    """Add Σ h w over one or two products to `out`: to the rows of the tokens, or to those of the slots if ordered."""
+    (h, w), (h_gate, w_gate) = products[0], products[1] if len(products) > 1 else (None, None)
+    (count, neurons, d), chip = w.shape, launch.chip(h.device)
+    sizes = _tiles.combine(chip, h.dtype, plan.rows, neurons, products=len(products))
+    launch.launch(
+        _forward.combine,
+        (_tiles.programs(chip, sizes),),
+        *(h, w, h_gate, w_gate, out, *plan.tiles(), count, neurons, d),
+        ORDERED=ordered,
+        ROWS=sizes.rows,
+        NEURONS=sizes.neurons,
+        COLUMNS=sizes.columns,
+        **_arithmetic(h),
+        warps=sizes.warps,
+        stages=sizes.stages,
+    )
+
+
+def _ordered_sum(plan: Plan, products: list[tuple[Tensor, Tensor]], bias: Tensor | None, out: Tensor) -> None:
+    """Write the sum over the pairs of each token, plus a bias, to `out`, always in the same order."""
+    (tokens, d), count = out.shape, products[0][1].shape[0]
+    partial = torch.empty(plan.token_of_slot.shape[0], d, dtype=torch.float32, device=out.device)
+    _add_products(plan, products, partial, ordered=True)
+    columns = min(512, triton.next_power_of_2(d))
+    launch.launch(
+        _forward.reduce,
+        (tokens, triton.cdiv(d, columns)),
+        *(partial, plan.slot_of_pair, bias, out, count, d),
+        EXPERTS=8,
+        COLUMNS=columns,
+        warps=4,
+        stages=2,
+    )
+
+
+def _grad_weight(plan: Plan, factor: Tensor | None, rows: Tensor, grad_w: Tensor | None, grad_b: Tensor | None) -> None:
+    """Write Σ factor ⊗ rows over the pairs of each expert; nothing for the gate of an FFN that has none."""
+    if factor is None or grad_w is None:
+        return
+    count, neurons, d = grad_w.shape
+    sizes = _tiles.grad_weight(launch.chip(rows.device), rows.dtype, neurons)
+    launch.launch(
+        _backward.grad_weight,
+        (count * triton.cdiv(neurons, sizes.neurons) * triton.cdiv(d, sizes.columns),),
+        *(factor, rows, grad_w, grad_b, plan.start, plan.token_of_slot, neurons, d),
+        ROWS=sizes.rows,
+        NEURONS=sizes.neurons,
+        COLUMNS=sizes.columns,
+        **_arithmetic(rows),
+        warps=sizes.warps,
+        stages=sizes.stages,
+    )

@@ -1,0 +1,200 @@
+"""What the compiler makes of the kernels for chips that need not be here: resources, instructions, launches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: kernels would be interpreted, not compiled", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from surgeon.kernels import triton as kernels
+from surgeon.kernels.triton import launch, plan
+
+from .compiling import (
+    CHIPS,
+    KIB,
+    Chip,
+    Launch,
+    build,
+    every_kernel,
+    pass_through,
+    products_in_32_bits,
+    recorded,
+)
+
+DTYPES = {
+    "bf16": (torch.bfloat16, False),
+    "fp16": (torch.float16, False),
+    "tf32": (torch.float32, True),
+    "fp32": (torch.float32, False),
+}
+MULTIPLIES = {"fused", "hidden", "combine", "decode_tokens", "grad_hidden", "grad_weight"}
+ADDS_TO_MEMORY = {"fused", "combine", "decode_tokens", "decode_one"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        yield
+
+
+def assert_fits(one: Launch, name: str, scratch: Path) -> None:
+    chip, target = CHIPS[name]
+    built = build(one, target, scratch)
+    assert 0 < built.registers <= (512 if chip.backend == "hip" else 255)
+    assert built.shared <= chip.shared_memory, one
+    # Without TF32, NVIDIA's tensor cores have no fp32 to multiply.
+    full_fp32 = one.arguments[0].dtype == torch.float32 and one.constants.get("PRECISION") == "ieee"
+    # There the assembler puts a few bytes on the stack, with registers left, to run more warps at a time.
+    by_choice = 16 if full_fp32 and chip.backend == "cuda" and built.registers < 255 else 0
+    assert built.spilled <= by_choice, one
+    if one.name in MULTIPLIES and not (full_fp32 and chip.backend == "cuda"):
+        assert built.matrix, one
+    else:
+        assert not built.matrix
+    if one.name in ADDS_TO_MEMORY and not one.constants.get("ORDERED"):
+        assert built.atomics, one
+        assert not any(atomic.startswith("atom") for atomic in built.atomics), "waits for the value that was there"
+        if chip.backend == "cuda" and chip.capability >= 90:
+            assert any(".v2" in atomic or ".v4" in atomic for atomic in built.atomics), built.atomics
+    else:
+        assert not built.atomics
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "dtype", "neurons", "gated"),
+    [
+        ("sm_80", "fused", "bf16", 128, False),
+        ("sm_90", "combine", "bf16", 128, False),
+        ("sm_100", "hidden", "fp16", 256, False),
+        ("gfx942", "fused", "bf16", 24, False),
+        ("sm_90", "grad_weight", "tf32", 24, False),
+        ("sm_80", "fill", "bf16", 24, False),
+    ],
+)
+def test_fits_the_chip(name: str, kernel: str, dtype: str, neurons: int, gated: bool, tmp_path: Path) -> None:
+    torch_dtype, tf32 = DTYPES[dtype]
+    with recorded(CHIPS[name][0], tf32=tf32) as launches:
+        for backward in (False, True):
+            pass_through(4096, 3072 // neurons, neurons, 768, torch_dtype, gated=gated, backward=backward)
+    (one, *_) = [one for one in launches if one.name == kernel]
+    assert_fits(one, name, tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_decoding_fits_the_chip(tokens: int, tmp_path: Path) -> None:
+    with recorded(CHIPS["sm_90"][0]) as launches:
+        pass_through(tokens, 24, 128, 768, torch.bfloat16, gated=False)
+    assert_fits(launches[0], "sm_90", tmp_path)
+
+
+TABLE = [(name, dtype) for name in ("sm_80", "sm_90", "sm_100") for dtype in ("bf16", "tf32", "fp32")]
+TABLE += [("gfx942", "bf16"), ("gfx942", "fp32"), ("sm_86", "bf16"), ("sm_120", "bf16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("name", "dtype"), TABLE)
+def test_the_whole_table_fits(name: str, dtype: str, gated: bool, tmp_path: Path) -> None:
+    torch_dtype, tf32 = DTYPES[dtype]
+    with recorded(CHIPS[name][0], tf32=tf32) as launches:
+        for tokens, neurons in ((1, 128), (16, 128), (100, 24), (100, 128), *((4096, s) for s in (24, 64, 128, 256))):
+            sizes = tokens, 3072 // neurons, neurons, 768, torch_dtype
+            pass_through(*sizes, gated=gated)
+            pass_through(*sizes, gated=gated, ordered=neurons == 24, backward=True)
+        pass_through(*sizes, gated=gated, ordered=True)
+    distinct = {
+        (one.name, one.warps, one.stages, str(one.constants), *(a is None for a in one.arguments)): one
+        for one in launches
+    }
+    for one in distinct.values():
+        assert_fits(one, name, tmp_path)
+
+
+def test_launches() -> None:
+    chip = CHIPS["sm_90"][0]
+
+    def names(
+        tokens: int, neurons: int = 32, *, gated: bool = True, ordered: bool = False, backward: bool = False
+    ) -> list[str]:
+        with recorded(chip) as launches:
+            sizes = tokens, 3072 // neurons, neurons, 768, torch.bfloat16
+            pass_through(*sizes, gated=gated, ordered=ordered, backward=backward)
+        return [one.name for one in launches]
+
+    planned = ["count", "add_blocks", "add_experts", "fill"]
+    assert len(planned) == plan.LAUNCHES
+    assert names(1) == ["decode_one"]
+    assert names(2) == names(16) == ["decode_tokens"]
+    assert names(17, neurons=512) == [*planned, "hidden", "combine"]
+    assert names(4096) == [*planned, "fused"]
+    assert names(4096, neurons=256) == [*planned, "hidden", "combine"]
+    assert names(64, ordered=True) == [*planned, "hidden", "combine", "reduce"]
+    weights = ["grad_weight"] * 3
+    assert names(4096, backward=True) == [*planned, "grad_hidden", "combine", *weights]
+    assert names(4096, gated=False, backward=True) == [*planned, "grad_hidden", "combine", *weights[:2]]
+
+
+def test_the_grid_depends_on_shapes_alone() -> None:
+    """Nothing asks a tensor for its values: tensors without any will do."""
+    chip = Chip("cuda", 90, 7, 227 * KIB)
+    with recorded(chip) as launches:
+        pass_through(5000, 30, 100, 64, torch.bfloat16, gated=False)
+    assert launches[-1].name == "fused"
+    assert launches[-1].programs == (7 * 2,)
+
+
+@triton.jit
+def _overflows(x, out, width, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * block + tl.arange(0, block)
+    tl.store(out + row * width, tl.load(x + row.to(tl.int64) * width))
+
+
+def test_offsets_have_64_bits() -> None:
+    chip, target = CHIPS["sm_90"]
+    x = torch.empty(8, device="meta")
+    assert len(products_in_32_bits(Launch(_overflows, (1,), (x, x, 10), 4, 1, {"block": 16}), target)) == 1
+    launches = every_kernel(chip)
+    others = {"decode_one", "reduce", "count", "add_blocks", "add_experts", "fill"}
+    assert {one.name for one in launches} == MULTIPLIES | others
+    for one in launches:
+        assert products_in_32_bits(one, target) == [], one.name
+
+
+@pytest.mark.parametrize(("tokens", "experts", "neurons", "width"), [(1, 1, 1, 1), (20, 1, 1, 1), (20, 3, 1, 20)])
+def test_sizes_of_one_compile(tokens: int, experts: int, neurons: int, width: int) -> None:
+    """Triton makes an argument that is 1 a constant, on which kernels cannot do all that they can with a value."""
+    chip, target = CHIPS["sm_90"]
+    with recorded(chip) as launches:
+        pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=False)
+        pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=True, ordered=True, backward=True)
+    for one in launches:
+        assert products_in_32_bits(one, target) == [], one.name
+
+
+def test_tf32_is_for_fp32_where_torch_may_use_it() -> None:
+    assert launch.precision(torch.float32, "cuda") == "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert launch.precision(torch.float32, "cuda") == "tf32"
+        assert launch.precision(torch.float32, "hip") == launch.precision(torch.bfloat16, "cuda") == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_what_is_not_supported_is_said() -> None:
+    w = torch.empty(2, 3, 4)
+    weights = kernels.Experts(w, None, None, None, w)
+    reason = kernels.supports(torch.empty(5, 4), weights, "relu")
+    assert reason is not None
+    assert "not on cpu" in reason
