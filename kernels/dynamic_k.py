@@ -39,8 +39,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import UsageError
 
+from . import cpu, torch_backend, triton
 from . import selection as _selection  # noqa: F401  registers its op
-from . import torch_backend
 from .activations import activation as find_activation
 from .torch_backend import Experts, selected
 
@@ -60,9 +60,35 @@ def _dynamic_k_ffn(
     b2: Tensor | None,
     activation: str,
 ) -> Tensor:
+    if x.device.type == "cpu" and cpu.ready():
+        # Loaded just now: from here on the dispatcher goes to the native kernels without coming here.
+        y: Tensor = dynamic_k_ffn(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation)
+        return y
+    return _by_torch(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation)
+
+
+def _by_torch(
+    x: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    gate: Tensor | None,
+    b_gate: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The operator for every device and dtype: by Triton where it is chosen, else by the torch backend."""
     _check(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation)
-    mask = selected(scores, threshold).view(-1, scores.shape[-1])
-    y = torch_backend.forward(x.reshape(-1, x.shape[-1]), mask, Experts(w1, b1, gate, b_gate, w2), b2, activation)
+    experts, rows = Experts(w1, b1, gate, b_gate, w2), x.reshape(-1, x.shape[-1])
+    scores = scores.reshape(-1, scores.shape[-1])
+    threshold = threshold.reshape(-1)
+    if triton.chosen(rows, experts, activation):
+        ordered = torch.are_deterministic_algorithms_enabled()
+        y = triton.forward(rows, scores, threshold, experts, b2, activation, ordered=ordered)
+    else:
+        y = torch_backend.forward(rows, selected(scores, threshold), experts, b2, activation)
     return y.view(*x.shape[:-1], w2.shape[2])
 
 
@@ -99,16 +125,20 @@ def _dynamic_k_ffn_backward(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1, gate, b_gate and w2; an empty tensor for one not needed or not there."""
-    mask = selected(scores, threshold).view(-1, scores.shape[-1])
-    gradients = torch_backend.backward(
-        grad.reshape(-1, grad.shape[-1]),
-        x.reshape(-1, x.shape[-1]),
-        mask,
-        Experts(w1, b1, gate, b_gate, w2),
-        activation,
-        need_x=need_x,
-        need_weights=need_weights,
-    )
+    experts, rows = Experts(w1, b1, gate, b_gate, w2), x.reshape(-1, x.shape[-1])
+    grad = grad.reshape(-1, grad.shape[-1])
+    scores = scores.reshape(-1, scores.shape[-1])
+    threshold = threshold.reshape(-1)
+    if triton.chosen(rows, experts, activation):
+        ordered = torch.are_deterministic_algorithms_enabled()
+        gradients = triton.backward(
+            grad, rows, scores, threshold, experts, activation, need_x, need_weights, ordered=ordered
+        )
+    else:
+        mask = selected(scores, threshold)
+        gradients = torch_backend.backward(
+            grad, rows, mask, experts, activation, need_x=need_x, need_weights=need_weights
+        )
     grad_x, *rest = (x.new_empty(0) if g is None else g for g in gradients)
     return (grad_x.view(x.shape) if need_x else grad_x, *rest)  # type: ignore[return-value]
 
@@ -155,10 +185,14 @@ _dynamic_k_ffn.register_autograd(_autograd_backward, setup_context=_setup_contex
 _library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyped-call]
 """Holds the registrations below: they last as long as it does."""
 
-_library.define(  # type: ignore[no-untyped-call]
-    "masked_ffn(Tensor x, Tensor scores, Tensor threshold, Tensor w1, Tensor? b1, Tensor? gate, Tensor? b_gate, "
-    "Tensor w2, Tensor? b2, str activation) -> Tensor"
+_SIGNATURE = (
+    "(Tensor x, Tensor scores, Tensor threshold, Tensor w1, Tensor? b1, Tensor? gate, Tensor? b_gate, Tensor w2, "
+    "Tensor? b2, str activation) -> Tensor"
 )
+_library.define("masked_ffn" + _SIGNATURE)  # type: ignore[no-untyped-call]
+# What the native kernels hand on: dtypes they do not have, and arguments that are wrong.
+_library.define("dynamic_k_ffn_torch" + _SIGNATURE)  # type: ignore[no-untyped-call]
+_library.impl("dynamic_k_ffn_torch", _by_torch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def _masked_ffn(

@@ -162,20 +162,25 @@ def diff(
 
 
 @command
-def doctor(run: Run) -> None:
+def doctor(
+    run: Run,
+    build: Annotated[
+        bool, typer.Option("--build", help="Build the native CPU kernels now, which the first call would do else.")
+    ] = False,
+) -> None:
     """Check that everything works on this machine.
 
-    Versions, devices, disk space, and a tiny surgery from tracing to loading.
+    Versions, devices, native kernels, disk space, and a tiny surgery from tracing to loading.
 
-    Example: surgeon doctor
+    Example: surgeon doctor --build
 
     JSON: {checks: [{name, state, found, advice}]}
     """
     from surgeon.jobs.doctor import examine
     from surgeon.render.views import doctor_view
 
-    with run.screen.stage("examining"):
-        checks = examine()
+    with run.screen.stage("building" if build else "examining"):
+        checks = examine(build=build)
     run.screen.show(doctor_view(checks))
     run.screen.result({"checks": checks})
     if any(check.state == "failed" for check in checks):

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from surgeon.artifact import load
+from surgeon.kernels import cpu
 from surgeon.passes import Lower, Moeify
 from surgeon.pipeline import Pipeline
 
@@ -35,12 +36,13 @@ class Check:
     advice: str = ""
 
 
-def examine() -> list[Check]:
-    """Every check, in the order in which one would look."""
+def examine(*, build: bool = False) -> list[Check]:
+    """Every check, in the order in which one would look. build: the native kernels, if they were not built yet."""
     checks: tuple[Callable[[], Check], ...] = (
-        _python, _torch, _gpu, _packages, _triton, _compiler, _space, _temporary, _surgery,
+        _python, _torch, _gpu, _packages, _triton, lambda: _kernels(build), _space, _temporary, _surgery,
     )  # fmt: skip
-    return [check() for check in checks]
+    with cpu.without_building():
+        return [check() for check in checks]
 
 
 def _python() -> Check:
@@ -77,11 +79,18 @@ def _triton() -> Check:
     return Check("triton", "ok", "installed")
 
 
-def _compiler() -> Check:
-    name = os.environ.get("CXX") or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-    if name is None:
-        return Check("compiler", "note", "no C++ compiler, and none is needed: torch.compile would use one")
-    return Check("compiler", "ok", str(shutil.which(name) or name))
+def _kernels(build: bool) -> Check:
+    """The native kernels for processors; built if they are not there and `build` says so."""
+    name = "cpu kernels"
+    if not build and not cpu.built() and os.environ.get("SURGEON_CPU") != "torch":
+        advice = "Build them now: surgeon doctor --build. Else the first call of a lowered model does."
+        return Check(name, "note", "not built yet", advice)
+    started, there = time.monotonic(), cpu.built()
+    found = cpu.load()
+    if found.path is None:
+        return Check(name, "note", f"the torch backend runs instead: {found.why}")
+    how = "" if there else f", built in {time.monotonic() - started:.0f} s"
+    return Check(name, "ok", f"{found.instruction_set}, in {found.path.parent}{how}")
 
 
 def _space() -> Check:

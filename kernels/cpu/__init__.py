@@ -1,0 +1,99 @@
+"""The native kernels of the dynamic-k FFN for processors: C++, built on this machine when they are first needed.
+
+`ready()` is what the operator asks at its first call on a processor: it builds and loads the library, once in a
+process, or says why it cannot, once, and the torch backend runs. `SURGEON_CPU=torch` switches the native kernels off;
+`SURGEON_CPU=avx2` and the like choose an instruction set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from surgeon.errors import UsageError
+
+from . import crossover
+from .build import BuildError, built, library
+
+log = logging.getLogger("surgeon")
+
+__all__ = ["State", "built", "load", "ready", "without_building"]
+
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class State:
+    """What became of the native kernels. path: the library, None if they do not run; why: the reason then."""
+
+    path: Path | None
+    why: str = ""
+
+    @property
+    def instruction_set(self) -> str:
+        """The instruction set that is used, "" if the native kernels do not run."""
+        if self.path is None:
+            return ""
+        wanted = os.environ.get("SURGEON_CPU", "")
+        return wanted or torch.ops.surgeon.cpu_instruction_sets()[0]
+
+
+_state: State | None = None
+_may_build = True
+
+
+def ready() -> bool:
+    """Whether the native kernels run; the first call loads them, and builds them if they were never built."""
+    if _state is None and (_may_build or built()):
+        load()
+    return _state is not None and _state.path is not None
+
+
+@contextlib.contextmanager
+def without_building() -> Iterator[None]:
+    """Let the torch backend run, silently, where the native kernels would have to be built first."""
+    global _may_build
+    _may_build = False
+    try:
+        yield
+    finally:
+        _may_build = True
+
+
+def load() -> State:
+    """Load the library, building it first if this machine has none; what a process was told once stays so.
+
+    Raises:
+        UsageError: `SURGEON_CPU` names something that this processor does not have.
+    """
+    global _state
+    with _lock:
+        if _state is None:
+            _state = _load()
+    return _state
+
+
+def _load() -> State:
+    wanted = os.environ.get("SURGEON_CPU", "")
+    if wanted == "torch":
+        return State(None, "SURGEON_CPU=torch")
+    try:
+        path = library()
+    except BuildError as error:
+        log.warning("The torch backend runs instead of the native kernels: %s", error)
+        return State(None, str(error))
+    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    if wanted:
+        known = torch.ops.surgeon.cpu_instruction_sets()
+        if wanted not in known:
+            raise UsageError(f"SURGEON_CPU={wanted}: this processor has {', '.join(known)}; or torch.")
+        torch.ops.surgeon.cpu_use_instruction_set(wanted)
+    crossover.load(path.parent)
+    return State(path)

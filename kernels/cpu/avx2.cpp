@@ -1,0 +1,15 @@
+// For processors with AVX2 and FMA.
+#include "layer.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma")
+#define SURGEON_VECTOR_BYTES 32
+#define SURGEON_VECTOR_REGISTERS 16
+#define SURGEON_NAME "avx2"
+#define SURGEON_KERNELS avx2_kernels
+#include "tiles.inc"
+#include "functions.inc"
+#include "experts.inc"
+#else
+const surgeon::Kernels* surgeon::avx2_kernels() { return nullptr; }
+#endif

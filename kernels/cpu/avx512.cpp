@@ -1,0 +1,15 @@
+// For processors with AVX-512 (F, BW, DQ, VL).
+#include "layer.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define SURGEON_VECTOR_BYTES 64
+#define SURGEON_VECTOR_REGISTERS 32
+#define SURGEON_NAME "avx512"
+#define SURGEON_KERNELS avx512_kernels
+#include "tiles.inc"
+#include "functions.inc"
+#include "experts.inc"
+#else
+const surgeon::Kernels* surgeon::avx512_kernels() { return nullptr; }
+#endif

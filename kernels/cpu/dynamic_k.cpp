@@ -1,0 +1,436 @@
+// surgeon::dynamic_k_ffn on processors: which way a call takes, the work of every thread, and the registration.
+//
+// What the operator computes is described in `surgeon.kernels.dynamic_k`. Loaded into a process without Python, this
+// library also declares the operator, so that a compiled model that uses it runs there.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "layer.h"
+
+namespace surgeon {
+namespace {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+constexpr const char* SCHEMA =
+    "dynamic_k_ffn(Tensor x, Tensor scores, Tensor threshold, Tensor w1, Tensor? b1, Tensor? gate, Tensor? b_gate, "
+    "Tensor w2, Tensor? b2, str activation) -> Tensor";
+
+// Up to so many tokens the experts are divided among the threads, else the tokens are.
+constexpr int64_t FEW_TOKENS = 16;
+// Tokens that go through all experts together: the more, the less often weights are read.
+constexpr int64_t BLOCK = 512;
+// Hidden values of a block, of which there are two, that should still fit into a cache.
+constexpr int64_t MOST_HIDDEN = int64_t(1) << 21;
+
+// --- the processor ----------------------------------------------------------------------------------------------------
+
+struct Choice {
+  const Kernels* kernels;
+  bool supported;
+};
+
+std::vector<Choice> choices() {
+  std::vector<Choice> all;
+  auto add = [&](const Kernels* kernels, bool supported) {
+    if (kernels) all.push_back({kernels, supported});
+  };
+#if defined(__x86_64__)
+  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  add(avx512_bf16_kernels(), avx512 && __builtin_cpu_supports("avx512bf16"));
+  add(avx512_kernels(), avx512);
+  add(avx2_kernels(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+#endif
+  add(portable_kernels(), true);
+  return all;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* found = chosen.load(std::memory_order_acquire);
+  if (!found) {
+    for (const Choice& choice : choices())
+      if (choice.supported) {
+        found = choice.kernels;
+        break;
+      }
+    chosen.store(found, std::memory_order_release);
+  }
+  return *found;
+}
+
+// Names of the instruction sets that this processor has, the best first.
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Choice& choice : choices())
+    if (choice.supported) names.emplace_back(choice.kernels->name);
+  return names;
+}
+
+void use_instruction_set(std::string name) {
+  for (const Choice& choice : choices())
+    if (choice.supported && name == choice.kernels->name) {
+      chosen.store(choice.kernels, std::memory_order_release);
+      return;
+    }
+  TORCH_CHECK_VALUE(false, "surgeon: this processor has no instruction set '", name, "'");
+}
+
+// --- where everything at once is faster -------------------------------------------------------------------------------
+
+// Shares of the experts above which the dense product is faster, by dtype, tokens and neurons in an expert, measured on
+// this machine (`surgeon.kernels.cpu.crossover`). Until then a guess: ours with every expert is as fast.
+constexpr int TOKEN_STEPS = 4, NEURON_STEPS = 6;
+std::atomic<float> crossovers[2][TOKEN_STEPS][NEURON_STEPS];
+
+int step_of(int64_t value, int64_t first, int64_t factor, int steps) {
+  int step = 0;
+  for (double bound = double(first) * std::sqrt(double(factor)); step + 1 < steps && double(value) > bound; ++step)
+    bound *= double(factor);
+  return step;
+}
+
+std::atomic<float>& crossover(bool half, int64_t tokens, int64_t neurons) {
+  // 1, 8, 64 and 512 tokens or more; 4, 8, 16, 32, 64 and 128 neurons or more.
+  return crossovers[half][step_of(tokens, 1, 8, TOKEN_STEPS)][step_of(neurons, 4, 2, NEURON_STEPS)];
+}
+
+void set_crossover(bool half, int64_t tokens, int64_t neurons, double share) {
+  crossover(half, tokens, neurons).store(float(share), std::memory_order_relaxed);
+}
+
+double get_crossover(bool half, int64_t tokens, int64_t neurons) {
+  return crossover(half, tokens, neurons).load(std::memory_order_relaxed);
+}
+
+const bool guessed = [] {
+  for (auto& dtype : crossovers)
+    for (auto& tokens : dtype)
+      for (auto& share : tokens) share.store(1.f);
+  return true;
+}();
+
+// --- a call -----------------------------------------------------------------------------------------------------------
+
+const char* const ACTIVATIONS[] = {
+    "relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu2", "identity", "tanh", "sigmoid", "leaky_relu", "elu",
+    "selu", "mish", "relu6", "softplus", "hardswish", "hardtanh", "softsign",
+};
+
+std::optional<Activation> find_activation(c10::string_view name) {
+  for (size_t i = 0; i < std::size(ACTIVATIONS); ++i)
+    if (name == ACTIVATIONS[i]) return Activation(i);
+  return std::nullopt;
+}
+
+struct Arguments {
+  const Tensor &x, &scores, &threshold, &w1;
+  const Optional &b1, &gate, &b_gate;
+  const Tensor& w2;
+  const Optional& b2;
+  c10::string_view activation;
+
+  // Whether this is a call that the kernels take. Others, wrong ones among them, are left to the general operator.
+  bool fits() const {
+    if (!find_activation(activation)) return false;
+    if (x.dim() < 1 || w1.dim() != 3 || w2.dim() != 3 || (b_gate && !gate)) return false;
+    if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16) return false;
+    int64_t experts = w1.size(0), neurons = w1.size(1);
+    auto lead = x.sizes().slice(0, x.dim() - 1);
+    auto shaped = [&](const Tensor& tensor, at::IntArrayRef shape) {
+      return tensor.sizes() == shape && tensor.device() == x.device() && tensor.scalar_type() == x.scalar_type();
+    };
+    std::vector<int64_t> wanted(lead.begin(), lead.end());
+    if (threshold.sizes() != lead) return false;
+    wanted.push_back(experts);
+    if (scores.sizes() != at::IntArrayRef(wanted)) return false;
+    for (const Tensor* tensor : {&scores, &threshold})
+      if (!tensor->is_floating_point() || tensor->device() != x.device()) return false;
+    return shaped(w1, {experts, neurons, x.size(-1)}) && (!gate || shaped(*gate, w1.sizes())) &&
+        (!b1 || shaped(*b1, {experts, neurons})) && (!b_gate || shaped(*b_gate, {experts, neurons})) &&
+        shaped(w2, {experts, neurons, w2.size(2)}) && (!b2 || shaped(*b2, {w2.size(2)}));
+  }
+};
+
+// Memory of a thread that is kept from call to call.
+float* scratch_of(int64_t floats) {
+  static thread_local std::unique_ptr<float, decltype(&std::free)> memory(nullptr, &std::free);
+  static thread_local int64_t size = 0;
+  if (floats > size) {
+    int64_t bytes = (floats * int64_t(sizeof(float)) + 4095) / 4096 * 4096;
+    memory.reset();
+    size = 0;
+    memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+    TORCH_CHECK_WITH(OutOfMemoryError, memory, "surgeon: no ", bytes, " bytes of memory");
+    size = bytes / int64_t(sizeof(float));
+  }
+  return memory.get();
+}
+
+// Which experts a token selects: all but those below its threshold, so that ties and NaN are selected.
+struct Selection {
+  int64_t experts;
+  const float *scores = nullptr, *threshold = nullptr;
+  const uint8_t* skipped = nullptr;  // in place of the two, for other dtypes
+  Tensor holder;
+
+  Selection(const Tensor& s, const Tensor& t, int64_t count) : experts(count) {
+    if (s.scalar_type() == at::kFloat && t.scalar_type() == at::kFloat) {
+      scores = s.const_data_ptr<float>();
+      threshold = t.const_data_ptr<float>();
+    } else {
+      holder = at::lt(s.reshape({-1, count}), t.reshape({-1, 1})).contiguous();
+      skipped = reinterpret_cast<const uint8_t*>(holder.const_data_ptr<bool>());
+    }
+  }
+
+  template <class F>
+  void each(int64_t token, F f) const {  // f(expert, whether it is selected)
+    if (skipped) {
+      for (int64_t e = 0; e < experts; ++e) f(e, !skipped[token * experts + e]);
+    } else {
+      const float* row = scores + token * experts;
+      float least = threshold[token];
+      for (int64_t e = 0; e < experts; ++e) f(e, !(row[e] < least));
+    }
+  }
+
+  int64_t pairs(int64_t begin, int64_t end) const {
+    int64_t count = 0;
+    for (int64_t token = begin; token < end; ++token) each(token, [&](int64_t, bool runs) { count += runs; });
+    return count;
+  }
+
+  // The tokens from `begin` to `end` by expert.
+  void lists(int64_t begin, int64_t end, std::vector<uint16_t>& token, std::vector<int32_t>& start) const {
+    start.assign(experts + 1, 0);
+    for (int64_t t = begin; t < end; ++t) each(t, [&](int64_t e, bool runs) { start[e + 1] += runs; });
+    for (int64_t e = 0; e < experts; ++e) start[e + 1] += start[e];
+    token.resize(start[experts] + 1);  // the last place takes what is not selected
+    std::vector<int32_t> next(start.begin(), start.end() - 1);
+    int32_t spare = start[experts];
+    for (int64_t t = begin; t < end; ++t)
+      each(t, [&](int64_t e, bool runs) {
+        token[runs ? next[e] : spare] = uint16_t(t - begin);
+        next[e] += runs;
+      });
+  }
+};
+
+template <class T, class Stored>
+Tensor run(const Arguments& given, Activation activation) {
+  c10::MaybeOwned<Tensor> w1 = given.w1.expect_contiguous(), w2 = given.w2.expect_contiguous();
+  auto contiguous = [](const Optional& tensor) { return tensor ? tensor->contiguous() : Tensor(); };
+  Tensor b1 = contiguous(given.b1), gate = contiguous(given.gate), b_gate = contiguous(given.b_gate),
+         b2 = contiguous(given.b2), scores = given.scores.contiguous(), threshold = given.threshold.contiguous();
+  int64_t experts = w1->size(0), neurons = w1->size(1), d_in = w1->size(2), d_out = w2->size(2);
+  Tensor x = given.x.reshape({-1, d_in}).contiguous();
+  int64_t tokens = x.size(0);
+  auto data = [](const Tensor& tensor) {
+    return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
+  };
+  Layer<T> layer{experts,    neurons,      d_in,      d_out,    activation, data(*w1),
+                 data(b1),   data(gate),   data(b_gate), data(*w2), data(b2)};
+  const Functions<T>& functions = kernels().of(T{});
+
+  std::vector<int64_t> shape(given.x.sizes().begin(), given.x.sizes().end() - 1);
+  shape.push_back(d_out);
+  Tensor y = at::empty(shape, x.options());
+  if (y.numel() == 0) return y;
+  T* out = static_cast<T*>(y.mutable_data_ptr());
+  Selection selection(scores, threshold, experts);
+
+  int64_t pairs = selection.pairs(0, tokens);
+  double limit = get_crossover(sizeof(T) == 2, tokens, neurons);
+  if (double(pairs) > limit * double(tokens) * double(experts)) {
+    auto flat = [](const Tensor& tensor) { return tensor.defined() ? Optional(tensor.flatten(0, 1)) : Optional(); };
+    Tensor up = at::linear(x, w1->flatten(0, 1), flat(b1));
+    Tensor gates = gate.defined() ? at::linear(x, gate.flatten(0, 1), flat(b_gate)) : Tensor();
+    bool all = pairs == tokens * experts;
+    at::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
+      std::vector<uint8_t> mask;
+      if (!all) {
+        mask.resize((end - begin) * experts);
+        for (int64_t t = begin; t < end; ++t)
+          selection.each(t, [&](int64_t e, bool runs) { mask[(t - begin) * experts + e] = runs; });
+      }
+      int64_t first = begin * experts * neurons;
+      functions.finish(
+          layer, end - begin, static_cast<T*>(up.mutable_data_ptr()) + first,
+          gates.defined() ? data(gates) + first : nullptr, all ? nullptr : mask.data());
+    });
+    Tensor flat_y = y.view({tokens, d_out}), flat_w2 = w2->flatten(0, 1);
+    if (b2.defined()) at::addmm_out(flat_y, b2, up, flat_w2);
+    else at::mm_out(flat_y, up, flat_w2);
+    return y;
+  }
+
+  int64_t threads = at::get_num_threads();
+  if (tokens <= FEW_TOKENS) {
+    std::vector<uint16_t> token;
+    std::vector<int32_t> start;
+    selection.lists(0, tokens, token, start);
+    Tokens<T> in{tokens, data(x), token.data(), start.data()};
+    // Every thread takes about as many pairs.
+    int64_t parts = std::max<int64_t>(1, std::min(threads, pairs));
+    std::vector<int64_t> bounds{0};
+    for (int64_t e = 0; e < experts; ++e)
+      if (start[e + 1] * parts >= int64_t(bounds.size()) * pairs && int64_t(bounds.size()) < parts)
+        bounds.push_back(e + 1);
+    while (int64_t(bounds.size()) <= parts) bounds.push_back(experts);
+    bounds.back() = experts;
+    Tensor sums = at::zeros({parts, tokens, d_out}, x.options().dtype(at::kFloat));
+    float* sum = sums.mutable_data_ptr<float>();
+    at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part)
+        functions.few(
+            layer, in, bounds[part], bounds[part + 1], sum + part * tokens * d_out,
+            scratch_of(functions.scratch(layer, tokens, tokens)));
+    });
+    functions.collect(layer, tokens, parts, sum, out);
+    return y;
+  }
+
+  // Blocks that every thread gets as many of, small enough for what they keep of the hidden layer.
+  int64_t hidden = pairs * neurons / tokens + 1;
+  int64_t most = std::max<int64_t>(FEW_TOKENS, std::min(BLOCK, MOST_HIDDEN / hidden));
+  int64_t rounds = (tokens + most * threads - 1) / (most * threads), block = (tokens + rounds * threads - 1) / (rounds * threads);
+  int64_t blocks = (tokens + block - 1) / block;
+  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    std::vector<uint16_t> token;
+    std::vector<int32_t> start;
+    for (int64_t number = first; number < last; ++number) {
+      int64_t begin = number * block, count = std::min(block, tokens - begin);
+      selection.lists(begin, begin + count, token, start);
+      Tokens<T> in{count, data(x) + begin * d_in, token.data(), start.data()};
+      functions.many(layer, in, out + begin * d_out, scratch_of(functions.scratch(layer, count, start[experts])));
+    }
+  });
+  return y;
+}
+
+// --- the operator -----------------------------------------------------------------------------------------------------
+
+using Signature = Tensor(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&,
+    const Tensor&, const Optional&, c10::string_view);
+
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor forward(
+    const Tensor& x, const Tensor& scores, const Tensor& threshold, const Tensor& w1, const Optional& b1,
+    const Optional& gate, const Optional& b_gate, const Tensor& w2, const Optional& b2, c10::string_view activation) {
+  Arguments given{x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation};
+  if (!given.fits()) {
+    // In Python the general operator computes it or says what is wrong.
+    auto general = c10::Dispatcher::singleton().findSchema({"surgeon::dynamic_k_ffn_torch", ""});
+    TORCH_CHECK(
+        general, "surgeon::dynamic_k_ffn: these arguments do not fit together, or are neither float32 nor bfloat16");
+    return general->typed<Signature>().call(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation);
+  }
+  Activation function = *find_activation(activation);
+  return x.scalar_type() == at::kFloat ? run<float, float>(given, function) : run<bf16, at::BFloat16>(given, function);
+}
+
+Tensor below_autograd(
+    const Tensor& x, const Tensor& scores, const Tensor& threshold, const Tensor& w1, const Optional& b1,
+    const Optional& gate, const Optional& b_gate, const Tensor& w2, const Optional& b2, c10::string_view activation) {
+  static auto op = find("surgeon::dynamic_k_ffn");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation);
+}
+
+// As `register_autograd` in `surgeon.kernels.dynamic_k`, without Python where nothing wants a gradient.
+struct Differentiable : torch::autograd::Function<Differentiable> {
+  static Tensor forward(
+      torch::autograd::AutogradContext* context, const Tensor& x, const Tensor& scores, const Tensor& threshold,
+      const Tensor& w1, const Optional& b1, const Optional& gate, const Optional& b_gate, const Tensor& w2,
+      const Optional& b2, const std::string& activation) {
+    auto or_empty = [](const Optional& tensor) { return tensor ? *tensor : Tensor(); };
+    context->save_for_backward(
+        {x, scores, threshold, w1, or_empty(b1), or_empty(gate), or_empty(b_gate), w2, or_empty(b2)});
+    context->saved_data["activation"] = activation;
+    return below_autograd(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation);
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* context, torch::autograd::variable_list gradients) {
+    auto saved = context->get_saved_variables();
+    auto optional = [&](int i) { return saved[i].defined() ? Optional(saved[i]) : Optional(); };
+    const Tensor& gradient = gradients[0];
+    std::vector<Tensor> found(10);
+    bool need_x = context->needs_input_grad(0), need_weights = false;
+    // Optional inputs that are not there have no place among the edges.
+    std::vector<int> places;
+    for (int i = 0; i < 9; ++i)
+      if (saved[i].defined()) places.push_back(i);
+    auto needs = [&](int input) {
+      for (size_t edge = 0; edge < places.size(); ++edge)
+        if (places[edge] == input) return context->needs_input_grad(edge);
+      return false;
+    };
+    for (int input : {3, 4, 5, 6, 7}) need_weights |= needs(input);
+    if (need_x || need_weights) {
+      static auto op =
+          c10::Dispatcher::singleton()
+              .findSchemaOrThrow("surgeon::dynamic_k_ffn_backward", "")
+              .typed<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+                  const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&,
+                  const Optional&, const Optional&, const Tensor&, c10::string_view, bool, bool)>();
+      auto [x, w1, b1, gate, b_gate, w2] = op.call(
+          gradient, saved[0], saved[1], saved[2], saved[3], optional(4), optional(5), optional(6), saved[7],
+          context->saved_data["activation"].toStringRef(), need_x, need_weights);
+      found[0] = x, found[3] = w1, found[4] = b1, found[5] = gate, found[6] = b_gate, found[7] = w2;
+    }
+    if (needs(8)) found[8] = gradient.reshape({-1, gradient.size(-1)}).sum(0);
+    for (int i = 0; i < 9; ++i)
+      if (!needs(i)) found[i] = Tensor();
+    return found;
+  }
+};
+
+Tensor autograd(
+    const Tensor& x, const Tensor& scores, const Tensor& threshold, const Tensor& w1, const Optional& b1,
+    const Optional& gate, const Optional& b_gate, const Tensor& w2, const Optional& b2, c10::string_view activation) {
+  auto wants = [](const Tensor& tensor) { return tensor.requires_grad(); };
+  auto may_want = [](const Optional& tensor) { return tensor && tensor->requires_grad(); };
+  bool any = wants(x) || wants(w1) || wants(w2) || may_want(b1) || may_want(gate) || may_want(b_gate) || may_want(b2);
+  if (!at::GradMode::is_enabled() || !any)
+    return below_autograd(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation);
+  return Differentiable::apply(
+      x, scores, threshold, w1, b1, gate, b_gate, w2, b2, std::string(activation.data(), activation.size()));
+}
+
+TORCH_LIBRARY_FRAGMENT(surgeon, library) {
+  // Python has declared it before it loads this library.
+  if (!c10::Dispatcher::singleton().findSchema({"surgeon::dynamic_k_ffn", ""})) library.def(SCHEMA);
+  library.def("cpu_instruction_sets() -> str[]", &instruction_sets);
+  library.def("cpu_use_instruction_set(str name) -> ()", &use_instruction_set);
+  library.def("cpu_set_crossover(bool half, int tokens, int neurons, float share) -> ()", &set_crossover);
+  library.def("cpu_get_crossover(bool half, int tokens, int neurons) -> float", &get_crossover);
+}
+
+TORCH_LIBRARY_IMPL(surgeon, CPU, library) { library.impl("dynamic_k_ffn", &forward); }
+
+TORCH_LIBRARY_IMPL(surgeon, AutogradCPU, library) { library.impl("dynamic_k_ffn", &autograd); }
+
+}  // namespace
+}  // namespace surgeon

@@ -1,0 +1,67 @@
+// What the processor-specific kernels are given, and the functions each instruction set offers.
+#pragma once
+
+#include <cstdint>
+
+namespace surgeon {
+
+enum class Activation {
+  relu, gelu, gelu_tanh, quick_gelu, silu, relu2, identity, tanh, sigmoid, leaky_relu, elu, selu, mish, relu6, softplus,
+  hardswish, hardtanh, softsign,
+};
+
+// bfloat16 as it lies in memory: the upper half of a float.
+struct bf16 {
+  uint16_t bits;
+};
+
+// A feed-forward layer of `experts` experts with `neurons` neurons each, every tensor contiguous; null where there is
+// none: w1, gate [experts, neurons, d_in], b1, b_gate [experts, neurons], w2 [experts, neurons, d_out], b2 [d_out].
+template <class T>
+struct Layer {
+  int64_t experts, neurons, d_in, d_out;
+  Activation activation;
+  const T *w1, *b1, *gate, *b_gate, *w2, *b2;
+};
+
+// Tokens, and which of them selected which expert: those of expert e are token[start[e]] to token[start[e + 1] - 1].
+template <class T>
+struct Tokens {
+  int64_t count;
+  const T* x;  // [count, d_in]
+  const uint16_t* token;
+  const int32_t* start;  // [experts + 1]
+};
+
+template <class T>
+struct Functions {
+  // Floats of scratch memory that the other two need; pairs: how many (token, expert) pairs they are called with.
+  int64_t (*scratch)(const Layer<T>&, int64_t tokens, int64_t pairs);
+  // y [count, d_out] = what the selected experts give, plus b2.
+  void (*many)(const Layer<T>&, const Tokens<T>&, T* y, float* scratch);
+  // y [count, d_out] += what the experts `first` to `last` - 1 give. For few tokens: weights are read once, in order.
+  // Columns of y are in an order of the kernels' own.
+  void (*few)(const Layer<T>&, const Tokens<T>&, int64_t first, int64_t last, float* y, float* scratch);
+  // Of every neuron's input `up` [count, experts · neurons], biases included, what goes out of the hidden layer, in
+  // place; `gate` likewise or null. Zero for experts that `mask` [count, experts] leaves out; null for none.
+  void (*finish)(const Layer<T>&, int64_t count, T* up, const T* gate, const uint8_t* mask);
+  // out [count, d_out] = the sum of `parts` results of `few`, which lie one after the other, plus b2.
+  void (*collect)(const Layer<T>&, int64_t count, int64_t parts, const float* y, T* out);
+};
+
+struct Kernels {
+  const char* name;
+  Functions<float> f32;
+  Functions<bf16> bf16_;
+
+  const Functions<float>& of(float) const { return f32; }
+  const Functions<bf16>& of(bf16) const { return bf16_; }
+};
+
+// One for each instruction set; null where the compiler does not know it.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+
+}  // namespace surgeon

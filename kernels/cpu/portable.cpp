@@ -1,0 +1,10 @@
+// For every processor: vectors of 16 bytes, which each has in some form.
+#include "layer.h"
+
+#define SURGEON_VECTOR_BYTES 16
+#define SURGEON_VECTOR_REGISTERS 16
+#define SURGEON_NAME "portable"
+#define SURGEON_KERNELS portable_kernels
+#include "tiles.inc"
+#include "functions.inc"
+#include "experts.inc"

@@ -1,0 +1,338 @@
+"""The native kernels: what they compute, which way a call takes, and how the library is built and found."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgeon.errors import UsageError
+from surgeon.kernels import cpu
+from surgeon.kernels.activations import ACTIVATIONS
+from surgeon.kernels.cpu import build, crossover
+from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn
+
+from .ffn import Arguments, arguments
+
+ops = torch.ops.surgeon
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _native() -> Iterator[None]:
+    """These kernels, with what was measured for them and the best instruction set put back at the end."""
+    if not cpu.ready():
+        pytest.skip(f"the native kernels do not run here: {cpu.load().why}")
+    kept = [
+        (h, t, n, ops.cpu_get_crossover(h, t, n))
+        for h in (False, True)
+        for t in crossover.TOKENS
+        for n in crossover.NEURONS
+    ]
+    yield
+    for point in kept:
+        ops.cpu_set_crossover(*point)
+    ops.cpu_use_instruction_set(cpu.load().instruction_set)
+
+
+def always(dense: bool) -> None:
+    for half in (False, True):
+        for tokens in crossover.TOKENS:
+            for neurons in crossover.NEURONS:
+                ops.cpu_set_crossover(half, tokens, neurons, -1.0 if dense else 2.0)
+
+
+def exact(args: Arguments) -> torch.Tensor:
+    return masked_ffn(*(value.double() if isinstance(value, torch.Tensor) else value for value in args))
+
+
+def magnitude(args: Arguments) -> torch.Tensor:
+    """The size of what is added up, which rounding is relative to."""
+    sizes = (value.double().abs() if isinstance(value, torch.Tensor) else value for value in args)
+    x, _, _, w1, b1, gate, b_gate, w2, b2, activation = sizes
+    ones = torch.ones(*x.shape[:-1], w1.shape[0])
+    bound = activation if activation == "relu2" else "softplus"  # above the size of all others
+    return 1.0 + masked_ffn(x, ones, ones[..., 0], w1, b1, gate, b_gate, w2, b2, bound)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lead=st.sampled_from([(), (1,), (3,), (2, 4), (17,), (40,), (0, 3), (600,)]),
+    experts=st.sampled_from([1, 2, 5, 9]),
+    neurons=st.sampled_from([1, 3, 4, 6, 8, 13, 24, 33]),
+    d_in=st.sampled_from([1, 3, 8, 16, 31, 64, 100]),
+    d_out=st.sampled_from([1, 5, 8, 16, 24, 33, 97, 200]),
+    gated=st.booleans(),
+    bias=st.booleans(),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    share=st.sampled_from([0, 0.1, 0.5, 1]),
+    dense=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+    place=st.integers(0, 3),
+    seed=st.integers(0, 9),
+)
+def test_every_instruction_set_computes_the_definition(
+    lead: tuple[int, ...],
+    experts: int,
+    neurons: int,
+    d_in: int,
+    d_out: int,
+    gated: bool,
+    bias: bool,
+    activation: str,
+    dtype: torch.dtype,
+    share: float,
+    dense: bool,
+    threads: int,
+    place: int,
+    seed: int,
+) -> None:
+    known = ops.cpu_instruction_sets()
+    ops.cpu_use_instruction_set(known[place % len(known)])
+    always(dense)
+    args = arguments(
+        lead, experts, neurons, d_in, d_out, gated=gated, bias=bias, activation=activation, share=share, dtype=dtype,
+        seed=seed,
+    )  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = dynamic_k_ffn(*args)
+    finally:
+        torch.set_num_threads(before)
+    assert found.dtype == dtype
+    assert found.is_contiguous()
+    rounding = 2e-6 if dtype == torch.float32 else 1e-2
+    error = (found.double() - exact(args)).abs() / magnitude(args)
+    assert error.numel() == 0 or float(error.max()) < rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_a_token_that_is_nan_stays_nan_and_alone(dtype: torch.dtype, tokens: int) -> None:
+    always(dense=False)
+    args = arguments((tokens,), 4, 16, 32, 64, dtype=dtype, activation="relu")
+    clean = dynamic_k_ffn(*args)
+    args.x[1], args.scores[1], args.threshold[1] = float("nan"), float("nan"), float("nan")
+    found = dynamic_k_ffn(*args)
+    assert found[1].isnan().all()
+    others = torch.arange(tokens) != 1
+    assert torch.equal(found[others], clean[others])
+
+
+def test_ties_run_and_the_last_below_the_threshold_does_not() -> None:
+    always(dense=False)
+    args = arguments((2,), 3, 4, 5, 6, dtype=torch.float32)
+    scores = torch.tensor([[0.5, 0.5, 0.25], [1.0, torch.nextafter(torch.tensor(0.5), torch.tensor(0.0)), 0.5]])
+    args = args._replace(scores=scores, threshold=torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(dynamic_k_ffn(*args).double(), exact(args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scores", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_scores_of_another_dtype_select_the_same(scores: torch.dtype) -> None:
+    always(dense=False)
+    args = arguments((40,), dtype=torch.float32)
+    args = args._replace(scores=args.scores.to(scores), threshold=args.threshold.to(scores))
+    torch.testing.assert_close(dynamic_k_ffn(*args).double(), exact(args), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_and_inputs_that_are_not_contiguous() -> None:
+    always(dense=False)
+    args = arguments((40,), 6, 8, 16, 24, gated=True, dtype=torch.float32)
+    twisted = args._replace(
+        x=args.x.t().contiguous().t(),
+        w1=args.w1.transpose(0, 2).contiguous().transpose(0, 2),
+        w2=args.w2.transpose(1, 2).contiguous().transpose(1, 2),
+        scores=args.scores.t().contiguous().t(),
+    )
+    assert torch.equal(dynamic_k_ffn(*twisted), dynamic_k_ffn(*args))
+
+
+def test_what_they_do_not_take_goes_to_torch() -> None:
+    args = arguments((3,), dtype=torch.float64)
+    torch.testing.assert_close(dynamic_k_ffn(*args), exact(args))
+    half = arguments((3,), dtype=torch.float16)
+    assert dynamic_k_ffn(*half).dtype == torch.float16
+    wrong = arguments((3,), dtype=torch.float32)
+    with pytest.raises(UsageError, match="w2 has shape"):
+        dynamic_k_ffn(*wrong._replace(w2=wrong.w2[1:]))
+    with pytest.raises(UsageError, match="unknown activation"):
+        dynamic_k_ffn(*wrong._replace(activation="swoosh"))
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_gradients(gated: bool, bias: bool) -> None:
+    always(dense=False)
+    ours, reference = (
+        arguments((20,), 5, 4, 6, 7, gated=gated, bias=bias, activation="silu", dtype=torch.float32).require_grad()
+        for _ in range(2)
+    )
+    dynamic_k_ffn(*ours).square().sum().backward()
+    masked_ffn(*reference).square().sum().backward()
+    for mine, theirs in zip(ours.leaves(), reference.leaves(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_only_some_gradients() -> None:
+    always(dense=False)
+    args = arguments((20,), dtype=torch.float32)
+    for name in ("x", "b1", "w2", "b2"):
+        leaf = getattr(args, name).detach().requires_grad_()
+        one = args._replace(**{name: leaf})
+        (found,) = torch.autograd.grad(dynamic_k_ffn(*one).sum(), [leaf])
+        (expected,) = torch.autograd.grad(masked_ffn(*one).sum(), [leaf])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_it_compiles_whole_and_counts_its_operations() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    args = arguments((40,), dtype=torch.float32)
+    compiled = torch.compile(lambda *a: dynamic_k_ffn(*a) * 2, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), dynamic_k_ffn(*args) * 2)
+    with FlopCounterMode(display=False) as counter:
+        dynamic_k_ffn(*args)
+    pairs = int((~(args.scores < args.threshold.unsqueeze(-1))).sum())
+    assert counter.get_total_flops() == pairs * 2 * 4 * (5 + 7)
+    torch.library.opcheck(dynamic_k_ffn, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_several_threads_at_once() -> None:
+    always(dense=False)
+    args = arguments((300,), 8, 16, 32, 48, dtype=torch.float32)
+    expected, found = dynamic_k_ffn(*args), {}
+
+    def work(number: int) -> None:
+        found[number] = [dynamic_k_ffn(*args) for _ in range(20)]
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(one, expected) for many in found.values() for one in many)
+
+
+class _InWorkers(torch.utils.data.Dataset[torch.Tensor]):
+    def __init__(self, args: Arguments) -> None:
+        self.args = args
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, _: int) -> torch.Tensor:
+        return dynamic_k_ffn(*self.args)
+
+
+def test_in_forked_workers_of_a_data_loader() -> None:
+    always(dense=False)
+    args = arguments((30,), dtype=torch.float32)
+    expected = dynamic_k_ffn(*args)
+    loader = torch.utils.data.DataLoader(
+        _InWorkers(args), batch_size=None, num_workers=2, multiprocessing_context="fork"
+    )
+    assert all(torch.equal(found, expected) for found in loader)
+
+
+# --- building and finding ---------------------------------------------------------------------------------------------
+
+CALL = """
+import torch
+from surgeon.kernels import cpu
+from surgeon.kernels.dynamic_k import dynamic_k_ffn
+x, scores, w = torch.ones(3, 8), torch.ones(3, 2), torch.ones(2, 4, 8)
+print(float(dynamic_k_ffn(x, scores, torch.zeros(3), w, None, None, None, w, None, "relu").sum()))
+print(cpu.load().instruction_set)
+"""
+
+
+def call(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CALL],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"SURGEON_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+    )
+
+
+def test_without_a_compiler_torch_runs_and_says_so(tmp_path: Path) -> None:
+    done = call(tmp_path, CXX="no-such-compiler")
+    assert done.stdout.split() == ["1536.0"]
+    assert (
+        "The torch backend runs instead of the native kernels: there is no C++ compiler (no-such-compiler)."
+        in done.stderr
+    )
+    assert done.stderr.count("torch backend") == 1
+
+
+def test_a_compiler_that_fails_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text(
+        '#!/bin/sh\ncase "$*" in *" -c "*) echo "layer.h:1: error: this compiler is broken" >&2; exit 1;; esac\n'
+    )
+    broken.chmod(0o755)
+    done = call(tmp_path, CXX=str(broken))
+    assert done.stdout.split() == ["1536.0"]
+    assert "error: this compiler is broken" in done.stderr
+    assert not list(tmp_path.rglob("build-*"))
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    done = call(file)
+    assert done.stdout.split() == ["1536.0"]
+    assert "Set SURGEON_CACHE to another directory" in done.stderr
+
+
+def test_they_can_be_switched_off(tmp_path: Path) -> None:
+    done = call(tmp_path, SURGEON_CPU="torch")
+    assert done.stdout.split() == ["1536.0"]
+    assert done.stderr == ""
+
+
+def test_an_instruction_set_can_be_chosen_and_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = str(build.directory().parent.parent)
+    assert call(Path(cache), SURGEON_CPU="portable").stdout.split() == ["1536.0", "portable"]
+    done = call(Path(cache), SURGEON_CPU="sse9")
+    assert done.returncode != 0
+    assert "SURGEON_CPU=sse9: this processor has" in done.stderr
+
+
+def test_a_build_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
+    """The first build is killed while its compiler runs; the next one finds no lock and clears what it left."""
+    slow = tmp_path / "c++"
+    slow.write_text('#!/bin/sh\ncase "$*" in *" -c "*) sleep 100;; esac\n')
+    slow.chmod(0o755)
+    environment = os.environ | {
+        "SURGEON_CACHE": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "CXX": str(slow),
+    }
+    first = subprocess.Popen(
+        [sys.executable, "-c", CALL], env=environment, start_new_session=True, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.rglob("build-*/build.ninja")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert list(tmp_path.rglob("build-*"))
+    slow.write_text('#!/bin/sh\ncase "$*" in *" -c "*) echo "error: now it fails" >&2; exit 1;; esac\n')
+    done = call(tmp_path, CXX=str(slow))
+    assert done.stdout.split() == ["1536.0"]
+    assert "error: now it fails" in done.stderr
+    assert not list(tmp_path.rglob("build-*"))
