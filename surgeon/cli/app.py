@@ -50,7 +50,7 @@ class Run:
 
 
 # As they are listed.
-_ORDER = ("demo", "inspect", "passes", "explain", "apply", "diff", "sweep", "tune", "set", "doctor")
+_ORDER = ("demo", "inspect", "passes", "explain", "apply", "diff", "sweep", "tune", "set", "bench", "doctor")
 
 
 class _Group(TyperGroup):

@@ -12,7 +12,7 @@ from surgeon.passes import PASSES
 
 from .harness import run_surgeon
 
-COMMANDS = ("demo", "inspect", "passes", "explain", "apply", "diff", "sweep", "tune", "set", "doctor")
+COMMANDS = ("demo", "inspect", "passes", "explain", "apply", "diff", "sweep", "tune", "set", "bench", "doctor")
 
 
 def test_help_lists_the_commands_without_loading_torch() -> None:

@@ -1,0 +1,328 @@
+"""How long a dense and a dynamic-k FFN should take on a GPU, from bytes and FLOPs: a model, not a measurement.
+
+A roofline. A layer takes as long as the slowest of its arithmetic, its traffic to memory and its traffic to the L2
+cache, plus the time to launch its kernels one after the other. Rates come from the vendors' publications:
+
+| device | bf16, fp16 | fp32 | memory | L2 cache | source |
+| --- | --- | --- | --- | --- | --- |
+| H100 SXM5 80 GB | 989 TFLOP/s | 67 TFLOP/s | 3.35 TB/s | 50 MB, 9.0 TB/s | data sheet; cache: see below |
+| H200 SXM5 141 GB | 989 TFLOP/s | 67 TFLOP/s | 4.8 TB/s | 50 MB, 9.0 TB/s | data sheet; cache as the H100 |
+| A100 SXM4 80 GB | 312 TFLOP/s | 19.5 TFLOP/s | 2.039 TB/s | 40 MB, 7.2 TB/s | data sheet; cache: white paper |
+
+Data sheets give twice the bf16 rate for 2:4 sparse weights; here it is the dense one. The A100's white paper gives
+5,120 bytes a clock for reads of L2, at 1.41 GHz; the H100's gives only the size, so it is given the same at 1.755 GHz.
+fp32 is multiplied in full precision, PyTorch's default, without tensor cores.
+
+Assumed, and published by nobody (`ASSUMPTIONS` says it to users): the shares of these rates that kernels reach, and
+the time of a launch. The dense layer is favoured: its products lose nothing to odd sizes or the cache, its activation
+is free. Ours pays for padding (an expert to 16, 32, 64, ... neurons, its tokens to tiles of rows), for reading the
+weights of an expert again for every tile, for gathering rows, for the hidden values of experts of more than 128
+neurons, and for the atomic additions to the fp32 output; what does not fit in half of the cache goes to memory.
+Experts are selected independently with the same probability, scores are given, and the router's cost is not in it.
+What kernels are launched: `surgeon.kernels.triton`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from surgeon.errors import UsageError
+
+Bound = Literal["arithmetic", "memory", "cache", "launches"]
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DENSE_EFFICIENCY = 0.7
+_EXPERT_EFFICIENCY = 0.5
+_MEMORY_EFFICIENCY = 0.9
+_CACHE_EFFICIENCY = 0.6
+_LAUNCH = 2e-6  # seconds
+_FEW_TOKENS = 16  # up to so many one kernel does it, without a plan
+_PLAN_LAUNCHES = 4
+_SCORE = 4  # bytes: scores, places in the plan and the accumulated output are all of 4
+_FP32_ROWS = 32
+_WIDEST = 128  # neurons in a tile, at most
+
+ASSUMPTIONS = (
+    f"Dense products reach {_DENSE_EFFICIENCY:.0%} of the arithmetic rate, those by expert {_EXPERT_EFFICIENCY:.0%}; "
+    f"kernels reach {_MEMORY_EFFICIENCY:.0%} of the bandwidth of memory and {_CACHE_EFFICIENCY:.0%} of that of L2.",
+    f"A kernel takes {_LAUNCH * 1e6:.0f} µs to start after the one before it; the dense layer has one kernel a matrix, "
+    "ours one with up to 16 tokens and five with more, and one or two for the output.",
+    "The dense layer's activation is free and the cache never limits it. Ours pays for padding to 16, 32, 64, ... "
+    "neurons and to tiles of tokens, gathered rows, weights read again for every tile, and atomic additions in fp32.",
+    "Tokens select experts independently, all equally likely. Scores are given: the router is not counted.",
+)
+"""What the model takes for granted, one sentence or two each, for users."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU. rates: FLOP/s by dtype. memory, cache: bytes a second. cache_size: of L2, bytes.
+
+    rows: most tokens in a tile, in half types. source: where rates and memory are from; cache_sources: where the
+    cache's size and its bandwidth are.
+    """
+
+    name: str
+    title: str
+    rates: Mapping[str, float]
+    memory: float
+    cache: float
+    cache_size: float
+    rows: int
+    source: str
+    cache_sources: tuple[str, str]
+
+
+def _rates(half: float, full: float) -> dict[str, float]:
+    return {"float32": full, "bfloat16": half, "float16": half}
+
+
+_CACHE_CLOCK = 5120.0  # bytes
+_HOPPER_CACHE = ("NVIDIA H100 white paper", "not published: 5,120 bytes a clock, as the A100, at 1.755 GHz")
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device(
+            "h100", "NVIDIA H100 SXM5 80 GB", _rates(989e12, 67e12), 3.35e12, _CACHE_CLOCK * 1.755e9, 50e6, 128,
+            "NVIDIA H100 data sheet", _HOPPER_CACHE,
+        ),
+        Device(
+            "h200", "NVIDIA H200 SXM5 141 GB", _rates(989e12, 67e12), 4.8e12, _CACHE_CLOCK * 1.755e9, 50e6, 128,
+            "NVIDIA H200 data sheet", _HOPPER_CACHE,
+        ),
+        Device(
+            "a100", "NVIDIA A100 SXM4 80 GB", _rates(312e12, 19.5e12), 2.039e12, _CACHE_CLOCK * 1.41e9, 40e6, 64,
+            "NVIDIA A100 80GB data sheet",
+            ("NVIDIA A100 white paper", "NVIDIA A100 white paper: 5,120 bytes a clock, at 1.41 GHz"),
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A feed-forward layer and its experts: width → hidden → width, experts of `size` neurons.
+
+    Raises:
+        UsageError: sizes below 1, or `size` does not divide `hidden`.
+    """
+
+    width: int
+    hidden: int
+    size: int
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.hidden, self.size) < 1:
+            raise UsageError("A layer's width, hidden width and expert size are at least 1.")
+        if self.hidden % self.size:
+            raise UsageError(
+                f"Experts of {self.size} neurons do not divide a hidden width of {self.hidden}: "
+                f"{self.hidden % self.size} neurons would be left over."
+            )
+
+    @property
+    def experts(self) -> int:
+        """How many experts there are."""
+        return self.hidden // self.size
+
+    @property
+    def matrices(self) -> int:
+        """Weight matrices of the dense layer."""
+        return 3 if self.gated else 2
+
+    @property
+    def weights(self) -> int:
+        """Numbers in all matrices; as many multiply-adds for one token if every expert runs."""
+        return self.matrices * self.width * self.hidden
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one call, and which of `parts`, the seconds that each thing alone would take, is the longest."""
+
+    seconds: float
+    bound: Bound
+    parts: Mapping[Bound, float]
+
+    @classmethod
+    def of(cls, arithmetic: float, memory: float, cache: float, launches: float) -> Estimate:
+        """From the seconds of each; launches come on top of the longest of the others."""
+        parts: dict[Bound, float] = {
+            "arithmetic": arithmetic, "memory": memory, "cache": cache, "launches": launches,
+        }  # fmt: skip
+        seconds = max(arithmetic, memory, cache) + launches
+        return cls(seconds, max(parts, key=lambda part: parts[part]), parts)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the dense layer and ours should take at one share. ratio: dense / ours, above 1 where ours is faster."""
+
+    share: float
+    dense: Estimate
+    ours: Estimate
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours should be."""
+        return self.dense.seconds / self.ours.seconds
+
+
+def find_device(name: str) -> Device:
+    """The device called `name`, in any case.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    try:
+        return DEVICES[name.lower()]
+    except KeyError:
+        raise UsageError(f"No model of a device '{name}'. There are: {', '.join(DEVICES)}.") from None
+
+
+def predict(device: Device, layer: LayerShape, tokens: int, share: float, dtype: str = "bfloat16") -> Prediction:
+    """What one call on `tokens` tokens should take if each selects `share` of the experts.
+
+    Raises:
+        UsageError: a dtype other than float32, bfloat16 and float16, fewer than 1 token, a share outside (0, 1].
+    """
+    if dtype not in _BYTES:
+        raise UsageError(f"No model of {dtype}. There are: {', '.join(_BYTES)}.")
+    if tokens < 1 or not 0.0 < share <= 1.0:
+        raise UsageError(f"{tokens} tokens that select {share:g} of the experts: give at least 1, and a share up to 1.")
+    return Prediction(share, _dense(device, layer, tokens, dtype), _ours(device, layer, tokens, share, dtype))
+
+
+def break_even(device: Device, layer: LayerShape, tokens: int, dtype: str = "bfloat16") -> float:
+    """The share of experts up to which ours should not be slower than dense: 0.0 for never, 1.0 for always."""
+
+    def gains(share: float) -> bool:
+        return predict(device, layer, tokens, share, dtype).ratio >= 1.0
+
+    low, high = 1e-6, 1.0
+    if gains(high):
+        return 1.0
+    if not gains(low):
+        return 0.0
+    while high - low > 1e-4:  # ours takes longer, the more is selected
+        middle = (low + high) / 2
+        low, high = (middle, high) if gains(middle) else (low, middle)
+    return low
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest size of experts, and every candidate's prediction by size. size: None where dense is fastest."""
+
+    size: int | None
+    predictions: Mapping[int, Prediction]
+
+
+def best_size(
+    device: Device,
+    width: int,
+    hidden: int,
+    tokens: int,
+    share: float | Mapping[int, float],
+    dtype: str = "bfloat16",
+    *,
+    sizes: Sequence[int] = (8, 16, 32, 64, 128, 256),
+    gated: bool = False,
+) -> Choice:
+    """The size of experts with which a call should take least.
+
+    Args:
+        share: of the experts that are selected; by size if it differs, as it does at equal quality: smaller experts
+            need a smaller share.
+        sizes: the candidates; of the default ones, those that divide `hidden`. At equal times the larger is taken.
+
+    Raises:
+        UsageError: none of them divides `hidden`, or as `predict`.
+    """
+    candidates = sorted((size for size in sizes if hidden % size == 0), reverse=True)
+    if not candidates:
+        raise UsageError(f"None of the sizes {', '.join(map(str, sizes))} divides a hidden width of {hidden}.")
+    predictions = {
+        size: predict(
+            device,
+            LayerShape(width, hidden, size, gated),
+            tokens,
+            share if isinstance(share, float | int) else share[size],
+            dtype,
+        )
+        for size in candidates
+    }
+    best = min(candidates, key=lambda size: predictions[size].ours.seconds)
+    return Choice(best if predictions[best].ratio >= 1.0 else None, predictions)
+
+
+def _dense(device: Device, layer: LayerShape, tokens: int, dtype: str) -> Estimate:
+    size = _BYTES[dtype]
+    arithmetic = 2 * tokens * layer.weights / (device.rates[dtype] * _DENSE_EFFICIENCY)
+    between = 2 * (layer.matrices - 1) * tokens * layer.hidden * size  # hidden values, written and read
+    traffic = (layer.weights + 2 * tokens * layer.width) * size + between * _misses(device, between / 2)
+    return Estimate.of(arithmetic, _memory(device, traffic), 0.0, layer.matrices * _LAUNCH)
+
+
+def _ours(device: Device, layer: LayerShape, tokens: int, share: float, dtype: str) -> Estimate:
+    size = _BYTES[dtype]
+    pairs = tokens * layer.experts * share
+    used = 1.0 - (1.0 - share) ** tokens  # the share of the experts that some token selects
+    rows = _rows(device, tokens, dtype)
+    # Of every expert's last tile half is empty, more or less; with every token in it, its tokens are known.
+    tiles = layer.experts * min(max(used, tokens * share / rows + used / 2), math.ceil(tokens / rows))
+    arithmetic = 2 * tiles * rows * layer.matrices * layer.width * _padded(layer.size, tokens)
+    apart = layer.size > _WIDEST and tokens > _FEW_TOKENS  # two kernels, with the hidden values in memory
+    between = 2 * pairs * layer.size * size if apart else 0
+    gathered = pairs * layer.width * size * (math.ceil(layer.size / _WIDEST) if apart else 1)
+    added = 2 * pairs * layer.width * _SCORE  # read and written
+    output = tokens * layer.width * _SCORE
+    converted = output + tokens * layer.width * size if size < _SCORE else 0
+    selection = (tokens * layer.experts + (2 * pairs if tokens > _FEW_TOKENS else 0)) * _SCORE
+    traffic = (layer.weights * used + tokens * layer.width) * size + selection
+    traffic += between * _misses(device, between / 2)
+    traffic += gathered * _misses(device, tokens * layer.width * size)
+    traffic += (added + output + converted) * _misses(device, output)
+    traffic += tokens * layer.width * min(size, _SCORE)  # the result
+    cached = tiles * layer.matrices * layer.size * layer.width * size  # weights, once a tile
+    cached += between + gathered + added + output + converted + selection
+    launches = 2 + (_PLAN_LAUNCHES if tokens > _FEW_TOKENS else 0) + (size < _SCORE) + apart
+    return Estimate.of(
+        arithmetic / (device.rates[dtype] * _EXPERT_EFFICIENCY),
+        _memory(device, traffic),
+        cached / (device.cache * _CACHE_EFFICIENCY),
+        launches * _LAUNCH,
+    )
+
+
+def _memory(device: Device, traffic: float) -> float:
+    return traffic / (device.memory * _MEMORY_EFFICIENCY)
+
+
+def _misses(device: Device, held: float) -> float:
+    """The share of the accesses to a tensor of so many bytes that go to memory: what half of the cache cannot hold."""
+    return max(0.0, 1.0 - device.cache_size / 2 / held) if held else 0.0
+
+
+def _rows(device: Device, tokens: int, dtype: str) -> int:
+    """Tokens in a tile: as `surgeon.kernels.triton.tiles` chooses. One token is not multiplied by tiles."""
+    if tokens == 1:
+        return 1
+    most = _FP32_ROWS if dtype == "float32" else device.rows
+    wanted = math.ceil(tokens / 4)
+    return int(min(most, max(16, 1 << (wanted - 1).bit_length())))
+
+
+def _padded(size: int, tokens: int) -> int:
+    """Neurons that are computed for an expert, as in `surgeon.kernels.triton.tiles`."""
+    if tokens == 1:
+        return size
+    if tokens <= _FEW_TOKENS or size > _WIDEST:
+        step = 16 if tokens <= _FEW_TOKENS else _WIDEST
+        return math.ceil(size / step) * step
+    return max(16, 1 << (size - 1).bit_length())

@@ -1,0 +1,138 @@
+"""One feed-forward layer with random weights, tokens for it, what they select, and what should come out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from surgeon.kernels.activations import activation
+from surgeon.kernels.cost_model import LayerShape
+from surgeon.kernels.dynamic_k import selected
+from surgeon.kernels.torch_backend import Experts, hidden, keep_selected
+
+MaskKind = Literal["uniform", "skewed", "clustered"]
+MASKS: tuple[MaskKind, ...] = get_args(MaskKind)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_RUN = 16  # neighbouring tokens that choose alike
+_OWN = 0.2  # and how much of the choice is a token's own
+_CHECKED = 256  # tokens; in float64 they take as long as several methods on all
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and how much of it its tokens select.
+
+    dtype: a name of `DTYPES`. mask: "uniform", every expert equally likely; "skewed", the n-th most popular expert in
+    proportion to 1/n (Zipf); "clustered", 16 neighbouring tokens choose nearly alike. share: of the token-expert pairs.
+    """
+
+    shape: LayerShape
+    dtype: str
+    tokens: int
+    mask: MaskKind
+    share: float
+    activation: str = "relu"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every method gets.
+
+    x [N, d], scores [N, E] and threshold [N] float32, the experts' weights, b2 [d]. full, chosen: float64 results with
+    every expert and with those selected, of the tokens `checked`.
+    """
+
+    case: Case
+    x: Tensor
+    scores: Tensor
+    threshold: Tensor
+    experts: Experts
+    b2: Tensor
+    checked: Tensor
+    full: Tensor
+    chosen: Tensor
+    pairs: int
+    used: int
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the selected pairs."""
+        return self.pairs * self._expert_weights
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the experts that some token selects."""
+        return self.used * self._expert_weights * self.x.element_size()
+
+    @property
+    def executed(self) -> float:
+        """Share of the pairs that are selected."""
+        return self.pairs / self.scores.numel()
+
+    @property
+    def _expert_weights(self) -> int:
+        return self.case.shape.weights // self.case.shape.experts
+
+    def error(self, result: Tensor, *, every: bool) -> float:
+        """Largest difference from the float64 result, relative to its largest value; every: of the dense layer's."""
+        wanted = self.full if every else self.chosen
+        found = result[self.checked].double()
+        return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
+    """Draw weights, tokens and scores for a case, the same for the same seed; made on the CPU, whatever the device."""
+    generator = torch.Generator().manual_seed(seed)
+    shape, dtype = case.shape, DTYPES[case.dtype]
+    per_neuron = (shape.experts, shape.size)
+
+    def draw(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*sizes, generator=generator) * scale).to(device, dtype)
+
+    def matrix(scale: float) -> Tensor:
+        return draw(*per_neuron, shape.width, scale=scale)
+
+    x = draw(case.tokens, shape.width)
+    experts = Experts(
+        matrix(shape.width**-0.5),
+        draw(*per_neuron, scale=0.1),
+        matrix(shape.width**-0.5) if shape.gated else None,
+        draw(*per_neuron, scale=0.1) if shape.gated else None,
+        matrix(shape.hidden**-0.5),
+    )
+    b2 = draw(shape.width, scale=0.1)
+    scores, threshold = _select(case, generator)
+    mask = selected(scores, threshold)
+    checked = torch.linspace(0, case.tokens - 1, min(case.tokens, _CHECKED)).long()
+    full, chosen = _exact(x[checked.to(device)], mask[checked].to(device), experts, b2, case.activation)
+    return Problem(
+        case, x, scores.to(device), threshold.to(device), experts, b2, checked.to(device), full, chosen,
+        int(mask.sum()), int(mask.any(0).sum()),
+    )  # fmt: skip
+
+
+def _select(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Scores [N, E] and thresholds [N] that select `share` of the pairs, at least one."""
+    tokens, experts = case.tokens, case.shape.experts
+    scores = torch.rand(tokens, experts, generator=generator)
+    if case.mask == "skewed":
+        popularity = 1.0 / (1.0 + torch.randperm(experts, generator=generator))
+        # The largest of these are drawn in proportion to popularity (the Gumbel trick).
+        scores = popularity.log() - (-scores.clamp_min(1e-12).log()).log()
+    elif case.mask == "clustered":
+        shared = torch.rand(-(-tokens // _RUN), experts, generator=generator).repeat_interleave(_RUN, 0)[:tokens]
+        scores = _OWN * scores + (1.0 - _OWN) * shared
+    if case.share >= 1.0:
+        return scores, torch.full((tokens,), float("-inf"))
+    wanted = max(1, round(case.share * scores.numel()))
+    least = scores.flatten().kthvalue(scores.numel() - wanted + 1).values
+    return scores, least.repeat(tokens)
+
+
+def _exact(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    flat = experts.flat().to(torch.float64)
+    h = hidden(x.double(), flat, activation(name))
+    return tuple(torch.addmm(b2.double(), one, flat.w2) for one in (h, keep_selected(h, mask)))  # type: ignore[return-value]

@@ -1,0 +1,110 @@
+"""What a benchmark ran on, and what that could do at best: the rate of matrix products and of reading memory."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from surgeon.bench.layer import DTYPES
+from surgeon.bench.timing import Call, cache_size, clock_for, median_seconds
+from surgeon.kernels import cpu
+from surgeon.kernels.cpu.crossover import threads as using_threads
+
+_SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices multiplied
+_BUFFER = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes read, at least
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a benchmark ran on.
+
+    instruction_set: what torch uses. kernels: what the operator uses. clock: "thread" or "wall". gemm: FLOP/s of a
+    large matrix product, by dtype, float32 always among them. bandwidth: bytes a second read from memory; on a GPU
+    copied, both ways counted. Where they were not measured they are empty and None.
+    """
+
+    device: str
+    processor: str
+    instruction_set: str
+    threads: int
+    torch: str
+    kernels: str
+    gpu: str | None
+    clock: str
+    gemm: dict[str, float]
+    bandwidth: float | None
+
+
+def examine(device: torch.device, threads: int, dtypes: Sequence[str] = (), seconds: float = 0.3) -> Machine:
+    """Describe the machine and measure its limits for some dtypes; seconds: for each of them."""
+    on_cpu = device.type == "cpu"
+    names = dict.fromkeys(("float32", *dtypes)) if dtypes else {}
+    with using_threads(threads):
+        gemm = {name: _gemm(device, name, threads, seconds) for name in names}
+        bandwidth = _bandwidth(device, threads, seconds) if names else None
+    return Machine(
+        device=device.type,
+        processor=processor(),
+        instruction_set=torch.backends.cpu.get_cpu_capability(),
+        threads=threads,
+        torch=torch.__version__,
+        kernels=_kernels() if on_cpu else "what the operator runs on CUDA",
+        gpu=None if on_cpu else torch.cuda.get_device_name(device),
+        clock="thread" if on_cpu and threads == 1 else "wall",
+        gemm=gemm,
+        bandwidth=bandwidth,
+    )
+
+
+def processor() -> str:
+    """The processor's model."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "") or (
+        platform.processor() or platform.machine()
+    )
+
+
+def _kernels() -> str:
+    state = cpu.load()
+    return f"native, {state.instruction_set}" if state.path is not None else f"torch backend ({state.why})"
+
+
+def _gemm(device: torch.device, dtype: str, threads: int, seconds: float) -> float:
+    side = _SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+    return float(2 * side**3 / _least(lambda: torch.mm(a, b), device, threads, seconds))
+
+
+def _bandwidth(device: torch.device, threads: int, seconds: float) -> float:
+    size = max(_BUFFER[device.type], 4 * cache_size() if device.type == "cpu" else 0)
+    matrix = torch.ones(size // 4 // 4096, 4096, device=device)
+    if device.type != "cpu":
+        copy = torch.empty_like(matrix)
+        return 2 * matrix.nbytes / _least(lambda: copy.copy_(matrix), device, threads, seconds)
+    vector = torch.ones(4096)
+    ways = (lambda: matrix.sum(), lambda: torch.mv(matrix, vector))
+    return max(matrix.nbytes / _least(way, device, threads, seconds / 2) for way in ways)
+
+
+def _least(call: Callable[[], object], device: torch.device, threads: int, seconds: float) -> float:
+    """Least seconds of a call: what is possible. On a GPU the median, which differs little."""
+    if device.type != "cpu":
+        return median_seconds({"": Call(call, nullcontext)}, device, seconds=seconds, threads=threads)[""]
+    call()
+    clock, end = clock_for(threads), time.monotonic() + 10 * seconds
+    found: list[float] = []
+    while len(found) < _REPEATS or (sum(found) < seconds and time.monotonic() < end):
+        started = clock()
+        call()
+        found.append(clock() - started)
+    return min(found)

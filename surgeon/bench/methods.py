@@ -1,0 +1,206 @@
+"""The ways to compute a feed-forward layer that are timed beside each other.
+
+Those that skip experts start from scores and thresholds, as the operator does. Each is given the layout of the weights
+that suits it, made before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgeon.bench.layer import Problem
+from surgeon.kernels import cpu
+from surgeon.kernels.activations import Activation, activation
+from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn, selected
+
+
+class UnavailableError(Exception):
+    """A method does not compute this; the message says why."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compute the layer. prepare: gives the call to be timed, or raises `UnavailableError`.
+
+    every: it computes every expert, for every token. around: entered before each call, and left after it, untimed.
+    """
+
+    summary: str
+    prepare: Callable[[Problem], Callable[[], Tensor]]
+    every: bool = False
+    around: Callable[[Problem], AbstractContextManager[None]] = lambda problem: nullcontext()
+
+
+def _ffn(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    gate: Tensor | None,
+    b_gate: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The dense layer as a model has it: weights [d_out, d_in]."""
+    h = F.linear(x, w1, b1)
+    h = act(h) if gate is None else act(F.linear(x, gate, b_gate)) * h
+    return F.linear(h, w2, b2)
+
+
+def _dense(problem: Problem, run: Callable[..., Tensor] = _ffn) -> Callable[[], Tensor]:
+    flat = problem.experts.flat()
+    x, act, w2 = problem.x, _activation(problem).fn, flat.w2.t().contiguous()
+    return lambda: run(x, flat.w1, flat.b1, flat.gate, flat.b_gate, w2, problem.b2, act)
+
+
+def _compiled(problem: Problem) -> Callable[[], Tensor]:
+    return _dense(problem, torch.compile(_ffn, dynamic=False, fullgraph=True))
+
+
+def _masked(problem: Problem) -> Callable[[], Tensor]:
+    return lambda: masked_ffn(*_arguments(problem))
+
+
+def _loop(problem: Problem) -> Callable[[], Tensor]:
+    """Expert after expert: gather its tokens, two products, add the rows."""
+    x, act = problem.x, _activation(problem)
+    each = problem.experts.each()
+
+    def call() -> Tensor:
+        mask = _mask(problem)
+        rows_of = torch.split(mask.t().nonzero()[:, 1], mask.sum(0).tolist())
+        out = problem.b2.repeat(len(x), 1)
+        for one, rows in zip(each, rows_of, strict=True):
+            if len(rows):
+                inputs = x.index_select(0, rows)
+                h = F.linear(inputs, one.w1, one.b1)
+                h = act.fn(h) if one.gate is None else act.fn(F.linear(inputs, one.gate, one.b_gate)) * h
+                out.index_add_(0, rows, torch.mm(h, one.w2))
+        return out
+
+    return call
+
+
+def _grouped_mm(problem: Problem) -> Callable[[], Tensor]:
+    """All experts' products in one call each, over tokens that were sorted by expert."""
+    product = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if product is None:
+        raise UnavailableError(f"torch {torch.__version__} has no grouped_mm")
+    x, experts, act = problem.x, problem.experts, _activation(problem)
+    w1 = experts.w1.transpose(1, 2)
+    gate = None if experts.gate is None else experts.gate.transpose(1, 2)
+
+    def call() -> Tensor:
+        mask = _mask(problem)
+        ends = mask.sum(0).cumsum(0).to(torch.int32)
+        expert, token = mask.t().nonzero(as_tuple=True)
+        inputs = x.index_select(0, token)
+        h = product(inputs, w1, offs=ends)
+        if experts.b1 is not None:
+            h += experts.b1[expert]
+        if gate is None:
+            h = act.fn(h)
+        else:
+            gates = product(inputs, gate, offs=ends)
+            if experts.b_gate is not None:
+                gates += experts.b_gate[expert]
+            h = act.fn(gates) * h
+        return problem.b2.repeat(len(x), 1).index_add_(0, token, product(h, experts.w2, offs=ends))
+
+    return call
+
+
+def _published(problem: Problem) -> Callable[[], Tensor]:
+    """The steps of D2DMoE's published kernels, in plain torch.
+
+    Tokens are sorted by expert, the first product goes into a buffer [E, N, s], and the second is added to the output
+    row by row.
+    """
+    x, experts, act = problem.x, problem.experts, _activation(problem)
+    if experts.gate is not None:
+        raise UnavailableError("the published method has no gated layers")
+    w1 = experts.w1.transpose(1, 2).contiguous()  # [E, d, s], as it has them
+    count, neurons, _ = experts.w1.shape
+
+    def call() -> Tensor:
+        mask = _mask(problem)
+        order = mask.to(torch.int32).argsort(dim=0, descending=True)
+        counts = mask.sum(0).tolist()
+        buffer = x.new_empty(count, len(x), neurons)
+        for expert, tokens in enumerate(counts):
+            if tokens:
+                h = torch.mm(x[order[:tokens, expert]], w1[expert])
+                buffer[expert, :tokens] = act.fn(h if experts.b1 is None else h + experts.b1[expert])
+        out = torch.zeros_like(x)
+        for expert, tokens in enumerate(counts):
+            if tokens:
+                out.index_add_(0, order[:tokens, expert], torch.mm(buffer[expert, :tokens], experts.w2[expert]))
+        return out + problem.b2
+
+    return call
+
+
+def _torch(problem: Problem) -> Callable[[], Tensor]:
+    return lambda: torch.ops.surgeon.dynamic_k_ffn_torch(*_arguments(problem))
+
+
+def _ours(problem: Problem) -> Callable[[], Tensor]:
+    return lambda: dynamic_k_ffn(*_arguments(problem))
+
+
+def _ours_dense(problem: Problem) -> Callable[[], Tensor]:
+    x, scores, _, *rest = _arguments(problem)
+    everything = torch.full_like(problem.threshold, float("-inf"))
+    return lambda: dynamic_k_ffn(x, scores, everything, *rest)
+
+
+@contextmanager
+def _never_dense(problem: Problem) -> Iterator[None]:
+    """Let the native kernels go expert by expert even where they know that the dense product is faster."""
+    if problem.x.device.type != "cpu" or not cpu.ready():
+        yield
+        return
+    ops = torch.ops.surgeon
+    point = (problem.x.dtype == torch.bfloat16, len(problem.x), problem.case.shape.size)
+    before = ops.cpu_get_crossover(*point)
+    ops.cpu_set_crossover(*point, 2.0)
+    try:
+        yield
+    finally:
+        ops.cpu_set_crossover(*point, before)
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method("the dense layer", _dense, every=True),
+    "compiled": Method("the dense layer by torch.compile", _compiled, every=True),
+    "masked": Method("every expert, those not selected masked", _masked),
+    "loop": Method("experts one after the other: gather, two products, index_add_", _loop),
+    "grouped_mm": Method("torch's grouped_mm over tokens sorted by expert", _grouped_mm),
+    "published": Method("the steps of the kernels published with D2DMoE, in plain torch", _published),
+    "torch": Method("the torch backend", _torch),
+    "ours": Method("the operator", _ours),
+    "ours_dense": Method(
+        "the operator with every expert on, never by the dense product", _ours_dense, True, _never_dense
+    ),
+}
+"""Name → method, in the order in which they are shown."""
+
+
+def _arguments(problem: Problem) -> tuple[Tensor | str | None, ...]:
+    return (
+        problem.x, problem.scores, problem.threshold, *problem.experts, problem.b2, problem.case.activation,
+    )  # fmt: skip
+
+
+def _mask(problem: Problem) -> Tensor:
+    return selected(problem.scores, problem.threshold)
+
+
+def _activation(problem: Problem) -> Activation:
+    return activation(problem.case.activation)

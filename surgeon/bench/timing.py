@@ -1,0 +1,76 @@
+"""Time calls beside each other: in turn on a processor, one after the other by Triton's `do_bench` on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_ROUNDS = 5  # at least
+_MOST_ROUNDS = 1000
+_USUAL_CACHE = 32 << 20
+_MOST_CACHE = 256 << 20
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is timed. around: entered before each call and left after it, untimed."""
+
+    run: Callable[[], object]
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def median_seconds(
+    calls: Mapping[str, Call], device: torch.device, *, seconds: float, threads: int
+) -> dict[str, float]:
+    """Median seconds of each call; every one was run before.
+
+    On a processor all are called in turn, at least five times and until `seconds` have gone into each on average, so
+    that a slow moment of the machine meets all of them. Before each call the caches are emptied, as the other layers
+    of a model would do. With one thread its own time counts, so that other work on the machine does not.
+    """
+    if device.type != "cpu":
+        return {name: _on_gpu(call, seconds) for name, call in calls.items()}
+    clock = clock_for(threads)
+    other = torch.ones(2 * cache_size() // 4)  # zeros may all be one page of memory
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.monotonic() + 2.0 * seconds * len(calls)  # for what is not timed too
+    spent, rounds = 0.0, 0
+    while rounds < _ROUNDS or (rounds < _MOST_ROUNDS and spent < seconds * len(calls) and time.monotonic() < end):
+        for name, call in calls.items():
+            other.sum()
+            with call.around():
+                started = clock()
+                call.run()
+                took = clock() - started
+            found[name].append(took)
+            spent += took
+        rounds += 1
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def clock_for(threads: int) -> Callable[[], float]:
+    """Seconds of this thread if it is the only one that works, else of the wall clock."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def cache_size() -> int:
+    """Bytes of the largest cache of the processor; a guess where the system does not say."""
+    sizes = [_USUAL_CACHE // 2]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text[:-1].isdigit():
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20}.get(text[-1], 0))
+    return min(max(sizes), _MOST_CACHE)
+
+
+def _on_gpu(call: Call, seconds: float) -> float:
+    testing = importlib.import_module("triton.testing")  # not installed with every torch
+    with call.around():
+        return float(testing.do_bench(call.run, rep=max(1, int(1000 * seconds)), return_mode="median")) / 1000

@@ -1,0 +1,170 @@
+"""Time a saved surgery end to end, at several settings, beside the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from surgeon.bench.timing import Call, median_seconds
+from surgeon.cost import ExpertMeter
+from surgeon.errors import UsageError, first_line
+from surgeon.graph import TracedGraph, fork
+from surgeon.inputs import as_args_kwargs
+from surgeon.kernels.cpu.crossover import threads as using_threads
+from surgeon.moe import Knobs, dynamic_k_ffn, find_moes, masked_ffn, set_knobs, set_tau
+from surgeon.report import Progress
+from surgeon.sweep import executed_share, knobs_restored
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A call at one tau, None for what is stored. executed: share of the experts' multiply-adds that ran.
+
+    ours, torch: milliseconds with the operator and with the torch backend. gain: the faster of the dense models over
+    ours, None if there is none.
+    """
+
+    tau: float | None
+    executed: float
+    ours: float
+    torch: float
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class WholeTimes:
+    """Milliseconds of the dense model, eager and compiled, None where it was not timed, and of every setting.
+
+    why: the reason why the compiled one was not, "" if it was or no dense model was given.
+    """
+
+    dense: float | None
+    compiled: float | None
+    why: str
+    settings: list[Setting]
+
+
+def repeated(inputs: Any, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs with their samples repeated until there are `batch`, as positional and keyword arguments.
+
+    Raises:
+        UsageError: no input has a first dimension, or batch is below 1.
+    """
+    args, kwargs = as_args_kwargs(inputs)
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors or batch < 1:
+        raise UsageError(f"A batch of {batch} cannot be made of the example inputs: it needs a tensor and at least 1.")
+    size = len(tensors[0])
+
+    def repeat(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != size:
+            return leaf
+        return leaf.repeat(-(-batch // size), *(1 for _ in leaf.shape[1:]))[:batch]
+
+    args, kwargs = pytree.tree_map(repeat, (args, kwargs))
+    return args, kwargs
+
+
+def time_whole(
+    graph: TracedGraph,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    taus: Sequence[float | None],
+    *,
+    dense: GraphModule | None = None,
+    seconds: float,
+    threads: int,
+    progress: Callable[[Progress], None] | None = None,
+) -> WholeTimes:
+    """Time one call at every tau, on the CPU. Experts that are still masked are skipped as `lower` would have it.
+
+    The graph's own tau is put back afterwards.
+
+    Args:
+        taus: None stands for what the graph has. seconds: for each call, on average. dense: the model before surgery.
+
+    Raises:
+        UsageError: the graph has no experts.
+    """
+    if not find_moes(graph):
+        raise UsageError("The graph has no experts, so there is nothing to compare. Apply moeify and lower first.")
+    ours = _with_op(graph, dynamic_k_ffn)
+    plain = _with_op(graph, torch.ops.surgeon.dynamic_k_ffn_torch.default)  # of the same tau, which forks share
+    calls: dict[str, Call] = {}
+    why, steps = "", 1 + len(taus) + 2 * (dense is not None)
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(Progress("bench", done, steps, {}))
+
+    with knobs_restored(ours) as own, torch.inference_mode(), using_threads(threads):
+        if dense is not None:
+            model = dense
+            calls["dense"] = Call(lambda: model(*args, **kwargs))
+            calls["dense"].run()
+            report(1)
+            why = _add_compiled(calls, model, args, kwargs)
+            report(2)
+        shares = []
+        for index, tau in enumerate(taus):
+            around = _choosing(ours, own, tau)
+            with around():
+                meter = ExpertMeter(ours)
+                meter.call(args, kwargs)
+            shares.append(executed_share(meter.layers))
+            for name, made in (("ours", ours), ("torch", plain)):
+                call = Call(lambda made=made: made(*args, **kwargs), around)  # type: ignore[misc]
+                with call.around():
+                    call.run()
+                calls[f"{name} {index}"] = call
+            report(steps - len(taus) + index)
+        found = median_seconds(calls, _CPU, seconds=seconds, threads=threads)
+        report(steps)
+    times = {name: 1000 * taken for name, taken in found.items()}
+    best = min((times[name] for name in ("dense", "compiled") if name in times), default=None)
+    settings = []
+    for index, (tau, share) in enumerate(zip(taus, shares, strict=True)):
+        taken = times[f"ours {index}"]
+        settings.append(Setting(tau, share, taken, times[f"torch {index}"], None if best is None else best / taken))
+    return WholeTimes(times.get("dense"), times.get("compiled"), why, settings)
+
+
+def _with_op(graph: TracedGraph, op: Any) -> TracedGraph:
+    """The graph with its experts run by `op`."""
+    copied = fork(graph)
+    for node in copied.graph.nodes:
+        if node.op == "call_function" and node.target in (dynamic_k_ffn, masked_ffn):
+            node.target = op
+    copied.recompile()
+    return copied.eval()
+
+
+def _add_compiled(calls: dict[str, Call], model: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Compile and run the dense model; returns why it cannot be, "" if it is among the calls."""
+    compiled = torch.compile(model, dynamic=False)
+    try:
+        compiled(*args, **kwargs)
+    except Exception as error:  # compilers raise many types
+        return first_line(error)
+    calls["compiled"] = Call(lambda: compiled(*args, **kwargs))
+    return ""
+
+
+def _choosing(graph: TracedGraph, own: Knobs, tau: float | None) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def chosen() -> Iterator[None]:
+        set_knobs(graph, own)
+        if tau is not None:
+            set_tau(graph, tau)
+        yield
+
+    return chosen

@@ -1,0 +1,31 @@
+"""What can be asked of a benchmark. Without torch, so that the command line can ask before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """The options of `surgeon bench` as they were typed, lists separated by commas.
+
+    hidden: None for 4 · width. methods: None for all. device: None for a GPU if there is one. batch, tau, dense: of a
+    saved surgery, the others of a layer with random weights.
+    """
+
+    tokens: str = "1,8,2048"
+    share: str = "0.05,0.1,0.2,0.5,1"
+    size: str = "128,24,6"
+    width: int = 768
+    hidden: int | None = None
+    dtype: str = "float32,bfloat16"
+    gated: bool = False
+    activation: str = "relu"
+    mask: str = "uniform"
+    methods: str | None = None
+    threads: int = 1
+    device: str | None = None
+    seconds: float = 0.3
+    batch: int = 8
+    tau: str | None = None
+    dense: str | None = None

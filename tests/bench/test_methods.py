@@ -1,0 +1,64 @@
+"""Every method computes the layer it is timed on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from surgeon.bench.layer import Case, Problem, make_problem
+from surgeon.bench.methods import METHODS, UnavailableError
+from surgeon.kernels import cpu
+from surgeon.kernels.cost_model import LayerShape
+
+# torch.compile takes longer than all the others together; that it may fail is tested in test_run.
+NAMES = [name for name in METHODS if name != "compiled"]
+
+
+def problem(dtype: str = "float32", *, gated: bool = False, tokens: int = 20, share: float = 0.3) -> Problem:
+    case = Case(LayerShape(16, 48, 8, gated), dtype, tokens, "uniform", share, "gelu")
+    return make_problem(case, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "gated"),
+    [(name, gated) for name in NAMES for gated in (False, True) if not (gated and name == "published")],
+)
+def test_a_method_computes_the_layer(name: str, gated: bool, dtype: str) -> None:
+    method = METHODS[name]
+    for tokens, share in ((20, 0.3), (1, 0.2), (3, 1.0)):
+        asked = problem(dtype, gated=gated, tokens=tokens, share=share)
+        with method.around(asked):
+            found = method.prepare(asked)()
+        assert found.shape == (tokens, 16)
+        assert asked.error(found, every=method.every) < (1e-6 if dtype == "float32" else 0.05)
+
+
+def test_a_method_that_selects_is_not_the_dense_layer() -> None:
+    asked = problem()
+    assert {name for name in NAMES if METHODS[name].every} == {"dense", "ours_dense"}
+    for name in NAMES:
+        assert asked.error(METHODS[name].prepare(asked)(), every=not METHODS[name].every) > 0.01
+
+
+def test_the_published_method_has_no_gated_layers() -> None:
+    with pytest.raises(UnavailableError, match="the published method has no gated layers"):
+        METHODS["published"].prepare(problem(gated=True))
+
+
+def test_a_torch_without_grouped_mm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm", raising=False)
+    monkeypatch.delattr(torch, "_grouped_mm", raising=False)
+    with pytest.raises(UnavailableError, match="has no grouped_mm"):
+        METHODS["grouped_mm"].prepare(problem())
+
+
+def test_the_crossover_is_put_back() -> None:
+    if not cpu.ready():
+        pytest.skip(f"the native kernels do not run here: {cpu.load().why}")
+    ops, asked = torch.ops.surgeon, problem()
+    point = (False, 20, 8)
+    before = ops.cpu_get_crossover(*point)
+    with METHODS["ours_dense"].around(asked):
+        assert ops.cpu_get_crossover(*point) == 2.0
+    assert ops.cpu_get_crossover(*point) == before
