@@ -75,8 +75,8 @@ def _packages() -> Check:
 
 def _triton() -> Check:
     if importlib.util.find_spec("triton") is None:
-        return Check("triton", "note", "not installed, and not needed: the torch kernels run everywhere")
-    return Check("triton", "ok", "installed")
+        return Check("triton", "note", "not installed, and not needed: torch's kernels run on a GPU")
+    return Check("triton", "ok", "installed; its kernels run where SURGEON_GPU=triton asks for them")
 
 
 def _kernels(build: bool) -> Check:
