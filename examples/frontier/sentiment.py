@@ -80,7 +80,8 @@ STUDY = Study(
             [
                 Mlpify(epochs=1.0, cost_factor=2.0),
                 SwapActivation(),
-                Sparsify(target=0.05, distill=0.7, **TRAINING),
+                # A projection with fewer active neurons than this no longer does its work.
+                Sparsify(target={"*projection_mlp*": 0.2, "*": 0.06}, distill=0.7, **TRAINING),
                 Moeify(experts={"*projection_mlp*": 24, "*": 48}),
                 RECOVER,
                 Lower(),
