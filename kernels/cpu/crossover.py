@@ -1,7 +1,8 @@
 """From which share of the experts on the dense product is faster: measured on this machine, and kept.
 
 For a grid of tokens and expert sizes a layer is run with every expert by both ways. The kernels' time grows with the
-pairs of tokens and experts, the dense product's does not, so they cross at dense time / kernels' time.
+pairs of tokens and experts, the dense product's does not, so they cross at dense time / kernels' time. For few tokens
+reading the weights is what takes time: then layers follow each other, too many for the caches, as in a model.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 TOKENS, NEURONS = (1, 8, 64, 512), (4, 8, 16, 32, 64, 128)
 _WIDTH, _HIDDEN = 512, 1024
+_LAYERS, _FEW_TOKENS = 24, 16
 _SECONDS = 0.03  # for one point and one way
 # Shares at which everything, and nothing, is left to the dense product.
 _NEVER_OURS, _ALWAYS_OURS = -1.0, 2.0
@@ -28,15 +31,17 @@ _FILE = "crossover.json"
 
 def load(directory: Path) -> None:
     """Tell the kernels what was measured on this machine; measure it if it was not."""
-    path, processor = directory / _FILE, _processor()
+    path = directory / _FILE
+    # What the measurement holds for: this processor, with this instruction set.
+    key = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {os.environ.get('SURGEON_CPU', '')}"
     try:
         known = json.loads(path.read_text())
-        shares = known.get(processor)
+        shares = known.get(key)
     except (OSError, ValueError):
         known, shares = {}, None
     if shares is None:
         shares = list(measure())
-        _write(path, json.dumps(known | {processor: shares}))
+        _write(path, json.dumps(known | {key: shares}))
     for half, tokens, neurons, share in shares:
         torch.ops.surgeon.cpu_set_crossover(half, tokens, neurons, share)
 
@@ -45,10 +50,14 @@ def measure() -> Iterator[tuple[bool, int, int, float]]:
     """(bfloat16 or not, tokens, neurons of an expert, share of the experts from which on dense is faster)."""
     grid = [(half, tokens, neurons) for half in (False, True) for tokens in TOKENS for neurons in NEURONS]
     before = {point: torch.ops.surgeon.cpu_get_crossover(*point) for point in grid}
+    weights: dict[bool, Tensor] = {}
     dense: dict[tuple[bool, int], float] = {}  # does not depend on the experts
     try:
         for half, tokens, neurons in grid:
-            call = _layer(torch.bfloat16 if half else torch.float32, tokens, neurons)
+            if half not in weights:
+                # Not random: a program that calls this must find its random state as it left it.
+                weights = {half: torch.full((2 * _LAYERS, _HIDDEN, _WIDTH), 0.01, dtype=_dtype(half))}
+            call = _layers(weights[half], tokens, neurons)
             if (half, tokens) not in dense:
                 torch.ops.surgeon.cpu_set_crossover(half, tokens, neurons, _NEVER_OURS)
                 dense[half, tokens] = _seconds(call)
@@ -59,14 +68,23 @@ def measure() -> Iterator[tuple[bool, int, int, float]]:
             torch.ops.surgeon.cpu_set_crossover(*point, share)
 
 
-def _layer(dtype: torch.dtype, tokens: int, neurons: int) -> Callable[[], object]:
-    """A call of a layer whose experts are all selected."""
-    experts = _HIDDEN // neurons
-    # Not random: a program that calls this must find its random state as it left it.
-    w1, w2 = (torch.full((experts, neurons, _WIDTH), 0.01, dtype=dtype) for _ in range(2))
+def _dtype(half: bool) -> torch.dtype:
+    return torch.bfloat16 if half else torch.float32
+
+
+def _layers(weights: Tensor, tokens: int, neurons: int) -> Callable[[], None]:
+    """A call of one layer whose experts are all selected, or of several for few tokens."""
+    experts, dtype = _HIDDEN // neurons, weights.dtype
+    w1, w2 = weights.view(2, _LAYERS, experts, neurons, _WIDTH)
     b1, b2 = torch.zeros(experts, neurons, dtype=dtype), torch.zeros(_WIDTH, dtype=dtype)
     x, scores, threshold = torch.ones(tokens, _WIDTH, dtype=dtype), torch.ones(tokens, experts), torch.zeros(tokens)
-    return lambda: torch.ops.surgeon.dynamic_k_ffn(x, scores, threshold, w1, b1, None, None, w2, b2, "relu")
+    pairs = list(zip(w1, w2, strict=True))[: _LAYERS if tokens <= _FEW_TOKENS else 1]
+
+    def call() -> None:
+        for up, down in pairs:
+            torch.ops.surgeon.dynamic_k_ffn(x, scores, threshold, up, b1, None, None, down, b2, "relu")
+
+    return call
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -93,15 +111,14 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _processor() -> str:
-    """What the measurement holds for: this processor, with this instruction set and number of threads."""
+def processor() -> str:
+    """The processor's model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     except OSError:
-        model = ""
-    capability, chosen = torch.backends.cpu.get_cpu_capability(), os.environ.get("SURGEON_CPU", "")
-    return f"{model or platform.processor()}, {capability}, {chosen}"
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return model or platform.processor() or platform.machine()
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,16 +9,16 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <atomic>
-#include <cmath>
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "layer.h"
+#include "processor.h"
+#include "selection.h"
 
 namespace surgeon {
 namespace {
@@ -37,96 +37,7 @@ constexpr int64_t BLOCK = 512;
 // Hidden values of a block, of which there are two, that should still fit into a cache.
 constexpr int64_t MOST_HIDDEN = int64_t(1) << 21;
 
-// --- the processor ----------------------------------------------------------------------------------------------------
-
-struct Choice {
-  const Kernels* kernels;
-  bool supported;
-};
-
-std::vector<Choice> choices() {
-  std::vector<Choice> all;
-  auto add = [&](const Kernels* kernels, bool supported) {
-    if (kernels) all.push_back({kernels, supported});
-  };
-#if defined(__x86_64__)
-  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  add(avx512_bf16_kernels(), avx512 && __builtin_cpu_supports("avx512bf16"));
-  add(avx512_kernels(), avx512);
-  add(avx2_kernels(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
-#endif
-  add(portable_kernels(), true);
-  return all;
-}
-
-std::atomic<const Kernels*> chosen{nullptr};
-
-const Kernels& kernels() {
-  const Kernels* found = chosen.load(std::memory_order_acquire);
-  if (!found) {
-    for (const Choice& choice : choices())
-      if (choice.supported) {
-        found = choice.kernels;
-        break;
-      }
-    chosen.store(found, std::memory_order_release);
-  }
-  return *found;
-}
-
-// Names of the instruction sets that this processor has, the best first.
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const Choice& choice : choices())
-    if (choice.supported) names.emplace_back(choice.kernels->name);
-  return names;
-}
-
-void use_instruction_set(std::string name) {
-  for (const Choice& choice : choices())
-    if (choice.supported && name == choice.kernels->name) {
-      chosen.store(choice.kernels, std::memory_order_release);
-      return;
-    }
-  TORCH_CHECK_VALUE(false, "surgeon: this processor has no instruction set '", name, "'");
-}
-
-// --- where everything at once is faster -------------------------------------------------------------------------------
-
-// Shares of the experts above which the dense product is faster, by dtype, tokens and neurons in an expert, measured on
-// this machine (`surgeon.kernels.cpu.crossover`). Until then a guess: ours with every expert is as fast.
-constexpr int TOKEN_STEPS = 4, NEURON_STEPS = 6;
-std::atomic<float> crossovers[2][TOKEN_STEPS][NEURON_STEPS];
-
-int step_of(int64_t value, int64_t first, int64_t factor, int steps) {
-  int step = 0;
-  for (double bound = double(first) * std::sqrt(double(factor)); step + 1 < steps && double(value) > bound; ++step)
-    bound *= double(factor);
-  return step;
-}
-
-std::atomic<float>& crossover(bool half, int64_t tokens, int64_t neurons) {
-  // 1, 8, 64 and 512 tokens or more; 4, 8, 16, 32, 64 and 128 neurons or more.
-  return crossovers[half][step_of(tokens, 1, 8, TOKEN_STEPS)][step_of(neurons, 4, 2, NEURON_STEPS)];
-}
-
-void set_crossover(bool half, int64_t tokens, int64_t neurons, double share) {
-  crossover(half, tokens, neurons).store(float(share), std::memory_order_relaxed);
-}
-
-double get_crossover(bool half, int64_t tokens, int64_t neurons) {
-  return crossover(half, tokens, neurons).load(std::memory_order_relaxed);
-}
-
-const bool guessed = [] {
-  for (auto& dtype : crossovers)
-    for (auto& tokens : dtype)
-      for (auto& share : tokens) share.store(1.f);
-  return true;
-}();
-
-// --- a call -----------------------------------------------------------------------------------------------------------
+// --- a call ----------------------------------------------------------------------------------------------------------
 
 const char* const ACTIVATIONS[] = {
     "relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu2", "identity", "tanh", "sigmoid", "leaky_relu", "elu",
@@ -183,86 +94,45 @@ float* scratch_of(int64_t floats) {
   return memory.get();
 }
 
-// Which experts a token selects: all but those below its threshold, so that ties and NaN are selected.
-struct Selection {
-  int64_t experts;
-  const float *scores = nullptr, *threshold = nullptr;
-  const uint8_t* skipped = nullptr;  // in place of the two, for other dtypes
-  Tensor holder;
-
-  Selection(const Tensor& s, const Tensor& t, int64_t count) : experts(count) {
-    if (s.scalar_type() == at::kFloat && t.scalar_type() == at::kFloat) {
-      scores = s.const_data_ptr<float>();
-      threshold = t.const_data_ptr<float>();
-    } else {
-      holder = at::lt(s.reshape({-1, count}), t.reshape({-1, 1})).contiguous();
-      skipped = reinterpret_cast<const uint8_t*>(holder.const_data_ptr<bool>());
-    }
-  }
-
-  template <class F>
-  void each(int64_t token, F f) const {  // f(expert, whether it is selected)
-    if (skipped) {
-      for (int64_t e = 0; e < experts; ++e) f(e, !skipped[token * experts + e]);
-    } else {
-      const float* row = scores + token * experts;
-      float least = threshold[token];
-      for (int64_t e = 0; e < experts; ++e) f(e, !(row[e] < least));
-    }
-  }
-
-  int64_t pairs(int64_t begin, int64_t end) const {
-    int64_t count = 0;
-    for (int64_t token = begin; token < end; ++token) each(token, [&](int64_t, bool runs) { count += runs; });
-    return count;
-  }
-
-  // The tokens from `begin` to `end` by expert.
-  void lists(int64_t begin, int64_t end, std::vector<uint16_t>& token, std::vector<int32_t>& start) const {
-    start.assign(experts + 1, 0);
-    for (int64_t t = begin; t < end; ++t) each(t, [&](int64_t e, bool runs) { start[e + 1] += runs; });
-    for (int64_t e = 0; e < experts; ++e) start[e + 1] += start[e];
-    token.resize(start[experts] + 1);  // the last place takes what is not selected
-    std::vector<int32_t> next(start.begin(), start.end() - 1);
-    int32_t spare = start[experts];
-    for (int64_t t = begin; t < end; ++t)
-      each(t, [&](int64_t e, bool runs) {
-        token[runs ? next[e] : spare] = uint16_t(t - begin);
-        next[e] += runs;
-      });
-  }
-};
-
-template <class T, class Stored>
-Tensor run(const Arguments& given, Activation activation) {
-  c10::MaybeOwned<Tensor> w1 = given.w1.expect_contiguous(), w2 = given.w2.expect_contiguous();
-  auto contiguous = [](const Optional& tensor) { return tensor ? tensor->contiguous() : Tensor(); };
-  Tensor b1 = contiguous(given.b1), gate = contiguous(given.gate), b_gate = contiguous(given.b_gate),
-         b2 = contiguous(given.b2), scores = given.scores.contiguous(), threshold = given.threshold.contiguous();
-  int64_t experts = w1->size(0), neurons = w1->size(1), d_in = w1->size(2), d_out = w2->size(2);
-  Tensor x = given.x.reshape({-1, d_in}).contiguous();
-  int64_t tokens = x.size(0);
-  auto data = [](const Tensor& tensor) {
-    return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
-  };
-  Layer<T> layer{experts,    neurons,      d_in,      d_out,    activation, data(*w1),
-                 data(b1),   data(gate),   data(b_gate), data(*w2), data(b2)};
+// A call that fits: everything contiguous, tokens in one dimension.
+template <class T>
+struct Call {
+  c10::MaybeOwned<Tensor> w1, w2;
+  Tensor b1, gate, b_gate, b2, scores, threshold, x, y;
+  Layer<T> layer;
+  Selection selection;
   const Functions<T>& functions = kernels().of(T{});
+  int64_t tokens = x.size(0);
 
-  std::vector<int64_t> shape(given.x.sizes().begin(), given.x.sizes().end() - 1);
-  shape.push_back(d_out);
-  Tensor y = at::empty(shape, x.options());
-  if (y.numel() == 0) return y;
-  T* out = static_cast<T*>(y.mutable_data_ptr());
-  Selection selection(scores, threshold, experts);
+  Call(const Arguments& given, Activation activation)
+      : w1(given.w1.expect_contiguous()), w2(given.w2.expect_contiguous()), b1(contiguous(given.b1)),
+        gate(contiguous(given.gate)), b_gate(contiguous(given.b_gate)), b2(contiguous(given.b2)),
+        scores(given.scores.contiguous()), threshold(given.threshold.contiguous()),
+        x(given.x.reshape({-1, w1->size(2)}).contiguous()),
+        layer{w1->size(0), w1->size(1), w1->size(2), w2->size(2), activation, data(*w1), data(b1), data(gate),
+              data(b_gate), data(*w2), data(b2)},
+        selection(scores, threshold, layer.experts) {
+    std::vector<int64_t> shape(given.x.sizes().begin(), given.x.sizes().end() - 1);
+    shape.push_back(layer.d_out);
+    y = at::empty(shape, x.options());
+  }
 
-  int64_t pairs = selection.pairs(0, tokens);
-  double limit = get_crossover(sizeof(T) == 2, tokens, neurons);
-  if (double(pairs) > limit * double(tokens) * double(experts)) {
+  Tensor run() {
+    if (y.numel() == 0) return y;
+    int64_t pairs = selection.pairs(0, tokens);
+    double limit = get_crossover(sizeof(T) == 2, tokens, layer.neurons);
+    if (double(pairs) > limit * double(tokens) * double(layer.experts)) everything(pairs == tokens * layer.experts);
+    else if (tokens <= FEW_TOKENS) few(pairs);
+    else many(pairs);
+    return y;
+  }
+
+  // Dense products. What is not selected is set to zero between the two, unless all is.
+  void everything(bool all) {
     auto flat = [](const Tensor& tensor) { return tensor.defined() ? Optional(tensor.flatten(0, 1)) : Optional(); };
     Tensor up = at::linear(x, w1->flatten(0, 1), flat(b1));
     Tensor gates = gate.defined() ? at::linear(x, gate.flatten(0, 1), flat(b_gate)) : Tensor();
-    bool all = pairs == tokens * experts;
+    int64_t experts = layer.experts, hidden = experts * layer.neurons;
     at::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
       std::vector<uint8_t> mask;
       if (!all) {
@@ -270,62 +140,68 @@ Tensor run(const Arguments& given, Activation activation) {
         for (int64_t t = begin; t < end; ++t)
           selection.each(t, [&](int64_t e, bool runs) { mask[(t - begin) * experts + e] = runs; });
       }
-      int64_t first = begin * experts * neurons;
       functions.finish(
-          layer, end - begin, static_cast<T*>(up.mutable_data_ptr()) + first,
-          gates.defined() ? data(gates) + first : nullptr, all ? nullptr : mask.data());
+          layer, end - begin, mutable_data(up) + begin * hidden,
+          gates.defined() ? data(gates) + begin * hidden : nullptr, all ? nullptr : mask.data());
     });
-    Tensor flat_y = y.view({tokens, d_out}), flat_w2 = w2->flatten(0, 1);
+    Tensor flat_y = y.view({tokens, layer.d_out}), flat_w2 = w2->flatten(0, 1);
     if (b2.defined()) at::addmm_out(flat_y, b2, up, flat_w2);
     else at::mm_out(flat_y, up, flat_w2);
-    return y;
   }
 
-  int64_t threads = at::get_num_threads();
-  if (tokens <= FEW_TOKENS) {
+  // Threads take experts, each about as many pairs, and their sums are added.
+  void few(int64_t pairs) {
     std::vector<uint16_t> token;
     std::vector<int32_t> start;
     selection.lists(0, tokens, token, start);
     Tokens<T> in{tokens, data(x), token.data(), start.data()};
-    // Every thread takes about as many pairs.
-    int64_t parts = std::max<int64_t>(1, std::min(threads, pairs));
+    int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), pairs));
     std::vector<int64_t> bounds{0};
-    for (int64_t e = 0; e < experts; ++e)
+    for (int64_t e = 0; e < layer.experts; ++e)
       if (start[e + 1] * parts >= int64_t(bounds.size()) * pairs && int64_t(bounds.size()) < parts)
         bounds.push_back(e + 1);
-    while (int64_t(bounds.size()) <= parts) bounds.push_back(experts);
-    bounds.back() = experts;
-    Tensor sums = at::zeros({parts, tokens, d_out}, x.options().dtype(at::kFloat));
+    while (int64_t(bounds.size()) <= parts) bounds.push_back(layer.experts);
+    bounds.back() = layer.experts;
+    Tensor sums = at::zeros({parts, tokens, layer.d_out}, x.options().dtype(at::kFloat));
     float* sum = sums.mutable_data_ptr<float>();
     at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part)
         functions.few(
-            layer, in, bounds[part], bounds[part + 1], sum + part * tokens * d_out,
+            layer, in, bounds[part], bounds[part + 1], sum + part * tokens * layer.d_out,
             scratch_of(functions.scratch(layer, tokens, tokens)));
     });
-    functions.collect(layer, tokens, parts, sum, out);
-    return y;
+    functions.collect(layer, tokens, parts, sum, mutable_data(y));
   }
 
-  // Blocks that every thread gets as many of, small enough for what they keep of the hidden layer.
-  int64_t hidden = pairs * neurons / tokens + 1;
-  int64_t most = std::max<int64_t>(FEW_TOKENS, std::min(BLOCK, MOST_HIDDEN / hidden));
-  int64_t rounds = (tokens + most * threads - 1) / (most * threads), block = (tokens + rounds * threads - 1) / (rounds * threads);
-  int64_t blocks = (tokens + block - 1) / block;
-  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-    std::vector<uint16_t> token;
-    std::vector<int32_t> start;
-    for (int64_t number = first; number < last; ++number) {
-      int64_t begin = number * block, count = std::min(block, tokens - begin);
-      selection.lists(begin, begin + count, token, start);
-      Tokens<T> in{count, data(x) + begin * d_in, token.data(), start.data()};
-      functions.many(layer, in, out + begin * d_out, scratch_of(functions.scratch(layer, count, start[experts])));
-    }
-  });
-  return y;
-}
+  // Threads take blocks of tokens, each as many, small enough for what is kept of the hidden layer.
+  void many(int64_t pairs) {
+    int64_t threads = at::get_num_threads(), hidden = pairs * layer.neurons / tokens + 1;
+    int64_t most = std::max<int64_t>(FEW_TOKENS, std::min(BLOCK, MOST_HIDDEN / hidden));
+    int64_t rounds = ceil_of(tokens, most * threads), block = ceil_of(tokens, rounds * threads);
+    T* out = mutable_data(y);
+    at::parallel_for(0, ceil_of(tokens, block), 1, [&](int64_t first, int64_t last) {
+      std::vector<uint16_t> token;
+      std::vector<int32_t> start;
+      for (int64_t number = first; number < last; ++number) {
+        int64_t begin = number * block, count = std::min(block, tokens - begin);
+        selection.lists(begin, begin + count, token, start);
+        Tokens<T> in{count, data(x) + begin * layer.d_in, token.data(), start.data()};
+        functions.many(
+            layer, in, out + begin * layer.d_out,
+            scratch_of(functions.scratch(layer, count, start[layer.experts])));
+      }
+    });
+  }
 
-// --- the operator -----------------------------------------------------------------------------------------------------
+  static Tensor contiguous(const Optional& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
+  static const T* data(const Tensor& tensor) {
+    return tensor.defined() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
+  }
+  static T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
+  static int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
+};
+
+// --- the operator ----------------------------------------------------------------------------------------------------
 
 using Signature = Tensor(
     const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&,
@@ -347,7 +223,7 @@ Tensor forward(
     return general->typed<Signature>().call(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation);
   }
   Activation function = *find_activation(activation);
-  return x.scalar_type() == at::kFloat ? run<float, float>(given, function) : run<bf16, at::BFloat16>(given, function);
+  return x.scalar_type() == at::kFloat ? Call<float>(given, function).run() : Call<bf16>(given, function).run();
 }
 
 Tensor below_autograd(

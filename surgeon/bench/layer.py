@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -41,8 +42,7 @@ class Case:
 class Problem:
     """What every method gets.
 
-    x [N, d], scores [N, E] and threshold [N] float32, the experts' weights, b2 [d]. full, chosen: float64 results with
-    every expert and with those selected, of the tokens `checked`.
+    x [N, d], scores [N, E] and threshold [N] float32, the experts' weights, b2 [d].
     """
 
     case: Case
@@ -51,9 +51,6 @@ class Problem:
     threshold: Tensor
     experts: Experts
     b2: Tensor
-    checked: Tensor
-    full: Tensor
-    chosen: Tensor
     pairs: int
     used: int
 
@@ -82,6 +79,30 @@ class Problem:
         found = result[self.checked].double()
         return float((found - wanted).abs().max() / wanted.abs().max())
 
+    @property
+    def full(self) -> Tensor:
+        """What the dense layer gives for the tokens that are checked, in float64."""
+        return self._exact[0]
+
+    @property
+    def chosen(self) -> Tensor:
+        """What the selected experts give for them."""
+        return self._exact[1]
+
+    @cached_property
+    def checked(self) -> Tensor:
+        """The tokens whose results are compared."""
+        tokens = len(self.x)
+        return torch.linspace(0, tokens - 1, min(tokens, _CHECKED)).long().to(self.x.device)
+
+    @cached_property
+    def _exact(self) -> tuple[Tensor, Tensor]:
+        mask = selected(self.scores, self.threshold)[self.checked]
+        flat = self.experts.flat().to(torch.float64)
+        h = hidden(self.x[self.checked].double(), flat, activation(self.case.activation))
+        b2 = self.b2.double()
+        return torch.addmm(b2, h, flat.w2), torch.addmm(b2, keep_selected(h, mask), flat.w2)
+
 
 def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
     """Draw weights, tokens and scores for a case, the same for the same seed; made on the CPU, whatever the device."""
@@ -106,12 +127,9 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
     b2 = draw(shape.width, scale=0.1)
     scores, threshold = _select(case, generator)
     mask = selected(scores, threshold)
-    checked = torch.linspace(0, case.tokens - 1, min(case.tokens, _CHECKED)).long()
-    full, chosen = _exact(x[checked.to(device)], mask[checked].to(device), experts, b2, case.activation)
     return Problem(
-        case, x, scores.to(device), threshold.to(device), experts, b2, checked.to(device), full, chosen,
-        int(mask.sum()), int(mask.any(0).sum()),
-    )  # fmt: skip
+        case, x, scores.to(device), threshold.to(device), experts, b2, int(mask.sum()), int(mask.any(0).sum())
+    )
 
 
 def _select(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -130,9 +148,3 @@ def _select(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     wanted = max(1, round(case.share * scores.numel()))
     least = scores.flatten().kthvalue(scores.numel() - wanted + 1).values
     return scores, least.repeat(tokens)
-
-
-def _exact(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    flat = experts.flat().to(torch.float64)
-    h = hidden(x.double(), flat, activation(name))
-    return tuple(torch.addmm(b2.double(), one, flat.w2) for one in (h, keep_selected(h, mask)))  # type: ignore[return-value]

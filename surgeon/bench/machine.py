@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from surgeon.bench.layer import DTYPES
 from surgeon.bench.timing import Call, cache_size, clock_for, median_seconds
 from surgeon.kernels import cpu
+from surgeon.kernels.cpu.crossover import processor
 from surgeon.kernels.cpu.crossover import threads as using_threads
 
 _SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices multiplied
@@ -60,17 +59,6 @@ def examine(device: torch.device, threads: int, dtypes: Sequence[str] = (), seco
         clock="thread" if on_cpu and threads == 1 else "wall",
         gemm=gemm,
         bandwidth=bandwidth,
-    )
-
-
-def processor() -> str:
-    """The processor's model."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "") or (
-        platform.processor() or platform.machine()
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -15,6 +16,9 @@ from surgeon.bench.timing import Call, median_seconds
 from surgeon.errors import first_line
 from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.report import Progress
+
+_FEW_TOKENS = 16
+_LAYERS = 8
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Cell:
     executed: share of the pairs that were really selected. gain: the faster of the dense layers, eager and compiled,
     over ours. kernel_gain: ours with every expert on over ours, at most `ceiling`, 1 / executed. limit: milliseconds
     that the machine needs at least, for the selected multiply-adds at its rate of matrix products or for reading the
-    selected weights from memory, whatever takes longer: `limited_by`. of_limit: limit over ours. None where a method
-    is missing.
+    selected weights from memory, whatever takes longer: `limited_by`. of_limit: limit over ours; ours need not read
+    what ReLU switched off. None where a method is missing.
     """
 
     dtype: str
@@ -71,29 +75,39 @@ def run(
                 # What was compiled for other sizes is not needed again, and would count towards torch's limit.
                 torch.compiler.reset()
             before = case.dtype, case.tokens
-            problem = make_problem(case, device)
-            cells.append(_cell(problem, methods, machine, seconds))
+            layers = [make_problem(case, device, seed) for seed in range(_layers(case, device))]
+            cells.append(_cell(layers, methods, machine, seconds))
             if progress is not None:
                 progress(Progress("bench", index + 1, len(cases), {"tokens": case.tokens, "share": case.share}))
     return cells
 
 
-def _cell(problem: Problem, methods: Sequence[str], machine: Machine, seconds: float) -> Cell:
+def _layers(case: Case, device: torch.device) -> int:
+    """How many layers follow each other in what is timed.
+
+    A call for few tokens is so short that, were it alone after the caches were emptied, loading the program would count
+    as much as reading the weights. In a model only the weights are new with each layer.
+    """
+    return _LAYERS if device.type == "cpu" and case.tokens <= _FEW_TOKENS else 1
+
+
+def _cell(layers: Sequence[Problem], methods: Sequence[str], machine: Machine, seconds: float) -> Cell:
     timings, calls = {}, {}
     for name in methods:
-        timings[name], call = _first(problem, METHODS[name])
+        timings[name], call = _first(layers, METHODS[name])
         if call is not None:
             calls[name] = call
+    problem = layers[0]
     found = median_seconds(calls, problem.x.device, seconds=seconds, threads=machine.threads)
     for name, taken in found.items():
-        timings[name] = Timing(1000 * taken, timings[name].error)
+        timings[name] = Timing(1000 * taken / len(layers), timings[name].error)
     case = problem.case
     assert machine.bandwidth is not None
     # A half type can be converted where float32 is multiplied faster.
     rate = max(machine.gemm[case.dtype], machine.gemm["float32"])
     needed: dict[Literal["arithmetic", "memory"], float] = {
         "arithmetic": 2000 * problem.multiply_adds / rate,
-        "memory": 1000 * problem.weight_bytes / machine.bandwidth,
+        "memory": 1000 * fmean(layer.weight_bytes for layer in layers) / machine.bandwidth,
     }
     by = max(needed, key=lambda what: needed[what])
     ours = _milliseconds(timings, "ours")
@@ -107,18 +121,25 @@ def _cell(problem: Problem, methods: Sequence[str], machine: Machine, seconds: f
     )  # fmt: skip
 
 
-def _first(problem: Problem, method: Method) -> tuple[Timing, Call | None]:
-    """The error of a first call, which also warms up and compiles, and the call; or why there is none."""
+def _first(layers: Sequence[Problem], method: Method) -> tuple[Timing, Call | None]:
+    """The error of a first call, which also warms up and compiles, and the call of all layers; or why there is none."""
+    problem = layers[0]
     try:
-        call = Call(method.prepare(problem), lambda: method.around(problem))
-        with call.around():
-            result = call.run()
+        calls = [method.prepare(layer) for layer in layers]
+        with method.around(problem):
+            result = calls[0]()
+            for call in calls[1:]:
+                call()
     except UnavailableError as error:
         return Timing(None, None, str(error)), None
     except Exception as error:  # compilers and torch's own checks raise many types
         return Timing(None, None, first_line(error)), None
-    assert isinstance(result, torch.Tensor)
-    return Timing(None, problem.error(result, every=method.every)), call
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return Timing(None, problem.error(result, every=method.every)), Call(run, lambda: method.around(problem))
 
 
 def _milliseconds(timings: Mapping[str, Timing], name: str) -> float | None:

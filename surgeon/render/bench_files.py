@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
@@ -10,9 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from surgeon.errors import SaveError
 from surgeon.jobs.benchmarking import LayerBenchmark, ModelBenchmark, SurgeryBenchmark
-from surgeon.render.screen import to_json
+from surgeon.render.files import write_result
 
 _WIDTH, _HEIGHT = 3.6, 2.8  # inches, of a panel
 _LABELS = {"compiled": "dense, compiled", "masked": "dense, masked", "ours_dense": "ours, every expert on"}
@@ -48,18 +46,8 @@ class _Plot:
 
 
 def write_benchmark(found: LayerBenchmark | SurgeryBenchmark | ModelBenchmark, file: Path) -> None:
-    """Write a benchmark to a `.json` or a `.png` file.
-
-    Raises:
-        SaveError: the file cannot be written.
-    """
-    try:
-        if file.suffix == ".json":
-            file.write_text(json.dumps(to_json(found), indent=1), encoding="utf-8")
-        else:
-            _draw(_plot(found), file)
-    except OSError as error:
-        raise SaveError(f"Cannot write {file}: {error.strerror or error}.") from error
+    """Write a benchmark to a `.json` or a `.png` file; raises as `write_result`."""
+    write_result(found, file, lambda: _draw(_plot(found), file))
 
 
 @singledispatch

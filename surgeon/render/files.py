@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,19 +15,24 @@ if TYPE_CHECKING:
     from surgeon.sweep import Point
 
 
-def write_swept(swept: Swept, file: Path) -> None:
-    """Write a sweep to a `.json` or a `.png` file.
+def write_result(result: object, file: Path, draw: Callable[[], None]) -> None:
+    """Write a result to a `.json` file, or let it be drawn to a `.png`.
 
     Raises:
         SaveError: the file cannot be written.
     """
     try:
         if file.suffix == ".json":
-            file.write_text(json.dumps(to_json(swept), indent=1), encoding="utf-8")
+            file.write_text(json.dumps(to_json(result), indent=1), encoding="utf-8")
         else:
-            _plot(swept, file)
+            draw()
     except OSError as error:
         raise SaveError(f"Cannot write {file}: {error.strerror or error}.") from error
+
+
+def write_swept(swept: Swept, file: Path) -> None:
+    """Write a sweep to a `.json` or a `.png` file; raises as `write_result`."""
+    write_result(swept, file, lambda: _plot(swept, file))
 
 
 def _plot(swept: Swept, file: Path) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from surgeon.bench import methods as all_methods
-from surgeon.bench.layer import Case
+from surgeon.bench.layer import Case, Problem
 from surgeon.bench.machine import Machine, examine
-from surgeon.bench.methods import METHODS
+from surgeon.bench.methods import METHODS, Method
 from surgeon.bench.run import Cell, run
 from surgeon.bench.timing import Call, cache_size, median_seconds
 from surgeon.bench.whole import repeated
@@ -89,6 +89,27 @@ def test_a_half_type_is_limited_by_the_faster_product() -> None:
         for machine in (slow, dataclasses.replace(slow, gemm={"float32": 1e9, "bfloat16": 2e9}))
     ]
     assert limits == [pytest.approx(1000 * 2 * 320 * 4 * 16 / rate) for rate in (1e9, 2e9)]
+
+
+def test_layers_follow_each_other_where_a_call_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[Problem] = []
+    calls: list[int] = []
+
+    def prepare(problem: Problem) -> Callable[[], torch.Tensor]:
+        prepared.append(problem)
+        place = len(prepared)
+
+        def call() -> torch.Tensor:
+            calls.append(place)
+            return problem.x
+
+        return call
+
+    monkeypatch.setitem(METHODS, "ours", Method("", prepare))
+    run([Case(SHAPE, "float32", tokens, "uniform", 0.5) for tokens in (16, 17)], ["ours"], MACHINE, seconds=1e-9)
+    assert [len(problem.x) for problem in prepared] == [16] * 8 + [17]
+    assert calls == [*range(1, 9)] * 6 + [9] * 6  # each once before they are timed, and five times then
+    assert len({float(problem.experts.w1[0, 0, 0]) for problem in prepared[:8]}) == 8
 
 
 def test_what_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

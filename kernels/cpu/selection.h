@@ -1,0 +1,60 @@
+// Which tokens selected which experts.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+namespace surgeon {
+
+// Which experts a token selects: all but those below its threshold, so that ties and NaN are selected.
+struct Selection {
+  int64_t experts;
+  const float *scores = nullptr, *threshold = nullptr;
+  const uint8_t* skipped = nullptr;  // in place of the two, for other dtypes
+  at::Tensor holder;
+
+  Selection(const at::Tensor& s, const at::Tensor& t, int64_t count) : experts(count) {
+    if (s.scalar_type() == at::kFloat && t.scalar_type() == at::kFloat) {
+      scores = s.const_data_ptr<float>();
+      threshold = t.const_data_ptr<float>();
+    } else {
+      holder = at::lt(s.reshape({-1, count}), t.reshape({-1, 1})).contiguous();
+      skipped = reinterpret_cast<const uint8_t*>(holder.const_data_ptr<bool>());
+    }
+  }
+
+  template <class F>
+  void each(int64_t token, F f) const {  // f(expert, whether it is selected)
+    if (skipped) {
+      for (int64_t e = 0; e < experts; ++e) f(e, !skipped[token * experts + e]);
+    } else {
+      const float* row = scores + token * experts;
+      float least = threshold[token];
+      for (int64_t e = 0; e < experts; ++e) f(e, !(row[e] < least));
+    }
+  }
+
+  int64_t pairs(int64_t begin, int64_t end) const {
+    int64_t count = 0;
+    for (int64_t token = begin; token < end; ++token) each(token, [&](int64_t, bool runs) { count += runs; });
+    return count;
+  }
+
+  // The tokens from `begin` to `end` by expert.
+  void lists(int64_t begin, int64_t end, std::vector<uint16_t>& token, std::vector<int32_t>& start) const {
+    start.assign(experts + 1, 0);
+    for (int64_t t = begin; t < end; ++t) each(t, [&](int64_t e, bool runs) { start[e + 1] += runs; });
+    for (int64_t e = 0; e < experts; ++e) start[e + 1] += start[e];
+    token.resize(start[experts] + 1);  // the last place takes what is not selected
+    std::vector<int32_t> next(start.begin(), start.end() - 1);
+    int32_t spare = start[experts];
+    for (int64_t t = begin; t < end; ++t)
+      each(t, [&](int64_t e, bool runs) {
+        token[runs ? next[e] : spare] = uint16_t(t - begin);
+        next[e] += runs;
+      });
+  }
+};
+
+}  // namespace surgeon
