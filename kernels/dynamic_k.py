@@ -22,15 +22,16 @@ and give [..., d_out], in the dtype of `x`, which the weights share:
 
 Expert outputs are added with weight 1, so with every expert selected this is the dense FFN (D2DMoE, arXiv 2310.04361).
 An expert runs for a token unless its score is below the token's threshold (`torch_backend.selected`); a token that
-selects nothing gives b2. Selection is a step function: `scores` and `threshold` get no gradient. Under autocast `x` and
-the weights are cast, scores and threshold are not. `torch.func` transforms (grad, vmap) work with `masked_ffn` only:
+selects nothing gives b2. The row of w2 of a neuron whose h is exactly zero may not be read, so what is infinite there
+does not become NaN. Selection is a step function: `scores` and `threshold` get no gradient. Under autocast `x` and the
+weights are cast, scores and threshold are not. `torch.func` transforms (grad, vmap) work with `masked_ffn` only:
 PyTorch does not let them through custom operators. Wrong shapes, dtypes, devices or names raise `UsageError`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,66 +48,63 @@ from .torch_backend import Experts, selected
 __all__ = ["dynamic_k_ffn", "masked_ffn", "selected"]
 
 
-@torch.library.custom_op("surgeon::dynamic_k_ffn", mutates_args=())
-def _dynamic_k_ffn(
-    x: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    gate: Tensor | None,
-    b_gate: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    activation: str,
-) -> Tensor:
-    if x.device.type == "cpu" and cpu.ready():
+_SIGNATURE = (
+    "(Tensor x, Tensor scores, Tensor threshold, Tensor w1, Tensor? b1, Tensor? gate, Tensor? b_gate, Tensor w2, "
+    "Tensor? b2, str activation) -> Tensor"
+)
+
+
+class _Arguments(NamedTuple):
+    """Of the operators, as the module describes them."""
+
+    x: Tensor
+    scores: Tensor
+    threshold: Tensor
+    w1: Tensor
+    b1: Tensor | None
+    gate: Tensor | None
+    b_gate: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    activation: str
+
+    @property
+    def experts(self) -> Experts:
+        return Experts(*self[3:8])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        return (*self.x.shape[:-1], self.w2.shape[2])
+
+
+@torch.library.custom_op("surgeon::dynamic_k_ffn", mutates_args=(), schema=_SIGNATURE)
+def _dynamic_k_ffn(*given: Any) -> Tensor:
+    if given[0].device.type == "cpu" and cpu.ready():
         # Loaded just now: from here on the dispatcher goes to the native kernels without coming here.
-        y: Tensor = dynamic_k_ffn(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation)
+        y: Tensor = dynamic_k_ffn(*given)
         return y
-    return _by_torch(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation)
+    return _by_torch(*given)
 
 
-def _by_torch(
-    x: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    gate: Tensor | None,
-    b_gate: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    activation: str,
-) -> Tensor:
+def _by_torch(*given: Any) -> Tensor:
     """The operator for every device and dtype: by Triton where it is chosen, else by the torch backend."""
-    _check(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation)
-    experts, rows = Experts(w1, b1, gate, b_gate, w2), x.reshape(-1, x.shape[-1])
-    scores = scores.reshape(-1, scores.shape[-1])
-    threshold = threshold.reshape(-1)
+    args = _check(*given)
+    rows, experts, activation = args.x.reshape(-1, args.x.shape[-1]), args.experts, args.activation
+    scores = args.scores.reshape(-1, args.scores.shape[-1])
+    threshold = args.threshold.reshape(-1)
     if triton.chosen(rows, experts, activation):
         ordered = torch.are_deterministic_algorithms_enabled()
-        y = triton.forward(rows, scores, threshold, experts, b2, activation, ordered=ordered)
+        y = triton.forward(rows, scores, threshold, experts, args.b2, activation, ordered=ordered)
     else:
-        y = torch_backend.forward(rows, selected(scores, threshold), experts, b2, activation)
-    return y.view(*x.shape[:-1], w2.shape[2])
+        y = torch_backend.forward(rows, selected(scores, threshold), experts, args.b2, activation)
+    return y.view(args.shape)
 
 
 @_dynamic_k_ffn.register_fake
-def _(
-    x: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    gate: Tensor | None,
-    b_gate: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    activation: str,
-) -> Tensor:
-    _check(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation)
-    return x.new_empty(*x.shape[:-1], w2.shape[2])
+def _(*given: Any) -> Tensor:
+    args = _check(*given)
+    return args.x.new_empty(args.shape)
 
 
 @torch.library.custom_op("surgeon::dynamic_k_ffn_backward", mutates_args=())
@@ -185,33 +183,18 @@ _dynamic_k_ffn.register_autograd(_autograd_backward, setup_context=_setup_contex
 _library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyped-call]
 """Holds the registrations below: they last as long as it does."""
 
-_SIGNATURE = (
-    "(Tensor x, Tensor scores, Tensor threshold, Tensor w1, Tensor? b1, Tensor? gate, Tensor? b_gate, Tensor w2, "
-    "Tensor? b2, str activation) -> Tensor"
-)
 _library.define("masked_ffn" + _SIGNATURE)  # type: ignore[no-untyped-call]
 # What the native kernels hand on: dtypes they do not have, and arguments that are wrong.
 _library.define("dynamic_k_ffn_torch" + _SIGNATURE)  # type: ignore[no-untyped-call]
 _library.impl("dynamic_k_ffn_torch", _by_torch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-def _masked_ffn(
-    x: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    gate: Tensor | None,
-    b_gate: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    activation: str,
-) -> Tensor:
+def _masked_ffn(*given: Any) -> Tensor:
     # Autocast casts inside this operator, so the dtypes may still differ here.
-    _check(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation, same_dtype=not _autocasts(x))
-    flat = Experts(w1, b1, gate, b_gate, w2).flat()
-    h = torch_backend.hidden(x, flat, find_activation(activation))
-    return F.linear(torch_backend.keep_selected(h, selected(scores, threshold)), flat.w2.t(), b2)
+    args = _check(*given, same_dtype=not _autocasts(given[0]))
+    flat = args.experts.flat()
+    h = torch_backend.hidden(args.x, flat, find_activation(args.activation))
+    return F.linear(torch_backend.keep_selected(h, selected(args.scores, args.threshold)), flat.w2.t(), args.b2)
 
 
 # Composite: autograd and autocast see through it, yet export keeps it as one node.
@@ -249,21 +232,10 @@ dynamic_k_ffn = torch.ops.surgeon.dynamic_k_ffn
 masked_ffn = torch.ops.surgeon.masked_ffn
 
 
-def _check(
-    x: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    gate: Tensor | None,
-    b_gate: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    activation: str,
-    *,
-    same_dtype: bool = True,
-) -> None:
-    """Raise `UsageError` unless the arguments are as the module describes."""
+def _check(*given: Any, same_dtype: bool = True) -> _Arguments:
+    """The arguments by name; raises `UsageError` unless they are as the module describes."""
+    args = _Arguments(*given)
+    x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation = args
     find_activation(activation)
     if x.dim() < 1 or w1.dim() != 3 or w2.dim() != 3:
         raise UsageError(
@@ -286,6 +258,7 @@ def _check(
     ):
         if tensor is not None:
             _check_one(name, tensor, shape, x, x.dtype if same_dtype else tensor.dtype)
+    return args
 
 
 def _check_one(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, dtype: torch.dtype) -> None:
