@@ -35,7 +35,7 @@ def cell(share: float, tokens: int = 2048, mask: str = "uniform", **missing: str
 CELLS = [cell(0.05), cell(1.0), cell(0.2, 1, grouped_mm="strides should be multiple of 16 bytes")]
 LAYER = LayerBenchmark(MACHINE, 768, 3072, False, "relu", CELLS)
 SURGERY = SurgeryBenchmark(
-    "bert-surgery", 8, MACHINE,
+    "bert-surgery", 8, 128, MACHINE,
     WholeTimes(
         20.0, None, "no C++ compiler", [Setting(None, 0.42, 12.5, 14.0, 1.6), Setting(0.9, 0.1, 25.0, 8.0, 0.8)]
     ),

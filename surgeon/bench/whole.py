@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,25 +54,34 @@ class WholeTimes:
     settings: list[Setting]
 
 
-def repeated(inputs: Any, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs with their samples repeated until there are `batch`, as positional and keyword arguments.
+def repeated(inputs: Any, batch: int, length: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs repeated until there are `batch` samples of `length` tokens, as positional and keyword arguments.
+
+    Tokens lie along the second dimension of the first input that has one; None leaves them as they are.
 
     Raises:
-        UsageError: no input has a first dimension, or batch is below 1.
+        UsageError: no input has a first dimension, or a second one for `length`; batch or length below 1.
     """
     args, kwargs = as_args_kwargs(inputs)
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
-    if not tensors or batch < 1:
-        raise UsageError(f"A batch of {batch} cannot be made of the example inputs: it needs a tensor and at least 1.")
-    size = len(tensors[0])
-
-    def repeat(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or len(leaf) != size:
-            return leaf
-        return leaf.repeat(-(-batch // size), *(1 for _ in leaf.shape[1:]))[:batch]
-
-    args, kwargs = pytree.tree_map(repeat, (args, kwargs))
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    for dim, wanted, what in ((0, batch, "samples"), (1, length, "tokens")):
+        if wanted is None:
+            continue
+        size = next((leaf.shape[dim] for leaf in leaves if leaf.dim() > dim), 0)
+        if not size or wanted < 1:
+            raise UsageError(
+                f"{wanted} {what} cannot be made of the example inputs: these need some, and 1 is the least."
+            )
+        repeat = partial(_repeated, dim=dim, size=size, wanted=wanted)
+        args, kwargs = pytree.tree_map(repeat, (args, kwargs))
     return args, kwargs
+
+
+def _repeated(leaf: Any, dim: int, size: int, wanted: int) -> Any:
+    if not isinstance(leaf, Tensor) or leaf.dim() <= dim or leaf.shape[dim] != size:
+        return leaf
+    times = [-(-wanted // size) if at == dim else 1 for at in range(leaf.dim())]
+    return leaf.repeat(times).narrow(dim, 0, wanted)
 
 
 def time_whole(
@@ -93,7 +103,7 @@ def time_whole(
         taus: None stands for what the graph has. seconds: for each call, on average. dense: the model before surgery.
 
     Raises:
-        UsageError: the graph has no experts.
+        UsageError: the graph has no experts, or does not take these inputs.
     """
     if not find_moes(graph):
         raise UsageError("The graph has no experts, so there is nothing to compare. Apply moeify and lower first.")
@@ -110,7 +120,7 @@ def time_whole(
         if dense is not None:
             model = dense
             calls["dense"] = Call(lambda: model(*args, **kwargs))
-            calls["dense"].run()
+            _try(model, *args, **kwargs)
             report(1)
             why = _add_compiled(calls, model, args, kwargs)
             report(2)
@@ -119,7 +129,7 @@ def time_whole(
             around = _choosing(ours, own, tau)
             with around():
                 meter = ExpertMeter(ours)
-                meter.call(args, kwargs)
+                _try(meter.call, args, kwargs)
             shares.append(executed_share(meter.layers))
             for name, made in (("ours", ours), ("torch", plain)):
                 call = Call(lambda made=made: made(*args, **kwargs), around)  # type: ignore[misc]
@@ -146,6 +156,16 @@ def _with_op(graph: TracedGraph, op: Any) -> TracedGraph:
             node.target = op
     copied.recompile()
     return copied.eval()
+
+
+def _try(call: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+    try:
+        call(*args, **kwargs)
+    except Exception as error:  # a model may raise anything
+        raise UsageError(
+            f"The model cannot be called with so many samples or tokens ({first_line(error)}). Give another --batch or "
+            "--length."
+        ) from error
 
 
 def _add_compiled(calls: dict[str, Call], model: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

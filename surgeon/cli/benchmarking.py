@@ -65,6 +65,13 @@ def bench(
     batch: Annotated[
         int, typer.Option("--batch", help="With DIR: samples in a call, the example inputs repeated.")
     ] = BenchOptions.batch,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            "--length",
+            help="With DIR: tokens in a sample, the example inputs' repeated.  [default: as in the example inputs]",
+        ),
+    ] = BenchOptions.length,
     tau: Annotated[
         str | None, typer.Option("--tau", metavar="T,T,...", help="With DIR: values of tau beside the stored ones.")
     ] = BenchOptions.tau,
@@ -96,19 +103,20 @@ def bench(
 
     Example: surgeon bench --model h100 --tokens 8192
 
-    JSON: {machine: {device, processor, instruction_set, threads, torch, kernels, gpu, clock, gemm, bandwidth}, width,
-    hidden, gated, activation, cells: [{dtype, tokens, size, mask, share, executed, methods: {name: {milliseconds,
-    error, why}}, gain, kernel_gain, ceiling, limit, limited_by, of_limit}]}; with DIR {model, batch, machine, times:
-    {dense, compiled, why, settings: [{tau, executed, ours, torch, gain}]}, notes}; with --model {device, width, hidden,
-    gated, points: [{dtype, tokens, size, share, dense, dense_bound, ours, ours_bound, gain}], advice: [{dtype, tokens,
-    best, break_even}], assumptions}; with --model list {devices}. Times are milliseconds.
+    JSON: {machine: {device, processor, instruction_set, threads, torch, kernels, gpu, clock, gemm, bandwidth},
+    width, hidden, gated, activation, cells: [{dtype, tokens, size, mask, share, executed, methods: {name:
+    {milliseconds, error, why}}, gain, kernel_gain, ceiling, limit, limited_by, of_limit}]}; with DIR {model, batch,
+    length, machine, times: {dense, compiled, why, settings: [{tau, executed, ours, torch, gain}]}, notes}; with
+    --model {device, width, hidden, gated, points: [{dtype, tokens, size, share, dense, dense_bound, ours,
+    ours_bound, gain}], advice: [{dtype, tokens, best, break_even}], assumptions}; with --model list {devices}.
+    Times are milliseconds.
     """
     from surgeon.errors import UsageError
     from surgeon.jobs.measuring import check_files
 
     options = BenchOptions(
         tokens, share, size, width, hidden, dtype, gated, activation, mask, methods, threads, device, seconds, batch,
-        tau, dense,
+        length, tau, dense,
     )  # fmt: skip
     check_files(out or [])
     if predicted is not None and model is not None:

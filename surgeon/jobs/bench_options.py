@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class BenchOptions:
     """The options of `surgeon bench` as they were typed, lists separated by commas.
 
-    hidden: None for 4 · width. methods: None for all. device: None for a GPU if there is one. batch, tau, dense: of a
-    saved surgery, the others of a layer with random weights.
+    hidden: None for 4 · width. methods: None for all. device: None for a GPU if there is one. batch, length, tau,
+    dense: of a saved surgery, the others of a layer with random weights.
     """
 
     tokens: str = "1,8,2048"
@@ -27,5 +27,6 @@ class BenchOptions:
     device: str | None = None
     seconds: float = 0.3
     batch: int = 8
+    length: int | None = None
     tau: str | None = None
     dense: str | None = None

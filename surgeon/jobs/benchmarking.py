@@ -37,7 +37,7 @@ _SHAPE = {"tokens", "share", "size", "width", "hidden", "dtype", "gated"}
 _RUN = {"threads", "device", "seconds"}
 _TAKEN: dict[Mode, set[str]] = {
     "layer": _SHAPE | _RUN | {"activation", "mask", "methods"},
-    "surgery": _RUN | {"batch", "tau", "dense"},
+    "surgery": _RUN | {"batch", "length", "tau", "dense"},
     "model": _SHAPE,
 }
 _INSTEAD: dict[Mode, str] = {
@@ -61,13 +61,23 @@ class LayerBenchmark:
 
 @dataclass(frozen=True)
 class SurgeryBenchmark:
-    """A saved surgery end to end, on this machine, on a batch of so many samples."""
+    """A saved surgery end to end, on this machine, on a batch of so many samples.
+
+    length: tokens in each, where it was asked for.
+    """
 
     model: str
     batch: int
+    length: int | None
     machine: Machine
     times: WholeTimes
     notes: tuple[str, ...] = ()
+
+    @property
+    def called_with(self) -> str:
+        """What a call gets, in words."""
+        tokens = "" if self.length is None else f", {self.length} token{'s' * (self.length != 1)} each"
+        return f"{self.batch} sample{'s' * (self.batch != 1)}{tokens}"
 
 
 @dataclass(frozen=True)
@@ -188,13 +198,13 @@ def check_surgery(options: BenchOptions) -> tuple[float, ...]:
     """The values of tau to time beside the stored ones, after what could not work was refused.
 
     Raises:
-        UsageError: as `device_of`; tau outside [0, 1], a GPU, a batch below 1.
+        UsageError: as `device_of`; tau outside [0, 1], a GPU, a batch or a length below 1.
     """
     check_mode(options, "surgery")
     if options.device not in (None, "cpu"):
         raise UsageError(f"--device {options.device}: a saved surgery is timed on the CPU, where it was traced.")
-    if options.batch < 1:
-        raise UsageError("--batch is at least 1.")
+    if options.batch < 1 or (options.length is not None and options.length < 1):
+        raise UsageError("--batch and --length are at least 1.")
     device_of(options)
     return () if options.tau is None else tuple(dict.fromkeys(_numbers("tau", options.tau, float, 0.0, 1.0)))
 
@@ -209,10 +219,10 @@ def bench_surgery(
     """Time a saved surgery at the stored tau and at those asked for.
 
     Raises:
-        UsageError: as `check_surgery`; the model has no experts.
+        UsageError: as `check_surgery`; the model has no experts, or does not take so many samples or tokens.
     """
     taus = check_surgery(options)
-    args, kwargs = repeated(opened.inputs, options.batch)
+    args, kwargs = repeated(opened.inputs, options.batch, options.length)
     times = time_whole(
         opened.graph, args, kwargs, (None, *taus), dense=None if dense is None else dense.graph,
         seconds=options.seconds, threads=options.threads, progress=progress,
@@ -223,7 +233,7 @@ def bench_surgery(
     if times.why:
         notes.append(f"The dense model was not compiled: {times.why}.")
     machine = examine(torch.device("cpu"), options.threads)
-    return SurgeryBenchmark(opened.spec, options.batch, machine, times, tuple(notes))
+    return SurgeryBenchmark(opened.spec, options.batch, options.length, machine, times, tuple(notes))
 
 
 def bench_model(name: str, options: BenchOptions) -> ModelBenchmark:

@@ -83,7 +83,7 @@ def _of_surgery(found: SurgeryBenchmark) -> _Plot:
         "torch": [setting.torch for setting in settings],
         "ours": [setting.ours for setting in settings],
     }
-    panel = Panel(f"batch of {found.batch}", [setting.executed for setting in settings], lines)
+    panel = Panel(found.called_with, [setting.executed for setting in settings], lines)
     return _Plot(found.model, [panel])
 
 

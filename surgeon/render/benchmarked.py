@@ -107,7 +107,7 @@ def surgery_view(found: SurgeryBenchmark) -> RenderableType:
             tau, percent(setting.executed), Text(_ms(setting.ours), style="bold"), _ms(setting.torch),
             _gain(setting.gain),
         )  # fmt: skip
-    lines: list[RenderableType] = [*_machine(found.machine), Text(""), heading(found.model, f"batch of {found.batch}")]
+    lines: list[RenderableType] = [*_machine(found.machine), Text(""), heading(found.model, found.called_with)]
     if times.dense is not None:
         compiled = "" if times.compiled is None else f", compiled {_ms(times.compiled)} ms"
         lines.append(Text(f"dense model: {_ms(times.dense)} ms{compiled}"))

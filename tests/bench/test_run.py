@@ -160,5 +160,17 @@ def test_example_inputs_are_repeated() -> None:
     assert (kwargs["scale"], kwargs["flag"]) == (2.0, True)
     assert repeated(torch.ones(4, 2), 1)[0][0].shape == (1, 2)
     for wrong, batch in ((torch.tensor(1.0), 2), (torch.ones(2), 0)):
-        with pytest.raises(UsageError, match=f"A batch of {batch} cannot be made"):
+        with pytest.raises(UsageError, match=f"{batch} samples cannot be made"):
             repeated(wrong, batch)
+
+
+def test_example_inputs_are_made_longer_and_shorter() -> None:
+    ids = torch.arange(6).view(2, 3)
+    (x,), kwargs = repeated(((ids,), {"mask": ids + 10, "image": torch.ones(2, 4, 5), "size": torch.ones(3)}), 1, 5)
+    assert x.tolist() == [[0, 1, 2, 0, 1]]
+    assert kwargs["mask"].tolist() == [[10, 11, 12, 10, 11]]
+    assert (kwargs["image"].shape, kwargs["size"].shape) == ((1, 4, 5), (3,))
+    assert repeated(ids, 2, 2)[0][0].tolist() == [[0, 1], [3, 4]]
+    for wrong, length in ((torch.ones(2), 2), (ids, 0)):
+        with pytest.raises(UsageError, match=f"{length} tokens cannot be made"):
+            repeated(wrong, 1, length)

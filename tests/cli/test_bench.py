@@ -71,11 +71,25 @@ def test_a_saved_surgery_is_timed_end_to_end(run: Run, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(torch, "compile", no_compiler)  # it takes longer than everything else here
     before = surgeon.get_tau(surgeon.load("bert-moe"))
-    args = ("--seconds", "0.0001", "--dense", "bert", "--tau", "0,0.9", "--batch", "5", "-o", "times.png")
+    args = (
+        "--seconds",
+        "0.0001",
+        "--dense",
+        "bert",
+        "--tau",
+        "0,0.9",
+        "--batch",
+        "5",
+        "--length",
+        "3",
+        "-o",
+        "times.png",
+    )
     result = run("bench", "bert-moe", *args, "--output", "json")
     assert result.code == 0, result.err
     found = result.json
-    assert set(found) == {"model", "batch", "machine", "times", "notes"}
+    assert set(found) == {"model", "batch", "length", "machine", "times", "notes"}
+    assert (found["batch"], found["length"]) == (5, 3)
     times = found["times"]
     assert times["dense"] > 0
     assert (times["compiled"], times["why"]) == (None, "no C++ compiler was found")
@@ -93,6 +107,7 @@ def test_experts_that_are_still_masked_are_skipped_all_the_same(run: Run) -> Non
     result = run("-q", "bench", "masked", "--seconds", "0.0001", "--batch", "3")
     assert result.code == 0, result.err
     assert "as stored" in result.out
+    assert "3 samples" in result.out
     assert "give the model before the surgery with --dense" in result.out
     assert "gain" in result.out
 
@@ -135,7 +150,9 @@ def test_a_device_is_predicted_and_listed(run: Run, tmp_path: Path) -> None:
         (("--batch", "3"), "--batch is about a saved surgery: give its directory too."),
         (("masked", "--tokens", "3"), "--tokens describes a layer with random weights"),
         (("masked", "--tau", "2"), "--tau 2: give numbers from 0 to 1, separated by commas."),
-        (("masked", "--batch", "0"), "--batch is at least 1."),
+        (("masked", "--batch", "0"), "--batch and --length are at least 1."),
+        (("masked", "--length", "0"), "--batch and --length are at least 1."),
+        (("bert-moe", "--length", "100000"), "The model cannot be called with so many samples or tokens ("),
         (("masked", "--device", "cuda"), "a saved surgery is timed on the CPU"),
         (("-o", "times.csv"), "times.csv: a table is written as .json, a plot as .png."),
     ],
