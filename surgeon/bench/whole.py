@@ -30,13 +30,14 @@ _CPU = torch.device("cpu")
 class Setting:
     """A call at one tau, None for what is stored. executed: share of the experts' multiply-adds that ran.
 
-    ours, torch: milliseconds with the operator and with the torch backend. gain: the faster of the dense models over
-    ours, None if there is none.
+    ours, compiled, torch: milliseconds with the operator, with it and `torch.compile`, None where that fails, and with
+    the torch backend. gain: the faster of the dense models over the faster of ours, None if there is none.
     """
 
     tau: float | None
     executed: float
     ours: float
+    compiled: float | None
     torch: float
     gain: float | None
 
@@ -45,12 +46,12 @@ class Setting:
 class WholeTimes:
     """Milliseconds of the dense model, eager and compiled, None where it was not timed, and of every setting.
 
-    why: the reason why the compiled one was not, "" if it was or no dense model was given.
+    why: what could not be compiled, "dense model" or "rewritten model", and the reason.
     """
 
     dense: float | None
     compiled: float | None
-    why: str
+    why: dict[str, str]
     settings: list[Setting]
 
 
@@ -110,41 +111,53 @@ def time_whole(
     ours = _with_op(graph, dynamic_k_ffn)
     plain = _with_op(graph, torch.ops.surgeon.dynamic_k_ffn_torch.default)  # of the same tau, which forks share
     calls: dict[str, Call] = {}
-    why, steps = "", 1 + len(taus) + 2 * (dense is not None)
+    why: dict[str, str] = {}
+    done, steps = 0, 2 + len(taus) + 2 * (dense is not None)
 
-    def report(done: int) -> None:
+    def report() -> None:
+        nonlocal done
+        done += 1
         if progress is not None:
             progress(Progress("bench", done, steps, {}))
 
     with knobs_restored(ours) as own, torch.inference_mode(), using_threads(threads):
         if dense is not None:
             model = dense
-            calls["dense"] = Call(lambda: model(*args, **kwargs))
             _try(model, *args, **kwargs)
-            report(1)
-            why = _add_compiled(calls, model, args, kwargs)
-            report(2)
+            calls["dense"] = Call(lambda: model(*args, **kwargs))
+            report()
+            compiled = _compiled("dense model", model, args, kwargs, why)
+            if compiled is not None:
+                calls["compiled"] = Call(compiled)
+            report()
         shares = []
+        _try(ours, *args, **kwargs)
+        ways = {
+            "ours": lambda: ours(*args, **kwargs),
+            "torch": lambda: plain(*args, **kwargs),
+            "compiled": _compiled("rewritten model", ours, args, kwargs, why),
+        }
+        report()
         for index, tau in enumerate(taus):
             around = _choosing(ours, own, tau)
             with around():
                 meter = ExpertMeter(ours)
-                _try(meter.call, args, kwargs)
-            shares.append(executed_share(meter.layers))
-            for name, made in (("ours", ours), ("torch", plain)):
-                call = Call(lambda made=made: made(*args, **kwargs), around)  # type: ignore[misc]
-                with call.around():
-                    call.run()
-                calls[f"{name} {index}"] = call
-            report(steps - len(taus) + index)
+                meter.call(args, kwargs)
+                shares.append(executed_share(meter.layers))
+                for name, call in ways.items():
+                    if call is not None:
+                        call()
+                        calls[f"{name} {index}"] = Call(call, around)
+            report()
         found = median_seconds(calls, _CPU, seconds=seconds, threads=threads)
-        report(steps)
     times = {name: 1000 * taken for name, taken in found.items()}
     best = min((times[name] for name in ("dense", "compiled") if name in times), default=None)
     settings = []
     for index, (tau, share) in enumerate(zip(taus, shares, strict=True)):
-        taken = times[f"ours {index}"]
-        settings.append(Setting(tau, share, taken, times[f"torch {index}"], None if best is None else best / taken))
+        eager, compiled_ours = times[f"ours {index}"], times.get(f"compiled {index}")
+        fastest = eager if compiled_ours is None else min(eager, compiled_ours)
+        gain = None if best is None else best / fastest
+        settings.append(Setting(tau, share, eager, compiled_ours, times[f"torch {index}"], gain))
     return WholeTimes(times.get("dense"), times.get("compiled"), why, settings)
 
 
@@ -168,15 +181,17 @@ def _try(call: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         ) from error
 
 
-def _add_compiled(calls: dict[str, Call], model: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """Compile and run the dense model; returns why it cannot be, "" if it is among the calls."""
-    compiled = torch.compile(model, dynamic=False)
+def _compiled(
+    name: str, model: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: dict[str, str]
+) -> Callable[[], object] | None:
+    """Compile a model and call it once; where that fails, the reason is written to `why`."""
+    compiled = torch.compile(model, dynamic=False, fullgraph=True)
     try:
         compiled(*args, **kwargs)
     except Exception as error:  # compilers raise many types
-        return first_line(error)
-    calls["compiled"] = Call(lambda: compiled(*args, **kwargs))
-    return ""
+        why[name] = first_line(error)
+        return None
+    return lambda: compiled(*args, **kwargs)
 
 
 def _choosing(graph: TracedGraph, own: Knobs, tau: float | None) -> Callable[[], AbstractContextManager[None]]:

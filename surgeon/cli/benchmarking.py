@@ -106,10 +106,10 @@ def bench(
     JSON: {machine: {device, processor, instruction_set, threads, torch, kernels, gpu, clock, gemm, bandwidth},
     width, hidden, gated, activation, cells: [{dtype, tokens, size, mask, share, executed, methods: {name:
     {milliseconds, error, why}}, gain, kernel_gain, ceiling, limit, limited_by, of_limit}]}; with DIR {model, batch,
-    length, machine, times: {dense, compiled, why, settings: [{tau, executed, ours, torch, gain}]}, notes}; with
-    --model {device, width, hidden, gated, points: [{dtype, tokens, size, share, dense, dense_bound, ours,
-    ours_bound, gain}], advice: [{dtype, tokens, best, break_even}], assumptions}; with --model list {devices}.
-    Times are milliseconds.
+    length, machine, times: {dense, compiled, why, settings: [{tau, executed, ours, compiled, torch, gain}]},
+    notes}; with --model {device, width, hidden, gated, points: [{dtype, tokens, size, share, dense, dense_bound,
+    ours, ours_bound, gain}], advice: [{dtype, tokens, best, break_even}], assumptions}; with --model list
+    {devices}. Times are milliseconds.
     """
     from surgeon.errors import UsageError
     from surgeon.jobs.measuring import check_files

@@ -230,8 +230,7 @@ def bench_surgery(
     notes = []
     if dense is None:
         notes.append("There is nothing to compare with: give the model before the surgery with --dense.")
-    if times.why:
-        notes.append(f"The dense model was not compiled: {times.why}.")
+    notes += [f"The {name} was not compiled: {why}." for name, why in times.why.items()]
     machine = examine(torch.device("cpu"), options.threads)
     return SurgeryBenchmark(opened.spec, options.batch, options.length, machine, times, tuple(notes))
 

@@ -13,7 +13,12 @@ from surgeon.jobs.benchmarking import LayerBenchmark, ModelBenchmark, SurgeryBen
 from surgeon.render.files import write_result
 
 _WIDTH, _HEIGHT = 3.6, 2.8  # inches, of a panel
-_LABELS = {"compiled": "dense, compiled", "masked": "dense, masked", "ours_dense": "ours, every expert on"}
+_LABELS = {
+    "compiled": "dense, compiled",
+    "masked": "dense, masked",
+    "ours_dense": "ours, every expert on",
+    "ours_compiled": "ours, compiled",
+}
 # A method looks the same in every panel, also where others did not run.
 _STYLES: dict[str, dict[str, Any]] = {
     "dense": {"color": "black"},
@@ -25,6 +30,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "torch": {"color": "tab:brown"},
     "ours": {"color": "tab:red", "lw": 2.5, "zorder": 3},
     "ours_dense": {"color": "lightcoral"},
+    "ours_compiled": {"color": "darkred", "lw": 2.5, "zorder": 3},
     "limit": {"color": "tab:red", "ls": "--", "marker": ""},
 }
 
@@ -82,6 +88,7 @@ def _of_surgery(found: SurgeryBenchmark) -> _Plot:
         "compiled": [times.compiled] * len(settings),
         "torch": [setting.torch for setting in settings],
         "ours": [setting.ours for setting in settings],
+        "ours_compiled": [setting.compiled for setting in settings],
     }
     panel = Panel(found.called_with, [setting.executed for setting in settings], lines)
     return _Plot(found.model, [panel])

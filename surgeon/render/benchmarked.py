@@ -98,21 +98,21 @@ def _block(cells: Sequence[Cell]) -> RenderableType:
 def surgery_view(found: SurgeryBenchmark) -> RenderableType:
     """The dense model, and a row for each tau."""
     times = found.times
-    table = grid(
-        "left", "right", "right", "right", "right", header=("tau", "experts that ran", "ours", "torch", "gain")
-    )
+    header = ("tau", "experts that ran", "ours", "ours, compiled", "torch", "gain")
+    table = grid("left", "right", "right", "right", "right", "right", header=header)
     for setting in times.settings:
         tau = "as stored" if setting.tau is None else f"{setting.tau:g}"
+        compiled = "" if setting.compiled is None else _ms(setting.compiled)
         table.add_row(
-            tau, percent(setting.executed), Text(_ms(setting.ours), style="bold"), _ms(setting.torch),
-            _gain(setting.gain),
+            tau, percent(setting.executed), Text(_ms(setting.ours), style="bold"), Text(compiled, style="bold"),
+            _ms(setting.torch), _gain(setting.gain),
         )  # fmt: skip
     lines: list[RenderableType] = [*_machine(found.machine), Text(""), heading(found.model, found.called_with)]
     if times.dense is not None:
         compiled = "" if times.compiled is None else f", compiled {_ms(times.compiled)} ms"
         lines.append(Text(f"dense model: {_ms(times.dense)} ms{compiled}"))
     legend = "Milliseconds of a call, the median. torch: with the torch backend instead of the kernels."
-    legend += " gain: the faster of the dense models over ours." if times.dense is not None else ""
+    legend += " gain: the faster of the dense models over the faster of ours." if times.dense is not None else ""
     return Group(*lines, table, sentences((legend, *found.notes), indent=0))
 
 

@@ -92,12 +92,14 @@ def test_a_saved_surgery_is_timed_end_to_end(run: Run, tmp_path: Path, monkeypat
     assert (found["batch"], found["length"]) == (5, 3)
     times = found["times"]
     assert times["dense"] > 0
-    assert (times["compiled"], times["why"]) == (None, "no C++ compiler was found")
+    assert times["compiled"] is None
+    assert times["why"] == dict.fromkeys(("dense model", "rewritten model"), "no C++ compiler was found")
     assert [setting["tau"] for setting in times["settings"]] == [None, 0.0, 0.9]
     stored, every, few = times["settings"]
     assert every["executed"] == 1.0 > few["executed"]
     for setting in (stored, every, few):
         assert setting["torch"] > 0
+        assert setting["compiled"] is None
         assert setting["gain"] == times["dense"] / setting["ours"]
     assert "was not compiled: no C++ compiler was found" in found["notes"][0]
     assert surgeon.get_tau(surgeon.load("bert-moe")) == before
