@@ -239,7 +239,8 @@ def set_tau(graph: GraphModule, tau: float | Mapping[str, float], path: str | No
     chosen = {site.path: (site, value) for site, value in _matching(graph, wanted)}
     with torch.no_grad():
         for site, value in chosen.values():
-            _reset_compensation(graph, site, bool(abs(float(site.tau) - value) > 1e-6))
+            if abs(float(site.tau) - value) > 1e-6:
+                _reset_compensation(graph, site)
             site.tau.fill_(value)
     return list(chosen)
 
@@ -265,8 +266,9 @@ def set_rule(graph: GraphModule, rule: str | Mapping[str, str], path: str | None
     for value in wanted.values():
         check_rule(value)
     chosen = {site.path: (site, value) for site, value in _matching(graph, wanted)}
-    for site, value in chosen.values():
-        _reset_compensation(graph, site, site.rule != value)
+    changed = [(site, value) for site, value in chosen.values() if site.rule != value]
+    for site, value in changed:
+        _reset_compensation(graph, site)
         for node in site.nodes:
             if site.form == "module":
                 graph.get_submodule(site.path).rule = value
@@ -274,7 +276,8 @@ def set_rule(graph: GraphModule, rule: str | Mapping[str, str], path: str | None
                 threshold = node.args[2]
                 assert isinstance(threshold, Node)
                 threshold.update_arg(2, value)
-    graph.recompile()
+    if changed:  # a graph that is as it was keeps what `torch.compile` made of it
+        graph.recompile()
     return list(chosen)
 
 
@@ -314,10 +317,10 @@ def set_knobs(graph: GraphModule, knobs: Knobs) -> None:
             getattr(graph.get_submodule(path), SKIPPED_MEAN).copy_(mean)
 
 
-def _reset_compensation(graph: GraphModule, site: MoESite, changed: bool) -> None:
+def _reset_compensation(graph: GraphModule, site: MoESite) -> None:
     """Other experts are skipped from now on, so the mean of what was skipped is no longer added."""
     mean = getattr(graph.get_submodule(site.path), SKIPPED_MEAN, None)
-    if changed and mean is not None:
+    if mean is not None:
         with torch.no_grad():
             mean.zero_()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import GraphModule
 
 import surgeon
 from surgeon.artifact import load, read_record
@@ -98,6 +99,23 @@ def test_rules_are_set_for_all_by_path_and_by_pattern(made: Made, form: str) -> 
     assert set_rule(graph, "top_k", "blocks.1.ffn") == [SECOND]
     assert set_rule(graph, {"*": "max", SECOND: "cumulative"}) == [FIRST, SECOND]
     assert get_rule(graph) == {FIRST: "max", SECOND: "cumulative"}
+
+
+def test_knobs_that_stay_as_they_are_do_not_make_torch_compile_again(made: Made) -> None:
+    graph = made("dynamic")
+    compiled: list[GraphModule] = []
+
+    def count(traced: GraphModule, inputs: list[Any]) -> GraphModule:
+        compiled.append(traced)
+        return traced
+
+    torch.compiler.reset()
+    call = torch.compile(graph, backend=count)
+    for rule, tau, times in (("max", 0.0, 1), ("max", 0.5, 1), ("top_k", 0.5, 2), ("top_k", 0.2, 2)):
+        set_rule(graph, rule)
+        set_tau(graph, tau)
+        call(**vectors())
+        assert len(compiled) == times
 
 
 @every_form
