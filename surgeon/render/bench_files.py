@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from surgeon.bench.machine import Machine
 from surgeon.jobs.benchmarking import LayerBenchmark, ModelBenchmark, SurgeryBenchmark
 from surgeon.render.files import write_result
 
@@ -49,6 +50,7 @@ class _Plot:
     title: str
     panels: list[Panel] = field(default_factory=list)
     columns: int = 1
+    log: bool = True  # times of several orders of magnitude
 
 
 def write_benchmark(found: LayerBenchmark | SurgeryBenchmark | ModelBenchmark, file: Path) -> None:
@@ -63,8 +65,6 @@ def _plot(found: Any) -> _Plot:
 
 @_plot.register
 def _of_layer(found: LayerBenchmark) -> _Plot:
-    machine = found.machine
-    where = machine.gpu or f"{machine.processor}, {machine.threads} thread{'s' * (machine.threads != 1)}"
     panels = []
     several = {cell.mask for cell in found.cells}
     for (dtype, tokens, size, mask), group in groupby(found.cells, lambda c: (c.dtype, c.tokens, c.size, c.mask)):
@@ -76,7 +76,12 @@ def _of_layer(found: LayerBenchmark) -> _Plot:
         title = f"{dtype}, {tokens:,} token{'s' * (tokens != 1)}, experts of {size}"
         panels.append(Panel(title + (f", {mask}" if len(several) > 1 else ""), [c.executed for c in cells], lines))
     columns = len({cell.size for cell in found.cells}) * len(several)
-    return _Plot(f"One layer {found.width} → {found.hidden} → {found.width}, {where}", panels, columns)
+    title = f"One layer {found.width} → {found.hidden} → {found.width}, {_where(found.machine)}"
+    return _Plot(title, panels, columns)
+
+
+def _where(machine: Machine) -> str:
+    return machine.gpu or f"{machine.processor}, {machine.threads} thread{'s' * (machine.threads != 1)}"
 
 
 @_plot.register
@@ -91,7 +96,7 @@ def _of_surgery(found: SurgeryBenchmark) -> _Plot:
         "ours_compiled": [setting.compiled for setting in settings],
     }
     panel = Panel(found.called_with, [setting.executed for setting in settings], lines)
-    return _Plot(found.model, [panel])
+    return _Plot(f"{Path(found.model).name}, {_where(found.machine)}", [panel], log=False)
 
 
 @_plot.register
@@ -123,10 +128,13 @@ def _draw(plot: _Plot, file: Path) -> None:
             if points:
                 style = {"marker": "o", "ms": 3, "lw": 1.2, **_STYLES[name]}
                 (drawn[name],) = axes.plot(*zip(*points, strict=True), **style)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        if plot.log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         axes.set_title(panel.title, fontsize=9)
         axes.tick_params(labelsize=8)
