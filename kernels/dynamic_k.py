@@ -142,21 +142,9 @@ def _dynamic_k_ffn_backward(
 
 
 @_dynamic_k_ffn_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    scores: Tensor,
-    threshold: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    gate: Tensor | None,
-    b_gate: Tensor | None,
-    w2: Tensor,
-    activation: str,
-    need_x: bool,
-    need_weights: bool,
-) -> tuple[Tensor, ...]:
-    needed = [(x, need_x), *((t, need_weights) for t in (w1, b1, gate, b_gate, w2))]
+def _(grad: Tensor, x: Tensor, scores: Tensor, threshold: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *weights, _activation, need_x, need_weights = rest
+    needed = [(x, need_x), *((weight, need_weights) for weight in weights)]
     return tuple(t.new_empty(t.shape) if need and t is not None else x.new_empty(0) for t, need in needed)
 
 
