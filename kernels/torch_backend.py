@@ -1,10 +1,9 @@
 """The dynamic-k FFN in plain torch: forward and backward that compute only the selected experts.
 
-There are three ways through. *By expert*: gather the tokens that selected an expert, run it, add the rows back. *By
-token*: for a handful of tokens, multiply runs of adjacent selected experts with one token's vector, which gathers
-nothing and reads only the weights needed. *Dense*: everything, with unselected experts masked. `_plan` takes whichever
-is expected to be cheapest, so selecting much costs about what the dense FFN costs. All give the same result up to
-rounding.
+There are three ways through. *By expert*: gather the tokens that selected an expert, run it, add the rows back.
+*Together*: for few tokens, copy the experts that any of them selected and run those as one layer, with the pairs that
+are not selected masked. *Dense*: the same with every expert, where nothing is copied. `_plan` takes what should be
+cheapest, so selecting much costs about what the dense FFN costs. All give the same result up to rounding.
 """
 
 from __future__ import annotations
@@ -23,11 +22,8 @@ from .activations import Activation, activation
 # in fp32 on one thread, with inputs and outputs of width 768.
 _ROW_COST = 30  # gathering the row of one token and adding it back to the output, for one expert
 _READ_COST = 6  # reading the weights of one neuron from memory
-# Calls, to be divided by the number of weights of a neuron.
-_EXPERT_COST = 700_000  # the calls for one more expert
-_RUN_COST = 230_000  # the calls for one more run of adjacent experts, going by token
-# Up to this many tokens, going by token is considered.
-_FEW_TOKENS = 4
+_COPY_COST = 7  # copying them besides
+_EXPERT_COST = 700_000  # the calls for one more expert, to be divided by the number of weights of a neuron
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -52,6 +48,10 @@ class Experts(NamedTuple):
         """The experts from `first` on: views."""
         return Experts(*(None if t is None else t[first:] for t in self))  # type: ignore[arg-type]
 
+    def take(self, chosen: Tensor) -> Experts:
+        """Copies of the experts `chosen` [n]."""
+        return Experts(*(None if t is None else t.index_select(0, chosen) for t in self))  # type: ignore[arg-type]
+
     def each(self) -> list[Experts]:
         """One view per expert."""
         return [Experts(*one) for one in zip(*(repeat(None) if t is None else t.unbind(0) for t in self), strict=False)]
@@ -74,23 +74,21 @@ class Gradients(NamedTuple):
     w2: Tensor | None
 
 
-class _Dense(NamedTuple):
-    """Everything at once; `mask` [N, E] unless every pair is selected."""
+class _Together(NamedTuple):
+    """All experts, or those of `used` [U]; `mask` [N, U] unless every pair of them is selected."""
 
+    used: Tensor | None
     mask: Tensor | None
 
 
 class _ByExpert(NamedTuple):
-    """For each expert the tokens that selected it [n]; None for an expert none selected, a slice if all did."""
+    """For each expert the tokens that selected it [n]; None for an expert none selected, a slice if all did.
+
+    most: the largest n.
+    """
 
     rows: list[Tensor | slice | None]
-
-
-class _ByToken(NamedTuple):
-    """For each token its ranges of experts (start, stop), which cover those selected; `mask` as in `_Dense`."""
-
-    runs: list[list[tuple[int, int]]]
-    mask: Tensor | None
+    most: int
 
 
 def selected(scores: Tensor, threshold: Tensor) -> Tensor:
@@ -134,60 +132,22 @@ def forward(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor | None, activa
     out = x.new_zeros(x.shape[0], experts.w2.shape[2], dtype=_accumulator(x.dtype))
     if b2 is not None:
         out.copy_(b2)
-    match _plan(mask, experts, _FEW_TOKENS):
-        case _ByToken(runs, mask_or_none):
-            flat = experts.flat()
-            for token, ranges in enumerate(runs):
-                keep = None if mask_or_none is None else mask_or_none[token]
-                _forward_token(out[token], x[token], flat, ranges, keep, act, neurons=experts.w1.shape[1])
-        case _ByExpert(rows_of):
-            x = x.to(dtype)
+    x = x.to(dtype)
+    match _plan(mask, experts):
+        case _ByExpert(rows_of, most):
+            # Of the size of the output: made once, not for every expert.
+            gathered, product = x.new_empty(most, x.shape[1]), x.new_empty(most, out.shape[1])
             for one, rows in zip(experts.each(), rows_of, strict=True):
                 if rows is not None:
                     weights = one.to(dtype)
-                    _add_product(out, rows, hidden(_take(x, rows), weights, act), weights.w2)
-        case _Dense(mask_or_none):
-            flat = experts.flat().to(dtype)
-            h = hidden(x.to(dtype), flat, act)
+                    _add_product(out, rows, hidden(_take(x, rows, gathered), weights, act), weights.w2, product)
+        case _Together(used, mask_or_none):
+            flat = (experts if used is None else experts.take(used)).flat().to(dtype)
+            h = hidden(x, flat, act)
             if mask_or_none is not None:
                 h = keep_selected(h, mask_or_none)
             _add_product(out, slice(None), h, flat.w2)
     return out.to(result_dtype)
-
-
-def _forward_token(
-    out: Tensor,
-    x: Tensor,
-    flat: Experts,
-    ranges: list[tuple[int, int]],
-    keep: Tensor | None,
-    act: Activation,
-    neurons: int,
-) -> None:
-    """Add to `out` [d_out] what the experts in `ranges` give for `x` [d_in], leaving out those not in `keep` [E]."""
-    if not ranges:
-        return
-    # Sizes of what is skipped and what is run, alternating, so that one call to `split` makes all the views.
-    bounds = [bound * neurons for start_stop in ranges for bound in start_stop]
-    sizes = [stop - start for start, stop in zip([0, *bounds], [*bounds, flat.w1.shape[0]], strict=True)]
-
-    def product(weight: Tensor, bias: Tensor | None) -> Tensor:
-        parts = weight.split_with_sizes(sizes)[1::2]
-        if bias is None:
-            return torch.cat([torch.mv(part, x) for part in parts])
-        return torch.cat(
-            [torch.addmv(b, part, x) for b, part in zip(bias.split_with_sizes(sizes)[1::2], parts, strict=True)]
-        )
-
-    up = product(flat.w1, flat.b1)
-    h = act.fn(up) if flat.gate is None else act.fn(product(flat.gate, flat.b_gate)) * up
-    if keep is not None:
-        h = keep_selected(h, torch.cat(keep.split_with_sizes([size // neurons for size in sizes])[1::2]))
-    for part, weight in zip(h.split_with_sizes(sizes[1::2]), flat.w2.split_with_sizes(sizes)[1::2], strict=True):
-        if out.dtype == h.dtype:
-            out.addmv_(weight.t(), part)
-        else:
-            out.add_(torch.mv(weight.t(), part))
 
 
 def backward(
@@ -233,70 +193,55 @@ def backward(
                 if bias is not None and g is not None:
                     bias.copy_(g.sum(0))
 
-    match _plan(mask, experts, few_tokens=0):
-        case _ByExpert(rows_of):
+    match _plan(mask, experts, copies=False):
+        case _ByExpert(rows_of, _):
             grads_of = grads.each() if need_weights else repeat(None)
             for one, grad_one, rows in zip(experts.each(), grads_of, rows_of, strict=False):
                 if rows is not None:
                     run(one.to(dtype), grad_one, rows, None)
-        case _Dense(mask_or_none):
+        case _Together(_, mask_or_none):
             run(experts.flat().to(dtype), grads.flat() if need_weights else None, slice(None), mask_or_none)
     return Gradients(None if grad_x is None else grad_x.to(x.dtype), *grads)
 
 
-def _plan(mask: Tensor, experts: Experts, few_tokens: int) -> _Dense | _ByExpert | _ByToken:
-    """Choose the cheapest way through the selected pairs of `mask` [N, E]; by token only up to `few_tokens` tokens."""
+def _plan(mask: Tensor, experts: Experts, *, copies: bool = True) -> _Together | _ByExpert:
+    """Choose the cheapest way through the selected pairs of `mask` [N, E]; copies: whether experts may be copied."""
     (tokens, count), neurons = mask.shape, experts.w1.shape[1]
     weights_per_neuron = sum(t.shape[-1] for t in (experts.w1, experts.gate, experts.w2) if t is not None)
-    run_cost = _RUN_COST / weights_per_neuron
-    dense_cost = count * neurons * (tokens + _READ_COST)
-
-    by_token, token_cost = None, float("inf")
-    if tokens <= few_tokens:
-        max_gap = int(run_cost / ((1 + _READ_COST) * neurons))
-        chosen = [[expert for expert, runs in enumerate(row) if runs] for row in mask.tolist()]
-        runs = [_runs(experts_of, max_gap) for experts_of in chosen]
-        lengths = [stop - start for ranges in runs for start, stop in ranges]
-        token_cost = len(lengths) * run_cost + sum(lengths) * neurons * (1 + _READ_COST)
-        by_token = _ByToken(runs, None if sum(lengths) == sum(map(len, chosen)) else mask)
-        if tokens == 1:
-            return by_token if sum(lengths) < count else _Dense(by_token.mask)
-
     counts: list[int] = mask.sum(0).tolist()
     pairs, used = sum(counts), sum(map(bool, counts))
-    everything = pairs == tokens * count
-    expert_cost = used * (_EXPERT_COST / weights_per_neuron + _READ_COST * neurons) + pairs * (neurons + _ROW_COST)
-    if by_token is not None and token_cost < min(expert_cost, dense_cost):
-        return by_token
-    if everything or dense_cost <= expert_cost:
-        return _Dense(None if everything else mask)
+    costs = {
+        "dense": count * neurons * (tokens + _READ_COST),
+        "expert": used * (_EXPERT_COST / weights_per_neuron + _READ_COST * neurons) + pairs * (neurons + _ROW_COST),
+    }
+    if copies:
+        costs["copies"] = used * neurons * (tokens + _READ_COST + _COPY_COST)
+    if pairs == tokens * count or (way := min(costs, key=costs.__getitem__)) == "dense":
+        return _Together(None, None if pairs == tokens * count else mask)
+    if way == "copies":
+        chosen = mask.any(0).nonzero()[:, 0]
+        return _Together(chosen, None if pairs == tokens * used else mask.index_select(1, chosen))
     return _ByExpert(
         [
             None if n == 0 else slice(None) if n == tokens else rows
             for n, rows in zip(counts, mask.t().nonzero()[:, 1].split_with_sizes(counts), strict=True)
-        ]
+        ],
+        max(counts),
     )
 
 
-def _runs(chosen: list[int], max_gap: int) -> list[tuple[int, int]]:
-    """Join ascending numbers into ranges (start, stop), reading across gaps of at most `max_gap`."""
-    runs: list[tuple[int, int]] = []
-    for number in chosen:
-        if runs and number - runs[-1][1] <= max_gap:
-            runs[-1] = (runs[-1][0], number + 1)
-        else:
-            runs.append((number, number + 1))
-    return runs
+def _take(source: Tensor, rows: Tensor | slice, into: Tensor | None = None) -> Tensor:
+    """The rows; `into`, which has at least as many, is overwritten with them where they are copied."""
+    if isinstance(rows, slice):
+        return source[rows]
+    return torch.index_select(source, 0, rows, out=None if into is None else into[: len(rows)])
 
 
-def _take(source: Tensor, rows: Tensor | slice) -> Tensor:
-    return source[rows] if isinstance(rows, slice) else source.index_select(0, rows)
-
-
-def _add_product(out: Tensor, rows: Tensor | slice, a: Tensor, b: Tensor) -> None:
-    """Add `a @ b` to `rows` of `out`, whose dtype may be wider."""
+def _add_product(out: Tensor, rows: Tensor | slice, a: Tensor, b: Tensor, into: Tensor | None = None) -> None:
+    """Add `a @ b` to `rows` of `out`, whose dtype may be wider; `into` [at least len(a), d] may be overwritten."""
     if not isinstance(rows, slice):
-        out.index_add_(0, rows, torch.mm(a, b).to(out.dtype))
+        product = torch.mm(a, b, out=None if into is None else into[: len(a)])
+        out.index_add_(0, rows, product.to(out.dtype))
     elif out.dtype == a.dtype:
         out[rows].addmm_(a, b)
     else:

@@ -1,6 +1,6 @@
 """Random arguments for the dynamic-k operators, and a way to force how the torch backend computes them."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from surgeon.kernels import torch_backend
 
 # Costs that make `_plan` take the way named unless every pair is selected, which is always dense.
-WAYS = {
-    "as planned": {"_FEW_TOKENS": 4},
-    "dense": {"_EXPERT_COST": 1e12, "_FEW_TOKENS": 0},
-    "by expert": {"_EXPERT_COST": 0, "_ROW_COST": 0, "_FEW_TOKENS": 0},
-    "by token": {"_RUN_COST": 0, "_ROW_COST": 1e12, "_READ_COST": 0, "_FEW_TOKENS": 10**9},
+WAYS: dict[str, dict[str, float]] = {
+    "as planned": {},
+    "dense": {"_EXPERT_COST": 1e12, "_COPY_COST": 1e12},
+    "by expert": {"_EXPERT_COST": -1e12, "_COPY_COST": 1e12},
+    "copies": {"_EXPERT_COST": 1e12, "_COPY_COST": -1e12},
 }
 
 
 def forced(way: str) -> AbstractContextManager[object]:
-    return patch.multiple(torch_backend, **WAYS[way])
+    return patch.multiple(torch_backend, **WAYS[way]) if WAYS[way] else nullcontext()
 
 
 class Arguments(NamedTuple):

@@ -134,7 +134,7 @@ def test_a_nan_stays_in_its_row_and_selects_everything(way: str, operator: objec
 
 
 @plain_and_gated
-@pytest.mark.parametrize("way", ["by expert", "by token"])
+@pytest.mark.parametrize("way", ["by expert", "copies"])
 def test_experts_nobody_selects_are_not_computed(way: str, gated: bool) -> None:
     args = arguments((7,), gated=gated)
     args.scores[:, [1, 4]] = -1.0

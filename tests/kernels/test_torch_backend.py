@@ -1,33 +1,53 @@
 """How the torch backend decides what to compute."""
 
+from typing import Literal
+
 import pytest
 import torch
 
-from surgeon.kernels.torch_backend import Experts, _ByExpert, _ByToken, _Dense, _plan, _runs
+from surgeon.kernels.torch_backend import Experts, _ByExpert, _plan, _Together
 
 
-def plan(tokens: int, experts: int, neurons: int, share: float, few_tokens: int = 4) -> object:
+def plan(tokens: int, experts: int, neurons: int, share: float, *, copies: bool = True) -> _ByExpert | _Together:
     w = torch.empty(experts, neurons, 768)
     mask = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).argsort(1) < share * experts
-    return _plan(mask, Experts(w, None, None, None, w), few_tokens)
+    return _plan(mask, Experts(w, None, None, None, w), copies=copies)
 
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "neurons", "share", "way"),
     [
-        (2048, 24, 128, 0.2, _ByExpert),
-        (2048, 24, 128, 0.95, _Dense),
-        (2048, 128, 24, 0.2, _ByExpert),
-        (2048, 128, 24, 0.6, _Dense),
-        (2048, 512, 6, 0.05, _ByExpert),
-        (2048, 512, 6, 0.3, _Dense),
-        (1, 24, 128, 0.2, _ByToken),
-        (1, 24, 128, 1.0, _Dense),
-        (8, 128, 24, 1.0, _Dense),
+        (2048, 24, 128, 0.2, "by expert"),
+        (2048, 24, 128, 0.95, "dense"),
+        (2048, 128, 24, 0.2, "by expert"),
+        (2048, 128, 24, 0.6, "dense"),
+        (2048, 512, 6, 0.05, "by expert"),
+        (2048, 512, 6, 0.3, "dense"),
+        (1, 24, 128, 0.2, "by expert"),
+        (1, 128, 24, 0.2, "copies"),
+        (1, 512, 6, 0.2, "copies"),
+        (1, 512, 6, 0.8, "dense"),
+        (1, 24, 128, 1.0, "dense"),
+        (8, 128, 24, 1.0, "dense"),
     ],
 )
-def test_plan_skips_only_where_that_is_faster(tokens: int, experts: int, neurons: int, share: float, way: type) -> None:
-    assert isinstance(plan(tokens, experts, neurons, share), way)
+def test_plan_skips_only_where_that_is_faster(
+    tokens: int, experts: int, neurons: int, share: float, way: Literal["by expert", "copies", "dense"]
+) -> None:
+    planned = plan(tokens, experts, neurons, share)
+    if way == "by expert":
+        assert isinstance(planned, _ByExpert)
+    else:
+        assert isinstance(planned, _Together)
+        assert (planned.used is not None) == (way == "copies")
+        assert (planned.mask is None) == (share == 1.0 or way == "copies")
+
+
+def test_plan_copies_nothing_where_gradients_are_written() -> None:
+    assert isinstance(plan(1, 512, 6, 0.02, copies=False), _ByExpert)
+    dense = plan(1, 512, 6, 0.2, copies=False)
+    assert isinstance(dense, _Together)
+    assert dense.used is None
 
 
 def test_plan_by_expert_lists_the_tokens() -> None:
@@ -35,26 +55,22 @@ def test_plan_by_expert_lists_the_tokens() -> None:
     mask[:, 0] = True
     mask[[5, 900], 7] = True
     w = torch.empty(24, 128, 768)
-    planned = _plan(mask, Experts(w, None, None, None, w), few_tokens=4)
+    planned = _plan(mask, Experts(w, None, None, None, w))
     assert isinstance(planned, _ByExpert)
     assert planned.rows[0] == slice(None)
+    assert isinstance(planned.rows[7], torch.Tensor)
     assert planned.rows[7].tolist() == [5, 900]
     assert [expert for expert, rows in enumerate(planned.rows) if rows is None] == [1, 2, 3, 4, 5, 6, *range(8, 24)]
+    assert planned.most == 2048
 
 
-def test_plan_masks_only_what_it_reads_across() -> None:
+def test_plan_masks_copies_that_not_every_token_selected() -> None:
     w = torch.empty(512, 6, 768)
-    mask = torch.zeros(1, 512, dtype=torch.bool)
-    mask[0, [3, 4, 6, 400]] = True
-    planned = _plan(mask, Experts(w, None, None, None, w), few_tokens=4)
-    assert isinstance(planned, _ByToken)
-    assert planned.runs == [[(3, 7), (400, 401)]]
-    assert planned.mask is mask
-    mask[0, 6] = False
-    assert _plan(mask, Experts(w, None, None, None, w), few_tokens=4) == _ByToken([[(3, 5), (400, 401)]], None)
-
-
-def test_runs() -> None:
-    assert _runs([], 5) == []
-    assert _runs([0, 1, 2, 5, 9], 0) == [(0, 3), (5, 6), (9, 10)]
-    assert _runs([0, 1, 2, 5, 9], 2) == [(0, 6), (9, 10)]
+    mask = torch.zeros(2, 512, dtype=torch.bool)
+    mask[0, [3, 4, 400]] = mask[1, [3, 4]] = True
+    planned = _plan(mask, Experts(w, None, None, None, w))
+    assert isinstance(planned, _Together)
+    assert planned.used is not None
+    assert planned.used.tolist() == [3, 4, 400]
+    assert planned.mask is not None
+    assert planned.mask.tolist() == [[True, True, True], [True, True, False]]
