@@ -5,15 +5,15 @@ Results are added to out [N, d_out], fp32, atomically.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: N803, SIM108
+# ruff: noqa: N803
 # Triton gives parameters their types when it compiles; the only annotation it reads is `constexpr`, and those are
 # constants. Conditions on them decide what is compiled, so each is a statement of its own.
 
 import triton
 import triton.language as tl
 
-from .elementwise import activate
-from .forward_kernels import project
+from .elementwise import gated_activation
+from .forward_kernels import add_ffn
 from .plan import runs
 
 MOST_TOKENS = 16
@@ -36,28 +36,10 @@ def decode_tokens(
     there = runs(score, least, COMPARE) & (token < N)
     if tl.sum(there.to(tl.int32), 0) == 0:
         return
-    token = token.to(tl.int64)
-    up, z = project(
-        x + token * d_in, there, w1, b1, gate, b_gate, expert, neuron, s, d_in,
-        ROWS, NEURONS, DEPTH, PRECISION, UPCAST,
+    add_ffn(
+        x, w1, b1, gate, b_gate, w2, out, expert, there, token.to(tl.int64), neuron, s, d_in, d_out,
+        ACTIVATION, ROWS, NEURONS, DEPTH, COLUMNS, PRECISION, UPCAST,
     )  # fmt: skip
-    if gate is not None:
-        h = activate(z, ACTIVATION) * up
-    else:
-        h = activate(up, ACTIVATION)
-    h = h.to(w2.dtype.element_ty)
-    if UPCAST:
-        h = h.to(tl.float32)
-    w_row = w2 + (expert * s + neuron) * d_out
-    for first in range(0, d_out, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        known = column < d_out
-        w = tl.load(w_row[:, None] + column[None, :], mask=(neuron < s)[:, None] & known[None, :], other=0.0)
-        if UPCAST:
-            w = w.to(tl.float32)
-        y = tl.dot(h, w, input_precision=PRECISION)
-        inside = there[:, None] & known[None, :]
-        tl.atomic_add(out + token[:, None] * d_out + column[None, :], y, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -85,15 +67,11 @@ def decode_one(
         up = tl.sum(up_parts, 1)
         if b1 is not None:
             up += tl.load(b1 + w_row, mask=known, other=0.0).to(tl.float32)
-        if gate is not None:
-            z = tl.sum(z_parts, 1)
-            if b_gate is not None:
-                z += tl.load(b_gate + w_row, mask=known, other=0.0).to(tl.float32)
-            h = activate(z, ACTIVATION) * up
-        else:
-            h = activate(up, ACTIVATION)
+        z = tl.sum(z_parts, 1)
+        if b_gate is not None:
+            z += tl.load(b_gate + w_row, mask=known, other=0.0).to(tl.float32)
         # Rounded like hidden values everywhere else.
-        h = h.to(w2.dtype.element_ty).to(tl.float32)
+        h = gated_activation(up, z, gate, ACTIVATION).to(w2.dtype.element_ty).to(tl.float32)
         for first in range(0, d_out, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
             at = w_row[:, None] * d_out + column[None, :]

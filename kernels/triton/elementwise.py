@@ -4,7 +4,7 @@ They follow `surgeon.kernels.activations`, also in what they do with NaN: `where
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: N803
+# ruff: noqa: N803, SIM108
 # Triton gives parameters their types when it compiles; the only annotation it reads is `constexpr`, and those are
 # constants. Conditions on them decide what is compiled, so each is a statement of its own.
 
@@ -35,6 +35,16 @@ def activate(z, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "identity")
         a = z
     return a
+
+
+@triton.jit
+def gated_activation(up, z, gate, ACTIVATION: tl.constexpr):
+    """act(z) · up, or act(up) if `gate` is None: nothing else about `gate` matters."""
+    if gate is not None:
+        h = activate(z, ACTIVATION) * up
+    else:
+        h = activate(up, ACTIVATION)
+    return h
 
 
 @triton.jit

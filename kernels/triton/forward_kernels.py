@@ -10,14 +10,14 @@ gives them, COLUMNS of the result.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: N803, SIM108
+# ruff: noqa: N803
 # Triton gives parameters their types when it compiles; the only annotation it reads is `constexpr`, and those are
 # constants. Conditions on them decide what is compiled, so each is a statement of its own.
 
 import triton
 import triton.language as tl
 
-from .elementwise import activate
+from .elementwise import gated_activation
 
 
 @triton.jit
@@ -64,6 +64,33 @@ def project(
 
 
 @triton.jit
+def add_ffn(
+    x, w1, b1, gate, b_gate, w2, out, expert, there, token, neuron, s, d_in, d_out,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add what some neurons of an expert give for the tokens that are `there` to out [N, d_out], fp32, atomically."""
+    up, z = project(
+        x + token * d_in, there, w1, b1, gate, b_gate, expert, neuron, s, d_in,
+        ROWS, NEURONS, DEPTH, PRECISION, UPCAST,
+    )  # fmt: skip
+    h = gated_activation(up, z, gate, ACTIVATION).to(w2.dtype.element_ty)
+    if UPCAST:
+        h = h.to(tl.float32)
+    w_row = w2 + (expert * s + neuron) * d_out
+    out_row = out + token * d_out
+    for first in range(0, d_out, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        known = column < d_out
+        w = tl.load(w_row[:, None] + column[None, :], mask=(neuron < s)[:, None] & known[None, :], other=0.0)
+        if UPCAST:
+            w = w.to(tl.float32)
+        y = tl.dot(h, w, input_precision=PRECISION)
+        inside = there[:, None] & known[None, :]
+        tl.atomic_add(out_row[:, None] + column[None, :], y, mask=inside, sem="relaxed")
+
+
+@triton.jit
 def fused(
     x, w1, b1, gate, b_gate, w2, out, start, first_tile, expert_of_tile, token_of_slot, E, s, d_in, d_out,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
@@ -74,28 +101,10 @@ def fused(
     neuron = tl.arange(0, NEURONS)
     for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
         expert, _, there, token = rows_of(tile, start, first_tile, expert_of_tile, token_of_slot, ROWS)
-        up, z = project(
-            x + token * d_in, there, w1, b1, gate, b_gate, expert, neuron, s, d_in,
-            ROWS, NEURONS, DEPTH, PRECISION, UPCAST,
+        add_ffn(
+            x, w1, b1, gate, b_gate, w2, out, expert, there, token, neuron, s, d_in, d_out,
+            ACTIVATION, ROWS, NEURONS, DEPTH, COLUMNS, PRECISION, UPCAST,
         )  # fmt: skip
-        if gate is not None:
-            h = activate(z, ACTIVATION) * up
-        else:
-            h = activate(up, ACTIVATION)
-        h = h.to(w2.dtype.element_ty)
-        if UPCAST:
-            h = h.to(tl.float32)
-        w_row = w2 + (expert * s + neuron) * d_out
-        out_row = out + token * d_out
-        for first in range(0, d_out, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
-            known = column < d_out
-            w = tl.load(w_row[:, None] + column[None, :], mask=(neuron < s)[:, None] & known[None, :], other=0.0)
-            if UPCAST:
-                w = w.to(tl.float32)
-            y = tl.dot(h, w, input_precision=PRECISION)
-            inside = there[:, None] & known[None, :]
-            tl.atomic_add(out_row[:, None] + column[None, :], y, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -113,10 +122,7 @@ def hidden(
             x + token * d_in, there, w1, b1, gate, b_gate, expert, neuron, s, d_in,
             ROWS, NEURONS, DEPTH, PRECISION, UPCAST,
         )  # fmt: skip
-        if gate is not None:
-            value = activate(z, ACTIVATION) * up
-        else:
-            value = activate(up, ACTIVATION)
+        value = gated_activation(up, z, gate, ACTIVATION)
         inside = there[:, None] & (neuron < s)[None, :]
         tl.store(h + slot[:, None] * s + neuron[None, :], value.to(h.dtype.element_ty), mask=inside)
 

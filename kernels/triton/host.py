@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -122,29 +122,22 @@ def _parts(scores: Tensor, width: int) -> Iterator[slice]:
     return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
 
 
-def _arithmetic(x: Tensor) -> dict[str, object]:
+def _arithmetic(x: Tensor) -> dict[str, Any]:
     return {"PRECISION": launch.precision(x.dtype, launch.chip(x.device).backend), "UPCAST": launch.upcasts(x.dtype)}
 
 
 def _decode_into(out: Tensor, x: Tensor, scores: Tensor, threshold: Tensor, experts: Experts, activation: str) -> None:
     (tokens, d_in), (count, neurons, _), d_out = x.shape, experts.w1.shape, out.shape[1]
-    sizes = _tiles.decode(launch.chip(x.device), x.dtype, tokens, neurons)
+    sizes = _tiles.decode(launch.chip(x.device), x.dtype, tokens, neurons, gated=experts.gate is not None)
     grid = (count * triton.cdiv(neurons, sizes.neurons),)
     tensors = (x, scores, threshold, *experts, out)
-    constants = {
-        "ACTIVATION": activation,
-        "COMPARE": _plan.comparison_type(scores, threshold),
-        "NEURONS": sizes.neurons,
-        "DEPTH": sizes.depth,
-        "COLUMNS": sizes.columns,
-        "warps": sizes.warps,
-        "stages": sizes.stages,
-    }
+    how: dict[str, Any] = {"ACTIVATION": activation, "COMPARE": _plan.comparison_type(scores, threshold)}
     if tokens == 1:
-        launch.launch(_decode.decode_one, grid, *tensors, neurons, d_in, d_out, **constants)
+        how |= sizes.constants("neurons", "depth", "columns")
+        launch.launch(_decode.decode_one, grid, *tensors, neurons, d_in, d_out, **how)
     else:
-        constants |= {"ROWS": sizes.rows, **_arithmetic(x)}
-        launch.launch(_decode.decode_tokens, grid, *tensors, tokens, count, neurons, d_in, d_out, **constants)
+        how |= sizes.constants("rows", "neurons", "depth", "columns") | _arithmetic(x)
+        launch.launch(_decode.decode_tokens, grid, *tensors, tokens, count, neurons, d_in, d_out, **how)
 
 
 def _fused_into(out: Tensor, x: Tensor, plan: Plan, experts: Experts, activation: str) -> None:
@@ -155,13 +148,8 @@ def _fused_into(out: Tensor, x: Tensor, plan: Plan, experts: Experts, activation
         (_tiles.programs(chip, sizes),),
         *(x, *experts, out, *plan.tiles(), count, neurons, d_in, d_out),
         ACTIVATION=activation,
-        ROWS=sizes.rows,
-        NEURONS=sizes.neurons,
-        DEPTH=sizes.depth,
-        COLUMNS=sizes.columns,
+        **sizes.constants("rows", "neurons", "depth", "columns"),
         **_arithmetic(x),
-        warps=sizes.warps,
-        stages=sizes.stages,
     )
 
 
@@ -175,12 +163,8 @@ def _hidden(x: Tensor, plan: Plan, experts: Experts, activation: str) -> Tensor:
         (_tiles.programs(chip, sizes),),
         *(x, *experts[:4], h, *plan.tiles(), count, neurons, d_in),
         ACTIVATION=activation,
-        ROWS=sizes.rows,
-        NEURONS=sizes.neurons,
-        DEPTH=sizes.depth,
+        **sizes.constants("rows", "neurons", "depth"),
         **_arithmetic(x),
-        warps=sizes.warps,
-        stages=sizes.stages,
     )
     return h
 
@@ -197,12 +181,8 @@ def _grad_hidden(grad: Tensor, x: Tensor, plan: Plan, experts: Experts, activati
         (_tiles.programs(chip, sizes),),
         *(grad, x, *experts, h, grad_up, grad_z, *plan.tiles(), count, neurons, d_in, d_out),
         ACTIVATION=activation,
-        ROWS=sizes.rows,
-        NEURONS=sizes.neurons,
-        DEPTH=sizes.depth,
+        **sizes.constants("rows", "neurons", "depth"),
         **_arithmetic(x),
-        warps=sizes.warps,
-        stages=sizes.stages,
     )
     return _Hidden(grad_up, grad_z, h)
 
@@ -223,12 +203,8 @@ def _add_products(plan: Plan, products: list[tuple[Tensor, Tensor]], out: Tensor
         (_tiles.programs(chip, sizes),),
         *(h, w, h_gate, w_gate, out, *plan.tiles(), count, neurons, d),
         ORDERED=ordered,
-        ROWS=sizes.rows,
-        NEURONS=sizes.neurons,
-        COLUMNS=sizes.columns,
+        **sizes.constants("rows", "neurons", "columns"),
         **_arithmetic(h),
-        warps=sizes.warps,
-        stages=sizes.stages,
     )
 
 
@@ -259,10 +235,6 @@ def _grad_weight(plan: Plan, factor: Tensor | None, rows: Tensor, grad_w: Tensor
         _backward.grad_weight,
         (count * triton.cdiv(neurons, sizes.neurons) * triton.cdiv(d, sizes.columns),),
         *(factor, rows, grad_w, grad_b, plan.start, plan.token_of_slot, neurons, d),
-        ROWS=sizes.rows,
-        NEURONS=sizes.neurons,
-        COLUMNS=sizes.columns,
+        **sizes.constants("rows", "neurons", "columns"),
         **_arithmetic(rows),
-        warps=sizes.warps,
-        stages=sizes.stages,
     )

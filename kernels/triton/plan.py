@@ -25,8 +25,8 @@ from . import launch
 LAUNCHES = 4
 """How many kernels `plan` launches."""
 
-# What one step takes: elements of a tile of scores (16 a thread); blocks and experts that are summed over.
-_SCORES, _BLOCKS, _SCAN = 2048, 64, 1024
+# What one step takes: elements of a tile of scores (16 a thread); blocks or experts summed over (8 a thread).
+_SCORES, _BLOCKS, _SCAN = 2048, 32, 1024
 
 
 class Plan(NamedTuple):
@@ -79,7 +79,8 @@ def plan(scores: Tensor, threshold: Tensor, rows: int, *, slot_of_pair: bool = F
     tile = {"TOKENS": tall, "EXPERTS": wide, "COMPARE": compare}
     start = {"warps": 4, "stages": 1}
     launch.launch(_count, (blocks, columns), scores, threshold, counts, tokens, experts, **tile, **start)
-    launch.launch(_add_blocks, (columns,), counts, total, blocks, experts, BLOCKS=_BLOCKS, EXPERTS=wide, **start)
+    summed = {"BLOCKS": _BLOCKS, "EXPERTS": wide, "warps": 8, "stages": 1}
+    launch.launch(_add_blocks, (columns,), counts, total, blocks, experts, **summed)
     scan = wide if experts <= wide else _SCAN
     launch.launch(_add_experts, (1,), total, made.start, made.first_tile, experts, ROWS=rows, EXPERTS=scan, **start)
     launch.launch(

@@ -7,19 +7,15 @@ There is no autotuning: it runs a kernel several times on the same output, which
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 
 from .launch import Chip
 
-FUSED_NEURONS = 128
-"""Up to how many neurons an expert's hidden values stay on the chip, in registers. Half as many if gated, which takes
-two accumulators, and half as many in fp32, which holds what they are multiplied with in registers too."""
-
+_FUSED_NEURONS = 128
 _EXPECTED_SHARE = 4  # one in so many pairs is taken to be selected: the host does not know
-_BIG_SHARED_MEMORY = 160 * 1024  # data-centre NVIDIA chips have at least this, others about 100 KiB, AMD 64 KiB
 
 
 class Tiles(NamedTuple):
@@ -41,6 +37,10 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    def constants(self, *names: Literal["rows", "neurons", "depth", "columns"]) -> dict[str, int]:
+        """Those of the sizes that a kernel has, by the names they have there, and how it is run."""
+        return {name.upper(): getattr(self, name) for name in names} | {"warps": self.warps, "stages": self.stages}
+
 
 def _padded(size: int, most: int) -> int:
     """The power of two that covers `size`, between what `tl.dot` needs and `most`."""
@@ -56,9 +56,18 @@ def rows(chip: Chip, dtype: torch.dtype, tokens: int) -> int:
     most = 64
     if dtype == torch.float32:
         most = 32
-    elif chip.backend == "cuda" and chip.capability >= 90 and chip.shared_memory > _BIG_SHARED_MEMORY:
+    elif chip.capability >= 90 and _roomy(chip):
         most = 128  # a warp group multiplies 64 rows at a time, from shared memory
     return _padded(triton.cdiv(tokens, _EXPECTED_SHARE), most)
+
+
+def most_fused(dtype: torch.dtype, *, gated: bool) -> int:
+    """Up to how many neurons an expert's hidden values stay on the chip, in registers.
+
+    Half as many if gated, which takes two accumulators, and half as many in fp32, which holds what they are multiplied
+    with in registers too.
+    """
+    return _FUSED_NEURONS // (2 if gated else 1) // (2 if dtype == torch.float32 else 1)
 
 
 def fuses(chip: Chip, dtype: torch.dtype, tokens: int, experts: int, neurons: int, rows: int, *, gated: bool) -> bool:
@@ -68,8 +77,7 @@ def fuses(chip: Chip, dtype: torch.dtype, tokens: int, experts: int, neurons: in
     the two kernels cut the work along neurons and columns too, for the price of writing and reading hidden values.
     """
     tiles = experts * triton.cdiv(triton.cdiv(tokens, _EXPECTED_SHARE), rows)
-    most = FUSED_NEURONS // (2 if gated else 1) // (2 if dtype == torch.float32 else 1)
-    return neurons <= most and tiles >= chip.processors
+    return neurons <= most_fused(dtype, gated=gated) and tiles >= chip.processors
 
 
 def programs(chip: Chip, tiles: Tiles) -> int:
@@ -82,12 +90,10 @@ def programs(chip: Chip, tiles: Tiles) -> int:
 
 def fused(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, gated: bool) -> Tiles:
     """Of `forward_kernels.fused`: accumulators of rows × neurons (twice if gated) and then rows × columns."""
-    wide = _padded(neurons, FUSED_NEURONS)
-    depth = 32 if dtype == torch.float32 or chip.backend == "hip" else 64
-    columns = 64
-    if chip.backend == "hip" or gated or dtype == torch.float32:
-        columns = 32
-    return Tiles(rows, wide, depth, columns, _warps(rows * max(wide, columns)), _stages(chip))
+    wide = _padded(neurons, most_fused(dtype, gated=gated))
+    columns = 32 if chip.backend == "hip" or gated else 64
+    warps = _warps(chip, dtype, rows * max(wide, columns))
+    return Tiles(rows, wide, _depth(chip, dtype), columns, warps, _stages(chip))
 
 
 def hidden(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products: int) -> Tiles:
@@ -97,8 +103,7 @@ def hidden(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products:
     """
     most = {1: 128, 2: 64, 3: 32}[products]
     wide = _padded(neurons, most // 2 if dtype == torch.float32 else most)
-    depth = 32 if dtype == torch.float32 or chip.backend == "hip" else 64
-    return Tiles(rows, wide, depth, 0, _warps(rows * wide), _stages(chip))
+    return Tiles(rows, wide, _depth(chip, dtype), 0, _warps(chip, dtype, rows * wide), _stages(chip))
 
 
 def combine(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products: int) -> Tiles:
@@ -109,33 +114,46 @@ def combine(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products
     """
     wide = _padded(neurons, 16 if dtype == torch.float32 else 32 if chip.backend == "hip" else 64)
     columns = 64 if dtype == torch.float32 or products == 2 else 128
-    return Tiles(rows, wide, 0, columns, _warps(rows * columns), _stages(chip) if products == 1 else 2)
+    return Tiles(rows, wide, 0, columns, _warps(chip, dtype, rows * columns), _stages(chip) if products == 1 else 2)
 
 
 def grad_weight(chip: Chip, dtype: torch.dtype, neurons: int) -> Tiles:
     """Of `backward_kernels.grad_weight`: an accumulator of neurons × columns and a sum over the pairs of an expert."""
-    deep = 32 if dtype == torch.float32 or chip.backend == "hip" else 64
     wide = _padded(neurons, 64)
     columns = 64 if dtype == torch.float32 else 128
-    return Tiles(deep, wide, 0, columns, _warps(wide * columns), _stages(chip))
+    return Tiles(_depth(chip, dtype), wide, 0, columns, _warps(chip, dtype, wide * columns), _stages(chip))
 
 
-def decode(chip: Chip, dtype: torch.dtype, tokens: int, neurons: int) -> Tiles:
+def decode(chip: Chip, dtype: torch.dtype, tokens: int, neurons: int, *, gated: bool) -> Tiles:
     """Of the kernels in `decode_kernels`: few neurons a program, so that a few selected experts still occupy the chip.
 
-    For one token 4 neurons, each read in a stretch long enough to keep memory busy; the fewer neurons, the more
-    additions to the output, one of each program to every element.
+    For one token 4 neurons, each read in a stretch long enough to keep memory busy, from one weight or half as long
+    from two; the fewer neurons, the more additions to the output, one of each program to every element.
     """
     if tokens == 1:
-        return Tiles(1, min(4, triton.next_power_of_2(neurons)), 512, 256, 4, 1)
+        return Tiles(1, min(4, triton.next_power_of_2(neurons)), 256 if gated else 512, 256, 4, 1)
     deep = 64 if dtype == torch.float32 else 128
     return Tiles(16, 16, deep, deep, 4, 2 if chip.backend == "hip" else 3)
 
 
-def _warps(elements: int) -> int:
-    """Eight warps from 32 elements a thread of four on: beside its value, one has a 64-bit address."""
-    return 8 if elements >= 32 * 128 else 4
+def _warps(chip: Chip, dtype: torch.dtype, elements: int) -> int:
+    """Eight warps from 32 elements a thread of four on: beside its value, one has a 64-bit address.
+
+    In fp32 on NVIDIA from 8 on: without tensor cores, what is multiplied is in registers too.
+    """
+    most = 8 if dtype == torch.float32 and chip.backend == "cuda" else 32
+    return 8 if elements >= most * 128 else 4
+
+
+def _depth(chip: Chip, dtype: torch.dtype) -> int:
+    """What is multiplied at a time along a sum. It waits in shared memory, and in part in registers."""
+    return 64 if _roomy(chip) and dtype != torch.float32 else 32
 
 
 def _stages(chip: Chip) -> int:
-    return 3 if chip.backend == "cuda" and chip.shared_memory > _BIG_SHARED_MEMORY else 2
+    return 3 if _roomy(chip) else 2
+
+
+def _roomy(chip: Chip) -> bool:
+    """Whether shared memory is that of a data-centre NVIDIA chip: others have about 100 KiB, AMD's 64 KiB."""
+    return chip.backend == "cuda" and chip.shared_memory > 160 * 1024

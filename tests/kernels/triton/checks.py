@@ -108,7 +108,7 @@ def forced(case: Case) -> Iterator[None]:
         names = ("hidden", "combine", "grad_weight")
         sizes = {name: lambda *_, **__: small for name in names}
         decoding = small._replace(rows=16, neurons=16 if case.tokens > 1 else 4)
-        sizes |= {"fused": lambda *_, **__: whole, "decode": lambda *_: decoding}
+        sizes |= {"fused": lambda *_, **__: whole, "decode": lambda *_, **__: decoding}
         ways = {
             "rows": lambda *_: case.rows,
             "fuses": lambda *_, **__: case.way == "fused",

@@ -153,6 +153,11 @@ def source_of(one: Launch) -> ASTSource:
     return ASTSource(one.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
+def distinct(launches: list[Launch]) -> list[Launch]:
+    """One launch of each that Triton would compile anew."""
+    return list({(source_of(one).hash(), one.warps, one.stages): one for one in launches}.values())
+
+
 def build(one: Launch, target: GPUTarget, scratch: Path) -> Built:
     """Compile a launch for a chip."""
     options = {"num_warps": one.warps, "num_stages": one.stages, "enable_fp_fusion": True}
