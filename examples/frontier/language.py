@@ -28,7 +28,7 @@ DENSE, TUNING, RECOVERY = 500, 150, 50
 WIDTH, LAYERS, HEADS = 320, 6, 5
 LR = 1e-3
 PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "steps": 100}
-TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+TAUS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
 @cache

@@ -87,7 +87,6 @@ STUDY = Study(
                 Lower(),
             ],
             TAUS,
-            budgets=(0.3, 0.35),
             oracle=True,
         ),
     },
