@@ -64,7 +64,7 @@ def examine(device: torch.device, threads: int, dtypes: Sequence[str] = (), seco
 
 def _kernels() -> str:
     state = cpu.load()
-    return f"native, {state.instruction_set}" if state.path is not None else f"torch backend ({state.why})"
+    return f"native, {state.instruction_set}" if state.path is not None else f"torch backend ({state.why.rstrip('.')})"
 
 
 def _gemm(device: torch.device, dtype: str, threads: int, seconds: float) -> float:
