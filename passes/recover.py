@@ -44,6 +44,7 @@ class Recover(FineTunedPass[MoESite]):
 
     tau: float = option(0.3, "The largest tau that the model is trained at; its own tau stays.")
     router_weight: float = option(0.1, "Weight of the routers' loss beside the model's.")
+    router_lr: float = option(1e-3, "Learning rate of AdamW for the routers, which have to follow the experts.")
     epochs: float = option(1.0, "How often fine-tuning goes through the data.")
 
     def __post_init__(self) -> None:
@@ -52,6 +53,8 @@ class Recover(FineTunedPass[MoESite]):
             raise UsageError(f"recover: tau is {self.tau}, but must be from 0 to 1.")
         if self.router_weight < 0:
             raise UsageError(f"recover: router_weight is {self.router_weight}, but must not be negative.")
+        if not self.router_lr > 0:
+            raise UsageError(f"recover: router_lr is {self.router_lr}, but must be positive.")
 
     def keeps_output(self, fitted: bool) -> bool:
         return not fitted
@@ -111,6 +114,11 @@ class Recover(FineTunedPass[MoESite]):
                 graph, context.data, self.plan(), context.settings, "recover",
                 watched=[n for names in inputs.values() for n in names],
                 penalise=penalise, distill=self.distill, stateful=(drawn,),
+                own_rates={
+                    f"{path}.router.{name}": self.router_lr
+                    for path in inputs
+                    for name, _ in layer(path).router.named_parameters()
+                },
             )  # fmt: skip
         finally:
             for path, tau in taus.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ def finetune(
     watched: Sequence[str] = (),
     penalise: Penalise | None = None,
     distill: float = 0.0,
+    own_rates: Mapping[str, float] | None = None,
     stateful: Sequence[Stateful] = (),
 ) -> FitReport:
     """Train all parameters of the graph, which gets copies of its own; returns with the graph's mode as it was.
@@ -41,6 +42,7 @@ def finetune(
         watched: names of nodes whose values `penalise` gets.
         distill: weight of the divergence from the model before the first pass, `settings.original`; the task's loss has
             the rest.
+        own_rates: learning rates of those parameters, by name, that get another one than the plan's.
 
     Raises:
         UsageError: every parameter is frozen, the task is unknown, or there is no model to distill from.
@@ -73,7 +75,8 @@ def finetune(
             total, shown = total + extra, shown | more
         return total, shown
 
-    return fit(parameters, loss, data, plan, settings, what, stateful=stateful)
+    rates = {graph.get_parameter(name): rate for name, rate in (own_rates or {}).items()}
+    return fit(parameters, loss, data, plan, settings, what, own_rates=rates, stateful=stateful)
 
 
 def divergence(teacher: GraphModule, outputs: object, batch: Batch) -> Tensor:

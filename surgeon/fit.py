@@ -12,7 +12,8 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,12 +119,14 @@ def fit(
     settings: Settings,
     what: str,
     *,
+    own_rates: Mapping[nn.Parameter, float] | None = None,
     stateful: Sequence[Stateful] = (),
 ) -> FitReport:
     """Optimise the parameters and leave everything else as it is.
 
     Args:
         loss: of one batch, called `plan.accumulate` times for every step.
+        own_rates: learning rates of those parameters that get another one than the plan's.
         stateful: what else changes in the course of the fit and belongs into its checkpoints.
 
     Raises:
@@ -143,7 +146,11 @@ def fit(
     frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+    by_rate: dict[float, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        by_rate[(own_rates or {}).get(parameter, plan.lr)].append(parameter)
+    groups = [{"params": members, "lr": rate} for rate, members in by_rate.items()]
+    optimizer = torch.optim.AdamW(groups, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.rate(step / total))
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     checkpoint = _Checkpoint(accelerator, [trained, *stateful], settings, what)

@@ -75,6 +75,15 @@ def test_sees_every_batch_of_every_epoch_and_how_far_it_is() -> None:
     assert [done for _, done in problem.seen] == pytest.approx([step / 6 for step in range(6)])
 
 
+def test_a_parameter_with_its_own_rate_keeps_it_all_along() -> None:
+    problem, data = Problem(), Data.of(regression())
+    weight, bias = problem.layer.weight, problem.layer.bias
+    before = weight.detach().clone(), bias.detach().clone()
+    fit([weight, bias], problem.loss, data, PLAN, Settings(), "the fit", own_rates={bias: 0.0})
+    assert torch.equal(bias, before[1])
+    assert float((weight.detach() - before[0]).abs().max()) > 0.1
+
+
 def test_steps_overrule_epochs() -> None:
     assert Problem().fit(regression(3), Plan(epochs=100, steps=4, lr=0.1)).steps == 4
 

@@ -60,6 +60,16 @@ def test_everything_is_trained_and_tau_stays(converted: TracedGraph) -> None:
     assert {site.form for site in find_moes(graph)} == {"module"}
 
 
+def test_routers_have_a_rate_of_their_own(converted: TracedGraph) -> None:
+    graph = own(converted)
+    before = {name: value.clone() for name, value in graph.state_dict().items()}
+    Recover(steps=5, lr=1e-9, router_lr=1e-2).apply(graph, data=DATA)
+    moved = {name: float((value - before[name]).abs().max()) for name, value in graph.state_dict().items()}
+    routers = {name for name in moved if ".router." in name}
+    assert routers
+    assert all((size > 1e-3) == (name in routers) for name, size in moved.items()), moved
+
+
 def test_the_graph_it_came_from_is_left_alone(converted: TracedGraph) -> None:
     before = {name: value.clone() for name, value in converted.state_dict().items()}
     Pipeline([Recover(steps=3, lr=1e-2)]).run(converted, inputs=vectors(), data=DATA)
@@ -169,6 +179,7 @@ def test_a_dry_run_shows_that_nothing_was_trained(converted: TracedGraph) -> Non
     ({"tau": 1.5}, "tau is 1.5, but must be from 0 to 1"),
     ({"distill": -0.1}, "distill is -0.1, but must be from 0 to 1"),
     ({"router_weight": -1.0}, "router_weight is -1.0, but must not be negative"),
+    ({"router_lr": 0.0}, "router_lr is 0.0, but must be positive"),
 ])  # fmt: skip
 def test_wrong_options(options: Any, words: str) -> None:
     with pytest.raises(UsageError, match=f"recover: {words}"):
