@@ -30,14 +30,14 @@ from surgeon.passes.trained import TrainedPass
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import replace_call
 from surgeon.router_fitting import by_trunk, fit_from_neurons, running_at, train_routers
-from surgeon.routing import Objective, Router
+from surgeon.routing import Labels, Objective, Router
 from surgeon.search import find_ffns
 from surgeon.shared_trunk import trunk_groups, trunk_of
 from surgeon.sites import FFN, FFNWeights, Rejection
 
 log = logging.getLogger("surgeon")
 
-RouterKind = Literal["trained", "neurons"]
+RouterKind = Literal["trained", "neurons", "centres"]
 
 # Expert size aimed at when neither `experts` nor `expert_size` is given.
 _USUAL_SIZE = 32
@@ -51,11 +51,11 @@ _SPLIT_TOKENS = 4096
 class _Seen:
     """What is known of a site before it is rewritten.
 
-    router_width: of its router's trunk. x: inputs [N, d_in] if there is data. group: paths of the sites with which it
-    shares the trunk, itself included.
+    router_width: of its router's trunk, None if it has none. x: inputs [N, d_in] if there is data. group: paths of
+    the sites with which it shares the trunk, itself included.
     """
 
-    router_width: int
+    router_width: int | None
     x: Tensor | None
     group: tuple[str, ...]
 
@@ -96,8 +96,11 @@ class Moeify(TrainedPass[FFN]):
     router: RouterKind = option(
         "neurons",
         "neurons: closed form, from the layer's own neurons, then trained unless epochs is 0. trained: from random "
-        "weights (as published: with objective=norm, split=weights, router_width=128, share_trunk=false).",
+        "weights (as published: with objective=norm, split=weights, router_width=128, share_trunk=false). centres: "
+        "from the means of the experts' normalised weight rows (MoEfication, with objective=activation), then trained "
+        "unless epochs is 0.",
     )
+    router_depth: int = option(2, "Linear layers of the router: 2, or 1, which has no width and no trunk to share.")
     router_width: int | None = option(
         None, "Hidden width of the router. By default what costs 2.5% of what it routes, 8 to 128."
     )
@@ -109,6 +112,9 @@ class Moeify(TrainedPass[FFN]):
         "What the router predicts: relative (norms of the experts' outputs, to the token's largest); with "
         "router=trained also norm (as published), log (of relative, with a floor of 1% of the largest) or activation "
         "(sums, cross entropy: MoEfication).",
+    )
+    labels: Labels = option(
+        "output", "Whose norms those are: output, the experts' (as published), or hidden, their activations'."
     )
     layer_by_layer: bool = option(
         False,
@@ -132,8 +138,8 @@ class Moeify(TrainedPass[FFN]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.optimises and self.router != "neurons":
-            raise UsageError("moeify: epochs is 0, which leaves a router random unless router is neurons.")
+        if not self.optimises and self.router == "trained":
+            raise UsageError("moeify: epochs is 0, which leaves a router random unless router is neurons or centres.")
         if self.experts is not None and self.expert_size is not None:
             raise UsageError("moeify: give experts or expert_size, not both.")
         for name in ("experts", "expert_size", "router_width"):
@@ -150,16 +156,25 @@ class Moeify(TrainedPass[FFN]):
             raise UsageError(f"moeify: underestimate is {self.underestimate}, but must be positive.")
         for name, known in (
             ("rule", RULES), ("split", get_args(Split)), ("router", get_args(RouterKind)),
-            ("objective", get_args(Objective)),
+            ("objective", get_args(Objective)), ("labels", get_args(Labels)), ("router_depth", (1, 2)),
         ):  # fmt: skip
             if getattr(self, name) not in known:
-                raise UsageError(f"moeify: {name} is '{getattr(self, name)}'; it can be {', '.join(known)}.")
+                raise UsageError(f"moeify: {name} is '{getattr(self, name)}'; it can be {', '.join(map(str, known))}.")
         if self.underestimate != 1.0 and self.objective == "activation":
             raise UsageError(
                 "moeify: underestimate weighs errors of regression, and the objective activation has none."
             )
         if self.router == "neurons" and self.objective != "relative":
             raise UsageError(f"moeify: the objective {self.objective} needs router=trained.")
+        if self.router == "centres" and self.objective != "activation":
+            raise UsageError("moeify: router=centres scores by activations: it needs objective=activation.")
+        if self.objective == "activation" and self.labels != "output":
+            raise UsageError("moeify: labels says whose norms are predicted, and objective=activation predicts sums.")
+        if self.router_depth == 1 and self.router == "neurons":
+            raise UsageError("moeify: router=neurons has two layers, as neurons are its features; take router=trained.")
+        if self.router_width is not None and (self.router_depth == 1 or self.router == "centres"):
+            what = "a router of one layer has none" if self.router_depth == 1 else "centres make it that of the experts"
+            raise UsageError(f"moeify: router_width is {self.router_width}, but {what}.")
 
     def find(self, graph: GraphModule) -> tuple[Sequence[FFN], list[Rejection]]:
         return find_ffns(graph)
@@ -199,7 +214,7 @@ class Moeify(TrainedPass[FFN]):
             raise UsageError("moeify: split=activations and shared need data to see which neurons are active.")
         return {
             site.path: _Seen(self._width(group), inputs.get(site.path), tuple(one.path for one in group))
-            for group in (trunk_groups(graph, sites) if self.share_trunk else [[site] for site in sites])
+            for group in (trunk_groups(graph, sites) if self._shares_trunks else [[site] for site in sites])
             for site in group
         }
 
@@ -216,7 +231,11 @@ class Moeify(TrainedPass[FFN]):
         moe.rule = self.rule
         trunk = trunk_of(graph, site, seen.group) if len(seen.group) > 1 else None
         if trunk is not None:
+            assert router.fc1 is not None
             router.fc1.weight, router.fc1.bias = trunk.weight, trunk.bias
+        if self.router == "centres":
+            rows = moe.routed.w1 if moe.routed.gate is None else moe.routed.gate
+            router.start_from_centres(rows.detach())
         moe.train(graph.training)
         path = free_target(graph, site.path, "moe")
         graph.add_submodule(path, moe)
@@ -228,7 +247,7 @@ class Moeify(TrainedPass[FFN]):
         return SiteChange(
             site.path,
             site.describe,
-            f"{after.describe}, router {'shared' if trunk is not None else seen.router_width}",
+            f"{after.describe}, router {'shared' if trunk is not None else seen.router_width or 'linear'}",
             (site.parameters(graph), parameters),
             (site.multiply_adds, after.multiply_adds),
             (site.calls[-1].output.name, names[-1]),
@@ -247,7 +266,7 @@ class Moeify(TrainedPass[FFN]):
         if self.router == "neurons":
             for part in parts.values():
                 of_part = {moe: inputs[moe] for moe in part}
-                fit_from_neurons(graph, of_part, context.data, context.settings)
+                fit_from_neurons(graph, of_part, context.data, context.settings, self.labels)
         if not self.optimises:
             return FitReport(0, 0.0, 0.0, ())
         if self.exposure:
@@ -264,6 +283,7 @@ class Moeify(TrainedPass[FFN]):
                     context.settings,
                     what,
                     objective=self.objective,
+                    labels=self.labels,
                     underestimate=self.underestimate,
                 )
                 for what, part in parts.items()
@@ -318,8 +338,17 @@ class Moeify(TrainedPass[FFN]):
         near = nearest_divisors(site.hidden, max(1, site.hidden // _USUAL_SIZE))
         return min(near, key=lambda n: abs(site.hidden / n - _USUAL_SIZE))
 
-    def _width(self, group: Sequence[FFN]) -> int:
-        """Width of the trunk of a group of layers that share it."""
+    @property
+    def _shares_trunks(self) -> bool:
+        # Centres are a layer's own.
+        return self.share_trunk and self.router_depth == 2 and self.router != "centres"
+
+    def _width(self, group: Sequence[FFN]) -> int | None:
+        """Width of the trunk of a group of layers that share it, None if there is none."""
+        if self.router_depth == 1:
+            return None
+        if self.router == "centres":
+            return self._experts(group[0]) - self.shared
         if self.router_width is not None:
             return self.router_width
         routed = sum(site.multiply_adds for site in group)
@@ -327,7 +356,7 @@ class Moeify(TrainedPass[FFN]):
         width = int(_ROUTER_SHARE * routed / (group[0].d_in + outputs))
         return max(_NARROWEST, min(_WIDEST, width // 8 * 8))
 
-    def _router(self, site: FFN, weights: FFNWeights, experts: int, width: int) -> Router:
+    def _router(self, site: FFN, weights: FFNWeights, experts: int, width: int | None) -> Router:
         outputs = {"log": "exp", "activation": "sigmoid"}
         neurons = self.router == "neurons"
         return Router(

@@ -12,7 +12,7 @@ from surgeon.fit import Plan, Precision, Schedule
 from surgeon.passes.base import Pass, Site, option
 
 # Options that mean something only where something is trained, all of them fields of `Plan`.
-_OF_THE_PLAN = frozenset({"lr", "weight_decay", "schedule", "warmup", "clip", "accumulate", "precision"})
+_OF_THE_PLAN = frozenset({"lr", "beta2", "weight_decay", "schedule", "warmup", "clip", "accumulate", "precision"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class TrainedPass(Pass[Site], ABC):
     epochs: float = option(3.0, "How often training goes through the data.")
     steps: int | None = option(None, "Optimiser steps, instead of epochs.")
     lr: float = option(1e-3, "Learning rate of AdamW.")
+    beta2: float = option(0.999, "AdamW's decay of the mean of squared gradients (beta1 is 0.9).")
     weight_decay: float = option(0.0, "Weight decay of AdamW.")
     schedule: Schedule = option("linear", "Learning rate over time: constant, linear or cosine (to zero).")
     warmup: float = option(0.0, "Share of the training in which the learning rate first rises linearly from 0.")
@@ -51,8 +52,9 @@ class TrainedPass(Pass[Site], ABC):
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise UsageError(f"{self.name}: {name} is '{getattr(self, name)}'; it can be {known}.")
-        if not 0.0 <= self.warmup < 1.0:
-            raise UsageError(f"{self.name}: warmup is {self.warmup}, but must be at least 0 and below 1.")
+        for name in ("warmup", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UsageError(f"{self.name}: {name} is {getattr(self, name)}, but must be at least 0 and below 1.")
         if self.accumulate < 1:
             raise UsageError(f"{self.name}: accumulate is {self.accumulate}, but must be at least 1.")
         if not self.optimises:

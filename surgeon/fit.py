@@ -74,6 +74,7 @@ class Plan:
     schedule: of the learning rate, after the share `warmup` of the steps in which it rises linearly from 0.
     clip: largest gradient norm. accumulate: batches for one step, with the mean of their gradients.
     precision: "bfloat16" computes the loss in mixed precision; the parameters keep their type.
+    beta2: AdamW's second beta; the first is 0.9.
     """
 
     epochs: float
@@ -85,6 +86,7 @@ class Plan:
     warmup: float = 0.0
     accumulate: int = 1
     precision: Precision = "float32"
+    beta2: float = 0.999
 
     def total_steps(self, data: Data) -> int:
         """Optimiser steps of the whole fit.
@@ -150,7 +152,9 @@ def fit(
     for parameter in parameters:
         by_rate[(own_rates or {}).get(parameter, plan.lr)].append(parameter)
     groups = [{"params": members, "lr": rate} for rate, members in by_rate.items()]
-    optimizer = torch.optim.AdamW(groups, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=plan.lr, betas=(0.9, plan.beta2), weight_decay=plan.weight_decay, fused=True
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.rate(step / total))
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     checkpoint = _Checkpoint(accelerator, [trained, *stateful], settings, what)

@@ -18,7 +18,7 @@ from surgeon.moe import MoE
 from surgeon.padding import real_tokens
 from surgeon.report import FitReport
 from surgeon.rewrite import Capture
-from surgeon.routing import Objective, fit_closed_form, router_loss, target
+from surgeon.routing import Labels, Objective, fit_closed_form, router_loss, target
 
 # Tokens that routers are fitted on in closed form.
 _TOKENS = 16384
@@ -31,17 +31,19 @@ def by_trunk(layers: Iterable[MoE]) -> list[list[MoE]]:
     """The layers, those together whose routers share a trunk."""
     groups: dict[int, list[MoE]] = defaultdict(list)
     for moe in layers:
-        groups[id(moe.router.fc1.weight)].append(moe)
+        groups[id(moe.router.first.weight)].append(moe)
     return list(groups.values())
 
 
-def fit_from_neurons(graph: TracedGraph, inputs: Inputs, data: Data, settings: Settings) -> None:
+def fit_from_neurons(
+    graph: TracedGraph, inputs: Inputs, data: Data, settings: Settings, labels: Labels = "output"
+) -> None:
     """Fit every router in closed form from its layer's own neurons (`surgeon.routing.fit_closed_form`), to be relative.
 
     A layer that is executed several times is fitted on the inputs of all its executions.
 
     Args:
-        graph: what the inputs are read from.
+        graph: what the inputs are read from. labels: the norms of what they predict.
     """
     groups = by_trunk(inputs)
     names = {place: [name for moe in group for name in inputs[moe]] for place, group in enumerate(groups)}
@@ -53,6 +55,7 @@ def fit_from_neurons(graph: TracedGraph, inputs: Inputs, data: Data, settings: S
                 values[place],
                 [(moe.routed, moe.activation) for moe in group],
                 "relative",
+                labels,
             )
 
 
@@ -65,6 +68,7 @@ def train_routers(
     what: str,
     *,
     objective: Objective,
+    labels: Labels = "output",
     underestimate: float = 1.0,
 ) -> FitReport:
     """Train the routers, and nothing else, to predict what the objective says of the experts' outputs.
@@ -72,6 +76,7 @@ def train_routers(
     Args:
         graph: what the inputs are read from. It is run in evaluation mode, as far as the inputs need.
         what: name of the fit, and of its checkpoint.
+        labels: the norms of what the objective speaks of.
         underestimate: weight of the errors of scores that are too low.
 
     Raises:
@@ -87,7 +92,7 @@ def train_routers(
             for name in names:
                 x = real_tokens(batch, values[name])
                 with torch.no_grad():
-                    wanted = target(objective, x, moe.routed, moe.activation)
+                    wanted = target(objective, x, moe.routed, moe.activation, labels)
                 # Cross entropy wants logits: scores that are exactly 0 or 1 have no gradient.
                 given = moe.router.logits(x) if objective == "activation" else moe.router(x)
                 losses.append(router_loss(objective, given, wanted, underestimate))

@@ -18,6 +18,7 @@ from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.torch_backend import Experts, hidden
 
 Objective = Literal["norm", "relative", "log", "activation"]
+Labels = Literal["output", "hidden"]
 Output = Literal["abs", "softplus", "exp", "sigmoid"]
 Step = Callable[..., Any]
 
@@ -45,13 +46,16 @@ class Router(nn.Module):
 
     hidden: "relu", or "tanh" as in MoEfication. output: "abs" as published, "softplus" of a regression, or "exp" and
     "sigmoid" as objectives need.
-    fc1, the trunk, may be shared by the routers of several layers that read the same input.
+    fc1, the trunk, may be shared by the routers of several layers that read the same input; a router of one linear
+    layer, |W x|, has none.
     """
+
+    fc1: nn.Linear | None
 
     def __init__(
         self,
         d_in: int,
-        width: int,
+        width: int | None,
         experts: int,
         *,
         bias: bool = False,
@@ -59,12 +63,30 @@ class Router(nn.Module):
         output: Output = "abs",
         like: Tensor | None = None,
     ) -> None:
-        """Make a router with random weights, of the device and dtype of `like`."""
+        """Make a router with random weights, of the device and dtype of `like`; width None: of one linear layer."""
         super().__init__()
         device, dtype = (None, None) if like is None else (like.device, like.dtype)
-        self.fc1 = nn.Linear(d_in, width, bias=bias, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(width, experts, bias=bias, device=device, dtype=dtype)
+        options: Any = {"bias": bias, "device": device, "dtype": dtype}
+        self.fc1 = None if width is None else nn.Linear(d_in, width, **options)
+        self.fc2 = nn.Linear(d_in if width is None else width, experts, **options)
         self.hidden, self.output = hidden, output
+
+    @property
+    def first(self) -> nn.Linear:
+        """The linear layer that reads the input."""
+        return self.fc2 if self.fc1 is None else self.fc1
+
+    def start_from_centres(self, rows: Tensor) -> None:
+        """Score by the product of x and the mean of an expert's normalised weight rows (MoEfication's "param centre").
+
+        Args:
+            rows: [experts, s, d_in]. Of two layers the second becomes the identity, so the first is as wide as there
+                are experts.
+        """
+        with torch.no_grad():
+            self.first.weight.copy_(F.normalize(rows.float(), dim=-1).mean(1))
+            if self.fc1 is not None:
+                nn.init.eye_(self.fc2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Score the experts."""
@@ -84,16 +106,19 @@ class Router(nn.Module):
             bias = () if layer.bias is None else (parameter(f"{name}.bias"),)
             return step(aten.linear.default, x, parameter(f"{name}.weight"), *bias)
 
-        return linear(step(_HIDDEN[self.hidden], linear(x, self.fc1, "fc1")), self.fc2, "fc2")
+        if self.fc1 is not None:
+            x = step(_HIDDEN[self.hidden], linear(x, self.fc1, "fc1"))
+        return linear(x, self.fc2, "fc2")
 
 
-def expert_norms(x: Tensor, experts: Experts, activation: str) -> Tensor:
+def expert_norms(x: Tensor, experts: Experts, activation: str, labels: Labels = "output") -> Tensor:
     """The L2 norm of every expert's output, b2 left out (D2DMoE, section 3.3): x [N, d_in] → [N, E], float32.
 
-    Through the Gram matrix of each expert's output weights, ‖h W2‖² = h (W2 W2ᵀ) hᵀ, so that no [E, N, d_out] is ever
-    held.
+    Or that of its hidden activations, if `labels` says so. Through the Gram matrix of each expert's output weights,
+    ‖h W2‖² = h (W2 W2ᵀ) hᵀ, so that no [E, N, d_out] is ever held.
     """
-    return _norms(_hidden(x, experts, activation), experts.w2)
+    h = _hidden(x, experts, activation)
+    return h.norm(dim=-1) if labels == "hidden" else _norms(h, experts.w2)
 
 
 def activation_sums(x: Tensor, experts: Experts, activation: str) -> Tensor:
@@ -116,16 +141,17 @@ def _norms(h: Tensor, w2: Tensor) -> Tensor:
     return squared.clamp_min(0.0).sqrt().t()
 
 
-def target(objective: Objective, x: Tensor, experts: Experts, activation: str) -> Tensor:
+def target(objective: Objective, x: Tensor, experts: Experts, activation: str, labels: Labels = "output") -> Tensor:
     """What the router's last linear should give for "log", and its scores for the others: [N, d_in] → [N, E].
 
-    norm: the norms of the experts' outputs (D2DMoE). relative: those over the token's largest, which is all that the
-    rules compare. log: the logarithm of that. activation: sums of activations over the batch's largest (MoEfication).
+    norm: the norms of the experts' outputs (D2DMoE), or of what `labels` says. relative: those over the token's
+    largest, which is all that the rules compare. log: the logarithm of that. activation: sums of activations over the
+    batch's largest (MoEfication).
     """
     if objective == "activation":
         sums = activation_sums(x, experts, activation)
         return sums / sums.amax().clamp_min(1e-12)
-    norms = expert_norms(x, experts, activation)
+    norms = expert_norms(x, experts, activation, labels)
     if objective == "norm":
         return norms
     shares = norms / norms.amax(-1, keepdim=True).clamp_min(1e-12)
@@ -152,6 +178,7 @@ def fit_closed_form(
     x: Tensor,
     layers: Sequence[tuple[Experts, str]],
     objective: Objective,
+    labels: Labels = "output",
 ) -> None:
     """Set the weights of routers that share a trunk without training: neurons as features, then ridge regression.
 
@@ -161,26 +188,27 @@ def fit_closed_form(
     Args:
         routers: with biases and ReLU; all with the same fc1. layers: (weights, activation) of each, in the same order.
         x: [N, d_in] inputs of the layers; some thousands.
-        objective: what to predict.
+        objective, labels: what to predict.
     """
     trunk = routers[0].fc1
+    assert trunk is not None
     assert trunk.bias is not None
     candidates = [_first_linear(experts) for experts, _ in layers]
     rows = torch.cat([weight for weight, _ in candidates])
     bias = torch.cat([offset for _, offset in candidates])
     features = F.relu(F.linear(x, rows, bias)).double()
-    wanted = [target(objective, x, experts, activation) for experts, activation in layers]
+    wanted = [target(objective, x, experts, activation, labels) for experts, activation in layers]
     # Of equal weight, whatever the scale of a layer's targets.
-    labels = torch.cat([(w - w.mean(0)) / w.std().clamp_min(1e-12) for w in wanted], dim=1).double()
-    chosen = _forward_selection(features - features.mean(0), labels, trunk.out_features)
+    scaled = torch.cat([(w - w.mean(0)) / w.std().clamp_min(1e-12) for w in wanted], dim=1).double()
+    chosen = _forward_selection(features - features.mean(0), scaled, trunk.out_features)
     with torch.no_grad():
         trunk.weight.copy_(rows[chosen])
         trunk.bias.copy_(bias[chosen])
         inputs = F.pad(features[:, chosen], (0, 1), value=1.0)
         gram = inputs.t() @ inputs
         gram.diagonal()[:-1].add_(_RIDGE * gram.diagonal()[:-1].mean().clamp_min(1e-12))
-        for router, labels_of in zip(routers, wanted, strict=True):
-            solution = torch.linalg.lstsq(gram, inputs.t() @ labels_of.double()).solution
+        for router, norms in zip(routers, wanted, strict=True):
+            solution = torch.linalg.lstsq(gram, inputs.t() @ norms.double()).solution
             router.fc2.weight.copy_(solution[:-1].t())
             router.fc2.bias.copy_(solution[-1])
 

@@ -84,6 +84,18 @@ def test_a_parameter_with_its_own_rate_keeps_it_all_along() -> None:
     assert float((weight.detach() - before[0]).abs().max()) > 0.1
 
 
+def test_beta2_is_that_of_the_optimizer() -> None:
+    data, torch_model = regression(), Problem()
+    problem = Problem()
+    problem.fit(data, replace(PLAN, beta2=0.5, schedule="constant", clip=None, steps=4, weight_decay=0.0))
+    optimizer = torch.optim.AdamW(torch_model.layer.parameters(), lr=PLAN.lr, betas=(0.9, 0.5), weight_decay=0.0)
+    for x, y in data[:4]:
+        optimizer.zero_grad()
+        (torch_model.layer(x) - y).square().mean().backward()
+        optimizer.step()
+    assert torch.allclose(problem.layer.weight, torch_model.layer.weight, atol=1e-6)
+
+
 def test_steps_overrule_epochs() -> None:
     assert Problem().fit(regression(3), Plan(epochs=100, steps=4, lr=0.1)).steps == 4
 

@@ -118,6 +118,29 @@ def test_steps_write_down_what_forward_computes(bias: bool) -> None:
     assert sorted(asked) == sorted(name for name, _ in router.named_parameters())
 
 
+def test_router_of_one_layer() -> None:
+    torch.manual_seed(0)
+    router = Router(D, None, E)
+    assert list(dict(router.named_parameters())) == ["fc2.weight"]
+    assert torch.equal(router(X), (X @ router.fc2.weight.t()).abs())
+    assert router.first is router.fc2
+    wide = Router(D, 8, E)
+    assert wide.first is wide.fc1
+
+
+@pytest.mark.parametrize("width", [None, E])
+def test_centres_are_means_of_normalised_rows(width: int | None) -> None:
+    rows = KINDS["plain"].w1
+    router = Router(D, width, E, hidden="tanh", output="sigmoid")
+    router.start_from_centres(rows)
+    products = torch.stack(
+        [torch.stack([X @ (row / row.norm()) for row in expert]).mean(0) for expert in rows], dim=1
+    )  # fmt: skip
+    want = torch.sigmoid(products if width is None else products.tanh())
+    assert torch.allclose(router(X), want, atol=1e-6)
+    assert torch.equal(router(X).argsort(-1), products.argsort(-1))
+
+
 def test_router_takes_dtype_and_device_of_what_it_is_like() -> None:
     router = Router(D, 8, E, bias=True, like=torch.zeros(1, dtype=torch.float64))
     assert {parameter.dtype for parameter in router.parameters()} == {torch.float64}
@@ -132,6 +155,14 @@ def test_expert_norms_are_those_of_the_outputs(kind: str, activation: str) -> No
     got = expert_norms(X, KINDS[kind], activation)
     assert (got.shape, got.dtype) == ((40, E), torch.float32)
     assert torch.allclose(got.double(), true_norms(KINDS[kind], X, activation), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+def test_norms_may_be_those_of_hidden_activations(kind: str) -> None:
+    want = activations(KINDS[kind], X, "relu").norm(dim=-1)
+    assert torch.allclose(expert_norms(X, KINDS[kind], "relu", "hidden").double(), want, rtol=1e-5, atol=1e-5)
+    shares = target("relative", X, KINDS[kind], "relu", "hidden")
+    assert torch.allclose(shares.double(), want / want.amax(-1, keepdim=True), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["plain", "narrow"])

@@ -131,7 +131,7 @@ def study(gated: bool) -> Study:
         longer={"epochs": (TUNING + RECOVERY) / EPOCH, "lr": LR / 2, "weight_decay": 0.1, "schedule": "linear"},
         variants={
             "ours": Variant(
-                ours(target=0.15 if gated else 0.1), TAUS, budgets=(0.62 if gated else 0.47,), oracle=True
+                ours(target=0.15 if gated else 0.1), TAUS, budgets=(0.46,), oracle=True
             ),
             "moefication": Variant(
                 [
@@ -151,9 +151,7 @@ def study(gated: bool) -> Study:
                 TAUS,
                 oracle=True,
             ),
-            "untrained": Variant(
-                [Moeify(expert_size=16, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)
-            ),
+            "untrained": Variant([Moeify(expert_size=16, epochs=0), Lower()], TAUS),
         },
         calibration_batches=6,
     )  # fmt: skip

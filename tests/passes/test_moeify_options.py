@@ -193,6 +193,8 @@ def converted(sharp: tuple[TracedGraph, list[Any]], **options: Any) -> TracedGra
     options = {**usual, **options}
     if options["epochs"] == 0:
         del options["lr"]
+    if options["router"] == "centres" or options.get("router_depth") == 1:
+        del options["router_width"]
     Moeify(**options).apply(graph, inputs=vectors(), data=sharp[1])
     return graph.eval()
 
@@ -203,6 +205,11 @@ def converted(sharp: tuple[TracedGraph, list[Any]], **options: Any) -> TracedGra
     {"router": "neurons", "epochs": 0}, {"router": "neurons", "epochs": 0, "objective": "relative"},
     {"router": "neurons", "epochs": 5},
     {"layer_by_layer": True}, {"layer_by_layer": True, "exposure": 0.3}, {"layer_by_layer": True, "router": "neurons"},
+    {"router_depth": 1, "objective": "norm"}, {"router_depth": 1, "objective": "activation", "layer_by_layer": True},
+    {"labels": "hidden"}, {"labels": "hidden", "router": "neurons", "epochs": 0},
+    {"router": "centres", "objective": "activation", "epochs": 0},
+    {"router": "centres", "objective": "activation", "epochs": 0, "router_depth": 1},
+    {"router": "centres", "objective": "activation", "shared": 1},
 ], ids=str)  # fmt: skip
 def test_routers_of_every_kind_find_the_experts_that_matter(sharp: Any, options: Any) -> None:
     graph = converted(sharp, **options)
@@ -230,6 +237,28 @@ def test_kinds_of_router_are_what_they_are_called(sharp: Any) -> None:
         assert (router.hidden, router.output, router.fc1.bias is not None) == (hidden, output, bias)
     router = layer(converted(sharp, router="neurons", epochs=0)).router
     assert (router.hidden, router.output, router.fc1.bias is not None) == ("relu", "softplus", True)
+
+
+def test_a_router_of_one_layer_is_counted_and_named(sharp: Any) -> None:
+    graph = fork(sharp[0])
+    report = Moeify(experts=8, router="trained", router_depth=1, steps=1).apply(graph, data=sharp[1])
+    assert {site.after for site in report.sites} == {"8 experts × 4, router linear"}
+    assert {site.router_parameters for site in find_moes(graph)} == {8 * WIDTH}
+    Lower().apply(graph, inputs=vectors())
+    assert {site.router_parameters for site in find_moes(graph)} == {8 * WIDTH}
+
+
+def test_centres_need_no_data(sharp: Any) -> None:
+    graph = fork(sharp[0])
+    Moeify(experts=8, router="centres", objective="activation", split="weights").apply(graph, inputs=vectors())
+    moe = layer(graph)
+    assert moe.w1 is not None
+    assert torch.allclose(moe.router.first.weight, F.normalize(moe.w1, dim=-1).mean(1), atol=1e-6)
+    assert torch.equal(moe.router.fc2.weight, torch.eye(8))
+
+
+def test_labels_are_those_asked_for(sharp: Any) -> None:
+    assert first_loss(sharp, labels="hidden") != pytest.approx(first_loss(sharp), rel=0.01)
 
 
 def test_closed_form_trains_nothing_and_says_so(sharp: Any) -> None:
@@ -341,7 +370,7 @@ def test_a_value_that_fits_no_site_there_is_refused_there() -> None:
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"epochs": 0, "router": "trained"}, "epochs is 0, which leaves a router random unless router is neurons"),
+    ({"epochs": 0, "router": "trained"}, "epochs is 0, which leaves a router random unless router is neurons or"),
     ({"experts": {"*": 4}, "expert_size": 4}, "give experts or expert_size, not both"),
     ({"experts": {"a": 4, "b": 0}}, "experts is 0, but must be at least 1"),
     ({"shared": -1}, "shared is -1, but must not be negative"),
@@ -349,10 +378,17 @@ def test_a_value_that_fits_no_site_there_is_refused_there() -> None:
     ({"underestimate": 0.0}, "underestimate is 0.0, but must be positive"),
     ({"rule": "best"}, "rule is 'best'; it can be max, cumulative, energy, top_k"),
     ({"split": "even"}, "split is 'even'; it can be auto, weights, activations, random"),
-    ({"router": "none"}, "router is 'none'; it can be trained, neurons"),
+    ({"router": "none"}, "router is 'none'; it can be trained, neurons, centres"),
     ({"objective": "size"}, "objective is 'size'; it can be norm, relative, log, activation"),
     ({"router": "neurons", "objective": "log"}, "the objective log needs router=trained"),
     ({"router": "neurons", "objective": "activation"}, "the objective activation needs router=trained"),
+    ({"router": "centres"}, "router=centres scores by activations: it needs objective=activation"),
+    ({"router_depth": 3}, "router_depth is '3'; it can be 1, 2"),
+    ({"router_depth": 1}, "router=neurons has two layers"),
+    ({"router_depth": 1, "router": "trained", "router_width": 8}, "router_width is 8, but a router of one"),
+    ({"router": "centres", "objective": "activation", "router_width": 8}, "router_width is 8, but centres"),
+    ({"labels": "input"}, "labels is 'input'; it can be output, hidden"),
+    ({"router": "trained", "objective": "activation", "labels": "hidden"}, "labels says whose norms are predicted"),
 ])  # fmt: skip
 def test_wrong_options(options: Any, words: str) -> None:
     with pytest.raises(UsageError, match=f"moeify: {words}"):

@@ -62,8 +62,8 @@ def test_mixed_precision_learns_nearly_the_same(graphs: dict[bool, TracedGraph],
 
 def test_options_reach_the_plan() -> None:
     one = Sparsify(steps=7, lr=0.1, weight_decay=0.2, schedule="cosine", warmup=0.3, clip=None, accumulate=5,
-                   precision="bfloat16")  # fmt: skip
-    assert one.plan() == Plan(3.0, 7, 0.1, 0.2, "cosine", None, 0.3, 5, "bfloat16")
+                   precision="bfloat16", beta2=0.95)  # fmt: skip
+    assert one.plan() == Plan(3.0, 7, 0.1, 0.2, "cosine", None, 0.3, 5, "bfloat16", 0.95)
     assert Sparsify().plan() == Plan(3.0, None, 2e-5)
 
 
