@@ -111,10 +111,10 @@ class Moeify(TrainedPass[FFN]):
         "relative",
         "What the router predicts: relative (norms of the experts' outputs, to the token's largest); with "
         "router=trained also norm (as published), log (of relative, with a floor of 1% of the largest) or activation "
-        "(sums, cross entropy: MoEfication).",
+        "(sums, cross entropy: MoEfication; router=centres needs it).",
     )
     labels: Labels = option(
-        "output", "Whose norms those are: output, the experts' (as published), or hidden, their activations'."
+        "output", "What the norms are of: output, an expert's outputs (as published), or hidden, its activations."
     )
     layer_by_layer: bool = option(
         False,

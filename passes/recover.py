@@ -44,6 +44,7 @@ class Recover(FineTunedPass[MoESite]):
 
     tau: float = option(0.3, "The largest tau that the model is trained at; its own tau stays.")
     router_weight: float = option(0.1, "Weight of the routers' loss beside the model's.")
+    lr: float = option(2e-5, "Learning rate of AdamW for all parameters but the routers'.")
     router_lr: float = option(1e-3, "Learning rate of AdamW for the routers, which have to follow the experts.")
     epochs: float = option(1.0, "How often fine-tuning goes through the data.")
 

@@ -79,15 +79,15 @@ STUDY = Study(
         # Replacements so wide that they can be exact: what counts is the few of their neurons that run.
         "ours_attention": Variant(
             [
-                Mlpify(epochs=10.0, cost_factor=4.0),
+                Mlpify(epochs=5.0, cost_factor=4.0),
                 SwapActivation(),
-                Sparsify(target=0.05, distill=DISTILL, **TRAINING | {"epochs": 80.0}),
+                Sparsify(target=0.05, distill=DISTILL, **TRAINING),
                 Moeify(expert_size={"*projection_mlp*": 4, "*": 8}, epochs=30.0),
                 replace(RECOVER, epochs=30.0),
                 Lower(),
             ],
             TAUS,
-            budgets=(0.28, 0.3),
+            budgets=(0.3, 0.35),
             oracle=True,
         ),
         "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
