@@ -33,7 +33,7 @@ class Recover(FineTunedPass[MoESite]):
     """Fine-tune with experts skipped, so that those that run make up for those that do not.
 
     Every batch draws a tau up to the given one. Selection itself gets no gradient; the routers go on learning the norms
-    of the changing experts, on the inputs that the sparse model gives them. Not part of D2DMoE.
+    of the changing experts' outputs, on the inputs that the sparse model gives them. Not part of D2DMoE.
     """
 
     name: ClassVar[str] = "recover"

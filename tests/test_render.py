@@ -212,7 +212,7 @@ def test_stat_has_a_line_a_pass() -> None:
         ({"before": None, "after": None}, "moeify  6 of 7 sites"),
         ({"notes": ("Batch size is fixed.",)}, "note: Batch size is fixed."),
         ({"notes": ()}, "same output (differs by 2e-07)  23 s"),
-        ({"fit": FitReport(0, 0.0, 0.0, ())}, "  fitted in closed form\n"),
+        ({"fit": FitReport(0, 0.0, 0.0, ())}, "  fitted without training\n"),
         ({"name": "third-party"}, "third-party  6 of 7 sites  same output (differs by 2e-07)  23 s"),
         (
             {"fit": FitReport(120, 3.0, 33.5, ((1, {"router loss": 1.2}), (120, {"router loss": 0.03})), 40)},

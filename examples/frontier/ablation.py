@@ -1,7 +1,7 @@
 """What each part of the method is worth, on the feed-forward layers of the vision transformer for digits.
 
 Phases added one by one, then each choice of ours against its alternatives, everything else being equal and without the
-last phase, which takes the longest. Names without a curve are what several start from.
+last phase, which every one of them would have to go through anew. Names without a curve are what several start from.
 
 python examples/frontier/ablation.py work --seeds 0 1 2
 """

@@ -145,9 +145,9 @@ def _training(report: PassReport, *, short: bool = False) -> Text:
 
 
 def _fitted(fit: FitReport) -> str:
-    """`trained 120 steps in 34 s: router loss 0.23 → 0.001`, or `fitted in closed form`."""
+    """`trained 120 steps in 34 s: router loss 0.23 → 0.001`, or `fitted without training`."""
     if not fit.steps:
-        return "fitted in closed form"
+        return "fitted without training"
     text = f"trained {fit.steps} steps in {seconds(fit.seconds)}"
     if fit.resumed_at:
         text += f", resumed at {fit.resumed_at}"
