@@ -225,6 +225,7 @@ class Sparsify(FineTunedPass[FFN]):
             watched=list(taps),
             penalise=penalise,
             distill=self.distill,
+            distill_layers=self.distill_layers,
             stateful=() if control is None else (control,),
         )
         after_training = layer_sparsity(graph, tapped, data)

@@ -92,7 +92,15 @@ class SwapActivation(FineTunedPass[FFN]):
         swapped = {site.path for site, _ in context.changes}
         sites = [site for site in find_ffns(graph)[0] if site.path in swapped]
         before = layer_sparsity(context.before, [site for site, _ in context.changes], data)
-        report = finetune(graph, data, self.plan(), context.settings, "swap-activation", distill=self.distill)
+        report = finetune(
+            graph,
+            data,
+            self.plan(),
+            context.settings,
+            "swap-activation",
+            distill=self.distill,
+            distill_layers=self.distill_layers,
+        )
         after = layer_sparsity(graph, sites, data)
         return dataclasses.replace(report, sparsity={path: (before[path], after[path]) for path in before})
 

@@ -76,7 +76,7 @@ class TrainedPass(Pass[Site], ABC):
 class FineTunedPass(TrainedPass[Site], ABC):
     """A pass that fine-tunes the whole model (`surgeon.finetuning`)."""
 
-    for_training: ClassVar[frozenset[str]] = frozenset({"distill"})
+    for_training: ClassVar[frozenset[str]] = frozenset({"distill", "distill_layers"})
 
     lr: float = option(2e-5, "Learning rate of AdamW for all parameters.")
     distill: float = option(
@@ -84,8 +84,15 @@ class FineTunedPass(TrainedPass[Site], ABC):
         "Share of the loss that is divergence from the model before the first pass of this run (a saved surgery, if it "
         "goes on from one), in place of the task's loss.",
     )
+    distill_layers: float = option(
+        0.0,
+        "Weight, beside that, of how far the inputs of all layers are from those in that model: their squared error "
+        "relative to their square.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.distill <= 1.0:
             raise UsageError(f"{self.name}: distill is {self.distill}, but must be from 0 to 1.")
+        if self.distill_layers < 0:
+            raise UsageError(f"{self.name}: distill_layers is {self.distill_layers}, but must not be negative.")

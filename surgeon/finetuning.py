@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule
 
-from surgeon.agreement import run
 from surgeon.batch import Batch, Data
+from surgeon.distillation import Teacher, divergence, layer_inputs
 from surgeon.errors import UsageError
 from surgeon.fit import Plan, Settings, Stateful, fit, loss_of
 from surgeon.graph import TracedGraph
-from surgeon.losses import logits_of
-from surgeon.padding import real_tokens
 from surgeon.report import FitReport
 from surgeon.rewrite import Capture, own_parameters
 
@@ -33,6 +29,7 @@ def finetune(
     watched: Sequence[str] = (),
     penalise: Penalise | None = None,
     distill: float = 0.0,
+    distill_layers: float = 0.0,
     own_rates: Mapping[str, float] | None = None,
     stateful: Sequence[Stateful] = (),
 ) -> FitReport:
@@ -42,6 +39,7 @@ def finetune(
         watched: names of nodes whose values `penalise` gets.
         distill: weight of the divergence from the model before the first pass, `settings.original`; the task's loss has
             the rest.
+        distill_layers: weight, beside these, of how far the layers' inputs are from those in that model.
         own_rates: learning rates of those parameters, by name, that get another one than the plan's.
 
     Raises:
@@ -52,11 +50,15 @@ def finetune(
     parameters = [parameter for parameter in graph.parameters() if parameter.requires_grad]
     if not parameters:
         raise UsageError(f"{what}: every parameter of the model is frozen (requires_grad is False).")
-    tapped = Capture(graph, watched, keep_output=True)
+    original, teacher = settings.original, None
+    layers: tuple[str, ...] = ()
+    if distill or distill_layers:
+        if original is None:
+            raise UsageError(f"{what}: there is no model before the passes to distill from. Run it in a Pipeline.")
+        layers = layer_inputs(original, graph) if distill_layers else ()
+        teacher = Teacher(original, layers)
+    tapped = Capture(graph, dict.fromkeys((*watched, *layers)), keep_output=True)
     tapped.graph.train()
-    teacher = settings.original if distill else None
-    if distill and teacher is None:
-        raise UsageError(f"{what}: there is no model before the passes to distill from. Run it in a Pipeline.")
     task = loss_of(graph, data) if distill < 1.0 else None
 
     def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
@@ -67,9 +69,15 @@ def finetune(
             shown["task loss"] = value.item()
             total = (1.0 - distill) * value
         if teacher is not None:
-            value = divergence(teacher, outputs, batch)
-            shown["divergence"] = value.item()
-            total = total + distill * value
+            expected, wanted = teacher(batch)
+            if distill:
+                value = divergence(expected, outputs, batch)
+                shown["divergence"] = value.item()
+                total = total + distill * value
+            if distill_layers:
+                value = teacher.layer_error(batch, wanted, values)
+                shown["layer error"] = value.item()
+                total = total + distill_layers * value
         if penalise is not None:
             extra, more = penalise(batch, values, done)
             total, shown = total + extra, shown | more
@@ -77,14 +85,3 @@ def finetune(
 
     rates = {graph.get_parameter(name): rate for name, rate in (own_rates or {}).items()}
     return fit(parameters, loss, data, plan, settings, what, own_rates=rates, stateful=stateful)
-
-
-def divergence(teacher: GraphModule, outputs: object, batch: Batch) -> Tensor:
-    """Mean over samples or real tokens of KL(teacher ‖ outputs), in nats, of the distributions the logits stand for."""
-    expected = logits_of(run(teacher, batch.args, dict(batch.kwargs)))
-    logits = logits_of(outputs)
-    if logits.dim() > 2:
-        expected, logits = real_tokens(batch, expected), real_tokens(batch, logits)
-    return F.kl_div(
-        logits.float().log_softmax(-1), expected.float().log_softmax(-1), log_target=True, reduction="batchmean"
-    )

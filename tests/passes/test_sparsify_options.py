@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import surgeon
 from surgeon.artifact import load_diff
@@ -18,7 +17,7 @@ from surgeon.data import Data
 from surgeon.errors import UsageError
 from surgeon.fit import Settings
 from surgeon.graph import TracedGraph, aten, fork, is_call
-from surgeon.passes import Moeify, Sparsify, SwapActivation
+from surgeon.passes import Moeify, Sparsify
 from surgeon.pipeline import Pipeline
 from surgeon.recipe import build
 from surgeon.report import FitReport, PassReport
@@ -184,66 +183,6 @@ def test_padding_takes_no_part_in_the_report() -> None:
         for inputs in (padded, short)
     )
     assert one.sparsity["blocks.0.ffn"][0] == two.sparsity["blocks.0.ffn"][0]
-
-
-# --- a teacher --------------------------------------------------------------------------------------------------------
-
-
-def outputs(graph: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.cat([graph.eval()(**inputs) for inputs, _ in DATA])
-
-
-def test_with_a_teacher_its_answers_are_kept_and_labels_are_not_needed() -> None:
-    model = stack("gelu")
-    unlabelled = [inputs for inputs, _ in DATA]
-    expected = outputs(model).log_softmax(-1)
-    apart = {}
-    for distill in (0.0, 1.0):
-        passes = [SwapActivation(), Sparsify(distill=distill, steps=150, lr=3e-3, alpha=1e-4)]
-        surgery = Pipeline(passes).run(model, inputs=vectors(), data=unlabelled if distill else DATA)
-        fit = surgery.reports[1].fit
-        assert fit is not None
-        shown = fit.losses[-1][1]
-        assert ("divergence" in shown, "task loss" in shown) == (bool(distill), not distill)
-        found = outputs(surgery.graph).log_softmax(-1)
-        apart[distill] = float(F.kl_div(found, expected, log_target=True, reduction="batchmean"))
-    assert apart[1.0] < 0.01
-    assert apart[1.0] < 0.1 * apart[0.0]
-
-
-def test_distilled_divergence_is_that_of_the_model_before_all_passes() -> None:
-    model, inputs = classifier("gelu", layers=1, dropout=0.0), tokens(8)
-    passes = [SwapActivation(), Sparsify(distill=1.0, steps=1, lr=1e-9)]
-    surgery = Pipeline(passes).run(model, inputs=inputs, data=[inputs])
-    fit = surgery.reports[1].fit
-    assert fit is not None
-    graph = surgery.graph.eval()
-    with torch.no_grad():
-        expected, found = (one(**inputs).log_softmax(-1) for one in (model, graph))
-    want = float(F.kl_div(found, expected, log_target=True, reduction="batchmean"))
-    assert fit.losses[0][1]["divergence"] == pytest.approx(want, rel=1e-3)
-    assert want > 1e-6
-
-
-def test_a_share_of_the_loss_goes_to_each(traces: Any) -> None:
-    (first, _), graph = DATA[0], traces("stack:relu")
-    surgery = Pipeline([Sparsify(distill=0.25, steps=1, alpha=0.0)]).run(graph, inputs=first, data=DATA)
-    fit = surgery.reports[0].fit
-    assert fit is not None
-    assert {"task loss", "divergence", "square Hoyer", "active"} == set(fit.losses[0][1])
-
-
-def test_a_teacher_needs_a_pipeline(traces: Any) -> None:
-    with pytest.raises(UsageError, match=r"sparsify: there is no model before the passes to distill from\. Run it in"):
-        Sparsify(distill=0.5, steps=1).apply(traces("stack:relu"), data=DATA)
-
-
-def test_the_teacher_is_not_trained() -> None:
-    model = stack("relu")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    Pipeline([Sparsify(distill=1.0, steps=3, lr=1e-2)]).run(model, inputs=vectors(), data=DATA)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
