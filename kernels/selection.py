@@ -11,8 +11,9 @@
 | energy | the same for squared scores and tau² (orthogonal outputs would then differ by a share tau of their norm) | |
 | top_k | it is among the tau · E smallest, rounded down | MoEfication (arXiv 2110.01786) |
 
-All but `max` sort the scores. With hundreds of experts and many tokens that takes a good part of the time that skipping
-them saves.
+All but `max` have to go through a token's scores in their order: `surgeon::sorted_threshold`, which the native kernels
+compute without sorting. Where torch sorts, with hundreds of experts and many tokens, that takes a good part of the time
+that skipping them saves.
 
 E counts the experts that are scored; those that always run are not among them. Experts with equal scores run or are
 skipped together. The code of D2DMoE's authors calls 1 − tau its tau.
@@ -43,6 +44,10 @@ def _selection_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if rule == "max":
         return scores.amax(-1) * tau
+    return torch.ops.surgeon.sorted_threshold(scores, tau, rule)  # type: ignore[no-any-return]
+
+
+def _sorted_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
     ascending = scores.sort(-1).values
     if rule == "top_k":
         # The epsilon: a share such as 0.29 of 100 is 28.999… in floating point.
@@ -61,5 +66,27 @@ _library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyp
 _library.define("selection_threshold(Tensor scores, Tensor tau, str rule) -> Tensor")  # type: ignore[no-untyped-call]
 # Composite: autograd and compilers see through it, yet export keeps it as one node, whose rule can be changed later.
 _library.impl("selection_threshold", _selection_threshold, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+_SORTED = "(Tensor scores, Tensor tau, str rule) -> Tensor"
+_library.define("sorted_threshold" + _SORTED)  # type: ignore[no-untyped-call]
+_library.impl("sorted_threshold", _sorted_threshold, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+# Which experts run is a step function of the scores: there is no gradient.
+_library.impl("sorted_threshold", torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+# What the native kernels hand on: float64.
+_library.define("sorted_threshold_torch" + _SORTED)  # type: ignore[no-untyped-call]
+_library.impl("sorted_threshold_torch", _sorted_threshold, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+@torch.library.register_fake("surgeon::sorted_threshold", lib=_library)  # type: ignore[untyped-decorator]
+def _(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
+    return scores.new_empty(scores.shape[:-1])
+
+
+@torch.library.register_vmap("surgeon::sorted_threshold", lib=_library)  # type: ignore[untyped-decorator]
+def _(info: object, in_dims: tuple[int | None, ...], scores: Tensor, tau: Tensor, rule: str) -> tuple[Tensor, int]:
+    if in_dims[1] is not None:
+        raise UsageError("surgeon::sorted_threshold: tau cannot differ between the calls that vmap stands for.")
+    return torch.ops.surgeon.sorted_threshold(scores.movedim(in_dims[0] or 0, 0), tau, rule), 0
+
 
 selection_threshold = torch.ops.surgeon.selection_threshold

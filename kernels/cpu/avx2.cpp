@@ -9,6 +9,7 @@
 #define SURGEON_KERNELS avx2_kernels
 #include "tiles.inc"
 #include "functions.inc"
+#include "thresholds.inc"
 #include "experts.inc"
 #else
 const surgeon::Kernels* surgeon::avx2_kernels() { return nullptr; }

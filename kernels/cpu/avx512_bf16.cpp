@@ -12,6 +12,7 @@
 #define SURGEON_BF16_DOT
 #include "tiles.inc"
 #include "functions.inc"
+#include "thresholds.inc"
 #include "experts.inc"
 #else
 const surgeon::Kernels* surgeon::avx512_bf16_kernels() { return nullptr; }

@@ -33,6 +33,9 @@ struct Tokens {
   const int32_t* start;  // [experts + 1]
 };
 
+// Rules that select by a share of all scores, see `surgeon.kernels.selection`.
+enum class Rule { cumulative, energy, top_k };
+
 template <class T>
 struct Functions {
   // Floats of scratch memory that the other two need; pairs: how many (token, expert) pairs they are called with.
@@ -53,6 +56,9 @@ struct Kernels {
   const char* name;
   Functions<float> f32;
   Functions<bf16> bf16_;
+  // out [rows] = the threshold for every row of scores [rows, experts]; NaN for a row with NaN, infinite or negative
+  // ones. `row` has room for `experts` rounded up to whole vectors.
+  void (*thresholds)(const float* scores, int64_t rows, int64_t experts, Rule, float tau, float* row, float* out);
 
   const Functions<float>& of(float) const { return f32; }
   const Functions<bf16>& of(bf16) const { return bf16_; }

@@ -7,4 +7,5 @@
 #define SURGEON_KERNELS portable_kernels
 #include "tiles.inc"
 #include "functions.inc"
+#include "thresholds.inc"
 #include "experts.inc"
