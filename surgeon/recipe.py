@@ -34,13 +34,14 @@ D2DMOE: Steps = [
 ]
 RECIPES: dict[str, tuple[str, Steps]] = {
     "recommended": (
-        "Our choice: ReLU, 5% of the neurons active, distillation, clusters of what fires together, routers "
-        "from closed form on, fine-tuning with experts skipped. Then surgeon tune.",
+        "Our choice: ReLU, 5% of the neurons active, distillation of answers and layers, clusters of what fires "
+        "together, routers from closed form on, fine-tuning with experts skipped. The learning rates suit a pretrained "
+        "transformer; a small model may want higher ones. Then surgeon tune.",
         [
             ("swap-activation", {}),
-            ("sparsify", {"target": 0.05, "distill": 0.5}),
+            ("sparsify", {"target": 0.05, "lr": 5e-5, "distill": 0.7, "distill_layers": 1.0}),
             ("moeify", {}),
-            ("recover", {"distill": 0.5}),
+            ("recover", {"lr": 3e-5, "distill": 0.7, "distill_layers": 1.0}),
             ("lower", {}),
         ],
     ),

@@ -30,8 +30,6 @@ constexpr const char* SCHEMA =
     "dynamic_k_ffn(Tensor x, Tensor scores, Tensor threshold, Tensor w1, Tensor? b1, Tensor? gate, Tensor? b_gate, "
     "Tensor w2, Tensor? b2, str activation) -> Tensor";
 
-// Up to so many tokens the experts are divided among the threads, else the tokens are.
-constexpr int64_t FEW_TOKENS = 16;
 // Tokens that go through all experts together: the more, the less often weights are read.
 constexpr int64_t BLOCK = 512;
 // Hidden values of a block, of which there are two, that should still fit into a cache.
@@ -149,26 +147,23 @@ struct Call {
     else at::mm_out(flat_y, up, flat_w2);
   }
 
-  // Threads take experts, each about as many pairs, and their sums are added.
+  // For few tokens: threads take experts, each about as many pairs, and their sums are added.
   void few(int64_t pairs) {
-    std::vector<uint16_t> token;
-    std::vector<int32_t> start;
-    selection.lists(0, tokens, token, start);
-    Tokens<T> in{tokens, data(x), token.data(), start.data()};
-    int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), pairs));
+    std::vector<Selected> selected = selection.experts_of(tokens);
+    int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), pairs)), seen = 0;
     std::vector<int64_t> bounds{0};
-    for (int64_t e = 0; e < layer.experts; ++e)
-      if (start[e + 1] * parts >= int64_t(bounds.size()) * pairs && int64_t(bounds.size()) < parts)
-        bounds.push_back(e + 1);
-    while (int64_t(bounds.size()) <= parts) bounds.push_back(layer.experts);
-    bounds.back() = layer.experts;
+    for (size_t i = 0; i < selected.size() && int64_t(bounds.size()) < parts; ++i) {
+      seen += __builtin_popcount(selected[i].tokens);
+      if (seen * parts >= int64_t(bounds.size()) * pairs) bounds.push_back(i + 1);
+    }
+    bounds.resize(parts + 1, selected.size());
     Tensor sums = at::zeros({parts, tokens, layer.d_out}, x.options().dtype(at::kFloat));
     float* sum = sums.mutable_data_ptr<float>();
     at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part)
         functions.few(
-            layer, in, bounds[part], bounds[part + 1], sum + part * tokens * layer.d_out,
-            scratch_of(functions.scratch(layer, tokens, tokens)));
+            layer, data(x), selected.data() + bounds[part], bounds[part + 1] - bounds[part],
+            sum + part * tokens * layer.d_out, scratch_of(functions.few_scratch(layer)));
     });
     functions.collect(layer, tokens, parts, sum, mutable_data(y));
   }

@@ -33,18 +33,29 @@ struct Tokens {
   const int32_t* start;  // [experts + 1]
 };
 
+// Up to so many tokens the time goes into reading weights.
+constexpr int FEW_TOKENS = 16;
+
+// An expert, and which of few tokens selected it: bit t for token t.
+struct Selected {
+  uint16_t tokens;
+  int32_t expert;
+};
+
 // Rules that select by a share of all scores, see `surgeon.kernels.selection`.
 enum class Rule { cumulative, energy, top_k };
 
 template <class T>
 struct Functions {
-  // Floats of scratch memory that the other two need; pairs: how many (token, expert) pairs they are called with.
+  // Floats of scratch memory that `many` needs; pairs: how many (token, expert) pairs it is called with.
   int64_t (*scratch)(const Layer<T>&, int64_t tokens, int64_t pairs);
   // y [count, d_out] = what the selected experts give, plus b2.
   void (*many)(const Layer<T>&, const Tokens<T>&, T* y, float* scratch);
-  // y [count, d_out] += what the experts `first` to `last` - 1 give. For few tokens: weights are read once, in order.
-  // Columns of y are in an order of the kernels' own.
-  void (*few)(const Layer<T>&, const Tokens<T>&, int64_t first, int64_t last, float* y, float* scratch);
+  // Floats of scratch memory that `few` needs.
+  int64_t (*few_scratch)(const Layer<T>&);
+  // y [tokens, d_out] += what `count` experts give, those of the same tokens together one after the other. Weights are
+  // read once. Columns of y are in an order of the kernels' own.
+  void (*few)(const Layer<T>&, const T* x, const Selected*, int64_t count, float* y, float* scratch);
   // Of every neuron's input `up` [count, experts · neurons], biases included, what goes out of the hidden layer, in
   // place; `gate` likewise or null. Zero for experts that `mask` [count, experts] leaves out; null for none.
   void (*finish)(const Layer<T>&, int64_t count, T* up, const T* gate, const uint8_t* mask);

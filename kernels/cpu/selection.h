@@ -3,7 +3,10 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <vector>
+
+#include "layer.h"
 
 namespace surgeon {
 
@@ -39,6 +42,18 @@ struct Selection {
     int64_t count = 0;
     for (int64_t token = begin; token < end; ++token) each(token, [&](int64_t, bool runs) { count += runs; });
     return count;
+  }
+
+  // The experts that any of few tokens selected, those of the same tokens one after the other.
+  std::vector<Selected> experts_of(int64_t tokens) const {
+    std::vector<uint16_t> by(experts, 0);
+    for (int64_t t = 0; t < tokens; ++t) each(t, [&](int64_t e, bool runs) { by[e] |= uint16_t(runs) << t; });
+    std::vector<Selected> found;
+    for (int64_t e = 0; e < experts; ++e)
+      if (by[e]) found.push_back({by[e], int32_t(e)});
+    if (tokens > 1)
+      std::stable_sort(found.begin(), found.end(), [](const Selected& a, const Selected& b) { return a.tokens < b.tokens; });
+    return found;
   }
 
   // The tokens from `begin` to `end` by expert.

@@ -125,7 +125,8 @@ def test_a_token_that_is_nan_stays_nan_and_alone(dtype: torch.dtype, tokens: int
     found = dynamic_k_ffn(*args)
     assert found[1].isnan().all()
     others = torch.arange(tokens) != 1
-    assert torch.equal(found[others], clean[others])
+    # Not bit for bit: beside a token that selects all, the others' neurons are added up in another order.
+    torch.testing.assert_close(found[others], clean[others], rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
 
 def test_ties_run_and_the_last_below_the_threshold_does_not() -> None:
