@@ -9,7 +9,6 @@ cheapest, so selecting much costs about what the dense FFN costs. All give the s
 from __future__ import annotations
 
 from functools import cache
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -52,9 +51,9 @@ class Experts(NamedTuple):
         """Copies of the experts `chosen` [n]."""
         return Experts(*(None if t is None else t.index_select(0, chosen) for t in self))  # type: ignore[arg-type]
 
-    def each(self) -> list[Experts]:
-        """One view per expert."""
-        return [Experts(*one) for one in zip(*(repeat(None) if t is None else t.unbind(0) for t in self), strict=False)]
+    def one(self, expert: int) -> Experts:
+        """One expert: views."""
+        return Experts(*(None if t is None else t[expert] for t in self))  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype) -> Experts:
         """The weights in `dtype`: themselves if they have it already."""
@@ -82,12 +81,12 @@ class _Together(NamedTuple):
 
 
 class _ByExpert(NamedTuple):
-    """For each expert the tokens that selected it [n]; None for an expert none selected, a slice if all did.
+    """For each expert that is used the tokens that selected it [n], a slice if all did.
 
     most: the largest n.
     """
 
-    rows: list[Tensor | slice | None]
+    rows: dict[int, Tensor | slice]
     most: int
 
 
@@ -137,10 +136,9 @@ def forward(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor | None, activa
         case _ByExpert(rows_of, most):
             # Of the size of the output: made once, not for every expert.
             gathered, product = x.new_empty(most, x.shape[1]), x.new_empty(most, out.shape[1])
-            for one, rows in zip(experts.each(), rows_of, strict=True):
-                if rows is not None:
-                    weights = one.to(dtype)
-                    _add_product(out, rows, hidden(_take(x, rows, gathered), weights, act), weights.w2, product)
+            for expert, rows in rows_of.items():
+                weights = experts.one(expert).to(dtype)
+                _add_product(out, rows, hidden(_take(x, rows, gathered), weights, act), weights.w2, product)
         case _Together(used, mask_or_none):
             flat = (experts if used is None else experts.take(used)).flat().to(dtype)
             h = hidden(x, flat, act)
@@ -195,10 +193,8 @@ def backward(
 
     match _plan(mask, experts, copies=False):
         case _ByExpert(rows_of, _):
-            grads_of = grads.each() if need_weights else repeat(None)
-            for one, grad_one, rows in zip(experts.each(), grads_of, rows_of, strict=False):
-                if rows is not None:
-                    run(one.to(dtype), grad_one, rows, None)
+            for expert, rows in rows_of.items():
+                run(experts.one(expert).to(dtype), grads.one(expert) if need_weights else None, rows, None)
         case _Together(_, mask_or_none):
             run(experts.flat().to(dtype), grads.flat() if need_weights else None, slice(None), mask_or_none)
     return Gradients(None if grad_x is None else grad_x.to(x.dtype), *grads)
@@ -221,13 +217,8 @@ def _plan(mask: Tensor, experts: Experts, *, copies: bool = True) -> _Together |
     if way == "copies":
         chosen = mask.any(0).nonzero()[:, 0]
         return _Together(chosen, None if pairs == tokens * used else mask.index_select(1, chosen))
-    return _ByExpert(
-        [
-            None if n == 0 else slice(None) if n == tokens else rows
-            for n, rows in zip(counts, mask.t().nonzero()[:, 1].split_with_sizes(counts), strict=True)
-        ],
-        max(counts),
-    )
+    rows = mask.t().nonzero()[:, 1].split_with_sizes(counts)
+    return _ByExpert({e: slice(None) if n == tokens else rows[e] for e, n in enumerate(counts) if n}, max(counts))
 
 
 def _take(source: Tensor, rows: Tensor | slice, into: Tensor | None = None) -> Tensor:

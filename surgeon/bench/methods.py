@@ -70,7 +70,7 @@ def _masked(problem: Problem) -> Callable[[], Tensor]:
 def _loop(problem: Problem) -> Callable[[], Tensor]:
     """Expert after expert: gather its tokens, two products, add the rows."""
     x, act = problem.x, _activation(problem)
-    each = problem.experts.each()
+    each = [problem.experts.one(number) for number in range(len(problem.experts.w1))]
 
     def call() -> Tensor:
         mask = _mask(problem)
