@@ -14,6 +14,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "layer.h"
@@ -157,6 +158,13 @@ struct Call {
       if (seen * parts >= int64_t(bounds.size()) * pairs) bounds.push_back(i + 1);
     }
     bounds.resize(parts + 1, selected.size());
+    if constexpr (std::is_same_v<T, float>)
+      if (parts == 1) {  // straight into the result
+        functions.collect(layer, tokens, 0, nullptr, mutable_data(y));
+        functions.few(
+            layer, data(x), selected.data(), selected.size(), mutable_data(y), scratch_of(functions.few_scratch(layer)));
+        return;
+      }
     Tensor sums = at::zeros({parts, tokens, layer.d_out}, x.options().dtype(at::kFloat));
     float* sum = sums.mutable_data_ptr<float>();
     at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
