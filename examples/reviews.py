@@ -1,6 +1,7 @@
 """10,604 movie-review snippets with human scores, from the source distribution of vaderSentiment.
 
     python examples/reviews.py reviews
+    python examples/reviews.py editorials --of editorials  # of a newspaper; or products, tweets
 
 writes reviews/train.jsonl and reviews/test.jsonl with the columns `text` and `label` (1 for a score above 0.5, 0 for
 one below -0.5; those in between are left out): files that `surgeon apply --data reviews` reads as they are. The scores
@@ -18,10 +19,15 @@ from pathlib import Path
 
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
-TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+TABLES = {
+    "movies": "movieReviewSnippets_GroundTruth.txt",
+    "editorials": "nytEditorialSnippets_GroundTruth.txt",
+    "products": "amazonReviewSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+}
 
 
-def download(directory: Path) -> list[tuple[float, str]]:
+def download(directory: Path, table: str) -> list[tuple[float, str]]:
     """(score, text) of every snippet; the scores run from -4 to 4."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", PACKAGE]
     subprocess.run([*command, "-d", str(directory)], check=True)
@@ -29,17 +35,17 @@ def download(directory: Path) -> list[tuple[float, str]]:
     with tarfile.open(package) as outer:
         member = next(name for name in outer.getnames() if name.endswith(ARCHIVE))
         with tarfile.open(fileobj=outer.extractfile(member)) as inner:
-            table = inner.extractfile(TABLE)
-            assert table is not None
-            rows = table.read().decode("utf-8", errors="replace").splitlines()
+            file = inner.extractfile(f"hutto_ICWSM_2014/{table}")
+            assert file is not None
+            rows = file.read().decode("utf-8", errors="replace").splitlines()
     cells = [row.split("\t", 2) for row in rows if row.count("\t") >= 2]
     return [(float(score), text.strip()) for _, score, text in cells]
 
 
-def write(out: Path, seed: int = 0) -> None:
+def write(out: Path, of: str = "movies", seed: int = 0) -> None:
     """Write both files; one snippet in five is for testing."""
     with tempfile.TemporaryDirectory() as directory:
-        snippets = download(Path(directory))
+        snippets = download(Path(directory), TABLES[of])
     rows = [{"text": text, "label": int(score > 0)} for score, text in snippets if abs(score) > 0.5]
     random.Random(seed).shuffle(rows)
     out.mkdir(parents=True, exist_ok=True)
@@ -52,4 +58,6 @@ def write(out: Path, seed: int = 0) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    write(parser.parse_args().out)
+    parser.add_argument("--of", choices=list(TABLES), default="movies", help="what was scored")
+    args = parser.parse_args()
+    write(args.out, args.of)
