@@ -41,7 +41,7 @@ RECIPES: dict[str, tuple[str, Steps]] = {
             ("swap-activation", {}),
             ("sparsify", {"target": 0.05, "lr": 5e-5, "distill": 0.7, "distill_layers": 1.0}),
             ("moeify", {}),
-            ("recover", {"lr": 3e-5, "epochs": 2.0, "distill": 0.7, "distill_layers": 1.0}),
+            ("recover", {"lr": 3e-5, "distill": 0.7, "distill_layers": 1.0}),
             ("lower", {}),
         ],
     ),
