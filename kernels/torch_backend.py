@@ -1,13 +1,15 @@
 """The dynamic-k FFN in plain torch: forward and backward that compute only the selected experts.
 
-There are three ways through. *By expert*: gather the tokens that selected an expert, run it, add the rows back.
-*Together*: for few tokens, copy the experts that any of them selected and run those as one layer, with the pairs that
-are not selected masked. *Dense*: the same with every expert, where nothing is copied. `_plan` takes what should be
-cheapest, so selecting much costs about what the dense FFN costs. All give the same result up to rounding.
+There are four ways through. *By expert*: gather the tokens that selected an expert, run it, add the rows back.
+*By neuron*: for few tokens, read the weights of each token's selected neurons where they are, as a sparse product.
+*Together*: copy the experts that any token selected and run those as one layer, with the pairs that are not selected
+masked. *Dense*: the same with every expert, where nothing is copied. `_plan` takes what should be cheapest, so
+selecting much costs about what the dense FFN costs. All give the same result up to rounding.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import NamedTuple
 
@@ -23,6 +25,11 @@ _ROW_COST = 30  # gathering the row of one token and adding it back to the outpu
 _READ_COST = 6  # reading the weights of one neuron from memory
 _COPY_COST = 7  # copying them besides
 _EXPERT_COST = 700_000  # the calls for one more expert, to be divided by the number of weights of a neuron
+_PAIR_COST = 5  # of one neuron for one token, where nothing is shared between tokens
+_SPARSE_COST = 3_000_000  # the calls of a sparse product, to be divided likewise
+
+# Up to so many tokens neurons may be run one by one: the fewer, the less they share.
+_FEW_TOKENS = 16
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -80,6 +87,16 @@ class _Together(NamedTuple):
     mask: Tensor | None
 
 
+class _ByNeuron(NamedTuple):
+    """For every token the neurons of the experts it selected, numbered over all experts, as a sparse matrix has them.
+
+    columns [pairs·s]: neurons, of one token after another. ends [N + 1]: where the tokens begin and end in them.
+    """
+
+    columns: Tensor
+    ends: Tensor
+
+
 class _ByExpert(NamedTuple):
     """For each expert that is used the tokens that selected it [n], a slice if all did.
 
@@ -132,13 +149,16 @@ def forward(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor | None, activa
     if b2 is not None:
         out.copy_(b2)
     x = x.to(dtype)
-    match _plan(mask, experts):
+    sparse = x.device.type == "cpu" and dtype in (torch.float32, torch.float64) and experts.w1.dtype == dtype
+    match _plan(mask, experts, sparse=sparse):
         case _ByExpert(rows_of, most):
             # Of the size of the output: made once, not for every expert.
             gathered, product = x.new_empty(most, x.shape[1]), x.new_empty(most, out.shape[1])
             for expert, rows in rows_of.items():
                 weights = experts.one(expert).to(dtype)
                 _add_product(out, rows, hidden(_take(x, rows, gathered), weights, act), weights.w2, product)
+        case _ByNeuron() as way:
+            out.add_(_by_neuron(x, way, experts.flat(), act))
         case _Together(used, mask_or_none):
             flat = (experts if used is None else experts.take(used)).flat().to(dtype)
             h = hidden(x, flat, act)
@@ -200,8 +220,41 @@ def backward(
     return Gradients(None if grad_x is None else grad_x.to(x.dtype), *grads)
 
 
-def _plan(mask: Tensor, experts: Experts, *, copies: bool = True) -> _Together | _ByExpert:
-    """Choose the cheapest way through the selected pairs of `mask` [N, E]; copies: whether experts may be copied."""
+def _by_neuron(x: Tensor, way: _ByNeuron, experts: Experts, act: Activation) -> Tensor:
+    """Σ over the neurons of `way` of h w2, [N, d_out]: sparse products, which copy no weights but biases.
+
+    experts: flat.
+    """
+    neurons = len(experts.w1)
+
+    def linear(weight: Tensor, bias: Tensor | None) -> Tensor:
+        start = x.new_zeros(len(way.columns)) if bias is None else bias.index_select(0, way.columns)
+        sparse = torch.sparse_csr_tensor(way.ends, way.columns, start, (len(x), neurons), check_invariants=False)
+        product: Tensor = torch.sparse.sampled_addmm(sparse, x, weight.t())
+        return product.values()
+
+    up = linear(experts.w1, experts.b1)
+    h = act.fn(up) if experts.gate is None else act.fn(linear(experts.gate, experts.b_gate)) * up
+    return F.embedding_bag(
+        way.columns, experts.w2, way.ends, mode="sum", per_sample_weights=h, include_last_offset=True
+    )
+
+
+@cache
+def _sparse_products() -> None:
+    """Let PyTorch say, unheard, that its sparse matrices are in beta, which it says once in a process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()
+
+
+def _plan(
+    mask: Tensor, experts: Experts, *, copies: bool = True, sparse: bool = False
+) -> _Together | _ByExpert | _ByNeuron:
+    """Choose the cheapest way through the selected pairs of `mask` [N, E].
+
+    copies: whether experts may be copied. sparse: whether there are sparse products of their dtype.
+    """
     (tokens, count), neurons = mask.shape, experts.w1.shape[1]
     weights_per_neuron = sum(t.shape[-1] for t in (experts.w1, experts.gate, experts.w2) if t is not None)
     counts: list[int] = mask.sum(0).tolist()
@@ -212,11 +265,20 @@ def _plan(mask: Tensor, experts: Experts, *, copies: bool = True) -> _Together |
     }
     if copies:
         costs["copies"] = used * neurons * (tokens + _READ_COST + _COPY_COST)
+    if sparse and tokens <= _FEW_TOKENS:
+        costs["neuron"] = pairs * neurons * _PAIR_COST + _SPARSE_COST / weights_per_neuron
     if pairs == tokens * count or (way := min(costs, key=costs.__getitem__)) == "dense":
         return _Together(None, None if pairs == tokens * count else mask)
     if way == "copies":
         chosen = mask.any(0).nonzero()[:, 0]
         return _Together(chosen, None if pairs == tokens * used else mask.index_select(1, chosen))
+    if way == "neuron":
+        _sparse_products()
+        chosen = mask.view(-1).nonzero()
+        # Of each expert that runs the neurons, one token after the other.
+        columns = (chosen.remainder_(count) * neurons + torch.arange(neurons, device=mask.device)).view(-1)
+        ends = F.pad(mask.sum(1).cumsum(0), (1, 0)) * neurons
+        return _ByNeuron(columns, ends)
     rows = mask.t().nonzero()[:, 1].split_with_sizes(counts)
     return _ByExpert({e: slice(None) if n == tokens else rows[e] for e, n in enumerate(counts) if n}, max(counts))
 

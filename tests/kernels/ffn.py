@@ -12,9 +12,10 @@ from surgeon.kernels import torch_backend
 # Costs that make `_plan` take the way named unless every pair is selected, which is always dense.
 WAYS: dict[str, dict[str, float]] = {
     "as planned": {},
-    "dense": {"_EXPERT_COST": 1e12, "_COPY_COST": 1e12},
-    "by expert": {"_EXPERT_COST": -1e12, "_COPY_COST": 1e12},
-    "copies": {"_EXPERT_COST": 1e12, "_COPY_COST": -1e12},
+    "dense": {"_EXPERT_COST": 1e12, "_COPY_COST": 1e12, "_SPARSE_COST": 1e15},
+    "by expert": {"_EXPERT_COST": -1e12, "_COPY_COST": 1e12, "_SPARSE_COST": 1e15},
+    "copies": {"_EXPERT_COST": 1e12, "_COPY_COST": -1e12, "_SPARSE_COST": 1e15},
+    "by neuron": {"_EXPERT_COST": 1e12, "_COPY_COST": 1e12, "_SPARSE_COST": -1e15, "_FEW_TOKENS": 10**9},
 }
 
 

@@ -5,13 +5,17 @@ from typing import Literal
 import pytest
 import torch
 
-from surgeon.kernels.torch_backend import Experts, _ByExpert, _plan, _Together
+from surgeon.kernels.torch_backend import Experts, _ByExpert, _ByNeuron, _plan, _Together
+
+from .ffn import forced
 
 
-def plan(tokens: int, experts: int, neurons: int, share: float, *, copies: bool = True) -> _ByExpert | _Together:
+def plan(
+    tokens: int, experts: int, neurons: int, share: float, *, copies: bool = True, sparse: bool = False
+) -> _ByExpert | _ByNeuron | _Together:
     w = torch.empty(experts, neurons, 768)
     mask = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).argsort(1) < share * experts
-    return _plan(mask, Experts(w, None, None, None, w), copies=copies)
+    return _plan(mask, Experts(w, None, None, None, w), copies=copies, sparse=sparse)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,43 @@ def test_plan_skips_only_where_that_is_faster(
         assert isinstance(planned, _Together)
         assert (planned.used is not None) == (way == "copies")
         assert (planned.mask is None) == (share == 1.0 or way == "copies")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "neurons", "share", "way"),
+    [
+        (1, 24, 128, 0.2, _ByNeuron),
+        (1, 512, 6, 0.2, _ByNeuron),
+        (16, 128, 24, 0.2, _ByNeuron),
+        (16, 128, 24, 0.5, _Together),
+        (1, 24, 128, 1.0, _Together),
+        (2048, 24, 128, 0.2, _ByExpert),
+    ],
+)
+def test_plan_reads_neurons_one_by_one_for_few_tokens(
+    tokens: int, experts: int, neurons: int, share: float, way: type
+) -> None:
+    assert isinstance(plan(tokens, experts, neurons, share, sparse=True), way)
+
+
+def test_plan_shares_what_tokens_have_in_common() -> None:
+    w = torch.empty(128, 24, 768)
+    mask = torch.zeros(16, 128, dtype=torch.bool)
+    mask[:, :20] = True
+    planned = _plan(mask, Experts(w, None, None, None, w), sparse=True)
+    assert isinstance(planned, _Together)
+    assert planned.used is not None
+
+
+def test_plan_by_neuron_numbers_the_neurons_of_all_experts() -> None:
+    w = torch.empty(128, 3, 768)
+    mask = torch.zeros(3, 128, dtype=torch.bool)
+    mask[0, [0, 5]] = mask[2, 5] = True
+    with forced("by neuron"):
+        planned = _plan(mask, Experts(w, None, None, None, w), sparse=True)
+    assert isinstance(planned, _ByNeuron)
+    assert planned.columns.tolist() == [0, 1, 2, 15, 16, 17, 15, 16, 17]
+    assert planned.ends.tolist() == [0, 6, 6, 9]
 
 
 def test_plan_copies_nothing_where_gradients_are_written() -> None:
