@@ -30,7 +30,7 @@ from surgeon.passes.trained import TrainedPass
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import replace_call
 from surgeon.router_fitting import by_trunk, fit_from_neurons, running_at, train_routers
-from surgeon.routing import Labels, Objective, Router
+from surgeon.routing import Labels, Objective, Output, Router
 from surgeon.search import find_ffns
 from surgeon.shared_trunk import trunk_groups, trunk_of
 from surgeon.sites import FFN, FFNWeights, Rejection
@@ -38,6 +38,7 @@ from surgeon.sites import FFN, FFNWeights, Rejection
 log = logging.getLogger("surgeon")
 
 RouterKind = Literal["trained", "neurons", "centres"]
+RouterOutput = Literal["auto", "abs", "relu", "softplus"]
 
 # Expert size aimed at when neither `experts` nor `expert_size` is given.
 _USUAL_SIZE = 32
@@ -104,6 +105,11 @@ class Moeify(TrainedPass[FFN]):
     router_width: int | None = option(
         None, "Hidden width of the router. By default what costs 2.5% of what it routes, 8 to 128."
     )
+    router_output: RouterOutput = option(
+        "auto",
+        "What keeps the scores from being negative, with router=trained and objective=norm or relative: abs (as "
+        "published; auto), relu or softplus.",
+    )
     share_trunk: bool = option(
         True, "One trunk for the routers of an attention's replaced projections that read the same input."
     )
@@ -157,6 +163,7 @@ class Moeify(TrainedPass[FFN]):
         for name, known in (
             ("rule", RULES), ("split", get_args(Split)), ("router", get_args(RouterKind)),
             ("objective", get_args(Objective)), ("labels", get_args(Labels)), ("router_depth", (1, 2)),
+            ("router_output", get_args(RouterOutput)),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise UsageError(f"moeify: {name} is '{getattr(self, name)}'; it can be {', '.join(map(str, known))}.")
@@ -172,6 +179,11 @@ class Moeify(TrainedPass[FFN]):
             raise UsageError("moeify: labels says whose norms are predicted, and objective=activation predicts sums.")
         if self.router_depth == 1 and self.router == "neurons":
             raise UsageError("moeify: router=neurons has two layers, as neurons are its features; take router=trained.")
+        if self.router_output != "auto" and (self.router != "trained" or self.objective not in ("norm", "relative")):
+            raise UsageError(
+                "moeify: router_output can be chosen with router=trained and objective=norm or relative; what the "
+                "others give needs an output of its own."
+            )
         if self.router_width is not None and (self.router_depth == 1 or self.router == "centres"):
             what = "a router of one layer has none" if self.router_depth == 1 else "centres make it that of the experts"
             raise UsageError(f"moeify: router_width is {self.router_width}, but {what}.")
@@ -357,16 +369,17 @@ class Moeify(TrainedPass[FFN]):
         return max(_NARROWEST, min(_WIDEST, width // 8 * 8))
 
     def _router(self, site: FFN, weights: FFNWeights, experts: int, width: int | None) -> Router:
-        outputs = {"log": "exp", "activation": "sigmoid"}
         neurons = self.router == "neurons"
+        # A regression from neurons goes below zero where an expert is silent, and abs would call it small.
+        own: dict[str, Output] = {"log": "exp", "activation": "sigmoid"}
+        usual: Output = "softplus" if neurons else own.get(self.objective, "abs")
         return Router(
             site.d_in,
             width,
             experts - self.shared,
             bias=neurons,
             hidden="tanh" if self.objective == "activation" else "relu",
-            # A regression from neurons goes below zero where an expert is silent, and abs would call it small.
-            output="softplus" if neurons else outputs.get(self.objective, "abs"),  # type: ignore[arg-type]
+            output=usual if self.router_output == "auto" else self.router_output,
             like=weights.w1,
         )
 

@@ -19,7 +19,7 @@ from surgeon.kernels.torch_backend import Experts, hidden
 
 Objective = Literal["norm", "relative", "log", "activation"]
 Labels = Literal["output", "hidden"]
-Output = Literal["abs", "softplus", "exp", "sigmoid"]
+Output = Literal["abs", "relu", "softplus", "exp", "sigmoid"]
 Step = Callable[..., Any]
 
 # Below this share of the token's largest norm, differences do not matter for "log".
@@ -29,6 +29,7 @@ _HIDDEN = {"relu": aten.relu.default, "tanh": aten.tanh.default}
 # Each output as an op and its further arguments.
 _OUTPUT: dict[Output, tuple[Any, ...]] = {
     "abs": (aten.abs.default,),
+    "relu": (aten.relu.default,),
     # Close to a ReLU on targets from 0 to 1, but above zero down to -2, where float32 ends: equal scores could not be
     # told apart by a rule.
     "softplus": (aten.softplus.default, 50.0),
@@ -44,8 +45,8 @@ _RIDGE = 1e-3
 class Router(nn.Module):
     """Scores experts: r(x) = |W_b relu(W_a x)| (D2DMoE, section 3.3), x [..., d_in] → [..., experts], never negative.
 
-    hidden: "relu", or "tanh" as in MoEfication. output: "abs" as published, "softplus" of a regression, or "exp" and
-    "sigmoid" as objectives need.
+    hidden: "relu", or "tanh" as in MoEfication. output: "abs" as published, "relu" or "softplus" of a regression, or
+    "exp" and "sigmoid" as objectives need.
     fc1, the trunk, may be shared by the routers of several layers that read the same input; a router of one linear
     layer, |W x|, has none.
     """
@@ -93,7 +94,7 @@ class Router(nn.Module):
         return self.steps(lambda op, *args: op(*args), x, lambda name: self.get_parameter(name))  # type: ignore[no-any-return]
 
     def logits(self, x: Tensor) -> Tensor:
-        """What goes into the last op: the scores before abs, softplus, exp or sigmoid."""
+        """What goes into the last op: the scores before abs, relu, softplus, exp or sigmoid."""
         return self._logits(lambda op, *args: op(*args), x, lambda name: self.get_parameter(name))  # type: ignore[no-any-return]
 
     def steps(self, step: Step, x: Any, parameter: Callable[[str], Any]) -> Any:

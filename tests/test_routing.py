@@ -86,7 +86,7 @@ def test_router_is_as_published() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("hidden", ["relu", "tanh"])
-@pytest.mark.parametrize("output", ["abs", "softplus", "exp", "sigmoid"])
+@pytest.mark.parametrize("output", ["abs", "relu", "softplus", "exp", "sigmoid"])
 def test_router_is_what_its_options_say(bias: bool, hidden: Any, output: Any) -> None:
     torch.manual_seed(0)
     router = Router(D, 8, E, bias=bias, hidden=hidden, output=output)

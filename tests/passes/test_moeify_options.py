@@ -176,6 +176,9 @@ def test_a_value_that_fits_no_site_there_is_refused_there() -> None:
     ({"router_depth": 1}, "router=neurons has two layers"),
     ({"router_depth": 1, "router": "trained", "router_width": 8}, "router_width is 8, but a router of one"),
     ({"router": "centres", "objective": "activation", "router_width": 8}, "router_width is 8, but centres"),
+    ({"router_output": "exp"}, "router_output is 'exp'; it can be auto, abs, relu, softplus"),
+    ({"router_output": "relu"}, "router_output can be chosen with router=trained and objective=norm or relative"),
+    ({"router": "trained", "objective": "log", "router_output": "abs"}, "router_output can be chosen with"),
     ({"labels": "input"}, "labels is 'input'; it can be output, hidden"),
     ({"router": "trained", "objective": "activation", "labels": "hidden"}, "labels says whose norms are predicted"),
 ])  # fmt: skip

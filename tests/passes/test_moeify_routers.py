@@ -85,6 +85,7 @@ def converted(sharp: tuple[TracedGraph, list[Any]], **options: Any) -> TracedGra
 @pytest.mark.parametrize("options", [
     {"objective": "norm"}, {"objective": "relative"}, {"objective": "log"}, {"objective": "activation"},
     {"objective": "norm", "underestimate": 4.0}, {"exposure": 0.3},
+    {"objective": "norm", "router_output": "softplus"}, {"router_output": "relu"},
     {"router": "neurons", "epochs": 0}, {"router": "neurons", "epochs": 0, "objective": "relative"},
     {"router": "neurons", "epochs": 5},
     {"layer_by_layer": True}, {"layer_by_layer": True, "exposure": 0.3}, {"layer_by_layer": True, "router": "neurons"},
@@ -120,6 +121,8 @@ def test_kinds_of_router_are_what_they_are_called(sharp: Any) -> None:
         assert (router.hidden, router.output, router.fc1.bias is not None) == (hidden, output, bias)
     router = layer(converted(sharp, router="neurons", epochs=0)).router
     assert (router.hidden, router.output, router.fc1.bias is not None) == ("relu", "softplus", True)
+    for output in ("abs", "relu", "softplus"):
+        assert layer(converted(sharp, router_output=output, steps=1)).router.output == output
 
 
 def test_a_router_of_one_layer_is_counted_and_named(sharp: Any) -> None:
