@@ -274,7 +274,7 @@ def _plan(
         return _Together(chosen, None if pairs == tokens * used else mask.index_select(1, chosen))
     if way == "neuron":
         _sparse_products()
-        chosen = mask.view(-1).nonzero()
+        chosen = mask.reshape(-1).nonzero()
         # Of each expert that runs the neurons, one token after the other.
         columns = (chosen.remainder_(count) * neurons + torch.arange(neurons, device=mask.device)).view(-1)
         ends = F.pad(mask.sum(1).cumsum(0), (1, 0)) * neurons

@@ -49,10 +49,10 @@ def cost_at(points: Sequence[dict[str, Any]], quality: float, cost: str, higher:
 
 def cells(results: dict[str, Any], variant: str, curve: str, reference: str) -> list[str]:
     """What the converted layers and the whole model cost where the quality of a dense model is kept."""
-    found = []
+    found, seeds = [], [one for one in results["seeds"].values() if variant in one]
     for cost in ("layers", "relative"):
         values = []
-        for one in results["seeds"].values():
+        for one in seeds:
             dense = one[reference]
             points = one[variant]["curves"][curve]
             values.append(cost_at(points, dense["value"] * results["keep"], cost, dense["higher_is_better"]))
@@ -86,11 +86,13 @@ def table(results: dict[str, Any]) -> str:
     lines += ["", "| | selection | " + " | ".join(head) + " |", "| --- " * (2 + len(head)) + "|"]
     selections = {"uniform": "one tau", "tuned": "a tau for each layer", "oracle": "one tau, oracle router"}
     for variant, found in seeds[0].items():
-        if variant in ("dense", "longer") or any(variant not in one for one in seeds):
+        if variant in ("dense", "longer"):
             continue
+        measured = sum(variant in one for one in seeds)
+        fewer = "" if measured == len(seeds) else f" ({measured} seed{'s' * (measured > 1)})"
         for curve in found["curves"]:
             row = [cell for reference in references for cell in cells(results, variant, curve, reference)]
-            lines.append(f"| {NAMES.get(variant, variant)} | {selections[curve]} | " + " | ".join(row) + " |")
+            lines.append(f"| {NAMES.get(variant, variant)}{fewer} | {selections[curve]} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 

@@ -84,6 +84,16 @@ def test_plan_by_neuron_numbers_the_neurons_of_all_experts() -> None:
     assert planned.ends.tolist() == [0, 6, 6, 9]
 
 
+def test_plan_by_neuron_takes_a_mask_of_any_layout() -> None:
+    w = torch.empty(128, 3, 768)
+    mask = torch.zeros(3, 128, dtype=torch.bool)
+    mask[0, [0, 5]] = mask[2, 5] = True
+    with forced("by neuron"):
+        planned = [_plan(m, Experts(w, None, None, None, w), sparse=True) for m in (mask, mask.t().contiguous().t())]
+    assert all(isinstance(one, _ByNeuron) for one in planned)
+    assert torch.equal(planned[0].columns, planned[1].columns)  # type: ignore[union-attr]
+
+
 def test_plan_copies_nothing_where_gradients_are_written() -> None:
     assert isinstance(plan(1, 512, 6, 0.02, copies=False), _ByExpert)
     dense = plan(1, 512, 6, 0.2, copies=False)
