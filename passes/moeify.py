@@ -30,7 +30,7 @@ from surgeon.passes.trained import TrainedPass
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import replace_call
 from surgeon.router_fitting import by_trunk, fit_from_neurons, running_at, train_routers
-from surgeon.routing import Labels, Objective, Output, Router
+from surgeon.routing import Goal, Labels, Objective, Output, Router
 from surgeon.search import find_ffns
 from surgeon.shared_trunk import trunk_groups, trunk_of
 from surgeon.sites import FFN, FFNWeights, Rejection
@@ -278,7 +278,7 @@ class Moeify(TrainedPass[FFN]):
         if self.router == "neurons":
             for part in parts.values():
                 of_part = {moe: inputs[moe] for moe in part}
-                fit_from_neurons(graph, of_part, context.data, context.settings, self.labels)
+                fit_from_neurons(graph, of_part, context.data, context.settings)
         if not self.optimises:
             return FitReport(0, 0.0, 0.0, ())
         if self.exposure:
@@ -294,9 +294,6 @@ class Moeify(TrainedPass[FFN]):
                     self.plan(),
                     context.settings,
                     what,
-                    objective=self.objective,
-                    labels=self.labels,
-                    underestimate=self.underestimate,
                 )
                 for what, part in parts.items()
             ]
@@ -380,6 +377,7 @@ class Moeify(TrainedPass[FFN]):
             bias=neurons,
             hidden="tanh" if self.objective == "activation" else "relu",
             output=usual if self.router_output == "auto" else self.router_output,
+            goal=Goal(self.objective, self.labels, self.underestimate),
             like=weights.w1,
         )
 

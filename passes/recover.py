@@ -21,19 +21,16 @@ from surgeon.passes.base import FitContext, SiteKind, option
 from surgeon.passes.trained import FineTunedPass
 from surgeon.report import FitReport, SiteChange
 from surgeon.rewrite import own_parameters
-from surgeon.routing import Objective, router_loss, target
 from surgeon.sites import Rejection
-
-# What the routers go on learning, whatever they were fitted to: the rules compare scores of one token only.
-_OBJECTIVE: Objective = "relative"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recover(FineTunedPass[MoESite]):
     """Fine-tune with experts skipped, so that those that run make up for those that do not.
 
-    Every batch draws a tau up to the given one. Selection itself gets no gradient; the routers go on learning the norms
-    of the changing experts' outputs, on the inputs that the sparse model gives them. Not part of D2DMoE.
+    Every batch draws a tau up to the given one. Selection itself gets no gradient; the routers go on learning what
+    moeify fitted them to, from the changing experts and on the inputs that the sparse model gives them. Not part of
+    D2DMoE.
     """
 
     name: ClassVar[str] = "recover"
@@ -95,15 +92,11 @@ class Recover(FineTunedPass[MoESite]):
             return moe
 
         def penalise(batch: Batch, values: dict[str, Tensor], done: float) -> tuple[Tensor, dict[str, float]]:
-            losses = []
-            for path, names in inputs.items():
-                moe = layer(path)
-                for name in names:
-                    x = real_tokens(batch, values[name]).detach()
-                    with torch.no_grad():
-                        wanted = target(_OBJECTIVE, x, moe.routed, moe.activation)
-                        scale = moe.router(x).amax(-1, keepdim=True).clamp_min(1e-6)
-                    losses.append(router_loss(_OBJECTIVE, moe.router(x) / scale, wanted))
+            losses = [
+                moe.router.goal.loss(moe.router, real_tokens(batch, values[name]).detach(), moe.routed, moe.activation)
+                for moe, names in ((layer(path), names) for path, names in inputs.items())
+                for name in names
+            ]
             mean = torch.stack(losses).mean()
             drawn.draw(done)
             return self.router_weight * mean, {"router loss": mean.item()}

@@ -18,7 +18,7 @@ from surgeon.moe import MoE
 from surgeon.padding import real_tokens
 from surgeon.report import FitReport
 from surgeon.rewrite import Capture
-from surgeon.routing import Labels, Objective, fit_closed_form, router_loss, target
+from surgeon.routing import fit_closed_form
 
 # Tokens that routers are fitted on in closed form.
 _TOKENS = 16384
@@ -35,15 +35,13 @@ def by_trunk(layers: Iterable[MoE]) -> list[list[MoE]]:
     return list(groups.values())
 
 
-def fit_from_neurons(
-    graph: TracedGraph, inputs: Inputs, data: Data, settings: Settings, labels: Labels = "output"
-) -> None:
+def fit_from_neurons(graph: TracedGraph, inputs: Inputs, data: Data, settings: Settings) -> None:
     """Fit every router in closed form from its layer's own neurons (`surgeon.routing.fit_closed_form`), to be relative.
 
     A layer that is executed several times is fitted on the inputs of all its executions.
 
     Args:
-        graph: what the inputs are read from. labels: the norms of what they predict.
+        graph: what the inputs are read from.
     """
     groups = by_trunk(inputs)
     names = {place: [name for moe in group for name in inputs[moe]] for place, group in enumerate(groups)}
@@ -55,29 +53,18 @@ def fit_from_neurons(
                 values[place],
                 [(moe.routed, moe.activation) for moe in group],
                 "relative",
-                labels,
+                group[0].router.goal.labels,
             )
 
 
 def train_routers(
-    graph: TracedGraph,
-    inputs: Inputs,
-    data: Data,
-    plan: Plan,
-    settings: Settings,
-    what: str,
-    *,
-    objective: Objective,
-    labels: Labels = "output",
-    underestimate: float = 1.0,
+    graph: TracedGraph, inputs: Inputs, data: Data, plan: Plan, settings: Settings, what: str
 ) -> FitReport:
-    """Train the routers, and nothing else, to predict what the objective says of the experts' outputs.
+    """Train the routers, and nothing else, for their goals.
 
     Args:
         graph: what the inputs are read from. It is run in evaluation mode, as far as the inputs need.
         what: name of the fit, and of its checkpoint.
-        labels: the norms of what the objective speaks of.
-        underestimate: weight of the errors of scores that are too low.
 
     Raises:
         PassError: the loss is not finite.
@@ -87,15 +74,11 @@ def train_routers(
     def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             _, values = inner(*batch.args, **batch.kwargs)
-        losses = []
-        for moe, names in inputs.items():
-            for name in names:
-                x = real_tokens(batch, values[name])
-                with torch.no_grad():
-                    wanted = target(objective, x, moe.routed, moe.activation, labels)
-                # Cross entropy wants logits: scores that are exactly 0 or 1 have no gradient.
-                given = moe.router.logits(x) if objective == "activation" else moe.router(x)
-                losses.append(router_loss(objective, given, wanted, underestimate))
+        losses = [
+            moe.router.goal.loss(moe.router, real_tokens(batch, values[name]), moe.routed, moe.activation)
+            for moe, names in inputs.items()
+            for name in names
+        ]
         mean = torch.stack(losses).mean()
         return mean, {"router loss": mean.item()}
 

@@ -7,6 +7,7 @@ some of the layer's own neurons as features, and ridge regression from them to t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -42,13 +43,33 @@ _CANDIDATES = 2048
 _RIDGE = 1e-3
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What a router learns to predict.
+
+    labels: the norms of what the objective speaks of. underestimate: weight of the errors of scores that are too low.
+    """
+
+    objective: Objective = "relative"
+    labels: Labels = "output"
+    underestimate: float = 1.0
+
+    def loss(self, router: Router, x: Tensor, experts: Experts, activation: str) -> Tensor:
+        """How far the router is from it on inputs x [N, d_in] of the experts it scores: a scalar."""
+        with torch.no_grad():
+            wanted = target(self.objective, x, experts, activation, self.labels)
+        # Cross entropy wants logits: scores that are exactly 0 or 1 have no gradient.
+        given = router.logits(x) if self.objective == "activation" else router(x)
+        return router_loss(self.objective, given, wanted, self.underestimate)
+
+
 class Router(nn.Module):
     """Scores experts: r(x) = |W_b relu(W_a x)| (D2DMoE, section 3.3), x [..., d_in] → [..., experts], never negative.
 
     hidden: "relu", or "tanh" as in MoEfication. output: "abs" as published, "relu" or "softplus" of a regression, or
     "exp" and "sigmoid" as objectives need.
     fc1, the trunk, may be shared by the routers of several layers that read the same input; a router of one linear
-    layer, |W x|, has none.
+    layer, |W x|, has none. goal: what every pass that trains the router trains it for.
     """
 
     fc1: nn.Linear | None
@@ -62,6 +83,7 @@ class Router(nn.Module):
         bias: bool = False,
         hidden: Literal["relu", "tanh"] = "relu",
         output: Output = "abs",
+        goal: Goal | None = None,
         like: Tensor | None = None,
     ) -> None:
         """Make a router with random weights, of the device and dtype of `like`; width None: of one linear layer."""
@@ -70,7 +92,7 @@ class Router(nn.Module):
         options: Any = {"bias": bias, "device": device, "dtype": dtype}
         self.fc1 = None if width is None else nn.Linear(d_in, width, **options)
         self.fc2 = nn.Linear(d_in if width is None else width, experts, **options)
-        self.hidden, self.output = hidden, output
+        self.hidden, self.output, self.goal = hidden, output, goal or Goal()
 
     @property
     def first(self) -> nn.Linear:

@@ -70,6 +70,23 @@ def test_routers_have_a_rate_of_their_own(converted: TracedGraph) -> None:
     assert all((size > 1e-3) == (name in routers) for name, size in moved.items()), moved
 
 
+def test_routers_learn_what_they_were_fitted_to(converted: TracedGraph) -> None:
+    graph = own(converted)
+    x = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+    moe = graph.get_submodule("blocks.0.ffn.moe")
+    assert isinstance(moe, MoE)
+    with torch.no_grad():
+        for parameter in moe.router.fc2.parameters():
+            parameter.mul_(3.0)  # what max selects stays the same
+        before = float(moe.router.goal.loss(moe.router, x, moe.routed, moe.activation))
+    Recover(steps=100, lr=1e-9, router_lr=1e-2).apply(graph, data=DATA)
+    trained = graph.get_submodule("blocks.0.ffn.moe")
+    assert isinstance(trained, MoE)
+    with torch.no_grad():
+        after = float(trained.router.goal.loss(trained.router, x, trained.routed, trained.activation))
+    assert after < 0.2 * before
+
+
 def test_the_graph_it_came_from_is_left_alone(converted: TracedGraph) -> None:
     before = {name: value.clone() for name, value in converted.state_dict().items()}
     Pipeline([Recover(steps=3, lr=1e-2)]).run(converted, inputs=vectors(), data=DATA)
