@@ -14,6 +14,7 @@ namespace surgeon {
 struct Selection {
   int64_t experts;
   const float *scores = nullptr, *threshold = nullptr;
+  const at::BFloat16 *half_scores = nullptr, *half_threshold = nullptr;
   const uint8_t* skipped = nullptr;  // in place of the two, for other dtypes
   at::Tensor holder;
 
@@ -21,6 +22,9 @@ struct Selection {
     if (s.scalar_type() == at::kFloat && t.scalar_type() == at::kFloat) {
       scores = s.const_data_ptr<float>();
       threshold = t.const_data_ptr<float>();
+    } else if (s.scalar_type() == at::kBFloat16 && t.scalar_type() == at::kBFloat16) {
+      half_scores = s.const_data_ptr<at::BFloat16>();
+      half_threshold = t.const_data_ptr<at::BFloat16>();
     } else {
       holder = at::lt(s.reshape({-1, count}), t.reshape({-1, 1})).contiguous();
       skipped = reinterpret_cast<const uint8_t*>(holder.const_data_ptr<bool>());
@@ -29,13 +33,17 @@ struct Selection {
 
   template <class F>
   void each(int64_t token, F f) const {  // f(expert, whether it is selected)
-    if (skipped) {
+    if (scores) compare(scores, threshold, token, f);
+    else if (half_scores) compare(half_scores, half_threshold, token, f);
+    else
       for (int64_t e = 0; e < experts; ++e) f(e, !skipped[token * experts + e]);
-    } else {
-      const float* row = scores + token * experts;
-      float least = threshold[token];
-      for (int64_t e = 0; e < experts; ++e) f(e, !(row[e] < least));
-    }
+  }
+
+  template <class S, class F>
+  void compare(const S* all, const S* thresholds, int64_t token, F f) const {
+    const S* row = all + token * experts;
+    float least = thresholds[token];
+    for (int64_t e = 0; e < experts; ++e) f(e, !(float(row[e]) < least));
   }
 
   int64_t pairs(int64_t begin, int64_t end) const {
