@@ -31,8 +31,6 @@ constexpr const char* SCHEMA =
     "dynamic_k_ffn(Tensor x, Tensor scores, Tensor threshold, Tensor w1, Tensor? b1, Tensor? gate, Tensor? b_gate, "
     "Tensor w2, Tensor? b2, str activation) -> Tensor";
 
-// Tokens that go through all experts together: the more, the less often weights are read.
-constexpr int64_t BLOCK = 512;
 // Hidden values of a block, of which there are two, that should still fit into a cache.
 constexpr int64_t MOST_HIDDEN = int64_t(1) << 21;
 
@@ -179,7 +177,7 @@ struct Call {
   // Threads take blocks of tokens, each as many, small enough for what is kept of the hidden layer.
   void many(int64_t pairs) {
     int64_t threads = at::get_num_threads(), hidden = pairs * layer.neurons / tokens + 1;
-    int64_t most = std::max<int64_t>(FEW_TOKENS, std::min(BLOCK, MOST_HIDDEN / hidden));
+    int64_t most = std::max<int64_t>(FEW_TOKENS, std::min(kernels().block, MOST_HIDDEN / hidden));
     int64_t rounds = ceil_of(tokens, most * threads), block = ceil_of(tokens, rounds * threads);
     T* out = mutable_data(y);
     at::parallel_for(0, ceil_of(tokens, block), 1, [&](int64_t first, int64_t last) {

@@ -65,6 +65,7 @@ struct Functions {
 
 struct Kernels {
   const char* name;
+  int64_t block;  // tokens that should go through all experts together: the more, the less often weights are read
   Functions<float> f32;
   Functions<bf16> bf16_;
   // out [rows] = the threshold for every row of scores [rows, experts]; NaN for a row with NaN, infinite or negative
