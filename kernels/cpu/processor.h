@@ -3,6 +3,11 @@
 
 #include <c10/util/Exception.h>
 
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cmath>
 #include <string>
@@ -17,6 +22,15 @@ struct Choice {
   bool supported;
 };
 
+#if defined(__x86_64__)
+// A process has to ask Linux for the registers of AMX once, on behalf of all its threads.
+inline bool may_use_tiles() {
+  constexpr int REQUEST = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
+  return granted;
+}
+#endif
+
 inline std::vector<Choice> choices() {
   std::vector<Choice> all;
   auto add = [&](const Kernels* kernels, bool supported) {
@@ -25,7 +39,9 @@ inline std::vector<Choice> choices() {
 #if defined(__x86_64__)
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  add(avx512_bf16_kernels(), avx512 && __builtin_cpu_supports("avx512bf16"));
+  bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  add(amx_bf16_kernels(), bf16 && __builtin_cpu_supports("amx-bf16") && may_use_tiles());
+  add(avx512_bf16_kernels(), bf16);
   add(avx512_kernels(), avx512);
   add(avx2_kernels(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 #endif

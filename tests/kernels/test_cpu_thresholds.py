@@ -21,7 +21,7 @@ exact_scores = st.integers(0, 100).map(lambda n: n / 16)
 odd_scores = st.sampled_from([0.0, -0.0, 1.0, 2.5, -1.0, INF, -INF, NAN, 1e-42, 3e38])
 
 
-@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "avx512_bf16"], autouse=True)
+@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"], autouse=True)
 def _instruction_set(request: Any) -> Iterator[None]:
     if not cpu.ready():
         pytest.skip(f"the native kernels do not run here: {cpu.load().why}")

@@ -1,0 +1,20 @@
+// For processors with AMX's products of bfloat16, beside all that `avx512_bf16.cpp` needs.
+#include "layer.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define SURGEON_VECTOR_BYTES 64
+#define SURGEON_VECTOR_REGISTERS 32
+#define SURGEON_NAME "amx_bf16"
+#define SURGEON_KERNELS amx_bf16_kernels
+#define SURGEON_BF16_DOT
+#define SURGEON_AMX
+#include "tiles.inc"
+#include "functions.inc"
+#include "thresholds.inc"
+#include "experts.inc"
+#else
+const surgeon::Kernels* surgeon::amx_bf16_kernels() { return nullptr; }
+#endif
