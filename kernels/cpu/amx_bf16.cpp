@@ -13,6 +13,7 @@
 #define SURGEON_AMX
 #include "tiles.inc"
 #include "functions.inc"
+#include "selecting.inc"
 #include "thresholds.inc"
 #include "experts.inc"
 #else

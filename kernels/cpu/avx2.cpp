@@ -2,6 +2,8 @@
 #include "layer.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #pragma GCC target("avx2,fma")
 #define SURGEON_VECTOR_BYTES 32
 #define SURGEON_VECTOR_REGISTERS 16
@@ -9,6 +11,7 @@
 #define SURGEON_KERNELS avx2_kernels
 #include "tiles.inc"
 #include "functions.inc"
+#include "selecting.inc"
 #include "thresholds.inc"
 #include "experts.inc"
 #else

@@ -2,6 +2,8 @@
 #include "layer.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define SURGEON_VECTOR_BYTES 64
 #define SURGEON_VECTOR_REGISTERS 32
@@ -9,6 +11,7 @@
 #define SURGEON_KERNELS avx512_kernels
 #include "tiles.inc"
 #include "functions.inc"
+#include "selecting.inc"
 #include "thresholds.inc"
 #include "experts.inc"
 #else

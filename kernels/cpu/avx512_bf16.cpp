@@ -12,6 +12,7 @@
 #define SURGEON_BF16_DOT
 #include "tiles.inc"
 #include "functions.inc"
+#include "selecting.inc"
 #include "thresholds.inc"
 #include "experts.inc"
 #else

@@ -116,7 +116,7 @@ struct Call {
 
   Tensor run() {
     if (y.numel() == 0) return y;
-    int64_t pairs = selection.pairs(0, tokens);
+    int64_t pairs = selection.pairs();
     double limit = get_crossover(sizeof(T) == 2, tokens, layer.neurons);
     if (double(pairs) > limit * double(tokens) * double(layer.experts)) everything(pairs == tokens * layer.experts);
     else if (tokens <= FEW_TOKENS) few(pairs);
@@ -135,7 +135,7 @@ struct Call {
       if (!all) {
         mask.resize((end - begin) * experts);
         for (int64_t t = begin; t < end; ++t)
-          selection.each(t, [&](int64_t e, bool runs) { mask[(t - begin) * experts + e] = runs; });
+          selection.each(t, [&](int64_t e) { mask[(t - begin) * experts + e] = 1; });
       }
       functions.finish(
           layer, end - begin, mutable_data(up) + begin * hidden,

@@ -47,6 +47,9 @@ enum class Rule { cumulative, energy, top_k };
 
 template <class T>
 struct Functions {
+  // bits [tokens, experts in words of 64]: which experts every token selects, by scores [tokens, experts] and
+  // thresholds [tokens] of this dtype. Those that are no experts' are zero.
+  void (*select)(const T* scores, const T* thresholds, int64_t tokens, int64_t experts, uint64_t* bits);
   // Floats of scratch memory that `many` needs; pairs: how many (token, expert) pairs it is called with.
   int64_t (*scratch)(const Layer<T>&, int64_t tokens, int64_t pairs);
   // y [count, d_out] = what the selected experts give, plus b2.

@@ -7,5 +7,6 @@
 #define SURGEON_KERNELS portable_kernels
 #include "tiles.inc"
 #include "functions.inc"
+#include "selecting.inc"
 #include "thresholds.inc"
 #include "experts.inc"
