@@ -177,7 +177,7 @@ struct Call {
   // Threads take blocks of tokens, each as many, small enough for what is kept of the hidden layer.
   void many(int64_t pairs) {
     int64_t threads = at::get_num_threads(), hidden = pairs * layer.neurons / tokens + 1;
-    int64_t most = std::max<int64_t>(FEW_TOKENS, std::min(kernels().block, MOST_HIDDEN / hidden));
+    int64_t most = std::max<int64_t>(FEW_TOKENS, std::min(functions.block(layer.neurons), MOST_HIDDEN / hidden));
     int64_t rounds = ceil_of(tokens, most * threads), block = ceil_of(tokens, rounds * threads);
     T* out = mutable_data(y);
     at::parallel_for(0, ceil_of(tokens, block), 1, [&](int64_t first, int64_t last) {

@@ -50,6 +50,9 @@ struct Functions {
   // bits [tokens, experts in words of 64]: which experts every token selects, by scores [tokens, experts] and
   // thresholds [tokens] of this dtype. Those that are no experts' are zero.
   void (*select)(const T* scores, const T* thresholds, int64_t tokens, int64_t experts, uint64_t* bits);
+  // Tokens that should go through all experts of so many neurons together: with more of them weights are read less often,
+  // with fewer what is read of the tokens stays in the cache.
+  int64_t (*block)(int64_t neurons);
   // Floats of scratch memory that `many` needs; pairs: how many (token, expert) pairs it is called with.
   int64_t (*scratch)(const Layer<T>&, int64_t tokens, int64_t pairs);
   // y [count, d_out] = what the selected experts give, plus b2.
@@ -68,7 +71,6 @@ struct Functions {
 
 struct Kernels {
   const char* name;
-  int64_t block;  // tokens that should go through all experts together: the more, the less often weights are read
   Functions<float> f32;
   Functions<bf16> bf16_;
   // out [rows] = the threshold for every row of scores [rows, experts]; NaN for a row with NaN, infinite or negative

@@ -8,6 +8,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <string>
@@ -88,26 +89,44 @@ inline void use_instruction_set(std::string name) {
 constexpr int TOKEN_STEPS = 4, NEURON_STEPS = 6;
 inline std::atomic<float> crossovers[2][TOKEN_STEPS][NEURON_STEPS];
 
-inline int step_of(int64_t value, int64_t first, int64_t factor, int steps) {
-  int step = 0;
-  for (double bound = double(first) * std::sqrt(double(factor)); step + 1 < steps && double(value) > bound; ++step)
-    bound *= double(factor);
-  return step;
+// Where `value` lies among first, first · factor, first · factor² and so on, from step `least` to step `most`.
+inline double step_of(int64_t value, int64_t first, int64_t factor, int least, int most) {
+  double step = std::log(double(value) / double(first)) / std::log(double(factor));
+  return std::clamp(step, double(least), double(most));
 }
 
-inline std::atomic<float>& crossover(bool half, int64_t tokens, int64_t neurons) {
-  // 1, 8, 64 and 512 tokens or more; 4, 8, 16, 32, 64 and 128 neurons or more. In bfloat16 a multiple of 32 goes a
-  // faster way than other sizes, which are as 16.
+// 1, 8, 64 and 512 tokens; the first two are of those that go the way of few tokens.
+inline double token_step(int64_t tokens) {
+  bool few = tokens <= FEW_TOKENS;
+  return step_of(tokens, 1, 8, few ? 0 : 2, few ? 1 : TOKEN_STEPS - 1);
+}
+
+// 4, 8, 16, 32, 64 and 128 neurons. In bfloat16 a multiple of 32 goes a faster way than other sizes, which are as 16.
+inline double neuron_step(bool half, int64_t neurons) {
   if (half && neurons > 16 && neurons % 32) neurons = 16;
-  return crossovers[half][step_of(tokens, 1, 8, TOKEN_STEPS)][step_of(neurons, 4, 2, NEURON_STEPS)];
+  return step_of(neurons, 4, 2, 0, NEURON_STEPS - 1);
+}
+
+// The one measured for these sizes or the nearest.
+inline std::atomic<float>& crossover(bool half, int64_t tokens, int64_t neurons) {
+  return crossovers[half][std::lround(token_step(tokens))][std::lround(neuron_step(half, neurons))];
 }
 
 inline void set_crossover(bool half, int64_t tokens, int64_t neurons, double share) {
   crossover(half, tokens, neurons).store(float(share), std::memory_order_relaxed);
 }
 
+// Between measured ones in proportion.
 inline double get_crossover(bool half, int64_t tokens, int64_t neurons) {
-  return crossover(half, tokens, neurons).load(std::memory_order_relaxed);
+  double token = token_step(tokens), neuron = neuron_step(half, neurons), sum = 0;
+  for (int t : {0, 1})
+    for (int n : {0, 1}) {
+      double weight = (t ? token - std::floor(token) : 1 - (token - std::floor(token))) *
+          (n ? neuron - std::floor(neuron) : 1 - (neuron - std::floor(neuron)));
+      if (weight > 0)
+        sum += weight * crossovers[half][int(token) + t][int(neuron) + n].load(std::memory_order_relaxed);
+    }
+  return sum;
 }
 
 inline const bool guessed = [] {
