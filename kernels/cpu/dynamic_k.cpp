@@ -177,7 +177,7 @@ struct Call {
   // Threads take blocks of tokens, each as many, small enough for what is kept of the hidden layer.
   void many(int64_t pairs) {
     int64_t threads = at::get_num_threads(), hidden = pairs * layer.neurons / tokens + 1;
-    int64_t most = std::max<int64_t>(FEW_TOKENS, std::min(kernels().block, MOST_HIDDEN / hidden));
+    int64_t most = std::max<int64_t>(FEW_TOKENS, std::min(block_for(layer.neurons), MOST_HIDDEN / hidden));
     int64_t rounds = ceil_of(tokens, most * threads), block = ceil_of(tokens, rounds * threads);
     T* out = mutable_data(y);
     at::parallel_for(0, ceil_of(tokens, block), 1, [&](int64_t first, int64_t last) {
@@ -192,6 +192,14 @@ struct Call {
             scratch_of(functions.scratch(layer, count, start[layer.experts])));
       }
     });
+  }
+
+  // The smaller the experts, the less is done with a token each time it is read: those of a block should then be in a
+  // cache. For large ones it counts more that weights are read less often.
+  static int64_t block_for(int64_t neurons) {
+    int64_t block = kernels().block;
+    if constexpr (std::is_same_v<T, float>) return std::clamp<int64_t>(block * neurons / 32, 512, 2 * block);
+    return block;
   }
 
   static Tensor contiguous(const Optional& tensor) { return tensor ? tensor->contiguous() : Tensor(); }
