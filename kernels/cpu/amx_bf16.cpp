@@ -11,11 +11,7 @@
 #define SURGEON_KERNELS amx_bf16_kernels
 #define SURGEON_BF16_DOT
 #define SURGEON_AMX
-#include "tiles.inc"
-#include "functions.inc"
-#include "selecting.inc"
-#include "thresholds.inc"
-#include "experts.inc"
+#include "kernels.inc"
 #else
 const surgeon::Kernels* surgeon::amx_bf16_kernels() { return nullptr; }
 #endif

@@ -9,11 +9,7 @@
 #define SURGEON_VECTOR_REGISTERS 16
 #define SURGEON_NAME "avx2"
 #define SURGEON_KERNELS avx2_kernels
-#include "tiles.inc"
-#include "functions.inc"
-#include "selecting.inc"
-#include "thresholds.inc"
-#include "experts.inc"
+#include "kernels.inc"
 #else
 const surgeon::Kernels* surgeon::avx2_kernels() { return nullptr; }
 #endif

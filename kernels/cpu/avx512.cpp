@@ -9,11 +9,7 @@
 #define SURGEON_VECTOR_REGISTERS 32
 #define SURGEON_NAME "avx512"
 #define SURGEON_KERNELS avx512_kernels
-#include "tiles.inc"
-#include "functions.inc"
-#include "selecting.inc"
-#include "thresholds.inc"
-#include "experts.inc"
+#include "kernels.inc"
 #else
 const surgeon::Kernels* surgeon::avx512_kernels() { return nullptr; }
 #endif

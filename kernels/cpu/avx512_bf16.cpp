@@ -10,11 +10,7 @@
 #define SURGEON_NAME "avx512_bf16"
 #define SURGEON_KERNELS avx512_bf16_kernels
 #define SURGEON_BF16_DOT
-#include "tiles.inc"
-#include "functions.inc"
-#include "selecting.inc"
-#include "thresholds.inc"
-#include "experts.inc"
+#include "kernels.inc"
 #else
 const surgeon::Kernels* surgeon::avx512_bf16_kernels() { return nullptr; }
 #endif

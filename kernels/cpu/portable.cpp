@@ -5,8 +5,4 @@
 #define SURGEON_VECTOR_REGISTERS 16
 #define SURGEON_NAME "portable"
 #define SURGEON_KERNELS portable_kernels
-#include "tiles.inc"
-#include "functions.inc"
-#include "selecting.inc"
-#include "thresholds.inc"
-#include "experts.inc"
+#include "kernels.inc"
