@@ -139,7 +139,9 @@ class Moeify(TrainedPass[FFN]):
         "of E).",
     )
     tau: float = option(0.0, "Set after fitting (needs data): 0 runs every expert, larger is cheaper; see rule.")
-    epochs: float = option(1.0, "How often router training goes through the data; 0 trains nothing.")
+    epochs: float = option(
+        8.0, "How often router training goes through the data, with one run of the model; 0 trains nothing."
+    )
     lr: float = option(1e-3, "Learning rate of AdamW for the routers.")
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from surgeon.report import FitReport
 from surgeon.rewrite import Capture
 from surgeon.routing import fit_closed_form
 
-# Tokens that routers are fitted on in closed form.
+# Tokens that routers are fitted on in closed form, and that are held while they are trained.
 _TOKENS = 16384
 
 Inputs: TypeAlias = Mapping[MoE, Sequence[str]]
@@ -62,6 +62,9 @@ def train_routers(
 ) -> FitReport:
     """Train the routers, and nothing else, for their goals.
 
+    The model, which is not trained, runs over the data once, however many epochs the routers take: what their layers
+    are given is held for some thousands of tokens at a time.
+
     Args:
         graph: what the inputs are read from. It is run in evaluation mode, as far as the inputs need.
         what: name of the fit, and of its checkpoint.
@@ -69,21 +72,60 @@ def train_routers(
     Raises:
         PassError: the loss is not finite.
     """
-    inner = Capture(graph, [name for names in inputs.values() for name in names]).eval()
+    layers = list(inputs)
 
     def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
-        with torch.no_grad():
-            _, values = inner(*batch.args, **batch.kwargs)
-        losses = [
-            moe.router.goal.loss(moe.router, real_tokens(batch, values[name]), moe.routed, moe.activation)
-            for moe, names in inputs.items()
-            for name in names
-        ]
+        pairs = zip(batch.args[::2], batch.args[1::2], strict=True)
+        losses = [moe.router.goal.error(moe.router, x, wanted) for moe, (x, wanted) in zip(layers, pairs, strict=True)]
         mean = torch.stack(losses).mean()
         return mean, {"router loss": mean.item()}
 
-    routers = list(dict.fromkeys(parameter for moe in inputs for parameter in moe.router.parameters()))
-    return fit(routers, loss, data, plan, settings, what)
+    routers = list(dict.fromkeys(parameter for moe in layers for parameter in moe.router.parameters()))
+    return fit(routers, loss, Data(_Held(graph, inputs, data, int(plan.epochs), settings.seed)), plan, settings, what)
+
+
+class _Held:
+    """Batches of what the layers are given and of what their routers should say to it, both of each layer in turn.
+
+    As many as there are batches of the data. A part of the data is held at a time and gone through `times` before the
+    next, its tokens in another order every time.
+    """
+
+    def __init__(self, graph: TracedGraph, inputs: Inputs, data: Data, times: int, seed: int) -> None:
+        self._inner = Capture(graph, [name for names in inputs.values() for name in names]).eval()
+        self._inputs, self._data, self._times, self._seed = inputs, data, max(1, times), seed
+
+    def __len__(self) -> int:
+        return len(self._data.train)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self._seed)
+        for count, values in self._parts():
+            for _ in range(self._times):
+                orders = [torch.randperm(len(x), generator=generator).tensor_split(count) for x, _ in values]
+                for rows in zip(*orders, strict=True):
+                    yield Batch(tuple(value[i] for pair, i in zip(values, rows, strict=True) for value in pair))
+
+    def _parts(self) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
+        """The data in parts: from how many batches, and of each layer inputs and what routers should say to them."""
+        device = next(iter(self._inputs)).tau.device
+        batches = iter(self._data.train)
+        while True:
+            found: dict[MoE, list[Tensor]] = {moe: [] for moe in self._inputs}
+            count = 0
+            for item in batches:
+                batch = item.to(device)
+                with torch.no_grad():
+                    _, values = self._inner(*batch.args, **batch.kwargs)
+                for moe, names in self._inputs.items():
+                    found[moe] += [real_tokens(batch, values[name]) for name in names]
+                count += 1
+                if max(sum(map(len, parts)) for parts in found.values()) >= _TOKENS:
+                    break
+            if not count:
+                return
+            inputs = {moe: torch.cat(parts) for moe, parts in found.items()}
+            yield count, [(x, moe.router.goal.wanted(x, moe.routed, moe.activation)) for moe, x in inputs.items()]
 
 
 @contextmanager

@@ -56,8 +56,15 @@ class Goal:
 
     def loss(self, router: Router, x: Tensor, experts: Experts, activation: str) -> Tensor:
         """How far the router is from it on inputs x [N, d_in] of the experts it scores: a scalar."""
+        return self.error(router, x, self.wanted(x, experts, activation))
+
+    def wanted(self, x: Tensor, experts: Experts, activation: str) -> Tensor:
+        """What a router should say to inputs x [N, d_in] of these experts: [N, E], without gradients."""
         with torch.no_grad():
-            wanted = target(self.objective, x, experts, activation, self.labels)
+            return target(self.objective, x, experts, activation, self.labels)
+
+    def error(self, router: Router, x: Tensor, wanted: Tensor) -> Tensor:
+        """How far the router is from what was wanted on x: a scalar."""
         # Cross entropy wants logits: scores that are exactly 0 or 1 have no gradient.
         given = router.logits(x) if self.objective == "activation" else router(x)
         return router_loss(self.objective, given, wanted, self.underestimate)
@@ -169,7 +176,7 @@ def target(objective: Objective, x: Tensor, experts: Experts, activation: str, l
 
     norm: the norms of the experts' outputs (D2DMoE), or of what `labels` says. relative: those over the token's
     largest, which is all that the rules compare. log: the logarithm of that. activation: sums of activations over the
-    batch's largest (MoEfication).
+    largest in x (MoEfication).
     """
     if objective == "activation":
         sums = activation_sums(x, experts, activation)

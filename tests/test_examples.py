@@ -88,7 +88,7 @@ def test_a_study_runs_and_goes_on(frontier: Any, tmp_path: Path) -> None:
     assert [point["tau"] for point in curves["uniform"]] == [0.0, 0.5]
     assert [point["budget"] for point in curves["tuned"]] == [0.9]  # the other one cannot be met
     # The budget is met on the training data that tuning looked at.
-    assert curves["tuned"][0]["relative"] == pytest.approx(0.9, abs=0.03)
+    assert curves["tuned"][0]["relative"] == pytest.approx(0.9, abs=0.05)
     assert curves["uniform"][0]["relative"] > 1.0
 
     again = study.run(wanted, tmp_path, [0])

@@ -28,10 +28,11 @@ def test_a_full_disk_exits_with_4_and_leaves_nothing(run: Run, tmp_path: Path, m
 
 
 def test_an_interrupted_run_can_be_resumed(run: Run, tmp_path: Path) -> None:
-    args = ("apply", "--passes", "sparsify,moeify", *NET, *DATA, "--set", "sparsify.steps=2", "--set", "moeify.steps=6")
-    # Before it the data was read by sparsify, before, in and after its training, to split the layers and to fit the
-    # routers in closed form.
-    (tmp_path / "interrupt").write_text("6")
+    steps = ("--set", "sparsify.steps=2", "--set", "moeify.steps=60")
+    args = ("apply", "--passes", "sparsify,moeify", *NET, *DATA, *steps)
+    # Before it the data was read by sparsify, before, in and after its training, to split the layers, to fit the
+    # routers in closed form, and for eight epochs of their training.
+    (tmp_path / "interrupt").write_text("7")
     stopped = run(*args)
     assert stopped.code == 130
     assert stopped.err.endswith(
@@ -46,8 +47,8 @@ def test_an_interrupted_run_can_be_resumed(run: Run, tmp_path: Path) -> None:
 
     resumed = run(*args, "--resume")
     assert resumed.code == 0, resumed.err
-    assert "trained 6 steps" in resumed.out
-    assert "resumed at 4" in resumed.out
+    assert "trained 60 steps" in resumed.out
+    assert "resumed at 48" in resumed.out
     assert left(tmp_path) == {"gelu-surgery"}
     assert run("-q", *args, "-o", "whole").code == 0
     x, one, two = torch.randn(2, 5, 16), surgeon.load("gelu-surgery"), surgeon.load("whole")
