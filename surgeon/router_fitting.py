@@ -20,8 +20,8 @@ from surgeon.report import FitReport
 from surgeon.rewrite import Capture
 from surgeon.routing import fit_closed_form
 
-# Tokens that routers are fitted on in closed form, and that are held while they are trained.
-_TOKENS = 16384
+# Tokens that routers are fitted on in closed form, and that are held while they are trained, and the most floats then.
+_TOKENS, _MOST_HELD = 16384, 1 << 27
 
 Inputs: TypeAlias = Mapping[MoE, Sequence[str]]
 """Expert layers with the names of the nodes that hold their inputs, one for every call."""
@@ -63,7 +63,7 @@ def train_routers(
     """Train the routers, and nothing else, for their goals.
 
     The model, which is not trained, runs over the data once, however many epochs the routers take: what their layers
-    are given is held for some thousands of tokens at a time.
+    are given is held for some thousands of tokens at a time, in 512 MB and a batch at most.
 
     Args:
         graph: what the inputs are read from. It is run in evaluation mode, as far as the inputs need.
@@ -120,7 +120,10 @@ class _Held:
                 for moe, names in self._inputs.items():
                     found[moe] += [real_tokens(batch, values[name]) for name in names]
                 count += 1
-                if max(sum(map(len, parts)) for parts in found.values()) >= _TOKENS:
+                tokens = {moe: sum(map(len, parts)) for moe, parts in found.items()}
+                # Inputs, and a score for every expert.
+                held = sum(many * (len(moe.routed.w1) + moe.routed.w1.shape[2]) for moe, many in tokens.items())
+                if max(tokens.values()) >= _TOKENS or held >= _MOST_HELD:
                     break
             if not count:
                 return

@@ -216,7 +216,11 @@ class Counted(list[Any]):
             yield item
 
 
-def test_the_model_runs_over_the_data_once_for_all_epochs(sharp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+# What three of the four batches hold: tokens, or floats of both layers.
+@pytest.mark.parametrize(("limit", "least"), [("_TOKENS", 300), ("_MOST_HELD", 300 * 2 * (WIDTH + 8))])
+def test_the_model_runs_over_the_data_once_for_all_epochs(
+    limit: str, least: int, sharp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     graph, data, seen = fork(sharp[0]), Counted(sharp[1]), defaultdict(list)
     original = Goal.error
 
@@ -225,7 +229,7 @@ def test_the_model_runs_over_the_data_once_for_all_epochs(sharp: Any, monkeypatc
         return original(self, router, x, wanted)
 
     monkeypatch.setattr(Goal, "error", error)
-    monkeypatch.setattr("surgeon.router_fitting._TOKENS", 300)  # what three of the four batches hold
+    monkeypatch.setattr(f"surgeon.router_fitting.{limit}", least)
     report = Moeify(experts=8, split="weights", router="trained", epochs=5).apply(graph, data=data)
     assert data.read == len(data) == 4
     assert report.fit is not None
