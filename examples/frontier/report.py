@@ -49,7 +49,7 @@ def cost_at(points: Sequence[dict[str, Any]], quality: float, cost: str, higher:
 
 def cells(results: dict[str, Any], variant: str, curve: str, reference: str) -> list[str]:
     """What the converted layers and the whole model cost where the quality of a dense model is kept."""
-    found, seeds = [], [one for one in results["seeds"].values() if variant in one]
+    found, seeds = [], [one for one in results["seeds"].values() if variant in one and reference in one]
     for cost in ("layers", "relative"):
         values = []
         for one in seeds:
@@ -74,8 +74,8 @@ def percent(values: Sequence[Cost | None]) -> str:
 def table(results: dict[str, Any]) -> str:
     """As Markdown."""
     seeds = list(results["seeds"].values())
-    references = [name for name in ("dense", "longer") if all(name in found for found in seeds)]
-    quality = {name: _mean([found[name]["value"] for found in seeds]) for name in references}
+    references = [name for name in ("dense", "longer") if any(name in found for found in seeds)]
+    quality = {name: _mean([found[name]["value"] for found in seeds if name in found]) for name in references}
     name, keep = seeds[0]["dense"]["name"], f"{100 * results['keep']:.0f}%"
     lines = [f"### {results['study']}", "", f"Dense {name} {quality['dense']}"]
     head = [f"converted layers at {keep} of dense", "whole model"]

@@ -1,9 +1,9 @@
 """From which share of the experts on the dense product is faster: measured on this machine, and kept.
 
-For a grid of tokens and expert sizes a layer is run by both ways, every token with half of the experts. The kernels'
-time grows with the pairs of tokens and experts, the dense product's does not, so they cross at half of dense time /
-kernels' time. For few tokens reading the weights is what takes time: then layers follow each other, too many for the
-caches, as in a model.
+For a grid of tokens and expert sizes a layer is run by both ways with a share of the experts. The kernels' time grows
+with the pairs of tokens and experts, the dense product's does not, so they cross at that share times dense time /
+kernels' time. For few tokens reading the weights is what takes time: then every expert is selected, and layers follow
+each other, too many for the caches, as in a model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ TOKENS, NEURONS = (1, 8, 64, 512), (4, 8, 16, 32, 64, 128)
 # As in models: the dense product of a smaller layer runs at another rate.
 _WIDTH, _HIDDEN = 768, 2048
 _LAYERS, _FEW_TOKENS = 8, 16
-_ROUNDS, _CLEAR = 5, 3.0
+_ROUNDS, _CLEAR = 5, 1.5
+_SHARE = 0.5
 # Shares at which everything, and nothing, is left to the dense product.
 _NEVER_OURS, _ALWAYS_OURS = -1.0, 2.0
 _FILE = "crossover.json"
@@ -58,8 +59,9 @@ def measure() -> Iterator[tuple[bool, int, int, float]]:
             if half not in weights:
                 # Not random: a program that calls this must find its random state as it left it.
                 weights = {half: torch.full((2 * _LAYERS, _HIDDEN, _WIDTH), 0.01, dtype=_dtype(half))}
-            call = _layers(weights[half], tokens, neurons)
-            yield half, tokens, neurons, min(1.0, 0.5 * _dense_over_ours(call, (half, tokens, neurons)))
+            share = 1.0 if tokens <= _FEW_TOKENS else _SHARE
+            call = _layers(weights[half], tokens, neurons, share)
+            yield half, tokens, neurons, min(1.0, share * _dense_over_ours(call, (half, tokens, neurons), share))
     finally:
         for point, share in before.items():
             torch.ops.surgeon.cpu_set_crossover(*point, share)
@@ -69,14 +71,14 @@ def _dtype(half: bool) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
-def _layers(weights: Tensor, tokens: int, neurons: int) -> Callable[[], None]:
-    """A call of one layer, half of whose experts are selected, or of several for few tokens."""
+def _layers(weights: Tensor, tokens: int, neurons: int, share: float) -> Callable[[], None]:
+    """A call of one layer, or of several for few tokens; every token selects a share of the experts."""
     experts, dtype = _HIDDEN // neurons, weights.dtype
     w1, w2 = weights.view(2, _LAYERS, experts, neurons, _WIDTH)
     b1, b2 = torch.zeros(experts, neurons, dtype=dtype), torch.zeros(_WIDTH, dtype=dtype)
     x = torch.ones(tokens, _WIDTH, dtype=dtype)
     scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0))
-    threshold = scores.topk(experts // 2).values[:, -1]
+    threshold = scores.topk(int(share * experts)).values[:, -1]
     pairs = list(zip(w1, w2, strict=True))[: _LAYERS if tokens <= _FEW_TOKENS else 1]
 
     def call() -> None:
@@ -86,7 +88,7 @@ def _layers(weights: Tensor, tokens: int, neurons: int) -> Callable[[], None]:
     return call
 
 
-def _dense_over_ours(call: Callable[[], None], point: tuple[bool, int, int]) -> float:
+def _dense_over_ours(call: Callable[[], None], point: tuple[bool, int, int], share: float) -> float:
     """How many times as long the dense product takes, on one thread and of the thread's own time.
 
     Both are called in turn and the median of their ratios is taken, so that other work counts as little as can be.
@@ -95,13 +97,13 @@ def _dense_over_ours(call: Callable[[], None], point: tuple[bool, int, int]) -> 
     with torch.inference_mode(), threads(1):
         for _ in range(_ROUNDS + 1):
             taken = []
-            for share in (_NEVER_OURS, _ALWAYS_OURS):
-                torch.ops.surgeon.cpu_set_crossover(*point, share)
+            for limit in (_NEVER_OURS, _ALWAYS_OURS):
+                torch.ops.surgeon.cpu_set_crossover(*point, limit)
                 start = time.thread_time()
                 call()
                 taken.append(time.thread_time() - start)
             ratios.append(taken[0] / taken[1])
-            if ratios[-1] > _CLEAR:
+            if share * ratios[-1] > _CLEAR:
                 break
     return statistics.median(ratios[1:] or ratios)  # the first warms up
 

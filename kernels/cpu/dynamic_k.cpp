@@ -129,17 +129,12 @@ struct Call {
     auto flat = [](const Tensor& tensor) { return tensor.defined() ? Optional(tensor.flatten(0, 1)) : Optional(); };
     Tensor up = at::linear(x, w1->flatten(0, 1), flat(b1));
     Tensor gates = gate.defined() ? at::linear(x, gate.flatten(0, 1), flat(b_gate)) : Tensor();
-    int64_t experts = layer.experts, hidden = experts * layer.neurons;
+    int64_t hidden = layer.experts * layer.neurons;
     at::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
-      std::vector<uint8_t> mask;
-      if (!all) {
-        mask.resize((end - begin) * experts);
-        for (int64_t t = begin; t < end; ++t)
-          selection.each(t, [&](int64_t e) { mask[(t - begin) * experts + e] = 1; });
-      }
       functions.finish(
           layer, end - begin, mutable_data(up) + begin * hidden,
-          gates.defined() ? data(gates) + begin * hidden : nullptr, all ? nullptr : mask.data());
+          gates.defined() ? data(gates) + begin * hidden : nullptr,
+          all ? nullptr : selection.bits.data() + begin * selection.words);
     });
     Tensor flat_y = y.view({tokens, layer.d_out}), flat_w2 = w2->flatten(0, 1);
     if (b2.defined()) at::addmm_out(flat_y, b2, up, flat_w2);

@@ -63,8 +63,8 @@ struct Functions {
   // read once. Columns of y are in an order of the kernels' own.
   void (*few)(const Layer<T>&, const T* x, const Selected*, int64_t count, float* y, float* scratch);
   // Of every neuron's input `up` [count, experts · neurons], biases included, what goes out of the hidden layer, in
-  // place; `gate` likewise or null. Zero for experts that `mask` [count, experts] leaves out; null for none.
-  void (*finish)(const Layer<T>&, int64_t count, T* up, const T* gate, const uint8_t* mask);
+  // place; `gate` likewise or null. Zero for experts that are not `selected`, bits as from `select`; null: all are.
+  void (*finish)(const Layer<T>&, int64_t count, T* up, const T* gate, const uint64_t* selected);
   // out [count, d_out] = the sum of `parts` results of `few`, which lie one after the other, plus b2.
   void (*collect)(const Layer<T>&, int64_t count, int64_t parts, const float* y, T* out);
 };
