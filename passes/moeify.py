@@ -296,6 +296,7 @@ class Moeify(TrainedPass[FFN]):
                     self.plan(),
                     context.settings,
                     what,
+                    exposed=bool(self.exposure),
                 )
                 for what, part in parts.items()
             ]

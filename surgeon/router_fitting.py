@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -58,15 +58,16 @@ def fit_from_neurons(graph: TracedGraph, inputs: Inputs, data: Data, settings: S
 
 
 def train_routers(
-    graph: TracedGraph, inputs: Inputs, data: Data, plan: Plan, settings: Settings, what: str
+    graph: TracedGraph, inputs: Inputs, data: Data, plan: Plan, settings: Settings, what: str, *, exposed: bool = False
 ) -> FitReport:
     """Train the routers, and nothing else, for their goals.
 
-    The model, which is not trained, runs over the data once, however many epochs the routers take: what their layers
-    are given is held for some thousands of tokens at a time, in 512 MB and a batch at most.
+    The model runs over the data once, however many epochs the routers take: what their layers are given is held for
+    some thousands of tokens at a time, in about 512 MB and a batch.
 
     Args:
         graph: what the inputs are read from. It is run in evaluation mode, as far as the inputs need.
+        exposed: the routers act in `graph`, so what their layers are given changes: nothing is held.
         what: name of the fit, and of its checkpoint.
 
     Raises:
@@ -81,19 +82,24 @@ def train_routers(
         return mean, {"router loss": mean.item()}
 
     routers = list(dict.fromkeys(parameter for moe in layers for parameter in moe.router.parameters()))
-    return fit(routers, loss, Data(_Held(graph, inputs, data, int(plan.epochs), settings.seed)), plan, settings, what)
+    times = 1 if exposed else int(plan.epochs)
+    if plan.steps is not None:  # all the data, if there are steps enough
+        length = len(data.train) if isinstance(data.train, Sized) else plan.steps
+        times = min(times, plan.steps * plan.accumulate // max(1, length))
+    held = _Held(graph, inputs, data, times, 0 if exposed else _TOKENS, settings.seed)
+    return fit(routers, loss, Data(held), plan, settings, what)
 
 
 class _Held:
     """Batches of what the layers are given and of what their routers should say to it, both of each layer in turn.
 
-    As many as there are batches of the data. A part of the data is held at a time and gone through `times` before the
-    next, its tokens in another order every time.
+    A part of the data is held at a time, of at least so many tokens if there are as many, and gone through `times`
+    before the next, its tokens in another order every time. The length is that of the data, of one time.
     """
 
-    def __init__(self, graph: TracedGraph, inputs: Inputs, data: Data, times: int, seed: int) -> None:
+    def __init__(self, graph: TracedGraph, inputs: Inputs, data: Data, times: int, tokens: int, seed: int) -> None:
         self._inner = Capture(graph, [name for names in inputs.values() for name in names]).eval()
-        self._inputs, self._data, self._times, self._seed = inputs, data, max(1, times), seed
+        self._inputs, self._data, self._times, self._tokens, self._seed = inputs, data, max(1, times), tokens, seed
 
     def __len__(self) -> int:
         return len(self._data.train)  # type: ignore[arg-type]
@@ -105,30 +111,32 @@ class _Held:
                 orders = [torch.randperm(len(x), generator=generator).tensor_split(count) for x, _ in values]
                 for rows in zip(*orders, strict=True):
                     yield Batch(tuple(value[i] for pair, i in zip(values, rows, strict=True) for value in pair))
+            del values  # before the next part is read
 
     def _parts(self) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
         """The data in parts: from how many batches, and of each layer inputs and what routers should say to them."""
         device = next(iter(self._inputs)).tau.device
         batches = iter(self._data.train)
         while True:
-            found: dict[MoE, list[Tensor]] = {moe: [] for moe in self._inputs}
-            count = 0
+            found: dict[MoE, tuple[list[Tensor], list[Tensor]]] = {moe: ([], []) for moe in self._inputs}
+            count = held = 0
             for item in batches:
                 batch = item.to(device)
                 with torch.no_grad():
                     _, values = self._inner(*batch.args, **batch.kwargs)
                 for moe, names in self._inputs.items():
-                    found[moe] += [real_tokens(batch, values[name]) for name in names]
+                    for name in names:
+                        x = real_tokens(batch, values[name])
+                        wanted = moe.router.goal.wanted(x, moe.routed, moe.activation)
+                        found[moe][0].append(x)
+                        found[moe][1].append(wanted)
+                        held += x.numel() + wanted.numel()
                 count += 1
-                tokens = {moe: sum(map(len, parts)) for moe, parts in found.items()}
-                # Inputs, and a score for every expert.
-                held = sum(many * (len(moe.routed.w1) + moe.routed.w1.shape[2]) for moe, many in tokens.items())
-                if max(tokens.values()) >= _TOKENS or held >= _MOST_HELD:
+                if max(sum(map(len, x)) for x, _ in found.values()) >= self._tokens or held >= _MOST_HELD:
                     break
             if not count:
                 return
-            inputs = {moe: torch.cat(parts) for moe, parts in found.items()}
-            yield count, [(x, moe.router.goal.wanted(x, moe.routed, moe.activation)) for moe, x in inputs.items()]
+            yield count, [(torch.cat(x), torch.cat(wanted)) for x, wanted in map(found.pop, self._inputs)]
 
 
 @contextmanager

@@ -60,6 +60,7 @@ struct Arguments {
     if (x.dim() < 1 || w1.dim() != 3 || w2.dim() != 3 || (b_gate && !gate)) return false;
     if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16) return false;
     int64_t experts = w1.size(0), neurons = w1.size(1);
+    if (!experts || !neurons) return false;
     auto lead = x.sizes().slice(0, x.dim() - 1);
     auto shaped = [&](const Tensor& tensor, at::IntArrayRef shape) {
       return tensor.sizes() == shape && tensor.device() == x.device() && tensor.scalar_type() == x.scalar_type();

@@ -81,7 +81,7 @@ struct Kernels {
   const Functions<bf16>& of(bf16) const { return bf16_; }
 };
 
-// One for each instruction set; null where the compiler does not know it.
+// One for each instruction set, to be called only on processors that have it; null where the compiler does not know it.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();

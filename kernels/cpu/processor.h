@@ -18,11 +18,6 @@
 
 namespace surgeon {
 
-struct Choice {
-  const Kernels* kernels;
-  bool supported;
-};
-
 #if defined(__x86_64__)
 // A process has to ask Linux for the registers of AMX once, on behalf of all its threads.
 inline bool may_use_tiles() {
@@ -32,21 +27,23 @@ inline bool may_use_tiles() {
 }
 #endif
 
-inline std::vector<Choice> choices() {
-  std::vector<Choice> all;
-  auto add = [&](const Kernels* kernels, bool supported) {
-    if (kernels) all.push_back({kernels, supported});
+// What this processor has, the best first. Kernels are asked for only there: what gives them is compiled like they are.
+inline std::vector<const Kernels*> choices() {
+  std::vector<const Kernels*> all;
+  auto add = [&](const Kernels* (*get)(), bool supported) {
+    const Kernels* kernels = supported ? get() : nullptr;
+    if (kernels) all.push_back(kernels);
   };
 #if defined(__x86_64__)
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  add(amx_bf16_kernels(), bf16 && __builtin_cpu_supports("amx-bf16") && may_use_tiles());
-  add(avx512_bf16_kernels(), bf16);
-  add(avx512_kernels(), avx512);
-  add(avx2_kernels(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+  add(amx_bf16_kernels, bf16 && __builtin_cpu_supports("amx-bf16") && may_use_tiles());
+  add(avx512_bf16_kernels, bf16);
+  add(avx512_kernels, avx512);
+  add(avx2_kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 #endif
-  add(portable_kernels(), true);
+  add(portable_kernels, true);
   return all;
 }
 
@@ -55,11 +52,7 @@ inline std::atomic<const Kernels*> chosen{nullptr};
 inline const Kernels& kernels() {
   const Kernels* found = chosen.load(std::memory_order_acquire);
   if (!found) {
-    for (const Choice& choice : choices())
-      if (choice.supported) {
-        found = choice.kernels;
-        break;
-      }
+    found = choices().front();
     chosen.store(found, std::memory_order_release);
   }
   return *found;
@@ -68,15 +61,14 @@ inline const Kernels& kernels() {
 // Names of the instruction sets that this processor has, the best first.
 inline std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const Choice& choice : choices())
-    if (choice.supported) names.emplace_back(choice.kernels->name);
+  for (const Kernels* kernels : choices()) names.emplace_back(kernels->name);
   return names;
 }
 
 inline void use_instruction_set(std::string name) {
-  for (const Choice& choice : choices())
-    if (choice.supported && name == choice.kernels->name) {
-      chosen.store(choice.kernels, std::memory_order_release);
+  for (const Kernels* kernels : choices())
+    if (name == kernels->name) {
+      chosen.store(kernels, std::memory_order_release);
       return;
     }
   TORCH_CHECK_VALUE(false, "surgeon: this processor has no instruction set '", name, "'");

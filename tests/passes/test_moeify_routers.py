@@ -170,7 +170,7 @@ def test_steps_train_a_closed_form_further(sharp: Any) -> None:
 def first_loss(sharp: Any, **options: Any) -> float:
     graph = fork(sharp[0])
     trained = Moeify(experts=8, split="weights", steps=1, lr=1e-9, **options)
-    report = trained.apply(graph, data=sharp[1])
+    report = trained.apply(graph, data=sharp[1][:1])
     assert report.fit is not None
     return report.fit.losses[0][1]["router loss"]
 
@@ -249,7 +249,7 @@ def test_the_model_runs_over_the_data_once_for_all_epochs(
 def test_exposed_routers_see_what_the_sparse_model_gives_them(sharp: Any) -> None:
     dense, exposed = first_loss(sharp), first_loss(sharp, exposure=1.0)
     assert first_loss(sharp, exposure=1e-9) == pytest.approx(dense, rel=1e-4)
-    assert abs(exposed - dense) > 0.005 * dense
+    assert abs(exposed - dense) > 0.01 * dense
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.25])
