@@ -72,7 +72,7 @@ def test_a_study_runs_and_goes_on(frontier: Any, tmp_path: Path) -> None:
     variants = {
         "sparse": study.Variant([SwapActivation(), Sparsify(steps=2)]),
         "ours": study.Variant(
-            [Moeify(experts=8, steps=2), Lower()], (0.0, 0.5), budgets=(0.9, 0.01), oracle=True, starts_from="sparse"
+            [Moeify(experts=8, steps=2), Lower()], (0.0, 0.5), budgets=(0.86, 0.01), oracle=True, starts_from="sparse"
         ),
         "compensated": study.Variant([], (0.5,), compensated=True, starts_from="ours"),
     }
@@ -86,9 +86,9 @@ def test_a_study_runs_and_goes_on(frontier: Any, tmp_path: Path) -> None:
     }  # fmt: skip
     curves = found["seeds"]["0"]["ours"]["curves"]
     assert [point["tau"] for point in curves["uniform"]] == [0.0, 0.5]
-    assert [point["budget"] for point in curves["tuned"]] == [0.9]  # the other one cannot be met
+    assert [point["budget"] for point in curves["tuned"]] == [0.86]  # the other one cannot be met
     # The budget is met on the training data that tuning looked at.
-    assert curves["tuned"][0]["relative"] == pytest.approx(0.9, abs=0.05)
+    assert curves["tuned"][0]["relative"] == pytest.approx(0.86, abs=0.03)
     assert curves["uniform"][0]["relative"] > 1.0
 
     again = study.run(wanted, tmp_path, [0])

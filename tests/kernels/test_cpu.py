@@ -1,6 +1,7 @@
 """The native kernels: what they compute, which way a call takes, and how the library is built and found."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,6 +311,23 @@ def test_an_instruction_set_can_be_chosen_and_must_exist(monkeypatch: pytest.Mon
     done = call(Path(cache), SURGEON_CPU="sse9")
     assert done.returncode != 0
     assert "SURGEON_CPU=sse9: this processor has" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64 (apt install qemu-user)")
+@pytest.mark.parametrize(
+    ("processor", "has"), [("Haswell", ["avx2", "portable"]), ("Nehalem", ["portable"])], ids=["AVX2", "SSE"]
+)
+def test_an_older_processor_meets_no_instruction_it_lacks(processor: str, has: list[str]) -> None:
+    script = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.surgeon.cpu_instruction_sets())"
+    done = subprocess.run(
+        ["qemu-x86_64", "-cpu", processor, sys.executable, "-c", script, str(cpu.load().path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OPENBLAS_CORETYPE": processor},
+    )
+    assert done.stdout.split() == str(has).split(), done.stderr
 
 
 def test_a_build_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
