@@ -92,12 +92,16 @@ def supports(x: Tensor, experts: Experts, activation: str) -> str | None:
 
 
 def chosen(x: Tensor, experts: Experts, activation: str) -> bool:
-    """Whether these kernels are to compute this: `SURGEON_GPU=triton` asks for them, and they can.
+    """Whether these kernels are to compute this: on a GPU, unless `SURGEON_GPU=torch` is set, if they can.
 
-    On a processor they are not asked for, except in Triton's interpreter (`TRITON_INTERPRET=1`), for tests.
+    On a processor only in Triton's interpreter (`TRITON_INTERPRET=1`) with `SURGEON_GPU=triton`, for tests.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if os.environ.get("SURGEON_GPU") != "triton" or (x.device.type == "cpu" and not interpreted):
+    asked = os.environ.get("SURGEON_GPU")
+    if x.device.type == "cpu":
+        wanted = asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    else:
+        wanted = asked != "torch"
+    if not wanted:
         return False
     why = supports(x, experts, activation)
     if why is not None:

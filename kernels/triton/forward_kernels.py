@@ -129,19 +129,21 @@ def hidden(
 
 @triton.jit
 def combine(
-    h, w, h_gate, w_gate, out, start, first_tile, expert_of_tile, token_of_slot, E, s, d,
+    h, w, h_gate, w_gate, out, start, first_tile, expert_of_tile, token_of_slot, E, s, d, first_column, width,
     ORDERED: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """h w, plus h_gate w_gate if given: h [slots, s], w [E, s, d]. An item is a tile and a block of COLUMNS.
 
-    Add it to out [N, d], fp32, atomically; or, if ORDERED, write it to out [slots, d].
+    Of `width` columns of w from `first_column` on. Add it to out [N, d], fp32, atomically; or, if ORDERED, write it to
+    out [slots, width].
     """
-    blocks = tl.cdiv(d, COLUMNS)
+    blocks = tl.cdiv(width, COLUMNS)
     for item in range(tl.program_id(0).to(tl.int64), tl.load(first_tile + E) * blocks, tl.num_programs(0)):
         expert, slot, there, token = rows_of(item // blocks, start, first_tile, expert_of_tile, token_of_slot, ROWS)
-        column = (item % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-        known = column < d
+        place = (item % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+        known = place < width
+        column = first_column + place
         y = tl.zeros((ROWS, COLUMNS), tl.float32)
         for first in range(0, s, NEURONS):
             neuron = first + tl.arange(0, NEURONS)
@@ -164,17 +166,23 @@ def combine(
                 y = tl.dot(a, b, y, input_precision=PRECISION)
         inside = there[:, None] & known[None, :]
         if ORDERED:
-            tl.store(out + slot[:, None] * d + column[None, :], y, mask=inside)
+            tl.store(out + slot[:, None] * width + place[None, :], y.to(out.dtype.element_ty), mask=inside)
         else:
             tl.atomic_add(out + token[:, None] * d + column[None, :], y, mask=inside, sem="relaxed")
 
 
 @triton.jit
-def reduce(partial, slot_of_pair, bias, out, E, d, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out[n] = bias + Σ over the experts of token n of partial[slot], in an order that depends on nothing but E."""
+def reduce(
+    partial, slot_of_pair, bias, out, E, d, first_column, width, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """out[n] = bias + Σ over the experts of token n of partial[slot], in an order that depends on nothing but E.
+
+    Of `width` columns of out [N, d] from `first_column` on; partial [slots, width].
+    """
     token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    known = column < d
+    place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    known = place < width
+    column = first_column + place
     total = tl.zeros((COLUMNS,), tl.float32)
     if bias is not None:
         total += tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
@@ -182,5 +190,6 @@ def reduce(partial, slot_of_pair, bias, out, E, d, EXPERTS: tl.constexpr, COLUMN
         expert = first + tl.arange(0, EXPERTS)
         slot = tl.load(slot_of_pair + token * E + expert, mask=expert < E, other=-1).to(tl.int64)
         inside = (slot >= 0)[:, None] & known[None, :]
-        total += tl.sum(tl.load(partial + slot[:, None] * d + column[None, :], mask=inside, other=0.0), 0)
+        part = tl.load(partial + slot[:, None] * width + place[None, :], mask=inside, other=0.0)
+        total += tl.sum(part.to(tl.float32), 0)
     tl.store(out + token * d + column, total.to(out.dtype.element_ty), mask=known)

@@ -18,8 +18,10 @@ from . import plan as _plan
 from . import tiles as _tiles
 from .plan import Plan
 
-ORDERED_BYTES = 256 * 2**20
-"""What the outputs per pair may take in the ordered mode, where their number is not known to the host."""
+PARTIAL_BYTES = 512 * 2**20
+"""What the outputs of all pairs that wait to be added up may take; how many there will be is not known to the host."""
+
+_LEAST_COLUMNS = 128  # of those outputs at a time
 
 
 class _Hidden(NamedTuple):
@@ -42,11 +44,12 @@ def forward(
 ) -> Tensor:
     """See `surgeon.kernels.triton.forward`."""
     x, scores, threshold = x.contiguous(), scores.contiguous(), threshold.contiguous()
-    experts = _contiguous(experts)
-    tokens, d_out = x.shape[0], experts.w2.shape[2]
-    if ordered:
+    experts, chip = _contiguous(experts), launch.chip(x.device)
+    (tokens, _), (count, neurons, _), d_out = x.shape, experts.w1.shape, experts.w2.shape[2]
+    decodes = tokens <= _decode.MOST_TOKENS and not ordered
+    if not decodes and (ordered or not _tiles.adds_atomically(chip, tokens, d_out)):
         ordered_out = x.new_empty(tokens, d_out)
-        for part in _parts(scores, d_out):
+        for part in _parts(scores, d_out, x.element_size()):
             plan = _plan.plan(scores[part], threshold[part], _rows(x), slot_of_pair=True)
             h = _hidden(x[part], plan, experts, activation)
             _ordered_sum(plan, [(h, experts.w2)], b2, ordered_out[part])
@@ -55,10 +58,9 @@ def forward(
     out.zero_() if b2 is None else out.copy_(b2)
     if tokens == 0:
         pass
-    elif tokens <= _decode.MOST_TOKENS:
+    elif decodes:
         _decode_into(out, x, scores, threshold, experts, activation)
     else:
-        chip, (count, neurons, _) = launch.chip(x.device), experts.w1.shape
         plan = _plan.plan(scores, threshold, _rows(x))
         if _tiles.fuses(chip, x.dtype, tokens, count, neurons, plan.rows, gated=experts.gate is not None):
             _fused_into(out, x, plan, experts, activation)
@@ -82,6 +84,7 @@ def backward(
     """See `surgeon.kernels.triton.backward`."""
     grad, x, scores, threshold = (t.contiguous() for t in (grad, x, scores, threshold))
     experts = _contiguous(experts)
+    ordered = ordered or not _tiles.adds_atomically(launch.chip(x.device), *x.shape)
     grad_x = torch.empty_like(x) if need_x else None
     grads = None
     if need_weights:
@@ -89,7 +92,7 @@ def backward(
         new = torch.zeros_like if x.shape[0] == 0 else torch.empty_like
         grads = Experts(*(None if t is None else new(t) for t in experts))  # type: ignore[arg-type]
     if grad_x is not None and ordered:
-        for part in _parts(scores, x.shape[1]):
+        for part in _parts(scores, x.shape[1], x.element_size()):
             plan = _plan.plan(scores[part], threshold[part], _rows(x), slot_of_pair=True)
             found = _grad_hidden(grad[part], x[part], plan, experts, activation, need_h=False)
             _ordered_sum(plan, _into_x(found, experts), None, grad_x[part])
@@ -115,10 +118,10 @@ def _rows(x: Tensor) -> int:
     return _tiles.rows(launch.chip(x.device), x.dtype, x.shape[0])
 
 
-def _parts(scores: Tensor, width: int) -> Iterator[slice]:
-    """Ranges of tokens of which outputs of `width` for every pair would fit into `ORDERED_BYTES`."""
+def _parts(scores: Tensor, width: int, size: int) -> Iterator[slice]:
+    """Ranges of tokens of which a few columns for every pair would fit into `PARTIAL_BYTES`; size: bytes of each."""
     tokens, experts = scores.shape
-    step = max(_decode.MOST_TOKENS, ORDERED_BYTES // (experts * width * 4))
+    step = max(_decode.MOST_TOKENS, PARTIAL_BYTES // (experts * min(width, _LEAST_COLUMNS) * size))
     return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
 
 
@@ -193,15 +196,22 @@ def _into_x(found: _Hidden, experts: Experts) -> list[tuple[Tensor, Tensor]]:
     return [(g, w) for g, w in pairs if g is not None and w is not None]
 
 
-def _add_products(plan: Plan, products: list[tuple[Tensor, Tensor]], out: Tensor, *, ordered: bool = False) -> None:
-    """Add Σ h w over one or two products to `out`: to the rows of the tokens, or to those of the slots if ordered."""
+def _add_products(plan: Plan, products: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
+    """Add Σ h w over one or two products to the rows of the tokens, fp32."""
+    _combine(plan, products, out, 0, out.shape[1], ordered=False)
+
+
+def _combine(
+    plan: Plan, products: list[tuple[Tensor, Tensor]], out: Tensor, first: int, width: int, *, ordered: bool
+) -> None:
+    """Some columns of Σ h w: added to the rows of the tokens, or written to those of the slots if ordered."""
     (h, w), (h_gate, w_gate) = products[0], products[1] if len(products) > 1 else (None, None)
     (count, neurons, d), chip = w.shape, launch.chip(h.device)
-    sizes = _tiles.combine(chip, h.dtype, plan.rows, neurons, products=len(products))
+    sizes = _tiles.combine(chip, h.dtype, plan.rows, neurons, products=len(products), ordered=ordered)
     launch.launch(
         _forward.combine,
         (_tiles.programs(chip, sizes),),
-        *(h, w, h_gate, w_gate, out, *plan.tiles(), count, neurons, d),
+        *(h, w, h_gate, w_gate, out, *plan.tiles(), count, neurons, d, first, width),
         ORDERED=ordered,
         **sizes.constants("rows", "neurons", "columns"),
         **_arithmetic(h),
@@ -209,20 +219,25 @@ def _add_products(plan: Plan, products: list[tuple[Tensor, Tensor]], out: Tensor
 
 
 def _ordered_sum(plan: Plan, products: list[tuple[Tensor, Tensor]], bias: Tensor | None, out: Tensor) -> None:
-    """Write the sum over the pairs of each token, plus a bias, to `out`, always in the same order."""
-    (tokens, d), count = out.shape, products[0][1].shape[0]
-    partial = torch.empty(plan.token_of_slot.shape[0], d, dtype=torch.float32, device=out.device)
-    _add_products(plan, products, partial, ordered=True)
-    columns = min(512, triton.next_power_of_2(d))
-    launch.launch(
-        _forward.reduce,
-        (tokens, triton.cdiv(d, columns)),
-        *(partial, plan.slot_of_pair, bias, out, count, d),
-        EXPERTS=8,
-        COLUMNS=columns,
-        warps=4,
-        stages=2,
-    )
+    """Write the sum over the pairs of each token, plus a bias, to `out`, always in the same order.
+
+    What each pair adds is rounded to the dtype of `out`; as many columns at a time as there is room for.
+    """
+    (tokens, d), count, slots = out.shape, products[0][1].shape[0], plan.token_of_slot.shape[0]
+    room = PARTIAL_BYTES // (slots * out.element_size()) // _LEAST_COLUMNS * _LEAST_COLUMNS
+    step = min(d, max(_LEAST_COLUMNS, room))
+    partial = torch.empty(slots * step, dtype=out.dtype, device=out.device)
+    for first in range(0, d, step):
+        width = min(step, d - first)
+        _combine(plan, products, partial[: slots * width].view(slots, width), first, width, ordered=True)
+        sizes = _tiles.reduce(width)
+        launch.launch(
+            _forward.reduce,
+            (tokens, triton.cdiv(width, sizes.columns)),
+            *(partial, plan.slot_of_pair, bias, out, count, d, first, width),
+            EXPERTS=sizes.rows,
+            **sizes.constants("columns"),
+        )
 
 
 def _grad_weight(plan: Plan, factor: Tensor | None, rows: Tensor, grad_w: Tensor | None, grad_b: Tensor | None) -> None:

@@ -21,24 +21,38 @@ class Chip(NamedTuple):
         capability: 10 · major + minor of the compute capability; 0 for AMD.
         processors: streaming multiprocessors, or compute units.
         shared_memory: bytes that one program may use.
+        cache: bytes of the L2 cache.
     """
 
     backend: Literal["cuda", "hip"]
     capability: int
     processors: int
     shared_memory: int
+    cache: int
+
+    @property
+    def hopper(self) -> bool:
+        """Whether it is a data-centre chip of NVIDIA's from the H100 on, which have warp-group matrix products."""
+        return self.backend == "cuda" and self.capability >= 90 and self.roomy
+
+    @property
+    def roomy(self) -> bool:
+        """Whether shared memory is that of a data-centre NVIDIA chip: others have about 100 KiB, AMD's 64 KiB."""
+        return self.backend == "cuda" and self.shared_memory > 160 * 1024
 
 
 @cache
 def chip(device: torch.device) -> Chip:
     """The chip behind a device; a made-up small one where kernels are interpreted."""
     if device.type != "cuda":
-        return Chip("cuda", 80, 3, 99 * 1024)
+        return Chip("cuda", 80, 3, 99 * 1024, 1 << 20)
     found: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return Chip("hip", 0, found.multi_processor_count, 64 * 1024)
+        return Chip("hip", 0, found.multi_processor_count, 64 * 1024, found.L2_cache_size)
     capability = 10 * found.major + found.minor
-    return Chip("cuda", capability, found.multi_processor_count, found.shared_memory_per_block_optin)
+    return Chip(
+        "cuda", capability, found.multi_processor_count, found.shared_memory_per_block_optin, found.L2_cache_size
+    )
 
 
 def precision(dtype: torch.dtype, backend: str) -> str:

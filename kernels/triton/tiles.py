@@ -1,6 +1,6 @@
 """Tile sizes, warps and pipeline stages: small tables by chip, dtype and number of neurons, with the reasons.
 
-What bounds them is what the compiler reports for a kernel (`tests/kernels/triton/test_compiled.py` compiles the table
+Those of `Chip.hopper` were chosen among several dozen by time on an H100; the others are estimates. What bounds them is what the compiler reports for a kernel (`tests/kernels/triton/test_compiled.py` compiles the table
 for every target): no register may spill, shared memory must fit, and `tl.dot` needs at least 16 along each axis.
 There is no autotuning: it runs a kernel several times on the same output, which the kernels here add to.
 """
@@ -54,30 +54,41 @@ def rows(chip: Chip, dtype: torch.dtype, tokens: int) -> int:
     the accumulators of the largest tile leave registers for. fp32 is multiplied from registers, half as many rows.
     """
     most = 64
-    if dtype == torch.float32:
-        most = 32
-    elif chip.capability >= 90 and _roomy(chip):
+    if chip.hopper:
         most = 128  # a warp group multiplies 64 rows at a time, from shared memory
+    elif dtype == torch.float32:
+        most = 32
     return _padded(triton.cdiv(tokens, _EXPECTED_SHARE), most)
 
 
-def most_fused(dtype: torch.dtype, *, gated: bool) -> int:
+def most_fused(chip: Chip, dtype: torch.dtype, *, gated: bool) -> int:
     """Up to how many neurons an expert's hidden values stay on the chip, in registers.
 
     Half as many if gated, which takes two accumulators, and half as many in fp32, which holds what they are multiplied
-    with in registers too.
+    with in registers too: with the tiles that are fastest on a `Chip.hopper`, none are left.
     """
+    if dtype == torch.float32 and chip.hopper:
+        return 0
     return _FUSED_NEURONS // (2 if gated else 1) // (2 if dtype == torch.float32 else 1)
 
 
 def fuses(chip: Chip, dtype: torch.dtype, tokens: int, experts: int, neurons: int, rows: int, *, gated: bool) -> bool:
-    """Whether the forward is one kernel rather than two.
+    """Whether the forward that adds atomically is one kernel rather than two.
 
-    One tile is one program's work in the fused kernel. With fewer tiles than processors the chip would starve, and
-    the two kernels cut the work along neurons and columns too, for the price of writing and reading hidden values.
+    One tile is one program's work in the fused kernel. With few tiles the chip would starve, and the two kernels cut
+    the work along neurons and columns too, for the price of writing and reading hidden values.
     """
     tiles = experts * triton.cdiv(triton.cdiv(tokens, _EXPECTED_SHARE), rows)
-    return neurons <= most_fused(dtype, gated=gated) and tiles >= chip.processors
+    return neurons <= most_fused(chip, dtype, gated=gated) and 2 * tiles >= chip.processors
+
+
+def adds_atomically(chip: Chip, tokens: int, columns: int) -> bool:
+    """Whether pairs add what they give to the output itself, rather than leave it to be added up.
+
+    Atomic additions are made in the L2 cache. On an H100 they move 1.2 TB/s where the output stays there, which is
+    better than writing every pair's output and reading it again; where it does not, that is faster by up to two.
+    """
+    return 2 * 4 * tokens * columns <= chip.cache
 
 
 def programs(chip: Chip, tiles: Tiles) -> int:
@@ -90,10 +101,10 @@ def programs(chip: Chip, tiles: Tiles) -> int:
 
 def fused(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, gated: bool) -> Tiles:
     """Of `forward_kernels.fused`: accumulators of rows × neurons (twice if gated) and then rows × columns."""
-    wide = _padded(neurons, most_fused(dtype, gated=gated))
+    wide = _padded(neurons, most_fused(chip, dtype, gated=gated))
     columns = 32 if chip.backend == "hip" or gated else 64
     warps = _warps(chip, dtype, rows * max(wide, columns))
-    return Tiles(rows, wide, _depth(chip, dtype), columns, warps, _stages(chip))
+    return Tiles(rows, wide, _depth(chip, dtype), columns, warps, 4 if chip.hopper and not gated else _stages(chip))
 
 
 def hidden(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products: int) -> Tiles:
@@ -103,18 +114,34 @@ def hidden(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products:
     """
     most = {1: 128, 2: 64, 3: 32}[products]
     wide = _padded(neurons, most // 2 if dtype == torch.float32 else most)
-    return Tiles(rows, wide, _depth(chip, dtype), 0, _warps(chip, dtype, rows * wide), _stages(chip))
+    if chip.hopper and dtype == torch.float32 and products == 1:
+        return Tiles(rows, wide, 32, 0, 4, 3)
+    stages = 4 if chip.hopper and products == 1 else _stages(chip)
+    return Tiles(rows, wide, _depth(chip, dtype), 0, _warps(chip, dtype, rows * wide), stages)
 
 
-def combine(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products: int) -> Tiles:
+def combine(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products: int, ordered: bool) -> Tiles:
     """Of `forward_kernels.combine`, whose sum goes over the neurons of an expert: often one step.
 
-    Two products load twice as much, so fewer loads are in flight and tiles are narrower. Without tensor cores a whole
+    Atomic additions take more registers than stores, so their tiles are narrower on a `Chip.hopper`. Two products load twice as much, so fewer loads are in flight and tiles are narrower. Without tensor cores a whole
     step of the sum is in registers: a short one in fp32.
     """
+    if chip.hopper and products == 1:
+        columns = 64 if dtype == torch.float32 else 256 if ordered else 128
+        return Tiles(rows, _padded(neurons, 32), 0, columns, 8, 3)
     wide = _padded(neurons, 16 if dtype == torch.float32 else 32 if chip.backend == "hip" else 64)
     columns = 64 if dtype == torch.float32 or products == 2 else 128
+    if chip.hopper and dtype == torch.float32:
+        columns = 32  # twice as many rows
     return Tiles(rows, wide, 0, columns, _warps(chip, dtype, rows * columns), _stages(chip) if products == 1 else 2)
+
+
+def reduce(width: int) -> Tiles:
+    """Of `forward_kernels.reduce`: rows are experts of a token, most of which have nothing to add.
+
+    One warp, so that many tokens are read at a time: with four it takes three times as long on an H100.
+    """
+    return Tiles(8, 0, 0, min(256, triton.next_power_of_2(width)), 1, 2)
 
 
 def grad_weight(chip: Chip, dtype: torch.dtype, neurons: int) -> Tiles:
@@ -127,11 +154,12 @@ def grad_weight(chip: Chip, dtype: torch.dtype, neurons: int) -> Tiles:
 def decode(chip: Chip, dtype: torch.dtype, tokens: int, neurons: int, *, gated: bool) -> Tiles:
     """Of the kernels in `decode_kernels`: few neurons a program, so that a few selected experts still occupy the chip.
 
-    For one token 4 neurons, each read in a stretch long enough to keep memory busy, from one weight or half as long
-    from two; the fewer neurons, the more additions to the output, one of each program to every element.
+    For one token 16 neurons, or 8 of two weights, each read in a long stretch, to keep memory busy; the fewer neurons,
+    the more additions to the output, one of each program to every element: 4 take up to four times as long on an H100.
     """
     if tokens == 1:
-        return Tiles(1, min(4, triton.next_power_of_2(neurons)), 256 if gated else 512, 256, 4, 1)
+        few = min(8 if gated else 16, triton.next_power_of_2(neurons))
+        return Tiles(1, few, 512, 1024 if gated else 2048, 4 if gated else 8, 1)
     deep = 64 if dtype == torch.float32 else 128
     return Tiles(16, 16, deep, deep, 4, 2 if chip.backend == "hip" else 3)
 
@@ -147,13 +175,8 @@ def _warps(chip: Chip, dtype: torch.dtype, elements: int) -> int:
 
 def _depth(chip: Chip, dtype: torch.dtype) -> int:
     """What is multiplied at a time along a sum. It waits in shared memory, and in part in registers."""
-    return 64 if _roomy(chip) and dtype != torch.float32 else 32
+    return 64 if chip.roomy and dtype != torch.float32 else 32
 
 
 def _stages(chip: Chip) -> int:
-    return 3 if _roomy(chip) else 2
-
-
-def _roomy(chip: Chip) -> bool:
-    """Whether shared memory is that of a data-centre NVIDIA chip: others have about 100 KiB, AMD's 64 KiB."""
-    return chip.backend == "cuda" and chip.shared_memory > 160 * 1024
+    return 3 if chip.roomy else 2

@@ -1,7 +1,7 @@
-"""Compare the kernels with `masked_ffn` in float64, in Triton's interpreter.
+"""Compare the kernels with `masked_ffn` in float64, in Triton's interpreter or on a GPU.
 
-For a process that set TRITON_INTERPRET=1 before it imported triton. The kernels are looked up at every call, so that
-`mutants` can put broken ones in their place.
+On the CPU it is for a process that set TRITON_INTERPRET=1 before it imported triton. The kernels are looked up at every
+call, so that `mutants` can put broken ones in their place.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Case:
         programs: how many share out the tiles.
         levels: if given, scores take this many values and so do thresholds: ties.
         share: of pairs that run, about; exactly none for 0 and all for 1.
+        device: where the arguments are.
     """
 
     tokens: int = 40
@@ -62,13 +63,15 @@ class Case:
     rows: int = 16
     programs: int = 3
     seed: int = 0
+    device: str = "cpu"
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Experts, Tensor | None]:
         """x, scores, threshold, experts, b2."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
-            return _between_nan((torch.randn(*shape, generator=generator) * scale).to(self.dtype))
+            values = (torch.randn(*shape, generator=generator) * scale).to(self.dtype)
+            return _between_nan(values.to(self.device))
 
         up, down = (self.experts, self.neurons, self.d_in), (self.experts, self.neurons, self.d_out)
         b1, b_gate, b2 = self.bias
@@ -86,7 +89,8 @@ class Case:
             scores = (scores * self.levels).floor().double() / self.levels
             threshold = (torch.rand(self.tokens, generator=generator) * self.levels).floor() / self.levels
         x = draw(self.tokens, self.d_in)
-        scores, threshold = _between_nan(scores.to(self.score_dtype)), _between_nan(threshold)
+        scores = _between_nan(scores.to(self.device, self.score_dtype))
+        threshold = _between_nan(threshold.to(self.device))
         return x, scores, threshold, experts, draw(self.d_out) if b2 else None
 
 
@@ -112,6 +116,7 @@ def forced(case: Case) -> Iterator[None]:
         ways = {
             "rows": lambda *_: case.rows,
             "fuses": lambda *_, **__: case.way == "fused",
+            "adds_atomically": lambda *_: case.way != "ordered",
             "programs": lambda *_: case.programs,
         }
         stack.enter_context(patch.multiple(tiles, **sizes, **ways))
@@ -165,7 +170,7 @@ def check_nan(case: Case, where: str) -> None:
     assert_close(found, reference(*arguments), case.dtype, "output")
 
 
-def check_activation(name: str) -> None:
+def check_activation(name: str, device: str = "cpu") -> None:
     """An activation and its gradient, at NaN and large values too."""
     elementwise, launch = module("elementwise"), module("launch")
 
@@ -176,8 +181,8 @@ def check_activation(name: str) -> None:
         tl.store(g + i, backward(tl.load(grad + i), tl.load(z + i), name))
 
     z = torch.cat([torch.linspace(-12, 12, 59), torch.tensor([0.0, -0.0, float("nan"), 80.0, -80.0])])
-    grad = torch.linspace(-1, 2, 64)
-    a, g = torch.empty(64), torch.empty(64)
+    z, grad = z.to(device), torch.linspace(-1, 2, 64, device=device)
+    a, g = torch.empty(64, device=device), torch.empty(64, device=device)
     functions = {"activate": elementwise.activate, "backward": elementwise.activate_backward}
     launch.launch(both, (1,), z, grad, a, g, name=name, **functions, warps=4, stages=1)
     assert name in elementwise.ACTIVATIONS
@@ -191,7 +196,7 @@ def check_backward(case: Case) -> None:
     """The gradients of x and of every weight there is."""
     x, scores, threshold, experts, b2 = case.arguments()
     generator = torch.Generator().manual_seed(case.seed + 1)
-    grad = _between_nan(torch.randn(case.tokens, case.d_out, generator=generator).to(case.dtype))
+    grad = _between_nan(torch.randn(case.tokens, case.d_out, generator=generator).to(case.device, case.dtype))
     leaves = {name: t.double().requires_grad_() for name, t in {"x": x, **experts._asdict()}.items() if t is not None}
     wide = Experts(*(leaves.get(name) for name in Experts._fields))  # type: ignore[arg-type]
     expected = torch.autograd.grad(
@@ -214,7 +219,7 @@ def check_plan(case: Case) -> None:
         made = module("plan").plan(scores, threshold, case.rows, slot_of_pair=True)
     mask = selected(scores, threshold)
     expert, token = mask.t().nonzero().unbind(1)
-    counts = mask.sum(0)
+    counts = mask.sum(0).cpu()
     tiles = (counts + case.rows - 1) // case.rows
     zero = torch.zeros(1, dtype=torch.int64)
     assert made.start.tolist() == torch.cat([zero, counts.cumsum(0)]).tolist()
@@ -222,6 +227,6 @@ def check_plan(case: Case) -> None:
     assert made.token_of_slot[: len(token)].tolist() == token.tolist()
     expert_of_tile = torch.arange(case.experts).repeat_interleave(tiles)
     assert made.expert_of_tile[: len(expert_of_tile)].tolist() == expert_of_tile.tolist()
-    slots = torch.full(mask.shape, -1, dtype=torch.int32)
-    slots[token, expert] = torch.arange(len(token), dtype=torch.int32)
+    slots = torch.full(mask.shape, -1, dtype=torch.int32, device=mask.device)
+    slots[token, expert] = torch.arange(len(token), dtype=torch.int32, device=mask.device)
     assert torch.equal(made.slot_of_pair, slots)

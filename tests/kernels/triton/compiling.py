@@ -24,15 +24,16 @@ from surgeon.kernels.triton.launch import Chip
 
 from .checks import module
 
-KIB = 1024
-# Shared memory that one block may use: CUDA C++ Programming Guide, technical specifications per compute capability.
+KIB, MIB = 1024, 2**20
+# Shared memory that one block may use: CUDA C++ Programming Guide, technical specifications per compute capability; L2
+# caches: data sheets of the A100, the RTX 3090, the H100, the B200, the RTX 5090 and the MI300X.
 CHIPS = {
-    "sm_80": (Chip("cuda", 80, 108, 163 * KIB), GPUTarget("cuda", 80, 32)),
-    "sm_86": (Chip("cuda", 86, 84, 99 * KIB), GPUTarget("cuda", 86, 32)),
-    "sm_90": (Chip("cuda", 90, 132, 227 * KIB), GPUTarget("cuda", 90, 32)),
-    "sm_100": (Chip("cuda", 100, 148, 227 * KIB), GPUTarget("cuda", 100, 32)),
-    "sm_120": (Chip("cuda", 120, 170, 99 * KIB), GPUTarget("cuda", 120, 32)),
-    "gfx942": (Chip("hip", 0, 304, 64 * KIB), GPUTarget("hip", "gfx942", 64)),
+    "sm_80": (Chip("cuda", 80, 108, 163 * KIB, 40 * MIB), GPUTarget("cuda", 80, 32)),
+    "sm_86": (Chip("cuda", 86, 84, 99 * KIB, 6 * MIB), GPUTarget("cuda", 86, 32)),
+    "sm_90": (Chip("cuda", 90, 132, 227 * KIB, 50 * MIB), GPUTarget("cuda", 90, 32)),
+    "sm_100": (Chip("cuda", 100, 148, 227 * KIB, 126 * MIB), GPUTarget("cuda", 100, 32)),
+    "sm_120": (Chip("cuda", 120, 170, 99 * KIB, 96 * MIB), GPUTarget("cuda", 120, 32)),
+    "gfx942": (Chip("hip", 0, 304, 64 * KIB, 4 * MIB), GPUTarget("hip", "gfx942", 64)),
 }
 _TYPES = {
     torch.float64: "fp64",

@@ -157,10 +157,13 @@ def test_ordered_sums_have_the_same_bits_however_the_work_is_shared_out() -> Non
 
 
 def test_ordered_sums_go_through_tokens_in_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module("host"), "ORDERED_BYTES", 18 * 2 * 20 * 4)
-    case = Case(tokens=25, experts=2, neurons=3, d_in=20, d_out=20, way="ordered", share=0.8)
-    check_forward(case)
-    check_backward(case)
+    """And through columns too."""
+    monkeypatch.setattr(module("host"), "PARTIAL_BYTES", 18 * 2 * 16 * 4)
+    monkeypatch.setattr(module("host"), "_LEAST_COLUMNS", 16)
+    for tokens in (25, 10):
+        case = Case(tokens=tokens, experts=2, neurons=3, d_in=37, d_out=37, way="ordered", share=0.8)
+        check_forward(case)
+        check_backward(case)
 
 
 def test_no_tokens() -> None:
