@@ -1,7 +1,8 @@
 """How long a dense and a dynamic-k FFN should take on a GPU, from bytes and FLOPs: a model, not a measurement.
 
-A roofline. A layer takes as long as the slowest of its arithmetic, its traffic to memory and its traffic to the L2
-cache, plus the time to launch its kernels one after the other. Rates come from the vendors' publications:
+A layer takes as long as the slowest of its arithmetic, its traffic to memory and its traffic to the L2 cache, plus the
+time to add up what experts give to one token, plus what each of its kernels takes at least. Rates come from the
+vendors' publications:
 
 | device | bf16, fp16 | fp32 | memory | L2 cache | source |
 | --- | --- | --- | --- | --- | --- |
@@ -13,13 +14,14 @@ Data sheets give twice the bf16 rate for 2:4 sparse weights; here it is the dens
 5,120 bytes a clock for reads of L2, at 1.41 GHz; the H100's gives only the size, so it is given the same at 1.755 GHz.
 fp32 is multiplied in full precision, PyTorch's default, without tensor cores.
 
-Assumed, and published by nobody (`ASSUMPTIONS` says it to users): the shares of these rates that kernels reach, and
-the time of a launch. The dense layer is favoured: its products lose nothing to odd sizes or the cache, its activation
-is free. Ours pays for padding (an expert to 16, 32, 64, ... neurons, its tokens to tiles of rows), for reading the
-weights of an expert again for every tile, for gathering rows, for the hidden values of experts of more than 128
-neurons, and for the atomic additions to the fp32 output; what does not fit in half of the cache goes to memory.
-Experts are selected independently with the same probability, scores are given, and the router's cost is not in it.
-What kernels are launched: `surgeon.kernels.triton`.
+What no vendor publishes is assumed (`ASSUMPTIONS` says it to users), so that times on one H100 are met: the shares of
+these rates that kernels reach, and the least time of a kernel. The dense layer is favoured: its products lose nothing
+to odd sizes or the cache. Ours pays for padding (an expert to 16, 32, 64, ... neurons, its tokens to tiles of rows),
+for reading the weights of an expert again for every tile, for gathering rows, for the hidden values of experts that are
+not fused, and for adding up: atomically in the L2 cache where the fp32 output fits there, else by writing what every
+pair of token and expert gives and reading it again. What does not fit in half of the cache goes to memory. Experts are
+selected independently with the same probability, scores are given, and the router's cost is not in it. What kernels are
+launched: `surgeon.kernels.triton`.
 """
 
 from __future__ import annotations
@@ -31,27 +33,32 @@ from typing import Literal
 
 from surgeon.errors import UsageError
 
-Bound = Literal["arithmetic", "memory", "cache", "launches"]
+Bound = Literal["arithmetic", "memory", "cache", "sums", "launches"]
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_DENSE_EFFICIENCY = 0.7
-_EXPERT_EFFICIENCY = 0.5
+_DENSE_EFFICIENCY = {"float32": 0.6, "bfloat16": 0.7, "float16": 0.7}
+_EXPERT_EFFICIENCY = {"float32": 0.35, "bfloat16": 0.5, "float16": 0.5}
 _MEMORY_EFFICIENCY = 0.9
 _CACHE_EFFICIENCY = 0.6
-_LAUNCH = 2e-6  # seconds
+_ATOMIC_EFFICIENCY = 0.22  # of the cache's bandwidth
+_PARTIAL_EFFICIENCY = 0.57  # of the memory's bandwidth, for what pairs give: rows here and there
+_LAUNCH = 5e-6  # seconds
 _FEW_TOKENS = 16  # up to so many one kernel does it, without a plan
 _PLAN_LAUNCHES = 4
-_SCORE = 4  # bytes: scores, places in the plan and the accumulated output are all of 4
-_FP32_ROWS = 32
+_MASK_PASSES, _MASK_LAUNCHES = 6, 2
+_SCORE = 4  # bytes: scores, places in the plan and sums are all of 4
 _WIDEST = 128  # neurons in a tile, at most
 
 ASSUMPTIONS = (
-    f"Dense products reach {_DENSE_EFFICIENCY:.0%} of the arithmetic rate, those by expert {_EXPERT_EFFICIENCY:.0%}; "
-    f"kernels reach {_MEMORY_EFFICIENCY:.0%} of the bandwidth of memory and {_CACHE_EFFICIENCY:.0%} of that of L2.",
-    f"A kernel takes {_LAUNCH * 1e6:.0f} µs to start after the one before it; the dense layer has one kernel a matrix, "
-    "ours one with up to 16 tokens and five with more, and one or two for the output.",
-    "The dense layer's activation is free and the cache never limits it. Ours pays for padding to 16, 32, 64, ... "
-    "neurons and to tiles of tokens, gathered rows, weights read again for every tile, and atomic additions in fp32.",
+    f"Dense products reach {_DENSE_EFFICIENCY['bfloat16']:.0%} of the arithmetic rate, those by expert "
+    f"{_EXPERT_EFFICIENCY['bfloat16']:.0%}, in float32 {_DENSE_EFFICIENCY['float32']:.0%} and "
+    f"{_EXPERT_EFFICIENCY['float32']:.0%}; kernels reach {_MEMORY_EFFICIENCY:.0%} of the bandwidth of memory and "
+    f"{_CACHE_EFFICIENCY:.0%} of that of L2, atomic additions {_ATOMIC_EFFICIENCY:.0%} of the latter. These were set "
+    "to meet times on one H100, and are the same for other devices.",
+    f"A kernel takes {_LAUNCH * 1e6:.0f} µs at least, as in a CUDA graph; the dense layer has one kernel a matrix and "
+    "one for the activation, ours one with up to 16 tokens and five with more, and one or two for the output.",
+    "The cache never limits the dense layer. Ours pays for padding to 16, 32, 64, ... neurons and to tiles of tokens, "
+    "gathered rows, weights read again for every tile, and adding up what experts give: in the cache, or in memory.",
     "Tokens select experts independently, all equally likely. Scores are given: the router is not counted.",
 )
 """What the model takes for granted, one sentence or two each, for users."""
@@ -74,6 +81,11 @@ class Device:
     rows: int
     source: str
     cache_sources: tuple[str, str]
+
+    @property
+    def hopper(self) -> bool:
+        """Whether it has the tiles that were chosen on an H100."""
+        return self.rows == 128
 
 
 def _rates(half: float, full: float) -> dict[str, float]:
@@ -150,12 +162,12 @@ class Estimate:
     parts: Mapping[Bound, float]
 
     @classmethod
-    def of(cls, arithmetic: float, memory: float, cache: float, launches: float) -> Estimate:
-        """From the seconds of each; launches come on top of the longest of the others."""
+    def of(cls, arithmetic: float, memory: float, cache: float, sums: float, launches: float) -> Estimate:
+        """From the seconds of each; sums and launches come on top of the longest of the others."""
         parts: dict[Bound, float] = {
-            "arithmetic": arithmetic, "memory": memory, "cache": cache, "launches": launches,
+            "arithmetic": arithmetic, "memory": memory, "cache": cache, "sums": sums, "launches": launches,
         }  # fmt: skip
-        seconds = max(arithmetic, memory, cache) + launches
+        seconds = max(arithmetic, memory, cache) + sums + launches
         return cls(seconds, max(parts, key=lambda part: parts[part]), parts)
 
 
@@ -185,6 +197,11 @@ def find_device(name: str) -> Device:
         raise UsageError(f"No model of a device '{name}'. There are: {', '.join(DEVICES)}.") from None
 
 
+def find_gpu(name: str) -> Device | None:
+    """The device that stands for a GPU, by the name torch gives it; None if there is none."""
+    return next((device for device in DEVICES.values() if device.name in name.lower()), None)
+
+
 def predict(device: Device, layer: LayerShape, tokens: int, share: float, dtype: str = "bfloat16") -> Prediction:
     """What one call on `tokens` tokens should take if each selects `share` of the experts.
 
@@ -196,6 +213,17 @@ def predict(device: Device, layer: LayerShape, tokens: int, share: float, dtype:
     if tokens < 1 or not 0.0 < share <= 1.0:
         raise UsageError(f"{tokens} tokens that select {share:g} of the experts: give at least 1, and a share up to 1.")
     return Prediction(share, _dense(device, layer, tokens, dtype), _ours(device, layer, tokens, share, dtype))
+
+
+def masking_is_faster(device: Device, layer: LayerShape, tokens: int, dtype: str, share: float = 0.2) -> bool:
+    """Whether the dense layer with a mask between its products should take less than ours at a share.
+
+    Raises:
+        UsageError: as `predict`.
+    """
+    found = predict(device, layer, tokens, share, dtype)
+    masked = _MASK_PASSES * tokens * layer.hidden * _BYTES[dtype]  # read and written by kernels of torch
+    return found.dense.seconds + _memory(device, masked) + _MASK_LAUNCHES * _LAUNCH < found.ours.seconds
 
 
 def break_even(device: Device, layer: LayerShape, tokens: int, dtype: str = "bfloat16") -> float:
@@ -263,39 +291,47 @@ def best_size(
 
 def _dense(device: Device, layer: LayerShape, tokens: int, dtype: str) -> Estimate:
     size = _BYTES[dtype]
-    arithmetic = 2 * tokens * layer.weights / (device.rates[dtype] * _DENSE_EFFICIENCY)
+    arithmetic = 2 * tokens * layer.weights / (device.rates[dtype] * _DENSE_EFFICIENCY[dtype])
     between = 2 * (layer.matrices - 1) * tokens * layer.hidden * size  # hidden values, written and read
     traffic = (layer.weights + 2 * tokens * layer.width) * size + between * _misses(device, between / 2)
-    return Estimate.of(arithmetic, _memory(device, traffic), 0.0, layer.matrices * _LAUNCH)
+    return Estimate.of(arithmetic, _memory(device, traffic), 0.0, 0.0, (layer.matrices + 1) * _LAUNCH)
 
 
 def _ours(device: Device, layer: LayerShape, tokens: int, share: float, dtype: str) -> Estimate:
     size = _BYTES[dtype]
     pairs = tokens * layer.experts * share
     used = 1.0 - (1.0 - share) ** tokens  # the share of the experts that some token selects
+    decodes = tokens <= _FEW_TOKENS
     rows = _rows(device, tokens, dtype)
     # Of every expert's last tile half is empty, more or less; with every token in it, its tokens are known.
     tiles = layer.experts * min(max(used, tokens * share / rows + used / 2), math.ceil(tokens / rows))
     arithmetic = 2 * tiles * rows * layer.matrices * layer.width * _padded(layer.size, tokens)
-    apart = layer.size > _WIDEST and tokens > _FEW_TOKENS  # two kernels, with the hidden values in memory
-    between = 2 * pairs * layer.size * size if apart else 0
-    gathered = pairs * layer.width * size * (math.ceil(layer.size / _WIDEST) if apart else 1)
-    added = 2 * pairs * layer.width * _SCORE  # read and written
     output = tokens * layer.width * _SCORE
+    atomic = decodes or 2 * output <= device.cache_size
+    apart = not decodes and not (atomic and layer.size <= _most_fused(device, layer.gated, dtype))
+    between = 2 * pairs * layer.size * size if apart else 0  # two kernels, with the hidden values in memory
+    gathered = pairs * layer.width * size * (math.ceil(layer.size / _WIDEST) if apart else 1)
     converted = output + tokens * layer.width * size if size < _SCORE else 0
-    selection = (tokens * layer.experts + (2 * pairs if tokens > _FEW_TOKENS else 0)) * _SCORE
+    summed = output + converted if atomic else 0
+    selection = (tokens * layer.experts + (0 if decodes else 2 * pairs)) * _SCORE
     traffic = (layer.weights * used + tokens * layer.width) * size + selection
     traffic += between * _misses(device, between / 2)
     traffic += gathered * _misses(device, tokens * layer.width * size)
-    traffic += (added + output + converted) * _misses(device, output)
+    traffic += summed * _misses(device, output)
     traffic += tokens * layer.width * min(size, _SCORE)  # the result
     cached = tiles * layer.matrices * layer.size * layer.width * size  # weights, once a tile
-    cached += between + gathered + added + output + converted + selection
-    launches = 2 + (_PLAN_LAUNCHES if tokens > _FEW_TOKENS else 0) + (size < _SCORE) + apart
+    cached += between + gathered + summed + selection
+    if atomic:
+        sums = pairs * layer.width * _SCORE / (device.cache * _ATOMIC_EFFICIENCY)
+    else:
+        sums = 2 * pairs * layer.width * size / (device.memory * _PARTIAL_EFFICIENCY)
+    # The output is filled before, and converted after, or added up.
+    launches = 1 + apart + (0 if decodes else _PLAN_LAUNCHES) + (1 + (size < _SCORE) if atomic else 1)
     return Estimate.of(
-        arithmetic / (device.rates[dtype] * _EXPERT_EFFICIENCY),
+        arithmetic / (device.rates[dtype] * _EXPERT_EFFICIENCY[dtype]),
         _memory(device, traffic),
         cached / (device.cache * _CACHE_EFFICIENCY),
+        sums,
         launches * _LAUNCH,
     )
 
@@ -313,9 +349,16 @@ def _rows(device: Device, tokens: int, dtype: str) -> int:
     """Tokens in a tile: as `surgeon.kernels.triton.tiles` chooses. One token is not multiplied by tiles."""
     if tokens == 1:
         return 1
-    most = _FP32_ROWS if dtype == "float32" else device.rows
+    most = device.rows if dtype != "float32" or device.hopper else device.rows // 2
     wanted = math.ceil(tokens / 4)
     return int(min(most, max(16, 1 << (wanted - 1).bit_length())))
+
+
+def _most_fused(device: Device, gated: bool, dtype: str) -> int:
+    """Neurons of an expert that one kernel computes whole, as in `surgeon.kernels.triton.tiles`."""
+    if dtype == "float32":
+        return 0 if device.hopper else _WIDEST // (4 if gated else 2)
+    return _WIDEST // (2 if gated else 1)
 
 
 def _padded(size: int, tokens: int) -> int:

@@ -73,6 +73,16 @@ class _Arguments(NamedTuple):
         return Experts(*self[3:8])
 
     @property
+    def rows(self) -> Tensor:
+        """x as [N, d_in]."""
+        return self.x.reshape(-1, self.x.shape[-1])
+
+    @property
+    def selection(self) -> tuple[Tensor, Tensor]:
+        """Scores as [N, E] and thresholds as [N]."""
+        return self.scores.reshape(-1, self.scores.shape[-1]), self.threshold.reshape(-1)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the result."""
         return (*self.x.shape[:-1], self.w2.shape[2])
@@ -82,23 +92,35 @@ class _Arguments(NamedTuple):
 def _dynamic_k_ffn(*given: Any) -> Tensor:
     if given[0].device.type == "cpu" and cpu.ready():
         # Loaded just now: from here on the dispatcher goes to the native kernels without coming here.
-        y: Tensor = dynamic_k_ffn(*given)
-        return y
-    return _by_torch(*given)
+        native: Tensor = dynamic_k_ffn(*given)
+        return native
+    y = _by_triton(*given)
+    return _by_torch(*given) if y is None else y
+
+
+def _by_triton(*given: Any) -> Tensor | None:
+    """The operator by Triton's kernels, or by the dense product where that is faster; None where they do not run."""
+    args = _check(*given)
+    rows, experts = args.rows, args.experts
+    if not triton.chosen(rows, experts, args.activation):
+        return None
+    if triton.dense_is_faster(rows, experts):
+        return _masked(args, experts.flat())
+    ordered = torch.are_deterministic_algorithms_enabled()
+    y = triton.forward(rows, *args.selection, experts, args.b2, args.activation, ordered=ordered)
+    return y.view(args.shape)
 
 
 def _by_torch(*given: Any) -> Tensor:
-    """The operator for every device and dtype: by Triton where it is chosen, else by the torch backend."""
+    """The operator by the torch backend, for every device and dtype."""
     args = _check(*given)
-    rows, experts, activation = args.x.reshape(-1, args.x.shape[-1]), args.experts, args.activation
-    scores = args.scores.reshape(-1, args.scores.shape[-1])
-    threshold = args.threshold.reshape(-1)
-    if triton.chosen(rows, experts, activation):
-        ordered = torch.are_deterministic_algorithms_enabled()
-        y = triton.forward(rows, scores, threshold, experts, args.b2, activation, ordered=ordered)
-    else:
-        y = torch_backend.forward(rows, selected(scores, threshold), experts, args.b2, activation)
-    return y.view(args.shape)
+    mask = selected(*args.selection)
+    return torch_backend.forward(args.rows, mask, args.experts, args.b2, args.activation).view(args.shape)
+
+
+def _masked(args: _Arguments, flat: Experts) -> Tensor:
+    h = torch_backend.hidden(args.x, flat, find_activation(args.activation))
+    return F.linear(torch_backend.keep_selected(h, selected(args.scores, args.threshold)), flat.w2.t(), args.b2)
 
 
 @_dynamic_k_ffn.register_fake
@@ -180,9 +202,7 @@ _library.impl("dynamic_k_ffn_torch", _by_torch, "CompositeExplicitAutograd")  # 
 def _masked_ffn(*given: Any) -> Tensor:
     # Autocast casts inside this operator, so the dtypes may still differ here.
     args = _check(*given, same_dtype=not _autocasts(given[0]))
-    flat = args.experts.flat()
-    h = torch_backend.hidden(args.x, flat, find_activation(args.activation))
-    return F.linear(torch_backend.keep_selected(h, selected(args.scores, args.threshold)), flat.w2.t(), args.b2)
+    return _masked(args, args.experts.flat())
 
 
 # Composite: autograd and autocast see through it, yet export keeps it as one node.

@@ -118,6 +118,22 @@ def fork(graph: GraphModule) -> TracedGraph:
     return result
 
 
+def move(graph: GraphModule, device: torch.device) -> None:
+    """Move a graph to a device in place: its tensors, and the nodes that make some where it was traced."""
+    graph.to(device)
+    for module in nested_graphs(graph):
+        for node in module.graph.nodes:
+            if node.op == "get_attr" and isinstance(value := attribute(module, str(node.target)), Tensor):
+                if value.device != device:  # neither a parameter nor a buffer
+                    owner, _, name = str(node.target).rpartition(".")
+                    setattr(module.get_submodule(owner), name, value.to(device))
+            elif isinstance(node.kwargs.get("device"), torch.device):
+                node.update_kwarg("device", device)
+            elif is_call(node, aten.to.device):
+                node.update_arg(1, device)
+        module.recompile()
+
+
 def tidy(graph: GraphModule) -> None:
     """Drop dead nodes and what only they used (parameters, submodules), then check and recompile the graph."""
     graph.graph.eliminate_dead_code()

@@ -19,6 +19,7 @@ from surgeon.graph import (
     free_target,
     is_call,
     module_path,
+    move,
     nested_graphs,
     retie,
     shape_of,
@@ -28,7 +29,7 @@ from surgeon.graph import (
     to_networkx,
 )
 from surgeon.tracing import quiet
-from tests.models import Function, Wrapped, classifier, tokens
+from tests.models import Function, Wrapped, classifier, hugging_face, tokens
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -80,6 +81,33 @@ def test_deepcopy_and_state_dict_work_as_for_any_module(traces: Any) -> None:
     with torch.no_grad():
         copied.get_parameter("head.weight").zero_()
     assert not torch.equal(copied(**tokens()), graph(**tokens()))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_a_moved_graph_makes_every_tensor_there(name: str) -> None:
+    """On the meta device an operation with a tensor that stayed behind raises."""
+    model, inputs = hugging_face(name)
+    graph = surgeon.trace(model, inputs)
+    expected = graph(**inputs)
+    assert any("cpu" in str(node.kwargs.get("device", "")) for node in graph.graph.nodes)
+    move(graph, torch.device("meta"))
+    found = graph(**{key: value.to("meta") for key, value in inputs.items()})
+    for mine, theirs in zip(found.values(), expected.values(), strict=True):
+        assert (mine.device.type, mine.shape) == ("meta", theirs.shape)
+
+
+def test_what_is_no_buffer_moves_too() -> None:
+    graph = surgeon.trace(small(), X)
+    graph.constant = torch.ones(4)
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    result = output.all_input_nodes[0]
+    with graph.graph.inserting_before(output):
+        constant = graph.graph.create_node("get_attr", "constant")
+        output.replace_input_with(result, graph.graph.call_function(aten.add.Tensor, (result, constant)))
+    graph.recompile()
+    move(graph, torch.device("meta"))
+    assert graph.constant.device.type == "meta"
+    assert graph(X.to("meta")).device.type == "meta"
 
 
 def test_tidy_drops_dead_nodes_and_what_only_they_used() -> None:

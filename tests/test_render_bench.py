@@ -71,6 +71,15 @@ def test_a_layer_says_what_it_ran_on() -> None:
     assert shown[3] == "Layer 768 → 3072 → 768, relu, random weights."
 
 
+def test_a_gpu_says_how_calls_are_started() -> None:
+    machine = dataclasses.replace(MACHINE, device="cuda", gpu="NVIDIA H100 80GB HBM3", kernels="Triton 3.9.0")
+    text = " ".join(plain_text(benchmark_view(dataclasses.replace(LAYER, machine=machine)), 1000).split())
+    assert text.startswith("NVIDIA H100 80GB HBM3; torch 2.13.0+cpu; kernels: Triton 3.9.0.")
+    assert "but for those in which Python waits for the GPU: loop, grouped_mm, published, torch." in text
+    assert "8 layers" not in text
+    assert "8 layers" in plain_text(benchmark_view(LAYER), 1000)
+
+
 def test_a_slow_half_type_is_told() -> None:
     slow = dataclasses.replace(MACHINE, gemm={"float32": 72.3e9, "bfloat16": 8e9})
     last = lines(benchmark_view(dataclasses.replace(LAYER, machine=slow)), 1000)[-1]

@@ -43,15 +43,16 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from .. import cost_model
 from ..torch_backend import Experts, Gradients
 
-__all__ = ["available", "backward", "chosen", "forward", "supports"]
+__all__ = ["available", "backward", "chosen", "dense_is_faster", "forward", "supports"]
 
 log = logging.getLogger("surgeon")
 
@@ -107,6 +108,27 @@ def chosen(x: Tensor, experts: Experts, activation: str) -> bool:
     if why is not None:
         _say_once(why)
     return why is None
+
+
+def dense_is_faster(x: Tensor, experts: Experts) -> bool:
+    """Whether computing every expert and masking should be faster, by `cost_model`, on a GPU that it knows.
+
+    That depends on how much is selected, which the host does not know: a fifth is assumed.
+    """
+    if x.device.type != "cuda":
+        return False
+    gated, dtype = experts.gate is not None, str(x.dtype).removeprefix("torch.")
+    return _dense_is_faster(torch.cuda.get_device_name(x.device), x.shape[0], *experts.w1.shape, gated, dtype)
+
+
+@lru_cache(4096)
+def _dense_is_faster(name: str, tokens: int, count: int, neurons: int, width: int, gated: bool, dtype: str) -> bool:
+    device = cost_model.find_gpu(name)
+    if device is None or tokens == 0:
+        return False
+    return cost_model.masking_is_faster(
+        device, cost_model.LayerShape(width, count * neurons, neurons, gated), tokens, dtype
+    )
 
 
 @cache

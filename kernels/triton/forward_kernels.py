@@ -189,7 +189,8 @@ def reduce(
     for first in range(0, E, EXPERTS):
         expert = first + tl.arange(0, EXPERTS)
         slot = tl.load(slot_of_pair + token * E + expert, mask=expert < E, other=-1).to(tl.int64)
-        inside = (slot >= 0)[:, None] & known[None, :]
-        part = tl.load(partial + slot[:, None] * width + place[None, :], mask=inside, other=0.0)
-        total += tl.sum(part.to(tl.float32), 0)
+        if tl.max(slot, 0) >= 0:
+            inside = (slot >= 0)[:, None] & known[None, :]
+            part = tl.load(partial + slot[:, None] * width + place[None, :], mask=inside, other=0.0)
+            total += tl.sum(part.to(tl.float32), 0)
     tl.store(out + token * d + column, total.to(out.dtype.element_ty), mask=known)

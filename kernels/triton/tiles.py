@@ -1,8 +1,9 @@
 """Tile sizes, warps and pipeline stages: small tables by chip, dtype and number of neurons, with the reasons.
 
-Those of `Chip.hopper` were chosen among several dozen by time on an H100; the others are estimates. What bounds them is what the compiler reports for a kernel (`tests/kernels/triton/test_compiled.py` compiles the table
-for every target): no register may spill, shared memory must fit, and `tl.dot` needs at least 16 along each axis.
-There is no autotuning: it runs a kernel several times on the same output, which the kernels here add to.
+Those of `Chip.hopper` were chosen among several dozen by time on an H100; the others are estimates. What bounds them is
+what the compiler reports for a kernel (`tests/kernels/triton/test_compiled.py` compiles the table for every target): no
+register may spill, shared memory must fit, and `tl.dot` needs at least 16 along each axis. There is no autotuning: it
+runs a kernel several times on the same output, which the kernels here add to.
 """
 
 from __future__ import annotations
@@ -123,8 +124,9 @@ def hidden(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products:
 def combine(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products: int, ordered: bool) -> Tiles:
     """Of `forward_kernels.combine`, whose sum goes over the neurons of an expert: often one step.
 
-    Atomic additions take more registers than stores, so their tiles are narrower on a `Chip.hopper`. Two products load twice as much, so fewer loads are in flight and tiles are narrower. Without tensor cores a whole
-    step of the sum is in registers: a short one in fp32.
+    Atomic additions take more registers than stores, so their tiles are narrower on a `Chip.hopper`. Two products load
+    twice as much, so fewer loads are in flight and tiles are narrower. Without tensor cores a whole step of the sum is
+    in registers: a short one in fp32.
     """
     if chip.hopper and products == 1:
         columns = 64 if dtype == torch.float32 else 256 if ordered else 128

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 
 from surgeon.bench.layer import DTYPES
 from surgeon.bench.timing import Call, cache_size, clock_for, median_seconds
-from surgeon.kernels import cpu
+from surgeon.kernels import cpu, triton
 from surgeon.kernels.cpu.crossover import processor
 from surgeon.kernels.cpu.crossover import threads as using_threads
 
@@ -54,7 +56,7 @@ def examine(device: torch.device, threads: int, dtypes: Sequence[str] = (), seco
         instruction_set=torch.backends.cpu.get_cpu_capability(),
         threads=threads,
         torch=torch.__version__,
-        kernels=_kernels() if on_cpu else "what the operator runs on CUDA",
+        kernels=_kernels() if on_cpu else _gpu_kernels(),
         gpu=None if on_cpu else torch.cuda.get_device_name(device),
         clock="thread" if on_cpu and threads == 1 else "wall",
         gemm=gemm,
@@ -65,6 +67,12 @@ def examine(device: torch.device, threads: int, dtypes: Sequence[str] = (), seco
 def _kernels() -> str:
     state = cpu.load()
     return f"native, {state.instruction_set}" if state.path is not None else f"torch backend ({state.why.rstrip('.')})"
+
+
+def _gpu_kernels() -> str:
+    if os.environ.get("SURGEON_GPU") == "torch":
+        return "torch backend (SURGEON_GPU=torch)"
+    return f"Triton {version('triton')}" if triton.available() else "torch backend (Triton is not installed)"
 
 
 def _gemm(device: torch.device, dtype: str, threads: int, seconds: float) -> float:

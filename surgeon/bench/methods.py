@@ -29,12 +29,14 @@ class Method:
     """A way to compute the layer. prepare: gives the call to be timed, or raises `UnavailableError`.
 
     every: it computes every expert, for every token. around: entered before each call, and left after it, untimed.
+    waits: the host needs to know which pairs are selected, so on a GPU it waits for them.
     """
 
     summary: str
     prepare: Callable[[Problem], Callable[[], Tensor]]
     every: bool = False
     around: Callable[[Problem], AbstractContextManager[None]] = lambda problem: nullcontext()
+    waits: bool = False
 
 
 def _ffn(
@@ -180,10 +182,10 @@ METHODS: dict[str, Method] = {
     "dense": Method("the dense layer", _dense, every=True),
     "compiled": Method("the dense layer by torch.compile", _compiled, every=True),
     "masked": Method("every expert, those not selected masked", _masked),
-    "loop": Method("experts one after the other: gather, two products, index_add_", _loop),
-    "grouped_mm": Method("torch's grouped_mm over tokens sorted by expert", _grouped_mm),
-    "published": Method("the steps of the kernels published with D2DMoE, in plain torch", _published),
-    "torch": Method("the torch backend", _torch),
+    "loop": Method("experts one after the other: gather, two products, index_add_", _loop, waits=True),
+    "grouped_mm": Method("torch's grouped_mm over tokens sorted by expert", _grouped_mm, waits=True),
+    "published": Method("the steps of the kernels published with D2DMoE, in plain torch", _published, waits=True),
+    "torch": Method("the torch backend", _torch, waits=True),
     "ours": Method("the operator", _ours),
     "ours_dense": Method(
         "the operator with every expert on, never by the dense product", _ours_dense, True, _never_dense

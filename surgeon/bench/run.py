@@ -139,7 +139,9 @@ def _first(layers: Sequence[Problem], method: Method) -> tuple[Timing, Call | No
         for call in calls:
             call()
 
-    return Timing(None, problem.error(result, every=method.every)), Call(run, lambda: method.around(problem))
+    return Timing(None, problem.error(result, every=method.every)), Call(
+        run, lambda: method.around(problem), method.waits
+    )
 
 
 def _milliseconds(timings: Mapping[str, Timing], name: str) -> float | None:

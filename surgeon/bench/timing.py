@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 _ROUNDS = 5  # at least
+_WARMUP = 10  # milliseconds, on a GPU
 _MOST_ROUNDS = 1000
 _USUAL_CACHE = 32 << 20
 _MOST_CACHE = 256 << 20
@@ -20,10 +21,14 @@ _MOST_CACHE = 256 << 20
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed. around: entered before each call and left after it, untimed."""
+    """What is timed. around: entered before each call and left after it, untimed.
+
+    waits: the host waits for the device somewhere in it, so that a CUDA graph cannot hold it.
+    """
 
     run: Callable[[], object]
     around: Callable[[], AbstractContextManager[None]] = nullcontext
+    waits: bool = False
 
 
 def median_seconds(
@@ -34,6 +39,9 @@ def median_seconds(
     On a processor all are called in turn, at least five times and until `seconds` have gone into each on average, so
     that a slow moment of the machine meets all of them. Before each call the caches are emptied, as the other layers
     of a model would do. With one thread its own time counts, so that other work on the machine does not.
+
+    On a GPU `do_bench` times one after the other, its cache emptied. What does not wait for the device is captured in a
+    CUDA graph and replayed: small calls would otherwise show how fast Python starts kernels.
     """
     if device.type != "cpu":
         return {name: _on_gpu(call, seconds) for name, call in calls.items()}
@@ -73,4 +81,20 @@ def cache_size() -> int:
 def _on_gpu(call: Call, seconds: float) -> float:
     testing = importlib.import_module("triton.testing")  # not installed with every torch
     with call.around():
-        return float(testing.do_bench(call.run, rep=max(1, int(1000 * seconds)), return_mode="median")) / 1000
+        run = call.run if call.waits else captured(call.run).replay
+        milliseconds = testing.do_bench(run, warmup=_WARMUP, rep=max(1, int(1000 * seconds)), return_mode="median")
+        return float(milliseconds) / 1000
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A call as a CUDA graph. What it allocates is the graph's own, and is overwritten by each replay.
+
+    Raises:
+        RuntimeError: the host waits for the device in it.
+    """
+    run()  # compiles kernels, which nothing may do while it is captured
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph

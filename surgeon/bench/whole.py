@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from surgeon.bench.timing import Call, median_seconds
+from surgeon.bench.timing import Call, captured, median_seconds
 from surgeon.cost import ExpertMeter
 from surgeon.errors import UsageError, first_line
 from surgeon.graph import TracedGraph, fork
@@ -22,8 +22,6 @@ from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.moe import Knobs, dynamic_k_ffn, find_moes, masked_ffn, set_knobs, set_tau
 from surgeon.report import Progress
 from surgeon.sweep import executed_share, knobs_restored
-
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Setting:
 class WholeTimes:
     """Milliseconds of the dense model, eager and compiled, None where it was not timed, and of every setting.
 
-    why: what could not be compiled, "dense model" or "rewritten model", and the reason.
+    why: what could not be done, such as "the dense model was not compiled", and the reason.
     """
 
     dense: float | None
@@ -96,11 +94,13 @@ def time_whole(
     threads: int,
     progress: Callable[[Progress], None] | None = None,
 ) -> WholeTimes:
-    """Time one call at every tau, on the CPU. Experts that are still masked are skipped as `lower` would have it.
+    """Time one call at every tau, where the graph is. Masked experts are skipped as `lower` would have it.
 
-    The graph's own tau is put back afterwards.
+    The graph's own tau is put back afterwards. On a GPU calls are captured in CUDA graphs, but for those of the torch
+    backend and what cannot be captured: see `why`.
 
     Args:
+        args, kwargs, dense: on the device of the graph.
         taus: None stands for what the graph has. seconds: for each call, on average. dense: the model before surgery.
 
     Raises:
@@ -110,6 +110,7 @@ def time_whole(
         raise UsageError("The graph has no experts, so there is nothing to compare. Apply moeify and lower first.")
     ours = _with_op(graph, dynamic_k_ffn)
     plain = _with_op(graph, torch.ops.surgeon.dynamic_k_ffn_torch.default)  # of the same tau, which forks share
+    device = next(graph.parameters()).device
     calls: dict[str, Call] = {}
     why: dict[str, str] = {}
     done, steps = 0, 2 + len(taus) + 2 * (dense is not None)
@@ -124,18 +125,24 @@ def time_whole(
         if dense is not None:
             model = dense
             _try(model, *args, **kwargs)
-            calls["dense"] = Call(lambda: model(*args, **kwargs))
+            as_it_is: Callable[[], object] = partial(model, *args, **kwargs)
+            calls["dense"] = Call(as_it_is, waits=_waits("dense model", as_it_is, device, why))
             report()
             compiled = _compiled("dense model", model, args, kwargs, why)
             if compiled is not None:
-                calls["compiled"] = Call(compiled)
+                calls["compiled"] = Call(compiled, waits=_waits("compiled dense model", compiled, device, why))
             report()
         shares = []
         _try(ours, *args, **kwargs)
-        ways = {
-            "ours": lambda: ours(*args, **kwargs),
-            "torch": lambda: plain(*args, **kwargs),
+        ways: dict[str, Callable[[], object] | None] = {
+            "ours": partial(ours, *args, **kwargs),
+            "torch": partial(plain, *args, **kwargs),
             "compiled": _compiled("rewritten model", ours, args, kwargs, why),
+        }
+        waits = {
+            name: name == "torch" or _waits(f"{name} rewritten model".removeprefix("ours "), call, device, why)
+            for name, call in ways.items()
+            if call is not None
         }
         report()
         for index, tau in enumerate(taus):
@@ -147,9 +154,9 @@ def time_whole(
                 for name, call in ways.items():
                     if call is not None:
                         call()
-                        calls[f"{name} {index}"] = Call(call, around)
+                        calls[f"{name} {index}"] = Call(call, around, waits[name])
             report()
-        found = median_seconds(calls, _CPU, seconds=seconds, threads=threads)
+        found = median_seconds(calls, device, seconds=seconds, threads=threads)
     times = {name: 1000 * taken for name, taken in found.items()}
     best = min((times[name] for name in ("dense", "compiled") if name in times), default=None)
     settings = []
@@ -189,9 +196,22 @@ def _compiled(
     try:
         compiled(*args, **kwargs)
     except Exception as error:  # compilers raise many types
-        why[name] = first_line(error)
+        why[f"The {name} was not compiled"] = first_line(error)
         return None
     return lambda: compiled(*args, **kwargs)
+
+
+def _waits(name: str, call: Callable[[], object], device: torch.device, why: dict[str, str]) -> bool:
+    """Whether a call cannot be captured on this device; then the reason is written to `why`."""
+    if device.type == "cpu":
+        return False
+    try:
+        captured(call)
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        why[f"Calls of the {name} are started from Python, not from a CUDA graph"] = first_line(error)
+        return True
+    return False
 
 
 def _choosing(graph: TracedGraph, own: Knobs, tau: float | None) -> Callable[[], AbstractContextManager[None]]:

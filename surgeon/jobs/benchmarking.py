@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any, Literal, cast
 
 import torch
+from torch.utils import _pytree as pytree
 
 from surgeon.bench.layer import DTYPES, MASKS, Case, MaskKind
 from surgeon.bench.machine import Machine, examine
@@ -16,6 +17,7 @@ from surgeon.bench.methods import METHODS
 from surgeon.bench.run import Cell, run
 from surgeon.bench.whole import WholeTimes, repeated, time_whole
 from surgeon.errors import UsageError
+from surgeon.graph import move
 from surgeon.jobs.bench_options import BenchOptions
 from surgeon.jobs.opening import Opened, Stage
 from surgeon.kernels import cpu
@@ -198,11 +200,9 @@ def check_surgery(options: BenchOptions) -> tuple[float, ...]:
     """The values of tau to time beside the stored ones, after what could not work was refused.
 
     Raises:
-        UsageError: as `device_of`; tau outside [0, 1], a GPU, a batch or a length below 1.
+        UsageError: as `device_of`; tau outside [0, 1], a batch or a length below 1.
     """
     check_mode(options, "surgery")
-    if options.device not in (None, "cpu"):
-        raise UsageError(f"--device {options.device}: a saved surgery is timed on the CPU, where it was traced.")
     if options.batch < 1 or (options.length is not None and options.length < 1):
         raise UsageError("--batch and --length are at least 1.")
     device_of(options)
@@ -216,13 +216,19 @@ def bench_surgery(
     dense: Opened | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> SurgeryBenchmark:
-    """Time a saved surgery at the stored tau and at those asked for.
+    """Time a saved surgery at the stored tau and at those asked for; its graph and the dense one move to the device.
 
     Raises:
         UsageError: as `check_surgery`; the model has no experts, or does not take so many samples or tokens.
     """
     taus = check_surgery(options)
-    args, kwargs = repeated(opened.inputs, options.batch, options.length)
+    device = device_of(options)
+    inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), opened.inputs)
+    args, kwargs = repeated(inputs, options.batch, options.length)
+    if device.type != "cpu":
+        for one in (opened, dense):
+            if one is not None:
+                move(one.graph, device)
     times = time_whole(
         opened.graph, args, kwargs, (None, *taus), dense=None if dense is None else dense.graph,
         seconds=options.seconds, threads=options.threads, progress=progress,
@@ -230,8 +236,8 @@ def bench_surgery(
     notes = []
     if dense is None:
         notes.append("There is nothing to compare with: give the model before the surgery with --dense.")
-    notes += [f"The {name} was not compiled: {why}." for name, why in times.why.items()]
-    machine = examine(torch.device("cpu"), options.threads)
+    notes += [f"{what}: {why.rstrip('.')}." for what, why in times.why.items()]
+    machine = examine(device, options.threads)
     return SurgeryBenchmark(opened.spec, options.batch, options.length, machine, times, tuple(notes))
 
 

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from surgeon.bench.machine import Machine
+from surgeon.bench.methods import METHODS
 from surgeon.bench.run import Cell
 from surgeon.jobs.benchmarking import LayerBenchmark, ModelBenchmark, Predicted, SurgeryBenchmark
 from surgeon.kernels.cost_model import Device
@@ -30,15 +31,14 @@ _NAMES = {
     "ours_dense": "ours,\nall on",
 }
 _LEGEND = (
-    "Milliseconds of a call, the median, with empty caches; up to 16 tokens: of one of 8 layers, one after another. "
-    "dense / ours: the faster of dense and compiled. ours, all on: every expert, never by the dense product; what it "
-    "is over ours stands beside what it could be, 1 / share.",
+    "Milliseconds of a call, the median, with empty caches. dense / ours: the faster of dense and compiled. ours, all "
+    "on: every expert, never by the dense product; what it is over ours stands beside what it could be, 1 / share.",
     "of limit: what the machine needs at least for the selected multiply-adds (a) or for reading the selected weights "
     "(m), over ours. error: the largest of the column, from float64, relative to the largest output.",
 )
 _MODEL_LEGEND = (
     "Milliseconds of ours, how many times that is faster than dense, and what bounds it: a arithmetic, m memory, "
-    "c cache, l launches. up to: the share above which dense is faster.",
+    "c cache, s adding up, l launches. up to: the share above which dense is faster.",
     "At equal shares larger experts are rarely slower; smaller ones need a smaller share for the same quality, which "
     "this does not know: compare across shares.",
 )
@@ -59,7 +59,19 @@ def layer_view(found: LayerBenchmark) -> RenderableType:
     for (dtype, tokens, size, mask), cells in groupby(found.cells, lambda c: (c.dtype, c.tokens, c.size, c.mask)):
         what = f"{dtype}, {_count(tokens, 'token')}, {_count(found.hidden // size, 'expert')} × {size}"
         blocks += [Text(""), heading(what, f"{mask} selection"), _block(list(cells))]
-    return Group(*blocks, Text(""), sentences((*_LEGEND, *_slow_types(found.machine)), indent=0))
+    legend = (*_LEGEND, *_calls(found.machine), *_slow_types(found.machine))
+    return Group(*blocks, Text(""), sentences(legend, indent=0))
+
+
+def _calls(machine: Machine) -> list[str]:
+    """What a call is."""
+    if machine.gpu is None:
+        return ["Up to 16 tokens are timed through 8 layers one after another; the time is that of one."]
+    waiting = ", ".join(name for name, method in METHODS.items() if method.waits)
+    return [
+        f"Calls are replayed from CUDA graphs, but for those in which Python waits for the GPU: {waiting}. Without a "
+        "graph, small calls take as long as Python takes to start their kernels."
+    ]
 
 
 def _slow_types(machine: Machine) -> list[str]:
@@ -165,7 +177,8 @@ def devices_view(devices: Iterable[Device]) -> RenderableType:
 
 def _machine(machine: Machine) -> list[RenderableType]:
     where = machine.gpu or f"{machine.processor}, {_count(machine.threads, 'thread')}"
-    lines = [Text(f"{where}; torch {machine.torch}, {machine.instruction_set}; kernels: {machine.kernels}.")]
+    using = machine.torch if machine.gpu else f"{machine.torch}, {machine.instruction_set}"
+    lines = [Text(f"{where}; torch {using}; kernels: {machine.kernels}.")]
     if machine.bandwidth is not None:
         rates = ", ".join(f"{number(rate)}FLOP/s in {name}" for name, rate in machine.gemm.items())
         lines.append(Text(f"Its limits, measured: {rates}; {number(machine.bandwidth)}B/s from memory."))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgeon.kernels import dynamic_k
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn, selected
 
@@ -216,3 +217,15 @@ def test_half_types_lose_no_more_than_one_rounding_per_expert(way: str, dtype: t
 def test_single_precision_is_close() -> None:
     args = arguments((40,), experts=16, neurons=8, d_in=32, d_out=32, dtype=torch.float32, gated=True)
     torch.testing.assert_close(dynamic_k_ffn(*args).double(), oracle(*args), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_on_a_gpu_the_dense_product_is_taken_where_it_is_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments((2, 9), gated=True)
+    monkeypatch.setattr(dynamic_k.triton, "chosen", lambda *_: True)
+    monkeypatch.setattr(dynamic_k.triton, "dense_is_faster", lambda *_: faster)
+    monkeypatch.setattr(dynamic_k.triton, "forward", lambda x, *_, ordered: torch.full((len(x), 7), 5.0).to(x.dtype))
+    found = dynamic_k._by_triton(*args)
+    torch.testing.assert_close(found, oracle(*args) if faster else torch.full_like(oracle(*args), 5.0))
+    monkeypatch.setattr(dynamic_k.triton, "chosen", lambda *_: False)
+    assert dynamic_k._by_triton(*args) is None
