@@ -75,8 +75,8 @@ def _packages() -> Check:
 
 def _triton() -> Check:
     if importlib.util.find_spec("triton") is None:
-        return Check("triton", "note", "not installed, and not needed: torch's kernels run on a GPU")
-    return Check("triton", "ok", "installed; its kernels run where SURGEON_GPU=triton asks for them")
+        return Check("triton", "note", "not installed; only GPUs need it, where torch's slower kernels run instead")
+    return Check("triton", "ok", "installed; its kernels run on a GPU, unless SURGEON_GPU=torch is set")
 
 
 def _kernels(build: bool) -> Check:
