@@ -91,18 +91,22 @@ def backward(
         # Without a token nothing is launched; otherwise every element is written.
         new = torch.zeros_like if x.shape[0] == 0 else torch.empty_like
         grads = Experts(*(None if t is None else new(t) for t in experts))  # type: ignore[arg-type]
-    if grad_x is not None and ordered:
-        for part in _parts(scores, x.shape[1], x.element_size()):
+    parts = list(_parts(scores, x.shape[1], x.element_size())) if need_x and ordered else []
+    if grad_x is not None and len(parts) > 1:
+        for part in parts:
             plan = _plan.plan(scores[part], threshold[part], _rows(x), slot_of_pair=True)
             found = _grad_hidden(grad[part], x[part], plan, experts, activation, need_h=False)
             _ordered_sum(plan, _into_x(found, experts), None, grad_x[part])
-    if x.shape[0] and (grads is not None or not ordered):
-        plan = _plan.plan(scores, threshold, _rows(x))
+    whole = grad_x if len(parts) <= 1 else None
+    if x.shape[0] and (grads is not None or whole is not None):
+        plan = _plan.plan(scores, threshold, _rows(x), slot_of_pair=whole is not None and ordered)
         found = _grad_hidden(grad, x, plan, experts, activation, need_h=need_weights)
-        if grad_x is not None and not ordered:
+        if whole is not None and ordered:
+            _ordered_sum(plan, _into_x(found, experts), None, whole)
+        elif whole is not None:
             total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
             _add_products(plan, _into_x(found, experts), total)
-            grad_x = total.to(x.dtype)
+            whole.copy_(total)
         if grads is not None:
             _grad_weight(plan, found.up, x, grads.w1, grads.b1)
             _grad_weight(plan, found.gate, x, grads.gate, grads.b_gate)

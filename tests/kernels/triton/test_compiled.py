@@ -166,6 +166,8 @@ def test_launches() -> None:
     assert names(16384, neurons=256) == [*planned, "hidden", "combine", "reduce"]
     assert names(64, ordered=True) == [*planned, "hidden", "combine", "reduce"]
     weights = ["grad_weight"] * 3
+    # One plan and one set of hidden values, whether gradients of x are added atomically or in order.
+    assert names(64, ordered=True, backward=True) == [*planned, "grad_hidden", "combine", "reduce", *weights]
     assert names(4096, backward=True) == [*planned, "grad_hidden", "combine", *weights]
     assert names(4096, gated=False, backward=True) == [*planned, "grad_hidden", "combine", *weights[:2]]
 
