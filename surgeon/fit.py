@@ -166,7 +166,7 @@ def fit(
         for group in _groups(batches, plan.accumulate):
             parts = []
             for part, batch in enumerate(group):
-                with _computing_in(plan.precision, device):
+                with computing_in(plan.precision, device):
                     value, values = loss(batch.to(device), (step + part / plan.accumulate) / total)
                 if not bool(torch.isfinite(value)):
                     raise PassError(
@@ -279,7 +279,7 @@ def _length(data: Data) -> int | None:
         return None
 
 
-def _computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Mixed precision, or nothing. Not accelerate's, which is set once for the whole process."""
     return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)
 

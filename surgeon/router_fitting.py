@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgeon.batch import Batch, Data
 from surgeon.calibration import collect_calls
-from surgeon.fit import Plan, Settings, fit
+from surgeon.fit import Plan, Precision, Settings, computing_in, fit
 from surgeon.graph import TracedGraph
 from surgeon.moe import MoE
 from surgeon.padding import real_tokens
@@ -86,7 +86,7 @@ def train_routers(
     if plan.steps is not None:  # all the data, if there are steps enough
         length = len(data.train) if isinstance(data.train, Sized) else plan.steps
         times = min(times, plan.steps * plan.accumulate // max(1, length))
-    held = _Held(graph, inputs, data, times, 0 if exposed else _TOKENS, settings.seed)
+    held = _Held(graph, inputs, data, times, 0 if exposed else _TOKENS, settings.seed, plan.precision)
     return fit(routers, loss, Data(held), plan, settings, what)
 
 
@@ -97,9 +97,19 @@ class _Held:
     before the next, its tokens in another order every time. The length is that of the data, of one time.
     """
 
-    def __init__(self, graph: TracedGraph, inputs: Inputs, data: Data, times: int, tokens: int, seed: int) -> None:
+    def __init__(
+        self,
+        graph: TracedGraph,
+        inputs: Inputs,
+        data: Data,
+        times: int,
+        tokens: int,
+        seed: int,
+        precision: Precision,
+    ) -> None:
         self._inner = Capture(graph, [name for names in inputs.values() for name in names]).eval()
         self._inputs, self._data, self._times, self._tokens, self._seed = inputs, data, max(1, times), tokens, seed
+        self._precision: Precision = precision
 
     def __len__(self) -> int:
         return len(self._data.train)  # type: ignore[arg-type]
@@ -122,15 +132,15 @@ class _Held:
             count = held = 0
             for item in batches:
                 batch = item.to(device)
-                with torch.no_grad():
+                with torch.no_grad(), computing_in(self._precision, device):
                     _, values = self._inner(*batch.args, **batch.kwargs)
-                for moe, names in self._inputs.items():
-                    for name in names:
-                        x = real_tokens(batch, values[name])
-                        wanted = moe.router.goal.wanted(x, moe.routed, moe.activation)
-                        found[moe][0].append(x)
-                        found[moe][1].append(wanted)
-                        held += x.numel() + wanted.numel()
+                    for moe, names in self._inputs.items():
+                        for name in names:
+                            x = real_tokens(batch, values[name])
+                            wanted = moe.router.goal.wanted(x, moe.routed, moe.activation)
+                            found[moe][0].append(x)
+                            found[moe][1].append(wanted)
+                            held += x.numel() + wanted.numel()
                 count += 1
                 if max(sum(map(len, x)) for x, _ in found.values()) >= self._tokens or held >= _MOST_HELD:
                     break

@@ -15,6 +15,7 @@ import surgeon
 from surgeon.calibration import collect
 from surgeon.cost import ExpertMeter, measure
 from surgeon.data import Batch, Data
+from surgeon.fit import Precision
 from surgeon.graph import TracedGraph, fork
 from surgeon.moe import find_moes, get_rule, set_rule, set_tau
 from surgeon.passes import Lower, Moeify
@@ -244,6 +245,23 @@ def test_the_model_runs_over_the_data_once_for_all_epochs(
             torch.testing.assert_close(rows.sort(0).values, tokens.repeat(5, 1).sort(0).values)
             assert not torch.allclose(rows[: len(tokens)], tokens)
             assert not torch.allclose(rows[: len(tokens)], rows[-len(tokens) :])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_model_runs_in_the_precision_of_the_fit(
+    precision: Precision, sharp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = []
+    original = Goal.wanted
+
+    def wanted(self: Goal, x: Tensor, *rest: Any) -> Tensor:
+        mixed.append(torch.is_autocast_enabled("cpu"))
+        return original(self, x, *rest)
+
+    monkeypatch.setattr(Goal, "wanted", wanted)
+    given = Moeify(experts=8, split="weights", router="trained", epochs=1, precision=precision)
+    given.apply(fork(sharp[0]), data=sharp[1])
+    assert set(mixed) == {precision == "bfloat16"}
 
 
 def test_exposed_routers_see_what_the_sparse_model_gives_them(sharp: Any) -> None:
