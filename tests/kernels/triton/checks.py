@@ -43,6 +43,7 @@ class Case:
         programs: how many share out the tiles.
         levels: if given, scores take this many values and so do thresholds: ties.
         share: of pairs that run, about; exactly none for 0 and all for 1.
+        room: bytes for what pairs give, if not as many as usual: then "ordered" goes through ranges of 16 columns.
         device: where the arguments are.
     """
 
@@ -63,6 +64,7 @@ class Case:
     rows: int = 16
     programs: int = 3
     seed: int = 0
+    room: int | None = None
     device: str = "cpu"
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Experts, Tensor | None]:
@@ -121,6 +123,8 @@ def forced(case: Case) -> Iterator[None]:
         }
         stack.enter_context(patch.multiple(tiles, **sizes, **ways))
         stack.enter_context(patch.multiple(plan, _SCORES=256, _BLOCKS=2, _SCAN=16))
+        if case.room is not None:
+            stack.enter_context(patch.multiple(module("host"), PARTIAL_BYTES=case.room, _LEAST_COLUMNS=16))
         yield
 
 

@@ -88,10 +88,13 @@ CALCULATE = (
     Mutant("forward_kernels", f"tl.atomic_add(out + token[:, None] * d + column[None, :], y, mask=inside, {SEM})",
            "tl.store(out + token[:, None] * d + column[None, :], y, mask=inside)"),
     Mutant("forward_kernels", "tl.load(w_gate + w_at", "tl.load(w + w_at", COMBINE),
-    Mutant("forward_kernels", "out + slot[:, None] * d", "out + token[:, None] * d", COMBINE),
+    Mutant("forward_kernels", "out + slot[:, None] * width", "out + token[:, None] * width", COMBINE),
+    Mutant("forward_kernels", "column = first_column + place", "column = place", COMBINE),
+    Mutant("forward_kernels", "column = first_column + place", "column = place", REDUCE),
+    Mutant("forward_kernels", "if tl.max(slot, 0) >= 0:", "if tl.min(slot, 0) >= 0:"),
     Mutant("forward_kernels", "inside = there[:, None] & known[None, :]", "inside = known[None, :]", COMBINE),
     Mutant("forward_kernels", "for first in range(0, s, NEURONS)", "for first in range(0, 1, NEURONS)", COMBINE),
-    Mutant("forward_kernels", "slot >= 0", "slot > 0"),
+    Mutant("forward_kernels", "inside = (slot >= 0)", "inside = (slot > 0)"),
     Mutant("forward_kernels", "total += tl.load(bias", "total += 0 * tl.load(bias"),
     Mutant("forward_kernels", "mask=expert < E, other=-1", "mask=expert < E, other=0"),
     Mutant("decode_kernels", "there = runs(score, least, COMPARE) & (token < N)", "there = token < N"),
@@ -125,6 +128,7 @@ CALCULATE = (
     Mutant("elementwise", "s * (1.0 + z * (1.0 - s))", "s * (1.0 + z * s)"),
     Mutant("elementwise", "+ z * density", "- z * density"),
     Mutant("elementwise", "s + 1.702 * z", "s + z"),
+    Mutant("host", "for first in range(0, d, step)", "for first in range(0, step, step)"),
     Mutant("host", "out.zero_() if b2 is None else out.copy_(b2)", "out.zero_()"),
     Mutant("host", "_grad_weight(plan, found.gate, x,", "_grad_weight(plan, found.up, x,"),
 )  # fmt: skip
@@ -174,6 +178,7 @@ def checks(module: str) -> Iterator[Callable[[], None]]:
             case = Case(tokens=24, experts=3, neurons=20, gated=True, share=0.6, way=way, programs=2)
             yield lambda case=case: check_forward(case)
         yield lambda: check_forward(Case(tokens=18, experts=3, neurons=20, share=0.6))
+        yield lambda: check_forward(Case(tokens=18, experts=3, neurons=20, share=0.6, way="ordered", room=4096))
     if module in ("forward_kernels", "backward_kernels", "host"):
         for gated in (True, False):
             case = Case(tokens=40, experts=2, neurons=18, gated=gated, share=0.6, way="split")

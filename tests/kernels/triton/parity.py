@@ -156,14 +156,12 @@ def test_ordered_sums_have_the_same_bits_however_the_work_is_shared_out() -> Non
     assert torch.equal(*found)
 
 
-def test_ordered_sums_go_through_tokens_in_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And through columns too."""
-    monkeypatch.setattr(module("host"), "PARTIAL_BYTES", 18 * 2 * 16 * 4)
-    monkeypatch.setattr(module("host"), "_LEAST_COLUMNS", 16)
-    for tokens in (25, 10):
-        case = Case(tokens=tokens, experts=2, neurons=3, d_in=37, d_out=37, way="ordered", share=0.8)
-        check_forward(case)
-        check_backward(case)
+@pytest.mark.parametrize("tokens", [10, 25])
+def test_ordered_sums_go_through_columns_and_tokens_in_ranges(tokens: int) -> None:
+    """There is room for 16 columns of 18 tokens."""
+    case = Case(tokens=tokens, experts=2, neurons=3, d_in=37, d_out=37, way="ordered", share=0.8, room=18 * 2 * 16 * 4)
+    check_forward(case)
+    check_backward(case)
 
 
 def test_no_tokens() -> None:
