@@ -142,10 +142,16 @@ def _mean(values: Sequence[float]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="the directory with the result files of the studies")
-    for path in sorted(parser.parse_args().results.glob("*.json")):
+    parser.add_argument(
+        "--keep", type=float, help="share of the dense quality to keep; tables only  [default: a study's]"
+    )
+    args = parser.parse_args()
+    for path in sorted(args.results.glob("*.json")):
         content = json.loads(path.read_text())
         if "seeds" not in content:
             continue
-        if set(NAMES) & set(next(iter(content["seeds"].values()))) - {"ours"}:
+        if args.keep is not None:
+            content["keep"] = args.keep
+        elif set(NAMES) & set(next(iter(content["seeds"].values()))) - {"ours"}:
             plot(content, path.with_suffix(".png"))
         print(table(content), end="\n\n")
