@@ -87,7 +87,7 @@ STUDY = Study(
                 Lower(),
             ],
             TAUS,
-            budgets=(0.3, 0.35),
+            budgets=(0.3, 0.35, 0.4),
             oracle=True,
         ),
         "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
