@@ -105,7 +105,7 @@ def _by_triton(*given: Any) -> Tensor | None:
     if not triton.chosen(rows, experts, args.activation):
         return None
     if triton.dense_is_faster(rows, experts):
-        return _masked(args, experts.flat())
+        return _masked(args)
     ordered = torch.are_deterministic_algorithms_enabled()
     y = triton.forward(rows, *args.selection, experts, args.b2, args.activation, ordered=ordered)
     return y.view(args.shape)
@@ -118,7 +118,8 @@ def _by_torch(*given: Any) -> Tensor:
     return torch_backend.forward(args.rows, mask, args.experts, args.b2, args.activation).view(args.shape)
 
 
-def _masked(args: _Arguments, flat: Experts) -> Tensor:
+def _masked(args: _Arguments) -> Tensor:
+    flat = args.experts.flat()
     h = torch_backend.hidden(args.x, flat, find_activation(args.activation))
     return F.linear(torch_backend.keep_selected(h, selected(args.scores, args.threshold)), flat.w2.t(), args.b2)
 
@@ -202,7 +203,7 @@ _library.impl("dynamic_k_ffn_torch", _by_torch, "CompositeExplicitAutograd")  # 
 def _masked_ffn(*given: Any) -> Tensor:
     # Autocast casts inside this operator, so the dtypes may still differ here.
     args = _check(*given, same_dtype=not _autocasts(given[0]))
-    return _masked(args, args.experts.flat())
+    return _masked(args)
 
 
 # Composite: autograd and autocast see through it, yet export keeps it as one node.

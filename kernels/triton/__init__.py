@@ -1,7 +1,8 @@
 """The Triton kernels of the dynamic-k FFN, for NVIDIA and AMD graphics processors.
 
 `chosen`, `dense_is_faster`, `supports`, `forward` and `backward` are all there is to call; importing this module
-imports no Triton. The operator takes them on a GPU unless `SURGEON_GPU=torch` is set.
+imports no Triton. The operator takes them on a GPU unless `SURGEON_GPU=torch` is set, or they should lose to the dense
+product (see the end) and `SURGEON_GPU=triton` is not set.
 
 How it computes: `plan` sorts the selected (token, expert) pairs by expert on the device, without the host waiting for
 their number. The forward pass multiplies tiles of them, whose rows of x are gathered, and adds up what the pairs of a
@@ -119,9 +120,10 @@ def chosen(x: Tensor, experts: Experts, activation: str) -> bool:
 def dense_is_faster(x: Tensor, experts: Experts) -> bool:
     """Whether computing every expert and masking should be faster, by `cost_model`, on a GPU that it knows.
 
-    That depends on how much is selected, which the host does not know: a fifth is assumed.
+    That depends on how much is selected, which the host does not know: a fifth is assumed. `SURGEON_GPU=triton` asks
+    for the kernels in any case.
     """
-    if x.device.type != "cuda":
+    if x.device.type != "cuda" or os.environ.get("SURGEON_GPU") == "triton":
         return False
     gated, dtype = experts.gate is not None, str(x.dtype).removeprefix("torch.")
     return _dense_is_faster(torch.cuda.get_device_name(x.device), x.shape[0], *experts.w1.shape, gated, dtype)

@@ -86,8 +86,8 @@ def fuses(chip: Chip, dtype: torch.dtype, tokens: int, experts: int, neurons: in
 def adds_atomically(chip: Chip, tokens: int, columns: int) -> bool:
     """Whether pairs add what they give to the output itself, rather than leave it to be added up.
 
-    Atomic additions are made in the L2 cache. On an H100 they move 1.2 TB/s where the output stays there, which is
-    better than writing every pair's output and reading it again; where it does not, that is faster by up to two.
+    Atomic additions are made in the L2 cache. Where the output stays there, they are faster on an H100 than writing
+    every pair's output and reading it again; where it does not, they are slower.
     """
     return 2 * 4 * tokens * columns <= chip.cache
 
@@ -141,7 +141,7 @@ def combine(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products
 def reduce(width: int) -> Tiles:
     """Of `forward_kernels.reduce`: rows are experts of a token, most of which have nothing to add.
 
-    One warp, so that many tokens are read at a time: with four it takes three times as long on an H100.
+    One warp, so that many tokens are read at a time: with four it takes much longer on an H100.
     """
     return Tiles(8, 0, 0, min(256, triton.next_power_of_2(width)), 1, 2)
 
@@ -157,7 +157,7 @@ def decode(chip: Chip, dtype: torch.dtype, tokens: int, neurons: int, *, gated: 
     """Of the kernels in `decode_kernels`: few neurons a program, so that a few selected experts still occupy the chip.
 
     For one token 16 neurons, or 8 of two weights, each read in a long stretch, to keep memory busy; the fewer neurons,
-    the more additions to the output, one of each program to every element: 4 take up to four times as long on an H100.
+    the more additions to the output, one of each program to every element.
     """
     if tokens == 1:
         few = min(8 if gated else 16, triton.next_power_of_2(neurons))

@@ -6,6 +6,7 @@ that suits it, made before anything is timed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -164,8 +165,12 @@ def _ours_dense(problem: Problem) -> Callable[[], Tensor]:
 
 @contextmanager
 def _never_dense(problem: Problem) -> Iterator[None]:
-    """Let the native kernels go expert by expert even where they know that the dense product is faster."""
-    if problem.x.device.type != "cpu" or not cpu.ready():
+    """Let the kernels go expert by expert even where they know that the dense product is faster."""
+    if problem.x.device.type != "cpu":
+        with _kernels_on_gpu():
+            yield
+        return
+    if not cpu.ready():
         yield
         return
     ops = torch.ops.surgeon
@@ -176,6 +181,20 @@ def _never_dense(problem: Problem) -> Iterator[None]:
         yield
     finally:
         ops.cpu_set_crossover(*point, before)
+
+
+@contextmanager
+def _kernels_on_gpu() -> Iterator[None]:
+    before = os.environ.get("SURGEON_GPU")
+    if before != "torch":
+        os.environ["SURGEON_GPU"] = "triton"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SURGEON_GPU"]
+        else:
+            os.environ["SURGEON_GPU"] = before
 
 
 METHODS: dict[str, Method] = {

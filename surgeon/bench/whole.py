@@ -139,11 +139,10 @@ def time_whole(
             "torch": partial(plain, *args, **kwargs),
             "compiled": _compiled("rewritten model", ours, args, kwargs, why),
         }
-        waits = {
-            name: name == "torch" or _waits(f"{name} rewritten model".removeprefix("ours "), call, device, why)
-            for name, call in ways.items()
-            if call is not None
-        }
+        waits = {"torch": True}
+        for name, what in (("ours", "rewritten model"), ("compiled", "compiled rewritten model")):
+            if (call := ways[name]) is not None:
+                waits[name] = _waits(what, call, device, why)
         report()
         for index, tau in enumerate(taus):
             around = _choosing(ours, own, tau)

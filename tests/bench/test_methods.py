@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace as Namespace
+
 import pytest
 import torch
 
 from surgeon.bench.layer import Case, Problem, make_problem
 from surgeon.bench.methods import METHODS, UnavailableError
-from surgeon.kernels import cpu
+from surgeon.kernels import cpu, triton
 from surgeon.kernels.cost_model import LayerShape
 
 # torch.compile takes longer than all the others together; that it may fail is tested in test_run.
@@ -62,3 +65,28 @@ def test_the_crossover_is_put_back() -> None:
     with METHODS["ours_dense"].around(asked):
         assert ops.cpu_get_crossover(*point) == 2.0
     assert ops.cpu_get_crossover(*point) == before
+
+
+@pytest.mark.parametrize(("asked", "inside"), [(None, "triton"), ("triton", "triton"), ("torch", "torch")])
+def test_on_a_gpu_every_expert_goes_through_the_kernels(
+    asked: str | None, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SURGEON_GPU", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("SURGEON_GPU", asked)
+    on_gpu = Namespace(x=Namespace(device=torch.device("cuda")))
+    with METHODS["ours_dense"].around(on_gpu):  # type: ignore[arg-type]
+        assert os.environ["SURGEON_GPU"] == inside
+    assert os.environ.get("SURGEON_GPU") == asked
+
+
+def test_the_kernels_can_be_asked_for_where_the_dense_product_should_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    x = Namespace(device=torch.device("cuda"), shape=(2048, 768), dtype=torch.bfloat16)
+    experts = Namespace(w1=torch.empty(128, 24, 768, device="meta"), gate=None)
+    for asked, faster in (("", True), ("triton", False)):
+        monkeypatch.setenv("SURGEON_GPU", asked)
+        assert triton.dense_is_faster(x, experts) == faster  # type: ignore[arg-type]
+    experts.w1 = torch.empty(24, 128, 768, device="meta")
+    monkeypatch.delenv("SURGEON_GPU")
+    assert not triton.dense_is_faster(x, experts)  # type: ignore[arg-type]

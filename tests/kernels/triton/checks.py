@@ -140,6 +140,16 @@ def reference(
     )
 
 
+def reference_gradients(
+    grad: Tensor, x: Tensor, scores: Tensor, threshold: Tensor, experts: Experts, b2: Tensor | None, activation: str
+) -> dict[str, Tensor]:
+    """The gradients of x and of every weight there is, by name, in float64."""
+    leaves = {name: t.double().requires_grad_() for name, t in {"x": x, **experts._asdict()}.items() if t is not None}
+    wide = Experts(*(leaves.get(name) for name in Experts._fields))  # type: ignore[arg-type]
+    output = reference(leaves["x"], scores, threshold, wide, b2, activation)
+    return dict(zip(leaves, torch.autograd.grad(output, list(leaves.values()), grad.double()), strict=True))
+
+
 def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, name: str) -> None:
     assert found.dtype == dtype, name
     assert found.shape == expected.shape, name
@@ -203,17 +213,13 @@ def check_backward(case: Case) -> None:
     x, scores, threshold, experts, b2 = case.arguments()
     generator = torch.Generator().manual_seed(case.seed + 1)
     grad = _between_nan(torch.randn(case.tokens, case.d_out, generator=generator).to(case.device, case.dtype))
-    leaves = {name: t.double().requires_grad_() for name, t in {"x": x, **experts._asdict()}.items() if t is not None}
-    wide = Experts(*(leaves.get(name) for name in Experts._fields))  # type: ignore[arg-type]
-    expected = torch.autograd.grad(
-        reference(leaves["x"], scores, threshold, wide, b2, case.activation), list(leaves.values()), grad.double()
-    )
+    expected = reference_gradients(grad, x, scores, threshold, experts, b2, case.activation)
     ordered = case.way == "ordered"
     with forced(case):
         found = module().backward(grad, x, scores, threshold, experts, case.activation, ordered=ordered)
     for name, gradient in found._asdict().items():
-        if name in leaves:
-            assert_close(gradient, expected[list(leaves).index(name)], case.dtype, f"gradient of {name}")
+        if name in expected:
+            assert_close(gradient, expected[name], case.dtype, f"gradient of {name}")
         else:
             assert gradient is None
 

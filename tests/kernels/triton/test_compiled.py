@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 import triton.language as tl
 
+from surgeon.kernels import cost_model
 from surgeon.kernels import triton as kernels
 from surgeon.kernels.triton import launch, plan, tiles
 
@@ -170,6 +171,16 @@ def test_launches() -> None:
     assert names(64, ordered=True, backward=True) == [*planned, "grad_hidden", "combine", "reduce", *weights]
     assert names(4096, backward=True) == [*planned, "grad_hidden", "combine", *weights]
     assert names(4096, gated=False, backward=True) == [*planned, "grad_hidden", "combine", *weights[:2]]
+
+
+@pytest.mark.parametrize(("name", "device"), [("sm_90", "h100"), ("sm_80", "a100")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cost_model_has_the_tiles_of_the_table(name: str, device: str, dtype: str) -> None:
+    chip, model, torch_dtype = CHIPS[name][0], cost_model.DEVICES[device], getattr(torch, dtype)
+    for tokens in (17, 100, 1000, 100_000):
+        assert cost_model._rows(model, tokens, dtype) == tiles.rows(chip, torch_dtype, tokens)
+    for gated in (False, True):
+        assert cost_model._most_fused(model, gated, dtype) == tiles.most_fused(chip, torch_dtype, gated=gated)
 
 
 def test_the_grid_depends_on_shapes_alone() -> None:

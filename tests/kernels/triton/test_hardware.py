@@ -90,10 +90,7 @@ def errors(case: Case, *, ordered: bool = False) -> None:
         found = module().forward(x, scores, threshold, experts, b2, case.activation, ordered=ordered)
         assert (found - expected).abs().max() <= tolerance * scale
     grad = torch.randn(expected.shape, device=GPU).to(case.dtype)
-    leaves = {name: t.double().requires_grad_() for name, t in {"x": x, **experts._asdict()}.items() if t is not None}
-    wide = Experts(*(leaves.get(name) for name in Experts._fields))  # type: ignore[arg-type]
-    output = checks.reference(leaves["x"], scores, threshold, wide, b2, case.activation)
-    gradients = dict(zip(leaves, torch.autograd.grad(output, list(leaves.values()), grad.double()), strict=True))
+    gradients = checks.reference_gradients(grad, x, scores, threshold, experts, b2, case.activation)
     for _ in range(2):
         mine = module().backward(grad, x, scores, threshold, experts, case.activation, ordered=ordered)._asdict()
         for name, theirs in gradients.items():
