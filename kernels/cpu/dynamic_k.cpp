@@ -31,6 +31,9 @@ constexpr const char* SCHEMA =
     "dynamic_k_ffn(Tensor x, Tensor scores, Tensor threshold, Tensor w1, Tensor? b1, Tensor? gate, Tensor? b_gate, "
     "Tensor w2, Tensor? b2, str activation) -> Tensor";
 
+// Experts of fewer neurons cost more for every token beside the reading of their weights.
+constexpr int64_t SMALL = 16;
+
 // Hidden values of a block, of which there are two, that should still fit into a cache.
 constexpr int64_t MOST_HIDDEN = int64_t(1) << 21;
 
@@ -115,13 +118,23 @@ struct Call {
     y = at::empty(shape, x.options());
   }
 
+  // For up to MOST_FEW_TOKENS it depends on how many of them an expert has on average; the numbers were measured.
   Tensor run() {
     if (y.numel() == 0) return y;
     int64_t pairs = selection.pairs();
-    double limit = get_crossover(sizeof(T) == 2, tokens, layer.neurons);
-    if (double(pairs) > limit * double(tokens) * double(layer.experts)) everything(pairs == tokens * layer.experts);
-    else if (tokens <= FEW_TOKENS) few(pairs);
-    else many(pairs);
+    double share = double(pairs) / double(tokens * layer.experts);
+    if (dense_is_faster(sizeof(T) == 2, tokens, layer.neurons, share)) {
+      everything(share == 1);
+    } else if (tokens <= MOST_FEW_TOKENS) {
+      std::vector<Selected> selected = selection.experts_of(tokens);
+      auto on_average = [&](int64_t least) { return pairs >= least * int64_t(selected.size()); };
+      bool small = layer.neurons < SMALL;
+      if (functions.together && on_average(small ? 3 : 4)) few(selected, pairs, true);
+      else if (tokens > FEW_TOKENS && on_average(small ? 5 : 16)) many(pairs);
+      else few(selected, pairs, false);
+    } else {
+      many(pairs);
+    }
     return y;
   }
 
@@ -143,29 +156,33 @@ struct Call {
   }
 
   // For few tokens: threads take experts, each about as many pairs, and their sums are added.
-  void few(int64_t pairs) {
-    std::vector<Selected> selected = selection.experts_of(tokens);
+  void few(std::vector<Selected>& selected, int64_t pairs, bool together) {
+    if (!together)  // those of the same tokens one after the other
+      std::stable_sort(
+          selected.begin(), selected.end(), [](const Selected& a, const Selected& b) { return a.tokens < b.tokens; });
+    int64_t size = together ? functions.together_scratch(layer, tokens) : functions.few_scratch(layer);
+    auto run = [&](size_t first, size_t last, float* to) {
+      const Selected* list = selected.data() + first;
+      if (together) functions.together(layer, data(x), tokens, list, last - first, to, scratch_of(size));
+      else functions.few(layer, data(x), list, last - first, to, scratch_of(size));
+    };
     int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), pairs)), seen = 0;
     std::vector<int64_t> bounds{0};
     for (size_t i = 0; i < selected.size() && int64_t(bounds.size()) < parts; ++i) {
-      seen += __builtin_popcount(selected[i].tokens);
+      seen += __builtin_popcountll(selected[i].tokens);
       if (seen * parts >= int64_t(bounds.size()) * pairs) bounds.push_back(i + 1);
     }
     bounds.resize(parts + 1, selected.size());
     if constexpr (std::is_same_v<T, float>)
       if (parts == 1) {  // straight into the result
         functions.collect(layer, tokens, 0, nullptr, mutable_data(y));
-        functions.few(
-            layer, data(x), selected.data(), selected.size(), mutable_data(y), scratch_of(functions.few_scratch(layer)));
-        return;
+        return run(0, selected.size(), mutable_data(y));
       }
     Tensor sums = at::zeros({parts, tokens, layer.d_out}, x.options().dtype(at::kFloat));
     float* sum = sums.mutable_data_ptr<float>();
     at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part)
-        functions.few(
-            layer, data(x), selected.data() + bounds[part], bounds[part + 1] - bounds[part],
-            sum + part * tokens * layer.d_out, scratch_of(functions.few_scratch(layer)));
+        run(bounds[part], bounds[part + 1], sum + part * tokens * layer.d_out);
     });
     functions.collect(layer, tokens, parts, sum, mutable_data(y));
   }
@@ -297,6 +314,7 @@ TORCH_LIBRARY_FRAGMENT(surgeon, library) {
   if (!c10::Dispatcher::singleton().findSchema({"surgeon::dynamic_k_ffn", ""})) library.def(SCHEMA);
   library.def("cpu_instruction_sets() -> str[]", &instruction_sets);
   library.def("cpu_use_instruction_set(str name) -> ()", &use_instruction_set);
+  library.def("cpu_take_way(str name) -> ()", &take_way);
   library.def("cpu_set_crossover(bool half, int tokens, int neurons, float share) -> ()", &set_crossover);
   library.def("cpu_get_crossover(bool half, int tokens, int neurons) -> float", &get_crossover);
 }

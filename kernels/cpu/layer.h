@@ -33,12 +33,12 @@ struct Tokens {
   const int32_t* start;  // [experts + 1]
 };
 
-// Up to so many tokens the time goes into reading weights.
-constexpr int FEW_TOKENS = 16;
+// Up to so many tokens the time goes into reading weights; up to so many it may, if few of them select the same expert.
+constexpr int FEW_TOKENS = 16, MOST_FEW_TOKENS = 64;
 
-// An expert, and which of few tokens selected it: bit t for token t.
+// An expert, and which of up to MOST_FEW_TOKENS selected it: bit t for token t.
 struct Selected {
-  uint16_t tokens;
+  uint64_t tokens;
   int32_t expert;
 };
 
@@ -62,6 +62,11 @@ struct Functions {
   // y [tokens, d_out] += what `count` experts give, those of the same tokens together one after the other. Weights are
   // read once. Columns of y are in an order of the kernels' own.
   void (*few)(const Layer<T>&, const T* x, const Selected*, int64_t count, float* y, float* scratch);
+  // The same, with all tokens going through every expert of the list, which is better in order; null where processors
+  // have nothing that makes it worth while.
+  int64_t (*together_scratch)(const Layer<T>&, int64_t tokens);
+  void (*together)(
+      const Layer<T>&, const T* x, int64_t tokens, const Selected*, int64_t count, float* y, float* scratch);
   // Of every neuron's input `up` [count, experts · neurons], biases included, what goes out of the hidden layer, in
   // place; `gate` likewise or null. Zero for experts that are not `selected`, bits as from `select`; null: all are.
   void (*finish)(const Layer<T>&, int64_t count, T* up, const T* gate, const uint64_t* selected);

@@ -87,10 +87,12 @@ inline double step_of(int64_t value, int64_t first, int64_t factor, int least, i
   return std::clamp(step, double(least), double(most));
 }
 
-// 1, 8, 64 and 512 tokens; the first two are of those that go the way of few tokens.
-inline double token_step(int64_t tokens) {
-  bool few = tokens <= FEW_TOKENS;
-  return step_of(tokens, 1, 8, few ? 0 : 2, few ? 1 : TOKEN_STEPS - 1);
+// 1, 8, 64 and 512 tokens. Those that go one way are of no use for those that go another.
+inline double token_step(bool half, int64_t tokens) {
+  bool together = half && kernels().bf16_.together;
+  bool few = tokens <= (together ? MOST_FEW_TOKENS : FEW_TOKENS);
+  int last = together ? 2 : 1;
+  return step_of(tokens, 1, 8, few ? 0 : last + 1, few ? last : TOKEN_STEPS - 1);
 }
 
 // 4, 8, 16, 32, 64 and 128 neurons. In bfloat16 a multiple of 32 goes a faster way than other sizes, which are as 16;
@@ -102,7 +104,7 @@ inline double neuron_step(bool half, int64_t neurons) {
 
 // The one measured for these sizes or the nearest.
 inline std::atomic<float>& crossover(bool half, int64_t tokens, int64_t neurons) {
-  return crossovers[half][std::lround(token_step(tokens))][std::lround(neuron_step(half, neurons))];
+  return crossovers[half][std::lround(token_step(half, tokens))][std::lround(neuron_step(half, neurons))];
 }
 
 inline void set_crossover(bool half, int64_t tokens, int64_t neurons, double share) {
@@ -111,7 +113,7 @@ inline void set_crossover(bool half, int64_t tokens, int64_t neurons, double sha
 
 // Between measured ones in proportion.
 inline double get_crossover(bool half, int64_t tokens, int64_t neurons) {
-  double token = token_step(tokens), neuron = neuron_step(half, neurons), sum = 0;
+  double token = token_step(half, tokens), neuron = neuron_step(half, neurons), sum = 0;
   for (int t : {0, 1})
     for (int n : {0, 1}) {
       double weight = (t ? token - std::floor(token) : 1 - (token - std::floor(token))) *
@@ -120,6 +122,22 @@ inline double get_crossover(bool half, int64_t tokens, int64_t neurons) {
         sum += weight * crossovers[half][int(token) + t][int(neuron) + n].load(std::memory_order_relaxed);
     }
   return sum;
+}
+
+// Which way all calls go, whatever was measured.
+enum class Way { faster, kernels, dense };
+inline std::atomic<Way> way{Way::faster};
+
+inline void take_way(std::string name) {
+  TORCH_CHECK_VALUE(
+      name.empty() || name == "kernels" || name == "dense", "surgeon: there is no way '", name, "', only kernels, dense or ''");
+  way.store(name.empty() ? Way::faster : name == "dense" ? Way::dense : Way::kernels, std::memory_order_relaxed);
+}
+
+// Whether a call that selects this share of the experts should be left to the dense product.
+inline bool dense_is_faster(bool half, int64_t tokens, int64_t neurons, double share) {
+  Way taken = way.load(std::memory_order_relaxed);
+  return taken == Way::faster ? share > get_crossover(half, tokens, neurons) : taken == Way::dense;
 }
 
 inline const bool guessed = [] {

@@ -40,15 +40,13 @@ struct Selection {
     return count;
   }
 
-  // The experts that any of few tokens selected, those of the same tokens one after the other.
+  // The experts that any of few tokens selected, in order.
   std::vector<Selected> experts_of(int64_t tokens) const {
-    std::vector<uint16_t> by(experts, 0);
-    for (int64_t t = 0; t < tokens; ++t) each(t, [&](int64_t e) { by[e] |= uint16_t(1) << t; });
+    std::vector<uint64_t> by(experts, 0);
+    for (int64_t t = 0; t < tokens; ++t) each(t, [&](int64_t e) { by[e] |= uint64_t(1) << t; });
     std::vector<Selected> found;
     for (int64_t e = 0; e < experts; ++e)
       if (by[e]) found.push_back({by[e], int32_t(e)});
-    if (tokens > 1)
-      std::stable_sort(found.begin(), found.end(), [](const Selected& a, const Selected& b) { return a.tokens < b.tokens; });
     return found;
   }
 

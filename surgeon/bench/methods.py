@@ -18,6 +18,7 @@ from torch import Tensor
 from surgeon.bench.layer import Problem
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import Activation, activation
+from surgeon.kernels.cpu.crossover import taking
 from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn, selected
 
 
@@ -170,17 +171,8 @@ def _never_dense(problem: Problem) -> Iterator[None]:
         with _kernels_on_gpu():
             yield
         return
-    if not cpu.ready():
+    with taking("kernels") if cpu.ready() else nullcontext():
         yield
-        return
-    ops = torch.ops.surgeon
-    point = (problem.x.dtype == torch.bfloat16, len(problem.x), problem.case.shape.size)
-    before = ops.cpu_get_crossover(*point)
-    ops.cpu_set_crossover(*point, 2.0)
-    try:
-        yield
-    finally:
-        ops.cpu_set_crossover(*point, before)
 
 
 @contextmanager

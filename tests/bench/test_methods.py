@@ -12,6 +12,7 @@ from surgeon.bench.layer import Case, Problem, make_problem
 from surgeon.bench.methods import METHODS, UnavailableError
 from surgeon.kernels import cpu, triton
 from surgeon.kernels.cost_model import LayerShape
+from surgeon.kernels.cpu import crossover
 
 # torch.compile takes longer than all the others together; that it may fail is tested in test_run.
 NAMES = [name for name in METHODS if name != "compiled"]
@@ -56,15 +57,22 @@ def test_a_torch_without_grouped_mm_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         METHODS["grouped_mm"].prepare(problem())
 
 
-def test_the_crossover_is_put_back() -> None:
+def test_with_every_expert_on_the_kernels_run_and_what_was_measured_stays() -> None:
     if not cpu.ready():
         pytest.skip(f"the native kernels do not run here: {cpu.load().why}")
-    ops, asked = torch.ops.surgeon, problem()
-    point = (False, 20, 8)
-    before = ops.cpu_get_crossover(*point)
-    with METHODS["ours_dense"].around(asked):
-        assert ops.cpu_get_crossover(*point) == 2.0
-    assert ops.cpu_get_crossover(*point) == before
+
+    def measured() -> list[float]:
+        return [torch.ops.surgeon.cpu_get_crossover(False, tokens, 8) for tokens in crossover.TOKENS]
+
+    before, method = measured(), METHODS["ours_dense"]
+    call = method.prepare(problem())
+    with crossover.taking("dense"), torch.profiler.profile() as dense:
+        call()
+    with method.around(problem()), torch.profiler.profile() as ours:
+        call()
+    assert "aten::linear" in {event.name for event in dense.events()}
+    assert "aten::linear" not in {event.name for event in ours.events()}
+    assert measured() == before
 
 
 @pytest.mark.parametrize(("asked", "inside"), [(None, "triton"), ("triton", "triton"), ("torch", "torch")])

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from surgeon.errors import UsageError
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.kernels.cpu import build, crossover
+from surgeon.kernels.cpu import build
 from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn
 
 from .ffn import Arguments, arguments
@@ -28,26 +28,16 @@ ops = torch.ops.surgeon
 
 @pytest.fixture(scope="module", autouse=True)
 def _native() -> Iterator[None]:
-    """These kernels, with what was measured for them and the best instruction set put back at the end."""
+    """These kernels; the way they choose and the best instruction set are put back at the end."""
     if not cpu.ready():
         pytest.skip(f"the native kernels do not run here: {cpu.load().why}")
-    kept = [
-        (h, t, n, ops.cpu_get_crossover(h, t, n))
-        for h in (False, True)
-        for t in crossover.TOKENS
-        for n in crossover.NEURONS
-    ]
     yield
-    for point in kept:
-        ops.cpu_set_crossover(*point)
+    ops.cpu_take_way("")
     ops.cpu_use_instruction_set(cpu.load().instruction_set)
 
 
 def always(dense: bool) -> None:
-    for half in (False, True):
-        for tokens in crossover.TOKENS:
-            for neurons in crossover.NEURONS:
-                ops.cpu_set_crossover(half, tokens, neurons, -1.0 if dense else 2.0)
+    ops.cpu_take_way("dense" if dense else "kernels")
 
 
 def exact(args: Arguments) -> torch.Tensor:
@@ -65,7 +55,7 @@ def magnitude(args: Arguments) -> torch.Tensor:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    lead=st.sampled_from([(), (1,), (3,), (2, 4), (17,), (40,), (0, 3), (600,)]),
+    lead=st.sampled_from([(), (1,), (3,), (2, 4), (16,), (17,), (40,), (64,), (0, 3), (600,)]),
     experts=st.sampled_from([1, 2, 5, 9, 64, 70, 130]),
     neurons=st.sampled_from([1, 3, 4, 6, 8, 13, 24, 33, 60, 64, 96]),
     d_in=st.sampled_from([1, 3, 8, 16, 31, 34, 64, 100, 411, 600]),
