@@ -31,8 +31,9 @@ _PAIR_COST = 37  # of one neuron for one token, where nothing is shared between 
 _EXPERT_COST = 2_500_000  # those for one more expert
 _RUN_COST = 1_100_000  # for one more run
 _SPARSE_COST = 23_000_000  # of a sparse product
-# Where a processor multiplies half types, how many times faster it does, and how many times a call's cost it takes.
-_HALF_SPEED, _HALF_CALL = 6, 5
+# Where a processor multiplies half types: how many times faster it does, and how many times as much of fp32's products
+# copies, rows and calls then cost.
+_HALF_SPEED, _HALF_COPY, _HALF_ROW, _HALF_CALL = 5, 0.5, 1.7, 8
 
 # Up to so many tokens neurons may be run one by one: the fewer, the less they share.
 _FEW_TOKENS = 16
@@ -318,17 +319,18 @@ def _plan(
     """
     (tokens, count), neurons = mask.shape, experts.w1.shape[1]
     # Of one token the mask itself says how many.
-    counts: list[int] = list(map(int, mask[0].tolist())) if tokens == 1 else mask.sum(0).tolist()
-    chosen = [expert for expert, n in enumerate(counts) if n]
-    pairs, used = sum(counts), len(chosen)
+    counts: list[int] = (mask[0] if tokens == 1 else mask.sum(0, dtype=torch.int32)).tolist()
+    pairs = sum(counts)
     if pairs == tokens * count:
         return _Together(None, None)
-    dtype = experts.w1.dtype
-    half = mask.device.type == "cpu" and dtype in _HALF and _multiplies(dtype)
+    chosen = [expert for expert, n in enumerate(counts) if n]
+    used = len(chosen)
+    half = mask.device.type == "cpu" and experts.w1.dtype in _HALF and _multiplies(experts.w1.dtype)
     # The cost of a call is to be divided by the weights of a neuron.
     call = (_HALF_CALL if half else 1) / sum(
         t.shape[-1] for t in (experts.w1, experts.gate, experts.w2) if t is not None
     )
+    row, copy = (_HALF_ROW * _ROW_COST, _HALF_COPY * _COPY_COST) if half else (_ROW_COST, _COPY_COST)
 
     def product(n: float) -> float:
         """The cost of one neuron for n tokens."""
@@ -336,13 +338,13 @@ def _plan(
 
     costs = {
         "dense": count * neurons * product(tokens),
-        "expert": used * (_EXPERT_COST * call + neurons * product(pairs / max(used, 1))) + pairs * _ROW_COST,
+        "expert": used * (_EXPERT_COST * call + neurons * product(pairs / max(used, 1))) + pairs * row,
     }
     runs = _runs(chosen, neurons) if forward and pairs == tokens * used else []
     if runs:
         costs["runs"] = len(runs) * _RUN_COST * call + used * neurons * product(tokens)
     if forward:
-        costs["copies"] = used * neurons * (product(tokens) + _COPY_COST)
+        costs["copies"] = used * neurons * (product(tokens) + copy)
     if sparse and tokens <= _FEW_TOKENS:
         costs["neuron"] = pairs * neurons * _PAIR_COST + _SPARSE_COST * call
     match min(costs, key=costs.__getitem__):
@@ -360,6 +362,7 @@ def _plan(
             columns = (index.remainder_(count) * neurons + torch.arange(neurons, device=mask.device)).view(-1)
             ends = F.pad(mask.sum(1).cumsum(0), (1, 0)) * neurons
             return _ByNeuron(columns, ends)
+    counts = [int(n) for n in counts]
     rows = mask.t().nonzero()[:, 1].split_with_sizes(counts)
     return _ByExpert({e: None if counts[e] == tokens else rows[e] for e in chosen}, max(counts))
 
