@@ -1,6 +1,7 @@
 """The dynamic-k FFN in plain torch: forward and backward that compute only the selected experts.
 
-There are four ways through. *By expert*: gather the tokens that selected an expert, run it, add the rows back.
+There are five ways through. *By expert*: gather the tokens that selected an expert, run it, add the rows back.
+*In runs*: where all tokens selected the same, as one token does, experts that follow each other are run where they are.
 *By neuron*: for few tokens, read the weights of each token's selected neurons where they are, as a sparse product.
 *Together*: copy the experts that any token selected and run those as one layer, with the pairs that are not selected
 masked. *Dense*: the same with every expert, where nothing is copied. `_plan` takes what should be cheapest, so
@@ -19,17 +20,27 @@ from torch import Tensor
 
 from .activations import Activation, activation
 
-# The costs `_plan` weighs, in units of one neuron for one token: a multiply-add for each weight of the neuron. Measured
-# in fp32 on one thread, with inputs and outputs of width 768.
-_ROW_COST = 30  # gathering the row of one token and adding it back to the output, for one expert
-_READ_COST = 6  # reading the weights of one neuron from memory
-_COPY_COST = 7  # copying them besides
-_EXPERT_COST = 700_000  # the calls for one more expert, to be divided by the number of weights of a neuron
-_PAIR_COST = 5  # of one neuron for one token, where nothing is shared between tokens
-_SPARSE_COST = 3_000_000  # the calls of a sparse product, to be divided likewise
+# The costs `_plan` weighs, in units of one neuron for one token: a multiply-add for each weight of the neuron, where
+# many tokens share it. Measured in fp32 on one thread (AVX-512), with inputs and outputs of width 768.
+_READ_COST = 25  # reading the weights of one neuron from memory
+_COPY_COST = 45  # copying them besides
+_FEW_COST, _FEW_MOST = 5, 40  # of one neuron for each of few tokens, and for all of them at most
+_ROW_COST = 45  # gathering the row of one token and adding it back to the output, for one expert
+_PAIR_COST = 37  # of one neuron for one token, where nothing is shared between tokens
+# Of calls, to be divided by the number of weights of a neuron:
+_EXPERT_COST = 2_500_000  # those for one more expert
+_RUN_COST = 1_100_000  # for one more run
+_SPARSE_COST = 23_000_000  # of a sparse product
+# Where a processor multiplies half types: how many times faster it does, and how many times as much of fp32's products
+# copies, rows and calls then cost.
+_HALF_SPEED, _HALF_COPY, _HALF_ROW, _HALF_CALL = 5, 0.5, 1.7, 8
 
 # Up to so many tokens neurons may be run one by one: the fewer, the less they share.
 _FEW_TOKENS = 16
+
+# So many bytes of the inputs, or of the products, each thread of a CPU holds at once, so that they stay in its cache;
+# but at least so many rows, as products of fewer are slow.
+_CACHED_BYTES, _LEAST_ROWS = 400_000, 128
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -58,9 +69,16 @@ class Experts(NamedTuple):
         """Copies of the experts `chosen` [n]."""
         return Experts(*(None if t is None else t.index_select(0, chosen) for t in self))  # type: ignore[arg-type]
 
-    def one(self, expert: int) -> Experts:
-        """One expert: views."""
-        return Experts(*(None if t is None else t[expert] for t in self))  # type: ignore[arg-type]
+    def one(self, which: int | slice) -> Experts:
+        """One expert, or of a layer that is `flat` a run of neurons: views. Written out, as it is called most often."""
+        w1, b1, gate, b_gate, w2 = self
+        return Experts(
+            w1[which],
+            None if b1 is None else b1[which],
+            None if gate is None else gate[which],
+            None if b_gate is None else b_gate[which],
+            w2[which],
+        )
 
     def to(self, dtype: torch.dtype) -> Experts:
         """The weights in `dtype`: themselves if they have it already."""
@@ -87,6 +105,12 @@ class _Together(NamedTuple):
     mask: Tensor | None
 
 
+class _InRuns(NamedTuple):
+    """The neurons of the experts that all tokens selected, numbered over all experts, as few slices as they make."""
+
+    runs: list[slice]
+
+
 class _ByNeuron(NamedTuple):
     """For every token the neurons of the experts it selected, numbered over all experts, as a sparse matrix has them.
 
@@ -98,12 +122,12 @@ class _ByNeuron(NamedTuple):
 
 
 class _ByExpert(NamedTuple):
-    """For each expert that is used the tokens that selected it [n], a slice if all did.
+    """For each expert that is used the tokens that selected it [n], None if all did.
 
     most: the largest n.
     """
 
-    rows: dict[int, Tensor | slice]
+    rows: dict[int, Tensor | None]
     most: int
 
 
@@ -145,26 +169,26 @@ def forward(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor | None, activa
         activation_name: a name of `ACTIVATIONS`.
     """
     act, dtype, result_dtype = activation(activation_name), _compute_dtype(x), x.dtype
-    out = x.new_zeros(x.shape[0], experts.w2.shape[2], dtype=_accumulator(x.dtype))
-    if b2 is not None:
-        out.copy_(b2)
     x = x.to(dtype)
     sparse = x.device.type == "cpu" and dtype in (torch.float32, torch.float64) and experts.w1.dtype == dtype
-    match _plan(mask, experts, sparse=sparse):
-        case _ByExpert(rows_of, most):
-            # Of the size of the output: made once, not for every expert.
-            gathered, product = x.new_empty(most, x.shape[1]), x.new_empty(most, out.shape[1])
-            for expert, rows in rows_of.items():
-                weights = experts.one(expert).to(dtype)
-                _add_product(out, rows, hidden(_take(x, rows, gathered), weights, act), weights.w2, product)
-        case _ByNeuron() as way:
+    way = _plan(mask, experts, sparse=sparse)
+    if isinstance(way, _Together):
+        flat = (experts if way.used is None else experts.take(way.used)).flat().to(dtype)
+        h = hidden(x, flat, act)
+        if way.mask is not None:
+            _clear(h, way.mask)
+        # One product, which adds in fp32 itself.
+        out = torch.mm(h, flat.w2) if b2 is None else torch.addmm(b2.to(dtype), h, flat.w2)
+        return out.to(result_dtype)
+    start = x.new_zeros(experts.w2.shape[2]) if b2 is None else b2
+    out = start.to(_accumulator(result_dtype)).expand(len(x), -1).clone(memory_format=torch.contiguous_format)
+    match way:
+        case _ByExpert():
+            _add_experts(out, x, way, experts, act)
+        case _InRuns(runs):
+            _add_runs(out, x, runs, experts.flat(), act)
+        case _ByNeuron():
             out.add_(_by_neuron(x, way, experts.flat(), act))
-        case _Together(used, mask_or_none):
-            flat = (experts if used is None else experts.take(used)).flat().to(dtype)
-            h = hidden(x, flat, act)
-            if mask_or_none is not None:
-                h = keep_selected(h, mask_or_none)
-            _add_product(out, slice(None), h, flat.w2)
     return out.to(result_dtype)
 
 
@@ -187,12 +211,12 @@ def backward(
     grad_x = torch.zeros_like(x, dtype=_accumulator(x.dtype), memory_format=torch.contiguous_format) if need_x else None
     grads = Experts(*(None if t is None or not need_weights else t.new_zeros(t.shape) for t in experts))  # type: ignore[arg-type]
 
-    def run(one: Experts, grad_one: Experts | None, rows: Tensor | slice, keep: Tensor | None) -> None:
+    def run(one: Experts, grad_one: Experts | None, rows: Tensor | None, keep: Tensor | None) -> None:
         inputs, grad_out = _take(source, rows), _take(grad, rows)
         up = F.linear(inputs, one.w1, one.b1)
         grad_h = F.linear(grad_out, one.w2)
         if keep is not None:
-            grad_h = keep_selected(grad_h, keep)
+            _clear(grad_h, keep)
         z = None if one.gate is None else F.linear(inputs, one.gate, one.b_gate)
         if z is None:
             h, grad_z, grad_up = act.fn(up), None, act.backward(grad_h, up)
@@ -204,20 +228,58 @@ def backward(
             if grad_z is not None and one.gate is not None:
                 _add_product(grad_x, rows, grad_z, one.gate)
         if grad_one is not None:
-            grad_one.w2.copy_(torch.mm((h if keep is None else keep_selected(h, keep)).t(), grad_out))
+            if keep is not None:
+                _clear(h, keep)
+            grad_one.w2.copy_(torch.mm(h.t(), grad_out))
             for target, bias, g in ((grad_one.w1, grad_one.b1, grad_up), (grad_one.gate, grad_one.b_gate, grad_z)):
                 if target is not None and g is not None:
                     target.copy_(torch.mm(g.t(), inputs))
                 if bias is not None and g is not None:
                     bias.copy_(g.sum(0))
 
-    match _plan(mask, experts, copies=False):
+    match _plan(mask, experts, forward=False):
         case _ByExpert(rows_of, _):
             for expert, rows in rows_of.items():
                 run(experts.one(expert).to(dtype), grads.one(expert) if need_weights else None, rows, None)
         case _Together(_, mask_or_none):
-            run(experts.flat().to(dtype), grads.flat() if need_weights else None, slice(None), mask_or_none)
+            run(experts.flat().to(dtype), grads.flat() if need_weights else None, None, mask_or_none)
     return Gradients(None if grad_x is None else grad_x.to(x.dtype), *grads)
+
+
+def _add_experts(out: Tensor, x: Tensor, way: _ByExpert, experts: Experts, act: Activation) -> None:
+    """Add Σ over the experts of `way` of h_e w2_e to `out` [N, d_out]."""
+    most = way.most
+    if x.device.type == "cpu":
+        cached = _CACHED_BYTES // (x.element_size() * max(1, x.shape[1]))
+        most = min(most, max(_LEAST_ROWS, cached) * torch.get_num_threads())
+    # Made once, not for every expert.
+    gathered, product = x.new_empty(most, x.shape[1]), x.new_empty(most, out.shape[1])
+    # All first products before the second ones, so that the cache need not hold both the inputs and the outputs.
+    found: list[tuple[Tensor, list[tuple[Tensor | None, Tensor]]]] = []
+    for expert, rows in way.rows.items():
+        one = experts.one(expert)
+        first, parts = one.to(x.dtype), (None,) if rows is None else torch.split(rows, most)
+        found.append((one.w2, [(part, hidden(_take(x, part, gathered), first, act)) for part in parts]))
+    for w2, hs in found:
+        second = w2.to(x.dtype)
+        for part, h in hs:
+            _add_product(out, part, h, second, product)
+
+
+def _add_runs(out: Tensor, x: Tensor, runs: list[slice], experts: Experts, act: Activation) -> None:
+    """Add Σ over the neurons in `runs` of h w2 to `out` [N, d_out]. experts: flat."""
+    for run in runs:
+        one = experts.one(run).to(x.dtype)
+        _add_product(out, None, hidden(x, one, act), one.w2)
+
+
+def _clear(h: Tensor, mask: Tensor) -> None:
+    """Zero in place, NaN as well, what `mask` [N, E] does not select in `h` [N, E·s].
+
+    By its bits: several times faster on a CPU than filling, or choosing, under a mask that is broadcast.
+    """
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[h.element_size()]
+    h.view(*mask.shape, -1).view(bits).bitwise_and_(mask.to(bits).neg_().unsqueeze(-1))
 
 
 def _by_neuron(x: Tensor, way: _ByNeuron, experts: Experts, act: Activation) -> Tensor:
@@ -249,56 +311,89 @@ def _sparse_products() -> None:
 
 
 def _plan(
-    mask: Tensor, experts: Experts, *, copies: bool = True, sparse: bool = False
-) -> _Together | _ByExpert | _ByNeuron:
+    mask: Tensor, experts: Experts, *, forward: bool = True, sparse: bool = False
+) -> _Together | _InRuns | _ByExpert | _ByNeuron:
     """Choose the cheapest way through the selected pairs of `mask` [N, E].
 
-    copies: whether experts may be copied. sparse: whether there are sparse products of their dtype.
+    forward: whether experts may be copied or joined. sparse: whether there are sparse products of their dtype.
     """
     (tokens, count), neurons = mask.shape, experts.w1.shape[1]
-    weights_per_neuron = sum(t.shape[-1] for t in (experts.w1, experts.gate, experts.w2) if t is not None)
-    counts: list[int] = mask.sum(0).tolist()
-    pairs, used = sum(counts), sum(map(bool, counts))
+    # Of one token the mask itself says how many.
+    counts: list[int] = (mask[0] if tokens == 1 else mask.sum(0, dtype=torch.int32)).tolist()
+    pairs = sum(counts)
+    if pairs == tokens * count:
+        return _Together(None, None)
+    chosen = [expert for expert, n in enumerate(counts) if n]
+    used = len(chosen)
+    half = mask.device.type == "cpu" and experts.w1.dtype in _HALF and _multiplies(experts.w1.dtype)
+    # The cost of a call is to be divided by the weights of a neuron.
+    call = (_HALF_CALL if half else 1) / sum(
+        t.shape[-1] for t in (experts.w1, experts.gate, experts.w2) if t is not None
+    )
+    row, copy = (_HALF_ROW * _ROW_COST, _HALF_COPY * _COPY_COST) if half else (_ROW_COST, _COPY_COST)
+
+    def product(n: float) -> float:
+        """The cost of one neuron for n tokens."""
+        return _READ_COST + (n / _HALF_SPEED if half else max(n, min(n * _FEW_COST, _FEW_MOST)))
+
     costs = {
-        "dense": count * neurons * (tokens + _READ_COST),
-        "expert": used * (_EXPERT_COST / weights_per_neuron + _READ_COST * neurons) + pairs * (neurons + _ROW_COST),
+        "dense": count * neurons * product(tokens),
+        "expert": used * (_EXPERT_COST * call + neurons * product(pairs / max(used, 1))) + pairs * row,
     }
-    if copies:
-        costs["copies"] = used * neurons * (tokens + _READ_COST + _COPY_COST)
+    runs = _runs(chosen, neurons) if forward and pairs == tokens * used else []
+    if runs:
+        costs["runs"] = len(runs) * _RUN_COST * call + used * neurons * product(tokens)
+    if forward:
+        costs["copies"] = used * neurons * (product(tokens) + copy)
     if sparse and tokens <= _FEW_TOKENS:
-        costs["neuron"] = pairs * neurons * _PAIR_COST + _SPARSE_COST / weights_per_neuron
-    if pairs == tokens * count or (way := min(costs, key=costs.__getitem__)) == "dense":
-        return _Together(None, None if pairs == tokens * count else mask)
-    if way == "copies":
-        chosen = mask.any(0).nonzero()[:, 0]
-        return _Together(chosen, None if pairs == tokens * used else mask.index_select(1, chosen))
-    if way == "neuron":
-        _sparse_products()
-        chosen = mask.reshape(-1).nonzero()
-        # Of each expert that runs the neurons, one token after the other.
-        columns = (chosen.remainder_(count) * neurons + torch.arange(neurons, device=mask.device)).view(-1)
-        ends = F.pad(mask.sum(1).cumsum(0), (1, 0)) * neurons
-        return _ByNeuron(columns, ends)
+        costs["neuron"] = pairs * neurons * _PAIR_COST + _SPARSE_COST * call
+    match min(costs, key=costs.__getitem__):
+        case "dense":
+            return _Together(None, mask)
+        case "runs":
+            return _InRuns(runs)
+        case "copies":
+            index = mask.any(0).nonzero()[:, 0]
+            return _Together(index, None if pairs == tokens * used else mask.index_select(1, index))
+        case "neuron":
+            _sparse_products()
+            index = mask.reshape(-1).nonzero()
+            # Of each expert that runs the neurons, one token after the other.
+            columns = (index.remainder_(count) * neurons + torch.arange(neurons, device=mask.device)).view(-1)
+            ends = F.pad(mask.sum(1).cumsum(0), (1, 0)) * neurons
+            return _ByNeuron(columns, ends)
+    counts = [int(n) for n in counts]
     rows = mask.t().nonzero()[:, 1].split_with_sizes(counts)
-    return _ByExpert({e: slice(None) if n == tokens else rows[e] for e, n in enumerate(counts) if n}, max(counts))
+    return _ByExpert({e: None if counts[e] == tokens else rows[e] for e in chosen}, max(counts))
 
 
-def _take(source: Tensor, rows: Tensor | slice, into: Tensor | None = None) -> Tensor:
-    """The rows; `into`, which has at least as many, is overwritten with them where they are copied."""
-    if isinstance(rows, slice):
-        return source[rows]
+def _runs(chosen: list[int], neurons: int) -> list[slice]:
+    """The neurons of the experts `chosen`, which ascend, as slices: one for all experts that follow each other."""
+    runs: list[slice] = []
+    for expert in chosen:
+        first = expert * neurons
+        if runs and runs[-1].stop == first:
+            first = runs.pop().start
+        runs.append(slice(first, (expert + 1) * neurons))
+    return runs
+
+
+def _take(source: Tensor, rows: Tensor | None, into: Tensor | None = None) -> Tensor:
+    """The rows, or all; `into`, which has at least as many, is overwritten with them where they are copied."""
+    if rows is None:
+        return source
     return torch.index_select(source, 0, rows, out=None if into is None else into[: len(rows)])
 
 
-def _add_product(out: Tensor, rows: Tensor | slice, a: Tensor, b: Tensor, into: Tensor | None = None) -> None:
-    """Add `a @ b` to `rows` of `out`, whose dtype may be wider; `into` [at least len(a), d] may be overwritten."""
-    if not isinstance(rows, slice):
+def _add_product(out: Tensor, rows: Tensor | None, a: Tensor, b: Tensor, into: Tensor | None = None) -> None:
+    """Add `a @ b` to `rows` of `out`, or to all; it may be wider. `into` [at least len(a), d] may be overwritten."""
+    if rows is not None:
         product = torch.mm(a, b, out=None if into is None else into[: len(a)])
         out.index_add_(0, rows, product.to(out.dtype))
     elif out.dtype == a.dtype:
-        out[rows].addmm_(a, b)
+        out.addmm_(a, b)
     else:
-        out[rows].add_(torch.mm(a, b))
+        out.add_(torch.mm(a, b))
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -9,13 +9,20 @@ from torch import Tensor
 
 from surgeon.kernels import torch_backend
 
-# Costs that make `_plan` take the way named unless every pair is selected, which is always dense.
+# Costs that make `_plan` take the way named unless every pair is selected, which is always dense; "in runs" is dense as
+# well unless all tokens selected the same.
+_COSTS = {"by expert": "_EXPERT_COST", "copies": "_COPY_COST", "in runs": "_RUN_COST", "by neuron": "_SPARSE_COST"}
+_MUCH = 1e15
+
+
+def _only(way: str) -> dict[str, float]:
+    return {cost: -_MUCH if other == way else _MUCH for other, cost in _COSTS.items()} | {"_FEW_TOKENS": 10**9}
+
+
 WAYS: dict[str, dict[str, float]] = {
     "as planned": {},
-    "dense": {"_EXPERT_COST": 1e12, "_COPY_COST": 1e12, "_SPARSE_COST": 1e15},
-    "by expert": {"_EXPERT_COST": -1e12, "_COPY_COST": 1e12, "_SPARSE_COST": 1e15},
-    "copies": {"_EXPERT_COST": 1e12, "_COPY_COST": -1e12, "_SPARSE_COST": 1e15},
-    "by neuron": {"_EXPERT_COST": 1e12, "_COPY_COST": 1e12, "_SPARSE_COST": -1e15, "_FEW_TOKENS": 10**9},
+    **{way: _only(way) for way in ("dense", *_COSTS)},
+    "by expert in parts": _only("by expert") | {"_CACHED_BYTES": 0, "_LEAST_ROWS": 2},
 }
 
 

@@ -1,21 +1,23 @@
 """How the torch backend decides what to compute."""
 
 from typing import Literal
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from surgeon.kernels.torch_backend import Experts, _ByExpert, _ByNeuron, _plan, _Together
+from surgeon.kernels import torch_backend
+from surgeon.kernels.torch_backend import Experts, _ByExpert, _ByNeuron, _InRuns, _plan, _Together
 
 from .ffn import forced
 
 
 def plan(
-    tokens: int, experts: int, neurons: int, share: float, *, copies: bool = True, sparse: bool = False
-) -> _ByExpert | _ByNeuron | _Together:
+    tokens: int, experts: int, neurons: int, share: float, *, forward: bool = True, sparse: bool = False
+) -> _ByExpert | _ByNeuron | _InRuns | _Together:
     w = torch.empty(experts, neurons, 768)
     mask = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).argsort(1) < share * experts
-    return _plan(mask, Experts(w, None, None, None, w), copies=copies, sparse=sparse)
+    return _plan(mask, Experts(w, None, None, None, w), forward=forward, sparse=sparse)
 
 
 @pytest.mark.parametrize(
@@ -27,20 +29,24 @@ def plan(
         (2048, 128, 24, 0.6, "dense"),
         (2048, 512, 6, 0.05, "by expert"),
         (2048, 512, 6, 0.3, "dense"),
-        (1, 24, 128, 0.2, "by expert"),
-        (1, 128, 24, 0.2, "copies"),
+        (1, 24, 128, 0.2, "in runs"),
+        (1, 128, 24, 0.2, "in runs"),
         (1, 512, 6, 0.2, "copies"),
+        (8, 24, 128, 0.2, "by expert"),
+        (8, 128, 24, 0.2, "dense"),
         (1, 512, 6, 0.8, "dense"),
         (1, 24, 128, 1.0, "dense"),
         (8, 128, 24, 1.0, "dense"),
     ],
 )
 def test_plan_skips_only_where_that_is_faster(
-    tokens: int, experts: int, neurons: int, share: float, way: Literal["by expert", "copies", "dense"]
+    tokens: int, experts: int, neurons: int, share: float, way: Literal["by expert", "in runs", "copies", "dense"]
 ) -> None:
     planned = plan(tokens, experts, neurons, share)
     if way == "by expert":
         assert isinstance(planned, _ByExpert)
+    elif way == "in runs":
+        assert isinstance(planned, _InRuns)
     else:
         assert isinstance(planned, _Together)
         assert (planned.used is not None) == (way == "copies")
@@ -50,9 +56,12 @@ def test_plan_skips_only_where_that_is_faster(
 @pytest.mark.parametrize(
     ("tokens", "experts", "neurons", "share", "way"),
     [
-        (1, 24, 128, 0.2, _ByNeuron),
+        (1, 24, 128, 0.2, _InRuns),
+        (1, 128, 24, 0.2, _InRuns),
         (1, 512, 6, 0.2, _ByNeuron),
-        (16, 128, 24, 0.2, _ByNeuron),
+        (8, 24, 128, 0.2, _ByExpert),
+        (8, 128, 24, 0.2, _ByNeuron),
+        (16, 128, 24, 0.05, _ByNeuron),
         (16, 128, 24, 0.5, _Together),
         (1, 24, 128, 1.0, _Together),
         (2048, 24, 128, 0.2, _ByExpert),
@@ -65,12 +74,31 @@ def test_plan_reads_neurons_one_by_one_for_few_tokens(
 
 
 def test_plan_shares_what_tokens_have_in_common() -> None:
-    w = torch.empty(128, 24, 768)
-    mask = torch.zeros(16, 128, dtype=torch.bool)
-    mask[:, :20] = True
+    w = torch.empty(512, 6, 768)
+    mask = torch.zeros(16, 512, dtype=torch.bool)
+    mask[:, ::5] = True
+    mask[0, 0] = False
     planned = _plan(mask, Experts(w, None, None, None, w), sparse=True)
     assert isinstance(planned, _Together)
     assert planned.used is not None
+
+
+def test_plan_in_runs_joins_experts_that_follow_each_other() -> None:
+    w = torch.empty(128, 24, 768)
+    mask = torch.zeros(16, 128, dtype=torch.bool)
+    mask[:, [0, 1, 2, 5, 7, 8]] = True
+    planned = _plan(mask, Experts(w, None, None, None, w), sparse=True)
+    assert isinstance(planned, _InRuns)
+    assert planned.runs == [slice(0, 72), slice(120, 144), slice(168, 216)]
+
+
+def test_plan_weighs_calls_more_where_products_of_half_types_are_fast() -> None:
+    w = torch.empty(128, 24, 768, dtype=torch.bfloat16)
+    mask = torch.rand(2048, 128, generator=torch.Generator().manual_seed(0)) < 0.2
+    experts = Experts(w, None, None, None, w)
+    for fast, way in ((True, _Together), (False, _ByExpert)):
+        with patch.object(torch_backend, "_multiplies", lambda dtype, fast=fast: fast):
+            assert isinstance(_plan(mask, experts), way)
 
 
 def test_plan_by_neuron_numbers_the_neurons_of_all_experts() -> None:
@@ -95,8 +123,8 @@ def test_plan_by_neuron_takes_a_mask_of_any_layout() -> None:
 
 
 def test_plan_copies_nothing_where_gradients_are_written() -> None:
-    assert isinstance(plan(1, 512, 6, 0.02, copies=False), _ByExpert)
-    dense = plan(1, 512, 6, 0.2, copies=False)
+    assert isinstance(plan(1, 512, 6, 0.02, forward=False), _ByExpert)
+    dense = plan(1, 512, 6, 0.2, forward=False)
     assert isinstance(dense, _Together)
     assert dense.used is None
 
@@ -108,7 +136,7 @@ def test_plan_by_expert_lists_the_tokens() -> None:
     w = torch.empty(24, 128, 768)
     planned = _plan(mask, Experts(w, None, None, None, w))
     assert isinstance(planned, _ByExpert)
-    assert planned.rows[0] == slice(None)
+    assert planned.rows[0] is None
     assert isinstance(planned.rows[7], torch.Tensor)
     assert planned.rows[7].tolist() == [5, 900]
     assert list(planned.rows) == [0, 7]
