@@ -94,13 +94,13 @@ def _dynamic_k_ffn(*given: Any) -> Tensor:
         # Loaded just now: from here on the dispatcher goes to the native kernels without coming here.
         native: Tensor = dynamic_k_ffn(*given)
         return native
-    y = _by_triton(*given)
-    return _by_torch(*given) if y is None else y
-
-
-def _by_triton(*given: Any) -> Tensor | None:
-    """The operator by Triton's kernels, or by the dense product where that is faster; None where they do not run."""
     args = _check(*given)
+    y = _by_triton(args)
+    return _by_torch(args) if y is None else y
+
+
+def _by_triton(args: _Arguments) -> Tensor | None:
+    """The operator by Triton's kernels, or by the dense product where that is faster; None where they do not run."""
     rows, experts = args.rows, args.experts
     if not triton.chosen(rows, experts, args.activation):
         return None
@@ -111,9 +111,8 @@ def _by_triton(*given: Any) -> Tensor | None:
     return y.view(args.shape)
 
 
-def _by_torch(*given: Any) -> Tensor:
+def _by_torch(args: _Arguments) -> Tensor:
     """The operator by the torch backend, for every device and dtype."""
-    args = _check(*given)
     mask = selected(*args.selection)
     return torch_backend.forward(args.rows, mask, args.experts, args.b2, args.activation).view(args.shape)
 
@@ -197,7 +196,9 @@ _library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyp
 _library.define("masked_ffn" + _SIGNATURE)  # type: ignore[no-untyped-call]
 # What the native kernels hand on: dtypes they do not have, and arguments that are wrong.
 _library.define("dynamic_k_ffn_torch" + _SIGNATURE)  # type: ignore[no-untyped-call]
-_library.impl("dynamic_k_ffn_torch", _by_torch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl(  # type: ignore[no-untyped-call]
+    "dynamic_k_ffn_torch", lambda *given: _by_torch(_check(*given)), "CompositeExplicitAutograd"
+)
 
 
 def _masked_ffn(*given: Any) -> Tensor:
@@ -271,6 +272,11 @@ def _check(*given: Any, same_dtype: bool = True) -> _Arguments:
 
 
 def _check_one(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, dtype: torch.dtype) -> None:
+    # What nearly always holds, first: a call takes as long as some products do. Sizes of other tensors may be symbolic.
+    fits = tensor.device == x.device and tensor.dtype == dtype and dtype.is_floating_point
+    if fits and type(tensor) in (Tensor, torch.nn.Parameter) and tensor.shape == shape:
+        return
+
     def wrong_shape() -> str:
         return f"dynamic-k FFN: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} for x {tuple(x.shape)}"
 

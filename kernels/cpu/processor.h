@@ -78,28 +78,35 @@ inline void use_instruction_set(std::string name) {
 
 // Shares of the experts above which the dense product is faster, by dtype, tokens and neurons in an expert, measured on
 // this machine (`surgeon.kernels.cpu.crossover`). Until then a guess: ours with every expert is as fast.
-constexpr int TOKEN_STEPS = 4, NEURON_STEPS = 6;
+constexpr int TOKEN_STEPS = 5, NEURON_STEPS = 6;
+constexpr int64_t TOKENS[TOKEN_STEPS] = {1, 8, 64, 512, 2048}, NEURONS[NEURON_STEPS] = {4, 8, 16, 32, 64, 128};
 inline std::atomic<float> crossovers[2][TOKEN_STEPS][NEURON_STEPS];
 
-// Where `value` lies among first, first · factor, first · factor² and so on, from step `least` to step `most`.
-inline double step_of(int64_t value, int64_t first, int64_t factor, int least, int most) {
-  double step = std::log(double(value) / double(first)) / std::log(double(factor));
-  return std::clamp(step, double(least), double(most));
+// Where `value` lies, by its logarithm, among the steps from `least` to `most`.
+inline double step_of(int64_t value, const int64_t* steps, int least, int most) {
+  if (value <= steps[least]) return least;
+  while (least < most && steps[least + 1] < value) ++least;
+  if (least == most) return most;
+  double low = std::log(double(steps[least])), high = std::log(double(steps[least + 1]));
+  return least + (std::log(double(value)) - low) / (high - low);
 }
 
-// 1, 8, 64 and 512 tokens. Those that go one way are of no use for those that go another.
+// Whether bfloat16 is multiplied by AMX.
+inline bool by_tiles() { return kernels().bf16_.together; }
+
+// What was measured for tokens that go one way is of no use for those that go another.
 inline double token_step(bool half, int64_t tokens) {
-  bool together = half && kernels().bf16_.together;
+  bool together = half && by_tiles();
   bool few = tokens <= (together ? MOST_FEW_TOKENS : FEW_TOKENS);
   int last = together ? 2 : 1;
-  return step_of(tokens, 1, 8, few ? 0 : last + 1, few ? last : TOKEN_STEPS - 1);
+  return step_of(tokens, TOKENS, few ? 0 : last + 1, few ? last : TOKEN_STEPS - 1);
 }
 
-// 4, 8, 16, 32, 64 and 128 neurons. In bfloat16 a multiple of 32 goes a faster way than other sizes, which are as 16;
-// with AMX they lie between, and dense products are taken somewhat too early.
+// In bfloat16 a multiple of 32 goes a faster way than other sizes, which are as 16. By AMX those below 32 lie between, and
+// of those above dense products are taken somewhat too early.
 inline double neuron_step(bool half, int64_t neurons) {
-  if (half && neurons > 16 && neurons % 32) neurons = 16;
-  return step_of(neurons, 4, 2, 0, NEURON_STEPS - 1);
+  if (half && neurons > (by_tiles() ? 32 : 16) && neurons % 32) neurons = 16;
+  return step_of(neurons, NEURONS, 0, NEURON_STEPS - 1);
 }
 
 // The one measured for these sizes or the nearest.

@@ -75,7 +75,7 @@ def run(
                 # What was compiled for other sizes is not needed again, and would count towards torch's limit.
                 torch.compiler.reset()
             before = case.dtype, case.tokens
-            layers = [make_problem(case, device, seed) for seed in range(_layers(case, device))]
+            layers = [make_problem(case, device, seed) for seed in range(_layers(case, device) + 1)]
             cells.append(_cell(layers, methods, machine, seconds))
             if progress is not None:
                 progress(Progress("bench", index + 1, len(cases), {"tokens": case.tokens, "share": case.share}))
@@ -83,21 +83,22 @@ def run(
 
 
 def _layers(case: Case, device: torch.device) -> int:
-    """How many layers follow each other in what is timed.
+    """How many layers follow each other in what is timed, after one that is not.
 
-    A call for few tokens is so short that, were it alone after the caches were emptied, loading the program would count
-    as much as reading the weights. In a model only the weights are new with each layer.
+    Right after the caches were emptied even the program would have to be loaded. In a model a layer comes after others,
+    and only its weights are new. For few tokens one layer alone would take too little time to be measured.
     """
     return _LAYERS if device.type == "cpu" and case.tokens <= _FEW_TOKENS else 1
 
 
 def _cell(layers: Sequence[Problem], methods: Sequence[str], machine: Machine, seconds: float) -> Cell:
+    """layers: the first is run before those that are timed."""
     timings, calls = {}, {}
     for name in methods:
         timings[name], call = _first(layers, METHODS[name])
         if call is not None:
             calls[name] = call
-    problem = layers[0]
+    problem, *layers = layers
     found = median_seconds(calls, problem.x.device, seconds=seconds, threads=machine.threads)
     for name, taken in found.items():
         timings[name] = Timing(1000 * taken / len(layers), timings[name].error)
@@ -122,7 +123,7 @@ def _cell(layers: Sequence[Problem], methods: Sequence[str], machine: Machine, s
 
 
 def _first(layers: Sequence[Problem], method: Method) -> tuple[Timing, Call | None]:
-    """The error of a first call, which also warms up and compiles, and the call of all layers; or why there is none."""
+    """The error of a first call, which also warms up and compiles, and the call of the others; or why there is none."""
     problem = layers[0]
     try:
         calls = [method.prepare(layer) for layer in layers]
@@ -135,12 +136,14 @@ def _first(layers: Sequence[Problem], method: Method) -> tuple[Timing, Call | No
     except Exception as error:  # compilers and torch's own checks raise many types
         return Timing(None, None, first_line(error)), None
 
+    first, *timed = calls
+
     def run() -> None:
-        for call in calls:
+        for call in timed:
             call()
 
     return Timing(None, problem.error(result, every=method.every)), Call(
-        run, lambda: method.around(problem), method.waits
+        run, lambda: method.around(problem), method.waits, first
     )
 
 

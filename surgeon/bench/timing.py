@@ -23,12 +23,14 @@ _MOST_CACHE = 256 << 20
 class Call:
     """What is timed. around: entered before each call and left after it, untimed.
 
+    first: on a processor run before each call, untimed, after the caches were emptied.
     waits: the host waits for the device somewhere in it, so that a CUDA graph cannot hold it.
     """
 
     run: Callable[[], object]
     around: Callable[[], AbstractContextManager[None]] = nullcontext
     waits: bool = False
+    first: Callable[[], object] | None = None
 
 
 def median_seconds(
@@ -54,6 +56,8 @@ def median_seconds(
         for name, call in calls.items():
             other.sum()
             with call.around():
+                if call.first is not None:
+                    call.first()
                 started = clock()
                 call.run()
                 took = clock() - started

@@ -31,8 +31,9 @@ _NAMES = {
     "ours_dense": "ours,\nall on",
 }
 _LEGEND = (
-    "Milliseconds of a call, the median, with empty caches. dense / ours: the faster of dense and compiled. ours, all "
-    "on: every expert, never by the dense product; what it is over ours stands beside what it could be, 1 / share.",
+    "Milliseconds of a layer, the median, its weights not in a cache. dense / ours: the faster of dense and compiled. "
+    "ours, all on: every expert, never by the dense product; what it is over ours stands beside what it could be, "
+    "1 / share.",
     "of limit: what the machine needs at least for the selected multiply-adds (a) or for reading the selected weights "
     "(m), over ours. error: the largest of the column, from float64, relative to the largest output.",
 )
@@ -66,7 +67,10 @@ def layer_view(found: LayerBenchmark) -> RenderableType:
 def _calls(machine: Machine) -> list[str]:
     """What a call is."""
     if machine.gpu is None:
-        return ["Up to 16 tokens are timed through 8 layers one after another; the time is that of one."]
+        return [
+            "Caches are emptied and another layer is run before what is timed, as in a model. Up to 16 tokens are timed "
+            "through 8 layers one after another; the time is that of one."
+        ]
     waiting = ", ".join(name for name, method in METHODS.items() if method.waits)
     return [
         f"Calls are replayed from CUDA graphs, but for those in which Python waits for the GPU: {waiting}. Without a "

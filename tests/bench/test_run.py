@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -45,6 +46,11 @@ def test_calls_are_timed_in_turn_and_at_least_five_times() -> None:
     assert set(found) == {"a", "b"}
     assert all(seconds >= 0 for seconds in found.values())
     assert seen == ["in", "a", "out", "b"] * 5
+
+
+def test_what_comes_first_is_not_timed() -> None:
+    calls = {"": Call(lambda: None, first=lambda: time.sleep(0.02))}
+    assert median_seconds(calls, CPU, seconds=1e-9, threads=2)[""] < 0.01
 
 
 def test_the_cache_has_a_size() -> None:
@@ -107,9 +113,9 @@ def test_layers_follow_each_other_where_a_call_is_short(monkeypatch: pytest.Monk
 
     monkeypatch.setitem(METHODS, "ours", Method("", prepare))
     run([Case(SHAPE, "float32", tokens, "uniform", 0.5) for tokens in (16, 17)], ["ours"], MACHINE, seconds=1e-9)
-    assert [len(problem.x) for problem in prepared] == [16] * 8 + [17]
-    assert calls == [*range(1, 9)] * 6 + [9] * 6  # each once before they are timed, and five times then
-    assert len({float(problem.experts.w1[0, 0, 0]) for problem in prepared[:8]}) == 8
+    assert [len(problem.x) for problem in prepared] == [16] * 9 + [17] * 2
+    assert calls == [*range(1, 10)] * 6 + [10, 11] * 6  # each once before they are timed, and five times then
+    assert len({float(problem.experts.w1[0, 0, 0]) for problem in prepared[:9]}) == 9
 
 
 def test_what_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,7 +225,7 @@ def test_on_a_gpu_the_dense_product_is_taken_where_it_is_faster(faster: bool, mo
     monkeypatch.setattr(dynamic_k.triton, "chosen", lambda *_: True)
     monkeypatch.setattr(dynamic_k.triton, "dense_is_faster", lambda *_: faster)
     monkeypatch.setattr(dynamic_k.triton, "forward", lambda x, *_, ordered: torch.full((len(x), 7), 5.0).to(x.dtype))
-    found = dynamic_k._by_triton(*args)
+    found = dynamic_k._by_triton(dynamic_k._Arguments(*args))
     torch.testing.assert_close(found, oracle(*args) if faster else torch.full_like(oracle(*args), 5.0))
     monkeypatch.setattr(dynamic_k.triton, "chosen", lambda *_: False)
-    assert dynamic_k._by_triton(*args) is None
+    assert dynamic_k._by_triton(dynamic_k._Arguments(*args)) is None
