@@ -68,8 +68,8 @@ def _calls(machine: Machine) -> list[str]:
     """What a call is."""
     if machine.gpu is None:
         return [
-            "Caches are emptied and another layer is run before what is timed, as in a model. Up to 16 tokens are timed "
-            "through 8 layers one after another; the time is that of one."
+            "Caches are emptied and another layer is run before what is timed, as in a model. Up to 16 tokens are "
+            "timed through 8 layers one after another; the time is that of one."
         ]
     waiting = ", ".join(name for name, method in METHODS.items() if method.waits)
     return [
