@@ -4,45 +4,24 @@ There are five ways through. *By expert*: gather the tokens that selected an exp
 *In runs*: where all tokens selected the same, as one token does, experts that follow each other are run where they are.
 *By neuron*: for few tokens, read the weights of each token's selected neurons where they are, as a sparse product.
 *Together*: copy the experts that any token selected and run those as one layer, with the pairs that are not selected
-masked. *Dense*: the same with every expert, where nothing is copied. `_plan` takes what should be cheapest, so
-selecting much costs about what the dense FFN costs. All give the same result up to rounding.
+masked. *Dense*: the same with every expert, where nothing is copied. `torch_plan.plan` takes what should be cheapest,
+so selecting much costs about what the dense FFN costs. All give the same result up to rounding.
 """
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import torch_plan
 from .activations import Activation, activation
-
-# The costs `_plan` weighs, in units of one neuron for one token: a multiply-add for each weight of the neuron, where
-# many tokens share it. Measured in fp32 on one thread (AVX-512), with inputs and outputs of width 768.
-_READ_COST = 25  # reading the weights of one neuron from memory
-_COPY_COST = 45  # copying them besides
-_FEW_COST, _FEW_MOST = 5, 40  # of one neuron for each of few tokens, and for all of them at most
-_ROW_COST = 45  # gathering the row of one token and adding it back to the output, for one expert
-_PAIR_COST = 37  # of one neuron for one token, where nothing is shared between tokens
-# Of calls, to be divided by the number of weights of a neuron:
-_EXPERT_COST = 2_500_000  # those for one more expert
-_RUN_COST = 1_100_000  # for one more run
-_SPARSE_COST = 23_000_000  # of a sparse product
-# Where a processor multiplies half types: how many times faster it does, and how many times as much of fp32's products
-# copies, rows and calls then cost.
-_HALF_SPEED, _HALF_COPY, _HALF_ROW, _HALF_CALL = 5, 0.5, 1.7, 8
-
-# Up to so many tokens neurons may be run one by one: the fewer, the less they share.
-_FEW_TOKENS = 16
 
 # So many bytes of the inputs, or of the products, each thread of a CPU holds at once, so that they stay in its cache;
 # but at least so many rows, as products of fewer are slow.
 _CACHED_BYTES, _LEAST_ROWS = 400_000, 128
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class Experts(NamedTuple):
@@ -98,39 +77,6 @@ class Gradients(NamedTuple):
     w2: Tensor | None
 
 
-class _Together(NamedTuple):
-    """All experts, or those of `used` [U]; `mask` [N, U] unless every pair of them is selected."""
-
-    used: Tensor | None
-    mask: Tensor | None
-
-
-class _InRuns(NamedTuple):
-    """The neurons of the experts that all tokens selected, numbered over all experts, as few slices as they make."""
-
-    runs: list[slice]
-
-
-class _ByNeuron(NamedTuple):
-    """For every token the neurons of the experts it selected, numbered over all experts, as a sparse matrix has them.
-
-    columns [pairs·s]: neurons, of one token after another. ends [N + 1]: where the tokens begin and end in them.
-    """
-
-    columns: Tensor
-    ends: Tensor
-
-
-class _ByExpert(NamedTuple):
-    """For each expert that is used the tokens that selected it [n], None if all did.
-
-    most: the largest n.
-    """
-
-    rows: dict[int, Tensor | None]
-    most: int
-
-
 def selected(scores: Tensor, threshold: Tensor) -> Tensor:
     """Return the mask [..., E] of the experts that run: the one definition of the selection rule.
 
@@ -171,8 +117,8 @@ def forward(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor | None, activa
     act, dtype, result_dtype = activation(activation_name), _compute_dtype(x), x.dtype
     x = x.to(dtype)
     sparse = x.device.type == "cpu" and dtype in (torch.float32, torch.float64) and experts.w1.dtype == dtype
-    way = _plan(mask, experts, sparse=sparse)
-    if isinstance(way, _Together):
+    way = torch_plan.plan(mask, experts, sparse=sparse)
+    if isinstance(way, torch_plan.Together):
         flat = (experts if way.used is None else experts.take(way.used)).flat().to(dtype)
         h = hidden(x, flat, act)
         if way.mask is not None:
@@ -183,11 +129,11 @@ def forward(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor | None, activa
     start = x.new_zeros(experts.w2.shape[2]) if b2 is None else b2
     out = start.to(_accumulator(result_dtype)).expand(len(x), -1).clone(memory_format=torch.contiguous_format)
     match way:
-        case _ByExpert():
+        case torch_plan.ByExpert():
             _add_experts(out, x, way, experts, act)
-        case _InRuns(runs):
+        case torch_plan.InRuns(runs):
             _add_runs(out, x, runs, experts.flat(), act)
-        case _ByNeuron():
+        case torch_plan.ByNeuron():
             out.add_(_by_neuron(x, way, experts.flat(), act))
     return out.to(result_dtype)
 
@@ -237,16 +183,16 @@ def backward(
                 if bias is not None and g is not None:
                     bias.copy_(g.sum(0))
 
-    match _plan(mask, experts, forward=False):
-        case _ByExpert(rows_of, _):
+    match torch_plan.plan(mask, experts, forward=False):
+        case torch_plan.ByExpert(rows_of, _):
             for expert, rows in rows_of.items():
                 run(experts.one(expert).to(dtype), grads.one(expert) if need_weights else None, rows, None)
-        case _Together(_, mask_or_none):
+        case torch_plan.Together(_, mask_or_none):
             run(experts.flat().to(dtype), grads.flat() if need_weights else None, None, mask_or_none)
     return Gradients(None if grad_x is None else grad_x.to(x.dtype), *grads)
 
 
-def _add_experts(out: Tensor, x: Tensor, way: _ByExpert, experts: Experts, act: Activation) -> None:
+def _add_experts(out: Tensor, x: Tensor, way: torch_plan.ByExpert, experts: Experts, act: Activation) -> None:
     """Add Σ over the experts of `way` of h_e w2_e to `out` [N, d_out]."""
     most = way.most
     if x.device.type == "cpu":
@@ -282,7 +228,7 @@ def _clear(h: Tensor, mask: Tensor) -> None:
     h.view(*mask.shape, -1).view(bits).bitwise_and_(mask.to(bits).neg_().unsqueeze(-1))
 
 
-def _by_neuron(x: Tensor, way: _ByNeuron, experts: Experts, act: Activation) -> Tensor:
+def _by_neuron(x: Tensor, way: torch_plan.ByNeuron, experts: Experts, act: Activation) -> Tensor:
     """Σ over the neurons of `way` of h w2, [N, d_out]: sparse products, which copy no weights but biases.
 
     experts: flat.
@@ -300,82 +246,6 @@ def _by_neuron(x: Tensor, way: _ByNeuron, experts: Experts, act: Activation) -> 
     return F.embedding_bag(
         way.columns, experts.w2, way.ends, mode="sum", per_sample_weights=h, include_last_offset=True
     )
-
-
-@cache
-def _sparse_products() -> None:
-    """Let PyTorch say, unheard, that its sparse matrices are in beta, which it says once in a process."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.zeros(1, 1).to_sparse_csr()
-
-
-def _plan(
-    mask: Tensor, experts: Experts, *, forward: bool = True, sparse: bool = False
-) -> _Together | _InRuns | _ByExpert | _ByNeuron:
-    """Choose the cheapest way through the selected pairs of `mask` [N, E].
-
-    forward: whether experts may be copied or joined. sparse: whether there are sparse products of their dtype.
-    """
-    (tokens, count), neurons = mask.shape, experts.w1.shape[1]
-    # Of one token the mask itself says how many.
-    counts: list[int] = (mask[0] if tokens == 1 else mask.sum(0, dtype=torch.int32)).tolist()
-    pairs = sum(counts)
-    if pairs == tokens * count:
-        return _Together(None, None)
-    chosen = [expert for expert, n in enumerate(counts) if n]
-    used = len(chosen)
-    half = mask.device.type == "cpu" and experts.w1.dtype in _HALF and _multiplies(experts.w1.dtype)
-    # The cost of a call is to be divided by the weights of a neuron.
-    call = (_HALF_CALL if half else 1) / sum(
-        t.shape[-1] for t in (experts.w1, experts.gate, experts.w2) if t is not None
-    )
-    row, copy = (_HALF_ROW * _ROW_COST, _HALF_COPY * _COPY_COST) if half else (_ROW_COST, _COPY_COST)
-
-    def product(n: float) -> float:
-        """The cost of one neuron for n tokens."""
-        return _READ_COST + (n / _HALF_SPEED if half else max(n, min(n * _FEW_COST, _FEW_MOST)))
-
-    costs = {
-        "dense": count * neurons * product(tokens),
-        "expert": used * (_EXPERT_COST * call + neurons * product(pairs / max(used, 1))) + pairs * row,
-    }
-    runs = _runs(chosen, neurons) if forward and pairs == tokens * used else []
-    if runs:
-        costs["runs"] = len(runs) * _RUN_COST * call + used * neurons * product(tokens)
-    if forward:
-        costs["copies"] = used * neurons * (product(tokens) + copy)
-    if sparse and tokens <= _FEW_TOKENS:
-        costs["neuron"] = pairs * neurons * _PAIR_COST + _SPARSE_COST * call
-    match min(costs, key=costs.__getitem__):
-        case "dense":
-            return _Together(None, mask)
-        case "runs":
-            return _InRuns(runs)
-        case "copies":
-            index = mask.any(0).nonzero()[:, 0]
-            return _Together(index, None if pairs == tokens * used else mask.index_select(1, index))
-        case "neuron":
-            _sparse_products()
-            index = mask.reshape(-1).nonzero()
-            # Of each expert that runs the neurons, one token after the other.
-            columns = (index.remainder_(count) * neurons + torch.arange(neurons, device=mask.device)).view(-1)
-            ends = F.pad(mask.sum(1).cumsum(0), (1, 0)) * neurons
-            return _ByNeuron(columns, ends)
-    counts = [int(n) for n in counts]
-    rows = mask.t().nonzero()[:, 1].split_with_sizes(counts)
-    return _ByExpert({e: None if counts[e] == tokens else rows[e] for e in chosen}, max(counts))
-
-
-def _runs(chosen: list[int], neurons: int) -> list[slice]:
-    """The neurons of the experts `chosen`, which ascend, as slices: one for all experts that follow each other."""
-    runs: list[slice] = []
-    for expert in chosen:
-        first = expert * neurons
-        if runs and runs[-1].stop == first:
-            first = runs.pop().start
-        runs.append(slice(first, (expert + 1) * neurons))
-    return runs
 
 
 def _take(source: Tensor, rows: Tensor | None, into: Tensor | None = None) -> Tensor:
@@ -397,17 +267,10 @@ def _add_product(out: Tensor, rows: Tensor | None, a: Tensor, b: Tensor, into: T
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in _HALF else dtype
+    return torch.float32 if dtype in torch_plan.HALF else dtype
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype to multiply matrices in: fp32 for half types on processors that would only emulate them."""
-    return torch.float32 if x.device.type == "cpu" and x.dtype in _HALF and not _multiplies(x.dtype) else x.dtype
-
-
-@cache
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether this processor has a fast matrix product for a half type."""
-    mkldnn = torch.ops.mkldnn
-    fast = mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported()
-    return bool(fast)
+    emulated = x.device.type == "cpu" and x.dtype in torch_plan.HALF and not torch_plan.multiplies(x.dtype)
+    return torch.float32 if emulated else x.dtype

@@ -75,7 +75,7 @@ def run(
                 # What was compiled for other sizes is not needed again, and would count towards torch's limit.
                 torch.compiler.reset()
             before = case.dtype, case.tokens
-            layers = [make_problem(case, device, seed) for seed in range(_layers(case, device) + 1)]
+            layers = [make_problem(case, device, seed) for seed in range(_layers(case, device))]
             cells.append(_cell(layers, methods, machine, seconds))
             if progress is not None:
                 progress(Progress("bench", index + 1, len(cases), {"tokens": case.tokens, "share": case.share}))
@@ -83,22 +83,24 @@ def run(
 
 
 def _layers(case: Case, device: torch.device) -> int:
-    """How many layers follow each other in what is timed, after one that is not.
+    """How many layers follow each other: on a processor the first is run before the clock starts.
 
     Right after the caches were emptied even the program would have to be loaded. In a model a layer comes after others,
     and only its weights are new. For few tokens one layer alone would take too little time to be measured.
     """
-    return _LAYERS if device.type == "cpu" and case.tokens <= _FEW_TOKENS else 1
+    if device.type != "cpu":
+        return 1
+    return 1 + (_LAYERS if case.tokens <= _FEW_TOKENS else 1)
 
 
 def _cell(layers: Sequence[Problem], methods: Sequence[str], machine: Machine, seconds: float) -> Cell:
-    """layers: the first is run before those that are timed."""
+    """layers: the first is run before those that are timed, if there are others."""
     timings, calls = {}, {}
     for name in methods:
         timings[name], call = _first(layers, METHODS[name])
         if call is not None:
             calls[name] = call
-    problem, *layers = layers
+    problem, layers = layers[0], layers[1:] or layers
     found = median_seconds(calls, problem.x.device, seconds=seconds, threads=machine.threads)
     for name, taken in found.items():
         timings[name] = Timing(1000 * taken / len(layers), timings[name].error)
@@ -136,7 +138,7 @@ def _first(layers: Sequence[Problem], method: Method) -> tuple[Timing, Call | No
     except Exception as error:  # compilers and torch's own checks raise many types
         return Timing(None, None, first_line(error)), None
 
-    first, *timed = calls
+    first, timed = (calls[0], calls[1:]) if len(calls) > 1 else (None, calls)
 
     def run() -> None:
         for call in timed:

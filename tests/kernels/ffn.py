@@ -1,16 +1,17 @@
 """Random arguments for the dynamic-k operators, and a way to force how the torch backend computes them."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from surgeon.kernels import torch_backend
+from surgeon.kernels import torch_backend, torch_plan
 
-# Costs that make `_plan` take the way named unless every pair is selected, which is always dense; "in runs" is dense as
-# well unless all tokens selected the same.
+# Costs that make `torch_plan.plan` take the way named unless every pair is selected, which is always dense; "in runs"
+# is dense as well unless all tokens selected the same.
 _COSTS = {"by expert": "_EXPERT_COST", "copies": "_COPY_COST", "in runs": "_RUN_COST", "by neuron": "_SPARSE_COST"}
 _MUCH = 1e15
 
@@ -26,8 +27,12 @@ WAYS: dict[str, dict[str, float]] = {
 }
 
 
-def forced(way: str) -> AbstractContextManager[object]:
-    return patch.multiple(torch_backend, **WAYS[way]) if WAYS[way] else nullcontext()
+@contextmanager
+def forced(way: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, value in WAYS[way].items():
+            stack.enter_context(patch.object(torch_plan if hasattr(torch_plan, name) else torch_backend, name, value))
+        yield
 
 
 class Arguments(NamedTuple):

@@ -6,18 +6,19 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from surgeon.kernels import torch_backend
-from surgeon.kernels.torch_backend import Experts, _ByExpert, _ByNeuron, _InRuns, _plan, _Together
+from surgeon.kernels import torch_plan
+from surgeon.kernels.torch_backend import Experts
+from surgeon.kernels.torch_plan import ByExpert, ByNeuron, InRuns, Together
 
 from .ffn import forced
 
 
 def plan(
     tokens: int, experts: int, neurons: int, share: float, *, forward: bool = True, sparse: bool = False
-) -> _ByExpert | _ByNeuron | _InRuns | _Together:
+) -> ByExpert | ByNeuron | InRuns | Together:
     w = torch.empty(experts, neurons, 768)
     mask = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).argsort(1) < share * experts
-    return _plan(mask, Experts(w, None, None, None, w), forward=forward, sparse=sparse)
+    return torch_plan.plan(mask, Experts(w, None, None, None, w), forward=forward, sparse=sparse)
 
 
 @pytest.mark.parametrize(
@@ -44,11 +45,11 @@ def test_plan_skips_only_where_that_is_faster(
 ) -> None:
     planned = plan(tokens, experts, neurons, share)
     if way == "by expert":
-        assert isinstance(planned, _ByExpert)
+        assert isinstance(planned, ByExpert)
     elif way == "in runs":
-        assert isinstance(planned, _InRuns)
+        assert isinstance(planned, InRuns)
     else:
-        assert isinstance(planned, _Together)
+        assert isinstance(planned, Together)
         assert (planned.used is not None) == (way == "copies")
         assert (planned.mask is None) == (share == 1.0 or way == "copies")
 
@@ -56,15 +57,15 @@ def test_plan_skips_only_where_that_is_faster(
 @pytest.mark.parametrize(
     ("tokens", "experts", "neurons", "share", "way"),
     [
-        (1, 24, 128, 0.2, _InRuns),
-        (1, 128, 24, 0.2, _InRuns),
-        (1, 512, 6, 0.2, _ByNeuron),
-        (8, 24, 128, 0.2, _ByExpert),
-        (8, 128, 24, 0.2, _ByNeuron),
-        (16, 128, 24, 0.05, _ByNeuron),
-        (16, 128, 24, 0.5, _Together),
-        (1, 24, 128, 1.0, _Together),
-        (2048, 24, 128, 0.2, _ByExpert),
+        (1, 24, 128, 0.2, InRuns),
+        (1, 128, 24, 0.2, InRuns),
+        (1, 512, 6, 0.2, ByNeuron),
+        (8, 24, 128, 0.2, ByExpert),
+        (8, 128, 24, 0.2, ByNeuron),
+        (16, 128, 24, 0.05, ByNeuron),
+        (16, 128, 24, 0.5, Together),
+        (1, 24, 128, 1.0, Together),
+        (2048, 24, 128, 0.2, ByExpert),
     ],
 )
 def test_plan_reads_neurons_one_by_one_for_few_tokens(
@@ -78,8 +79,8 @@ def test_plan_shares_what_tokens_have_in_common() -> None:
     mask = torch.zeros(16, 512, dtype=torch.bool)
     mask[:, ::5] = True
     mask[0, 0] = False
-    planned = _plan(mask, Experts(w, None, None, None, w), sparse=True)
-    assert isinstance(planned, _Together)
+    planned = torch_plan.plan(mask, Experts(w, None, None, None, w), sparse=True)
+    assert isinstance(planned, Together)
     assert planned.used is not None
 
 
@@ -87,8 +88,8 @@ def test_plan_in_runs_joins_experts_that_follow_each_other() -> None:
     w = torch.empty(128, 24, 768)
     mask = torch.zeros(16, 128, dtype=torch.bool)
     mask[:, [0, 1, 2, 5, 7, 8]] = True
-    planned = _plan(mask, Experts(w, None, None, None, w), sparse=True)
-    assert isinstance(planned, _InRuns)
+    planned = torch_plan.plan(mask, Experts(w, None, None, None, w), sparse=True)
+    assert isinstance(planned, InRuns)
     assert planned.runs == [slice(0, 72), slice(120, 144), slice(168, 216)]
 
 
@@ -96,9 +97,9 @@ def test_plan_weighs_calls_more_where_products_of_half_types_are_fast() -> None:
     w = torch.empty(128, 24, 768, dtype=torch.bfloat16)
     mask = torch.rand(2048, 128, generator=torch.Generator().manual_seed(0)) < 0.2
     experts = Experts(w, None, None, None, w)
-    for fast, way in ((True, _Together), (False, _ByExpert)):
-        with patch.object(torch_backend, "_multiplies", lambda dtype, fast=fast: fast):
-            assert isinstance(_plan(mask, experts), way)
+    for fast, way in ((True, Together), (False, ByExpert)):
+        with patch.object(torch_plan, "multiplies", lambda dtype, fast=fast: fast):
+            assert isinstance(torch_plan.plan(mask, experts), way)
 
 
 def test_plan_by_neuron_numbers_the_neurons_of_all_experts() -> None:
@@ -106,8 +107,8 @@ def test_plan_by_neuron_numbers_the_neurons_of_all_experts() -> None:
     mask = torch.zeros(3, 128, dtype=torch.bool)
     mask[0, [0, 5]] = mask[2, 5] = True
     with forced("by neuron"):
-        planned = _plan(mask, Experts(w, None, None, None, w), sparse=True)
-    assert isinstance(planned, _ByNeuron)
+        planned = torch_plan.plan(mask, Experts(w, None, None, None, w), sparse=True)
+    assert isinstance(planned, ByNeuron)
     assert planned.columns.tolist() == [0, 1, 2, 15, 16, 17, 15, 16, 17]
     assert planned.ends.tolist() == [0, 6, 6, 9]
 
@@ -117,15 +118,16 @@ def test_plan_by_neuron_takes_a_mask_of_any_layout() -> None:
     mask = torch.zeros(3, 128, dtype=torch.bool)
     mask[0, [0, 5]] = mask[2, 5] = True
     with forced("by neuron"):
-        planned = [_plan(m, Experts(w, None, None, None, w), sparse=True) for m in (mask, mask.t().contiguous().t())]
-    assert all(isinstance(one, _ByNeuron) for one in planned)
+        layouts = (mask, mask.t().contiguous().t())
+        planned = [torch_plan.plan(m, Experts(w, None, None, None, w), sparse=True) for m in layouts]
+    assert all(isinstance(one, ByNeuron) for one in planned)
     assert torch.equal(planned[0].columns, planned[1].columns)  # type: ignore[union-attr]
 
 
 def test_plan_copies_nothing_where_gradients_are_written() -> None:
-    assert isinstance(plan(1, 512, 6, 0.02, forward=False), _ByExpert)
+    assert isinstance(plan(1, 512, 6, 0.02, forward=False), ByExpert)
     dense = plan(1, 512, 6, 0.2, forward=False)
-    assert isinstance(dense, _Together)
+    assert isinstance(dense, Together)
     assert dense.used is None
 
 
@@ -134,8 +136,8 @@ def test_plan_by_expert_lists_the_tokens() -> None:
     mask[:, 0] = True
     mask[[5, 900], 7] = True
     w = torch.empty(24, 128, 768)
-    planned = _plan(mask, Experts(w, None, None, None, w))
-    assert isinstance(planned, _ByExpert)
+    planned = torch_plan.plan(mask, Experts(w, None, None, None, w))
+    assert isinstance(planned, ByExpert)
     assert planned.rows[0] is None
     assert isinstance(planned.rows[7], torch.Tensor)
     assert planned.rows[7].tolist() == [5, 900]
@@ -147,8 +149,8 @@ def test_plan_masks_copies_that_not_every_token_selected() -> None:
     w = torch.empty(512, 6, 768)
     mask = torch.zeros(2, 512, dtype=torch.bool)
     mask[0, [3, 4, 400]] = mask[1, [3, 4]] = True
-    planned = _plan(mask, Experts(w, None, None, None, w))
-    assert isinstance(planned, _Together)
+    planned = torch_plan.plan(mask, Experts(w, None, None, None, w))
+    assert isinstance(planned, Together)
     assert planned.used is not None
     assert planned.used.tolist() == [3, 4, 400]
     assert planned.mask is not None
