@@ -22,32 +22,40 @@ not fused, and for adding up: atomically in the L2 cache where the fp32 output f
 pair of token and expert gives and reading it again. What does not fit in half of the cache goes to memory. Experts are
 selected independently with the same probability, scores are given, and the router's cost is not in it. What kernels are
 launched: `surgeon.kernels.triton`.
+
+Of three ways to compute the layer (`Way`), the one is taken that should be fastest where a fifth is selected
+(`fastest_way`): how much is selected is known on the device only, and too late.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from surgeon.errors import UsageError
 
 Bound = Literal["arithmetic", "memory", "cache", "sums", "launches"]
+Way = Literal["experts", "spread", "masked"]
+"""How the layer is computed: both products expert by expert; the first one, and the second densely over hidden values
+that are zero where no expert ran; or both densely, with a mask between them."""
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_DENSE_EFFICIENCY = {"float32": 0.6, "bfloat16": 0.7, "float16": 0.7}
+_DENSE_EFFICIENCY = {"float32": 0.64, "bfloat16": 0.7, "float16": 0.7}
 _EXPERT_EFFICIENCY = {"float32": 0.35, "bfloat16": 0.5, "float16": 0.5}
 _MEMORY_EFFICIENCY = 0.9
 _CACHE_EFFICIENCY = 0.6
+_GATHER_EFFICIENCY = 0.65  # of the cache's bandwidth, for rows of x
 _ATOMIC_EFFICIENCY = 0.22  # of the cache's bandwidth
 _PARTIAL_EFFICIENCY = 0.57  # of the memory's bandwidth, for what pairs give: rows here and there
 _LAUNCH = 5e-6  # seconds
 _FEW_TOKENS = 16  # up to so many one kernel does it, without a plan
 _PLAN_LAUNCHES = 4
-_MASK_PASSES, _MASK_LAUNCHES = 6, 2
+_USUAL_SHARE = 0.2  # the host does not know how much is selected
 _SCORE = 4  # bytes: scores, places in the plan and sums are all of 4
-_WIDEST = 128  # neurons in a tile, at most
+_NARROWEST = {"float32": 64, "bfloat16": 16, "float16": 16}  # neurons in a tile: fewer take as long
+_WIDEST = 128  # more take several tiles
 
 ASSUMPTIONS = (
     f"Dense products reach {_DENSE_EFFICIENCY['bfloat16']:.0%} of the arithmetic rate, those by expert "
@@ -55,8 +63,11 @@ ASSUMPTIONS = (
     f"{_EXPERT_EFFICIENCY['float32']:.0%}; kernels reach {_MEMORY_EFFICIENCY:.0%} of the bandwidth of memory and "
     f"{_CACHE_EFFICIENCY:.0%} of that of L2, atomic additions {_ATOMIC_EFFICIENCY:.0%} of the latter. These were set "
     "to meet times on one H100, and are the same for other devices.",
+    f"Ours is computed as it is fastest with {_USUAL_SHARE:.0%} of the experts selected: both products expert by "
+    "expert, or the second one densely (spread), or both densely with a mask between them (masked).",
     f"A kernel takes {_LAUNCH * 1e6:.0f} µs at least, as in a CUDA graph; the dense layer has one kernel a matrix and "
-    "one for the activation, ours one with up to 16 tokens and five with more, and one or two for the output.",
+    "one for the activation, as has ours if masked; else ours has one with up to 16 tokens and five with more, and one "
+    "or two for the output.",
     "The cache never limits the dense layer. Ours pays for padding to 16, 32, 64, ... neurons and to tiles of tokens, "
     "gathered rows, weights read again for every tile, and adding up what experts give: in the cache, or in memory.",
     "Tokens select experts independently, all equally likely. Scores are given: the router is not counted.",
@@ -162,12 +173,14 @@ class Estimate:
     parts: Mapping[Bound, float]
 
     @classmethod
-    def of(cls, arithmetic: float, memory: float, cache: float, sums: float, launches: float) -> Estimate:
-        """From the seconds of each; sums and launches come on top of the longest of the others."""
+    def of(
+        cls, arithmetic: float, memory: float, cache: float, sums: float, launches: float, then: float = 0.0
+    ) -> Estimate:
+        """From the seconds of each. The longest of the first three counts, and sums, launches and what comes `then`."""
         parts: dict[Bound, float] = {
-            "arithmetic": arithmetic, "memory": memory, "cache": cache, "sums": sums, "launches": launches,
+            "arithmetic": arithmetic + then, "memory": memory, "cache": cache, "sums": sums, "launches": launches,
         }  # fmt: skip
-        seconds = max(arithmetic, memory, cache) + sums + launches
+        seconds = max(arithmetic, memory, cache) + then + sums + launches
         return cls(seconds, max(parts, key=lambda part: parts[part]), parts)
 
 
@@ -178,6 +191,7 @@ class Prediction:
     share: float
     dense: Estimate
     ours: Estimate
+    way: Way
 
     @property
     def ratio(self) -> float:
@@ -202,8 +216,13 @@ def find_gpu(name: str) -> Device | None:
     return next((device for device in DEVICES.values() if device.name in name.lower()), None)
 
 
-def predict(device: Device, layer: LayerShape, tokens: int, share: float, dtype: str = "bfloat16") -> Prediction:
+def predict(
+    device: Device, layer: LayerShape, tokens: int, share: float, dtype: str = "bfloat16", *, way: Way | None = None
+) -> Prediction:
     """What one call on `tokens` tokens should take if each selects `share` of the experts.
+
+    Args:
+        way: None for the one that is taken, `fastest_way`, which knows nothing of `share`.
 
     Raises:
         UsageError: a dtype other than float32, bfloat16 and float16, fewer than 1 token, a share outside (0, 1].
@@ -212,18 +231,20 @@ def predict(device: Device, layer: LayerShape, tokens: int, share: float, dtype:
         raise UsageError(f"No model of {dtype}. There are: {', '.join(_BYTES)}.")
     if tokens < 1 or not 0.0 < share <= 1.0:
         raise UsageError(f"{tokens} tokens that select {share:g} of the experts: give at least 1, and a share up to 1.")
-    return Prediction(share, _dense(device, layer, tokens, dtype), _ours(device, layer, tokens, share, dtype))
+    way = way or fastest_way(device, layer, tokens, dtype)
+    ours = _WAYS[way](device, layer, tokens, share, dtype)
+    return Prediction(share, _dense(device, layer, tokens, dtype), ours, way)
 
 
-def masking_is_faster(device: Device, layer: LayerShape, tokens: int, dtype: str, share: float = 0.2) -> bool:
-    """Whether the dense layer with a mask between its products should take less than ours at a share.
+def fastest_way(
+    device: Device, layer: LayerShape, tokens: int, dtype: str = "bfloat16", share: float = _USUAL_SHARE
+) -> Way:
+    """How ours should take least time at a share. At equal times: the way that computes least.
 
     Raises:
         UsageError: as `predict`.
     """
-    found = predict(device, layer, tokens, share, dtype)
-    masked = _MASK_PASSES * tokens * layer.hidden * _BYTES[dtype]  # read and written by kernels of torch
-    return found.dense.seconds + _memory(device, masked) + _MASK_LAUNCHES * _LAUNCH < found.ours.seconds
+    return min(_WAYS, key=lambda way: predict(device, layer, tokens, share, dtype, way=way).ours.seconds)
 
 
 def break_even(device: Device, layer: LayerShape, tokens: int, dtype: str = "bfloat16") -> float:
@@ -297,20 +318,17 @@ def _dense(device: Device, layer: LayerShape, tokens: int, dtype: str) -> Estima
     return Estimate.of(arithmetic, _memory(device, traffic), 0.0, 0.0, (layer.matrices + 1) * _LAUNCH)
 
 
-def _ours(device: Device, layer: LayerShape, tokens: int, share: float, dtype: str) -> Estimate:
+def _experts(device: Device, layer: LayerShape, tokens: int, share: float, dtype: str) -> Estimate:
     size = _BYTES[dtype]
     pairs = tokens * layer.experts * share
-    used = 1.0 - (1.0 - share) ** tokens  # the share of the experts that some token selects
+    used, tiles, rows = _work(device, layer, tokens, share, dtype)
     decodes = tokens <= _FEW_TOKENS
-    rows = _rows(device, tokens, dtype)
-    # Of every expert's last tile half is empty, more or less; with every token in it, its tokens are known.
-    tiles = layer.experts * min(max(used, tokens * share / rows + used / 2), math.ceil(tokens / rows))
-    arithmetic = 2 * tiles * rows * layer.matrices * layer.width * _padded(layer.size, tokens)
+    arithmetic = 2 * tiles * rows * layer.matrices * layer.width * _padded(layer.size, tokens, dtype)
     output = tokens * layer.width * _SCORE
     atomic = decodes or 2 * output <= device.cache_size
     apart = not decodes and not (atomic and layer.size <= _most_fused(device, layer.gated, dtype))
     between = 2 * pairs * layer.size * size if apart else 0  # two kernels, with the hidden values in memory
-    gathered = pairs * layer.width * size * (math.ceil(layer.size / _WIDEST) if apart else 1)
+    gathered = pairs * layer.width * size * (_blocks(layer) if apart else 1)
     converted = output + tokens * layer.width * size if size < _SCORE else 0
     summed = output + converted if atomic else 0
     selection = (tokens * layer.experts + (0 if decodes else 2 * pairs)) * _SCORE
@@ -320,7 +338,7 @@ def _ours(device: Device, layer: LayerShape, tokens: int, share: float, dtype: s
     traffic += summed * _misses(device, output)
     traffic += tokens * layer.width * min(size, _SCORE)  # the result
     cached = tiles * layer.matrices * layer.size * layer.width * size  # weights, once a tile
-    cached += between + gathered + summed + selection
+    cached += between + summed + selection
     if atomic:
         sums = pairs * layer.width * _SCORE / (device.cache * _ATOMIC_EFFICIENCY)
     else:
@@ -330,10 +348,69 @@ def _ours(device: Device, layer: LayerShape, tokens: int, share: float, dtype: s
     return Estimate.of(
         arithmetic / (device.rates[dtype] * _EXPERT_EFFICIENCY[dtype]),
         _memory(device, traffic),
-        cached / (device.cache * _CACHE_EFFICIENCY),
+        cached / (device.cache * _CACHE_EFFICIENCY) + gathered / (device.cache * _GATHER_EFFICIENCY),
         sums,
         launches * _LAUNCH,
     )
+
+
+def _spread(device: Device, layer: LayerShape, tokens: int, share: float, dtype: str) -> Estimate:
+    size = _BYTES[dtype]
+    pairs, matrices = tokens * layer.experts * share, layer.matrices - 1
+    used, tiles, rows = _work(device, layer, tokens, share, dtype, few=False)
+    arithmetic = 2 * tiles * rows * matrices * layer.width * _padded(layer.size, tokens, dtype, few=False)
+    hidden = tokens * layer.hidden * size
+    between = (2 + share) * hidden  # filled with zeros, written where something runs, and read
+    gathered = pairs * layer.width * size * _blocks(layer)
+    selection = (tokens * layer.experts + 2 * pairs) * _SCORE
+    weights = layer.width * layer.hidden * (matrices * used + 1)
+    traffic = (weights + 2 * tokens * layer.width) * size + selection
+    traffic += between * _misses(device, hidden) + gathered * _misses(device, tokens * layer.width * size)
+    cached = tiles * matrices * layer.size * layer.width * size + between + selection
+    return Estimate.of(
+        arithmetic / (device.rates[dtype] * _EXPERT_EFFICIENCY[dtype]),
+        _memory(device, traffic),
+        cached / (device.cache * _CACHE_EFFICIENCY) + gathered / (device.cache * _GATHER_EFFICIENCY),
+        0.0,
+        (_PLAN_LAUNCHES + 3) * _LAUNCH,
+        then=2 * tokens * layer.width * layer.hidden / (device.rates[dtype] * _DENSE_EFFICIENCY[dtype]),
+    )
+
+
+def _masked(device: Device, layer: LayerShape, tokens: int, share: float, dtype: str) -> Estimate:
+    """The dense layer, whose activation passes over the hidden values once more than its estimate has it."""
+    dense = _dense(device, layer, tokens, dtype)
+    hidden = tokens * layer.hidden * _BYTES[dtype]
+    read = share * (layer.matrices - 1) * hidden
+    traffic = (hidden + read) * _misses(device, hidden) + tokens * layer.experts * _SCORE
+    # The pass is a kernel of its own: nothing else goes on meanwhile.
+    return Estimate.of(
+        dense.parts["arithmetic"], dense.parts["memory"], 0.0, _memory(device, traffic), dense.parts["launches"]
+    )
+
+
+_WAYS: Mapping[Way, Callable[[Device, LayerShape, int, float, str], Estimate]] = {
+    "experts": _experts,
+    "spread": _spread,
+    "masked": _masked,
+}
+"""From the one that computes least to the one that computes most."""
+
+
+def _work(
+    device: Device, layer: LayerShape, tokens: int, share: float, dtype: str, *, few: bool = True
+) -> tuple[float, float, int]:
+    """The share of the experts that some token selects, tiles of their tokens, and the rows of each."""
+    used = 1.0 - (1.0 - share) ** tokens
+    rows = _rows(device, tokens, dtype, few=few)
+    # Of every expert's last tile half is empty, more or less; with every token in it, its tokens are known.
+    tiles = layer.experts * min(max(used, tokens * share / rows + used / 2), math.ceil(tokens / rows))
+    return used, tiles, rows
+
+
+def _blocks(layer: LayerShape) -> int:
+    """How often rows of x are read for an expert, whose neurons take several tiles, half as wide if gated."""
+    return math.ceil(layer.size / (_WIDEST // (layer.matrices - 1)))
 
 
 def _memory(device: Device, traffic: float) -> float:
@@ -345,9 +422,9 @@ def _misses(device: Device, held: float) -> float:
     return max(0.0, 1.0 - device.cache_size / 2 / held) if held else 0.0
 
 
-def _rows(device: Device, tokens: int, dtype: str) -> int:
-    """Tokens in a tile: as `surgeon.kernels.triton.tiles` chooses. One token is not multiplied by tiles."""
-    if tokens == 1:
+def _rows(device: Device, tokens: int, dtype: str, *, few: bool = True) -> int:
+    """Tokens in a tile: as `surgeon.kernels.triton.tiles` chooses. `few`: one token is not multiplied by tiles."""
+    if tokens == 1 and few:
         return 1
     most = device.rows if dtype != "float32" or device.hopper else device.rows // 2
     wanted = math.ceil(tokens / 4)
@@ -361,11 +438,12 @@ def _most_fused(device: Device, gated: bool, dtype: str) -> int:
     return _WIDEST // (2 if gated else 1)
 
 
-def _padded(size: int, tokens: int) -> int:
-    """Neurons that are computed for an expert, as in `surgeon.kernels.triton.tiles`."""
-    if tokens == 1:
+def _padded(size: int, tokens: int, dtype: str, *, few: bool = True) -> int:
+    """Neurons that are computed for an expert, as in `surgeon.kernels.triton.tiles`; `few`: unlike many if they are."""
+    if tokens == 1 and few:
         return size
-    if tokens <= _FEW_TOKENS or size > _WIDEST:
-        step = 16 if tokens <= _FEW_TOKENS else _WIDEST
+    few = few and tokens <= _FEW_TOKENS
+    if few or size > _WIDEST:
+        step = 16 if few else _WIDEST
         return math.ceil(size / step) * step
-    return max(16, 1 << (size - 1).bit_length())
+    return max(_NARROWEST[dtype], 1 << (size - 1).bit_length())

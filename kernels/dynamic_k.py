@@ -100,14 +100,12 @@ def _dynamic_k_ffn(*given: Any) -> Tensor:
 
 
 def _by_triton(args: _Arguments) -> Tensor | None:
-    """The operator by Triton's kernels, or by the dense product where that is faster; None where they do not run."""
+    """The operator by Triton's kernels; None where they do not run."""
     rows, experts = args.rows, args.experts
     if not triton.chosen(rows, experts, args.activation):
         return None
-    if triton.dense_is_faster(rows, experts):
-        return _masked(args)
-    ordered = torch.are_deterministic_algorithms_enabled()
-    y = triton.forward(rows, *args.selection, experts, args.b2, args.activation, ordered=ordered)
+    ordered, way = torch.are_deterministic_algorithms_enabled(), triton.fastest_way(rows, experts)
+    y = triton.forward(rows, *args.selection, experts, args.b2, args.activation, way=way, ordered=ordered)
     return y.view(args.shape)
 
 

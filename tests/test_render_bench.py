@@ -110,10 +110,10 @@ def test_a_prediction_says_that_it_is_one_and_what_it_assumes() -> None:
     shown = lines(benchmark_view(found))
     assert max(map(len, shown)) <= 100
     assert shown[0] == "A model, not a measurement."
-    assert sum(line.startswith("assumed: ") for line in shown) == 4
+    assert sum(line.startswith("assumed: ") for line in shown) == 5
     assert any("NVIDIA H100 data sheet" in line for line in shown)
     at = shown.index(next(line for line in shown if line.startswith("bfloat16, 8,192 tokens  dense ")))
-    assert shown[at + 1].split() == ["size", "5.0%", "10%", "20%", "50%", "100%", "up", "to"]
+    assert shown[at + 1].split() == ["size", "5.0%", "10%", "20%", "50%", "100%", "up", "to", "way"]
     assert [line.split()[0] for line in shown[at + 2 : at + 6]] == ["128", "24", "6", "best"]
     best = shown[at + 5].split()
     assert (best[1], best[-1]) == ("128", "dense")

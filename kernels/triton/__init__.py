@@ -1,26 +1,35 @@
 """The Triton kernels of the dynamic-k FFN, for NVIDIA and AMD graphics processors.
 
-`chosen`, `dense_is_faster`, `supports`, `forward` and `backward` are all there is to call; importing this module
-imports no Triton. The operator takes them on a GPU unless `SURGEON_GPU=torch` is set, or they should lose to the dense
-product (see the end) and `SURGEON_GPU=triton` is not set.
+`chosen`, `fastest_way`, `supports`, `forward` and `backward` are all there is to call; importing this module imports no
+Triton. The operator takes them on a GPU unless `SURGEON_GPU=torch` is set.
 
-How it computes: `plan` sorts the selected (token, expert) pairs by expert on the device, without the host waiting for
-their number. The forward pass multiplies tiles of them, whose rows of x are gathered, and adds up what the pairs of a
-token give. Where the output in fp32 fits in half of the L2 cache it adds to it atomically, in one kernel, or in two
-with the hidden values in memory: where one would leave processors idle, or an expert has more neurons than it can
-hold (128; half if gated; in fp32 half, none on an H100). Where it does not fit, and where
-`torch.use_deterministic_algorithms` asks for it, every pair's output is written, rounded to the dtype of x, and added
-up in fp32 in a fixed order. Up to 16 tokens are decoded: one kernel, no plan. The backward pass computes hidden
-values anew; its gradient of x is added up likewise.
+There are three ways. *Expert by expert*, only what is selected is computed: `plan` sorts the selected (token, expert)
+pairs by expert on the device, without the host waiting for their number. The forward pass multiplies tiles of them,
+whose rows of x are gathered, and adds up what the pairs of a token give. Where the output in fp32 fits in half of the
+L2 cache it adds to it atomically, in one kernel, or in two with the hidden values in memory: where one would leave
+processors idle, or an expert has more neurons than it can hold (128; half if gated; in fp32 half, none on an H100).
+Where it does not fit, and where `torch.use_deterministic_algorithms` asks for it, every pair's output is written,
+rounded to the dtype of x, and added up in fp32 in a fixed order. Up to 16 tokens are decoded: one kernel, no plan.
+
+What a pair costs to add up does not depend on how few neurons it has, so small experts lose more there than they save.
+*Spread*, the hidden values of the pairs that run are computed likewise and put in their places among zeros; the second
+product is torch's, of the dense layer. *Masked*, both products are, and one kernel between them computes the activation
+of what is selected and clears the rest: not slower than the dense layer, nor faster.
+
+`fastest_way` chooses by `cost_model`, on GPUs it knows. `SURGEON_GPU=triton` asks for expert by expert in any case.
+The backward pass goes expert by expert; it computes hidden values anew, and its gradient of x is added up likewise.
 
 | kernels launched | plan | then |
 | --- | --- | --- |
 | forward, up to 16 tokens | 0 | 1 |
 | forward, atomic: fused or in two kernels | 4 | 1 or 2 |
 | forward, ordered | 4 for each range of tokens | 1, and 2 for each range of columns |
+| forward, spread | 4 | 1, beside torch's product |
+| forward, masked | 0 | 1, beside torch's products |
 | backward | 4 | 1, and 1 for x (2 if ordered), and 2 for the weights (3 if gated) |
 
-Besides, PyTorch fills the fp32 output with the bias, and converts it if x is of a half type: one launch each.
+Besides, PyTorch fills the fp32 output with the bias, and converts it if x is of a half type: one launch each. If
+spread, it fills the hidden values with zeros.
 
 Memory, which must be had for every pair because the host does not know how many run: 4 bytes per pair for the plan, 8
 if ordered; one hidden value in the dtype of x per neuron and token for the forward in two kernels, as in the dense
@@ -41,9 +50,7 @@ interpreter and compile them for sm_80, sm_90, sm_100 and gfx942, reading off re
 instructions. That says nothing of speed on sm_80, sm_100 and gfx942, whose tile sizes are estimates, nor of races
 there.
 
-Small experts gain little: below 16 neurons, tiles are padded to 16, which `tl.dot` needs, and the padding is computed;
-and what a pair costs to add up does not depend on the neurons. Where that should lose to the dense product,
-`dense_is_faster` says so.
+Below 16 neurons, tiles are padded to 16, which `tl.dot` needs, and the padding is computed.
 """
 
 from __future__ import annotations
@@ -57,9 +64,10 @@ import torch
 from torch import Tensor
 
 from .. import cost_model
+from ..cost_model import Way
 from ..torch_backend import Experts, Gradients
 
-__all__ = ["available", "backward", "chosen", "dense_is_faster", "forward", "supports"]
+__all__ = ["available", "backward", "chosen", "fastest_way", "forward", "supports"]
 
 log = logging.getLogger("surgeon")
 
@@ -117,26 +125,24 @@ def chosen(x: Tensor, experts: Experts, activation: str) -> bool:
     return why is None
 
 
-def dense_is_faster(x: Tensor, experts: Experts) -> bool:
-    """Whether computing every expert and masking should be faster, by `cost_model`, on a GPU that it knows.
+def fastest_way(x: Tensor, experts: Experts) -> Way:
+    """The way that should be fastest by `cost_model`, on a GPU that it knows; expert by expert on others.
 
     That depends on how much is selected, which the host does not know: a fifth is assumed. `SURGEON_GPU=triton` asks
-    for the kernels in any case.
+    for expert by expert in any case.
     """
     if x.device.type != "cuda" or os.environ.get("SURGEON_GPU") == "triton":
-        return False
+        return "experts"
     gated, dtype = experts.gate is not None, str(x.dtype).removeprefix("torch.")
-    return _dense_is_faster(torch.cuda.get_device_name(x.device), x.shape[0], *experts.w1.shape, gated, dtype)
+    return _fastest_way(torch.cuda.get_device_name(x.device), x.shape[0], *experts.w1.shape, gated, dtype)
 
 
 @lru_cache(4096)
-def _dense_is_faster(name: str, tokens: int, count: int, neurons: int, width: int, gated: bool, dtype: str) -> bool:
+def _fastest_way(name: str, tokens: int, count: int, neurons: int, width: int, gated: bool, dtype: str) -> Way:
     device = cost_model.find_gpu(name)
     if device is None or tokens == 0:
-        return False
-    return cost_model.masking_is_faster(
-        device, cost_model.LayerShape(width, count * neurons, neurons, gated), tokens, dtype
-    )
+        return "experts"
+    return cost_model.fastest_way(device, cost_model.LayerShape(width, count * neurons, neurons, gated), tokens, dtype)
 
 
 @cache
@@ -152,6 +158,7 @@ def forward(
     b2: Tensor | None,
     activation: str,
     *,
+    way: Way = "experts",
     ordered: bool = False,
 ) -> Tensor:
     """Return Σ over selected experts of h_e w2_e, plus b2: a new contiguous tensor [N, d_out] in the dtype of `x`.
@@ -167,11 +174,12 @@ def forward(
         experts: the weights, same dtype as `x`.
         b2: [d_out] or None.
         activation: one of `elementwise.ACTIVATIONS`.
-        ordered: add up experts in a fixed order, so that equal inputs give equal bits.
+        way: what of it is computed expert by expert, and what densely.
+        ordered: add up experts in a fixed order, so that equal inputs give equal bits; dense products do anyway.
     """
     from . import host
 
-    return host.forward(x, scores, threshold, experts, b2, activation, ordered=ordered)
+    return host.forward(x, scores, threshold, experts, b2, activation, way=way, ordered=ordered)
 
 
 def backward(

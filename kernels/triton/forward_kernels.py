@@ -1,4 +1,4 @@
-"""Kernels of the forward pass over tiles of a plan: fused, or split in two with the hidden values in memory.
+"""Kernels of the forward pass: over tiles of a plan, fused or split in two with the hidden values in memory, or a mask.
 
 Programs share out the tiles of a `Plan`: program p takes items p, p + programs, … until the count found on the device.
 All offsets into tensors are 64-bit. Rows of a tile that belong to no pair are loaded as zero and never stored, so what
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import gated_activation
+from .plan import runs
 
 
 @triton.jit
@@ -110,10 +111,13 @@ def fused(
 @triton.jit
 def hidden(
     x, w1, b1, gate, b_gate, h, start, first_tile, expert_of_tile, token_of_slot, E, s, d_in,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, SPREAD: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Write the hidden values h [slots, s]. An item is a tile and a block of NEURONS."""
+    """Write the hidden values h [slots, s], or if SPREAD to their places in h [N, E, s], which must hold zeros.
+
+    An item is a tile and a block of NEURONS.
+    """
     blocks = tl.cdiv(s, NEURONS)
     for item in range(tl.program_id(0).to(tl.int64), tl.load(first_tile + E) * blocks, tl.num_programs(0)):
         expert, slot, there, token = rows_of(item // blocks, start, first_tile, expert_of_tile, token_of_slot, ROWS)
@@ -124,7 +128,10 @@ def hidden(
         )  # fmt: skip
         value = gated_activation(up, z, gate, ACTIVATION)
         inside = there[:, None] & (neuron < s)[None, :]
-        tl.store(h + slot[:, None] * s + neuron[None, :], value.to(h.dtype.element_ty), mask=inside)
+        row = slot
+        if SPREAD:
+            row = token * E + expert
+        tl.store(h + row[:, None] * s + neuron[None, :], value.to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -169,6 +176,29 @@ def combine(
             tl.store(out + slot[:, None] * width + place[None, :], y.to(out.dtype.element_ty), mask=inside)
         else:
             tl.atomic_add(out + token[:, None] * d + column[None, :], y, mask=inside, sem="relaxed")
+
+
+@triton.jit
+def mask(
+    h, z, scores, threshold, E,
+    ACTIVATION: tl.constexpr, COMPARE: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """h = act(h), or act(z) · h if z is given, in place, and 0 where the expert of a neuron does not run: [N, E · S].
+
+    A program for each token and block of COLUMNS. What does not run is not read.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    known = column < E * S
+    score = tl.load(scores + token * E + column // S, mask=known, other=0.0)
+    on = known & runs(score, tl.load(threshold + token), COMPARE)
+    at = token * E * S + column
+    up = tl.load(h + at, mask=on, other=0.0).to(tl.float32)
+    gate = up
+    if z is not None:
+        gate = tl.load(z + at, mask=on, other=0.0).to(tl.float32)
+    # All activations are 0 at 0.
+    tl.store(h + at, gated_activation(up, gate, z, ACTIVATION).to(h.dtype.element_ty), mask=known)
 
 
 @triton.jit

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ..cost_model import Way
 from ..torch_backend import Experts, Gradients
 from . import backward_kernels as _backward
 from . import decode_kernels as _decode
@@ -40,12 +42,19 @@ def forward(
     b2: Tensor | None,
     activation: str,
     *,
+    way: Way = "experts",
     ordered: bool = False,
 ) -> Tensor:
     """See `surgeon.kernels.triton.forward`."""
     x, scores, threshold = x.contiguous(), scores.contiguous(), threshold.contiguous()
     experts, chip = _contiguous(experts), launch.chip(x.device)
     (tokens, _), (count, neurons, _), d_out = x.shape, experts.w1.shape, experts.w2.shape[2]
+    if way != "experts" and tokens:
+        if way == "masked":
+            h = _masked(x, scores, threshold, experts, activation)
+        else:
+            h = _hidden(x, _plan.plan(scores, threshold, _rows(x)), experts, activation, spread=True)
+        return F.linear(h.view(tokens, count * neurons), experts.flat().w2.t(), b2)
     decodes = tokens <= _decode.MOST_TOKENS and not ordered
     if not decodes and (ordered or not _tiles.adds_atomically(chip, tokens, d_out)):
         ordered_out = x.new_empty(tokens, d_out)
@@ -160,18 +169,37 @@ def _fused_into(out: Tensor, x: Tensor, plan: Plan, experts: Experts, activation
     )
 
 
-def _hidden(x: Tensor, plan: Plan, experts: Experts, activation: str) -> Tensor:
-    """The hidden values [slots, s], in memory as large as those of the dense FFN."""
+def _hidden(x: Tensor, plan: Plan, experts: Experts, activation: str, *, spread: bool = False) -> Tensor:
+    """The hidden values [slots, s], or if `spread` [N, E, s] with zeros: as much memory as in the dense FFN."""
     (count, neurons, d_in), chip = experts.w1.shape, launch.chip(x.device)
     sizes = _tiles.hidden(chip, x.dtype, plan.rows, neurons, products=1 if experts.gate is None else 2)
-    h = x.new_empty(plan.token_of_slot.shape[0], neurons)
+    h = x.new_zeros(x.shape[0], count, neurons) if spread else x.new_empty(plan.token_of_slot.shape[0], neurons)
     launch.launch(
         _forward.hidden,
         (_tiles.programs(chip, sizes),),
         *(x, *experts[:4], h, *plan.tiles(), count, neurons, d_in),
         ACTIVATION=activation,
+        SPREAD=spread,
         **sizes.constants("rows", "neurons", "depth"),
         **_arithmetic(x),
+    )
+    return h
+
+
+def _masked(x: Tensor, scores: Tensor, threshold: Tensor, experts: Experts, activation: str) -> Tensor:
+    """The hidden values [N, E · s] of the dense FFN, zero for experts that do not run."""
+    (tokens, count), neurons, flat = scores.shape, experts.w1.shape[1], experts.flat()
+    h = F.linear(x, flat.w1, flat.b1)
+    z = None if flat.gate is None else F.linear(x, flat.gate, flat.b_gate)
+    sizes = _tiles.mask(count * neurons)
+    launch.launch(
+        _forward.mask,
+        (tokens, triton.cdiv(count * neurons, sizes.columns)),
+        *(h, z, scores, threshold, count),
+        ACTIVATION=activation,
+        COMPARE=_plan.comparison_type(scores, threshold),
+        S=neurons,
+        **sizes.constants("columns"),
     )
     return h
 

@@ -146,6 +146,11 @@ def reduce(width: int) -> Tiles:
     return Tiles(8, 0, 0, min(256, triton.next_power_of_2(width)), 1, 2)
 
 
+def mask(width: int) -> Tiles:
+    """Of `forward_kernels.mask`: a part of a token's hidden values, of which a thread reads 16 bytes in half types."""
+    return Tiles(1, 0, 0, min(1024, triton.next_power_of_2(width)), 4, 1)
+
+
 def grad_weight(chip: Chip, dtype: torch.dtype, neurons: int) -> Tiles:
     """Of `backward_kernels.grad_weight`: an accumulator of neurons × columns and a sum over the pairs of an expert."""
     wide = _padded(neurons, 64)

@@ -108,7 +108,7 @@ def bench(
     {milliseconds, error, why}}, gain, kernel_gain, ceiling, limit, limited_by, of_limit}]}; with DIR {model, batch,
     length, machine, times: {dense, compiled, why, settings: [{tau, executed, ours, compiled, torch, gain}]},
     notes}; with --model {device, width, hidden, gated, points: [{dtype, tokens, size, share, dense, dense_bound,
-    ours, ours_bound, gain}], advice: [{dtype, tokens, best, break_even}], assumptions}; with --model list
+    ours, ours_bound, gain, way}], advice: [{dtype, tokens, best, break_even}], assumptions}; with --model list
     {devices}. Times are milliseconds.
     """
     from surgeon.errors import UsageError

@@ -27,6 +27,7 @@ from surgeon.kernels.cost_model import (
     Bound,
     Device,
     LayerShape,
+    Way,
     best_size,
     break_even,
     find_device,
@@ -84,7 +85,7 @@ class SurgeryBenchmark:
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a device should take, milliseconds, what bounds each, and the ratio dense / ours."""
+    """What a device should take, milliseconds, what bounds each, the ratio dense / ours, and the way ours goes."""
 
     dtype: str
     tokens: int
@@ -95,6 +96,7 @@ class Predicted:
     ours: float
     ours_bound: Bound
     gain: float
+    way: Way
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,7 @@ def bench_model(name: str, options: BenchOptions) -> ModelBenchmark:
                     1000 * found.ours.seconds,
                     found.ours.bound,
                     found.ratio,
+                    found.way,
                 )
             )
         first, sizes = shapes[0], [shape.size for shape in shapes]

@@ -149,13 +149,15 @@ def model_view(found: ModelBenchmark) -> RenderableType:
         shares = list(advice.best)
         table = grid(
             *(["right"] * (2 + len(shares))),  # type: ignore[arg-type]
-            header=("size", *(percent(share) for share in shares), "up to"),
+            "left",
+            header=("size", *(percent(share) for share in shares), "up to", "way"),
         )
         for size, limit in advice.break_even.items():
             row = {p.share: p for p in points if p.size == size}
-            table.add_row(str(size), *(_prediction(row[share]) for share in shares), percent(limit))
+            way = row[shares[0]].way
+            table.add_row(str(size), *(_prediction(row[share]) for share in shares), percent(limit), way)
         best = ("dense" if size is None else str(size) for size in advice.best.values())
-        table.add_row(dim("best"), *(Text(one, style="bold") for one in best), "")
+        table.add_row(dim("best"), *(Text(one, style="bold") for one in best), "", "")
         lines.append(table)
     return Group(
         *lines, Text(""), sentences(_MODEL_LEGEND, indent=0), sentences(found.assumptions, indent=0, sign="assumed: ")

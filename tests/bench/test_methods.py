@@ -92,9 +92,9 @@ def test_the_kernels_can_be_asked_for_where_the_dense_product_should_be_faster(m
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     x = Namespace(device=torch.device("cuda"), shape=(2048, 768), dtype=torch.bfloat16)
     experts = Namespace(w1=torch.empty(128, 24, 768, device="meta"), gate=None)
-    for asked, faster in (("", True), ("triton", False)):
+    for asked, way in (("", "masked"), ("triton", "experts")):
         monkeypatch.setenv("SURGEON_GPU", asked)
-        assert triton.dense_is_faster(x, experts) == faster  # type: ignore[arg-type]
-    experts.w1 = torch.empty(24, 128, 768, device="meta")
+        assert triton.fastest_way(x, experts) == way  # type: ignore[arg-type]
+    x.shape = (8, 768)
     monkeypatch.delenv("SURGEON_GPU")
-    assert not triton.dense_is_faster(x, experts)  # type: ignore[arg-type]
+    assert triton.fastest_way(x, experts) == "experts"  # type: ignore[arg-type]

@@ -16,9 +16,9 @@ from surgeon.kernels.cost_model import (
     LayerShape,
     best_size,
     break_even,
+    fastest_way,
     find_device,
     find_gpu,
-    masking_is_faster,
     predict,
 )
 
@@ -48,13 +48,13 @@ def test_one_token_takes_as_long_as_reading_the_weights() -> None:
 
 
 def test_many_tokens_take_as_long_as_the_arithmetic() -> None:
-    found = predict(H100, BERT, 8192, 1.0)
+    found = predict(H100, BERT, 8192, 1.0, way="experts")
     flops = 2 * 8192 * 2 * 768 * 3072
     assert found.dense.bound == "arithmetic"
     assert found.dense.seconds == pytest.approx(flops / (0.7 * 989e12) + 3 * 5e-6)
     assert found.ours.parts["arithmetic"] == pytest.approx(flops / (0.5 * 989e12))  # 64 full tiles of 128 rows
     assert found.ours.parts["launches"] == pytest.approx(7 * 5e-6)  # the output does not fit in the cache
-    assert predict(H100, BERT, 4096, 1.0).ours.parts["launches"] == pytest.approx(7 * 5e-6)
+    assert predict(H100, BERT, 4096, 1.0, way="experts").ours.parts["launches"] == pytest.approx(7 * 5e-6)
 
 
 def test_a_small_layer_takes_as_long_as_its_launches() -> None:
@@ -71,17 +71,18 @@ def test_one_token_is_not_padded() -> None:
 
 
 def test_small_experts_pay_for_their_padding() -> None:
-    def arithmetic(size: int) -> float:
-        return predict(H100, LayerShape(768, 3072, size), 8192, 1.0).ours.parts["arithmetic"]
+    def arithmetic(size: int, dtype: str = "bfloat16") -> float:
+        return predict(H100, LayerShape(768, 3072, size), 8192, 1.0, dtype, way="experts").ours.parts["arithmetic"]
 
     assert arithmetic(6) == pytest.approx(16 / 6 * arithmetic(16))
     assert arithmetic(24) == pytest.approx(32 / 24 * arithmetic(32))
     assert arithmetic(16) == pytest.approx(arithmetic(128))
     assert arithmetic(384) == pytest.approx(arithmetic(128))
+    assert arithmetic(24, "float32") == pytest.approx(64 / 24 * arithmetic(64, "float32"))
 
 
 def test_an_output_that_outgrows_the_cache_is_added_up_in_memory() -> None:
-    few, many = (predict(H100, BERT, n, 0.3).ours for n in (8_000, 80_000))
+    few, many = (predict(H100, BERT, n, 0.3, way="experts").ours for n in (8_000, 80_000))
     pairs = 8_000 * 24 * 0.3
     # 8,000 · 768 · 4 bytes fit in half of the cache: what is read is weights, rows, scores, plan, and the result.
     once = 2 * BERT.weights + 2 * 2 * 8_000 * 768 + 4 * (8_000 * 24 + 2 * pairs)
@@ -141,16 +142,43 @@ def test_the_best_size_is_the_fastest_and_dense_wins_where_it_is_faster() -> Non
     assert cheap.size == 16
 
 
-def test_the_dense_layer_is_masked_where_small_experts_would_lose() -> None:
-    def sizes(tokens: int) -> list[int]:
-        return [n for n in (6, 24, 128, 256) if masking_is_faster(H100, LayerShape(768, 3072, n), tokens, "bfloat16")]
+def test_the_way_is_the_one_that_was_fastest_on_an_h100() -> None:
+    def ways(tokens: int, width: int = 768, hidden: int = 3072, *, gated: bool = False) -> list[str]:
+        sizes = (512, 128, 32) if gated else (256, 128, 24, 6)
+        return [fastest_way(H100, LayerShape(width, hidden, size, gated), tokens) for size in sizes]
 
-    # As measured: examples/speed/results/h100.
-    assert sizes(1) == sizes(8) == []
-    assert sizes(2048) == sizes(16384) == [6, 24]
-    # The less is selected, the better ours.
-    assert not masking_is_faster(H100, LayerShape(768, 3072, 24), 2048, "bfloat16", share=0.01)
-    assert masking_is_faster(H100, BERT, 16384, "bfloat16", share=0.9)
+    assert ways(1) == ["experts"] * 4
+    assert ways(512) == ways(2048) == ["masked"] * 4
+    assert ways(16384) == ["experts", "spread", "masked", "masked"]
+    assert ways(2048, 4096, 14336, gated=True) == ["experts", "spread", "spread"]
+    assert ways(8192, 4096, 14336, gated=True) == ["experts", "spread", "spread"]
+    # The less is selected, the less pays whoever computes nothing else.
+    assert fastest_way(H100, LayerShape(768, 3072, 24), 16384, share=0.001) == "experts"
+    assert fastest_way(H100, BERT, 16384, share=0.9) == "masked"
+
+
+def test_the_way_does_not_depend_on_what_is_selected() -> None:
+    found = [predict(H100, BERT, 16384, share) for share in (0.01, 0.2, 1.0)]
+    assert {one.way for one in found} == {"spread"}
+    assert found[0].ours.seconds < found[1].ours.seconds < found[2].ours.seconds
+
+
+def test_spread_computes_the_second_product_whole() -> None:
+    layer, share = LayerShape(4096, 16384, 128, gated=True), 0.25
+    found = predict(H100, layer, 8192, share, way="spread").ours
+    product = 2 * 8192 * 4096 * 16384  # FLOP of one of three
+    by_expert = 2 * (8192 * share / 128 + 0.5) * 128 * product / 8192
+    expected = by_expert / (0.5 * 989e12) + product / (0.7 * 989e12)
+    assert found.parts["arithmetic"] == pytest.approx(expected)
+    assert found.parts["sums"] == 0.0
+    assert found.parts["launches"] == pytest.approx(7 * 5e-6)
+
+
+def test_masked_costs_as_much_whatever_is_selected_but_for_what_is_read() -> None:
+    layer = LayerShape(4096, 16384, 128, gated=True)
+    few, every = (predict(H100, layer, 8192, share, way="masked") for share in (0.01, 1.0))
+    assert few.dense.seconds < few.ours.seconds < every.ours.seconds < 1.2 * few.dense.seconds
+    assert few.ours.parts["arithmetic"] == few.dense.parts["arithmetic"]
 
 
 def test_a_gpu_is_known_by_what_torch_calls_it() -> None:
@@ -172,4 +200,4 @@ def test_what_is_not_known_is_refused() -> None:
         with pytest.raises(UsageError, match=words.replace("(", r"\(")):
             call()
     assert find_device("H100") is H100
-    assert len(ASSUMPTIONS) == 4
+    assert len(ASSUMPTIONS) == 5

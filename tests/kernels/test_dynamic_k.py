@@ -219,13 +219,20 @@ def test_single_precision_is_close() -> None:
     torch.testing.assert_close(dynamic_k_ffn(*args).double(), oracle(*args), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_on_a_gpu_the_dense_product_is_taken_where_it_is_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["experts", "spread", "masked"])
+def test_on_a_gpu_the_way_is_taken_that_should_be_fastest(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments((2, 9), gated=True)
+    asked = []
+
+    def forward(x: torch.Tensor, *_: object, **how: object) -> torch.Tensor:
+        asked.append(how)
+        return torch.full((len(x), 7), 5.0).to(x.dtype)
+
     monkeypatch.setattr(dynamic_k.triton, "chosen", lambda *_: True)
-    monkeypatch.setattr(dynamic_k.triton, "dense_is_faster", lambda *_: faster)
-    monkeypatch.setattr(dynamic_k.triton, "forward", lambda x, *_, ordered: torch.full((len(x), 7), 5.0).to(x.dtype))
+    monkeypatch.setattr(dynamic_k.triton, "fastest_way", lambda *_: way)
+    monkeypatch.setattr(dynamic_k.triton, "forward", forward)
     found = dynamic_k._by_triton(dynamic_k._Arguments(*args))
-    torch.testing.assert_close(found, oracle(*args) if faster else torch.full_like(oracle(*args), 5.0))
+    torch.testing.assert_close(found, torch.full_like(oracle(*args), 5.0))
+    assert asked == [{"way": way, "ordered": False}]
     monkeypatch.setattr(dynamic_k.triton, "chosen", lambda *_: False)
     assert dynamic_k._by_triton(dynamic_k._Arguments(*args)) is None

@@ -39,7 +39,7 @@ class Case:
     """Random arguments and how to compute with them.
 
     Attributes:
-        way: "fused", "split" or "ordered"; up to 16 tokens are decoded unless it is "ordered".
+        way: "fused", "split", "ordered", "spread" or "masked"; up to 16 tokens are decoded if it is "fused" or "split".
         tile: neurons, depth and columns of every tile, so that small sizes take several.
         rows: of a tile.
         programs: how many share out the tiles.
@@ -68,6 +68,11 @@ class Case:
     seed: int = 0
     room: int | None = None
     device: str = "cpu"
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """Its way, for `forward`."""
+        return {"way": self.way if self.way in ("spread", "masked") else "experts", "ordered": self.way == "ordered"}
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Experts, Tensor | None]:
         """x, scores, threshold, experts, b2."""
@@ -113,7 +118,7 @@ def forced(case: Case) -> Iterator[None]:
     small = tiles.Tiles(case.rows, case.tile, case.tile, case.tile, 4, 2)
     whole = small._replace(neurons=tiles._padded(case.neurons, 1024))
     with ExitStack() as stack:
-        names = ("hidden", "combine", "grad_weight")
+        names = ("hidden", "combine", "mask", "grad_weight")
         sizes = {name: lambda *_, **__: small for name in names}
         decoding = small._replace(rows=16, neurons=16 if case.tokens > 1 else 4)
         sizes |= {"fused": lambda *_, **__: whole, "decode": lambda *_, **__: decoding}
@@ -167,7 +172,7 @@ def check_forward(case: Case) -> None:
     arguments = case.arguments()
     assert module().supports(arguments[0], arguments[3], case.activation) is None
     with forced(case):
-        found = module().forward(*arguments, case.activation, ordered=case.way == "ordered")
+        found = module().forward(*arguments, case.activation, **case.how)
     assert found.is_contiguous()
     assert_close(found, reference(*arguments, case.activation), case.dtype, "output")
 
@@ -181,7 +186,7 @@ def check_nan(case: Case, where: str) -> None:
         scores[row] = 1.0
     arguments = x, scores, threshold, experts, b2, case.activation
     with forced(case):
-        found = module().forward(*arguments, ordered=case.way == "ordered")
+        found = module().forward(*arguments, **case.how)
     assert found[row].isnan().all() == (where == "x")
     assert_close(found, reference(*arguments), case.dtype, "output")
 

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
+from surgeon.kernels.cost_model import Way
 from surgeon.kernels.torch_backend import Experts
 from surgeon.kernels.triton.launch import Chip
 
@@ -86,6 +87,7 @@ def pass_through(
     dtype: torch.dtype,
     *,
     gated: bool,
+    way: Way = "experts",
     ordered: bool = False,
     backward: bool = False,
 ) -> None:
@@ -103,7 +105,7 @@ def pass_through(
     if backward:
         module().backward(x, x, scores, threshold, weights, activation, ordered=ordered)
     else:
-        module().forward(x, scores, threshold, weights, empty(width), activation, ordered=ordered)
+        module().forward(x, scores, threshold, weights, empty(width), activation, way=way, ordered=ordered)
 
 
 def every_kernel(chip: Chip) -> list[Launch]:
@@ -113,8 +115,11 @@ def every_kernel(chip: Chip) -> list[Launch]:
             pass_through(tokens, 500, 50, 75, torch.bfloat16, gated=True)
         pass_through(40, 50, 200, 75, torch.bfloat16, gated=True)
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, ordered=True)
+        pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, way="spread")
+        pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, way="masked")
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, backward=True)
-    return list({(one.name, *(a is None for a in one.arguments)): one for one in launches}.values())
+    kinds = {(one.name, one.constants.get("SPREAD"), *(a is None for a in one.arguments)): one for one in launches}
+    return list(kinds.values())
 
 
 @dataclass(frozen=True)

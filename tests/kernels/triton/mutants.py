@@ -54,7 +54,8 @@ class Mutant:
 
 
 COUNT, ADD_BLOCKS = "def _count(", "def _add_blocks("
-ADD_FFN, HIDDEN, COMBINE, REDUCE = "def add_ffn(", "def hidden(", "def combine(", "def reduce("
+ADD_FFN, HIDDEN, COMBINE = "def add_ffn(", "def hidden(", "def combine("
+MASK, REDUCE = "def mask(", "def reduce("
 TOKENS, ONE = "def decode_tokens(", "def decode_one("
 SEM = 'sem="relaxed"'
 
@@ -85,6 +86,13 @@ CALCULATE = (
     Mutant("forward_kernels", "gated_activation(up, z, gate, ACTIVATION)", "gated_activation(up, z, None, ACTIVATION)",
            HIDDEN),
     Mutant("forward_kernels", "(item % blocks) * NEURONS", "(item % blocks) * 1", HIDDEN),
+    Mutant("forward_kernels", "row = token * E + expert", "row = token * E"),
+    Mutant("forward_kernels", "on = known & runs(score, tl.load(threshold + token), COMPARE)", "on = known"),
+    Mutant("forward_kernels", "token * E + column // S", "token * E + column % E", MASK),
+    Mutant("forward_kernels", "gate = tl.load(z + at", "gate = tl.load(h + at", MASK),
+    Mutant("forward_kernels", "gated_activation(up, gate, z, ACTIVATION)",
+           "gated_activation(up, gate, None, ACTIVATION)", MASK),
+    Mutant("forward_kernels", "known = column < E * S", "known = column < E * S - 1"),
     Mutant("forward_kernels", f"tl.atomic_add(out + token[:, None] * d + column[None, :], y, mask=inside, {SEM})",
            "tl.store(out + token[:, None] * d + column[None, :], y, mask=inside)"),
     Mutant("forward_kernels", "tl.load(w_gate + w_at", "tl.load(w + w_at", COMBINE),
@@ -129,6 +137,8 @@ CALCULATE = (
     Mutant("elementwise", "+ z * density", "- z * density"),
     Mutant("elementwise", "s + 1.702 * z", "s + z"),
     Mutant("host", "for first in range(0, d, step)", "for first in range(0, step, step)"),
+    Mutant("host", "x.new_zeros(x.shape[0], count, neurons)", "x.new_ones(x.shape[0], count, neurons)"),
+    Mutant("host", "F.linear(x, flat.gate, flat.b_gate)", "F.linear(x, flat.gate)"),
     Mutant("host", "out.zero_() if b2 is None else out.copy_(b2)", "out.zero_()"),
     Mutant("host", "_grad_weight(plan, found.gate, x,", "_grad_weight(plan, found.up, x,"),
 )  # fmt: skip
@@ -140,6 +150,7 @@ OVERFLOW = (
     Mutant("plan", "token.to(tl.int64)[:, None] * E", "token[:, None] * E", "def _fill("),
     Mutant("forward_kernels", "tl.load(expert_of_tile + tile).to(tl.int64)", "tl.load(expert_of_tile + tile)"),
     Mutant("forward_kernels", "mask=there, other=0).to(tl.int64)", "mask=there, other=0)", "def rows_of("),
+    Mutant("forward_kernels", "token = tl.program_id(0).to(tl.int64)", "token = tl.program_id(0)", MASK),
     Mutant("forward_kernels", "token = tl.program_id(0).to(tl.int64)", "token = tl.program_id(0)", REDUCE),
     Mutant("forward_kernels", "other=-1).to(tl.int64)", "other=-1)", REDUCE),
     Mutant("decode_kernels", "expert = (tl.program_id(0) // blocks).to(tl.int64)",
@@ -173,7 +184,7 @@ def checks(module: str) -> Iterator[Callable[[], None]]:
                 case = Case(tokens=tokens, experts=4, neurons=18, gated=gated, share=0.6)
                 yield lambda case=case: check_forward(case)
     if module in ("forward_kernels", "host"):
-        for way in ("fused", "split", "ordered"):
+        for way in ("fused", "split", "ordered", "spread", "masked"):
             # Two programs: an item and the one that goes on with the next tile are then not the same program's.
             case = Case(tokens=24, experts=3, neurons=20, gated=True, share=0.6, way=way, programs=2)
             yield lambda case=case: check_forward(case)

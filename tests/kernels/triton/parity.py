@@ -61,13 +61,13 @@ def few(examples: int) -> settings:
 
 
 @few(10)
-@given(case=cases(st.integers(17, 50), ("fused", "split", "ordered")))
+@given(case=cases(st.integers(17, 50), ("fused", "split", "ordered", "spread", "masked")))
 def test_prefill(case: Case) -> None:
     check_forward(case)
 
 
 @few(10)
-@given(case=cases(st.sampled_from([1, 1, 2, 5, 16]), ("fused", "fused", "ordered")))
+@given(case=cases(st.sampled_from([1, 1, 2, 5, 16]), ("fused", "fused", "ordered", "spread", "masked")))
 def test_decode(case: Case) -> None:
     check_forward(case)
 
@@ -97,13 +97,16 @@ def test_with_the_sizes_of_the_table(gated: bool) -> None:
     assert_close(found, reference(x, scores, threshold, experts, b2, activation), x.dtype, "output")
 
 
-@pytest.mark.parametrize(("tokens", "way"), [(1, "fused"), (7, "fused"), (20, "fused"), (20, "split"), (20, "ordered")])
+WAYS = [(1, "fused"), (9, "fused"), (20, "fused"), (20, "split"), (20, "ordered"), (20, "spread"), (20, "masked")]
+
+
+@pytest.mark.parametrize(("tokens", "way"), WAYS)
 def test_no_expert_gives_the_bias(tokens: int, way: str) -> None:
     case = Case(tokens=tokens, share=0, way=way)
     *arguments, b2 = case.arguments()
     with forced(case):
-        found = module().forward(*arguments, b2, "relu", ordered=way == "ordered")
-        zeros = module().forward(*arguments, None, "relu", ordered=way == "ordered")
+        found = module().forward(*arguments, b2, "relu", **case.how)
+        zeros = module().forward(*arguments, None, "relu", **case.how)
     assert torch.equal(found, b2.expand(tokens, -1))
     assert not zeros.any()
     b2.add_(1)
@@ -111,7 +114,7 @@ def test_no_expert_gives_the_bias(tokens: int, way: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["x", "scores", "threshold"])
-@pytest.mark.parametrize(("tokens", "way"), [(1, "fused"), (9, "fused"), (20, "fused"), (20, "split"), (20, "ordered")])
+@pytest.mark.parametrize(("tokens", "way"), WAYS)
 def test_a_nan_stays_in_its_row(where: str, tokens: int, way: str) -> None:
     check_nan(Case(tokens=tokens, way=way, experts=3, neurons=5, activation="relu"), where)
 
@@ -166,6 +169,8 @@ def test_ordered_sums_go_through_columns_and_tokens_in_ranges(tokens: int) -> No
 
 def test_no_tokens() -> None:
     x, scores, threshold, experts, b2 = Case(tokens=0, gated=True).arguments()
+    for way in ("experts", "spread", "masked"):
+        assert module().forward(x, scores, threshold, experts, b2, "silu", way=way).shape == (0, 37)
     for ordered in (False, True):
         assert module().forward(x, scores, threshold, experts, b2, "silu", ordered=ordered).shape == (0, 37)
         gradients = module().backward(torch.empty(0, 37), x, scores, threshold, experts, "silu", ordered=ordered)
@@ -177,11 +182,18 @@ def test_inputs_need_not_be_contiguous() -> None:
     case = Case(tokens=5, experts=3, neurons=4)
     x, scores, threshold, experts, b2 = case.arguments()
     twisted = Experts(*(t if t is None else torch.stack([t, t + 9], -1)[..., 0] for t in experts))
-    with forced(case):
-        found = module().forward(
-            x.t().contiguous().t(), scores.t().contiguous().t(), threshold[:1].expand(5), twisted, b2, "gelu"
-        )
-    assert_close(found, reference(x, scores, threshold, experts, b2, "gelu"), case.dtype, "output")
+    for way in ("experts", "spread", "masked"):
+        with forced(case):
+            found = module().forward(
+                x.t().contiguous().t(),
+                scores.t().contiguous().t(),
+                threshold[:1].expand(5),
+                twisted,
+                b2,
+                "gelu",
+                way=way,
+            )
+        assert_close(found, reference(x, scores, threshold, experts, b2, "gelu"), case.dtype, "output")
 
 
 @pytest.mark.slow

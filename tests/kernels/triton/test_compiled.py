@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import triton.language as tl
 
 from surgeon.kernels import cost_model
 from surgeon.kernels import triton as kernels
+from surgeon.kernels.cost_model import Way
 from surgeon.kernels.triton import launch, plan, tiles
 
 from .compiling import (
@@ -139,6 +141,8 @@ def whole_table(name: str, dtype: str) -> list[Launch]:
                     run(4096, 50, 256, ordered=True, backward=backward)
                 if not little and dtype == "bf16":
                     run(16, 10, 128, backward=backward)
+            run(4096, 50, 24, way="masked")
+            run(4096, 50, tiles.most_fused(chip, torch_dtype, gated=gated) or 64, way="spread")
             if not little:
                 run(1, 50, 128)
                 run(16, 50, 128)
@@ -149,12 +153,10 @@ def whole_table(name: str, dtype: str) -> list[Launch]:
 def test_launches() -> None:
     chip = CHIPS["sm_90"][0]
 
-    def names(
-        tokens: int, neurons: int = 32, *, gated: bool = True, ordered: bool = False, backward: bool = False
-    ) -> list[str]:
+    def names(tokens: int, neurons: int = 32, *, gated: bool = True, backward: bool = False, **how: Any) -> list[str]:
         with recorded(chip) as launches:
             sizes = tokens, 3072 // neurons, neurons, 768, torch.bfloat16
-            pass_through(*sizes, gated=gated, ordered=ordered, backward=backward)
+            pass_through(*sizes, gated=gated, backward=backward, **how)
         return [one.name for one in launches]
 
     planned = ["count", "add_blocks", "add_experts", "fill"]
@@ -166,6 +168,8 @@ def test_launches() -> None:
     assert names(4096, neurons=256) == [*planned, "hidden", "combine"]
     assert names(16384, neurons=256) == [*planned, "hidden", "combine", "reduce"]
     assert names(64, ordered=True) == [*planned, "hidden", "combine", "reduce"]
+    assert names(8, way="spread") == names(4096, way="spread", ordered=True) == [*planned, "hidden"]
+    assert names(8, way="masked") == names(4096, way="masked", ordered=True) == ["mask"]
     weights = ["grad_weight"] * 3
     # One plan and one set of hidden values, whether gradients of x are added atomically or in order.
     assert names(64, ordered=True, backward=True) == [*planned, "grad_hidden", "combine", "reduce", *weights]
@@ -203,7 +207,7 @@ def test_offsets_have_64_bits() -> None:
     x = torch.empty(8, device="meta")
     assert len(products_in_32_bits(Launch(_overflows, (1,), (x, x, 10), 4, 1, {"block": 16}), target)) == 1
     launches = every_kernel(chip)
-    assert {one.name for one in launches} == MULTIPLIES | PLANS | {"decode_one", "reduce"}
+    assert {one.name for one in launches} == MULTIPLIES | PLANS | {"decode_one", "mask", "reduce"}
     for one in launches:
         assert products_in_32_bits(one, target) == [], one.name
 
@@ -213,7 +217,8 @@ def test_sizes_of_one_compile(tokens: int, experts: int, neurons: int, width: in
     """Triton makes an argument that is 1 a constant, on which kernels cannot do all that they can with a value."""
     chip, target = CHIPS["sm_90"]
     with recorded(chip) as launches:
-        pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=False)
+        for way in get_args(Way):
+            pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=False, way=way)
         pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=True, ordered=True, backward=True)
     for one in launches:
         assert products_in_32_bits(one, target) == [], one.name

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -23,12 +24,13 @@ if not torch.cuda.is_available():
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: kernels would be interpreted", allow_module_level=True)
 
+from surgeon.kernels.cost_model import Way
 from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn
 from surgeon.kernels.torch_backend import Experts
 
 from . import checks
 from .checks import Case, assert_close, check_activation, check_backward, check_forward, check_nan, check_plan, module
-from .parity import ACTIVATED, DTYPES, cases
+from .parity import ACTIVATED, DTYPES, WAYS, cases
 
 GPU = "cuda"
 LARGE = Case(tokens=700, d_in=768, d_out=768, share=0.2, device=GPU)
@@ -42,7 +44,7 @@ def drawn(examples: int) -> settings:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", ["fused", "split", "ordered"])
+@pytest.mark.parametrize("way", ["fused", "split", "ordered", "spread", "masked"])
 @drawn(6)
 @given(case=cases(st.integers(17, 200), ("fused",)))
 def test_prefill(case: Case, dtype: torch.dtype, way: str) -> None:
@@ -75,23 +77,24 @@ def test_activations_and_their_gradients(activation: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["x", "scores", "threshold"])
-@pytest.mark.parametrize(("tokens", "way"), [(1, "fused"), (9, "fused"), (20, "fused"), (20, "split"), (20, "ordered")])
+@pytest.mark.parametrize(("tokens", "way"), WAYS)
 def test_a_nan_stays_in_its_row(where: str, tokens: int, way: str) -> None:
     check_nan(Case(tokens=tokens, way=way, experts=3, neurons=5, activation="relu", device=GPU), where)
 
 
-def errors(case: Case, *, ordered: bool = False) -> None:
+def errors(case: Case) -> None:
     """With the sizes of the table, forward and backward; several times, since programs race each other."""
     x, scores, threshold, experts, b2 = case.arguments()
     tolerance = LARGE_TOLERANCE[case.dtype]
     expected = checks.reference(x, scores, threshold, experts, b2, case.activation)
     scale = expected.abs().max()
     for _ in range(3):
-        found = module().forward(x, scores, threshold, experts, b2, case.activation, ordered=ordered)
+        found = module().forward(x, scores, threshold, experts, b2, case.activation, **case.how)
         assert (found - expected).abs().max() <= tolerance * scale
     grad = torch.randn(expected.shape, device=GPU).to(case.dtype)
     gradients = checks.reference_gradients(grad, x, scores, threshold, experts, b2, case.activation)
     for _ in range(2):
+        ordered = case.way == "ordered"
         mine = module().backward(grad, x, scores, threshold, experts, case.activation, ordered=ordered)._asdict()
         for name, theirs in gradients.items():
             assert (mine[name] - theirs).abs().max() <= tolerance * theirs.abs().max(), name
@@ -103,8 +106,9 @@ def errors(case: Case, *, ordered: bool = False) -> None:
 def test_layers_of_a_real_size(neurons: int, gated: bool, dtype: torch.dtype) -> None:
     activation = "silu" if gated else "gelu"
     case = replace(LARGE, neurons=neurons, experts=3072 // neurons, gated=gated, activation=activation, dtype=dtype)
-    errors(case)
-    errors(replace(case, tokens=300, experts=300 // neurons + 1), ordered=True)
+    for way in ("fused", "spread", "masked"):
+        errors(replace(case, way=way))
+    errors(replace(case, tokens=300, experts=300 // neurons + 1, way="ordered"))
     for tokens in (1, 8, 16):
         errors(replace(case, tokens=tokens))
 
@@ -156,11 +160,11 @@ def test_what_is_reproducible_is() -> None:
         assert all(t is None or torch.equal(t, old) for t, old in zip(back(), gradients, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 300])
-def test_nothing_waits_for_the_host(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "way"), [(1, "experts"), (8, "experts"), *((300, way) for way in get_args(Way))])
+def test_nothing_waits_for_the_host(tokens: int, way: Way) -> None:
     """What waits cannot be captured; and what was captured follows what is in the tensors when it is replayed."""
     x, scores, threshold, experts, b2 = replace(LARGE, tokens=tokens, neurons=24, experts=40).arguments()
-    call = partial(module().forward, x, scores, threshold, experts, b2, "gelu")
+    call = partial(module().forward, x, scores, threshold, experts, b2, "gelu", way=way)
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
