@@ -42,7 +42,7 @@ Way = Literal["experts", "spread", "masked"]
 that are zero where no expert ran; or both densely, with a mask between them."""
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_DENSE_EFFICIENCY = {"float32": 0.64, "bfloat16": 0.7, "float16": 0.7}
+_DENSE_EFFICIENCY = 0.7
 _EXPERT_EFFICIENCY = {"float32": 0.35, "bfloat16": 0.5, "float16": 0.5}
 _MEMORY_EFFICIENCY = 0.9
 _CACHE_EFFICIENCY = 0.6
@@ -58,9 +58,9 @@ _NARROWEST = {"float32": 64, "bfloat16": 16, "float16": 16}  # neurons in a tile
 _WIDEST = 128  # more take several tiles
 
 ASSUMPTIONS = (
-    f"Dense products reach {_DENSE_EFFICIENCY['bfloat16']:.0%} of the arithmetic rate, those by expert "
-    f"{_EXPERT_EFFICIENCY['bfloat16']:.0%}, in float32 {_DENSE_EFFICIENCY['float32']:.0%} and "
-    f"{_EXPERT_EFFICIENCY['float32']:.0%}; kernels reach {_MEMORY_EFFICIENCY:.0%} of the bandwidth of memory and "
+    f"Dense products reach {_DENSE_EFFICIENCY:.0%} of the arithmetic rate, those by expert "
+    f"{_EXPERT_EFFICIENCY['bfloat16']:.0%}, in float32 {_EXPERT_EFFICIENCY['float32']:.0%}; kernels reach "
+    f"{_MEMORY_EFFICIENCY:.0%} of the bandwidth of memory and "
     f"{_CACHE_EFFICIENCY:.0%} of that of L2, atomic additions {_ATOMIC_EFFICIENCY:.0%} of the latter. These were set "
     "to meet times on one H100, and are the same for other devices.",
     f"Ours is computed as it is fastest with {_USUAL_SHARE:.0%} of the experts selected: both products expert by "
@@ -312,7 +312,7 @@ def best_size(
 
 def _dense(device: Device, layer: LayerShape, tokens: int, dtype: str) -> Estimate:
     size = _BYTES[dtype]
-    arithmetic = 2 * tokens * layer.weights / (device.rates[dtype] * _DENSE_EFFICIENCY[dtype])
+    arithmetic = 2 * tokens * layer.weights / (device.rates[dtype] * _DENSE_EFFICIENCY)
     between = 2 * (layer.matrices - 1) * tokens * layer.hidden * size  # hidden values, written and read
     traffic = (layer.weights + 2 * tokens * layer.width) * size + between * _misses(device, between / 2)
     return Estimate.of(arithmetic, _memory(device, traffic), 0.0, 0.0, (layer.matrices + 1) * _LAUNCH)
@@ -373,7 +373,7 @@ def _spread(device: Device, layer: LayerShape, tokens: int, share: float, dtype:
         cached / (device.cache * _CACHE_EFFICIENCY) + gathered / (device.cache * _GATHER_EFFICIENCY),
         0.0,
         (_PLAN_LAUNCHES + 3) * _LAUNCH,
-        then=2 * tokens * layer.width * layer.hidden / (device.rates[dtype] * _DENSE_EFFICIENCY[dtype]),
+        then=2 * tokens * layer.width * layer.hidden / (device.rates[dtype] * _DENSE_EFFICIENCY),
     )
 
 

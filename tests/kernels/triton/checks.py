@@ -156,6 +156,7 @@ def reference_gradients(
 
 
 def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, name: str) -> None:
+    found, expected = found.detach(), expected.detach()
     assert found.dtype == dtype, name
     assert found.shape == expected.shape, name
     torch.testing.assert_close(

@@ -32,6 +32,13 @@ from . import checks
 from .checks import Case, assert_close, check_activation, check_backward, check_forward, check_nan, check_plan, module
 from .parity import ACTIVATED, DTYPES, WAYS, cases
 
+pytestmark = [
+    # Of torch's own threads and compiler, here and there.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
+
 GPU = "cuda"
 LARGE = Case(tokens=700, d_in=768, d_out=768, share=0.2, device=GPU)
 # The sums are as long as those of real layers, and hidden values are rounded between the two products.
@@ -190,6 +197,17 @@ def test_more_elements_than_32_bits_count() -> None:
         h = (x.double() @ weights[0][-1].double().t()).relu()
         expected = h @ weights[1][-1].double()
         assert (found - expected).abs().max() <= LARGE_TOLERANCE[torch.bfloat16] * expected.abs().max()
+
+
+@pytest.mark.parametrize("way", ["spread", "masked"])
+def test_more_hidden_values_than_32_bits_count(way: Way) -> None:
+    case = Case(tokens=2**15 + 9, experts=2**9, neurons=2**7, d_in=16, d_out=16, dtype=torch.bfloat16, device=GPU)
+    assert case.tokens * case.experts * case.neurons > 2**31
+    x, scores, threshold, experts, b2 = case.arguments()
+    found = module().forward(x, scores, threshold, experts, b2, "relu", way=way)
+    last = slice(-20, None)
+    expected = checks.reference(x[last], scores[last], threshold[last], experts, b2, "relu")
+    assert (found[last] - expected).abs().max() <= LARGE_TOLERANCE[torch.bfloat16] * expected.abs().max()
 
 
 @pytest.fixture
