@@ -28,13 +28,12 @@ _LAYERS, _FEW_TOKENS = 8, 64
 _ROUNDS, _CLEAR, _LONG = 5, 1.5, 0.5  # a round that takes so many seconds is enough
 _SHARE = 0.5
 _FILE = "crossover.json"
+_DENSE_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # what torch's libraries heed
 
 
 def load(directory: Path) -> None:
     """Tell the kernels what was measured on this machine; measure it if it was not."""
-    path = directory / _FILE
-    # What the measurement holds for: this processor, with this instruction set.
-    key = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {os.environ.get('SURGEON_CPU', '')}"
+    path, key = directory / _FILE, _measured_on()
     try:
         known = json.loads(path.read_text())
         shares = known.get(key)
@@ -59,6 +58,13 @@ def measure() -> Iterator[tuple[bool, int, int, float]]:
         if tokens <= _FEW_TOKENS and found >= _SHARE:
             found = max(found, _measured(weights[half], tokens, neurons, 1.0))
         yield half, tokens, neurons, min(1.0, found)
+
+
+def _measured_on() -> str:
+    """What a measurement holds for: this processor, and the instructions that the kernels and the dense product use."""
+    kernels = os.environ.get("SURGEON_CPU") or torch.ops.surgeon.cpu_instruction_sets()[0]
+    limits = (f"{name}={os.environ[name]}" for name in _DENSE_LIMITS if name in os.environ)
+    return ", ".join((processor(), kernels, torch.backends.cpu.get_cpu_capability(), *limits))
 
 
 def _measured(weights: Tensor, tokens: int, neurons: int, share: float) -> float:

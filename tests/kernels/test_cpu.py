@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from surgeon.errors import UsageError
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.kernels.cpu import build
+from surgeon.kernels.cpu import build, crossover
 from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn
 
 from .ffn import Arguments, arguments
@@ -293,6 +293,40 @@ def test_they_can_be_switched_off(tmp_path: Path) -> None:
     done = call(tmp_path, SURGEON_CPU="torch")
     assert done.stdout.split() == ["1536.0"]
     assert done.stderr == ""
+
+
+def test_crossovers_are_measured_once_for_all_that_they_depend_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure() -> Iterator[tuple[bool, int, int, float]]:
+        measured.append(None)
+        yield False, 8, 8, 0.75
+
+    before = ops.cpu_get_crossover(False, 8, 8)
+    monkeypatch.setattr(crossover, "measure", measure)
+    try:
+        for _ in range(2):
+            ops.cpu_set_crossover(False, 8, 8, 0.25)
+            crossover.load(tmp_path)
+            assert ops.cpu_get_crossover(False, 8, 8) == 0.75
+        assert len(measured) == 1
+        # Where oneDNN may use fewer instructions, dense is slower; and what was known stays known.
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+        crossover.load(tmp_path)
+        monkeypatch.setenv("SURGEON_CPU", "portable")
+        crossover.load(tmp_path)
+        assert len(measured) == 3
+        monkeypatch.delenv("SURGEON_CPU")
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+        crossover.load(tmp_path)
+        assert len(measured) == 3
+        (tmp_path / "crossover.json").write_text("[")
+        crossover.load(tmp_path)
+        assert len(measured) == 4
+    finally:
+        ops.cpu_set_crossover(False, 8, 8, before)
 
 
 def test_an_instruction_set_can_be_chosen_and_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
