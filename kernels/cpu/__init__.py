@@ -89,6 +89,9 @@ def _load() -> State:
     except BuildError as error:
         log.warning("The torch backend runs instead of the native kernels: %s", error)
         return State(None, str(error))
+    # Whichever is there first defines the operators; the library leaves those of Python alone, Python cannot.
+    from .. import dynamic_k  # noqa: F401
+
     torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     if wanted:
         known = torch.ops.surgeon.cpu_instruction_sets()

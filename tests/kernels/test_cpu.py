@@ -107,6 +107,21 @@ def test_every_instruction_set_computes_the_definition(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("d_out", "share"), [(1201, 0.5), (1201, 0.05), (96, 0.5)])
+@pytest.mark.parametrize("place", range(5))
+def test_outputs_of_some_columns_at_a_time_and_of_whole_rows(
+    place: int, d_out: int, share: float, dtype: torch.dtype
+) -> None:
+    """With many tokens of an expert, and sums too large for the cache, they go through panels of columns."""
+    known = ops.cpu_instruction_sets()
+    ops.cpu_use_instruction_set(known[place % len(known)])
+    always(dense=False)
+    args = arguments((1100,), 3, 33, 40, d_out, gated=True, activation="silu", share=share, dtype=dtype)
+    rounding = 2e-6 if dtype == torch.float32 else 1e-2
+    assert float(((dynamic_k_ffn(*args).double() - exact(args)).abs() / magnitude(args)).max()) < rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [5, 300])
 def test_a_token_that_is_nan_stays_nan_and_alone(dtype: torch.dtype, tokens: int) -> None:
     always(dense=False)
@@ -240,6 +255,7 @@ def test_in_forked_workers_of_a_data_loader() -> None:
 CALL = """
 import torch
 from surgeon.kernels import cpu
+cpu.load()  # before the operators are there: it needs them first
 from surgeon.kernels.dynamic_k import dynamic_k_ffn
 x, scores, w = torch.ones(3, 8), torch.ones(3, 2), torch.ones(2, 4, 8)
 print(float(dynamic_k_ffn(x, scores, torch.zeros(3), w, None, None, None, w, None, "relu").sum()))
