@@ -128,10 +128,11 @@ def hidden(
         )  # fmt: skip
         value = gated_activation(up, z, gate, ACTIVATION)
         inside = there[:, None] & (neuron < s)[None, :]
-        row = slot
         if SPREAD:
-            row = token * E + expert
-        tl.store(h + row[:, None] * s + neuron[None, :], value.to(h.dtype.element_ty), mask=inside)
+            at = (h + expert * s + neuron)[None, :] + (token * E * s)[:, None]
+        else:
+            at = h + slot[:, None] * s + neuron[None, :]
+        tl.store(at, value.to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -172,7 +172,8 @@ def _fused_into(out: Tensor, x: Tensor, plan: Plan, experts: Experts, activation
 def _hidden(x: Tensor, plan: Plan, experts: Experts, activation: str, *, spread: bool = False) -> Tensor:
     """The hidden values [slots, s], or if `spread` [N, E, s] with zeros: as much memory as in the dense FFN."""
     (count, neurons, d_in), chip = experts.w1.shape, launch.chip(x.device)
-    sizes = _tiles.hidden(chip, x.dtype, plan.rows, neurons, products=1 if experts.gate is None else 2)
+    products = 1 if experts.gate is None else 2
+    sizes = _tiles.hidden(chip, x.dtype, plan.rows, neurons, products=products, spread=spread)
     h = x.new_zeros(x.shape[0], count, neurons) if spread else x.new_empty(plan.token_of_slot.shape[0], neurons)
     launch.launch(
         _forward.hidden,

@@ -108,14 +108,15 @@ def fused(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, gated: boo
     return Tiles(rows, wide, _depth(chip, dtype), columns, warps, 4 if chip.hopper and not gated else _stages(chip))
 
 
-def hidden(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products: int) -> Tiles:
+def hidden(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products: int, spread: bool = False) -> Tiles:
     """Of `forward_kernels.hidden` and `backward_kernels.grad_hidden`: 1 to 3 `products` of rows × neurons.
 
-    The more accumulators, the narrower each; in fp32 half as wide, since what is multiplied is in registers too.
+    The more accumulators, the narrower each; in fp32 half as wide, since what is multiplied is in registers too. Where
+    they are `spread`, addresses take some more registers.
     """
     most = {1: 128, 2: 64, 3: 32}[products]
     wide = _padded(neurons, most // 2 if dtype == torch.float32 else most)
-    if chip.hopper and dtype == torch.float32 and products == 1:
+    if chip.hopper and dtype == torch.float32 and products == 1 and not spread:
         return Tiles(rows, wide, 32, 0, 4, 3)
     stages = 4 if chip.hopper and products == 1 else _stages(chip)
     return Tiles(rows, wide, _depth(chip, dtype), 0, _warps(chip, dtype, rows * wide), stages)

@@ -86,7 +86,7 @@ CALCULATE = (
     Mutant("forward_kernels", "gated_activation(up, z, gate, ACTIVATION)", "gated_activation(up, z, None, ACTIVATION)",
            HIDDEN),
     Mutant("forward_kernels", "(item % blocks) * NEURONS", "(item % blocks) * 1", HIDDEN),
-    Mutant("forward_kernels", "row = token * E + expert", "row = token * E"),
+    Mutant("forward_kernels", "(h + expert * s + neuron)", "(h + neuron)"),
     Mutant("forward_kernels", "on = known & runs(score, tl.load(threshold + token), COMPARE)", "on = known"),
     Mutant("forward_kernels", "token * E + column // S", "token * E + column % E", MASK),
     Mutant("forward_kernels", "gate = tl.load(z + at", "gate = tl.load(h + at", MASK),
