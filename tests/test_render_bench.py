@@ -16,6 +16,7 @@ from surgeon.errors import SaveError
 from surgeon.jobs.bench_options import BenchOptions
 from surgeon.jobs.benchmarking import LayerBenchmark, SurgeryBenchmark, bench_model
 from surgeon.kernels.cost_model import DEVICES
+from surgeon.render import bench_files
 from surgeon.render.bench_files import write_benchmark
 from surgeon.render.benchmarked import benchmark_view, devices_view
 from surgeon.render.screen import plain_text, to_json
@@ -60,6 +61,24 @@ def test_a_layer_fits_a_hundred_columns_with_every_method() -> None:
     assert shown[start + 3].split() == ["5.0%", *times.split()]
     assert shown[start + 4].split()[-3:] == ["0.9/1.0", "108%", "m"]
     assert shown[start + 5].split() == ["error", *["4e-07"] * 9]
+
+
+def test_a_picture_has_dtypes_side_by_side_where_they_fit() -> None:
+    def titles(sizes: tuple[int, ...]) -> tuple[int, list[str]]:
+        cells = [
+            dataclasses.replace(cell(share, tokens), dtype=dtype, size=size)
+            for dtype in ("float32", "bfloat16") for tokens in (64, 8) for size in sizes for share in (0.1, 0.5)
+        ]  # fmt: skip
+        plot = bench_files._plot(dataclasses.replace(LAYER, cells=cells))
+        return plot.columns, [panel.title for panel in plot.panels]
+
+    columns, shown = titles((128, 24))
+    assert columns == 4
+    row = [f"{dtype}, 64 tokens, experts of {size}" for dtype in ("float32", "bfloat16") for size in (128, 24)]
+    assert shown == row + [title.replace("64 tokens", "8 tokens") for title in row]
+    columns, shown = titles((128, 24, 6))
+    assert columns == 3
+    assert shown[3] == "float32, 8 tokens, experts of 128"
 
 
 def test_a_layer_says_what_it_ran_on() -> None:

@@ -86,7 +86,8 @@ def _build(made: Path) -> None:
 def _compile(scratch: Path) -> None:
     # In a process of its own, since what torch compiles it also loads.
     command = [sys.executable, str(Path(__file__).resolve()), str(scratch)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"CXX": _compiler()}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         shown = next((line for line in lines if "error:" in line), lines[-1] if lines else f"code {done.returncode}")
@@ -105,7 +106,7 @@ def _check_tools() -> None:
 
 
 def _compiler() -> str:
-    return os.environ.get("CXX", "c++")
+    return os.environ.get("CXX") or "c++"
 
 
 @cache

@@ -130,7 +130,7 @@ struct Call {
       auto on_average = [&](int64_t least) { return pairs >= least * int64_t(selected.size()); };
       bool small = layer.neurons < SMALL;
       if (functions.together && on_average(small ? 3 : 4)) few(selected, pairs, true);
-      else if (tokens > FEW_TOKENS && on_average(small ? 5 : 16)) many(pairs);
+      else if (tokens > FEW_TOKENS && on_average(small ? 4 : 16)) many(pairs);
       else few(selected, pairs, false);
     } else {
       many(pairs);

@@ -14,6 +14,7 @@ from surgeon.jobs.benchmarking import LayerBenchmark, ModelBenchmark, SurgeryBen
 from surgeon.render.files import write_result
 
 _WIDTH, _HEIGHT = 3.6, 2.8  # inches, of a panel
+_MOST_COLUMNS = 4  # of panels, where there is a choice
 _LABELS = {
     "compiled": "dense, compiled",
     "masked": "dense, masked",
@@ -67,7 +68,13 @@ def _plot(found: Any) -> _Plot:
 def _of_layer(found: LayerBenchmark) -> _Plot:
     panels = []
     several = {cell.mask for cell in found.cells}
-    for (dtype, tokens, size, mask), group in groupby(found.cells, lambda c: (c.dtype, c.tokens, c.size, c.mask)):
+    columns = len({cell.size for cell in found.cells}) * len(several)
+    ordered, dtypes = found.cells, {cell.dtype for cell in found.cells}
+    if columns * len(dtypes) <= _MOST_COLUMNS:  # dtypes side by side
+        columns *= len(dtypes)
+        tokens_of = list(dict.fromkeys(cell.tokens for cell in ordered))
+        ordered = sorted(ordered, key=lambda cell: tokens_of.index(cell.tokens))
+    for (dtype, tokens, size, mask), group in groupby(ordered, lambda c: (c.dtype, c.tokens, c.size, c.mask)):
         cells = sorted(group, key=lambda cell: cell.executed)
         lines: dict[str, Sequence[float | None]] = {
             name: [cell.methods[name].milliseconds for cell in cells] for name in cells[0].methods
@@ -75,7 +82,6 @@ def _of_layer(found: LayerBenchmark) -> _Plot:
         lines["limit"] = [cell.limit for cell in cells]
         title = f"{dtype}, {tokens:,} token{'s' * (tokens != 1)}, experts of {size}"
         panels.append(Panel(title + (f", {mask}" if len(several) > 1 else ""), [c.executed for c in cells], lines))
-    columns = len({cell.size for cell in found.cells}) * len(several)
     title = f"One layer {found.width} → {found.hidden} → {found.width}, {_where(found.machine)}"
     return _Plot(title, panels, columns)
 
