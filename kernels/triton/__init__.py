@@ -40,12 +40,13 @@ Reproducible: plan, ordered forward, ordered gradient of x, gradients of the wei
 bits from run to run.
 
 Verified on an NVIDIA H100 with torch 2.11 and Triton 3.6 (`tests/kernels/triton/test_hardware.py`): fp32, TF32, fp16
-and bf16 against float64, forward and backward, with drawn and with real sizes; several thousand experts; more than
+and bf16 against float64, all ways and backward, with drawn and with real sizes; several thousand experts; more than
 2³¹ elements; NaN in one row; the same bits twice where that is promised; capture in a CUDA graph, so that nothing
 waits for the host; `torch.compile`. Tile sizes for such chips were chosen there by time (examples/speed has the
 results).
 
-Not verified on hardware: every other chip. The tests compare all kernels with a float64 reference in Triton's
+Not verified on hardware: every other chip; and the addresses of what is spread, which were put another way, and in fp32
+given to more warps, after that run. The tests compare all kernels with a float64 reference in Triton's
 interpreter and compile them for sm_80, sm_90, sm_100 and gfx942, reading off registers, spills, shared memory and
 instructions. That says nothing of speed on sm_80, sm_100 and gfx942, whose tile sizes are estimates, nor of races
 there.
