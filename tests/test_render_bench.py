@@ -15,7 +15,7 @@ from surgeon.bench.whole import Setting, WholeTimes
 from surgeon.errors import SaveError
 from surgeon.jobs.bench_options import BenchOptions
 from surgeon.jobs.benchmarking import LayerBenchmark, SurgeryBenchmark, bench_model
-from surgeon.kernels.cost_model import DEVICES
+from surgeon.kernels.devices import DEVICES
 from surgeon.render import bench_files
 from surgeon.render.bench_files import write_benchmark
 from surgeon.render.benchmarked import benchmark_view, devices_view

@@ -66,6 +66,7 @@ from torch import Tensor
 
 from .. import cost_model
 from ..cost_model import Way
+from ..devices import find_gpu
 from ..torch_backend import Experts, Gradients
 
 __all__ = ["available", "backward", "chosen", "fastest_way", "forward", "supports"]
@@ -140,7 +141,7 @@ def fastest_way(x: Tensor, experts: Experts) -> Way:
 
 @lru_cache(4096)
 def _fastest_way(name: str, tokens: int, count: int, neurons: int, width: int, gated: bool, dtype: str) -> Way:
-    device = cost_model.find_gpu(name)
+    device = find_gpu(name)
     if device is None or tokens == 0:
         return "experts"
     return cost_model.fastest_way(device, cost_model.LayerShape(width, count * neurons, neurons, gated), tokens, dtype)

@@ -134,7 +134,7 @@ def bench(
 def _list_devices(run: Run, options: BenchOptions, out: list[Path] | None) -> None:
     from surgeon.errors import UsageError
     from surgeon.jobs.benchmarking import check_mode
-    from surgeon.kernels.cost_model import DEVICES
+    from surgeon.kernels.devices import DEVICES
     from surgeon.render.benchmarked import devices_view
 
     check_mode(options, "model")

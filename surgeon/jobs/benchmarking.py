@@ -25,14 +25,13 @@ from surgeon.kernels.activations import activation
 from surgeon.kernels.cost_model import (
     ASSUMPTIONS,
     Bound,
-    Device,
     LayerShape,
     Way,
     best_size,
     break_even,
-    find_device,
     predict,
 )
+from surgeon.kernels.devices import Device, find_device
 from surgeon.report import Progress
 
 Mode = Literal["layer", "surgery", "model"]

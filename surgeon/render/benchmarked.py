@@ -14,7 +14,7 @@ from surgeon.bench.machine import Machine
 from surgeon.bench.methods import METHODS
 from surgeon.bench.run import Cell
 from surgeon.jobs.benchmarking import LayerBenchmark, ModelBenchmark, Predicted, SurgeryBenchmark
-from surgeon.kernels.cost_model import Device
+from surgeon.kernels.devices import Device
 from surgeon.render.layout import dim, grid, heading, indented, sentences
 from surgeon.render.summary import number, percent
 
@@ -39,7 +39,8 @@ _LEGEND = (
 )
 _MODEL_LEGEND = (
     "Milliseconds of ours, how many times that is faster than dense, and what bounds it: a arithmetic, m memory, "
-    "c cache, s adding up, l launches. up to: the share above which dense is faster.",
+    "c cache, s adding up, l launches. up to: the share above which dense is faster. way: how "
+    "ours is computed, see the assumptions.",
     "At equal shares larger experts are rarely slower; smaller ones need a smaller share for the same quality, which "
     "this does not know: compare across shares.",
 )

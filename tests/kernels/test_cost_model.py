@@ -11,16 +11,13 @@ from hypothesis import strategies as st
 from surgeon.errors import UsageError
 from surgeon.kernels.cost_model import (
     ASSUMPTIONS,
-    DEVICES,
-    Device,
     LayerShape,
     best_size,
     break_even,
     fastest_way,
-    find_device,
-    find_gpu,
     predict,
 )
+from surgeon.kernels.devices import DEVICES, Device, find_device, find_gpu
 
 H100 = DEVICES["h100"]
 BERT = LayerShape(768, 3072, 128)

@@ -21,6 +21,7 @@ import triton.language as tl
 from surgeon.kernels import cost_model
 from surgeon.kernels import triton as kernels
 from surgeon.kernels.cost_model import Way
+from surgeon.kernels.devices import DEVICES
 from surgeon.kernels.triton import launch, plan, tiles
 
 from .compiling import (
@@ -180,7 +181,7 @@ def test_launches() -> None:
 @pytest.mark.parametrize(("name", "device"), [("sm_90", "h100"), ("sm_80", "a100")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_cost_model_has_the_tiles_of_the_table(name: str, device: str, dtype: str) -> None:
-    chip, model, torch_dtype = CHIPS[name][0], cost_model.DEVICES[device], getattr(torch, dtype)
+    chip, model, torch_dtype = CHIPS[name][0], DEVICES[device], getattr(torch, dtype)
     for tokens in (17, 100, 1000, 100_000):
         assert cost_model._rows(model, tokens, dtype) == tiles.rows(chip, torch_dtype, tokens)
     for gated in (False, True):
