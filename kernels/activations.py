@@ -28,11 +28,17 @@ class Activation:
             kernels call it because autograd records nothing inside an operator.
         leaves_zeros: whether the function is exactly zero on a whole half-line, as ReLU is, so that counting zeros
             measures sparsity.
+        fn_: `fn`, written over `z`, where PyTorch has that.
     """
 
     fn: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
     leaves_zeros: bool = False
+    fn_: Callable[[Tensor], Tensor] | None = None
+
+    def in_place(self, z: Tensor) -> Tensor:
+        """Return `fn(z)`, written over `z`: memory that is in the cache, where a new result's is not."""
+        return z.copy_(self.fn(z)) if self.fn_ is None else self.fn_(z)
 
 
 def activation(name: str) -> Activation:
@@ -53,13 +59,15 @@ def _quick_gelu_backward(grad: Tensor, z: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(F.relu, lambda g, z: _aten.threshold_backward(g, z, 0), leaves_zeros=True),
-    "gelu": Activation(F.gelu, lambda g, z: _aten.gelu_backward(g, z)),
+    "relu": Activation(F.relu, lambda g, z: _aten.threshold_backward(g, z, 0), leaves_zeros=True, fn_=torch.relu_),
+    "gelu": Activation(F.gelu, lambda g, z: _aten.gelu_backward(g, z), fn_=lambda z: _aten.gelu_(z)),
     "gelu_tanh": Activation(
-        lambda z: F.gelu(z, approximate="tanh"), lambda g, z: _aten.gelu_backward(g, z, approximate="tanh")
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda g, z: _aten.gelu_backward(g, z, approximate="tanh"),
+        fn_=lambda z: _aten.gelu_(z, approximate="tanh"),
     ),
     "quick_gelu": Activation(_quick_gelu, _quick_gelu_backward),
-    "silu": Activation(F.silu, lambda g, z: _aten.silu_backward(g, z)),
+    "silu": Activation(F.silu, lambda g, z: _aten.silu_backward(g, z), fn_=lambda z: F.silu(z, inplace=True)),
     "relu2": Activation(lambda z: F.relu(z).square(), lambda g, z: 2 * g * F.relu(z), leaves_zeros=True),
     "identity": Activation(lambda z: z, lambda g, z: g),
     "tanh": Activation(torch.tanh, lambda g, z: _aten.tanh_backward(g, torch.tanh(z))),

@@ -120,7 +120,7 @@ def forward(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor | None, activa
     way = torch_plan.plan(mask, experts, sparse=sparse)
     if isinstance(way, torch_plan.Together):
         flat = (experts if way.used is None else experts.take(way.used)).flat().to(dtype)
-        h = hidden(x, flat, act)
+        h = _hidden(x, flat, act)
         if way.mask is not None:
             _clear(h, way.mask)
         # One product, which adds in fp32 itself.
@@ -198,25 +198,50 @@ def _add_experts(out: Tensor, x: Tensor, way: torch_plan.ByExpert, experts: Expe
     if x.device.type == "cpu":
         cached = _CACHED_BYTES // (x.element_size() * max(1, x.shape[1]))
         most = min(most, max(_LEAST_ROWS, cached) * torch.get_num_threads())
-    # Made once, not for every expert.
+    parts = [
+        (expert, part)
+        for expert, rows in way.rows.items()
+        # As large as each other: a small rest would be multiplied slowly.
+        for part in ((None,) if rows is None else rows.tensor_split(-(-len(rows) // most)))
+    ]
+    sizes = [len(x) if part is None else len(part) for _, part in parts]
+    # What is used again and again stays in the cache.
+    neurons = experts.w1.shape[1]
     gathered, product = x.new_empty(most, x.shape[1]), x.new_empty(most, out.shape[1])
+    gates = None if experts.gate is None else x.new_empty(most, neurons)
+    hs = x.new_empty(sum(sizes), neurons).split_with_sizes(sizes)
     # All first products before the second ones, so that the cache need not hold both the inputs and the outputs.
-    found: list[tuple[Tensor, list[tuple[Tensor | None, Tensor]]]] = []
-    for expert, rows in way.rows.items():
-        one = experts.one(expert)
-        first, parts = one.to(x.dtype), (None,) if rows is None else torch.split(rows, most)
-        found.append((one.w2, [(part, hidden(_take(x, part, gathered), first, act)) for part in parts]))
-    for w2, hs in found:
-        second = w2.to(x.dtype)
-        for part, h in hs:
-            _add_product(out, part, h, second, product)
+    for (expert, part), h in zip(parts, hs, strict=True):
+        one = experts.one(expert).to(x.dtype)
+        _hidden(_take(x, part, gathered), one, act, h, None if part is None else gates)
+    w2 = experts.w2.unbind()
+    for (expert, part), h in zip(parts, hs, strict=True):
+        _add_product(out, part, h, w2[expert].to(x.dtype), product)
+
+
+def _hidden(
+    x: Tensor, experts: Experts, act: Activation, out: Tensor | None = None, gates: Tensor | None = None
+) -> Tensor:
+    """`hidden` in less memory: in `out` [n, m], if given, and its gates in `gates`, of n rows or more."""
+
+    def linear(weight: Tensor, bias: Tensor | None, into: Tensor | None) -> Tensor:
+        if into is None:
+            return F.linear(x, weight, bias)
+        weight = weight.t()
+        return torch.mm(x, weight, out=into) if bias is None else torch.addmm(bias, x, weight, out=into)
+
+    up = linear(experts.w1, experts.b1, out)
+    if experts.gate is None:
+        return act.in_place(up)
+    gate = linear(experts.gate, experts.b_gate, None if gates is None else gates[: len(x)])
+    return up.mul_(act.in_place(gate))
 
 
 def _add_runs(out: Tensor, x: Tensor, runs: list[slice], experts: Experts, act: Activation) -> None:
     """Add Σ over the neurons in `runs` of h w2 to `out` [N, d_out]. experts: flat."""
     for run in runs:
         one = experts.one(run).to(x.dtype)
-        _add_product(out, None, hidden(x, one, act), one.w2)
+        _add_product(out, None, _hidden(x, one, act), one.w2)
 
 
 def _clear(h: Tensor, mask: Tensor) -> None:

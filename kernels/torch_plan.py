@@ -120,7 +120,7 @@ def plan(
             ends = F.pad(mask.sum(1).cumsum(0), (1, 0)) * neurons
             return ByNeuron(columns, ends)
     counts = [int(n) for n in counts]
-    rows = mask.t().nonzero()[:, 1].split_with_sizes(counts)
+    rows = mask.t().nonzero()[:, 1].contiguous().split_with_sizes(counts)
     return ByExpert({e: None if counts[e] == tokens else rows[e] for e in chosen}, max(counts))
 
 

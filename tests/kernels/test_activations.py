@@ -36,6 +36,13 @@ def test_leaves_zeros_is_true(name: str) -> None:
     assert bool(zeros) == ACTIVATIONS[name].leaves_zeros
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_in_place_it_is_the_same(name: str) -> None:
+    z = GRID.clone()
+    assert ACTIVATIONS[name].in_place(z) is z
+    torch.testing.assert_close(z, ACTIVATIONS[name].fn(GRID), rtol=0, atol=0)
+
+
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(UsageError, match=r"unknown activation 'gelu_new'; known: relu, gelu, gelu_tanh"):
         activation("gelu_new")

@@ -99,6 +99,15 @@ def test_a_tie_runs(way: str) -> None:
 
 
 @plain_and_gated
+@every_way
+def test_an_expert_may_have_all_tokens(way: str, gated: bool) -> None:
+    args = arguments((9,), experts=3, gated=gated)
+    args = args._replace(scores=torch.tensor([[1.0, 0.0, t % 2] for t in range(9)]), threshold=torch.full((9,), 0.5))
+    with forced(way):
+        torch.testing.assert_close(dynamic_k_ffn(*args), oracle(*args))
+
+
+@plain_and_gated
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 def test_all_experts_are_the_dense_ffn(tokens: int, gated: bool) -> None:
     args = arguments((tokens,), gated=gated, share=1)
