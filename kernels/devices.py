@@ -1,4 +1,4 @@
-"""GPUs that `cost_model` knows, by what their vendors publish.
+"""GPUs that `cost_model` knows: some by what their vendors publish, other ones of NVIDIA's by what torch says of them.
 
 | device | bf16, fp16 | fp32 | memory | L2 cache | source |
 | --- | --- | --- | --- | --- | --- |
@@ -8,12 +8,30 @@
 
 Data sheets give twice the bf16 rate for 2:4 sparse weights; here it is the dense one. The A100's white paper gives
 5,120 bytes a clock for reads of L2, at 1.41 GHz; the H100's gives only the size, so it is given the same at 1.755 GHz.
+
+Of other NVIDIA GPUs torch gives multiprocessors, clocks and the width of the memory. How much a multiprocessor computes
+in a clock depends on the compute capability (FLOP, dense, summed up in fp32):
+
+| capability | bf16, fp16 | fp32 | source |
+| --- | --- | --- | --- |
+| 8.0 | 2,048 | 128 | A100 white paper |
+| 8.6, 8.9 | 1,024; GeForce 512 | 256 | Ampere GA102 and Ada white papers |
+| 9.0 | 4,096 | 256 | H100 white paper |
+| 10.0, 10.3 | 8,192 | 256 | from the 2.25 PFLOP/s of a B200 |
+| 12.0, 12.1 | 1,024; GeForce 512 | 256 | RTX Blackwell white paper |
+
+Rates that follow lie within 15% of those that data sheets give: clocks are the highest possible ones. The bandwidth of
+L2 is not to be had: 8.0 and the data-centre GPUs after it are given the A100's bytes in a clock, or what as many of its
+multiprocessors have if there are fewer; others 20 for each, which is a guess.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
 
 from surgeon.errors import UsageError
 
@@ -22,12 +40,13 @@ from surgeon.errors import UsageError
 class Device:
     """A GPU. rates: FLOP/s by dtype. memory, cache: bytes a second. cache_size: of L2, bytes.
 
-    rows: most tokens in a tile, in half types. source: where rates and memory are from; cache_sources: where the
-    cache's size and its bandwidth are.
+    gpu: what torch calls it. rows: most tokens in a tile, in half types. source: where rates and memory are from;
+    cache_sources: where the cache's size and its bandwidth are.
     """
 
     name: str
     title: str
+    gpu: str
     rates: Mapping[str, float]
     memory: float
     cache: float
@@ -53,16 +72,16 @@ DEVICES = {
     device.name: device
     for device in (
         Device(
-            "h100", "NVIDIA H100 SXM5 80 GB", _rates(989e12, 67e12), 3.35e12, _CACHE_CLOCK * 1.755e9, 50e6, 128,
-            "NVIDIA H100 data sheet", _HOPPER_CACHE,
+            "h100", "NVIDIA H100 SXM5 80 GB", "NVIDIA H100 80GB HBM3", _rates(989e12, 67e12), 3.35e12,
+            _CACHE_CLOCK * 1.755e9, 50e6, 128, "NVIDIA H100 data sheet", _HOPPER_CACHE,
         ),
         Device(
-            "h200", "NVIDIA H200 SXM5 141 GB", _rates(989e12, 67e12), 4.8e12, _CACHE_CLOCK * 1.755e9, 50e6, 128,
-            "NVIDIA H200 data sheet", _HOPPER_CACHE,
+            "h200", "NVIDIA H200 SXM5 141 GB", "NVIDIA H200", _rates(989e12, 67e12), 4.8e12,
+            _CACHE_CLOCK * 1.755e9, 50e6, 128, "NVIDIA H200 data sheet", _HOPPER_CACHE,
         ),
         Device(
-            "a100", "NVIDIA A100 SXM4 80 GB", _rates(312e12, 19.5e12), 2.039e12, _CACHE_CLOCK * 1.41e9, 40e6, 64,
-            "NVIDIA A100 80GB data sheet",
+            "a100", "NVIDIA A100 SXM4 80 GB", "NVIDIA A100-SXM4-80GB", _rates(312e12, 19.5e12), 2.039e12,
+            _CACHE_CLOCK * 1.41e9, 40e6, 64, "NVIDIA A100 80GB data sheet",
             ("NVIDIA A100 white paper", "NVIDIA A100 white paper: 5,120 bytes a clock, at 1.41 GHz"),
         ),
     )
@@ -81,6 +100,69 @@ def find_device(name: str) -> Device:
         raise UsageError(f"No model of a device '{name}'. There are: {', '.join(DEVICES)}.") from None
 
 
-def find_gpu(name: str) -> Device | None:
-    """The device that stands for a GPU, by the name torch gives it; None if there is none."""
-    return next((device for device in DEVICES.values() if device.name in name.lower()), None)
+class Properties(Protocol):
+    """What `torch.cuda.get_device_properties` gives. Clocks in kHz, the bus in bits, the cache in bytes."""
+
+    name: str
+    major: int
+    minor: int
+    multi_processor_count: int
+    clock_rate: int
+    memory_clock_rate: int
+    memory_bus_width: int
+    L2_cache_size: int
+
+
+# FLOP in a clock of one multiprocessor by compute capability: half types, the same on a GeForce, fp32.
+_PER_CLOCK = {
+    (8, 0): (2048, 2048, 128),
+    (8, 6): (1024, 512, 256),
+    (8, 9): (1024, 512, 256),
+    (9, 0): (4096, 4096, 256),
+    (10, 0): (8192, 8192, 256),
+    (10, 3): (8192, 8192, 256),
+    (12, 0): (1024, 512, 256),
+    (12, 1): (1024, 512, 256),
+}
+_DATA_CENTRE = {(8, 0), (9, 0), (10, 0), (10, 3)}
+_CACHE_OF_ONE = 20.0  # bytes in a clock for a multiprocessor
+
+
+def model_of(gpu: torch.device | int | None = None) -> Device | None:
+    """The model of a GPU of this machine, by default the current one; None where there is none, as for all of AMD's.
+
+    Raises:
+        RuntimeError, AssertionError: torch finds no GPU.
+    """
+    return None if torch.version.hip else find_gpu(torch.cuda.get_device_properties(gpu))
+
+
+def find_gpu(found: Properties) -> Device | None:
+    """The model of a GPU of NVIDIA's: of `DEVICES` if it is one of them, else by its properties.
+
+    None if torch does not say enough or the compute capability is not in the table.
+    """
+    for device in DEVICES.values():
+        if device.gpu == found.name:
+            return device
+    capability = (found.major, found.minor)
+    numbers = (found.multi_processor_count, found.clock_rate, found.memory_clock_rate, found.memory_bus_width)
+    if capability not in _PER_CLOCK or min(*numbers, found.L2_cache_size) <= 0:
+        return None
+    multiprocessors, clock, memory_clock, width = numbers
+    clocks = 1e3 * clock * multiprocessors  # in a second, of all of them
+    central = capability in _DATA_CENTRE
+    cache = min(1.0, multiprocessors / 108) * _CACHE_CLOCK if central else _CACHE_OF_ONE * multiprocessors
+    professional, geforce, full = _PER_CLOCK[capability]
+    return Device(
+        name=found.name,
+        title=found.name,
+        gpu=found.name,
+        rates=_rates(clocks * (geforce if "GeForce" in found.name else professional), clocks * full),
+        memory=2e3 * memory_clock * width / 8,
+        cache=1e3 * clock * cache,
+        cache_size=float(found.L2_cache_size),
+        rows=128 if central and capability > (8, 0) else 64,
+        source="by its clocks, as torch has them",
+        cache_sources=("by torch", "assumed by its clocks"),
+    )

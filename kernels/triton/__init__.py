@@ -16,7 +16,8 @@ What a pair costs to add up does not depend on how few neurons it has, so small 
 product is torch's, of the dense layer. *Masked*, both products are, and one kernel between them computes the activation
 of what is selected and clears the rest: not slower than the dense layer, nor faster.
 
-`fastest_way` chooses by `cost_model`, on GPUs it knows. `SURGEON_GPU=triton` asks for expert by expert in any case.
+`fastest_way` chooses by `cost_model`, on GPUs that `devices` has a model of: NVIDIA's. `SURGEON_GPU=triton` asks for
+expert by expert in any case.
 The backward pass goes expert by expert; it computes hidden values anew, and its gradient of x is added up likewise.
 
 | kernels launched | plan | then |
@@ -66,7 +67,7 @@ from torch import Tensor
 
 from .. import cost_model
 from ..cost_model import Way
-from ..devices import find_gpu
+from ..devices import model_of
 from ..torch_backend import Experts, Gradients
 
 __all__ = ["available", "backward", "chosen", "fastest_way", "forward", "supports"]
@@ -128,7 +129,7 @@ def chosen(x: Tensor, experts: Experts, activation: str) -> bool:
 
 
 def fastest_way(x: Tensor, experts: Experts) -> Way:
-    """The way that should be fastest by `cost_model`, on a GPU that it knows; expert by expert on others.
+    """The way that should be fastest by `cost_model`, on a GPU that `devices` has a model of; on others by expert.
 
     That depends on how much is selected, which the host does not know: a fifth is assumed. `SURGEON_GPU=triton` asks
     for expert by expert in any case.
@@ -136,12 +137,12 @@ def fastest_way(x: Tensor, experts: Experts) -> Way:
     if x.device.type != "cuda" or os.environ.get("SURGEON_GPU") == "triton":
         return "experts"
     gated, dtype = experts.gate is not None, str(x.dtype).removeprefix("torch.")
-    return _fastest_way(torch.cuda.get_device_name(x.device), x.shape[0], *experts.w1.shape, gated, dtype)
+    return _fastest_way(x.device, x.shape[0], *experts.w1.shape, gated, dtype)
 
 
 @lru_cache(4096)
-def _fastest_way(name: str, tokens: int, count: int, neurons: int, width: int, gated: bool, dtype: str) -> Way:
-    device = find_gpu(name)
+def _fastest_way(gpu: torch.device, tokens: int, count: int, neurons: int, width: int, gated: bool, dtype: str) -> Way:
+    device = model_of(gpu)
     if device is None or tokens == 0:
         return "experts"
     return cost_model.fastest_way(device, cost_model.LayerShape(width, count * neurons, neurons, gated), tokens, dtype)

@@ -83,7 +83,8 @@ def bench(
         typer.Option(
             "--model",
             metavar="DEVICE",
-            help="Run nothing, and predict times on a GPU from bytes and FLOPs: h100, h200, a100; or list.",
+            help="Run nothing, and predict times on a GPU from bytes and FLOPs: h100, h200, a100; cuda, the "
+            "GPU of this machine; or list.",
         ),
     ] = None,
     out: Annotated[

@@ -31,7 +31,7 @@ from surgeon.kernels.cost_model import (
     break_even,
     predict,
 )
-from surgeon.kernels.devices import Device, find_device
+from surgeon.kernels.devices import Device, find_device, model_of
 from surgeon.report import Progress
 
 Mode = Literal["layer", "surgery", "model"]
@@ -243,13 +243,14 @@ def bench_surgery(
 
 
 def bench_model(name: str, options: BenchOptions) -> ModelBenchmark:
-    """Predict what a device takes for the layers that the options ask for.
+    """Predict what a device, or the GPU of this machine ("cuda"), takes for the layers that the options ask for.
 
     Raises:
-        UsageError: there is no such device; as `cases_of`.
+        UsageError: there is no such device, or no model of it; as `cases_of`.
     """
     check_mode(options, "model")
-    device, shapes, shares = find_device(name), _shapes(options), _shares(options)
+    device = _this_gpu() if name == "cuda" else find_device(name)
+    shapes, shares = _shapes(options), _shares(options)
     points, advice = [], []
     for dtype, tokens in product(_names("dtype", options.dtype, DTYPES), _tokens(options)):
         for shape, share in product(shapes, shares):
@@ -279,6 +280,17 @@ def bench_model(name: str, options: BenchOptions) -> ModelBenchmark:
             Advice(dtype, tokens, best, {shape.size: break_even(device, shape, tokens, dtype) for shape in shapes})
         )
     return ModelBenchmark(device, shapes[0].width, shapes[0].hidden, options.gated, points, advice)
+
+
+def _this_gpu() -> Device:
+    if not torch.cuda.is_available():
+        raise UsageError("--model cuda: torch finds no GPU here. --model list has those that need not be here.")
+    found = model_of()
+    if found is None:
+        raise UsageError(
+            f"--model cuda: there is no model of {torch.cuda.get_device_name()}. --model list has those there are."
+        )
+    return found
 
 
 def _shapes(options: BenchOptions) -> list[LayerShape]:

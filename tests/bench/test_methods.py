@@ -89,7 +89,7 @@ def test_on_a_gpu_every_expert_goes_through_the_kernels(
 
 
 def test_the_kernels_can_be_asked_for_where_the_dense_product_should_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Namespace(name="NVIDIA H100 80GB HBM3"))
     x = Namespace(device=torch.device("cuda"), shape=(2048, 768), dtype=torch.bfloat16)
     experts = Namespace(w1=torch.empty(128, 24, 768, device="meta"), gate=None)
     for asked, way in (("", "masked"), ("triton", "experts")):

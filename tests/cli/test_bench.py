@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,6 +174,25 @@ def test_a_gpu_that_is_not_there_is_refused(run: Run, monkeypatch: pytest.Monkey
     result = run("bench", "--device", "cuda")
     assert result.code == 2
     assert "--device cuda: torch finds no GPU here. surgeon bench --model h100 predicts for one." in result.err
+
+
+def test_times_are_predicted_for_the_gpu_of_this_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("bench", "--model", "cuda", "--tokens", "4096", "--size", "128", "--share", "0.1")
+    gpu = SimpleNamespace(
+        name="NVIDIA L4", major=8, minor=9, multi_processor_count=58, clock_rate=2_040_000,
+        memory_clock_rate=6_251_000, memory_bus_width=192, L2_cache_size=48 << 20,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--model cuda: torch finds no GPU here. --model list has those" in run(*args).err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu.name)
+    found = run(*args, "--output", "json").json
+    assert (found["device"]["title"], found["device"]["memory"]) == ("NVIDIA L4", pytest.approx(300e9, rel=0.01))
+    gpu.major = 7
+    result = run(*args)
+    assert result.code == 2
+    assert "--model cuda: there is no model of NVIDIA L4. --model list has those there are." in result.err
 
 
 def test_a_model_without_experts_is_refused(run: Run) -> None:

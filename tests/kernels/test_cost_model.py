@@ -17,7 +17,7 @@ from surgeon.kernels.cost_model import (
     fastest_way,
     predict,
 )
-from surgeon.kernels.devices import DEVICES, Device, find_device, find_gpu
+from surgeon.kernels.devices import DEVICES, Device, find_device
 
 H100 = DEVICES["h100"]
 BERT = LayerShape(768, 3072, 128)
@@ -176,12 +176,6 @@ def test_masked_costs_as_much_whatever_is_selected_but_for_what_is_read() -> Non
     few, every = (predict(H100, layer, 8192, share, way="masked") for share in (0.01, 1.0))
     assert few.dense.seconds < few.ours.seconds < every.ours.seconds < 1.2 * few.dense.seconds
     assert few.ours.parts["arithmetic"] == few.dense.parts["arithmetic"]
-
-
-def test_a_gpu_is_known_by_what_torch_calls_it() -> None:
-    assert find_gpu("NVIDIA H100 80GB HBM3") is H100
-    assert find_gpu("NVIDIA A100-SXM4-80GB") is DEVICES["a100"]
-    assert find_gpu("Tesla T4") is None
 
 
 def test_what_is_not_known_is_refused() -> None:
