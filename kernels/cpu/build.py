@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,13 @@ def _build(made: Path) -> None:
 def _compile(scratch: Path) -> None:
     # In a process of its own, since what torch compiles it also loads.
     command = [sys.executable, str(Path(__file__).resolve()), str(scratch)]
-    environment = os.environ | {"CXX": _compiler()}
+    compiler = _compiler()
+    if len(shlex.split(compiler)) > 1:  # torch takes CXX for the name of one program
+        program = scratch / "c++"
+        program.write_text(f'#!/bin/sh\nexec {compiler} "$@"\n')
+        program.chmod(0o755)
+        compiler = str(program)
+    environment = os.environ | {"CXX": compiler}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
@@ -97,7 +104,7 @@ def _compile(scratch: Path) -> None:
 def _check_tools() -> None:
     if platform.system() != "Linux":
         raise BuildError(f"they are built on Linux only, and this is {platform.system()}.")
-    if shutil.which(_compiler()) is None:
+    if shutil.which(shlex.split(_compiler())[0]) is None:
         raise BuildError(f"there is no C++ compiler ({_compiler()}). Install one (apt install g++), or set CXX.")
     from torch.utils import cpp_extension
 
@@ -106,7 +113,8 @@ def _check_tools() -> None:
 
 
 def _compiler() -> str:
-    return os.environ.get("CXX") or "c++"
+    """The command that compiles, such as "ccache g++"."""
+    return os.environ.get("CXX", "").strip() or "c++"
 
 
 @cache
@@ -117,7 +125,9 @@ def _fingerprint() -> str:
         if file.suffix in (".cpp", ".h", ".inc"):
             found.update(file.name.encode() + b"\0" + file.read_bytes())
     try:
-        version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+        version = subprocess.run(
+            [*shlex.split(_compiler()), "--version"], capture_output=True, text=True, check=False
+        ).stdout
     except OSError:
         version = ""
     for part in (*_FLAGS, torch.__version__, platform.machine(), platform.libc_ver()[1], version):

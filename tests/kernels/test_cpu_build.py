@@ -64,15 +64,16 @@ def test_an_empty_name_of_a_compiler_is_none(monkeypatch: pytest.MonkeyPatch) ->
     assert build._compiler() == "c++"
 
 
-def test_a_compiler_that_fails_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["{}", "env {}"], ids=["a program", "several words"])
+def test_a_compiler_that_fails_is_told_and_nothing_is_left(tmp_path: Path, command: str) -> None:
     broken = tmp_path / "c++"
     broken.write_text(
         '#!/bin/sh\ncase "$*" in *" -c "*) echo "layer.h:1: error: this compiler is broken" >&2; exit 1;; esac\n'
     )
     broken.chmod(0o755)
-    done = call(tmp_path, CXX=str(broken))
+    done = call(tmp_path, CXX=command.format(broken))
     assert done.stdout.split() == ["1536.0"]
-    assert "error: this compiler is broken" in done.stderr
+    assert f"the compiler {command.format(broken)} failed: layer.h:1: error: this compiler is broken" in done.stderr
     assert not list(tmp_path.rglob("build-*"))
     assert not list(tmp_path.rglob("*.so"))
 
