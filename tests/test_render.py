@@ -286,10 +286,10 @@ def test_errors_are_text_on_stderr_and_json_on_stdout(capsys: pytest.CaptureFixt
 def test_progress_prints_a_few_lines_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
     screen = Screen("plain")
     for step in range(1, 101):
-        screen.progress(Progress("sparsify", step, 100, {"task loss": 1.0 / step}))
+        screen.progress(Progress("sparsify", step, 100, {"task loss": 1.0 / step, "tokens": 2048 * step}))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "sparsify  1/100  task loss 1"
-    assert lines[-1] == "sparsify  100/100  task loss 0.01"
+    assert lines[0] == "sparsify  1/100  task loss 1  tokens 2,048"
+    assert lines[-1] == "sparsify  100/100  task loss 0.01  tokens 204,800"
     assert len(lines) <= 7
 
 

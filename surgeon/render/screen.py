@@ -130,7 +130,10 @@ class Screen:
         """Show how far long work is: a bar on a terminal, else a line now and then; the losses now and then on both."""
         if self.quiet:
             return
-        values = "  ".join(f"{name} {value:.3g}" for name, value in moment.values.items())
+        values = "  ".join(
+            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.3g}"
+            for name, value in moment.values.items()
+        )
         if self._live:
             bars, first = self._running(), values.partition("  ")[0]
             if moment.what not in self._tasks:
