@@ -1,9 +1,10 @@
 """From which share of the experts on the dense product is faster: measured on this machine, and kept.
 
 For a grid of tokens and expert sizes a layer is run by both ways with a share of the experts. The kernels' time grows
-with the pairs of tokens and experts, the dense product's does not, so they cross at that share times dense time /
-kernels' time. For few tokens reading the weights is what takes time, which does not grow so: then every expert is tried
-too, and layers follow each other, too many for the caches, as in a model.
+with the pairs of tokens and experts, the dense product's does not, so they cross at about that share times dense time /
+kernels' time. If that is less than the share that was run it is run in turn, since some of the kernels' time is for
+every expert, whatever selects it. For few tokens reading the weights is what takes time, which does not grow so: then
+every expert is tried too, and layers follow each other, too many for the caches, as in a model.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ def measure() -> Iterator[tuple[bool, int, int, float]]:
             # Not random: a program that calls this must find its random state as it left it.
             weights = {half: torch.full((2 * _LAYERS, _HIDDEN, _WIDTH), 0.01, dtype=_dtype(half))}
         found = _measured(weights[half], tokens, neurons, _SHARE)
+        if tokens > _FEW_TOKENS and found < _SHARE:
+            experts = _HIDDEN // neurons
+            found = _measured(weights[half], tokens, neurons, max(1, round(found * experts)) / experts)
         if tokens <= _FEW_TOKENS and found >= _SHARE:
             found = max(found, _measured(weights[half], tokens, neurons, 1.0))
         yield half, tokens, neurons, min(1.0, found)
@@ -83,7 +87,7 @@ def _layers(weights: Tensor, tokens: int, neurons: int, share: float) -> Callabl
     b1, b2 = torch.zeros(experts, neurons, dtype=dtype), torch.zeros(_WIDTH, dtype=dtype)
     x = torch.ones(tokens, _WIDTH, dtype=dtype)
     scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0))
-    threshold = scores.topk(int(share * experts)).values[:, -1]
+    threshold = scores.topk(round(share * experts)).values[:, -1]
     pairs = list(zip(w1, w2, strict=True))[: _LAYERS if tokens <= _FEW_TOKENS else 1]
 
     def call() -> None:

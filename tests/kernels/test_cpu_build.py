@@ -92,6 +92,22 @@ def test_they_can_be_switched_off(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_crossover_is_measured_near_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def dense_over_kernels(_: object, share: float) -> float:
+        tried.append(share)
+        return 0.2 / (0.06 + share)  # they cross at 0.14
+
+    monkeypatch.setattr(crossover, "TOKENS", (2048,))
+    monkeypatch.setattr(crossover, "NEURONS", (8, 128))
+    monkeypatch.setattr(crossover, "_dense_over_ours", dense_over_kernels)
+    found = list(crossover.measure())
+    assert [(tokens, neurons) for _, tokens, neurons, _ in found] == 2 * [(2048, 8), (2048, 128)]
+    assert tried == 2 * [0.5, 46 / 256, 0.5, 3 / 16]
+    assert all(0.14 < share < 0.16 for *_, share in found)
+
+
 def test_crossovers_are_measured_once_for_all_that_they_depend_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
