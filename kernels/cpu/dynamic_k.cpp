@@ -134,7 +134,7 @@ struct Call {
       std::vector<Selected> selected = selection.experts_of(tokens);
       auto on_average = [&](int64_t least) { return pairs >= least * int64_t(selected.size()); };
       bool small = layer.neurons < SMALL;
-      if (functions.together && on_average(small ? 3 : 4)) few(selected, pairs, true);
+      if (functions.together && on_average(small ? 3 : layer.neurons < 32 ? 5 : 8)) few(selected, pairs, true);
       else if (tokens > FEW_TOKENS && on_average(small ? 4 : 16)) many(pairs);
       else few(selected, pairs, false);
     } else {
