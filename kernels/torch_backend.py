@@ -208,12 +208,11 @@ def _add_experts(out: Tensor, x: Tensor, way: torch_plan.ByExpert, experts: Expe
     # What is used again and again stays in the cache.
     neurons = experts.w1.shape[1]
     gathered, product = x.new_empty(most, x.shape[1]), x.new_empty(most, out.shape[1])
-    gates = None if experts.gate is None else x.new_empty(most, neurons)
+    gates = None if experts.gate is None else x.new_empty(max(sizes, default=0), neurons)
     hs = x.new_empty(sum(sizes), neurons).split_with_sizes(sizes)
     # All first products before the second ones, so that the cache need not hold both the inputs and the outputs.
     for (expert, part), h in zip(parts, hs, strict=True):
-        one = experts.one(expert).to(x.dtype)
-        _hidden(_take(x, part, gathered), one, act, h, None if part is None else gates)
+        _hidden(_take(x, part, gathered), experts.one(expert).to(x.dtype), act, h, gates)
     w2 = experts.w2.unbind()
     for (expert, part), h in zip(parts, hs, strict=True):
         _add_product(out, part, h, w2[expert].to(x.dtype), product)

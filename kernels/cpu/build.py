@@ -88,7 +88,7 @@ def _compile(scratch: Path) -> None:
     # In a process of its own, since what torch compiles it also loads.
     command = [sys.executable, str(Path(__file__).resolve()), str(scratch)]
     compiler = _compiler()
-    if len(shlex.split(compiler)) > 1:  # torch takes CXX for the name of one program
+    if len(_command()) > 1:  # torch takes CXX for the name of one program
         program = scratch / "c++"
         program.write_text(f'#!/bin/sh\nexec {compiler} "$@"\n')
         program.chmod(0o755)
@@ -104,7 +104,7 @@ def _compile(scratch: Path) -> None:
 def _check_tools() -> None:
     if platform.system() != "Linux":
         raise BuildError(f"they are built on Linux only, and this is {platform.system()}.")
-    if shutil.which(shlex.split(_compiler())[0]) is None:
+    if shutil.which(_command()[0]) is None:
         raise BuildError(f"there is no C++ compiler ({_compiler()}). Install one (apt install g++), or set CXX.")
     from torch.utils import cpp_extension
 
@@ -117,6 +117,14 @@ def _compiler() -> str:
     return os.environ.get("CXX", "").strip() or "c++"
 
 
+def _command() -> list[str]:
+    """Its words. What is not written as a shell has it is one word, and no program."""
+    try:
+        return shlex.split(_compiler())
+    except ValueError:
+        return [_compiler()]
+
+
 @cache
 def _fingerprint() -> str:
     """Changes with everything that the library depends on."""
@@ -125,9 +133,7 @@ def _fingerprint() -> str:
         if file.suffix in (".cpp", ".h", ".inc"):
             found.update(file.name.encode() + b"\0" + file.read_bytes())
     try:
-        version = subprocess.run(
-            [*shlex.split(_compiler()), "--version"], capture_output=True, text=True, check=False
-        ).stdout
+        version = subprocess.run([*_command(), "--version"], capture_output=True, text=True, check=False).stdout
     except OSError:
         version = ""
     for part in (*_FLAGS, torch.__version__, platform.machine(), platform.libc_ver()[1], version):

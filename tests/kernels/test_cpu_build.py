@@ -56,6 +56,12 @@ def test_without_a_compiler_torch_runs_and_says_so(tmp_path: Path) -> None:
     assert done.stderr.count("torch backend") == 1
 
 
+def test_a_compiler_that_no_shell_would_understand_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", 'c++ "')
+    with pytest.raises(build.BuildError, match='there is no C\\+\\+ compiler \\(c\\+\\+ "\\)'):
+        build._check_tools()
+
+
 def test_an_empty_name_of_a_compiler_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, found in (("", "c++"), ("clang++", "clang++")):
         monkeypatch.setenv("CXX", name)
