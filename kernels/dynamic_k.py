@@ -148,9 +148,9 @@ def _dynamic_k_ffn_backward(
     scores = scores.reshape(-1, scores.shape[-1])
     threshold = threshold.reshape(-1)
     if triton.chosen(rows, experts, activation):
-        ordered = torch.are_deterministic_algorithms_enabled()
+        ordered, way = torch.are_deterministic_algorithms_enabled(), triton.fastest_way(rows, experts)
         gradients = triton.backward(
-            grad, rows, scores, threshold, experts, activation, need_x, need_weights, ordered=ordered
+            grad, rows, scores, threshold, experts, activation, need_x, need_weights, way=way, ordered=ordered
         )
     else:
         mask = selected(scores, threshold)

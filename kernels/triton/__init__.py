@@ -195,13 +195,16 @@ def backward(
     need_x: bool = True,
     need_weights: bool = True,
     *,
+    way: Way = "experts",
     ordered: bool = False,
 ) -> Gradients:
     """Return the gradients of `x` and the weights for `grad`, the gradient of the output [N, d_out].
 
-    Arguments are those of `forward`, which need not be called first; what is not needed is None. `ordered` is about
-    the gradient of `x`: those of the weights are reproducible anyway.
+    Arguments are those of `forward`, which need not be called first; what is not needed is None. Every `way` but expert
+    by expert is masked. `ordered` is about the gradient of `x`: those of the weights are reproducible anyway.
     """
     from . import host
 
-    return host.backward(grad, x, scores, threshold, experts, activation, need_x, need_weights, ordered=ordered)
+    return host.backward(
+        grad, x, scores, threshold, experts, activation, need_x, need_weights, way=way, ordered=ordered
+    )

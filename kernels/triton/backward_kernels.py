@@ -2,7 +2,7 @@
 
 First hidden values anew and the gradients of the pre-activations, per pair, into memory. From these
 `forward_kernels.combine` adds up the gradient of x, and `grad_weight` those of the weights, one program owning each
-block of a weight, without atomics.
+block of a weight, without atomics. Or, with dense products before and after it, `grad_mask` in their stead.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -13,8 +13,9 @@ block of a weight, without atomics.
 import triton
 import triton.language as tl
 
-from .elementwise import activate, activate_backward
+from .elementwise import gated_activation, gated_backward
 from .forward_kernels import project, rows_of
+from .plan import runs
 
 
 @triton.jit
@@ -39,18 +40,42 @@ def grad_hidden(
         )  # fmt: skip
         at = slot[:, None] * s + neuron[None, :]
         inside = there[:, None] & (neuron < s)[None, :]
+        up_gradient, z_gradient = gated_backward(grad_h, up, z, gate, ACTIVATION)
         if gate is not None:
-            a = activate(z, ACTIVATION)
-            value = a * up
-            up_gradient = grad_h * a
-            z_gradient = activate_backward(grad_h * up, z, ACTIVATION)
             tl.store(grad_z + at, z_gradient.to(grad_z.dtype.element_ty), mask=inside)
-        else:
-            value = activate(up, ACTIVATION)
-            up_gradient = activate_backward(grad_h, up, ACTIVATION)
         tl.store(grad_up + at, up_gradient.to(grad_up.dtype.element_ty), mask=inside)
         if h is not None:
+            value = gated_activation(up, z, gate, ACTIVATION)
             tl.store(h + at, value.to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def grad_mask(
+    grad_h, up, z, scores, threshold, E,
+    ACTIVATION: tl.constexpr, COMPARE: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What `grad_hidden` writes, of dense products, in their place: [N, E · S], 0 where an expert does not run.
+
+    up = x w1ᵀ + b1 becomes h, grad_h becomes its gradient, and z = x gateᵀ + b_gate, unless None, becomes its own. A
+    program for each token and block of COLUMNS. What does not run is not read.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    known = column < E * S
+    score = tl.load(scores + token * E + column // S, mask=known, other=0.0)
+    on = known & runs(score, tl.load(threshold + token), COMPARE)
+    at = token * E * S + column
+    g = tl.load(grad_h + at, mask=on, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=on, other=0.0).to(tl.float32)
+    v = u
+    if z is not None:
+        v = tl.load(z + at, mask=on, other=0.0).to(tl.float32)
+    # All activations are 0 at 0, and so are gradients of 0.
+    u_gradient, v_gradient = gated_backward(g, u, v, z, ACTIVATION)
+    tl.store(up + at, gated_activation(u, v, z, ACTIVATION).to(up.dtype.element_ty), mask=known)
+    tl.store(grad_h + at, u_gradient.to(grad_h.dtype.element_ty), mask=known)
+    if z is not None:
+        tl.store(z + at, v_gradient.to(z.dtype.element_ty), mask=known)
 
 
 @triton.jit

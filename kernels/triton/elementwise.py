@@ -70,3 +70,15 @@ def activate_backward(grad, z, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "identity")
         g = grad
     return g
+
+
+@triton.jit
+def gated_backward(grad, up, z, gate, ACTIVATION: tl.constexpr):
+    """The gradients of `up` and `z` in `gated_activation`; if `gate` is None that of `z` is meaningless."""
+    if gate is not None:
+        up_gradient = grad * activate(z, ACTIVATION)
+        z_gradient = activate_backward(grad * up, z, ACTIVATION)
+    else:
+        up_gradient = activate_backward(grad, up, ACTIVATION)
+        z_gradient = up_gradient
+    return up_gradient, z_gradient

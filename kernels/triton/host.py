@@ -88,11 +88,14 @@ def backward(
     need_x: bool = True,
     need_weights: bool = True,
     *,
+    way: Way = "experts",
     ordered: bool = False,
 ) -> Gradients:
     """See `surgeon.kernels.triton.backward`."""
     grad, x, scores, threshold = (t.contiguous() for t in (grad, x, scores, threshold))
     experts = _contiguous(experts)
+    if way != "experts" and len(x):
+        return _masked_backward(grad, x, scores, threshold, experts, activation, need_x, need_weights)
     ordered = ordered or not _tiles.adds_atomically(launch.chip(x.device), *x.shape)
     grad_x = torch.empty_like(x) if need_x else None
     grads = None
@@ -189,20 +192,62 @@ def _hidden(x: Tensor, plan: Plan, experts: Experts, activation: str, *, spread:
 
 def _masked(x: Tensor, scores: Tensor, threshold: Tensor, experts: Experts, activation: str) -> Tensor:
     """The hidden values [N, E · s] of the dense FFN, zero for experts that do not run."""
-    (tokens, count), neurons, flat = scores.shape, experts.w1.shape[1], experts.flat()
+    neurons, flat = experts.w1.shape[1], experts.flat()
     h = F.linear(x, flat.w1, flat.b1)
     z = None if flat.gate is None else F.linear(x, flat.gate, flat.b_gate)
+    _mask(_forward.mask, (h, z), scores, threshold, neurons, activation)
+    return h
+
+
+def _masked_backward(
+    grad: Tensor,
+    x: Tensor,
+    scores: Tensor,
+    threshold: Tensor,
+    experts: Experts,
+    activation: str,
+    need_x: bool,
+    need_weights: bool,
+) -> Gradients:
+    """All gradients by products of the dense FFN, with what does not run cleared between them."""
+    flat = experts.flat()
+    up, grad_up = F.linear(x, flat.w1, flat.b1), F.linear(grad, flat.w2)
+    grad_z = None if flat.gate is None else F.linear(x, flat.gate, flat.b_gate)
+    _mask(_backward.grad_mask, (grad_up, up, grad_z), scores, threshold, experts.w1.shape[1], activation)
+    h = up
+    grad_x = None
+    if need_x:
+        grad_x = grad_up @ flat.w1
+        if grad_z is not None and flat.gate is not None:
+            grad_x.addmm_(grad_z, flat.gate)
+    if not need_weights:
+        return Gradients(grad_x, *[None] * 5)
+
+    def weight(factor: Tensor | None, rows: Tensor, like: Tensor | None) -> Tensor | None:
+        return None if factor is None or like is None else (factor.t() @ rows).view_as(like)
+
+    def bias(factor: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if factor is None or like is None else factor.sum(0).view_as(like)
+
+    w1, gate, w2 = weight(grad_up, x, experts.w1), weight(grad_z, x, experts.gate), weight(h, grad, experts.w2)
+    return Gradients(grad_x, w1, bias(grad_up, experts.b1), gate, bias(grad_z, experts.b_gate), w2)
+
+
+def _mask(
+    kernel: Any, tensors: tuple[Tensor | None, ...], scores: Tensor, threshold: Tensor, neurons: int, activation: str
+) -> None:
+    """Run a kernel over the hidden values [N, E · s] of all tokens, in the first of `tensors` and others."""
+    tokens, count = scores.shape
     sizes = _tiles.mask(count * neurons)
     launch.launch(
-        _forward.mask,
+        kernel,
         (tokens, triton.cdiv(count * neurons, sizes.columns)),
-        *(h, z, scores, threshold, count),
+        *(*tensors, scores, threshold, count),
         ACTIVATION=activation,
         COMPARE=_plan.comparison_type(scores, threshold),
         S=neurons,
         **sizes.constants("columns"),
     )
-    return h
 
 
 def _grad_hidden(grad: Tensor, x: Tensor, plan: Plan, experts: Experts, activation: str, *, need_h: bool) -> _Hidden:

@@ -71,7 +71,7 @@ class Case:
 
     @property
     def how(self) -> dict[str, Any]:
-        """Its way, for `forward`."""
+        """Its way, for `forward` and `backward`."""
         return {"way": self.way if self.way in ("spread", "masked") else "experts", "ordered": self.way == "ordered"}
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Experts, Tensor | None]:
@@ -220,9 +220,8 @@ def check_backward(case: Case) -> None:
     generator = torch.Generator().manual_seed(case.seed + 1)
     grad = _between_nan(torch.randn(case.tokens, case.d_out, generator=generator).to(case.device, case.dtype))
     expected = reference_gradients(grad, x, scores, threshold, experts, b2, case.activation)
-    ordered = case.way == "ordered"
     with forced(case):
-        found = module().backward(grad, x, scores, threshold, experts, case.activation, ordered=ordered)
+        found = module().backward(grad, x, scores, threshold, experts, case.activation, **case.how)
     for name, gradient in found._asdict().items():
         if name in expected:
             assert_close(gradient, expected[name], case.dtype, f"gradient of {name}")

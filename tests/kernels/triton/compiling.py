@@ -103,7 +103,7 @@ def pass_through(
     x, activation = empty(tokens, width), "silu" if gated else "gelu"
     scores, threshold = empty(tokens, experts, dtype=torch.float32), empty(tokens, dtype=torch.float32)
     if backward:
-        module().backward(x, x, scores, threshold, weights, activation, ordered=ordered)
+        module().backward(x, x, scores, threshold, weights, activation, way=way, ordered=ordered)
     else:
         module().forward(x, scores, threshold, weights, empty(width), activation, way=way, ordered=ordered)
 
@@ -118,6 +118,7 @@ def every_kernel(chip: Chip) -> list[Launch]:
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, way="spread")
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, way="masked")
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, backward=True)
+        pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, way="masked", backward=True)
     kinds = {(one.name, one.constants.get("SPREAD"), *(a is None for a in one.arguments)): one for one in launches}
     return list(kinds.values())
 

@@ -117,10 +117,13 @@ CALCULATE = (
     Mutant("decode_kernels", "z += tl.load(b_gate", "z += 0 * tl.load(b_gate"),
     Mutant("decode_kernels", f"tl.atomic_add(out + column, tl.sum(h[:, None] * w, 0), mask=column < d_out, {SEM})",
            "tl.store(out + column, tl.sum(h[:, None] * w, 0), mask=column < d_out)"),
-    Mutant("backward_kernels", "activate_backward(grad_h * up, z, ACTIVATION)",
-           "activate_backward(grad_h, z, ACTIVATION)"),
-    Mutant("backward_kernels", "up_gradient = grad_h * a", "up_gradient = grad_h"),
-    Mutant("backward_kernels", "activate_backward(grad_h, up, ACTIVATION)", "grad_h"),
+    Mutant("backward_kernels", "gated_backward(grad_h, up, z, gate, ACTIVATION)",
+           "gated_backward(grad_h, z, up, gate, ACTIVATION)"),
+    Mutant("backward_kernels", "on = known & runs(score, tl.load(threshold + token), COMPARE)", "on = known"),
+    Mutant("backward_kernels", "token * E + column // S", "token * E + column % E"),
+    Mutant("backward_kernels", "known = column < E * S", "known = column < E * S - 1"),
+    Mutant("backward_kernels", "v = tl.load(z + at", "v = tl.load(up + at"),
+    Mutant("backward_kernels", "tl.store(grad_h + at, u_gradient", "tl.store(grad_h + at, v_gradient"),
     Mutant("backward_kernels", "there = slot < end", "there = slot < end - 1"),
     Mutant("backward_kernels", "bias += tl.sum", "bias = tl.sum"),
     Mutant("backward_kernels", "total = tl.dot(f, r, total, ", "total = tl.dot(f, r, "),
@@ -134,6 +137,9 @@ CALCULATE = (
     Mutant("elementwise", "tl.where(z < 0.0, 0.0, z * z)", "z * z"),
     Mutant("elementwise", "1.0 + 0.134145 * z * z", "1.0 + 0.044715 * z * z"),
     Mutant("elementwise", "s * (1.0 + z * (1.0 - s))", "s * (1.0 + z * s)"),
+    Mutant("elementwise", "activate_backward(grad * up, z, ACTIVATION)", "activate_backward(grad, z, ACTIVATION)"),
+    Mutant("elementwise", "up_gradient = grad * activate(z, ACTIVATION)", "up_gradient = grad"),
+    Mutant("elementwise", "up_gradient = activate_backward(grad, up, ACTIVATION)", "up_gradient = grad"),
     Mutant("elementwise", "+ z * density", "- z * density"),
     Mutant("elementwise", "s + 1.702 * z", "s + z"),
     Mutant("host", "for first in range(0, d, step)", "for first in range(0, step, step)"),
@@ -141,6 +147,9 @@ CALCULATE = (
     Mutant("host", "F.linear(x, flat.gate, flat.b_gate)", "F.linear(x, flat.gate)"),
     Mutant("host", "out.zero_() if b2 is None else out.copy_(b2)", "out.zero_()"),
     Mutant("host", "_grad_weight(plan, found.gate, x,", "_grad_weight(plan, found.up, x,"),
+    Mutant("host", "grad_x.addmm_(grad_z, flat.gate)", "grad_x.addmm_(grad_z, flat.w1)"),
+    Mutant("host", "weight(h, grad, experts.w2)", "weight(grad_up, grad, experts.w2)"),
+    Mutant("host", "bias(grad_z, experts.b_gate)", "bias(grad_up, experts.b_gate)"),
 )  # fmt: skip
 
 OVERFLOW = (
@@ -162,6 +171,7 @@ OVERFLOW = (
     Mutant("backward_kernels", "(tl.program_id(0) // column_blocks // neuron_blocks).to(tl.int64)",
            "tl.program_id(0) // column_blocks // neuron_blocks"),
     Mutant("backward_kernels", "mask=there, other=0).to(tl.int64)", "mask=there, other=0)"),
+    Mutant("backward_kernels", "token = tl.program_id(0).to(tl.int64)", "token = tl.program_id(0)"),
 )  # fmt: skip
 
 
@@ -171,7 +181,9 @@ def checks(module: str) -> Iterator[Callable[[], None]]:
         for name in ("relu", "relu2", "gelu", "gelu_tanh", "quick_gelu", "silu"):
             yield lambda name=name: check_activation(name)
         for gated in (True, False):
-            yield lambda gated=gated: check_forward(Case(tokens=1, experts=2, neurons=5, gated=gated, share=1.0))
+            case = Case(tokens=1, experts=2, neurons=5, gated=gated, share=1.0)
+            yield lambda case=case: check_forward(case)
+            yield lambda case=case: check_backward(case)
     tiny = Case(tokens=20, experts=3, neurons=5, activation="relu")
     if module == "plan":
         for levels, score_dtype, experts in ((3, torch.float64, 70), (3, torch.float32, 20), (None, torch.float32, 5)):
@@ -192,8 +204,9 @@ def checks(module: str) -> Iterator[Callable[[], None]]:
         yield lambda: check_forward(Case(tokens=18, experts=3, neurons=20, share=0.6, way="ordered", room=4096))
     if module in ("forward_kernels", "backward_kernels", "host"):
         for gated in (True, False):
-            case = Case(tokens=40, experts=2, neurons=18, gated=gated, share=0.6, way="split")
-            yield lambda case=case: check_backward(case)
+            for way in ("split", "masked"):
+                case = Case(tokens=40, experts=2, neurons=18, gated=gated, share=0.6, way=way)
+                yield lambda case=case: check_backward(case)
 
 
 def products(module: str) -> Iterator[Callable[[], None]]:

@@ -72,8 +72,8 @@ def test_decode(case: Case) -> None:
     check_forward(case)
 
 
-@few(5)
-@given(case=cases(st.integers(1, 35), ("split", "split", "ordered")))
+@few(8)
+@given(case=cases(st.integers(1, 35), ("split", "split", "ordered", "masked", "masked")))
 def test_backward(case: Case) -> None:
     check_backward(case)
 
@@ -136,14 +136,15 @@ def test_experts_nobody_selects_are_not_read(tokens: int, way: str) -> None:
             assert not any(gradient[[1, 4]].any() for gradient in gradients[1:])
 
 
-def test_only_the_gradients_asked_for() -> None:
+@pytest.mark.parametrize("way", ["experts", "masked"])
+def test_only_the_gradients_asked_for(way: str) -> None:
     case = Case(tokens=3, experts=2, neurons=3, gated=True)
     x, scores, threshold, experts, _ = case.arguments()
     grad = torch.ones(3, case.d_out)
     with forced(case):
-        both = module().backward(grad, x, scores, threshold, experts, "silu")
-        only_x = module().backward(grad, x, scores, threshold, experts, "silu", True, False)
-        only_weights = module().backward(grad, x, scores, threshold, experts, "silu", False, True)
+        both = module().backward(grad, x, scores, threshold, experts, "silu", way=way)
+        only_x = module().backward(grad, x, scores, threshold, experts, "silu", True, False, way=way)
+        only_weights = module().backward(grad, x, scores, threshold, experts, "silu", False, True, way=way)
     assert torch.equal(only_x.x, both.x)
     assert only_x[1:] == (None,) * 5
     assert only_weights.x is None
@@ -171,9 +172,9 @@ def test_no_tokens() -> None:
     x, scores, threshold, experts, b2 = Case(tokens=0, gated=True).arguments()
     for way in ("experts", "spread", "masked"):
         assert module().forward(x, scores, threshold, experts, b2, "silu", way=way).shape == (0, 37)
-    for ordered in (False, True):
-        assert module().forward(x, scores, threshold, experts, b2, "silu", ordered=ordered).shape == (0, 37)
-        gradients = module().backward(torch.empty(0, 37), x, scores, threshold, experts, "silu", ordered=ordered)
+    for how in ({"ordered": False}, {"ordered": True}, {"way": "masked"}):
+        assert module().forward(x, scores, threshold, experts, b2, "silu", **how).shape == (0, 37)
+        gradients = module().backward(torch.empty(0, 37), x, scores, threshold, experts, "silu", **how)
         assert gradients.x.shape == x.shape
         assert not any(gradient.any() for gradient in gradients[1:])
 

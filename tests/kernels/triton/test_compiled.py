@@ -143,6 +143,7 @@ def whole_table(name: str, dtype: str) -> list[Launch]:
                 if not little and dtype == "bf16":
                     run(16, 10, 128, backward=backward)
             run(4096, 50, 24, way="masked")
+            run(4096, 50, 24, way="masked", backward=True)
             run(4096, 50, tiles.most_fused(chip, torch_dtype, gated=gated) or 64, way="spread")
             if not little:
                 run(1, 50, 128)
@@ -176,6 +177,8 @@ def test_launches() -> None:
     assert names(64, ordered=True, backward=True) == [*planned, "grad_hidden", "combine", "reduce", *weights]
     assert names(4096, backward=True) == [*planned, "grad_hidden", "combine", *weights]
     assert names(4096, gated=False, backward=True) == [*planned, "grad_hidden", "combine", *weights[:2]]
+    for way in ("spread", "masked"):
+        assert names(8, way=way, backward=True) == names(4096, way=way, ordered=True, backward=True) == ["grad_mask"]
 
 
 @pytest.mark.parametrize(("name", "device"), [("sm_90", "h100"), ("sm_80", "a100")])
@@ -208,7 +211,7 @@ def test_offsets_have_64_bits() -> None:
     x = torch.empty(8, device="meta")
     assert len(products_in_32_bits(Launch(_overflows, (1,), (x, x, 10), 4, 1, {"block": 16}), target)) == 1
     launches = every_kernel(chip)
-    assert {one.name for one in launches} == MULTIPLIES | PLANS | {"decode_one", "mask", "reduce"}
+    assert {one.name for one in launches} == MULTIPLIES | PLANS | {"decode_one", "mask", "grad_mask", "reduce"}
     for one in launches:
         assert products_in_32_bits(one, target) == [], one.name
 
@@ -221,6 +224,7 @@ def test_sizes_of_one_compile(tokens: int, experts: int, neurons: int, width: in
         for way in get_args(Way):
             pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=False, way=way)
         pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=True, ordered=True, backward=True)
+        pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=True, way="masked", backward=True)
     for one in launches:
         assert products_in_32_bits(one, target) == [], one.name
 

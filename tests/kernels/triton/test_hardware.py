@@ -67,7 +67,7 @@ def test_decode(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @drawn(6)
-@given(case=cases(st.integers(1, 90), ("split", "split", "ordered")))
+@given(case=cases(st.integers(1, 90), ("split", "split", "ordered", "masked")))
 def test_backward(case: Case, dtype: torch.dtype) -> None:
     check_backward(replace(case, dtype=dtype, device=GPU))
 
@@ -101,8 +101,7 @@ def errors(case: Case) -> None:
     grad = torch.randn(expected.shape, device=GPU).to(case.dtype)
     gradients = checks.reference_gradients(grad, x, scores, threshold, experts, b2, case.activation)
     for _ in range(2):
-        ordered = case.way == "ordered"
-        mine = module().backward(grad, x, scores, threshold, experts, case.activation, ordered=ordered)._asdict()
+        mine = module().backward(grad, x, scores, threshold, experts, case.activation, **case.how)._asdict()
         for name, theirs in gradients.items():
             assert (mine[name] - theirs).abs().max() <= tolerance * theirs.abs().max(), name
 
