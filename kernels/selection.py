@@ -12,8 +12,8 @@
 | top_k | it is among the tau · E smallest, rounded down | MoEfication (arXiv 2110.01786) |
 
 All but `max` have to go through a token's scores in their order: `surgeon::sorted_threshold`, which the native kernels
-compute without sorting. Where torch sorts, with hundreds of experts and many tokens, that takes a good part of the time
-that skipping them saves.
+and those for GPUs compute without sorting. Where torch sorts, with hundreds of experts and many tokens, that takes a
+good part of the time that skipping them saves.
 
 E counts the experts that are scored; those that always run are not among them. Experts with equal scores run or are
 skipped together. The code of D2DMoE's authors calls 1 − tau its tau.
@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import UsageError
+
+from . import triton
 
 RULES = ("max", "cumulative", "energy", "top_k")
 
@@ -70,6 +72,11 @@ _library.impl("selection_threshold", _selection_threshold, "CompositeImplicitAut
 _SORTED = "(Tensor scores, Tensor tau, str rule) -> Tensor"
 _library.define("sorted_threshold" + _SORTED)  # type: ignore[no-untyped-call]
 _library.impl("sorted_threshold", _sorted_threshold, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl(  # type: ignore[no-untyped-call]
+    "sorted_threshold",
+    lambda *given: (triton.sorted_threshold if triton.chosen_for_scores(*given[:2]) else _sorted_threshold)(*given),
+    "CUDA",
+)
 # Which experts run is a step function of the scores: there is no gradient.
 _library.impl("sorted_threshold", torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 # What the native kernels hand on: float64.

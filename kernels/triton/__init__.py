@@ -1,7 +1,8 @@
 """The Triton kernels of the dynamic-k FFN, for NVIDIA and AMD graphics processors.
 
-`chosen`, `fastest_way`, `supports`, `forward` and `backward` are all there is to call; importing this module imports no
-Triton. The operator takes them on a GPU unless `SURGEON_GPU=torch` is set.
+`chosen`, `fastest_way`, `supports`, `forward` and `backward`, and for thresholds `chosen_for_scores` and
+`sorted_threshold`, are all there is to call; importing this module imports no Triton. The operators take them on a GPU
+unless `SURGEON_GPU=torch` is set.
 
 There are three ways. *Expert by expert*, only what is selected is computed: `plan` sorts the selected (token, expert)
 pairs by expert on the device, without the host waiting for their number. The forward pass multiplies tiles of them,
@@ -18,7 +19,10 @@ of what is selected and clears the rest: not slower than the dense layer, nor fa
 
 `fastest_way` chooses by `cost_model`, on GPUs that `devices` has a model of: NVIDIA's. `SURGEON_GPU=triton` asks for
 expert by expert in any case.
-The backward pass goes expert by expert; it computes hidden values anew, and its gradient of x is added up likewise.
+The backward pass computes hidden values anew. Where the forward pass goes expert by expert it does, too, and its
+gradient of x is added up likewise. Elsewhere it is masked: products of the dense layer, and between them one kernel.
+
+Thresholds of the rules that go through a token's scores in their order are found without sorting, one program a token.
 
 | kernels launched | plan | then |
 | --- | --- | --- |
@@ -28,6 +32,8 @@ The backward pass goes expert by expert; it computes hidden values anew, and its
 | forward, spread | 4 | 1, beside torch's product |
 | forward, masked | 0 | 1, beside torch's products |
 | backward | 4 | 1, and 1 for x (2 if ordered), and 2 for the weights (3 if gated) |
+| backward, masked | 0 | 1, beside torch's products |
+| thresholds | 0 | 1 |
 
 Besides, PyTorch fills the fp32 output with the bias, and converts it if x is of a half type: one launch each. If
 spread, it fills the hidden values with zeros.
@@ -41,13 +47,12 @@ Reproducible: plan, ordered forward, ordered gradient of x, gradients of the wei
 bits from run to run.
 
 Verified on an NVIDIA H100 with torch 2.11 and Triton 3.6 (`tests/kernels/triton/test_hardware.py`): fp32, TF32, fp16
-and bf16 against float64, all ways and backward, with drawn and with real sizes; several thousand experts; more than
-2³¹ elements; NaN in one row; the same bits twice where that is promised; capture in a CUDA graph, so that nothing
-waits for the host; `torch.compile`. Tile sizes for such chips were chosen there by time (examples/speed has the
+and bf16 against float64, all ways and backward, with drawn and with real sizes; thresholds; several thousand experts;
+more than 2³¹ elements; NaN in one row; the same bits twice where that is promised; capture in a CUDA graph, so that
+nothing waits for the host; `torch.compile`. Tile sizes for such chips were chosen there by time (examples/speed has the
 results).
 
-Not verified on hardware: every other chip; and the addresses of what is spread, which were put another way, and in fp32
-given to more warps, after that run. The tests compare all kernels with a float64 reference in Triton's
+Not verified on hardware: every other chip. The tests compare all kernels with a float64 reference in Triton's
 interpreter and compile them for sm_80, sm_90, sm_100 and gfx942, reading off registers, spills, shared memory and
 instructions. That says nothing of speed on sm_80, sm_100 and gfx942, whose tile sizes are estimates, nor of races
 there.
@@ -70,11 +75,22 @@ from ..cost_model import Way
 from ..devices import model_of
 from ..torch_backend import Experts, Gradients
 
-__all__ = ["available", "backward", "chosen", "fastest_way", "forward", "supports"]
+__all__ = [
+    "available",
+    "backward",
+    "chosen",
+    "chosen_for_scores",
+    "fastest_way",
+    "forward",
+    "sorted_threshold",
+    "supports",
+]
 
 log = logging.getLogger("surgeon")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_MOST_SCORES = 8192  # of a token, which a program holds in registers
 
 
 @cache
@@ -91,20 +107,29 @@ def supports(x: Tensor, experts: Experts, activation: str) -> str | None:
         experts: the weights, same dtype and device as `x`.
         activation: a name of `surgeon.kernels.activations.ACTIVATIONS`.
     """
-    if not available():
-        return "Triton is not installed"
-    from . import launch
+    why = _runs_nowhere(x.device)
+    if why is not None:
+        return why
     from .elementwise import ACTIVATIONS
 
-    if x.device.type != "cuda" and not launch.INTERPRETED:
-        return f"Triton's kernels run on CUDA and ROCm devices, not on {x.device.type}"
     if x.dtype not in _DTYPES:
         return f"Triton's kernels compute in float32, float16 and bfloat16, not in {x.dtype}"
     if activation not in ACTIVATIONS:
         return f"Triton's kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}"
     if 0 in (*experts.w1.shape, experts.w2.shape[2]):
         return "Triton's kernels need every dimension of the weights to be at least 1"
-    found = launch.chip(x.device)
+    return None
+
+
+def _runs_nowhere(device: torch.device) -> str | None:
+    """Say why no kernel runs on a device, or None if they do."""
+    if not available():
+        return "Triton is not installed"
+    from . import launch
+
+    if device.type != "cuda" and not launch.INTERPRETED:
+        return f"Triton's kernels run on CUDA and ROCm devices, not on {device.type}"
+    found = launch.chip(device)
     if found.backend == "cuda" and found.capability < 80:
         return f"Triton's kernels need compute capability 8.0, this device has {found.capability / 10}"
     return None
@@ -115,14 +140,25 @@ def chosen(x: Tensor, experts: Experts, activation: str) -> bool:
 
     On a processor only in Triton's interpreter (`TRITON_INTERPRET=1`) with `SURGEON_GPU=triton`, for tests.
     """
+    return _wanted(x.device) and _or_say(supports(x, experts, activation))
+
+
+def chosen_for_scores(scores: Tensor, tau: Tensor) -> bool:
+    """The same of `sorted_threshold`, of which float64 and more than 8,192 scores of a token are left to torch."""
+    small = scores.dim() > 0 and 0 < scores.shape[-1] <= _MOST_SCORES and scores.numel() > 0
+    fits = small and scores.dtype == tau.dtype == torch.float32 and tau.device == scores.device
+    return fits and _wanted(scores.device) and _or_say(_runs_nowhere(scores.device))
+
+
+def _wanted(device: torch.device) -> bool:
     asked = os.environ.get("SURGEON_GPU")
-    if x.device.type == "cpu":
-        wanted = asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    else:
-        wanted = asked != "torch"
-    if not wanted:
-        return False
-    why = supports(x, experts, activation)
+    if device.type == "cpu":
+        return asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return asked != "torch"
+
+
+def _or_say(why: str | None) -> bool:
+    """Whether there is no reason against; a reason is said, once."""
     if why is not None:
         _say_once(why)
     return why is None
@@ -208,3 +244,16 @@ def backward(
     return host.backward(
         grad, x, scores, threshold, experts, activation, need_x, need_weights, way=way, ordered=ordered
     )
+
+
+def sorted_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
+    """`surgeon::sorted_threshold` without sorting, where `chosen_for_scores`.
+
+    Args:
+        scores: [..., E], float32, not negative.
+        tau: a scalar, float32.
+        rule: "cumulative", "energy" or "top_k".
+    """
+    from . import host
+
+    return host.sorted_threshold(scores, tau, rule)

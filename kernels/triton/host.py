@@ -17,6 +17,7 @@ from . import decode_kernels as _decode
 from . import forward_kernels as _forward
 from . import launch
 from . import plan as _plan
+from . import threshold_kernels as _thresholds
 from . import tiles as _tiles
 from .plan import Plan
 
@@ -124,6 +125,17 @@ def backward(
             _grad_weight(plan, found.gate, x, grads.gate, grads.b_gate)
             _grad_weight(plan, found.h, grad, grads.w2, None)
     return Gradients(grad_x, *(grads or [None] * 5))
+
+
+def sorted_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
+    """See `surgeon.kernels.triton.sorted_threshold`."""
+    scores, count = scores.contiguous(), scores.shape[-1]
+    out = scores.new_empty(scores.shape[:-1])
+    sizes = _tiles.scores(count)
+    launch.launch(
+        _thresholds.sorted_threshold, (out.numel(),), scores, tau, out, count, RULE=rule, **sizes.constants("columns")
+    )
+    return out
 
 
 def _contiguous(experts: Experts) -> Experts:

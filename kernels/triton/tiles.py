@@ -152,6 +152,12 @@ def mask(width: int) -> Tiles:
     return Tiles(1, 0, 0, min(1024, triton.next_power_of_2(width)), 4, 1)
 
 
+def scores(count: int) -> Tiles:
+    """Of `threshold_kernels.sorted_threshold`: all scores of a token. Few warps have less to tell each other."""
+    columns = triton.next_power_of_2(count)
+    return Tiles(1, 0, 0, columns, min(8, max(1, columns // 256)), 1)
+
+
 def grad_weight(chip: Chip, dtype: torch.dtype, neurons: int) -> Tiles:
     """Of `backward_kernels.grad_weight`: an accumulator of neurons × columns and a sum over the pairs of an expert."""
     wide = _padded(neurons, 64)

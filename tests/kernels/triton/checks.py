@@ -229,6 +229,14 @@ def check_backward(case: Case) -> None:
             assert gradient is None
 
 
+def check_thresholds(scores: Tensor, tau: float, rule: str) -> None:
+    """Those of every row, exactly: of scores whose sums are exact, or that `top_k` only counts."""
+    share = torch.tensor(tau, device=scores.device)
+    found = module().sorted_threshold(scores, share, rule)
+    expected = torch.ops.surgeon.sorted_threshold_torch(scores, share, rule)
+    assert torch.equal(found.nan_to_num(-1.0), expected.nan_to_num(-1.0))
+
+
 def check_plan(case: Case) -> None:
     """The plan, exactly."""
     _, scores, threshold, *_ = case.arguments()

@@ -108,6 +108,11 @@ def pass_through(
         module().forward(x, scores, threshold, weights, empty(width), activation, way=way, ordered=ordered)
 
 
+def thresholds(tokens: int, experts: int, rule: str) -> None:
+    """Those of scores without values."""
+    module().sorted_threshold(torch.empty(tokens, experts, device="meta"), torch.empty((), device="meta"), rule)
+
+
 def every_kernel(chip: Chip) -> list[Launch]:
     """Each kernel at least once, with sizes of which none is 1 or known to be a multiple of 16."""
     with recorded(chip) as launches:
@@ -119,6 +124,7 @@ def every_kernel(chip: Chip) -> list[Launch]:
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, way="masked")
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, backward=True)
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, way="masked", backward=True)
+        thresholds(40, 50, "energy")
     kinds = {(one.name, one.constants.get("SPREAD"), *(a is None for a in one.arguments)): one for one in launches}
     return list(kinds.values())
 

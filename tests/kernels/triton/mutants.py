@@ -23,7 +23,16 @@ import torch
 
 import surgeon.kernels
 
-from .checks import PACKAGE, Case, check_activation, check_backward, check_forward, check_nan, check_plan
+from .checks import (
+    PACKAGE,
+    Case,
+    check_activation,
+    check_backward,
+    check_forward,
+    check_nan,
+    check_plan,
+    check_thresholds,
+)
 
 SOURCE = Path(surgeon.kernels.__path__[0]) / "triton"
 
@@ -129,6 +138,20 @@ CALCULATE = (
     Mutant("backward_kernels", "total = tl.dot(f, r, total, ", "total = tl.dot(f, r, "),
     Mutant("backward_kernels", "if column_block == 0:", "if column_block >= 0:",
            equivalent="every block of columns has the same sum for the bias"),
+    Mutant("threshold_kernels", "tl.where(score == score, score, float(\"nan\"))", "score"),
+    Mutant("threshold_kernels", "tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)", "bits"),
+    Mutant("threshold_kernels", "tl.where(known, keys, 2**31)", "keys"),
+    Mutant("threshold_kernels", "amounts = known.to(tl.float64)", "amounts = (keys == keys).to(tl.float64)"),
+    Mutant("threshold_kernels", "share * E + 1e-4", "share * E"),
+    Mutant("threshold_kernels", "tl.floor(share * E + 1e-4) + 1", "tl.floor(share * E + 1e-4)"),
+    Mutant("threshold_kernels", "amounts = score * score", "amounts = score"),
+    Mutant("threshold_kernels", "share = share * share", "share = share"),
+    Mutant("threshold_kernels", "limit = share * amount_up_to(keys, amounts, high)", "limit = share"),
+    Mutant("threshold_kernels", "keys <= most", "keys < most"),
+    Mutant("threshold_kernels", "amount_up_to(keys, amounts, middle) < limit",
+           "amount_up_to(keys, amounts, middle) <= limit"),
+    Mutant("threshold_kernels", "low = middle + 1", "low = middle + 2"),
+    Mutant("threshold_kernels", "tl.load(scores + row * E + column", "tl.load(scores + column"),
     Mutant("elementwise", "h = activate(z, ACTIVATION) * up", "h = activate(up, ACTIVATION) * z"),
     Mutant("elementwise", "h = activate(z, ACTIVATION) * up", "h = activate(z, ACTIVATION)"),
     Mutant("elementwise", "h = activate(up, ACTIVATION)", "h = up"),
@@ -144,7 +167,8 @@ CALCULATE = (
     Mutant("elementwise", "s + 1.702 * z", "s + z"),
     Mutant("host", "for first in range(0, d, step)", "for first in range(0, step, step)"),
     Mutant("host", "x.new_zeros(x.shape[0], count, neurons)", "x.new_ones(x.shape[0], count, neurons)"),
-    Mutant("host", "F.linear(x, flat.gate, flat.b_gate)", "F.linear(x, flat.gate)"),
+    Mutant("host", "F.linear(x, flat.gate, flat.b_gate)", "F.linear(x, flat.gate)", "def _masked("),
+    Mutant("host", "F.linear(x, flat.gate, flat.b_gate)", "F.linear(x, flat.gate)", "def _masked_backward("),
     Mutant("host", "out.zero_() if b2 is None else out.copy_(b2)", "out.zero_()"),
     Mutant("host", "_grad_weight(plan, found.gate, x,", "_grad_weight(plan, found.up, x,"),
     Mutant("host", "grad_x.addmm_(grad_z, flat.gate)", "grad_x.addmm_(grad_z, flat.w1)"),
@@ -168,6 +192,7 @@ OVERFLOW = (
     Mutant("decode_kernels", "there, token.to(tl.int64), neuron", "there, token, neuron"),
     Mutant("decode_kernels", "expert = (tl.program_id(0) // blocks).to(tl.int64)",
            "expert = tl.program_id(0) // blocks", ONE),
+    Mutant("threshold_kernels", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
     Mutant("backward_kernels", "(tl.program_id(0) // column_blocks // neuron_blocks).to(tl.int64)",
            "tl.program_id(0) // column_blocks // neuron_blocks"),
     Mutant("backward_kernels", "mask=there, other=0).to(tl.int64)", "mask=there, other=0)"),
@@ -184,6 +209,18 @@ def checks(module: str) -> Iterator[Callable[[], None]]:
             case = Case(tokens=1, experts=2, neurons=5, gated=gated, share=1.0)
             yield lambda case=case: check_forward(case)
             yield lambda case=case: check_backward(case)
+    if module == "threshold_kernels":
+        generator = torch.Generator().manual_seed(0)
+        exact = torch.randint(0, 50, (6, 21), generator=generator) / 16
+        odd = exact.clone()
+        odd[0, 3], odd[1, 4] = float("nan"), float("inf")
+        odd[2] = torch.tensor([-0.0, 0.0, 1.0]).repeat(7)
+        odd[3, 5] = -odd[0, 3]  # as processors make them
+        for rule in ("cumulative", "energy", "top_k"):
+            for tau in (0.0, 0.3, 0.5, 1.0):
+                for scores in (exact, exact.double().square().float() / 64 + 1, odd):
+                    yield lambda scores=scores, tau=tau, rule=rule: check_thresholds(scores, tau, rule)
+        yield lambda: check_thresholds(torch.arange(22.0)[None], 13 / 22, "top_k")
     tiny = Case(tokens=20, experts=3, neurons=5, activation="relu")
     if module == "plan":
         for levels, score_dtype, experts in ((3, torch.float64, 70), (3, torch.float32, 20), (None, torch.float32, 5)):
@@ -247,7 +284,7 @@ def in_place(folder: Path) -> Iterator[None]:
 def verdict(mutant: Mutant | None, folder: Path, found_by: Callable[[str], Iterator[Callable[[], None]]]) -> str:
     """Whether a check fails with a mutant; for None, with none at all."""
     shutil.copytree(SOURCE, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    modules = ["elementwise", "plan", "decode_kernels", "forward_kernels", "backward_kernels"]
+    modules = ["elementwise", "threshold_kernels", "plan", "decode_kernels", "forward_kernels", "backward_kernels"]
     if mutant is not None:
         mutant.apply(folder)
         modules = [mutant.module]

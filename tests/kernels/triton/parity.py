@@ -22,6 +22,7 @@ from .checks import (
     check_forward,
     check_nan,
     check_plan,
+    check_thresholds,
     forced,
     module,
     reference,
@@ -82,6 +83,40 @@ def test_backward(case: Case) -> None:
 @given(case=cases(st.integers(1, 120), ("fused",)), experts=st.integers(1, 90))
 def test_plan(case: Case, experts: int) -> None:
     check_plan(replace(case, experts=experts, neurons=1, d_in=1, d_out=1))
+
+
+RULES = ("cumulative", "energy", "top_k")
+# Sums and squares of these are exact; rows with infinity or NaN among them.
+SCORES = st.integers(0, 60).map(lambda n: n / 16)
+ODD_SCORES = st.one_of(SCORES, st.sampled_from([0.0, -0.0, float("inf"), float("nan"), 1e-42, 3e38]))
+
+
+@st.composite
+def scores(draw: st.DrawFn, least: int = 1, most: int = 40) -> torch.Tensor:
+    experts, values = draw(st.integers(least, most)), draw(st.sampled_from([SCORES, ODD_SCORES]))
+    return torch.tensor(draw(st.lists(st.lists(values, min_size=experts, max_size=experts), min_size=1, max_size=3)))
+
+
+@few(25)
+@given(scores=scores(), tau=st.integers(0, 16).map(lambda n: n / 16), rule=st.sampled_from(RULES))
+def test_thresholds(scores: torch.Tensor, tau: float, rule: str) -> None:
+    check_thresholds(scores, tau, rule)
+
+
+def test_thresholds_of_any_number_of_dimensions() -> None:
+    """And of scores that are not contiguous."""
+    rows = torch.rand(3, 4, 50, generator=torch.Generator().manual_seed(0))[..., :33]
+    rows[1, 2, 7] = float("nan")
+    for rule in RULES:
+        found = module().sorted_threshold(rows, torch.tensor(0.5), rule)
+        assert found.shape == (3, 4)
+        each = [module().sorted_threshold(row, torch.tensor(0.5), rule) for row in rows.reshape(-1, 33)]
+        assert torch.equal(found.flatten(), torch.stack(each))
+
+
+def test_a_share_a_little_less_than_what_it_stands_for() -> None:
+    """13/22 of 22 is 12.999… in floating point."""
+    check_thresholds(torch.arange(22.0)[None], 13 / 22, "top_k")
 
 
 @pytest.mark.parametrize("activation", ACTIVATED)

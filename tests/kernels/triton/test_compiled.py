@@ -36,6 +36,7 @@ from .compiling import (
     pass_through,
     products_in_32_bits,
     recorded,
+    thresholds,
 )
 
 DTYPES = {
@@ -148,8 +149,11 @@ def whole_table(name: str, dtype: str) -> list[Launch]:
             if not little:
                 run(1, 50, 128)
                 run(16, 50, 128)
-    # A plan does not depend on the dtype.
-    return [one for one in launches if dtype == "bf16" or one.name not in PLANS]
+        for rule in ("energy", "top_k"):
+            for experts in (24, 8192):
+                thresholds(4096, experts, rule)
+    # Plans and thresholds do not depend on the dtype.
+    return [one for one in launches if dtype == "bf16" or one.name not in PLANS | {"sorted_threshold"}]
 
 
 def test_launches() -> None:
@@ -172,6 +176,9 @@ def test_launches() -> None:
     assert names(64, ordered=True) == [*planned, "hidden", "combine", "reduce"]
     assert names(8, way="spread") == names(4096, way="spread", ordered=True) == [*planned, "hidden"]
     assert names(8, way="masked") == names(4096, way="masked", ordered=True) == ["mask"]
+    with recorded(chip) as launches:
+        thresholds(4096, 96, "top_k")
+    assert [(one.name, one.programs) for one in launches] == [("sorted_threshold", (4096,))]
     weights = ["grad_weight"] * 3
     # One plan and one set of hidden values, whether gradients of x are added atomically or in order.
     assert names(64, ordered=True, backward=True) == [*planned, "grad_hidden", "combine", "reduce", *weights]
@@ -211,7 +218,13 @@ def test_offsets_have_64_bits() -> None:
     x = torch.empty(8, device="meta")
     assert len(products_in_32_bits(Launch(_overflows, (1,), (x, x, 10), 4, 1, {"block": 16}), target)) == 1
     launches = every_kernel(chip)
-    assert {one.name for one in launches} == MULTIPLIES | PLANS | {"decode_one", "mask", "grad_mask", "reduce"}
+    assert {one.name for one in launches} == MULTIPLIES | PLANS | {
+        "decode_one",
+        "mask",
+        "grad_mask",
+        "reduce",
+        "sorted_threshold",
+    }
     for one in launches:
         assert products_in_32_bits(one, target) == [], one.name
 
@@ -225,6 +238,7 @@ def test_sizes_of_one_compile(tokens: int, experts: int, neurons: int, width: in
             pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=False, way=way)
         pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=True, ordered=True, backward=True)
         pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=True, way="masked", backward=True)
+        thresholds(tokens, experts, "cumulative")
     for one in launches:
         assert products_in_32_bits(one, target) == [], one.name
 

@@ -29,8 +29,18 @@ from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn
 from surgeon.kernels.torch_backend import Experts
 
 from . import checks
-from .checks import Case, assert_close, check_activation, check_backward, check_forward, check_nan, check_plan, module
-from .parity import ACTIVATED, DTYPES, WAYS, cases
+from .checks import (
+    Case,
+    assert_close,
+    check_activation,
+    check_backward,
+    check_forward,
+    check_nan,
+    check_plan,
+    check_thresholds,
+    module,
+)
+from .parity import ACTIVATED, DTYPES, RULES, WAYS, cases, scores
 
 pytestmark = [
     # Of torch's own threads and compiler, here and there.
@@ -76,6 +86,27 @@ def test_backward(case: Case, dtype: torch.dtype) -> None:
 @given(case=cases(st.integers(1, 3000), ("fused",)), experts=st.integers(1, 400))
 def test_plan(case: Case, experts: int) -> None:
     check_plan(replace(case, experts=experts, neurons=1, d_in=1, d_out=1, device=GPU))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@drawn(40)
+@given(scores=scores(), tau=st.integers(0, 16).map(lambda n: n / 16))
+def test_thresholds(scores: Tensor, tau: float, rule: str) -> None:
+    check_thresholds(scores.to(GPU), tau, rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("experts", [24, 128, 1000, 8192])
+def test_thresholds_of_many_tokens_and_experts(experts: int, rule: str) -> None:
+    """By the operator. Of sums in float64, rounded: as torch's, but where one more or less makes no difference."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(3000, experts, generator=generator).to(GPU)
+    tau = torch.tensor(0.8, device=GPU)
+    found = torch.ops.surgeon.sorted_threshold(scores, tau, rule)
+    assert torch.equal(found, module().sorted_threshold(scores, tau, rule))
+    expected = torch.ops.surgeon.sorted_threshold_torch(scores.double(), tau.double(), rule).float()
+    apart = ((scores < found[:, None]).sum(1) - (scores < expected[:, None]).sum(1)).abs()
+    assert apart.max() <= (0 if rule == "top_k" else 1)
 
 
 @pytest.mark.parametrize("activation", ACTIVATED)
