@@ -149,13 +149,12 @@ struct Call {
     // The system would clear new memory, page after page, which takes a tenth of the time.
     int64_t wanted = (gate.defined() ? 2 : 1) * ceil_of(values * int64_t(sizeof(T)), sizeof(float));
     T* space = wanted <= MOST_FLOATS_KEPT ? reinterpret_cast<T*>(scratch_of(wanted)) : nullptr;
-    auto linear = [&](const Tensor& weight, const Tensor& bias, T* into) {
+    // Without biases, which it would write into the result first: they are added where that is read.
+    auto product = [&](const Tensor& weight, T* into) {
       Tensor to = space ? at::from_blob(into, {tokens, hidden}, x.options()) : at::empty({tokens, hidden}, x.options());
-      Tensor columns = weight.flatten(0, 1).t();
-      return bias.defined() ? at::addmm_out(to, bias.flatten(), x, columns) : at::mm_out(to, x, columns);
+      return at::mm_out(to, x, weight.flatten(0, 1).t());
     };
-    Tensor up = linear(*w1, b1, space);
-    Tensor gates = gate.defined() ? linear(gate, b_gate, space + values) : Tensor();
+    Tensor up = product(*w1, space), gates = gate.defined() ? product(gate, space + values) : Tensor();
     at::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) {
       functions.finish(
           layer, end - begin, mutable_data(up) + begin * hidden,

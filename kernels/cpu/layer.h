@@ -67,7 +67,7 @@ struct Functions {
   int64_t (*together_scratch)(const Layer<T>&, int64_t tokens);
   void (*together)(
       const Layer<T>&, const T* x, int64_t tokens, const Selected*, int64_t count, float* y, float* scratch);
-  // Of every neuron's input `up` [count, experts · neurons], biases included, what goes out of the hidden layer, in
+  // Of every neuron's input `up` [count, experts · neurons], without its bias, what goes out of the hidden layer, in
   // place; `gate` likewise or null. Zero for experts that are not `selected`, bits as from `select`; null: all are.
   void (*finish)(const Layer<T>&, int64_t count, T* up, const T* gate, const uint64_t* selected);
   // out [count, d_out] = the sum of `parts` results of `few`, which lie one after the other, plus b2.
