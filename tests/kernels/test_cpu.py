@@ -99,6 +99,20 @@ def test_every_instruction_set_computes_the_definition(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("neurons", [1, 15, 16, 17, 24, 31, 32, 33, 100])
+@pytest.mark.parametrize("place", range(5))
+def test_the_dense_product_leaves_out_what_is_not_selected(place: int, neurons: int, dtype: torch.dtype) -> None:
+    """Experts are cleared in ways that depend on their size; the last neurons may be no whole vector."""
+    known = ops.cpu_instruction_sets()
+    ops.cpu_use_instruction_set(known[place % len(known)])
+    always(dense=True)
+    for gated in (False, True):
+        args = arguments((20,), 9, neurons, 16, 24, gated=gated, bias=True, activation="gelu", share=0.5, dtype=dtype)
+        rounding = 2e-6 if dtype == torch.float32 else 1e-2
+        assert float(((dynamic_k_ffn(*args).double() - exact(args)).abs() / magnitude(args)).max()) < rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("d_out", "share"), [(1201, 0.5), (1201, 0.05), (96, 0.5)])
 @pytest.mark.parametrize("place", range(5))
 def test_outputs_of_some_columns_at_a_time_and_of_whole_rows(
