@@ -49,6 +49,19 @@ def lines(content: object, width: int = 100) -> list[str]:
     return plain_text(content, width).splitlines()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("torch", "log"), [(14.0, False), (400.0, True)])
+def test_a_surgery_is_drawn_so_that_every_line_can_be_told(torch: float, log: bool) -> None:
+    """By the logarithm where times are far apart, and with one point for what is stored and the tau that gave it."""
+    stored, *others = SURGERY.times.settings
+    settings = [stored, dataclasses.replace(stored, tau=0.8, torch=torch), *others]
+    times = dataclasses.replace(SURGERY.times, settings=settings)
+    plot = bench_files._plot(dataclasses.replace(SURGERY, times=times))
+    assert plot.log == log
+    (panel,) = plot.panels
+    assert panel.shares == [0.1, 0.42]
+    assert panel.lines["torch"] == [8.0, torch]
+
+
 def test_a_layer_fits_a_hundred_columns_with_every_method() -> None:
     shown = lines(benchmark_view(LAYER))
     assert max(map(len, shown)) <= 100

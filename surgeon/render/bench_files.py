@@ -15,6 +15,7 @@ from surgeon.render.files import write_result
 
 _WIDTH, _HEIGHT = 3.6, 2.8  # inches, of a panel
 _MOST_COLUMNS = 4  # of panels, where there is a choice
+_LINEAR_UP_TO = 8  # between the shortest and the longest time of a surgery, so that every line can be told
 _LABELS = {
     "compiled": "dense, compiled",
     "masked": "dense, masked",
@@ -93,7 +94,9 @@ def _where(machine: Machine) -> str:
 @_plot.register
 def _of_surgery(found: SurgeryBenchmark) -> _Plot:
     times = found.times
-    settings = sorted(times.settings, key=lambda setting: setting.executed)
+    # What is stored may be one of the taus that were given: a share has one point.
+    by_share = {setting.executed: setting for setting in times.settings}
+    settings = [by_share[share] for share in sorted(by_share)]
     lines: dict[str, Sequence[float | None]] = {
         "dense": [times.dense] * len(settings),
         "compiled": [times.compiled] * len(settings),
@@ -102,7 +105,10 @@ def _of_surgery(found: SurgeryBenchmark) -> _Plot:
         "ours_compiled": [setting.compiled for setting in settings],
     }
     panel = Panel(found.called_with, [setting.executed for setting in settings], lines)
-    return _Plot(f"{Path(found.model).name}, {_where(found.machine)}", [panel], log=False)
+    drawn = [value for line in lines.values() for value in line if value is not None]
+    return _Plot(
+        f"{Path(found.model).name}, {_where(found.machine)}", [panel], log=max(drawn) > _LINEAR_UP_TO * min(drawn)
+    )
 
 
 @_plot.register
