@@ -98,6 +98,21 @@ def test_every_instruction_set_computes_the_definition(
     assert error.numel() == 0 or float(error.max()) < rounding
 
 
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("place", range(5))
+def test_activations_far_from_zero(place: int, activation: str) -> None:
+    known = ops.cpu_instruction_sets()
+    ops.cpu_use_instruction_set(known[place % len(known)])
+    far = torch.tensor([0.0, 1e-30, 0.1, 1.0, 3.0, 5.0, 8.0, 12.9, 13.1, 20.0, 88.0, 90.0, 200.0, 1e4])
+    x = torch.cat([far, -far, torch.tensor([float("nan")])])[:, None]
+    scores, threshold, one = torch.ones(len(x), 1), torch.zeros(len(x)), torch.ones(1, 1, 1)
+    expected = ACTIVATIONS[activation].fn(x.double())
+    for dense in (False, True):
+        always(dense)
+        found = dynamic_k_ffn(x, scores, threshold, one, None, None, None, one, None, activation)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("neurons", [1, 15, 16, 17, 24, 31, 32, 33, 100])
 @pytest.mark.parametrize("place", range(5))
