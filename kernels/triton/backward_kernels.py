@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import gated_activation, gated_backward
-from .forward_kernels import project, rows_of
-from .plan import runs
+from .forward_kernels import neurons_of, project, rows_of
 
 
 @triton.jit
@@ -60,11 +59,7 @@ def grad_mask(
     program for each token and block of COLUMNS. What does not run is not read.
     """
     token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    known = column < E * S
-    score = tl.load(scores + token * E + column // S, mask=known, other=0.0)
-    on = known & runs(score, tl.load(threshold + token), COMPARE)
-    at = token * E * S + column
+    at, known, on = neurons_of(token, scores, threshold, E, COMPARE, S, COLUMNS)
     g = tl.load(grad_h + at, mask=on, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=on, other=0.0).to(tl.float32)
     v = u

@@ -180,6 +180,16 @@ def combine(
 
 
 @triton.jit
+def neurons_of(token, scores, threshold, E, COMPARE: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of a block of a token's neurons: the places in [N, E · S], which there are, and which of them run."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    known = column < E * S
+    score = tl.load(scores + token * E + column // S, mask=known, other=0.0)
+    on = known & runs(score, tl.load(threshold + token), COMPARE)
+    return token * E * S + column, known, on
+
+
+@triton.jit
 def mask(
     h, z, scores, threshold, E,
     ACTIVATION: tl.constexpr, COMPARE: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr,
@@ -189,11 +199,7 @@ def mask(
     A program for each token and block of COLUMNS. What does not run is not read.
     """
     token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    known = column < E * S
-    score = tl.load(scores + token * E + column // S, mask=known, other=0.0)
-    on = known & runs(score, tl.load(threshold + token), COMPARE)
-    at = token * E * S + column
+    at, known, on = neurons_of(token, scores, threshold, E, COMPARE, S, COLUMNS)
     up = tl.load(h + at, mask=on, other=0.0).to(tl.float32)
     gate = up
     if z is not None:
