@@ -295,9 +295,19 @@ def _this_gpu() -> Device:
 
 def _shapes(options: BenchOptions) -> list[LayerShape]:
     hidden = 4 * options.width if options.hidden is None else options.hidden
-    return [
-        LayerShape(options.width, hidden, size, options.gated) for size in _numbers("size", options.size, int, 1, None)
-    ]
+
+    def shape(size: int) -> LayerShape:
+        try:
+            return LayerShape(options.width, hidden, size, options.gated)
+        except UsageError as error:
+            if min(options.width, hidden) < 1:
+                raise
+            from surgeon.clustering import nearest_divisors  # takes a second to import
+
+            nearest = ", ".join(map(str, nearest_divisors(hidden, size)))
+            raise UsageError(f"{error} Give another --size. Nearest: {nearest}.") from error
+
+    return [shape(size) for size in _numbers("size", options.size, int, 1, None)]
 
 
 def _tokens(options: BenchOptions) -> Sequence[int]:

@@ -140,7 +140,12 @@ def test_a_device_is_predicted_and_listed(run: Run, tmp_path: Path) -> None:
         (("--model", "h100", "masked"), "Give DIR or --model, not both"),
         (("--model", "h100", "--threads", "2"), "--threads is about running something, and --model runs nothing"),
         (("--model", "list", "-o", "list.json"), "--model list writes no file"),
-        (("--size", "100"), "Experts of 100 neurons do not divide a hidden width of 3072"),
+        (
+            ("--size", "100"),
+            "Experts of 100 neurons do not divide a hidden width of 3072: 72 neurons would be left over. "
+            "Give another --size. Nearest: 96, 128.",
+        ),
+        (("--width", "0"), "A layer's width, hidden width and expert size are at least 1."),
         (("--size", "6.5"), "--size 6.5: give whole numbers from 1 on, separated by commas."),
         (("--tokens", "0"), "--tokens 0: give whole numbers from 1 on"),
         (("--share", "0.1,2"), "--share 0.1,2: give numbers from 0 to 1, above 0, separated by commas."),
