@@ -92,8 +92,8 @@ ODD_SCORES = st.one_of(SCORES, st.sampled_from([0.0, -0.0, float("inf"), float("
 
 
 @st.composite
-def scores(draw: st.DrawFn, least: int = 1, most: int = 40) -> torch.Tensor:
-    experts, values = draw(st.integers(least, most)), draw(st.sampled_from([SCORES, ODD_SCORES]))
+def scores(draw: st.DrawFn) -> torch.Tensor:
+    experts, values = draw(st.integers(1, 40)), draw(st.sampled_from([SCORES, ODD_SCORES]))
     return torch.tensor(draw(st.lists(st.lists(values, min_size=experts, max_size=experts), min_size=1, max_size=3)))
 
 
