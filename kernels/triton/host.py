@@ -1,4 +1,4 @@
-"""The forward and backward pass from the kernels: which are launched, with which sizes and buffers."""
+"""Forward, backward and thresholds from the kernels: which are launched, with which sizes and buffers."""
 
 from __future__ import annotations
 
