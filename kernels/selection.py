@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import UsageError
-
-from . import triton
+from surgeon.kernels import triton
 
 RULES = ("max", "cumulative", "energy", "top_k")
 

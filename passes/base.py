@@ -14,18 +14,18 @@ import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from surgeon.agreement import relative_error, run, tolerance_for
-from surgeon.batch import Data
-from surgeon.cost import LayerRun, measure
+from surgeon.data.batch import Data
 from surgeon.errors import PassError, SurgeonError, UsageError, VerificationError
-from surgeon.fit import Settings, start_alike
-from surgeon.graph import TracedGraph, tidy
-from surgeon.inputs import as_args_kwargs
-from surgeon.moe import MoESite
-from surgeon.report import Cost, FitReport, PassReport, SiteChange
-from surgeon.rewrite import Capture, adopt_changes
-from surgeon.sites import FFN, LinearSite, Rejection
-from surgeon.tracing import adopt, is_aten_graph
+from surgeon.graph.agreement import relative_error, run, tolerance_for
+from surgeon.graph.edit import Capture, adopt_changes
+from surgeon.graph.traced import TracedGraph, tidy
+from surgeon.measure.meter import LayerRun, measure
+from surgeon.models.example_inputs import as_args_kwargs
+from surgeon.moe.module import MoESite
+from surgeon.passes.report import Cost, FitReport, PassReport, SiteChange
+from surgeon.sites.ffn import FFN, LinearSite, Rejection
+from surgeon.tracing.trace import adopt, is_aten_graph
+from surgeon.training.loop import Settings, start_alike
 
 Site = TypeVar("Site", FFN, LinearSite, MoESite)
 SiteKind = Literal["ffn", "linear", "moe"]

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from surgeon.graph import TracedGraph
-from surgeon.moe import MoE, MoESite, dynamic_k_ffn, find_moes, router_nodes
+from surgeon.graph.edit import emit, get_attr, merge_duplicates
+from surgeon.graph.traced import TracedGraph
+from surgeon.moe.module import MoE, MoESite, dynamic_k_ffn, find_moes, router_nodes
 from surgeon.passes.base import Pass, SiteKind
-from surgeon.report import SiteChange
-from surgeon.rewrite import emit, get_attr, merge_duplicates
-from surgeon.sites import Rejection
+from surgeon.passes.report import SiteChange
+from surgeon.sites.ffn import Rejection
 
 
 @dataclass(frozen=True, kw_only=True)

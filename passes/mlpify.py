@@ -13,22 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from surgeon.batch import Batch
+from surgeon.data.batch import Batch
+from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
-from surgeon.fit import fit
-from surgeon.fused import fused_parts
-from surgeon.graph import TracedGraph, aten, free_target
+from surgeon.graph.edit import Capture, emit, emit_dropout, erase_unread, get_attr, replace_value
+from surgeon.graph.traced import TracedGraph, aten, free_target
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.linear import Linear
-from surgeon.padding import real_tokens
 from surgeon.passes.base import FitContext, SiteKind, option
+from surgeon.passes.report import FitReport, SiteChange
 from surgeon.passes.swap_activation import TARGETS
 from surgeon.passes.trained import TrainedPass
-from surgeon.report import FitReport, SiteChange
-from surgeon.rewrite import Capture, emit, emit_dropout, erase_unread, get_attr, replace_value
-from surgeon.search import find_linear_sites
-from surgeon.sites import PROJECTION_MLP, LinearSite, Rejection
-from surgeon.sparsity import (
+from surgeon.sites.ffn import PROJECTION_MLP, LinearSite, Rejection
+from surgeon.sites.linear import Linear
+from surgeon.sites.qkv import fused_parts
+from surgeon.sites.search import find_linear_sites
+from surgeon.training.loop import fit
+from surgeon.training.penalty import (
     PENALTIES,
     PENALTY_NAMES,
     AlphaSchedule,

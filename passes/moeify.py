@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from surgeon.batch import Data
-from surgeon.calibration import collect_calls
-from surgeon.clustering import nearest_divisors
+from surgeon.data.batch import Data
 from surgeon.errors import UsageError
-from surgeon.fit import Settings
-from surgeon.graph import TracedGraph, free_target
+from surgeon.graph.edit import replace_call
+from surgeon.graph.traced import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.selection import RULES
-from surgeon.moe import MoE, find_moes, set_tau
-from surgeon.neuron_split import Split, split_neurons
+from surgeon.moe.clustering import nearest_divisors
+from surgeon.moe.module import MoE, find_moes, set_tau
+from surgeon.moe.router import Goal, Labels, Objective, Output, Router
+from surgeon.moe.split import Split, split_neurons
+from surgeon.moe.trunks import trunk_groups, trunk_of
 from surgeon.passes.base import FitContext, PerSite, SiteKind, for_site, option
+from surgeon.passes.report import FitReport, SiteChange
 from surgeon.passes.trained import TrainedPass
-from surgeon.report import FitReport, SiteChange
-from surgeon.rewrite import replace_call
-from surgeon.router_fitting import by_trunk, fit_from_neurons, running_at, train_routers
-from surgeon.routing import Goal, Labels, Objective, Output, Router
-from surgeon.search import find_ffns
-from surgeon.shared_trunk import trunk_groups, trunk_of
-from surgeon.sites import FFN, FFNWeights, Rejection
+from surgeon.sites.ffn import FFN, FFNWeights, Rejection
+from surgeon.sites.search import find_ffns
+from surgeon.training.loop import Settings
+from surgeon.training.observe import collect_calls
+from surgeon.training.routers import by_trunk, fit_from_neurons, running_at, train_routers
 
 log = logging.getLogger("surgeon")
 

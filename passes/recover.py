@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from surgeon.batch import Batch, Data
+from surgeon.data.batch import Batch, Data
+from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
-from surgeon.finetuning import finetune
-from surgeon.fit import Settings
-from surgeon.graph import TracedGraph
-from surgeon.moe import MoE, MoESite, find_moes
-from surgeon.padding import real_tokens
+from surgeon.graph.edit import own_parameters
+from surgeon.graph.traced import TracedGraph
+from surgeon.moe.module import MoE, MoESite, find_moes
 from surgeon.passes.base import FitContext, SiteKind, option
+from surgeon.passes.report import FitReport, SiteChange
 from surgeon.passes.trained import FineTunedPass
-from surgeon.report import FitReport, SiteChange
-from surgeon.rewrite import own_parameters
-from surgeon.sites import Rejection
+from surgeon.sites.ffn import Rejection
+from surgeon.training.finetuning import finetune
+from surgeon.training.loop import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

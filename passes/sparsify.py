@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from surgeon.batch import Batch
-from surgeon.calibration import layer_sparsity
+from surgeon.data.batch import Batch
+from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
-from surgeon.finetuning import finetune
-from surgeon.graph import TracedGraph, free_target
+from surgeon.graph.edit import set_path
+from surgeon.graph.traced import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.padding import real_tokens
 from surgeon.passes.base import FitContext, PerSite, SiteKind, for_site, option
+from surgeon.passes.report import FitReport, SiteChange
 from surgeon.passes.trained import FineTunedPass
-from surgeon.probe import HALVES, Halves
-from surgeon.report import FitReport, SiteChange
-from surgeon.rewrite import set_path
-from surgeon.search import find_ffns
-from surgeon.sites import FFN, Rejection
-from surgeon.sparsity import (
+from surgeon.sites.ffn import FFN, Rejection
+from surgeon.sites.nonlinearity import HALVES, Halves
+from surgeon.sites.search import find_ffns
+from surgeon.training.finetuning import finetune
+from surgeon.training.observe import layer_sparsity
+from surgeon.training.penalty import (
     PENALTIES,
     PENALTY_NAMES,
     AlphaControl,

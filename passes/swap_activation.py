@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
-from surgeon.calibration import layer_sparsity
 from surgeon.errors import UsageError
-from surgeon.finetuning import finetune
-from surgeon.graph import TracedGraph, aten, shape_of
+from surgeon.graph.edit import emit, emit_dropout, erase_unread
+from surgeon.graph.traced import TracedGraph, aten, shape_of
 from surgeon.passes.base import FitContext, PerSite, SiteKind, for_site, option
+from surgeon.passes.report import FitReport, SiteChange
 from surgeon.passes.trained import FineTunedPass
-from surgeon.probe import HALVES, OTHER
-from surgeon.report import FitReport, SiteChange
-from surgeon.rewrite import emit, emit_dropout, erase_unread
-from surgeon.search import find_ffns
-from surgeon.sites import FFN, Call, Rejection
+from surgeon.sites.ffn import FFN, Call, Rejection
+from surgeon.sites.nonlinearity import HALVES, OTHER
+from surgeon.sites.search import find_ffns
+from surgeon.training.finetuning import finetune
+from surgeon.training.observe import layer_sparsity
 
 Emit = Callable[..., Node]
 # How each target activation is written in ATen ops.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from surgeon.errors import UsageError
-from surgeon.fit import Plan, Precision, Schedule
 from surgeon.passes.base import Pass, Site, option
+from surgeon.training.loop import Plan, Precision, Schedule
 
 # Options that mean something only where something is trained, all of them fields of `Plan`.
 _OF_THE_PLAN = frozenset({"lr", "beta2", "weight_decay", "schedule", "warmup", "clip", "accumulate", "precision"})
@@ -68,13 +68,13 @@ class TrainedPass(Pass[Site], ABC):
         return self.epochs != 0 or self.steps is not None
 
     def plan(self) -> Plan:
-        """The options as a plan for `surgeon.fit`."""
+        """The options as a plan for `surgeon.training.loop`."""
         return Plan(self.epochs, self.steps, **{name: getattr(self, name) for name in _OF_THE_PLAN})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTunedPass(TrainedPass[Site], ABC):
-    """A pass that fine-tunes the whole model (`surgeon.finetuning`)."""
+    """A pass that fine-tunes the whole model (`surgeon.training.finetuning`)."""
 
     for_training: ClassVar[frozenset[str]] = frozenset({"distill", "distill_layers"})
 

@@ -14,43 +14,43 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded on first use: `import surgeon` and `surgeon --help` do not wait for torch.
 _EXPORTS = {
-    "Data": "surgeon.batch",
-    "compensate": "surgeon.compensation",
-    "Pipeline": "surgeon.pipeline",
-    "Surgery": "surgeon.pipeline",
+    "Data": "surgeon.data.batch",
+    "compensate": "surgeon.measure.compensation",
+    "Pipeline": "surgeon.surgery.pipeline",
+    "Surgery": "surgeon.surgery.pipeline",
     "SurgeonError": "surgeon.errors",
-    "TracedGraph": "surgeon.graph",
-    "find_ffns": "surgeon.search",
-    "find_moes": "surgeon.moe",
-    "get_rule": "surgeon.moe",
-    "get_tau": "surgeon.moe",
-    "load": "surgeon.artifact",
-    "set_rule": "surgeon.moe",
-    "set_tau": "surgeon.moe",
-    "to_networkx": "surgeon.graph",
-    "token_load": "surgeon.cost",
-    "trace": "surgeon.tracing",
-    "tune": "surgeon.tuning",
+    "TracedGraph": "surgeon.graph.traced",
+    "find_ffns": "surgeon.sites.search",
+    "find_moes": "surgeon.moe.module",
+    "get_rule": "surgeon.moe.module",
+    "get_tau": "surgeon.moe.module",
+    "load": "surgeon.surgery.artifact",
+    "set_rule": "surgeon.moe.module",
+    "set_tau": "surgeon.moe.module",
+    "to_networkx": "surgeon.graph.traced",
+    "token_load": "surgeon.measure.meter",
+    "trace": "surgeon.tracing.trace",
+    "tune": "surgeon.measure.tuning",
 }
 
 if TYPE_CHECKING:
-    from surgeon.artifact import load as load
-    from surgeon.batch import Data as Data
-    from surgeon.compensation import compensate as compensate
-    from surgeon.cost import token_load as token_load
+    from surgeon.data.batch import Data as Data
     from surgeon.errors import SurgeonError as SurgeonError
-    from surgeon.graph import TracedGraph as TracedGraph
-    from surgeon.graph import to_networkx as to_networkx
-    from surgeon.moe import find_moes as find_moes
-    from surgeon.moe import get_rule as get_rule
-    from surgeon.moe import get_tau as get_tau
-    from surgeon.moe import set_rule as set_rule
-    from surgeon.moe import set_tau as set_tau
-    from surgeon.pipeline import Pipeline as Pipeline
-    from surgeon.pipeline import Surgery as Surgery
-    from surgeon.search import find_ffns as find_ffns
-    from surgeon.tracing import trace as trace
-    from surgeon.tuning import tune as tune
+    from surgeon.graph.traced import TracedGraph as TracedGraph
+    from surgeon.graph.traced import to_networkx as to_networkx
+    from surgeon.measure.compensation import compensate as compensate
+    from surgeon.measure.meter import token_load as token_load
+    from surgeon.measure.tuning import tune as tune
+    from surgeon.moe.module import find_moes as find_moes
+    from surgeon.moe.module import get_rule as get_rule
+    from surgeon.moe.module import get_tau as get_tau
+    from surgeon.moe.module import set_rule as set_rule
+    from surgeon.moe.module import set_tau as set_tau
+    from surgeon.sites.search import find_ffns as find_ffns
+    from surgeon.surgery.artifact import load as load
+    from surgeon.surgery.pipeline import Pipeline as Pipeline
+    from surgeon.surgery.pipeline import Surgery as Surgery
+    from surgeon.tracing.trace import trace as trace
 
 __all__ = sorted(_EXPORTS)
 

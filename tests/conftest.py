@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from surgeon.graph import TracedGraph, fork
-from surgeon.rewrite import own_parameters
-from surgeon.tracing import trace
-from tests import models
+from surgeon.graph.edit import own_parameters
+from surgeon.graph.traced import TracedGraph, fork
+from surgeon.tracing.trace import trace
+from tests import small_models
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -77,12 +77,12 @@ class Traces:
     def pair(self, name: str) -> tuple[nn.Module, Any, TracedGraph]:
         """The model, its inputs, and its graph, which share their parameters. All tests share them: change nothing."""
         if name not in self._made:
-            if name in models.HUGGING_FACE:
-                model, inputs = models.hugging_face(name)
+            if name in small_models.HUGGING_FACE:
+                model, inputs = small_models.hugging_face(name)
             elif name.startswith("stack:"):
-                model, inputs = models.stack(name.removeprefix("stack:")), models.vectors()
+                model, inputs = small_models.stack(name.removeprefix("stack:")), small_models.vectors()
             else:
-                model, inputs = models.classifier(name), models.tokens()
+                model, inputs = small_models.classifier(name), small_models.tokens()
             self._made[name] = model, inputs, trace(model, inputs)
         return self._made[name]
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from surgeon.batch import Batch, Data
-from surgeon.demo import DigitsViT
-from surgeon.pipeline import Pipeline
+from surgeon.data.batch import Batch, Data
+from surgeon.jobs.demo import DigitsViT
+from surgeon.surgery.pipeline import Pipeline
 
 FRONTIER = Path(__file__).parents[1] / "examples" / "frontier"
 

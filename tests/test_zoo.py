@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from surgeon.agreement import relative_error, run
-from surgeon.inputs import as_args_kwargs
+from surgeon.graph.agreement import relative_error, run
+from surgeon.models.example_inputs import as_args_kwargs
 from surgeon.passes import Lower, Moeify
-from surgeon.pipeline import Pipeline
+from surgeon.surgery.pipeline import Pipeline
 
 from .zoo import (
     gated,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from torch.fx import GraphModule, Interpreter, Node
 
-from surgeon.batch import Batch
-from surgeon.cost import ExpertMeter
-from surgeon.moe import find_moes
-from surgeon.sweep import run_batches
+from surgeon.data.batch import Batch
+from surgeon.measure.meter import ExpertMeter
+from surgeon.measure.sweep import run_batches
+from surgeon.moe.module import find_moes
 
 REST, DENSE = 2.0, 5.0  # milliseconds of all that is no expert, and of a model without experts
 
@@ -44,7 +44,7 @@ def replace_clock(monkeypatch: pytest.MonkeyPatch) -> None:
             times.append(milliseconds({path: layer.share for path, layer in meter.layers.items()}))
         return times if find_moes(graph) else [DENSE for _ in choices]
 
-    monkeypatch.setattr("surgeon.cost.clock", lambda device: now)
+    monkeypatch.setattr("surgeon.measure.meter.clock", lambda device: now)
     monkeypatch.setattr(Interpreter, "run_node", run_and_take_time)
-    for module in ("surgeon.tuning", "surgeon.jobs.measuring"):
+    for module in ("surgeon.measure.tuning", "surgeon.jobs.sweep"):
         monkeypatch.setattr(f"{module}.time_settings", time_settings)

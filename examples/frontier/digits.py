@@ -12,8 +12,8 @@ import torch
 from study import Study, Variant, main
 from torch import nn
 
-from surgeon import demo
-from surgeon.batch import Batch, Data
+from surgeon.data.batch import Batch, Data
+from surgeon.jobs import demo
 from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivation
 
 # Of every fine-tuning of the whole model, and of the routers.

@@ -23,10 +23,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import sentiment
 import torch
 
-from surgeon.data import load_data
-from surgeon.demo import train
-from surgeon.losses import evaluate
-from surgeon.source import load_model
+from surgeon.data.files import load_data
+from surgeon.data.losses import evaluate
+from surgeon.jobs.demo import train
+from surgeon.models.source import load_model
 
 DATA = "editorials"
 LENGTH = 64  # tokens; longer snippets are cut

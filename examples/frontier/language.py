@@ -17,7 +17,7 @@ import torch
 from study import Study, Variant, main
 from torch import Tensor, nn
 
-from surgeon.batch import Batch, Data
+from surgeon.data.batch import Batch, Data
 from surgeon.passes import Lower, Moeify, Pass, Recover, Sparsify, SwapActivation
 
 VOCABULARY, LENGTH, BATCH = 2048, 128, 16

@@ -12,8 +12,8 @@ import torch
 from matplotlib.figure import Figure
 
 import surgeon
-from surgeon import demo
-from surgeon.batch import Batch
+from surgeon.data.batch import Batch
+from surgeon.jobs import demo
 
 SHOWN = 8
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 import surgeon
-from surgeon.calibration import collect
-from surgeon.fit import Settings
-from surgeon.graph import fork
-from surgeon.moe import MoE, find_moes
+from surgeon.graph.traced import fork
+from surgeon.moe.module import MoE, find_moes
+from surgeon.moe.router import expert_norms
 from surgeon.passes import Moeify
-from surgeon.routing import expert_norms
+from surgeon.training.loop import Settings
+from surgeon.training.observe import collect
 
 SHARES = (0.05, 0.1, 0.2)
 TRAINED: dict[str, Any] = {"router": "trained", "epochs": 1.0}

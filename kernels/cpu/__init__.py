@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 
 from surgeon.errors import UsageError
-
-from . import crossover
-from .build import BuildError, built, library
+from surgeon.kernels.cpu import crossover
+from surgeon.kernels.cpu.build import BuildError, built, library
 
 log = logging.getLogger("surgeon")
 
@@ -90,7 +89,7 @@ def _load() -> State:
         log.warning("The torch backend runs instead of the native kernels: %s", error)
         return State(None, str(error))
     # Whichever is there first defines the operators; the library leaves those of Python alone, Python cannot.
-    from .. import dynamic_k  # noqa: F401
+    from surgeon.kernels import dynamic_k  # noqa: F401
 
     torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     if wanted:

@@ -70,10 +70,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .. import cost_model
-from ..cost_model import Way
-from ..devices import model_of
-from ..torch_backend import Experts, Gradients
+from surgeon.kernels.gpu_model import cost as cost_model
+from surgeon.kernels.gpu_model.cost import Way
+from surgeon.kernels.gpu_model.devices import model_of
+from surgeon.kernels.torch.backend import Experts, Gradients
 
 __all__ = [
     "available",
@@ -110,7 +110,7 @@ def supports(x: Tensor, experts: Experts, activation: str) -> str | None:
     why = _runs_nowhere(x.device)
     if why is not None:
         return why
-    from .elementwise import ACTIVATIONS
+    from surgeon.kernels.triton.elementwise import ACTIVATIONS
 
     if x.dtype not in _DTYPES:
         return f"Triton's kernels compute in float32, float16 and bfloat16, not in {x.dtype}"
@@ -125,7 +125,7 @@ def _runs_nowhere(device: torch.device) -> str | None:
     """Say why no kernel runs on a device, or None if they do."""
     if not available():
         return "Triton is not installed"
-    from . import launch
+    from surgeon.kernels.triton import launch
 
     if device.type != "cuda" and not launch.INTERPRETED:
         return f"Triton's kernels run on CUDA and ROCm devices, not on {device.type}"
@@ -216,7 +216,7 @@ def forward(
         way: what of it is computed expert by expert, and what densely.
         ordered: add up experts in a fixed order, so that equal inputs give equal bits; dense products do anyway.
     """
-    from . import host
+    from surgeon.kernels.triton import host
 
     return host.forward(x, scores, threshold, experts, b2, activation, way=way, ordered=ordered)
 
@@ -239,7 +239,7 @@ def backward(
     Arguments are those of `forward`, which need not be called first; what is not needed is None. Every `way` but expert
     by expert is masked. `ordered` is about the gradient of `x`: those of the weights are reproducible anyway.
     """
-    from . import host
+    from surgeon.kernels.triton import host
 
     return host.backward(
         grad, x, scores, threshold, experts, activation, need_x, need_weights, way=way, ordered=ordered
@@ -254,6 +254,6 @@ def sorted_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
         tau: a scalar, float32.
         rule: "cumulative", "energy" or "top_k".
     """
-    from . import host
+    from surgeon.kernels.triton import host
 
     return host.sorted_threshold(scores, tau, rule)

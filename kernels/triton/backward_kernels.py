@@ -13,8 +13,8 @@ block of a weight, without atomics. Or, with dense products before and after it,
 import triton
 import triton.language as tl
 
-from .elementwise import gated_activation, gated_backward
-from .forward_kernels import neurons_of, project, rows_of
+from surgeon.kernels.triton.elementwise import gated_activation, gated_backward
+from surgeon.kernels.triton.forward_kernels import neurons_of, project, rows_of
 
 
 @triton.jit

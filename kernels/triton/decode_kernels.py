@@ -12,9 +12,9 @@ Results are added to out [N, d_out], fp32, atomically.
 import triton
 import triton.language as tl
 
-from .elementwise import gated_activation
-from .forward_kernels import add_ffn
-from .plan import runs
+from surgeon.kernels.triton.elementwise import gated_activation
+from surgeon.kernels.triton.forward_kernels import add_ffn
+from surgeon.kernels.triton.plan import runs
 
 MOST_TOKENS = 16
 """The rows of the smallest tile that tensor cores multiply."""

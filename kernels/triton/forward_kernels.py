@@ -17,8 +17,8 @@ gives them, COLUMNS of the result.
 import triton
 import triton.language as tl
 
-from .elementwise import gated_activation
-from .plan import runs
+from surgeon.kernels.triton.elementwise import gated_activation
+from surgeon.kernels.triton.plan import runs
 
 
 @triton.jit

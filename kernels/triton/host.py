@@ -10,16 +10,16 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ..cost_model import Way
-from ..torch_backend import Experts, Gradients
-from . import backward_kernels as _backward
-from . import decode_kernels as _decode
-from . import forward_kernels as _forward
-from . import launch
-from . import plan as _plan
-from . import threshold_kernels as _thresholds
-from . import tiles as _tiles
-from .plan import Plan
+from surgeon.kernels.gpu_model.cost import Way
+from surgeon.kernels.torch.backend import Experts, Gradients
+from surgeon.kernels.triton import backward_kernels as _backward
+from surgeon.kernels.triton import decode_kernels as _decode
+from surgeon.kernels.triton import forward_kernels as _forward
+from surgeon.kernels.triton import launch
+from surgeon.kernels.triton import plan as _plan
+from surgeon.kernels.triton import threshold_kernels as _thresholds
+from surgeon.kernels.triton import tiles as _tiles
+from surgeon.kernels.triton.plan import Plan
 
 PARTIAL_BYTES = 512 * 2**20
 """What the outputs of all pairs that wait to be added up may take; how many there will be is not known to the host."""

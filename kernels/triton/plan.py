@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from surgeon.kernels.triton import launch
 
 LAUNCHES = 4
 """How many kernels `plan` launches."""

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 import triton
 
-from .launch import Chip
+from surgeon.kernels.triton.launch import Chip
 
 _FUSED_NEURONS = 128
 _EXPECTED_SHARE = 4  # one in so many pairs is taken to be selected: the host does not know

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from surgeon.kernels.activations import activation
-from surgeon.kernels.cost_model import LayerShape
 from surgeon.kernels.dynamic_k import selected
-from surgeon.kernels.torch_backend import Experts, hidden, keep_selected
+from surgeon.kernels.gpu_model.cost import LayerShape
+from surgeon.kernels.torch.backend import Experts, hidden, keep_selected
 
 MaskKind = Literal["uniform", "skewed", "clustered"]
 MASKS: tuple[MaskKind, ...] = get_args(MaskKind)

@@ -88,9 +88,9 @@ def build(names: str | None, settings: list[str] | None) -> list[Pass[Any]]:
     """The passes of `--passes` with the options of `--set`.
 
     Raises:
-        UsageError: none, or one that does not exist; see `surgeon.recipe.build`.
+        UsageError: none, or one that does not exist; see `surgeon.surgery.recipe.build`.
     """
-    from surgeon import recipe
+    from surgeon.surgery import recipe
 
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
     if not wanted:

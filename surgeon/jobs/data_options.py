@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How to read data: the arguments of `surgeon.data.load_data` that the command line has.
+    """How to read data: the arguments of `surgeon.data.files.load_data` that the command line has.
 
     seed: None stands for a saved surgery's own, so that the same part is held out again, and for 0 otherwise.
     """

@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from surgeon.artifact import load
 from surgeon.kernels import cpu
 from surgeon.passes import Lower, Moeify
-from surgeon.pipeline import Pipeline
+from surgeon.surgery.artifact import load
+from surgeon.surgery.pipeline import Pipeline
 
 _PACKAGES = ("transformers", "accelerate", "datasets", "safetensors", "scikit-learn", "scipy", "networkx")
 _LITTLE_SPACE = 1 << 30

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
-from surgeon.diff import PassDiff
+from surgeon.graph.snapshot import PassDiff
 from surgeon.passes import Moeify, Pass
-from surgeon.pipeline import Pipeline
-from surgeon.recipe import option_types
+from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.recipe import option_types
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from surgeon.agreement import run
-from surgeon.batch import Batch
-from surgeon.jobs.opening import Opened
-from surgeon.losses import task_of
+from surgeon.data.batch import Batch
+from surgeon.data.losses import task_of
+from surgeon.graph.agreement import run
+from surgeon.jobs.open_model import Opened
 
 
 def task_for(opened: Opened, batches: Iterable[Any]) -> str | None:

@@ -11,8 +11,8 @@ from surgeon.errors import SaveError
 from surgeon.render.screen import to_json
 
 if TYPE_CHECKING:
-    from surgeon.jobs.measuring import Swept
-    from surgeon.sweep import Point
+    from surgeon.jobs.sweep import Swept
+    from surgeon.measure.sweep import Point
 
 
 def write_result(result: object, file: Path, draw: Callable[[], None]) -> None:

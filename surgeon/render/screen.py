@@ -21,12 +21,12 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from surgeon.render.diff_view import Detail, diff_view
-from surgeon.render.summary import seconds
-from surgeon.report import Progress
+from surgeon.passes.report import Progress
+from surgeon.text.diff import Detail, diff_view
+from surgeon.text.summary import seconds
 
 if TYPE_CHECKING:
-    from surgeon.pipeline import Diff
+    from surgeon.surgery.pipeline import Diff
 
 Mode = Literal["rich", "plain", "json"]
 # Plain text is never wrapped or cut: what reads it does that better.

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from surgeon.bench.layer import MASKS, Case, MaskKind, make_problem
-from surgeon.kernels.cost_model import LayerShape
 from surgeon.kernels.dynamic_k import selected
+from surgeon.kernels.gpu_model.cost import LayerShape
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,8 @@ from surgeon.bench.run import Cell, run
 from surgeon.bench.timing import Call, cache_size, median_seconds
 from surgeon.bench.whole import repeated
 from surgeon.errors import UsageError
-from surgeon.kernels.cost_model import LayerShape
-from surgeon.report import Progress
+from surgeon.kernels.gpu_model.cost import LayerShape
+from surgeon.passes.report import Progress
 
 CPU = torch.device("cpu")
 MACHINE = Machine("cpu", "a processor", "AVX2", 1, "2.13", "native", None, "thread", {"float32": 1e9}, 1e9)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import surgeon
-from surgeon.artifact import read_record
+from surgeon.surgery.artifact import read_record
 
 from .harness import DATA, NET, Run, left
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from surgeon.errors import NothingChangedError
-from surgeon.jobs.applying import check_changed
-from surgeon.report import PassReport
+from surgeon.jobs.apply import check_changed
+from surgeon.passes.report import PassReport
 
 from .harness import NET, Run, left
 

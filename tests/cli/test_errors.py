@@ -67,7 +67,7 @@ def test_unexpected_errors_are_one_line_and_a_hint(run: Run, monkeypatch: pytest
     def fail(*args: object, **options: object) -> None:
         raise RuntimeError("boom\nmore")
 
-    monkeypatch.setattr("surgeon.jobs.inspection.measure", fail)
+    monkeypatch.setattr("surgeon.jobs.inspect.measure", fail)
     result = run("-q", "inspect", *NET)
     assert result.code == 4
     assert result.err.splitlines() == [

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import surgeon
-from surgeon.artifact import load, load_inputs, read_record
-from surgeon.cost import measure
-from surgeon.recipe import RECIPES
+from surgeon.measure.meter import measure
+from surgeon.surgery.artifact import load, load_inputs, read_record
+from surgeon.surgery.recipe import RECIPES
 
 from .harness import Run, run_surgeon
 

@@ -17,7 +17,7 @@ from .harness import DATA, NET, Run, left
 
 def test_a_full_disk_exits_with_4_and_leaves_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as full:
-        full.setattr("surgeon.artifact.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+        full.setattr("surgeon.surgery.artifact.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
         result = run("-q", "apply", "--passes", "moeify", *NET, *DATA, "--set", "moeify.steps=1")
     assert result.code == 4
     assert "error: Cannot write gelu-surgery" in result.err
@@ -101,7 +101,7 @@ def test_interrupted_without_checkpoints_leaves_nothing(
     def stop(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("surgeon.pipeline.Pipeline.run", stop)
+    monkeypatch.setattr("surgeon.surgery.pipeline.Pipeline.run", stop)
     result = run("--output", "json", "-q", "apply", "--passes", "moeify", *NET, *DATA)
     assert result.code == 130
     assert result.json["error"] == {

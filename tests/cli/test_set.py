@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.artifact import load, load_diff, load_inputs, read_record
+from surgeon.surgery.artifact import load, load_diff, load_inputs, read_record
 
 from .harness import Run, left
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import surgeon
-from surgeon.artifact import save
-from surgeon.diff import snapshot
-from surgeon.jobs.opening import open_model
-from surgeon.pipeline import Surgery
+from surgeon.graph.snapshot import snapshot
+from surgeon.jobs.open_model import open_model
+from surgeon.surgery.artifact import save
+from surgeon.surgery.pipeline import Surgery
 
 from .harness import DATA, Run
 

@@ -33,7 +33,7 @@ def test_targets_are_checked_before_the_work(run: Run, tmp_path: Path, shelf: Pa
 
 
 def test_a_directory_that_cannot_be_written_exits_with_4(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgeon.jobs.storing.os.access", lambda *args: False)
+    monkeypatch.setattr("surgeon.jobs.store.os.access", lambda *args: False)
     result = run("apply", "--passes", "moeify", *NET)
     assert (result.code, result.out) == (4, "")
     assert re.match(r"error: Cannot write gelu-surgery: no permission to write to /", result.err)

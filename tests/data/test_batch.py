@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as hf
 
-from surgeon.data import Batch
+from surgeon.data.batch import Batch
 from surgeon.errors import DataError
 
 

@@ -11,9 +11,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from surgeon.data import load_data
+from surgeon.data.files import load_data
+from surgeon.data.losses import evaluate
 from surgeon.errors import DataError, UsageError
-from surgeon.losses import evaluate
 
 from .tables import CLS, PAD, SEP, rows, write_lines
 

@@ -11,7 +11,8 @@ import datasets
 import pytest
 import torch
 
-from surgeon.data import Batch, Data, load_data
+from surgeon.data.batch import Batch, Data
+from surgeon.data.files import load_data
 from surgeon.errors import DataError, UsageError
 
 from .tables import PAD, WORDS, rows, texts, write_lines

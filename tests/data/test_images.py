@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from surgeon.data import load_data
+from surgeon.data.files import load_data
 from surgeon.errors import DataError, UsageError
 
 from .tables import write_lines

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers as hf
 
-from surgeon.data import load_data
+from surgeon.data.files import load_data
+from surgeon.data.losses import evaluate
 from surgeon.errors import UsageError
-from surgeon.losses import evaluate
 
 from .tables import CLS, MASK, PAD, SEP, rows, texts, write_lines
 

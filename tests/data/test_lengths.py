@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgeon.batch import Batch
-from surgeon.data import Loader, load_data
+from surgeon.data.batch import Batch
+from surgeon.data.files import Loader, load_data
 
 from .tables import PAD, write_lines
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from surgeon.data import Batch, Batches, Data, load_data
+from surgeon.data.batch import Batch, Batches, Data
+from surgeon.data.files import load_data
 from surgeon.errors import DataError, UsageError
 
 
@@ -88,7 +89,7 @@ def functions(write_module: Callable[[str, str], None]) -> None:
     write_module(
         "my_data",
         "import datasets, torch\n"
-        "from surgeon.data import Data\n"
+        "from surgeon import Data\n"
         "def batches(): return [(torch.ones(2, 3), torch.tensor([0, 1]))]\n"
         "def data(): return Data(batches(), eval=batches(), description='mine')\n"
         "def table(): return datasets.Dataset.from_dict({'text': ['a', 'b'] * 5, 'label': [0, 1] * 5})\n"

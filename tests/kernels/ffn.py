@@ -8,7 +8,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from surgeon.kernels import torch_backend, torch_plan
+from surgeon.kernels.torch import backend as torch_backend
+from surgeon.kernels.torch import plan as torch_plan
 
 # Costs that make `torch_plan.plan` take the way named unless every pair is selected, which is always dense; "in runs"
 # is dense as well unless all tokens selected the same.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import UsageError
 from surgeon.kernels.selection import RULES, check_rule, selection_threshold
-from surgeon.kernels.torch_backend import selected
+from surgeon.kernels.torch.backend import selected
 
 NAN = float("nan")
 every_rule = pytest.mark.parametrize("rule", RULES)

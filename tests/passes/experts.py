@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from surgeon.graph import TracedGraph
-from surgeon.moe import MoE
+from surgeon.graph.traced import TracedGraph
+from surgeon.moe.module import MoE
 
 
 def layer(graph: TracedGraph, path: str = "blocks.0.ffn.moe") -> MoE:

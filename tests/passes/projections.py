@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.rewrite import own_parameters
-from tests.models import WIDTH, Function
+from surgeon.graph.edit import own_parameters
+from tests.small_models import WIDTH, Function
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def _one_layer(d_in: int, d_out: int, bias: bool) -> tuple[surgeon.TracedGraph, 
 def one_layer(d_in: int = 6, d_out: int = 6, bias: bool = True) -> tuple[surgeon.TracedGraph, Tensor]:
     """A linear layer `a` in front of a softmax, with parameters of its own, and inputs for it."""
     graph, x = _one_layer(d_in, d_out, bias)
-    graph = surgeon.graph.fork(graph)
+    graph = surgeon.graph.traced.fork(graph)
     own_parameters(graph)
     return graph, x
 

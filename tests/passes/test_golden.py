@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon.diff import Snapshot, snapshot
+from surgeon.graph.snapshot import Snapshot, snapshot
 from surgeon.passes import PASSES, Lower, Mlpify, Moeify, Pass, Sparsify, SwapActivation
-from tests.models import WIDTH, Function, Fused, Gated, Plain
+from tests.small_models import WIDTH, Function, Fused, Gated, Plain
 
 # A feed-forward layer behind a linear one, the pass, and what runs before it.
 GOLDEN: dict[str, tuple[Callable[[], nn.Module], list[Pass[Any]]]] = {

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from surgeon.cost import measure
-from surgeon.graph import module_path
-from surgeon.moe import dynamic_k_ffn, find_moes, get_tau, set_tau
+from surgeon.graph.traced import module_path
+from surgeon.measure.meter import measure
+from surgeon.moe.module import dynamic_k_ffn, find_moes, get_tau, set_tau
 from surgeon.passes import Lower, Moeify
-from tests.models import vectors
+from tests.small_models import vectors
 
 NAMES = ["gelu", "relu", "gated", "fused", "biasless", "shared"]
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgeon
-from surgeon.cost import measure
 from surgeon.errors import UsageError
-from surgeon.graph import aten
+from surgeon.graph.traced import aten
+from surgeon.measure.meter import measure
 from surgeon.passes import Lower, Mlpify, Moeify
 from surgeon.passes.mlpify import Kind, ReplacementMLP
-from surgeon.search import find_ffns
-from tests.models import Function, Many, tokens, vectors
+from surgeon.sites.search import find_ffns
+from tests.small_models import Function, Many, tokens, vectors
 
 from .projections import one_layer
 

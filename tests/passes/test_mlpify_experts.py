@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.agreement import relative_error, run
-from surgeon.inputs import as_args_kwargs
+from surgeon.graph.agreement import relative_error, run
+from surgeon.models.example_inputs import as_args_kwargs
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify
-from surgeon.search import find_ffns
-from tests.models import CLASSES, WIDTH, Plain, labelled_vectors, vectors
+from surgeon.sites.search import find_ffns
+from tests.small_models import CLASSES, WIDTH, Plain, labelled_vectors, vectors
 
 from .projections import Timm
 
@@ -69,7 +69,7 @@ def test_the_whole_way_to_lowered_experts(traces: Any, name: str) -> None:
     taps = [node.target for node in surgery.graph.graph.nodes if node.op == "call_module"]
     assert {f"{path}.moe" for path in projections} <= set(taps)
     dense = run(surgery.graph.eval(), *as_args_kwargs(inputs))
-    lowered = surgeon.graph.fork(surgery.graph)
+    lowered = surgeon.graph.traced.fork(surgery.graph)
     low = Lower().apply(lowered, inputs=inputs)
     assert len(low.matched) == len(moe.matched)
     assert relative_error(run(lowered, *as_args_kwargs(inputs)), dense) < 1e-5

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.fused import fused_parts
-from surgeon.graph import aten
+from surgeon.graph.traced import aten
 from surgeon.passes import Mlpify
-from surgeon.search import find_ffns
-from tests.models import WIDTH, Function, Many
+from surgeon.sites.qkv import fused_parts
+from surgeon.sites.search import find_ffns
+from tests.small_models import WIDTH, Function, Many
 
 from .projections import Timm, attend
 
@@ -88,7 +88,7 @@ def fused() -> Callable[[], tuple[surgeon.TracedGraph, Tensor]]:
     graph = surgeon.trace(Many(**FUSED).eval(), x)
 
     def make() -> tuple[surgeon.TracedGraph, Tensor]:
-        return surgeon.graph.fork(graph), x
+        return surgeon.graph.traced.fork(graph), x
 
     return make
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.fit import Settings
 from surgeon.passes import Mlpify, Sparsify
 from surgeon.passes.mlpify import Error, Kind, Start
-from surgeon.sparsity import AlphaSchedule, Penalty
-from tests.models import Function, labelled_vectors, vectors
+from surgeon.training.loop import Settings
+from surgeon.training.penalty import AlphaSchedule, Penalty
+from tests.small_models import Function, labelled_vectors, vectors
 
 from .projections import one_layer
 
@@ -24,7 +24,7 @@ def test_imitation_learns(traces: Any, init: Start) -> None:
     graph = traces("stack:gelu")
     state = {name: value.clone() for name, value in graph.state_dict().items()}
     want = graph(**vectors())
-    untrained = surgeon.graph.fork(graph)
+    untrained = surgeon.graph.traced.fork(graph)
     rough = Mlpify().apply(untrained, inputs=vectors())
     report = Mlpify(epochs=40, lr=1e-2, init=init).apply(graph, inputs=vectors(), data=labelled_vectors(4))
     assert report.fit is not None
@@ -146,7 +146,7 @@ def test_the_published_error_is_not_relative() -> None:
         variance = float(F.linear(x, graph.get_parameter("a.weight"), graph.get_parameter("a.bias")).var(correction=0))
     found = {}
     for error in get_args(Error):
-        report = Mlpify(steps=1, init="random", error=error).apply(surgeon.graph.fork(graph), data=[x])
+        report = Mlpify(steps=1, init="random", error=error).apply(surgeon.graph.traced.fork(graph), data=[x])
         assert report.fit is not None
         found[error] = report.fit.losses[0][1]
     assert "unexplained variance" not in found["mse"]

@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.cost import ExpertMeter
-from surgeon.data import Batch, Data
+from surgeon.data.batch import Batch, Data
 from surgeon.errors import SurgeonError, UsageError
-from surgeon.fit import Settings
-from surgeon.graph import fork
-from surgeon.moe import MoE, find_moes, get_tau, set_tau
+from surgeon.graph.edit import own_parameters
+from surgeon.graph.traced import fork
+from surgeon.measure.meter import ExpertMeter
+from surgeon.moe.module import MoE, find_moes, get_tau, set_tau
 from surgeon.passes import Moeify, Sparsify
-from surgeon.rewrite import own_parameters
-from surgeon.search import find_ffns
-from tests.models import (
+from surgeon.sites.search import find_ffns
+from surgeon.training.loop import Settings
+from tests.small_models import (
     HIDDEN,
     WIDTH,
     Function,

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import surgeon
-from surgeon.fit import Settings
-from surgeon.graph import TracedGraph, fork
+from surgeon.graph.traced import TracedGraph, fork
 from surgeon.passes import Mlpify, Moeify
-from surgeon.report import FitReport, Progress
-from tests.models import WIDTH, Plain, Wrapped, classifier, labelled, labelled_vectors, stack, tokens, vectors
+from surgeon.passes.report import FitReport, Progress
+from surgeon.training.loop import Settings
+from tests.small_models import WIDTH, Plain, Wrapped, classifier, labelled, labelled_vectors, stack, tokens, vectors
 
 X = torch.randn(4, 6, WIDTH, generator=torch.Generator().manual_seed(0))
 DATA = labelled_vectors(4)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import UsageError
-from surgeon.fit import Settings
-from surgeon.graph import TracedGraph, fork
-from surgeon.moe import find_moes
+from surgeon.graph.traced import TracedGraph, fork
+from surgeon.moe.module import find_moes
 from surgeon.passes import Moeify
-from surgeon.recipe import build
-from tests.models import HIDDEN, WIDTH, Gated, Plain, Wrapped, vectors
+from surgeon.surgery.recipe import build
+from surgeon.training.loop import Settings
 from tests.passes.experts import layer
+from tests.small_models import HIDDEN, WIDTH, Gated, Plain, Wrapped, vectors
 
 X = torch.randn(4, 6, WIDTH, generator=torch.Generator().manual_seed(0))
 

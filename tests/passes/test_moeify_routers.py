@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import surgeon
-from surgeon.calibration import collect
-from surgeon.cost import ExpertMeter, measure
-from surgeon.data import Batch, Data
-from surgeon.fit import Precision
-from surgeon.graph import TracedGraph, fork
-from surgeon.moe import find_moes, get_rule, set_rule, set_tau
+from surgeon.data.batch import Batch, Data
+from surgeon.graph.edit import own_parameters
+from surgeon.graph.traced import TracedGraph, fork
+from surgeon.measure.meter import ExpertMeter, measure
+from surgeon.moe.module import find_moes, get_rule, set_rule, set_tau
+from surgeon.moe.router import Goal, Router, expert_norms, target
 from surgeon.passes import Lower, Moeify
-from surgeon.rewrite import own_parameters
-from surgeon.routing import Goal, Router, expert_norms, target
-from tests.models import HIDDEN, WIDTH, vectors
+from surgeon.training.loop import Precision
+from surgeon.training.observe import collect
 from tests.passes.experts import layer
+from tests.small_models import HIDDEN, WIDTH, vectors
 
 
 @pytest.mark.parametrize(("experts", "hidden", "width"), [
@@ -60,7 +60,7 @@ def share_of_norms(graph: TracedGraph, data: list[Any], tau: float) -> float:
 @pytest.fixture(scope="module")
 def sharp() -> tuple[TracedGraph, list[Any]]:
     """A stack in which it matters which experts run: groups of neurons that listen to one input each."""
-    from tests.models import stack
+    from tests.small_models import stack
 
     model = stack("relu")
     generator = torch.Generator().manual_seed(1)
@@ -230,7 +230,7 @@ def test_the_model_runs_over_the_data_once_for_all_epochs(
         return original(self, router, x, wanted)
 
     monkeypatch.setattr(Goal, "error", error)
-    monkeypatch.setattr(f"surgeon.router_fitting.{limit}", least)
+    monkeypatch.setattr(f"surgeon.training.routers.{limit}", least)
     report = Moeify(experts=8, split="weights", router="trained", epochs=5).apply(graph, data=data)
     assert data.read == len(data) == 4
     assert report.fit is not None

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from surgeon.errors import UsageError
-from surgeon.graph import fork
+from surgeon.graph.traced import fork
 from surgeon.passes import Lower, Moeify, Sparsify, SwapActivation
-from tests.models import vectors
+from tests.small_models import vectors
 
 
 @pytest.mark.parametrize(

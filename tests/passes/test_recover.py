@@ -10,14 +10,14 @@ import torch.nn.functional as F
 
 import surgeon
 from surgeon.errors import PassError, UsageError
-from surgeon.fit import Settings
-from surgeon.graph import TracedGraph, fork
-from surgeon.moe import MoE, find_moes, get_tau, set_tau
+from surgeon.graph.edit import own_parameters
+from surgeon.graph.traced import TracedGraph, fork
+from surgeon.moe.module import MoE, find_moes, get_tau, set_tau
 from surgeon.passes import Lower, Moeify, Recover
-from surgeon.pipeline import Pipeline
-from surgeon.report import Progress
-from surgeon.rewrite import own_parameters
-from tests.models import labelled_vectors, stack, vectors
+from surgeon.passes.report import Progress
+from surgeon.surgery.pipeline import Pipeline
+from surgeon.training.loop import Settings
+from tests.small_models import labelled_vectors, stack, vectors
 
 DATA = labelled_vectors(4)
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.batch import Data
-from surgeon.calibration import collect_calls
-from surgeon.graph import TracedGraph, fork
-from surgeon.moe import MoE
+from surgeon.data.batch import Data
+from surgeon.graph.traced import TracedGraph, fork
+from surgeon.moe.module import MoE
 from surgeon.passes import Moeify
-from surgeon.search import find_ffns
-from tests.models import WIDTH, Plain
+from surgeon.sites.search import find_ffns
+from surgeon.training.observe import collect_calls
+from tests.small_models import WIDTH, Plain
 
 X = torch.randn(16, 6, WIDTH, generator=torch.Generator().manual_seed(0))
 SHIFT = torch.linspace(-4, 4, WIDTH)

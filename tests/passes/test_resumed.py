@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import surgeon
-from surgeon.fit import Settings
-from surgeon.graph import TracedGraph, fork
-from surgeon.moe import find_moes, set_tau
+from surgeon.graph.edit import own_parameters
+from surgeon.graph.traced import TracedGraph, fork
+from surgeon.moe.module import find_moes, set_tau
 from surgeon.passes import Moeify, Recover
-from surgeon.report import PassReport, Progress
-from surgeon.rewrite import own_parameters
-from tests.models import CLASSES, Inputs, labelled_vectors, stack, vectors
+from surgeon.passes.report import PassReport, Progress
+from surgeon.training.loop import Settings
+from tests.small_models import CLASSES, Inputs, labelled_vectors, stack, vectors
 
 
 def interrupt(one: Moeify | Recover, graph: TracedGraph, data: object, workdir: Path, what: str, step: int) -> None:

@@ -10,16 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.data import Data
+from surgeon.data.batch import Data
 from surgeon.errors import UsageError
-from surgeon.fit import Settings
-from surgeon.graph import TracedGraph
+from surgeon.graph.edit import Capture
+from surgeon.graph.traced import TracedGraph
 from surgeon.passes import Mlpify, Moeify, Sparsify, SwapActivation
 from surgeon.passes.sparsify import SparsityTap
-from surgeon.rewrite import Capture
-from surgeon.search import find_ffns
-from surgeon.sparsity import active_share, square_hoyer
-from tests.models import WIDTH, Fused, Gated, Plain, Wrapped, classifier, labelled, labelled_vectors, tokens, vectors
+from surgeon.sites.search import find_ffns
+from surgeon.training.loop import Settings
+from surgeon.training.penalty import active_share, square_hoyer
+from tests.small_models import (
+    WIDTH,
+    Fused,
+    Gated,
+    Plain,
+    Wrapped,
+    classifier,
+    labelled,
+    labelled_vectors,
+    tokens,
+    vectors,
+)
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
 
@@ -220,7 +231,7 @@ def test_padding_takes_no_part() -> None:
     padded["attention_mask"][0, 4:] = 0
     short = {name: value[:, :4] for name, value in padded.items()}
     label = torch.tensor([1])
-    a, b = (first_penalty(surgeon.graph.fork(graph), [(inputs, label)]) for inputs in (padded, short))
+    a, b = (first_penalty(surgeon.graph.traced.fork(graph), [(inputs, label)]) for inputs in (padded, short))
     assert a == pytest.approx(b, rel=1e-5)
 
 
@@ -228,7 +239,7 @@ def test_dropout_is_on_in_training(traces: Any) -> None:
     graph = traces("stack:relu")
     data = labelled_vectors(1)
     seeds = [
-        Sparsify(steps=1, lr=1e-9).apply(surgeon.graph.fork(graph), data=data, settings=Settings(seed=seed))
+        Sparsify(steps=1, lr=1e-9).apply(surgeon.graph.traced.fork(graph), data=data, settings=Settings(seed=seed))
         for seed in (0, 1)
     ]
     losses = [report.fit.losses[0][1]["task loss"] for report in seeds if report.fit is not None]
@@ -239,7 +250,7 @@ def test_same_seed_same_result(traces: Any) -> None:
     graph = traces("stack:relu")
     results = []
     for seed in (3, 3, 4):
-        copied = surgeon.graph.fork(graph)
+        copied = surgeon.graph.traced.fork(graph)
         Sparsify(steps=3, lr=1e-3).apply(copied, data=labelled_vectors(3), settings=Settings(seed=seed))
         results.append(copied.get_parameter("head.weight").detach())
     assert torch.equal(results[0], results[1])
@@ -251,10 +262,10 @@ def test_replaced_projections_are_averaged_apart(traces: Any) -> None:
     graph = traces("stack:relu")
     data = labelled_vectors(1)
     Mlpify(steps=1, lr=1e-6).apply(graph, data=data)
-    together = first_penalty(surgeon.graph.fork(graph), data)["square Hoyer"]
+    together = first_penalty(surgeon.graph.traced.fork(graph), data)["square Hoyer"]
     apart = []
     for only in (("blocks.*.ffn",), ("blocks.*.mix.*",)):
-        copied = surgeon.graph.fork(graph)
+        copied = surgeon.graph.traced.fork(graph)
         one = Sparsify(steps=1, lr=1e-9, only=only)
         report = one.apply(copied, data=data)
         assert report.fit is not None

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.artifact import load_diff
-from surgeon.cost import measure
-from surgeon.data import Data
+from surgeon.data.batch import Data
 from surgeon.errors import UsageError
-from surgeon.fit import Settings
-from surgeon.graph import TracedGraph, aten, fork, is_call
+from surgeon.graph.edit import Capture
+from surgeon.graph.traced import TracedGraph, aten, fork, is_call
+from surgeon.measure.meter import measure
 from surgeon.passes import Moeify, Sparsify
-from surgeon.pipeline import Pipeline
-from surgeon.recipe import build
-from surgeon.report import FitReport, PassReport
-from surgeon.rewrite import Capture
-from surgeon.sparsity import AlphaControl, Sparsity
-from tests.models import classifier, labelled_vectors, stack, tokens, vectors
+from surgeon.passes.report import FitReport, PassReport
+from surgeon.surgery.artifact import load_diff
+from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.recipe import build
+from surgeon.training.loop import Settings
+from surgeon.training.penalty import AlphaControl, Sparsity
+from tests.small_models import classifier, labelled_vectors, stack, tokens, vectors
 
 DATA = labelled_vectors(4)
 

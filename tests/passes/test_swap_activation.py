@@ -14,14 +14,25 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import UsageError
-from surgeon.graph import TracedGraph, aten
+from surgeon.graph.edit import Capture
+from surgeon.graph.traced import TracedGraph, aten
 from surgeon.passes import SwapActivation
-from surgeon.probe import DROPOUTS
-from surgeon.recipe import build
-from surgeon.rewrite import Capture
-from surgeon.search import find_ffns
-from surgeon.sparsity import Sparsity
-from tests.models import WIDTH, Function, Fused, Gated, Plain, Wrapped, classifier, labelled_vectors, tokens, vectors
+from surgeon.sites.nonlinearity import DROPOUTS
+from surgeon.sites.search import find_ffns
+from surgeon.surgery.recipe import build
+from surgeon.training.penalty import Sparsity
+from tests.small_models import (
+    WIDTH,
+    Function,
+    Fused,
+    Gated,
+    Plain,
+    Wrapped,
+    classifier,
+    labelled_vectors,
+    tokens,
+    vectors,
+)
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
 

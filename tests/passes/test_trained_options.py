@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.data import Data
-from surgeon.fit import Plan
-from surgeon.graph import TracedGraph, fork
+from surgeon.data.batch import Data
+from surgeon.graph.edit import own_parameters
+from surgeon.graph.traced import TracedGraph, fork
 from surgeon.passes import Mlpify, Moeify, Recover, Sparsify, SwapActivation
+from surgeon.passes.report import FitReport
 from surgeon.passes.trained import TrainedPass
-from surgeon.report import FitReport
-from surgeon.rewrite import own_parameters
-from tests.models import classifier, labelled, tokens
+from surgeon.training.loop import Plan
+from tests.small_models import classifier, labelled, tokens
 
 DATA = labelled(4)
 PASSES = (

@@ -18,10 +18,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 import triton.language as tl
 
-from surgeon.kernels import cost_model
 from surgeon.kernels import triton as kernels
-from surgeon.kernels.cost_model import Way
-from surgeon.kernels.devices import DEVICES
+from surgeon.kernels.gpu_model import cost as cost_model
+from surgeon.kernels.gpu_model.cost import Way
+from surgeon.kernels.gpu_model.devices import DEVICES
 from surgeon.kernels.triton import launch, plan, tiles
 
 from .compiling import (

@@ -24,9 +24,9 @@ if not torch.cuda.is_available():
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: kernels would be interpreted", allow_module_level=True)
 
-from surgeon.kernels.cost_model import Way
 from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn
-from surgeon.kernels.torch_backend import Experts
+from surgeon.kernels.gpu_model.cost import Way
+from surgeon.kernels.torch.backend import Experts
 
 from . import checks
 from .checks import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from surgeon.graph import TracedGraph
+from surgeon.graph.traced import TracedGraph
 from surgeon.passes import Pass
 
 from .subjects import SUBJECTS

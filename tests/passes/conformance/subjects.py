@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgeon.graph import TracedGraph
+from surgeon.graph.traced import TracedGraph
 from surgeon.passes import PASSES, Moeify, Pass
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from surgeon.agreement import run
 from surgeon.errors import PassError, SurgeonError, VerificationError
-from surgeon.fit import Settings
-from surgeon.graph import TracedGraph
+from surgeon.graph.agreement import run
+from surgeon.graph.traced import TracedGraph
 from surgeon.passes import PASSES, Pass
-from tests.models import labelled_vectors, vectors
+from surgeon.training.loop import Settings
+from tests.small_models import labelled_vectors, vectors
 
 from .subjects import SUBJECTS, assert_same_state, fits, names, node_texts, state_of
 

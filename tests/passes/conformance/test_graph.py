@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.agreement import relative_error, run, tolerance_for
-from surgeon.pipeline import Pipeline
-from surgeon.tracing import quiet
-from tests.models import labelled_vectors, stack, vectors
+from surgeon.graph.agreement import relative_error, run, tolerance_for
+from surgeon.surgery.pipeline import Pipeline
+from surgeon.tracing.trace import quiet
+from tests.small_models import labelled_vectors, stack, vectors
 
 from .subjects import SUBJECTS, assert_same_state, names, node_texts, state_of
 

@@ -6,12 +6,12 @@ import dataclasses
 import json
 from typing import Any
 
-from surgeon.fit import Settings
-from surgeon.graph import fork
+from surgeon.graph.traced import fork
 from surgeon.passes import PASSES
-from surgeon.recipe import build
-from surgeon.report import PassReport
-from tests.models import labelled_vectors, vectors
+from surgeon.passes.report import PassReport
+from surgeon.surgery.recipe import build
+from surgeon.training.loop import Settings
+from tests.small_models import labelled_vectors, vectors
 
 from .subjects import SUBJECTS, fits, names, node_texts
 

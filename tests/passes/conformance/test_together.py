@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgeon.data import Data
+from surgeon.data.batch import Data
 from surgeon.passes import PASSES, Lower
-from surgeon.pipeline import Pipeline
-from tests.models import labelled_vectors, vectors
+from surgeon.surgery.pipeline import Pipeline
+from tests.small_models import labelled_vectors, vectors
 
 from .subjects import SUBJECTS
 

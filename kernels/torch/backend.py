@@ -1,0 +1,300 @@
+"""The dynamic-k FFN in plain torch: forward and backward that compute only the selected experts.
+
+There are five ways through. *By expert*: gather the tokens that selected an expert, run it, add the rows back.
+*In runs*: where all tokens selected the same, as one token does, experts that follow each other are run where they are.
+*By neuron*: for few tokens, read the weights of each token's selected neurons where they are, as a sparse product.
+*Together*: copy the experts that any token selected and run those as one layer, with the pairs that are not selected
+masked. *Dense*: the same with every expert, where nothing is copied. `torch_plan.plan` takes what should be cheapest,
+so selecting much costs about what the dense FFN costs. All give the same result up to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgeon.kernels.activations import Activation, activation
+from surgeon.kernels.torch import plan as torch_plan
+
+# So many bytes of the inputs, or of the products, each thread of a CPU holds at once, so that they stay in its cache;
+# but at least so many rows, as products of fewer are slow.
+_CACHED_BYTES, _LEAST_ROWS = 400_000, 128
+
+
+class Experts(NamedTuple):
+    """The weights of E experts of s neurons each, one contiguous row per neuron.
+
+    w1 [E, s, d_in], b1 [E, s], gate [E, s, d_in], b_gate [E, s], w2 [E, s, d_out]; b1, gate and b_gate may be None.
+    """
+
+    w1: Tensor
+    b1: Tensor | None
+    gate: Tensor | None
+    b_gate: Tensor | None
+    w2: Tensor
+
+    def flat(self) -> Experts:
+        """All experts as one of E·s neurons: a view if the weights are contiguous."""
+        return Experts(*(None if t is None else t.flatten(0, 1) for t in self))  # type: ignore[arg-type]
+
+    def after(self, first: int) -> Experts:
+        """The experts from `first` on: views."""
+        return Experts(*(None if t is None else t[first:] for t in self))  # type: ignore[arg-type]
+
+    def take(self, chosen: Tensor) -> Experts:
+        """Copies of the experts `chosen` [n]."""
+        return Experts(*(None if t is None else t.index_select(0, chosen) for t in self))  # type: ignore[arg-type]
+
+    def one(self, which: int | slice) -> Experts:
+        """One expert, or of a layer that is `flat` a run of neurons: views. Written out, as it is called most often."""
+        w1, b1, gate, b_gate, w2 = self
+        return Experts(
+            w1[which],
+            None if b1 is None else b1[which],
+            None if gate is None else gate[which],
+            None if b_gate is None else b_gate[which],
+            w2[which],
+        )
+
+    def to(self, dtype: torch.dtype) -> Experts:
+        """The weights in `dtype`: themselves if they have it already."""
+        if self.w1.dtype == dtype:
+            return self
+        return Experts(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs of the same name; None where not asked for or where there is no such input."""
+
+    x: Tensor | None
+    w1: Tensor | None
+    b1: Tensor | None
+    gate: Tensor | None
+    b_gate: Tensor | None
+    w2: Tensor | None
+
+
+def selected(scores: Tensor, threshold: Tensor) -> Tensor:
+    """Return the mask [..., E] of the experts that run: the one definition of the selection rule.
+
+    An expert runs for a token unless its score is below the token's threshold. Ties run; a NaN in either runs, so a
+    token that is NaN stays NaN, as it does in the dense FFN.
+
+    Args:
+        scores: [..., E], any floating dtype.
+        threshold: [...], one per token.
+    """
+    return ~(scores < threshold.unsqueeze(-1))
+
+
+def hidden(x: Tensor, experts: Experts, act: Activation) -> Tensor:
+    """Return the hidden activations [..., m] of `x` [..., d_in] for one expert of m neurons (or a flat view of all)."""
+    up = F.linear(x, experts.w1, experts.b1)
+    return act.fn(up) if experts.gate is None else act.fn(F.linear(x, experts.gate, experts.b_gate)) * up
+
+
+def keep_selected(h: Tensor, mask: Tensor) -> Tensor:
+    """Zero what `mask` [..., E] does not select in `h` [..., E·s]; by filling, which removes NaN as well."""
+    experts = mask.shape[-1]
+    return h.view(*mask.shape, h.shape[-1] // experts).masked_fill(~mask.unsqueeze(-1), 0).view(h.shape)
+
+
+def forward(x: Tensor, mask: Tensor, experts: Experts, b2: Tensor | None, activation_name: str) -> Tensor:
+    """Return Σ over selected experts of h_e w2_e, plus b2: a new contiguous tensor [N, d_out] in the dtype of `x`.
+
+    Sums over experts are accumulated in fp32 for half types.
+
+    Args:
+        x: [N, d_in].
+        mask: [N, E] bool.
+        experts: the weights, same dtype as `x`.
+        b2: [d_out] or None.
+        activation_name: a name of `ACTIVATIONS`.
+    """
+    act, dtype, result_dtype = activation(activation_name), _compute_dtype(x), x.dtype
+    x = x.to(dtype)
+    sparse = x.device.type == "cpu" and dtype in (torch.float32, torch.float64) and experts.w1.dtype == dtype
+    way = torch_plan.plan(mask, experts, sparse=sparse)
+    if isinstance(way, torch_plan.Together):
+        flat = (experts if way.used is None else experts.take(way.used)).flat().to(dtype)
+        h = _hidden(x, flat, act)
+        if way.mask is not None:
+            _clear(h, way.mask)
+        # One product, which adds in fp32 itself.
+        out = torch.mm(h, flat.w2) if b2 is None else torch.addmm(b2.to(dtype), h, flat.w2)
+        return out.to(result_dtype)
+    start = x.new_zeros(experts.w2.shape[2]) if b2 is None else b2
+    out = start.to(_accumulator(result_dtype)).expand(len(x), -1).clone(memory_format=torch.contiguous_format)
+    match way:
+        case torch_plan.ByExpert():
+            _add_experts(out, x, way, experts, act)
+        case torch_plan.InRuns(runs):
+            _add_runs(out, x, runs, experts.flat(), act)
+        case torch_plan.ByNeuron():
+            out.add_(_by_neuron(x, way, experts.flat(), act))
+    return out.to(result_dtype)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    experts: Experts,
+    activation_name: str,
+    *,
+    need_x: bool = True,
+    need_weights: bool = True,
+) -> Gradients:
+    """Return the gradients of `forward`, all but b2's, given `grad` [N, d_out]. Hidden activations are recomputed.
+
+    Gradients have the shapes and dtypes of their inputs; those of experts no token selected are zero.
+    """
+    act, dtype = activation(activation_name), _compute_dtype(x)
+    source, grad = x.to(dtype), grad.to(dtype)
+    grad_x = torch.zeros_like(x, dtype=_accumulator(x.dtype), memory_format=torch.contiguous_format) if need_x else None
+    grads = Experts(*(None if t is None or not need_weights else t.new_zeros(t.shape) for t in experts))  # type: ignore[arg-type]
+
+    def run(one: Experts, grad_one: Experts | None, rows: Tensor | None, keep: Tensor | None) -> None:
+        inputs, grad_out = _take(source, rows), _take(grad, rows)
+        up = F.linear(inputs, one.w1, one.b1)
+        grad_h = F.linear(grad_out, one.w2)
+        if keep is not None:
+            _clear(grad_h, keep)
+        z = None if one.gate is None else F.linear(inputs, one.gate, one.b_gate)
+        if z is None:
+            h, grad_z, grad_up = act.fn(up), None, act.backward(grad_h, up)
+        else:
+            a = act.fn(z)
+            h, grad_z, grad_up = a * up, act.backward(grad_h * up, z), grad_h * a
+        if grad_x is not None:
+            _add_product(grad_x, rows, grad_up, one.w1)
+            if grad_z is not None and one.gate is not None:
+                _add_product(grad_x, rows, grad_z, one.gate)
+        if grad_one is not None:
+            if keep is not None:
+                _clear(h, keep)
+            grad_one.w2.copy_(torch.mm(h.t(), grad_out))
+            for target, bias, g in ((grad_one.w1, grad_one.b1, grad_up), (grad_one.gate, grad_one.b_gate, grad_z)):
+                if target is not None and g is not None:
+                    target.copy_(torch.mm(g.t(), inputs))
+                if bias is not None and g is not None:
+                    bias.copy_(g.sum(0))
+
+    match torch_plan.plan(mask, experts, forward=False):
+        case torch_plan.ByExpert(rows_of, _):
+            for expert, rows in rows_of.items():
+                run(experts.one(expert).to(dtype), grads.one(expert) if need_weights else None, rows, None)
+        case torch_plan.Together(_, mask_or_none):
+            run(experts.flat().to(dtype), grads.flat() if need_weights else None, None, mask_or_none)
+    return Gradients(None if grad_x is None else grad_x.to(x.dtype), *grads)
+
+
+def _add_experts(out: Tensor, x: Tensor, way: torch_plan.ByExpert, experts: Experts, act: Activation) -> None:
+    """Add Σ over the experts of `way` of h_e w2_e to `out` [N, d_out]."""
+    most = way.most
+    if x.device.type == "cpu":
+        cached = _CACHED_BYTES // (x.element_size() * max(1, x.shape[1]))
+        most = min(most, max(_LEAST_ROWS, cached) * torch.get_num_threads())
+    parts = [
+        (expert, part)
+        for expert, rows in way.rows.items()
+        # As large as each other: a small rest would be multiplied slowly.
+        for part in ((None,) if rows is None else rows.tensor_split(-(-len(rows) // most)))
+    ]
+    sizes = [len(x) if part is None else len(part) for _, part in parts]
+    # What is used again and again stays in the cache.
+    neurons = experts.w1.shape[1]
+    gathered, product = x.new_empty(most, x.shape[1]), x.new_empty(most, out.shape[1])
+    gates = None if experts.gate is None else x.new_empty(max(sizes, default=0), neurons)
+    hs = x.new_empty(sum(sizes), neurons).split_with_sizes(sizes)
+    # All first products before the second ones, so that the cache need not hold both the inputs and the outputs.
+    for (expert, part), h in zip(parts, hs, strict=True):
+        _hidden(_take(x, part, gathered), experts.one(expert).to(x.dtype), act, h, gates)
+    w2 = experts.w2.unbind()
+    for (expert, part), h in zip(parts, hs, strict=True):
+        _add_product(out, part, h, w2[expert].to(x.dtype), product)
+
+
+def _hidden(
+    x: Tensor, experts: Experts, act: Activation, out: Tensor | None = None, gates: Tensor | None = None
+) -> Tensor:
+    """`hidden` in less memory: in `out` [n, m], if given, and its gates in `gates`, of n rows or more."""
+
+    def linear(weight: Tensor, bias: Tensor | None, into: Tensor | None) -> Tensor:
+        if into is None:
+            return F.linear(x, weight, bias)
+        weight = weight.t()
+        return torch.mm(x, weight, out=into) if bias is None else torch.addmm(bias, x, weight, out=into)
+
+    up = linear(experts.w1, experts.b1, out)
+    if experts.gate is None:
+        return act.in_place(up)
+    gate = linear(experts.gate, experts.b_gate, None if gates is None else gates[: len(x)])
+    return up.mul_(act.in_place(gate))
+
+
+def _add_runs(out: Tensor, x: Tensor, runs: list[slice], experts: Experts, act: Activation) -> None:
+    """Add Σ over the neurons in `runs` of h w2 to `out` [N, d_out]. experts: flat."""
+    for run in runs:
+        one = experts.one(run).to(x.dtype)
+        _add_product(out, None, _hidden(x, one, act), one.w2)
+
+
+def _clear(h: Tensor, mask: Tensor) -> None:
+    """Zero in place, NaN as well, what `mask` [N, E] does not select in `h` [N, E·s].
+
+    By its bits: several times faster on a CPU than filling, or choosing, under a mask that is broadcast.
+    """
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[h.element_size()]
+    h.view(*mask.shape, -1).view(bits).bitwise_and_(mask.to(bits).neg_().unsqueeze(-1))
+
+
+def _by_neuron(x: Tensor, way: torch_plan.ByNeuron, experts: Experts, act: Activation) -> Tensor:
+    """Σ over the neurons of `way` of h w2, [N, d_out]: sparse products, which copy no weights but biases.
+
+    experts: flat.
+    """
+    neurons = len(experts.w1)
+
+    def linear(weight: Tensor, bias: Tensor | None) -> Tensor:
+        start = x.new_zeros(len(way.columns)) if bias is None else bias.index_select(0, way.columns)
+        sparse = torch.sparse_csr_tensor(way.ends, way.columns, start, (len(x), neurons), check_invariants=False)
+        product: Tensor = torch.sparse.sampled_addmm(sparse, x, weight.t())
+        return product.values()
+
+    up = linear(experts.w1, experts.b1)
+    h = act.fn(up) if experts.gate is None else act.fn(linear(experts.gate, experts.b_gate)) * up
+    return F.embedding_bag(
+        way.columns, experts.w2, way.ends, mode="sum", per_sample_weights=h, include_last_offset=True
+    )
+
+
+def _take(source: Tensor, rows: Tensor | None, into: Tensor | None = None) -> Tensor:
+    """The rows, or all; `into`, which has at least as many, is overwritten with them where they are copied."""
+    if rows is None:
+        return source
+    return torch.index_select(source, 0, rows, out=None if into is None else into[: len(rows)])
+
+
+def _add_product(out: Tensor, rows: Tensor | None, a: Tensor, b: Tensor, into: Tensor | None = None) -> None:
+    """Add `a @ b` to `rows` of `out`, or to all; it may be wider. `into` [at least len(a), d] may be overwritten."""
+    if rows is not None:
+        product = torch.mm(a, b, out=None if into is None else into[: len(a)])
+        out.index_add_(0, rows, product.to(out.dtype))
+    elif out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        out.add_(torch.mm(a, b))
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in torch_plan.HALF else dtype
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to multiply matrices in: fp32 for half types on processors that would only emulate them."""
+    emulated = x.device.type == "cpu" and x.dtype in torch_plan.HALF and not torch_plan.multiplies(x.dtype)
+    return torch.float32 if emulated else x.dtype

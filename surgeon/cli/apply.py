@@ -1,0 +1,147 @@
+"""Commands that make something: demo, apply."""
+
+# The annotations are read when commands are made, so they are not postponed.
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgeon.cli.app import Run, command
+from surgeon.cli.options import (
+    Arch,
+    Inputs,
+    Model,
+    PassList,
+    Seed,
+    Settings,
+    Task,
+    TrustPickle,
+    Verify,
+)
+from surgeon.cli.reading import build
+from surgeon.errors import UsageError
+from surgeon.jobs.data_options import DataOptions
+
+
+@command
+def demo(
+    run: Run,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the result goes.")] = Path("surgeon-demo"),
+    seed: Seed = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Hardly any training, to see that everything runs.")] = False,
+) -> None:
+    """Show the whole story on a small model.
+
+    A vision transformer is trained on digits, sparsified, split into experts, lowered, and measured: two minutes.
+
+    Example: surgeon demo
+
+    JSON: {dense, passes, points, directory}
+    """
+    from surgeon.jobs import demo as story
+    from surgeon.jobs.store import check_target
+    from surgeon.render.sweep import demo_view, quality_line
+    from surgeon.text.diff import pass_view
+
+    check_target(directory, overwrite=True)
+    made = story.run(
+        directory,
+        seed=seed,
+        quick=quick,
+        progress=run.screen.progress,
+        on_dense=lambda quality: run.screen.show(quality_line("dense model", quality)),
+        on_pass=lambda one: run.screen.show(pass_view(one, "sites", gap=True)),
+    )
+    run.screen.show(demo_view(made))
+    run.screen.result(
+        {
+            "dense": made.dense,
+            "passes": made.surgery.reports,
+            "points": made.points,
+            "directory": made.directory,
+        }
+    )
+
+
+@command
+def apply(
+    run: Run,
+    model: Model,
+    passes: PassList = None,
+    settings: Settings = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", metavar="R", help="A recipe (surgeon passes lists them), or a surgery.json: what it recorded."
+        ),
+    ] = None,
+    data: DataOptions | None = None,
+    task: Task = None,
+    inputs: Inputs = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default NAME-surgery, here."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a surgery that was saved there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change; train and save nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    verify: Annotated[
+        Verify, typer.Option("--verify", help="Compare outputs across passes: not, on the example inputs, or on more.")
+    ] = Verify.fast,
+    tau: Annotated[
+        float | None,
+        typer.Option(
+            "--tau", help="How much to skip, from 0 (nothing) to 1, by the rule of moeify.rule. Needs --data."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", help="Seed of every random choice.  [default: that of a saved surgery, else 0]"),
+    ] = None,
+    trust_pickle: TrustPickle = False,
+    arch: Arch = None,
+) -> None:
+    """Run passes over a model and save the result.
+
+    The model itself is never changed. With data, passes fine-tune and train what they put in; without, they say what
+    was not trained.
+
+    Example: surgeon apply --passes sparsify,moeify,lower --set moeify.experts=48 path/to/bert --data reviews.csv
+
+    JSON: {model, directory, dry_run, passes, before, after, quality, notes, next, seconds}
+    """
+    from surgeon.jobs import apply as applying
+    from surgeon.jobs.open_model import open_model
+    from surgeon.render.inspect import applied_view
+    from surgeon.surgery.recipe import parse_settings
+    from surgeon.text.diff import pass_view
+
+    if recipe is not None:
+        if passes is not None:
+            raise UsageError("Give --recipe or --passes, not both.")
+        built, recorded_seed = applying.read_recipe(recipe, parse_settings(settings or []))
+        seed = recorded_seed if seed is None else seed
+    else:
+        built = build(passes, settings)
+    seed = applying.default_seed(model) if seed is None else seed
+    if data is not None:
+        data = dataclasses.replace(data, seed=seed)
+    typed = tuple(run.args)
+    options = applying.ApplyOptions(out, overwrite, dry_run, resume, verify.value, seed, tau, data, typed)
+    applying.check_options(model, built, options)
+    opened = open_model(
+        model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, data=data, stage=run.screen.stage
+    )
+    for note in opened.notes:
+        run.screen.say(f"note: {note}")
+    applied = applying.apply(
+        opened,
+        built,
+        options,
+        stage=run.screen.stage,
+        progress=run.screen.progress,
+        on_pass=lambda one: run.screen.show(pass_view(one, "sites", gap=True)),
+    )
+    run.screen.show(applied_view(applied))
+    run.screen.result(applying.applied_json(applied, opened))

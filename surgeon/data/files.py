@@ -1,0 +1,255 @@
+"""Read data for fitting and evaluation from files, folders, or a function the user names.
+
+Everything is read into memory once. Order, held-out samples and masking depend on the seed alone, not on torch's global
+random state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgeon.data.batch import Batch, Batches, Data
+from surgeon.data.losses import task_of
+from surgeon.data.samplers import SAMPLERS, SampleOptions, Sampler
+from surgeon.errors import DataError, UsageError
+from surgeon.models.user_function import call_spec, is_spec
+from surgeon.models.weight_files import sha256_of
+
+__all__ = ["Batch", "Batches", "Data", "load_data"]
+
+log = logging.getLogger("surgeon")
+
+_EVALUATION = ("validation", "valid", "dev", "eval", "test")  # public test splits often come without labels
+_READERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".json": ("from_json", {}),
+    ".jsonl": ("from_json", {}),
+    ".csv": ("from_csv", {}),
+    ".tsv": ("from_csv", {"sep": "\t"}),
+    ".parquet": ("from_parquet", {}),
+    ".txt": ("from_text", {}),
+}
+
+
+def load_data(
+    spec: str,
+    *,
+    tokenizer: Any | None = None,
+    processor: Any | None = None,
+    config: Any | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    task: str | None = None,
+    batch_size: int = 16,
+    max_length: int = 128,
+    seed: int = 0,
+    eval_fraction: float = 0.1,
+    limit: int | None = None,
+) -> Data:
+    """Read data and prepare it for a Hugging Face model.
+
+    A split named "train" is trained on and "validation" or "test" measured on; a single split is divided.
+
+    Args:
+        spec: a file (JSON, JSONL, CSV, TSV, Parquet, or text with one sample per line), a folder that `datasets` can
+            read (such files, one folder of images per class, or a saved dataset), or `module:function`, called without
+            arguments for `Data`, batches, or a dataset.
+        tokenizer, processor, config: those of the model. Without a processor images are resized to the config's size
+            and scaled to 0..1.
+        text: the column with the text or the image; two text columns, "premise,hypothesis", are read as pairs.
+        label: the column with the class: integers, or names looked up in `config.label2id`.
+        task: "causal-lm", "masked-lm", "sequence-classification" or "image-classification"; by default the config's.
+        batch_size: samples (for causal-lm: chunks of `max_length` tokens) in a batch; the last one may be smaller.
+        max_length: tokens after which texts are cut. For causal-lm the texts are joined and cut into chunks.
+        seed: of the order (another one in each epoch), the division and the masking.
+        eval_fraction: share to hold out where there is one split only, 0 to hold out nothing.
+        limit: read at most so many rows of each split: the first ones for causal-lm, else random ones.
+
+    Raises:
+        DataError: there is no such file, column or label; it holds nothing; labels are missing, not finite or out of
+            range.
+        UsageError: an option does not make sense, or the task needs a tokenizer that was not given.
+    """
+    if batch_size < 1 or max_length < 2 or not 0 <= eval_fraction < 1 or (limit is not None and limit < 1):
+        raise UsageError(
+            f"Cannot read data with batch_size={batch_size}, max_length={max_length}, eval_fraction={eval_fraction}, "
+            f"limit={limit}: at least 1, 2, 0 (and below 1) and 1."
+        )
+    found, origin = _read(spec)
+    task = task or (task_of(config) if config is not None else None)
+    if not isinstance(found, Mapping):
+        data = Data.of(found, task=task)
+        return Data(data.train, data.eval, data.task, f"{spec}: {data.description}", f"python:{spec}", data.loss)
+    if task not in SAMPLERS:
+        wrong = f"Not {task!r}. " if task else ""
+        raise UsageError(f"{spec}: which task is this data for? {wrong}Give one of {', '.join(SAMPLERS)}.")
+    splits = [_limited(split, limit, seed, in_order=task == "causal-lm") for split in _splits(found, spec)]
+    options = SampleOptions(spec, tokenizer, processor, config, text, label, max_length)
+    sampler: Sampler = SAMPLERS[task](options, splits)
+    parts = [sampler.samples(split) for split in splits]
+    if len(parts) == 1:
+        parts = _hold_out(parts[0], eval_fraction, seed)
+    if not parts[0]:
+        raise DataError(f"{spec} holds nothing to train on.")
+    train, held = parts[0], parts[1] if len(parts) > 1 and parts[1] else None
+    unit = "chunks of text" if task == "causal-lm" else "samples"
+    description = f"{spec}: {len(train)} {unit} to train on, {len(held) if held is not None else 'none'} to evaluate on"
+    settings = [origin, task, text, label, batch_size, max_length, seed, eval_fraction, limit]
+    return Data(
+        Batches(Loader(train, sampler, batch_size, seed, shuffle=True)),
+        Batches(Loader(held, sampler, batch_size, seed, shuffle=False)) if held is not None else None,
+        task,
+        description,
+        hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
+    )
+
+
+class Loader:
+    """Batches of samples, in another order in each epoch if shuffled.
+
+    Order and masking of an epoch follow from the seed and the epoch's number; torch's DataLoader would draw from the
+    global random state as well. Without shuffling every pass is the same. Texts of like length go together, so that
+    little is padded: shuffled samples are sorted in windows of many batches, whose order is shuffled again.
+    """
+
+    WINDOW = 50  # batches
+
+    def __init__(self, samples: Sequence[Any], sampler: Sampler, batch_size: int, seed: int, *, shuffle: bool) -> None:
+        self.samples = samples
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        count = len(self.samples)
+        order = torch.randperm(count, generator=generator).tolist() if self.shuffle else list(range(count))
+        self.epoch += self.shuffle
+        for chosen in self._grouped(order, generator):
+            yield self.sampler.collate([self.samples[index] for index in chosen], generator)
+
+    def _grouped(self, order: list[int], generator: torch.Generator) -> list[list[int]]:
+        size = self.batch_size
+        lengths = self.sampler.lengths(self.samples)
+        if lengths is None:
+            return [order[start : start + size] for start in range(0, len(order), size)]
+        batches = []
+        window = self.WINDOW * size
+        for start in range(0, len(order), window):
+            alike = sorted(order[start : start + window], key=lambda index: -lengths[index])
+            batches += [alike[first : first + size] for first in range(0, len(alike), size)]
+        if not self.shuffle:
+            return batches
+        return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+
+def _splits(found: Mapping[str, Any], spec: str) -> list[Any]:
+    """The split to train on and, if there is one, the split to evaluate on."""
+    if len(found) == 1:
+        return list(found.values())
+    if "train" not in found:
+        raise DataError(f"{spec} has the splits {', '.join(found)}, and none is named 'train'.")
+    held = next((found[name] for name in _EVALUATION if name in found), None)
+    return [found["train"]] if held is None else [found["train"], held]
+
+
+def _limited(rows: Any, limit: int | None, seed: int, *, in_order: bool) -> Any:
+    """At most `limit` rows: the first, as lines of a text belong together, or random ones, as files may be sorted."""
+    if limit is None or limit >= len(rows):
+        return rows
+    if in_order:
+        return rows.select(range(limit))
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:limit]
+    return rows.select(chosen.sort().values.tolist())
+
+
+def _hold_out(samples: Sequence[Any], fraction: float, seed: int) -> list[Sequence[Any]]:
+    count = len(samples)
+    held = max(1, round(count * fraction)) if fraction and count > 1 else 0
+    if fraction and not held:
+        log.warning("There is too little data to hold some out: quality cannot be measured.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [[samples[i] for i in sorted(part)] for part in (order[held:], order[:held])]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read(spec: str) -> tuple[Any, str]:
+    """What `spec` names, and a text that changes with it. Datasets come as a dict of splits, all else as it is."""
+    path = Path(spec)
+    if path.is_file():
+        return {"train": _read_file(path)}, sha256_of([path])
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        if not files:
+            raise DataError(f"{spec} is an empty folder.")
+        return _read_folder(path), sha256_of(files, path)
+    if not is_spec(spec):
+        raise DataError(f"No file or folder '{spec}', and it is not module:function either. Data is not downloaded.")
+    import datasets
+
+    made = call_spec(spec, DataError)
+    if isinstance(made, datasets.Dataset):
+        made = {"train": made}
+    elif isinstance(made, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise DataError(f"{spec} streams its dataset. Load it into memory (streaming=False).")
+    return made, f"python:{spec}"
+
+
+def _read_file(path: Path) -> Any:
+    import datasets
+
+    if path.suffix not in _READERS:
+        raise DataError(f"{path.name}: cannot read {path.suffix or 'such'} files. Known: {', '.join(_READERS)}.")
+    name, options = _READERS[path.suffix]
+    if not path.stat().st_size:
+        raise DataError(f"{path.name} is empty.")
+    with _quiet_datasets(str(path)) as cache:
+        return getattr(datasets.Dataset, name)(str(path), cache_dir=cache, keep_in_memory=True, **options)
+
+
+def _read_folder(path: Path) -> Mapping[str, Any]:
+    import datasets
+
+    with _quiet_datasets(str(path)) as cache:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            saved = datasets.load_from_disk(str(path), keep_in_memory=True)
+        else:
+            saved = datasets.load_dataset(str(path), cache_dir=cache, keep_in_memory=True)
+    return saved if isinstance(saved, Mapping) else {"train": saved}
+
+
+@contextlib.contextmanager
+def _quiet_datasets(origin: str) -> Iterator[str]:
+    """Silence `datasets`, give it a cache to throw away, and turn what it raises into a DataError."""
+    import datasets
+
+    verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            yield cache
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        if "corresponds to no data" in reason:  # what `datasets` says of a file without rows
+            reason = "it holds no rows"
+        raise DataError(f"{origin} cannot be read: {reason}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,235 @@
+"""What a model is trained for and how well it does: the loss and the quality of each task.
+
+| task | labels | quality |
+| --- | --- | --- |
+| causal-lm | int64 `[B, T]`, by default the input ids; each position predicts the next | loss per token |
+| masked-lm | int64 `[B, T]`, -100 where nothing is predicted | loss per token |
+| sequence-classification, image-classification, classification | int64 `[B]` | accuracy |
+
+Logits are `[B, T, V]` for language models and `[B, C]` for classification. Loss per token is in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgeon.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from surgeon.data.batch import Batch
+
+IGNORED = -100
+CLASSIFICATION = ("sequence-classification", "image-classification", "classification")
+TASKS = ("causal-lm", "masked-lm", *CLASSIFICATION)
+
+Loss = Callable[[Any, "Batch"], Tensor]
+
+_ENDINGS = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForSequenceClassification": "sequence-classification",
+    "ForImageClassification": "image-classification",
+}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well a model does on some data.
+
+    name: "accuracy" (0 to 1) or "loss per token" (nats).
+    value: the mean over `items`, which are samples for accuracy and predicted tokens for a language model. NaN logits
+        count as a wrong class, and make the loss NaN.
+    """
+
+    name: str
+    value: float
+    higher_is_better: bool
+    items: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.4g}"
+
+
+def task_of(model: Any, outputs: Any = None, labels: Tensor | None = None) -> str | None:
+    """The task a model was made for, or None if that cannot be told.
+
+    Args:
+        model: a Hugging Face model or its config, which names its class; or any module.
+        outputs, labels: what any other model gave for a batch, and the batch's labels: integer labels `[B]` with logits
+            `[B, C]` are classification.
+    """
+    config = getattr(model, "config", model)
+    names = [type(model).__name__, *(getattr(config, "architectures", None) or ())]
+    for name in names:
+        for ending, task in _ENDINGS.items():
+            if name.endswith(ending):
+                return task
+    if outputs is None or labels is None or labels.is_floating_point() or labels.dim() != 1:
+        return None
+    logits = logits_of(outputs)
+    return "classification" if logits.dim() == 2 and len(logits) == len(labels) else None
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits among a model's outputs: the tensor itself, `logits` of an object or a dict, or the first of a tuple.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = outputs
+    if isinstance(outputs, Mapping):
+        found = outputs.get("logits")
+    elif isinstance(outputs, tuple | list):
+        found = outputs[0] if outputs else None
+    elif not isinstance(outputs, Tensor):
+        found = getattr(outputs, "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    fields = f" with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
+    raise UsageError(
+        f"The model's output is a {type(outputs).__name__}{fields}, which has no logits. Give Data a loss of its own."
+    )
+
+
+def task_loss(task: str) -> Loss:
+    """The loss that a task is trained with: mean cross entropy over samples, or over predicted tokens.
+
+    Returns:
+        A function of the model's outputs and the batch that returns a scalar, in float32.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    _known(task)
+
+    def loss(outputs: Any, batch: Batch) -> Tensor:
+        logits, labels = _aligned(outputs, batch, task)
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return total / (labels != IGNORED).sum().clamp(min=1)
+
+    return loss
+
+
+class QualityMeter:
+    """Adds up a task's quality batch by batch."""
+
+    def __init__(self, task: str) -> None:
+        _known(task)
+        self.task = task
+        self._total = 0.0
+        self._items = 0
+
+    def add(self, outputs: Any, batch: Batch) -> None:
+        """Count one batch.
+
+        Raises:
+            DataError: the labels are missing or do not go with the logits.
+        """
+        logits, labels = _aligned(outputs, batch, self.task)
+        if self.task in CLASSIFICATION:
+            # argmax takes NaN for the largest
+            correct = (logits.argmax(-1) == labels) & ~logits.isnan().any(-1)
+            self._total += int(correct.sum())
+        else:
+            self._total += float(F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
+        self._items += int((labels != IGNORED).sum())
+
+    def result(self) -> Quality:
+        """The mean over everything added.
+
+        Raises:
+            DataError: nothing was.
+        """
+        if not self._items:
+            raise DataError("The evaluation data holds no labelled item, so there is no quality to measure.")
+        classifies = self.task in CLASSIFICATION
+        name = "accuracy" if classifies else "loss per token"
+        return Quality(name, self._total / self._items, classifies, self._items)
+
+
+def quality(task: str) -> QualityMeter:
+    """A meter for a task.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    return QualityMeter(task)
+
+
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], task: str, *, device: torch.device | str | None = None
+) -> Quality:
+    """Measure a model on labelled batches, in evaluation mode and without gradients.
+
+    Args:
+        model: called as `model(*batch.args, **batch.kwargs)`. Its training mode is restored afterwards.
+        batches: each moved to `device`, by default the device of the model's first parameter.
+        task: one of `TASKS`.
+
+    Raises:
+        DataError: labels are missing or do not go with the model's logits; no batch.
+        UsageError: no such task; the model gives no logits.
+    """
+    meter = quality(task)
+    if device is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                moved = batch.to(device)
+                meter.add(model(*moved.args, **moved.kwargs), moved)
+    finally:
+        if modes[model]:
+            model.train()
+        for module, training in modes.items():  # parts of the model may be frozen in evaluation mode
+            module.training = training
+    return meter.result()
+
+
+def _known(task: str) -> None:
+    if task not in TASKS:
+        raise UsageError(f"No task '{task}'. Known: {', '.join(TASKS)}.")
+
+
+def _aligned(outputs: Any, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
+    """Logits float32 `[N, C]` and labels int64 `[N]` that belong together, ignored ones marked with -100."""
+    logits = logits_of(outputs)
+    labels = batch.labels
+    if labels is None and task == "causal-lm":
+        labels = batch.kwargs.get("input_ids")
+    if labels is None:
+        raise DataError(f"{task} needs labels, and the batch has none. Give (inputs, labels) or a 'labels' column.")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(f"{task} needs integer labels, not {labels.dtype}.")
+    if logits.shape[:-1] != labels.shape or labels.dim() != (1 if task in CLASSIFICATION else 2):
+        raise DataError(
+            f"{task}: labels {tuple(labels.shape)} do not go with logits {tuple(logits.shape)}. "
+            + (
+                "Expected [B] and [B, classes]."
+                if task in CLASSIFICATION
+                else "Expected [B, T] and [B, T, vocabulary]."
+            )
+        )
+    if task == "causal-lm":
+        mask = batch.kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == labels.shape:
+            labels = labels.masked_fill(mask == 0, IGNORED)
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    classes = logits.shape[-1]
+    logits, labels = logits.reshape(-1, classes).float(), labels.reshape(-1).long()
+    # On a GPU the check would wait for the device at every step; there the kernel itself stops with an assertion.
+    if labels.device.type == "cpu" and labels.numel():
+        kept = labels[labels != IGNORED]
+        low, high = (int(kept.min()), int(kept.max())) if kept.numel() else (0, 0)
+        if low < 0 or high >= classes:
+            raise DataError(f"{task}: labels run from {low} to {high}, and the model tells {classes} classes apart.")
+    return logits, labels

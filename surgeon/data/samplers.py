@@ -1,0 +1,341 @@
+"""From the rows of a dataset to batches: one sampler per task says what a sample is and how samples become a batch."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from surgeon.data.batch import Batch
+from surgeon.data.losses import IGNORED
+from surgeon.errors import DataError, UsageError
+from surgeon.models.example_inputs import token_fields
+
+log = logging.getLogger("surgeon")
+
+_TEXT = ("text", "sentence", "content", "review", "document", "question", "prompt")
+_IMAGE = ("image", "img", "picture")
+_LABEL = ("label", "labels", "target", "class", "category", "intent")
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What `surgeon.data.files.load_data` was told, as far as samplers need it."""
+
+    spec: str
+    tokenizer: Any | None = None
+    processor: Any | None = None
+    config: Any | None = None
+    text: str | None = None
+    label: str | None = None
+    max_length: int = 128
+
+
+class Sampler(Protocol):
+    """Made with the options and all splits that will be used (classes must be known before the first sample)."""
+
+    def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None: ...
+
+    def samples(self, rows: Any) -> Sequence[Any]:
+        """The samples of a split."""
+        ...
+
+    def collate(self, samples: Sequence[Any], generator: torch.Generator) -> Batch:
+        """A batch of samples; whatever is random in it comes from `generator`."""
+        ...
+
+    def lengths(self, samples: Sequence[Any]) -> Sequence[int] | None:
+        """About how long each sample is, if that differs, so that those of like length can go together."""
+        ...
+
+
+class CausalSampler:
+    """Texts joined, an end-of-text token after each, and cut into chunks of `max_length`; a shorter rest is dropped."""
+
+    def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
+        self.options = options
+        self.tokenizer = _tokenizer(options)
+        self.fields = token_fields(self.tokenizer, options.config)
+        self.column = _column(splits[0], options.text, _TEXT, options.spec, "text")
+
+    def samples(self, rows: Any) -> Sequence[Tensor]:
+        """Chunks of ids, int64 `[max_length]`; one shorter chunk if there is not enough text for a whole one."""
+        end = self.tokenizer.eos_token_id
+        ids: list[int] = []
+        for (text,) in _texts(rows, [self.column], self.options.spec):
+            ids += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if end is not None:
+                ids.append(end)
+        size = min(self.options.max_length, len(ids))
+        if size < 2:
+            return []
+        flat = torch.tensor(ids)
+        _check_ids(flat, self.options)
+        return list(flat[: len(flat) // size * size].view(-1, size))
+
+    def collate(self, samples: Sequence[Tensor], generator: torch.Generator) -> Batch:
+        """Ids as both input and labels, int64 `[B, T]`: the loss shifts them."""
+        ids = torch.stack(list(samples))
+        make = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        return Batch((), {name: make[name] for name in self.fields}, ids)
+
+    def lengths(self, samples: Sequence[Any]) -> None:
+        """All are alike."""
+
+
+class MaskedSampler:
+    """Texts cut after `max_length` tokens; 15% of the tokens are to be predicted, drawn anew for each batch."""
+
+    def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
+        from transformers import DataCollatorForLanguageModeling
+
+        self.options = options
+        self.tokenizer = _tokenizer(options)
+        if self.tokenizer.mask_token is None:
+            raise UsageError("masked-lm needs a tokenizer with a mask token, and the model's has none.")
+        self.columns = _columns(splits[0], options)
+        self.masker: Any = DataCollatorForLanguageModeling(self.tokenizer)
+
+    def samples(self, rows: Any) -> Sequence[tuple[str, ...]]:
+        """Texts, or pairs of texts."""
+        return _texts(rows, self.columns, self.options.spec)
+
+    def collate(self, samples: Sequence[tuple[str, ...]], generator: torch.Generator) -> Batch:
+        """Ids and mask int64 `[B, T]`, padded to the longest; labels -100 except at the tokens to predict."""
+        encoded = _encode(samples, self.tokenizer, self.options)
+        special = [
+            self.tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True)
+            for row in encoded["input_ids"].tolist()
+        ]
+        self.masker.generator = generator
+        ids, labels = self.masker.torch_mask_tokens(encoded["input_ids"], torch.tensor(special))
+        if "attention_mask" in encoded:
+            labels = labels.masked_fill(encoded["attention_mask"] == 0, IGNORED)
+        return Batch((), encoded | {"input_ids": ids}, labels)
+
+    def lengths(self, samples: Sequence[tuple[str, ...]]) -> list[int]:
+        """Characters."""
+        return [sum(map(len, texts)) for texts in samples]
+
+
+class TextClassSampler:
+    """Texts or pairs of texts, cut after `max_length` tokens, with a class each."""
+
+    def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
+        self.options = options
+        self.tokenizer = _tokenizer(options)
+        self.columns = _columns(splits[0], options)
+        self.classes = Classes(options, splits)
+
+    def samples(self, rows: Any) -> Sequence[tuple[tuple[str, ...], int]]:
+        """Texts with their classes."""
+        labels = self.classes.labels(rows)
+        return _texts(rows, self.columns, self.options.spec, labels)
+
+    def collate(self, samples: Sequence[tuple[tuple[str, ...], int]], generator: torch.Generator) -> Batch:
+        """Ids and mask int64 `[B, T]`, padded to the longest; labels int64 `[B]`."""
+        encoded = _encode([text for text, _ in samples], self.tokenizer, self.options)
+        return Batch((), encoded, torch.tensor([label for _, label in samples]))
+
+    def lengths(self, samples: Sequence[tuple[tuple[str, ...], int]]) -> list[int]:
+        """Characters."""
+        return [sum(map(len, texts)) for texts, _ in samples]
+
+
+class ImageClassSampler:
+    """Images with a class each. They stay encoded until they are needed."""
+
+    def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
+        self.options = options
+        self.column = _column(splits[0], options.text, _IMAGE, options.spec, "image")
+        self.classes = Classes(options, splits)
+        channels = getattr(options.config, "num_channels", 3)
+        self.mode = "L" if channels == 1 else "RGB"
+        size = getattr(options.config, "image_size", None)
+        if options.processor is None and size is None:
+            raise UsageError("image-classification needs an image processor, or a config with an image_size.")
+        self.size = (size, size) if isinstance(size, int) or size is None else tuple(size)
+
+    def samples(self, rows: Any) -> Sequence[tuple[Any, int, int]]:
+        """Rows, the number of a row, and its class."""
+        return [(rows, index, label) for index, label in enumerate(self.classes.labels(rows))]
+
+    def collate(self, samples: Sequence[tuple[Any, int, int]], generator: torch.Generator) -> Batch:
+        """Pixels float32 `[B, C, H, W]`, labels int64 `[B]`."""
+        images = [self._image(rows, index) for rows, index, _ in samples]
+        if self.options.processor is not None:
+            pixels = self.options.processor(images=images, return_tensors="pt")["pixel_values"]
+        else:
+            pixels = torch.stack([self._pixels(image) for image in images])
+        return Batch((), {"pixel_values": pixels}, torch.tensor([label for _, _, label in samples]))
+
+    def _image(self, rows: Any, index: int) -> Any:
+        from PIL import Image
+
+        try:
+            image = rows[index][self.column]
+        except Exception as error:  # a damaged file, found when it is decoded
+            raise DataError(f"{self.options.spec}: the image of row {index} cannot be read: {error}") from error
+        if not isinstance(image, Image.Image):
+            raise DataError(
+                f"{self.options.spec}: column '{self.column}' holds {type(image).__name__}, not images (row {index})."
+            )
+        return image.convert(self.mode)
+
+    def _pixels(self, image: Any) -> Tensor:
+        import numpy as np
+
+        height, width = self.size
+        pixels = torch.from_numpy(np.array(image.resize((width, height)))).float() / 255
+        return pixels.unsqueeze(0) if self.mode == "L" else pixels.permute(2, 0, 1)
+
+    def lengths(self, samples: Sequence[Any]) -> None:
+        """All are alike."""
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "causal-lm": CausalSampler,
+    "masked-lm": MaskedSampler,
+    "sequence-classification": TextClassSampler,
+    "image-classification": ImageClassSampler,
+}
+
+
+class Classes:
+    """Turns a label column into class numbers that are the model's own."""
+
+    def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
+        """Learn the classes.
+
+        Raises:
+            DataError: no label column; names that the model does not know.
+        """
+        self.spec = options.spec
+        self.column = _column(splits[0], options.label, _LABEL, options.spec, "label")
+        self.count: int | None = getattr(options.config, "num_labels", None)
+        self.numbers = self._numbers(splits, getattr(options.config, "label2id", None) or {})
+
+    def _numbers(self, splits: Sequence[Any], known: Mapping[str, int]) -> dict[str, int] | None:
+        """The number of each class name, or None if the column holds numbers."""
+        feature = splits[0].features[self.column]
+        names = getattr(feature, "names", None)
+        if names is None:
+            values = {value for rows in splits for value in rows[self.column] if isinstance(value, str)}
+            if not values:
+                return None
+            names = sorted(values)
+        if all(name in known for name in names):
+            return {name: known[name] for name in names}
+        if known and not all(name.startswith("LABEL_") for name in known):
+            missing = [name for name in names if name not in known]
+            raise DataError(
+                f"{self.spec}: the model has no class {', '.join(map(repr, missing[:3]))}; it has "
+                f"{', '.join(map(repr, list(known)[:6]))}{', ...' if len(known) > 6 else ''}."
+            )
+        return {name: number for number, name in enumerate(names)}
+
+    def labels(self, rows: Any) -> list[int]:
+        """The class of each row.
+
+        Raises:
+            DataError: a label is missing, not a class, or out of range; the message names the row.
+        """
+        names = getattr(rows.features[self.column], "names", None)
+        return [self._label(value, index, names) for index, value in enumerate(rows[self.column])]
+
+    def _label(self, value: Any, index: int, names: Sequence[str] | None) -> int:
+        where = f"{self.spec}, row {index}: label {value!r}"
+        if value is None or (names is not None and value == -1):
+            raise DataError(f"{where}: the row has no label.")
+        if self.numbers is not None:
+            name = names[value] if names is not None else value
+            if name not in self.numbers:
+                raise DataError(f"{where} is not a class name like the others.")
+            value = self.numbers[name]
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                raise DataError(f"{where} is not finite.")
+            if value != int(value):
+                raise DataError(f"{where} is not a class. Regression is not supported.")
+        if not isinstance(value, int | float):
+            raise DataError(f"{where} is a {type(value).__name__}, not a class.")
+        number = int(value)
+        if number < 0 or (self.count is not None and number >= self.count):
+            allowed = "0 or more" if self.count is None else f"0 to {self.count - 1}"
+            raise DataError(f"{where} is class {number}, out of range: {allowed}.")
+        return number
+
+
+# --- columns and text -------------------------------------------------------------------------------------------------
+
+
+def _column(rows: Any, given: str | None, usual: Sequence[str], spec: str, what: str) -> str:
+    found = [given] if given is not None else [name for name in usual if name in rows.column_names]
+    if not found or found[0] not in rows.column_names:
+        asked = f"column '{given}'" if given is not None else f"{what} column"
+        raise DataError(f"{spec} has no {asked}. It has: {', '.join(rows.column_names)}. Name the {what} column.")
+    return found[0]
+
+
+def _columns(rows: Any, options: SampleOptions) -> list[str]:
+    given = options.text
+    if given is not None and given not in rows.column_names and given.count(",") == 1:
+        return [_column(rows, name.strip(), _TEXT, options.spec, "text") for name in given.split(",")]
+    return [_column(rows, given, _TEXT, options.spec, "text")]
+
+
+def _texts(rows: Any, columns: Sequence[str], spec: str, labels: Sequence[int] | None = None) -> list[Any]:
+    """Texts of the columns, with labels if given, without the rows that have an empty one."""
+    kept: list[Any] = []
+    for index, texts in enumerate(zip(*(rows[column] for column in columns), strict=True)):
+        wrong = next((text for text in texts if not isinstance(text, str | None)), None)
+        if wrong is not None:
+            raise DataError(f"{spec}, row {index}: column '{columns[0]}' holds {type(wrong).__name__}, not text.")
+        if all(text and not text.isspace() for text in texts):
+            kept.append(texts if labels is None else (texts, labels[index]))
+    skipped = len(rows) - len(kept)
+    if skipped:
+        log.warning("%s: %d of %d rows have no text and are left out.", spec, skipped, len(rows))
+    return kept
+
+
+def _tokenizer(options: SampleOptions) -> Any:
+    if options.tokenizer is None:
+        raise UsageError(
+            f"{options.spec} is text, and the model has no tokenizer. Give token ids: --data module:function."
+        )
+    return options.tokenizer
+
+
+def _encode(texts: Sequence[tuple[str, ...]], tokenizer: Any, options: SampleOptions) -> dict[str, Tensor]:
+    """Token ids and masks `[B, T]`, padded to the longest of the batch."""
+    rows = tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=options.max_length)
+    lengths = [len(row) for row in rows["input_ids"]]
+    if 0 in lengths:
+        raise DataError(f"{options.spec}: the tokenizer makes no token of {texts[lengths.index(0)]!r}.")
+    if tokenizer.pad_token_id is None and len(set(lengths)) > 1:
+        raise UsageError(
+            "The tokenizer has no padding token, and the texts differ in length. "
+            "Set pad_token in tokenizer_config.json and pad_token_id in config.json."
+        )
+    kept = {name: rows[name] for name in token_fields(tokenizer, options.config)}
+    if tokenizer.pad_token_id is None:
+        encoded = {name: torch.tensor(values) for name, values in kept.items()}
+    else:
+        encoded = dict(tokenizer.pad(kept, return_tensors="pt"))
+    _check_ids(encoded["input_ids"], options)
+    return encoded
+
+
+def _check_ids(ids: Tensor, options: SampleOptions) -> None:
+    vocabulary = getattr(options.config, "vocab_size", None)
+    if vocabulary is not None and int(ids.max()) >= vocabulary:
+        raise UsageError(
+            f"The tokenizer gives id {int(ids.max())}, and the model has {vocabulary} embeddings: they do not belong "
+            "together."
+        )

@@ -1,0 +1,79 @@
+"""What kind of computation a node is: value by value, a product, or something that mixes neurons or tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from surgeon.graph.traced import aten, shape_of
+from surgeon.sites.linear import MATMULS, SAME_VALUE, equal_size, is_copy
+from surgeon.sites.nonlinearity import DROPOUTS, SHAPE_OPS
+
+# Pointwise ops that keep a linear map linear. Any other one counts as an activation.
+LINEAR_OPS = {"add", "sub", "rsub", "mul", "div", "neg", "positive"}
+CREATION_OPS = {"zeros_like", "ones_like", "full_like", "full", "zeros", "ones", "scalar_tensor"}
+# What may stand between two linears so that they are no feed-forward layer, and the words for it.
+_BARRIERS = {
+    "norm": "a normalisation", "conv": "a convolution", "softmax": "a softmax", "mean": "a mean", "var": "a variance",
+    "std": "a standard deviation", "amax": "a maximum", "argmax": "a maximum", "max": "a maximum", "min": "a minimum",
+    "sum": "a sum", "cumsum": "a cumulative sum", "logsumexp": "a sum", "logcumsumexp": "a cumulative sum",
+    "prod": "a product", "cumprod": "a cumulative product", "median": "a median", "topk": "a top-k selection",
+    "sort": "a sort", "pool": "a pooling", "cat": "a concatenation", "stack": "a concatenation", "rand": "noise",
+    "bernoulli": "noise", "normal": "noise", "uniform": "noise", "gather": "a gather", "scatter": "a scatter",
+    "index": "an index", "nonzero": "a data-dependent shape", "masked_select": "a data-dependent shape",
+    "expand": "an expansion", "repeat": "a repetition", "roll": "a shift", "flip": "a reversal", "pad": "padding",
+    "lstm": "a recurrent layer", "gru": "a recurrent layer", "fft": "a Fourier transform", "upsample": "a resizing",
+    "unfold": "an unfolding", "prelu": "a learned activation", "layer_norm": "a normalisation",
+}  # fmt: skip
+# What a walk back from a linear layer ends at: values that were not made from another linear layer.
+_SOURCES = {"embedding", "embedding_bag", "arange", "eye", "tril", "triu"}
+# Products of two computed values.
+PRODUCTS = MATMULS | {aten.scaled_dot_product_attention.default}
+
+
+def op_name(node: Node) -> str:
+    """`add` for `aten.add.Tensor`."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether every value of the result comes from the values at the same place, or from none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    name = op_name(node).rstrip("_")
+    if name in CREATION_OPS:
+        return True
+    if "prelu" in name or target in SAME_VALUE:
+        return False
+    if torch.Tag.pointwise in target.tags:
+        return True
+    # Torch does not mark all of them. One that keeps its input's shape may be pointwise; running it tells.
+    keeps_shape = any(_same_shape(source, node) for source in node.all_input_nodes)
+    return keeps_shape and target not in PRODUCTS and name not in _SOURCES and not _words(name)
+
+
+def barrier(node: Node) -> str | None:
+    """Words for a node that mixes neurons or tokens and so cannot stand inside a feed-forward layer."""
+    if node.op != "call_function" or node.target in SHAPE_OPS or node.target in DROPOUTS:
+        return None
+    if not isinstance(node.target, torch._ops.OpOverload) or is_copy(node) or is_pointwise(node):
+        return None
+    name = op_name(node)
+    if name in _SOURCES:
+        return None
+    if node.target in SAME_VALUE:
+        return "a conversion to another kind of number"
+    return _words(name) or "an op that is not computed value by value"
+
+
+def _words(name: str) -> str | None:
+    keys = sorted((key for key in _BARRIERS if key in name), key=len)
+    return _BARRIERS[keys[-1]] if keys else None
+
+
+def _same_shape(a: Node, b: Node) -> bool:
+    left, right = shape_of(a), shape_of(b)
+    return left is not None and right is not None and len(left) == len(right) and all(map(equal_size, left, right))

@@ -1,0 +1,335 @@
+"""Run passes over an opened model: check the request, measure before and after, save, and say what comes next."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from surgeon.data.batch import Data
+from surgeon.data.losses import Quality, evaluate
+from surgeon.errors import NothingChangedError, UsageError
+from surgeon.graph.snapshot import PassDiff
+from surgeon.graph.traced import TracedGraph
+from surgeon.jobs.data_options import DataOptions
+from surgeon.jobs.inspect import LOOKS_FOR
+from surgeon.jobs.open_model import Opened, Stage
+from surgeon.jobs.quality import eval_task, why_unmeasured
+from surgeon.jobs.store import check_target
+from surgeon.jobs.workdir import WorkDirectory
+from surgeon.measure.meter import measure
+from surgeon.models.example_inputs import as_args_kwargs
+from surgeon.models.hugging_face import quiet_transformers
+from surgeon.moe.module import find_moes
+from surgeon.passes import Pass
+from surgeon.passes.report import Cost, PassReport, Progress
+from surgeon.surgery.artifact import RECORD, read_record
+from surgeon.surgery.pipeline import Pipeline, Surgery
+from surgeon.surgery.recipe import RECIPES, Steps, build
+from surgeon.text.reasons import count_reasons
+
+
+class Interrupted(KeyboardInterrupt):
+    """Interrupted by the user. `workdir` holds the checkpoints to resume from; None if there are none yet."""
+
+    def __init__(self, workdir: Path | None) -> None:
+        super().__init__()
+        self.workdir = workdir
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `surgeon apply` did.
+
+    directory: where it was saved, None for a dry run. before, after: cost on the example inputs. quality: before and
+    after, None if it was not measured. next: a command to go on with, and what for.
+    """
+
+    surgery: Surgery
+    directory: Path | None
+    before: Cost
+    after: Cost
+    quality: tuple[Quality, Quality] | None
+    notes: tuple[str, ...]
+    next: tuple[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ApplyOptions:
+    """How to run: see `surgeon apply --help`. typed: what the user typed, for the next command to suggest."""
+
+    out: Path | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+    resume: bool = False
+    verify: Literal["off", "fast", "full"] = "fast"
+    seed: int = 0
+    tau: float | None = None
+    data: DataOptions | None = None
+    typed: tuple[str, ...] = ()
+
+
+def check_changed(report: PassReport, looks_for: str) -> str | None:
+    """Stop if a pass changed nothing, unless there was nothing to do: then the note to show is returned.
+
+    Raises:
+        NothingChangedError: with the most common reason and the first site refused for it.
+    """
+    if report.matched:
+        return None
+    already = [path for path, reason in report.rejected if reason.endswith("already")]
+    if report.name == "swap-activation" and already:
+        return f"swap-activation changed nothing: all {len(already)} activations are the wanted one already."
+    if not report.rejected:
+        chosen = any(report.options.get(name) for name in ("only", "skip"))
+        why = f"no {looks_for} is left by only= and skip=" if chosen else f"the model has no {looks_for}"
+        raise NothingChangedError(f"{report.name} changed nothing: {why}. See surgeon inspect.")
+    total, common = len(report.rejected), count_reasons(report.rejected)[0]
+    often = "" if common.count == total else f" {common.count} of them,"
+    raise NothingChangedError(
+        f"{report.name} changed 0 of {total} sites. {total} rejected:{often} {common.text} (first: {common.first}). "
+        "See surgeon explain."
+    )
+
+
+def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions) -> None:
+    """Refuse what cannot work before the model is loaded, as far as that can be told.
+
+    Raises:
+        UsageError: a wrong order of passes, a pass without the data it needs, a tau out of range, a directory that is
+            taken. SaveError: the directory cannot be written to.
+    """
+    artifact = (Path(spec) / RECORD).is_file()
+    Pipeline(passes).check(has_moes=artifact, has_data=options.data is not None or options.dry_run)
+    if options.tau is not None and not 0.0 <= options.tau <= 1.0:
+        raise UsageError(f"--tau {options.tau:g}: tau is a number from 0, every expert, to 1.")
+    if options.tau is not None and not artifact and not any(one.makes == "moe" for one in passes):
+        raise UsageError("--tau needs experts: put moeify among the passes.")
+    if options.tau and options.data is None and not options.dry_run and any(one.makes == "moe" for one in passes):
+        raise UsageError("--tau needs routers that were fitted: give --data.")
+    trains = options.data is not None and not options.dry_run and any(one.will_fit for one in passes)
+    if options.resume and not trains:
+        raise UsageError("--resume continues training, and this run trains nothing: run it without --resume.")
+    if not options.dry_run:
+        check_target(target_of(spec, passes, options), spec, overwrite=options.overwrite)
+
+
+def target_of(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions) -> Path:
+    """Where the result goes: where the user says, else `<name>-surgery` in the current directory.
+
+    The result of going on from a saved surgery is named after it and the passes: `<name>-lower`.
+    """
+    if options.out is not None:
+        return options.out
+    if (Path(spec) / RECORD).is_file():
+        return Path("-".join([Path(spec).resolve().name, *(one.name for one in passes)]))
+    if not Path(spec).exists() and ":" in spec:
+        return Path(f"{spec.rpartition(':')[2]}-surgery")
+    path = Path(spec).resolve()
+    return Path(f"{path.name if path.is_dir() else path.stem}-surgery")
+
+
+def default_seed(spec: str) -> int:
+    """The seed to go on with: a saved surgery's own, so that the same data is held out again, else 0."""
+    directory = Path(spec)
+    return int(read_record(directory)["recipe"]["seed"]) if (directory / RECORD).is_file() else 0
+
+
+def apply(
+    opened: Opened,
+    passes: Sequence[Pass[Any]],
+    options: ApplyOptions,
+    *,
+    stage: Stage = nullcontext,
+    progress: Callable[[Progress], None] | None = None,
+    on_pass: Callable[[PassDiff], None] | None = None,
+) -> Applied:
+    """Run passes over a model, measure it before and after, and save the result.
+
+    Raises:
+        NothingChangedError: a pass changed nothing; nothing is saved.
+        UsageError, PassError, VerificationError, SaveError: as the parts do.
+        Interrupted: by the user.
+    """
+    started = time.monotonic()
+    check_options(opened.spec, passes, options)
+    data = None if options.dry_run else opened.data
+    directory = None if options.dry_run else target_of(opened.spec, passes, options)
+    notes: list[str] = []
+    by_name = {one.name: one for one in passes}
+
+    def finished(one: PassDiff) -> None:
+        if on_pass is not None:
+            on_pass(one)
+        note = check_changed(one.report, LOOKS_FOR[by_name[one.report.name].works_on])
+        if note is not None:
+            notes.append(note)
+
+    work = None
+    if data is not None and directory is not None and any(one.will_fit for one in passes):
+        recipe = {
+            "model": opened.origin.sha256,
+            "passes": [{"name": one.name, "options": one.options()} for one in passes],
+            "seed": options.seed,
+            "data": data.fingerprint,
+        }
+        work = WorkDirectory(directory, recipe, resume=options.resume, discard=options.overwrite)
+    done = False
+    try:
+        dense = _quality(opened.graph, opened, data, "before", stage)
+        surgery = Pipeline(passes).run(
+            opened.graph,
+            inputs=opened.inputs,
+            data=data,
+            seed=options.seed,
+            verify=options.verify,
+            progress=progress,
+            on_pass=finished,
+            workdir=None if work is None else work.path,
+            resume=options.resume,
+            dry_run=options.dry_run,
+            origin=opened.origin,
+        )
+        if not any(report.matched for report in surgery.reports):
+            raise NothingChangedError(" ".join(notes))
+        if options.tau and not _routers_are_fitted(surgery):
+            if directory is not None:
+                raise UsageError("--tau needs routers that were fitted, and those of this surgery were not.")
+            notes.append("tau was not set: a dry run fits no routers.")
+        elif options.tau is not None:
+            surgery.set_tau(options.tau)
+        surgery.graph.eval()
+        quality = _quality(surgery.graph, opened, data, "after", stage)
+        if dense is not None and quality is not None and data is not None:
+            surgery.quality = dense, quality, data.fingerprint
+        if directory is not None:
+            with stage(f"saving {directory}"), quiet_transformers():
+                surgery.save(directory, overwrite=options.overwrite)
+        done = True
+    except KeyboardInterrupt:
+        raise Interrupted(work.path if work is not None and work.has_checkpoint else None) from None
+    finally:
+        if work is not None:
+            work.close(done=done)
+    if data is not None and dense is None:
+        notes.append(why_unmeasured(opened))
+    args, kwargs = as_args_kwargs(opened.inputs)
+    return Applied(
+        surgery,
+        directory,
+        measure(opened.graph, args, kwargs)[0],
+        measure(surgery.graph, args, kwargs)[0],
+        None if dense is None or quality is None else (dense, quality),
+        tuple(notes),
+        _next(passes, surgery, directory, options),
+        time.monotonic() - started,
+    )
+
+
+def _routers_are_fitted(surgery: Surgery) -> bool:
+    """Whether the routers know anything: fitted where they were made, or trained by recover since."""
+    reports = [*(one.report for one in surgery.earlier), *surgery.reports]
+    fits = {name: [one.fit for one in reports if one.name == name and one.matched] for name in ("moeify", "recover")}
+    return all(fits["moeify"]) or any(fits["recover"])
+
+
+def _quality(graph: TracedGraph, opened: Opened, data: Data | None, when: str, stage: Stage) -> Quality | None:
+    """Quality on the evaluation data, None if there is none with labels or the task is unknown."""
+    task = eval_task(opened) if data is not None else None
+    if data is None or data.eval is None or task is None:
+        return None
+    with stage(f"measuring quality {when}"):
+        return evaluate(graph, data.eval, task)
+
+
+def _next(
+    passes: Sequence[Pass[Any]], surgery: Surgery, directory: Path | None, options: ApplyOptions
+) -> tuple[str, str]:
+    """The command that goes on from here, and what for."""
+    if directory is None:
+        again = [word for word in options.typed if word != "--dry-run"]
+        needed = options.data is None and any(one.needs_data for one in passes)
+        return _command((*again, *(("--data", "DATA") if needed else ()))), "to do it"
+    trained = {report.name for report in surgery.reports if report.fit is not None}
+    if any(one.will_fit and one.name not in trained for one in passes):
+        again = [word for word in options.typed if word != "--overwrite"]
+        return _command((*again, "--data", "DATA", "--overwrite")), "to train what was not trained"
+    moes, place = find_moes(surgery.graph), str(directory)
+    data = _data_words(options.data)
+    if not moes:
+        return _command(("apply", "--passes", "moeify,lower", place, *data)), "to split the layers into experts"
+    if any(site.form != "dynamic" for site in moes):
+        return _command(("apply", "--passes", "lower", place)), "to skip the experts that tau leaves out"
+    return _command(("sweep", place, *data)), "to see quality and cost at several tau"
+
+
+def _command(words: Iterable[str]) -> str:
+    return shlex.join(["surgeon", *words])
+
+
+def _data_words(options: DataOptions | None) -> list[str]:
+    """What to type to read the same data."""
+    if options is None:
+        return ["--data", "DATA"]
+    words = ["--data", options.spec]
+    for item in fields(DataOptions):
+        value = getattr(options, item.name)
+        # The seed is recorded, and what goes on from the result takes it from there.
+        if item.name not in ("spec", "seed") and value != item.default:
+            words += [f"--{item.name.replace('_', '-')}", str(value)]
+    return words
+
+
+def applied_json(applied: Applied, opened: Opened) -> dict[str, Any]:
+    """The result for programs."""
+    quality = applied.quality
+    return {
+        "model": opened.spec,
+        "directory": applied.directory,
+        "dry_run": applied.directory is None,
+        "passes": [report.to_json() for report in applied.surgery.reports],
+        "before": applied.before,
+        "after": applied.after,
+        "quality": None if quality is None else {"before": quality[0], "after": quality[1]},
+        "notes": [*opened.notes, *applied.notes],
+        "next": applied.next[0],
+        "seconds": round(applied.seconds, 3),
+    }
+
+
+def read_recipe(name: str, settings: Mapping[str, Mapping[str, Any]]) -> tuple[list[Pass[Any]], int | None]:
+    """The passes of a recipe and its seed: one that has a name, or what a `surgery.json` or its `recipe` recorded.
+
+    Args:
+        settings: options by pass, in place of the recipe's own.
+
+    Raises:
+        UsageError: no such recipe or file, or no recipe in it; a pass or an option that does not exist.
+    """
+    steps, seed = _steps(name)
+    unused = [one for one in settings if one not in [step for step, _ in steps]]
+    if unused:
+        raise UsageError(f"Options were given for '{unused[0]}', which recipe {name} does not run.")
+    return [build([step], {step: {**options, **settings.get(step, {})}})[0] for step, options in steps], seed
+
+
+def _steps(name: str) -> tuple[Steps, int | None]:
+    if name in RECIPES:
+        return RECIPES[name][1], None
+    path = Path(name)
+    try:
+        content = json.loads((path / RECORD if path.is_dir() else path).read_text(encoding="utf-8"))
+        recipe = content.get("recipe", content)
+        return [(step["name"], dict(step.get("options", {}))) for step in recipe["passes"]], int(recipe["seed"])
+    except FileNotFoundError:
+        raise UsageError(
+            f"--recipe {name}: there is no such file, nor a recipe of that name. There are: {', '.join(RECIPES)}."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--recipe {name} holds no recipe: {type(error).__name__}: {error}.") from error

@@ -1,0 +1,201 @@
+"""Look at a model without changing it: what its layers cost, and what a pass would do with them."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from surgeon.errors import UsageError
+from surgeon.graph.agreement import run
+from surgeon.graph.edit import Capture
+from surgeon.graph.snapshot import snapshot
+from surgeon.graph.traced import TracedGraph
+from surgeon.jobs.open_model import Opened
+from surgeon.measure.meter import measure
+from surgeon.models.example_inputs import as_args_kwargs
+from surgeon.moe.module import find_moes
+from surgeon.passes import Pass
+from surgeon.passes.report import Cost
+from surgeon.sites.ffn import FFN, LinearSite, Rejection
+from surgeon.sites.search import find_ffns, find_linear_sites
+from surgeon.surgery.pipeline import Pipeline
+from surgeon.tracing.trace import adopt
+from surgeon.training.loop import Settings
+
+LOOKS_FOR = {"ffn": "feed-forward layer", "linear": "standalone linear layer", "moe": "expert layer"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A site: its shape, and its share of all the model's multiply-adds on the example inputs."""
+
+    path: str
+    shape: tuple[int, ...]
+    share: float
+
+
+@dataclass(frozen=True)
+class FFNLayer(Layer):
+    """A feed-forward layer (d_in, hidden, d_out). calls: how often its weights are used in one call."""
+
+    activation: str
+    gated: bool
+    calls: int
+
+
+@dataclass(frozen=True)
+class ExpertLayer(Layer):
+    """An expert layer (experts, neurons each). form: "module", "masked" or "dynamic". executed: share that ran."""
+
+    form: str
+    tau: float
+    executed: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `surgeon inspect` found. refused: (path, reason) of what looks like a feed-forward layer and is none.
+
+    graph: lines of the graph as (module path, line), if asked for.
+    """
+
+    model: str
+    kind: str
+    inputs: dict[str, list[int]]
+    task: str | None
+    cost: Cost
+    ffns: list[FFNLayer]
+    experts: list[ExpertLayer]
+    linears: list[Layer]
+    refused: list[tuple[str, str]]
+    notes: tuple[str, ...]
+    graph: list[tuple[str, str]] | None = None
+
+
+def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
+    """The sites of a model and what they cost on the example inputs."""
+    graph, (args, kwargs) = opened.graph, as_args_kwargs(opened.inputs)
+    cost, layers = measure(graph, args, kwargs)
+    ffns, linears, refused = outside_experts(graph)
+    parts = [part for ffn in ffns for call in ffn.calls for part in (*call.first, call.down)]
+    parts += [part for linear in linears for part in linear.calls]
+    _, values = run(Capture(graph, {part.output.name for part in parts}), args, kwargs)
+    # A linear layer makes one output of out_features with in_features multiply-adds each.
+    work = {part: values[part.output.name].numel() * part.in_features for part in parts}
+    whole = max(1, cost.multiply_adds)
+    return Inspection(
+        opened.spec,
+        opened.kind,
+        _shapes(graph, opened.inputs),
+        opened.task,
+        cost,
+        [
+            FFNLayer(
+                ffn.path,
+                (ffn.d_in, ffn.hidden, ffn.d_out),
+                sum(work[part] for call in ffn.calls for part in (*call.first, call.down)) / whole,
+                ffn.activation,
+                ffn.gated,
+                len(ffn.calls),
+            )
+            for ffn in ffns
+        ],
+        [
+            ExpertLayer(
+                site.path,
+                (site.experts, int(site.w1.shape[1])),
+                layers[site.path].multiply_adds / whole,
+                site.form,
+                float(site.tau),
+                layers[site.path].share,
+            )
+            for site in find_moes(graph)
+        ],
+        [
+            Layer(linear.path, (linear.d_in, linear.d_out), sum(work[part] for part in linear.calls) / whole)
+            for linear in linears
+        ],
+        [(rejection.path, rejection.reason) for rejection in refused],
+        opened.notes,
+        list(snapshot(graph).nodes.values()) if with_graph else None,
+    )
+
+
+def outside_experts(graph: TracedGraph) -> tuple[list[FFN], list[LinearSite], list[Rejection]]:
+    """Feed-forward layers, standalone linears and refused candidates, without those inside an expert layer."""
+    routers = tuple(f"{site.path}." for site in find_moes(graph))
+    (ffns, refused), (linears, _) = find_ffns(graph), find_linear_sites(graph)
+    return (
+        [ffn for ffn in ffns if not ffn.path.startswith(routers)],
+        [linear for linear in linears if not linear.path.startswith(routers)],
+        [rejection for rejection in refused if not rejection.path.startswith(routers)],
+    )
+
+
+def _shapes(graph: TracedGraph, inputs: Any) -> dict[str, list[int]]:
+    """Shape of every example input, by the name that the model gives it."""
+    args, kwargs = as_args_kwargs(inputs)
+    names = [name for name in graph.graph._codegen.pytree_info.orig_args if name != "self"]  # type: ignore[attr-defined]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: list(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One pass: (path, description) of the sites it would change, (path, reason) of the other candidates."""
+
+    name: str
+    looks_for: str
+    matched: list[tuple[str, str]]
+    rejected: list[tuple[str, str]]
+
+
+def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) -> list[Explanation]:
+    """For every pass, what it would do with each candidate in the graph that the passes before it would leave.
+
+    Args:
+        at: only candidates of this path, or under it, patterns with * allowed.
+
+    Raises:
+        UsageError: passes in an order that cannot work; no candidate has this path.
+    """
+    Pipeline(passes).check(has_moes=bool(find_moes(opened.graph)), has_data=True)
+    graph, found = adopt(opened.graph), []
+    for one in passes:
+        matched, rejected = one.explain(graph)
+        found.append(
+            Explanation(
+                one.name,
+                LOOKS_FOR[one.works_on],
+                [(site.path, site.describe) for site in matched],
+                [(rejection.path, rejection.reason) for rejection in rejected],
+            )
+        )
+        if matched and one is not passes[-1]:
+            graph = adopt(graph)
+            one.run(graph, inputs=None, data=None, settings=Settings(verify="off", dry_run=True))
+    if at is None:
+        return found
+    paths = [path for one in found for path, _ in (*one.matched, *one.rejected)]
+    chosen = {path for path in paths if path == at or path.startswith(f"{at}.") or fnmatch.fnmatchcase(path, at)}
+    if not chosen:
+        near = difflib.get_close_matches(at, paths, n=3, cutoff=0.3)
+        hint = f" Nearest candidates: {', '.join(dict.fromkeys(near))}." if near else ""
+        raise UsageError(f"No candidate at '{at}': nothing there looks like a {found[0].looks_for}.{hint}")
+    return [
+        Explanation(
+            one.name,
+            one.looks_for,
+            [(path, what) for path, what in one.matched if path in chosen],
+            [(path, reason) for path, reason in one.rejected if path in chosen],
+        )
+        for one in found
+    ]

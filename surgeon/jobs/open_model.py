@@ -1,0 +1,160 @@
+"""Open what a user names: load a model or a saved surgery, find example inputs, read data, trace it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from surgeon.data.batch import Data
+from surgeon.data.files import load_data
+from surgeon.graph.traced import TracedGraph
+from surgeon.jobs.data_options import DataOptions
+from surgeon.models.example_inputs import example_inputs
+from surgeon.models.given_inputs import inputs_from, inputs_of_program
+from surgeon.models.hugging_face import TASK_CLASSES, companions
+from surgeon.models.source import Source, check_finite, load_model
+from surgeon.surgery.artifact import load, load_inputs
+from surgeon.surgery.pipeline import Origin
+from surgeon.tracing.trace import TraceInfo, from_program, trace
+
+Stage = Callable[[str], AbstractContextManager[object]]
+_KINDS = {
+    "hf": "Hugging Face model",
+    "pickle": "pickled module",
+    "pt2": "exported program",
+    "state_dict": "state dict",
+    "artifact": "saved surgery",
+    "python": "Python function",
+}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that was loaded and traced.
+
+    spec: what the user typed. graph: in evaluation mode. inputs: the example inputs. notes: what loading and tracing
+    showed. record: of the surgery, if the model is an artifact. data: if it was asked for.
+    """
+
+    spec: str
+    graph: TracedGraph
+    inputs: Any
+    origin: Origin
+    notes: tuple[str, ...] = ()
+    record: dict[str, Any] | None = None
+    data: Data | None = None
+
+    @property
+    def kind(self) -> str:
+        """What it was loaded from, in words."""
+        return _KINDS[self.origin.kind]
+
+    @property
+    def task(self) -> str | None:
+        """What the data says the model is for, else what its class says."""
+        info: TraceInfo = self.graph.meta["trace"]
+        return (self.data.task if self.data is not None else None) or info.task
+
+
+def open_model(
+    spec: str,
+    *,
+    inputs: str | None = None,
+    trust_pickle: bool = False,
+    arch: str | None = None,
+    task: str | None = None,
+    data: DataOptions | None = None,
+    stage: Stage = nullcontext,
+) -> Opened:
+    """Load a model or a saved surgery, find example inputs, trace it, and read data for it.
+
+    Args:
+        inputs: as `surgeon.models.given_inputs.inputs_from` takes; by default the model's own, and the data's first rows for
+            a model that has none.
+        task: the head of a Hugging Face model. stage: called with what is being done.
+
+    Raises:
+        LoadError, TraceError, UsageError, DataError: as the parts do.
+    """
+    given = None if inputs is None else inputs_from(inputs)
+    with stage(f"loading {spec}"):
+        head = task if task in TASK_CLASSES else None
+        source = load_model(spec, trust_pickle=trust_pickle, arch=arch, task=head)
+        if source.kind == "artifact":
+            return _open_artifact(spec, source, given, data, stage)
+        assert source.model is not None
+        check_finite(source.model)
+    read = _read(data, source.tokenizer, source.processor, source.config, None, 0, stage)
+    notes = list(source.notes)
+    if isinstance(source.model, ExportedProgram):
+        given = given if given is not None else inputs_of_program(source.model)
+        graph = from_program(source.model)
+    else:
+        if given is None:
+            hugging_face = source.config is not None and hasattr(source.model, "main_input_name")
+            if read is not None and not hugging_face:
+                given = _first_rows(read)
+                notes.append("The example inputs are the first two rows of the data.")
+            else:
+                given = example_inputs(
+                    source.model, tokenizer=source.tokenizer, processor=source.processor, config=source.config
+                )
+        with stage(f"tracing {type(source.model).__name__}"):
+            graph = trace(source.model, given).eval()
+    origin = Origin(
+        str(source.path), source.kind, source.sha256, source.config, source.tokenizer, source.processor, source.notes
+    )
+    info: TraceInfo = graph.meta["trace"]
+    return Opened(spec, graph, given, origin, (*notes, *info.notes), None, read)
+
+
+def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | None, stage: Stage) -> Opened:
+    graph = load(source.path)
+    if given is None:
+        given = load_inputs(source.path)
+    config, tokenizer, processor = companions(source.path)
+    info: TraceInfo = graph.meta["trace"]
+    record = graph.meta["surgery"]
+    read = _read(data, tokenizer, processor, config, info.task, int(record["recipe"]["seed"]), stage)
+    origin = Origin(str(source.path), "artifact", source.sha256, config, tokenizer, processor)
+    return Opened(spec, graph, given, origin, info.notes, record, read)
+
+
+def _read(
+    options: DataOptions | None,
+    tokenizer: Any,
+    processor: Any,
+    config: Any,
+    task: str | None,
+    seed: int,
+    stage: Stage,
+) -> Data | None:
+    """The data, if there is any; task and seed: where the options give none."""
+    if options is None:
+        return None
+    with stage(f"reading {options.spec}"):
+        return load_data(
+            options.spec,
+            tokenizer=tokenizer,
+            processor=processor,
+            config=config,
+            text=options.text,
+            label=options.label,
+            task=options.task or task,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            seed=seed if options.seed is None else options.seed,
+            eval_fraction=options.eval_fraction,
+            limit=options.limit,
+        )
+
+
+def _first_rows(data: Data) -> Any:
+    batch = next(iter(data.train))
+    return pytree.tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, (batch.args, batch.kwargs))

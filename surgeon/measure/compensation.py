@@ -1,0 +1,84 @@
+"""Make up for what is skipped: add the mean output of the skipped experts, one vector for each layer.
+
+y = Σ selected f_e(x) + b2 + E[Σ skipped f_e(x)], the mean over tokens of real data at the tau that is set. It costs one
+addition of vectors for each call and layer, and goes when tau is set anew, which makes other experts skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from surgeon.data.batch import Batch
+from surgeon.errors import DataError, UsageError
+from surgeon.graph.edit import emit, get_attr
+from surgeon.graph.traced import TracedGraph, aten
+from surgeon.kernels.activations import ACTIVATIONS
+from surgeon.kernels.torch.backend import hidden, keep_selected
+from surgeon.measure.meter import ExpertMeter
+from surgeon.measure.sweep import knobs_restored, run_batches
+from surgeon.moe.module import SKIPPED_MEAN, MoESite, find_moes
+
+
+def compensate(graph: TracedGraph, batches: Iterable[Any]) -> list[str]:
+    """Add to every layer the mean of what it skips at its present tau, padding not counted.
+
+    Args:
+        graph: with lowered experts; it gets one buffer for each layer.
+        batches: some hundred samples, in any form that `Batch.from_any` takes.
+
+    Returns:
+        The paths of the layers.
+
+    Raises:
+        UsageError: the graph has no experts, or they are not lowered. DataError: there are no batches.
+    """
+    sites = find_moes(graph)
+    if not sites:
+        raise UsageError("The graph has no experts, so nothing is skipped. Apply moeify first.")
+    if any(site.form == "module" for site in sites):
+        raise UsageError("Compensation works on lowered experts: apply lower first.")
+    rest = iter(batches)
+    first = next(rest, None)
+    if first is None:
+        raise DataError("There is no data to take the mean of what is skipped over: the batches are empty.")
+    for site in sites:
+        _buffer(graph, site).zero_()
+    sums: dict[str, Tensor] = {}
+    with knobs_restored(graph):
+        meter = ExpertMeter(graph)
+
+        def add(site: MoESite, x: Tensor, ran: Tensor) -> None:
+            h = hidden(x, site.weights.flat(), ACTIVATIONS[site.activation])
+            skipped = keep_selected(h, ~ran).float().sum(0)
+            sums[site.path] = sums.get(site.path, torch.zeros_like(skipped)) + skipped
+
+        meter.on_tokens = add
+        for _ in run_batches(meter, map(Batch.from_any, chain([first], rest))):
+            pass
+    with torch.no_grad():
+        for site in sites:
+            mean = sums[site.path] / max(1, meter.layers[site.path].tokens)
+            _buffer(graph, site).copy_(mean @ site.weights.flat().w2.float())
+    return [site.path for site in sites]
+
+
+def _buffer(graph: TracedGraph, site: MoESite) -> Tensor:
+    """The layer's vector [d_out]; put into the graph if it is not there yet."""
+    module = graph.get_submodule(site.path)
+    if hasattr(module, SKIPPED_MEAN):
+        return getattr(module, SKIPPED_MEAN)  # type: ignore[no-any-return]
+    module.register_buffer(SKIPPED_MEAN, site.weights.w2.new_zeros(site.weights.w2.shape[2]))
+    for node in site.nodes:
+        b2 = node.args[8]
+        with graph.graph.inserting_before(node):
+            mean = get_attr(graph, f"{site.path}.{SKIPPED_MEAN}")
+            value = emit(graph, aten.add.Tensor, b2, mean, path=site.path) if isinstance(b2, Node) else mean
+        node.update_arg(8, value)
+    graph.recompile()
+    return getattr(module, SKIPPED_MEAN)  # type: ignore[no-any-return]

@@ -1,0 +1,209 @@
+"""Count what a graph costs: parameters, multiply-adds, and the share of the experts that really ran."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from surgeon.errors import UsageError
+from surgeon.graph.traced import flat_inputs, tensor_key
+from surgeon.kernels.dynamic_k import selected
+from surgeon.models.example_inputs import as_args_kwargs
+from surgeon.moe.module import MoE, MoESite, find_moes, masked_ffn, selection_threshold
+from surgeon.moe.router import expert_norms
+from surgeon.passes.report import Cost
+
+
+def _attention_flops(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+# Attention as it runs on CPUs, for which torch has no formula.
+_ALSO_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+@dataclass
+class LayerRun:
+    """What one expert layer ran.
+
+    pairs, ran: expert-token pairs in all, and those that ran. per_pair: multiply-adds of one of them.
+    tokens: how many there were. per_token: multiply-adds of the router for one of them. seconds: spent on the experts.
+    """
+
+    pairs: int = 0
+    ran: int = 0
+    per_pair: int = 0
+    tokens: int = 0
+    per_token: int = 0
+    seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Share of the pairs that ran."""
+        return self.ran / self.pairs if self.pairs else 1.0
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds if every pair had run."""
+        return self.pairs * self.per_pair
+
+
+def parameter_count(graph: GraphModule) -> int:
+    """Numbers in the graph's parameters; memory shared under several names counts once."""
+    return sum({tensor_key(parameter): parameter.numel() for parameter in graph.parameters()}.values())
+
+
+def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Cost, dict[str, LayerRun]]:
+    """The cost of one call, and what each expert layer ran in it, by path.
+
+    One multiply-add is two of the operations that `torch.utils.flop_counter` counts. The graph is run once, in the mode
+    it is in.
+    """
+    meter = ExpertMeter(graph)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
+        meter.call(args, kwargs)
+    counted = counter.get_total_flops() // 2
+    # The masked form computes what it then drops, and the count has it; the dynamic form never does.
+    dropped = dict.fromkeys(("module", "masked", "dynamic"), 0)
+    for site in meter.sites.values():
+        layer = meter.layers[site.path]
+        dropped[site.form] += (layer.pairs - layer.ran) * layer.per_pair
+    everything = sum(layer.multiply_adds for layer in meter.layers.values())
+    executed = 1.0 - sum(dropped.values()) / everything if everything else None
+    cost = Cost(
+        parameter_count(graph),
+        counted + dropped["dynamic"],
+        counted - dropped["module"] - dropped["masked"],
+        executed,
+    )
+    return cost, meter.layers
+
+
+def clock(device: torch.device) -> float:
+    """Seconds from an arbitrary start, read when the device has done everything it was given.
+
+    A GPU works behind Python: without waiting, the time of a call would be that of handing it over.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and device.type == accelerator.type:
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def token_load(graph: GraphModule, inputs: Any) -> Tensor:
+    """How much of its experts each token runs, from 0 to 1: Σ cost of those that ran / Σ cost of all, over the layers.
+
+    Args:
+        inputs: of one call: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Returns:
+        float32, in the leading shape that most expert layers have, [B, T] for a transformer, padding included; layers
+        of another shape (a pooler's) are left out (D2DMoE, load maps of its section on spatial load).
+
+    Raises:
+        UsageError: the graph has no experts.
+    """
+    args, kwargs = as_args_kwargs(inputs)
+    meter = ExpertMeter(graph)
+    if not meter.sites:
+        raise UsageError("The graph has no experts, so no token has a load. Apply moeify first.")
+    seen: list[tuple[Tensor, int]] = []
+    meter.on_selection = lambda site, ran: seen.append((ran, site.expert_multiply_adds))
+    with torch.no_grad():
+        meter.call(args, kwargs)
+    usual = Counter(ran.shape[:-1] for ran, _ in seen).most_common(1)[0][0]
+    chosen = [(ran, cost) for ran, cost in seen if ran.shape[:-1] == usual]
+    whole = sum(ran.shape[-1] * cost for ran, cost in chosen)
+    return torch.stack([ran.sum(-1) * cost for ran, cost in chosen]).sum(0).float() / whole
+
+
+class ExpertMeter(Interpreter):
+    """Runs a graph and counts, at every expert layer, the expert-token pairs that ran; adds up over calls.
+
+    token_mask: given the leading dimensions of a layer's tokens, which of them count (True); None counts all.
+    on_selection: called with every layer and what it selects, bool [..., E].
+    on_tokens: called with every layer, its inputs [N, d_in] and what it selects, bool [N, E], of the tokens that count.
+    """
+
+    def __init__(self, graph: GraphModule, *, oracle: bool = False) -> None:
+        """Prepare to run `graph`; with `oracle`, selection is by the true norms of the experts' outputs."""
+        super().__init__(graph)
+        self.oracle = oracle
+        self.sites: dict[str, MoESite] = {site.path: site for site in find_moes(graph)}
+        self.layers = {
+            path: LayerRun(per_pair=site.expert_multiply_adds, per_token=site.router_parameters)
+            for path, site in self.sites.items()
+        }
+        self.token_mask: Callable[[Sequence[int]], Tensor | None] | None = None
+        self.on_selection: Callable[[MoESite, Tensor], None] | None = None
+        self.on_tokens: Callable[[MoESite, Tensor, Tensor], None] | None = None
+        self._site_of: dict[Node, MoESite] = {node: site for site in self.sites.values() for node in site.nodes}
+        self._out_spec = graph.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the graph with its own arguments; returns its output."""
+        assert isinstance(self.module, GraphModule)
+        flat = self.run(*flat_inputs(self.module, args, kwargs), enable_io_processing=False)
+        return flat if self._out_spec is None else pytree.tree_unflatten(list(flat), self._out_spec)
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node, after looking at what a router selected if it is an expert layer."""
+        site = self._site_of.get(n)
+        if site is None:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        # Looking costs nothing that should be counted.
+        with _disable_current_modes(), torch.no_grad():
+            scores, threshold = self._selection(site, n, args)
+            self._count(site, args[0], scores, threshold)
+            if self.oracle:
+                return self._run(site, n, args, scores, threshold)
+        started = clock(args[0].device)
+        result = super().run_node(n)
+        self.layers[site.path].seconds += clock(args[0].device) - started
+        return result
+
+    def _selection(self, site: MoESite, node: Node, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        if self.oracle:
+            x = args[0]
+            norms = expert_norms(x.reshape(-1, x.shape[-1]), site.routed, site.activation)
+            norms = norms.reshape(*x.shape[:-1], -1)
+            threshold = selection_threshold(norms, site.tau, site.rule)
+            return F.pad(norms, (site.shared, 0), value=math.inf), threshold
+        if site.form == "module":
+            moe = self.submodules[str(node.target)]
+            assert isinstance(moe, MoE)
+            return moe.route(args[0])
+        return args[1], args[2]
+
+    def _run(self, site: MoESite, node: Node, args: tuple[Any, ...], scores: Tensor, threshold: Tensor) -> Tensor:
+        b2 = self.submodules[str(node.target)].b2 if site.form == "module" else args[8]
+        return masked_ffn(args[0], scores, threshold, *site.weights, b2, site.activation)  # type: ignore[no-any-return]
+
+    def _count(self, site: MoESite, x: Tensor, scores: Tensor, threshold: Tensor) -> None:
+        ran = selected(scores, threshold)
+        if self.on_selection is not None:
+            self.on_selection(site, ran)
+        mask = None if self.token_mask is None else self.token_mask(ran.shape[:-1])
+        if mask is not None:
+            x, ran = x[mask], ran[mask]
+        if self.on_tokens is not None:
+            self.on_tokens(site, x.reshape(-1, x.shape[-1]), ran.reshape(-1, ran.shape[-1]))
+        layer = self.layers[site.path]
+        layer.pairs += math.prod(ran.shape)
+        layer.tokens += math.prod(ran.shape[:-1])
+        layer.ran += int(ran.sum())

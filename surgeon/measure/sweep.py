@@ -1,0 +1,223 @@
+"""Quality against cost: one graph at several settings of its selection, the oracle router beside the trained ones."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from surgeon.data.batch import Batch
+from surgeon.data.losses import Quality, quality
+from surgeon.data.padding import token_mask
+from surgeon.errors import UsageError
+from surgeon.measure.meter import ExpertMeter, LayerRun, clock, measure
+from surgeon.models.example_inputs import as_args_kwargs
+from surgeon.moe.module import Knobs, find_moes, get_knobs, get_rule, set_knobs, set_rule, set_tau
+from surgeon.passes.report import Progress
+
+RouterChoice = Literal["own", "oracle"]
+_USUAL_TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+# For top_k tau is the share of the experts that is skipped.
+_TOP_K_TAUS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting: quality on the data, and cost.
+
+    tau: None for the values that the graph came with, of tau and of the rule. router: "own", or "oracle" for the true
+    norms of the experts' outputs, which no router can beat by much.
+    executed: share of the experts' multiply-adds that ran, padding not counted. layers: multiply-adds of the converted
+    layers, their routers included, over those of the dense layers they replaced. multiply_adds: of one call on the
+    example inputs at that share, everything included. relative: those over the dense model's, None if that is unknown.
+    milliseconds: of one call on the first batch, None if it was not timed. shares: of its experts that ran, by layer.
+    """
+
+    tau: float | None
+    quality: Quality
+    executed: float
+    layers: float
+    multiply_adds: int
+    relative: float | None
+    rule: str = "max"
+    router: RouterChoice = "own"
+    milliseconds: float | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model beside its surgery. multiply_adds: of one call on the example inputs.
+
+    quality: on the same data, None if it is unknown. milliseconds: of a call on the first batch, None if not timed.
+    """
+
+    multiply_adds: int | None
+    quality: Quality | None = None
+    milliseconds: float | None = None
+
+
+def sweep(
+    graph: GraphModule,
+    batches: Iterable[Batch],
+    task: str,
+    taus: Sequence[float | None] | None = None,
+    *,
+    inputs: Any,
+    stored: bool = False,
+    rules: Sequence[str] | None = None,
+    routers: Sequence[RouterChoice] = ("own",),
+    timed: bool = False,
+    dense_multiply_adds: int | None = None,
+    dense_layers: Mapping[str, float] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[Point]:
+    """Measure quality and cost at each tau, on all batches; the graph's own tau and rule are restored afterwards.
+
+    Args:
+        taus: by default `usual_taus` of each rule. None among them stands for the values that the graph has, its rules
+            too, and is measured once whatever the rules; stored: measure those as well.
+        inputs: example inputs on which multiply-adds are counted. dense_multiply_adds: the dense model's on the same.
+        dense_layers: what the dense layers cost, by the path of their experts (`surgeon.passes.report.dense_layers`); by
+            default what all the experts cost, which differs where layers were replaced at another cost before.
+        rules: of `surgeon.kernels.selection.RULES`; by default the graph's own. routers: "own", "oracle", or both.
+        timed: also time calls, all settings in turn.
+
+    Raises:
+        UsageError: the graph has no experts, there is no such rule, or a tau is outside [0, 1].
+        DataError: labels are missing.
+    """
+    if not find_moes(graph):
+        raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
+    batches = list(batches)
+    combined = [
+        (router, None if tau is None else rule, tau)
+        for router, rule in product(routers, rules or (None,))
+        for tau in (*(usual_taus(graph, rule) if taus is None else taus), *((None,) if stored else ()))
+    ]
+    settings = list(dict.fromkeys(combined))
+    points = []
+    with knobs_restored(graph) as own:
+        counter = _Counter(graph, inputs)
+
+        def choose(rule: str | None, tau: float | None) -> None:
+            set_knobs(graph, own)
+            if rule is not None:
+                set_rule(graph, rule)
+            if tau is not None:
+                set_tau(graph, tau)
+
+        for number, (router, rule, tau) in enumerate(settings):
+            choose(rule, tau)
+            meter, marks = ExpertMeter(graph, oracle=router == "oracle"), quality(task)
+            for index, batch in enumerate(run_batches(meter, batches)):
+                marks.add(batch[1], batch[0])
+                if progress is not None:
+                    done, total = number * len(batches) + index + 1, len(settings) * len(batches)
+                    progress(Progress("sweep", done, total, {} if tau is None else {"tau": tau}))
+            multiply_adds = counter.multiply_adds(meter.layers)
+            points.append(
+                Point(
+                    tau,
+                    marks.result(),
+                    executed_share(meter.layers),
+                    layers_share(meter.layers, dense_layers),
+                    multiply_adds,
+                    None if not dense_multiply_adds else multiply_adds / dense_multiply_adds,
+                    " ".join(dict.fromkeys(own.rules.values())) if rule is None else rule,
+                    router,
+                    shares={path: layer.share for path, layer in meter.layers.items()},
+                )
+            )
+        if timed:
+            calls = [lambda rule=rule, tau=tau: choose(rule, tau) for router, rule, tau in settings if router == "own"]
+            times = iter(time_settings(graph, batches[0], calls))
+            points = [replace(p, milliseconds=next(times)) if p.router == "own" else p for p in points]
+    return points
+
+
+def usual_taus(graph: GraphModule, rule: str | None = None) -> tuple[float, ...]:
+    """The values of tau that are swept by default, with this rule or with the graph's own."""
+    rules = set(get_rule(graph).values()) if rule is None else {rule}
+    return _TOP_K_TAUS if rules == {"top_k"} else _USUAL_TAUS
+
+
+@contextmanager
+def knobs_restored(graph: GraphModule) -> Iterator[Knobs]:
+    """The graph in evaluation mode; gives its knobs, and puts mode and knobs back at the end."""
+    knobs, training = get_knobs(graph), graph.training
+    graph.eval()
+    try:
+        yield knobs
+    finally:
+        set_knobs(graph, knobs)
+        graph.train(training)
+
+
+def run_batches(meter: ExpertMeter, batches: Iterable[Batch]) -> Iterable[tuple[Batch, Any]]:
+    """Every batch, on the graph's device, with the output for it; the meter counts the tokens that are not padding."""
+    device = _device_of(meter.module)
+    with torch.no_grad():
+        for batch in (one.to(device) for one in batches):
+            meter.token_mask = lambda lead, batch=batch: token_mask(batch, lead)
+            yield batch, meter.call(batch.args, batch.kwargs)
+
+
+def _device_of(graph: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
+
+
+def executed_share(layers: Mapping[str, LayerRun]) -> float:
+    """Share of the experts' multiply-adds that ran."""
+    everything = sum(layer.multiply_adds for layer in layers.values())
+    return sum(layer.ran * layer.per_pair for layer in layers.values()) / everything if everything else 1.0
+
+
+def layers_share(layers: Mapping[str, LayerRun], dense: Mapping[str, float] | None = None) -> float:
+    """Multiply-adds of the converted layers that ran, routers included, over those of the dense layers they replaced.
+
+    dense: multiply-adds of those for one token, by path; what all experts of a layer cost where it is not given.
+    """
+    dense = dense or {}
+    everything = sum(
+        layer.tokens * dense[path] if path in dense else layer.multiply_adds for path, layer in layers.items()
+    )
+    ran = sum(layer.ran * layer.per_pair + layer.tokens * layer.per_token for layer in layers.values())
+    return ran / everything if everything else 1.0
+
+
+class _Counter:
+    """The multiply-adds of one call on the example inputs, given what share of each layer runs on real data."""
+
+    def __init__(self, graph: GraphModule, inputs: Any) -> None:
+        args, kwargs = as_args_kwargs(inputs)
+        self._all, self._layers = measure(graph, args, kwargs)
+
+    def multiply_adds(self, layers: Mapping[str, LayerRun]) -> int:
+        skipped = sum((1.0 - layers[path].share) * layer.multiply_adds for path, layer in self._layers.items())
+        return int(self._all.multiply_adds - skipped)
+
+
+def time_settings(
+    graph: GraphModule, batch: Batch, choices: Sequence[Callable[[], None]], repeats: int = _REPEATS
+) -> list[float]:
+    """Median milliseconds of a call with each choice made before it, all choices in turn, again and again."""
+    times: list[list[float]] = [[] for _ in choices]
+    device = _device_of(graph)
+    batch = batch.to(device)
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            for found, choose in zip(times, choices, strict=True):
+                choose()
+                started = clock(device)
+                graph(*batch.args, **batch.kwargs)
+                found.append(1000 * (clock(device) - started))
+    return [statistics.median(found[1:]) for found in times]

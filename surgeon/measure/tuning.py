@@ -1,0 +1,349 @@
+"""Spend a budget where it hurts least: a tau for each layer, by measured damage per cost saved.
+
+Start from the one tau for all layers that meets the budget. Then give each layer a bit more and a bit less than it has,
+measure what that does to the output, and move cost from the layers that miss it least to those that need it most;
+again, as long as the output gets nearer to what it is with every expert running.
+
+Damage is the mean divergence KL(every expert ‖ selected experts) between the model's answers, in nats. For a language
+model, whose answers are as wide as its vocabulary, the mean is over evenly spaced tokens, as many as `_KEPT` allows.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, permutations
+from typing import Any, Literal
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+
+from surgeon.data.batch import Batch
+from surgeon.data.losses import logits_of
+from surgeon.data.padding import real_tokens
+from surgeon.errors import DataError, UsageError
+from surgeon.measure.meter import ExpertMeter, LayerRun, measure
+from surgeon.measure.sweep import knobs_restored, run_batches, time_settings
+from surgeon.models.example_inputs import as_args_kwargs
+from surgeon.moe.module import find_moes, set_tau
+from surgeon.passes.report import Progress
+
+Metric = Literal["flops", "ms"]
+
+# One tau for all layers: where damage and cost are measured first.
+_UNIFORM_TAUS = (0.0, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
+# Shares of the experts a layer is tried with, relative to what it has, at first and in later rounds.
+_TRIALS, _FINER = (0.6, 0.8, 1.25, 1.6), (0.8, 1.25)
+_ROUNDS = 3
+# Times the dense model's cost. With every expert a surgery costs a little more than the dense model.
+_LARGEST_BUDGET = 2.0
+# Numbers kept of the answers with every expert running: a quarter of a GiB. GPT-2's for 512 texts would take 13 GiB.
+_KEPT = 2**26
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tau for each layer and what it costs.
+
+    cost, uniform_cost: of the chosen values and of the best single tau, over the dense model's. damage,
+    uniform_damage: of the output, in nats. uniform: that single tau. shares: of the experts that run, by layer.
+    rounds: how often cost was moved.
+    """
+
+    taus: dict[str, float]
+    shares: dict[str, float]
+    cost: float
+    damage: float
+    uniform: float
+    uniform_cost: float
+    uniform_damage: float
+    rounds: int
+
+
+def tune(
+    graph: GraphModule,
+    batches: Iterable[Any],
+    budget: float,
+    *,
+    inputs: object,
+    dense: float | None = None,
+    metric: Metric = "flops",
+    progress: Callable[[Progress], None] | None = None,
+) -> Tuned:
+    """Find a tau for each layer so that the model costs at most `budget`, and set them.
+
+    Args:
+        budget: share of the dense model's cost, everything included.
+        batches, inputs, dense, metric, progress: as in `Tuner`, which is for several budgets.
+
+    Raises:
+        UsageError: the graph has no experts; as `check_budget`; no tau is cheap enough, and the message says what is.
+        DataError: there are no batches.
+    """
+    check_budget(budget)
+    return Tuner(graph, batches, inputs=inputs, dense=dense, metric=metric, progress=progress).tune(budget)
+
+
+def check_budget(budget: float) -> None:
+    """Refuse what can be no share of the dense model's cost.
+
+    Raises:
+        UsageError: the budget is not positive, or so large that it must be a percentage or an absolute number.
+    """
+    if not budget > 0.0:
+        raise UsageError(f"The budget is {budget}, but must be a positive share of the dense model's cost.")
+    if budget > _LARGEST_BUDGET:
+        raise UsageError(f"The budget is {budget:g}, but is a share of the dense model's cost: 0.4 stands for 40%.")
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What one choice of tau gave. shares: of the experts that ran, by layer."""
+
+    taus: dict[str, float]
+    shares: dict[str, float]
+    damage: float
+    cost: float
+
+
+class Tuner:
+    """Finds a tau for each layer for one budget after another, over the same measurements.
+
+    One tau for all layers is measured when it is made.
+    """
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        batches: Iterable[Any],
+        *,
+        inputs: object,
+        dense: float | None = None,
+        metric: Metric = "flops",
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """Measure the graph at one tau for all layers.
+
+        Args:
+            batches: what damage and executed shares are measured on; a few hundred samples, in any form that
+                `Batch.from_any` takes. Labels are not used.
+                Executed shares count all tokens that are not padding; damage is the mean over every n-th of each batch
+                where the answers to all would be more than 2²⁶ numbers, so that about so many are kept.
+            inputs: example inputs on which multiply-adds are counted.
+            dense: the dense model's cost: its multiply-adds on the example inputs, or for "ms" its milliseconds on the
+                first batch; by default that of this graph with every expert running.
+            metric: "flops" counts multiply-adds, "ms" measures time on this machine, of calls on the first batch.
+
+        Raises:
+            UsageError: the graph has no experts. DataError: there are no batches, or nothing in them but padding.
+        """
+        if not find_moes(graph):
+            raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
+        self._graph, self._metric, self._progress = graph, metric, progress
+        self._batches = [Batch.from_any(item) for item in batches]
+        if not self._batches:
+            raise DataError("There is no data to tune on: the batches are empty.")
+        self._layers = [site.path for site in find_moes(graph)]
+        self._done, self._total = 0, 0
+        with knobs_restored(graph):
+            self._prepare(inputs, dense)
+
+    def tune(self, budget: float) -> Tuned:
+        """Find the values for a budget, a share of the dense model's cost, and set them.
+
+        Raises:
+            UsageError: as `check_budget`; no tau is cheap enough, and the message says what is.
+        """
+        check_budget(budget)
+        self._expect(6 + len(self._layers) * (len(_TRIALS) + (_ROUNDS - 1) * len(_FINER)) + 2 * _ROUNDS)
+        with knobs_restored(self._graph):
+            tuned = self._search(budget)
+        set_tau(self._graph, tuned.taus)
+        return tuned
+
+    def _expect(self, trials: int) -> None:
+        self._done, self._total = 0, trials
+
+    def _prepare(self, inputs: object, dense: float | None) -> None:
+        graph, metric, batches = self._graph, self._metric, self._batches
+        self._expect(len(_UNIFORM_TAUS))
+        set_tau(graph, 0.0)
+        args, kwargs = as_args_kwargs(inputs)
+        cost, layers = measure(graph, args, kwargs)
+        meter = ExpertMeter(graph)
+        numbers = sum(_logits(outputs, batch).numel() for batch, outputs in run_batches(meter, batches))
+        if not numbers:
+            raise DataError("There is no data to tune on: the batches hold padding only.")
+        self._every = max(1, math.ceil(numbers / _KEPT))
+        self._expected = [self._log_probabilities(outputs, batch) for batch, outputs in run_batches(meter, batches)]
+        self._full = {path: float(layer.multiply_adds) for path, layer in layers.items()}
+        self._fixed = cost.multiply_adds - sum(self._full.values())
+        self._dense = float(cost.multiply_adds) if dense is None or metric == "ms" else dense
+        if metric == "ms":
+            self._measure_time(dense)
+        self._uniform_trials = [self._try(dict.fromkeys(self._layers, tau)) for tau in _UNIFORM_TAUS]
+        measured = list(zip(self._uniform_trials, _UNIFORM_TAUS, strict=True))
+        self._curves = {name: _monotone((trial.shares[name], tau) for trial, tau in measured) for name in self._layers}
+
+    def _search(self, budget: float) -> Tuned:
+        least = self._uniform_trials[-1]
+        if least.cost > budget:
+            raise UsageError(
+                f"A budget of {budget:.0%} cannot be met: with hardly any experts (tau {_UNIFORM_TAUS[-1]:g}) the "
+                f"model still costs {least.cost:.1%} of the dense one. What is left is never "
+                "skipped: layers that are not converted, routers, and at least one expert in each layer."
+            )
+        uniform = self._uniform(budget)
+        best, rounds = uniform, 0
+        # Where every expert fits, there is nothing to move.
+        for number in range(_ROUNDS if any(uniform.taus.values()) else 0):
+            moved = self._move(best, budget, _FINER if number else _TRIALS)
+            if moved is None:
+                break
+            best, rounds = moved, rounds + 1
+        return Tuned(
+            best.taus, best.shares, best.cost, best.damage, next(iter(uniform.taus.values())), uniform.cost,
+            uniform.damage, rounds,
+        )  # fmt: skip
+
+    def _uniform(self, budget: float) -> _Trial:
+        """The smallest single tau that meets the budget, by bisection."""
+        high = next(index for index, trial in enumerate(self._uniform_trials) if trial.cost <= budget)
+        found = self._uniform_trials[high]
+        low_tau, high_tau = _UNIFORM_TAUS[max(0, high - 1)], _UNIFORM_TAUS[high]
+        for _ in range(6 if high else 0):
+            middle = 0.5 * (low_tau + high_tau)
+            trial = self._try(dict.fromkeys(self._layers, middle))
+            if trial.cost <= budget:
+                found, high_tau = trial, middle
+            else:
+                low_tau = middle
+        return found
+
+    def _move(self, base: _Trial, budget: float, factors: Sequence[float]) -> _Trial | None:
+        """Move cost between layers; None if no move brings the output nearer."""
+        options: dict[str, list[tuple[float, float, float]]] = {}
+        for path in self._layers:
+            have = base.shares[path]
+            options[path] = [(self._cost_of(path, have), 0.0, have)]
+            for factor in factors:
+                share = min(1.0, have * factor)
+                trial = self._try(base.taus | {path: self._tau(path, share)})
+                options[path].append(
+                    (self._cost_of(path, trial.shares[path]), trial.damage - base.damage, trial.shares[path])
+                )
+        limit = budget * self._dense - self._fixed
+        for strength in (1.0, 0.5):
+            shares = _allocate(options, limit)
+            wanted = {p: base.shares[p] + strength * (shares[p] - base.shares[p]) for p in self._layers}
+            trial = self._within({p: self._tau(p, share) for p, share in wanted.items()}, budget)
+            if trial.damage < base.damage * 0.995 and trial.cost <= budget:
+                return trial
+        return None
+
+    def _within(self, taus: dict[str, float], budget: float) -> _Trial:
+        """The choice itself, or scaled until it meets the budget: the layers run on each other's approximations."""
+        trial = self._try(taus)
+        for _ in range(4):
+            if trial.cost <= budget:
+                break
+            over = (trial.cost * self._dense - self._fixed) / max(1e-9, budget * self._dense - self._fixed)
+            trial = self._try({p: self._tau(p, trial.shares[p] / over * 0.995) for p in self._layers})
+        return trial
+
+    def _try(self, taus: dict[str, float]) -> _Trial:
+        set_tau(self._graph, taus)
+        meter, damage, count = ExpertMeter(self._graph), 0.0, 0
+        for (batch, outputs), expected in zip(run_batches(meter, self._batches), self._expected, strict=True):
+            found = self._log_probabilities(outputs, batch)
+            damage += float(F.kl_div(found, expected, log_target=True, reduction="sum"))
+            count += len(expected)
+        shares = {path: layer.share for path, layer in meter.layers.items()}
+        self._done += 1
+        if self._progress is not None:
+            self._progress(Progress("tuning", min(self._done, self._total), self._total, {"damage": damage / count}))
+        cost = self._fixed + sum(self._cost_of(path, share) for path, share in shares.items())
+        return _Trial(taus, shares, damage / count, cost / self._dense)
+
+    def _log_probabilities(self, outputs: object, batch: Batch) -> Tensor:
+        """[N, C] of the samples, or of every so many-th token."""
+        return _logits(outputs, batch)[:: self._every].float().log_softmax(-1)
+
+    def _cost_of(self, path: str, share: float) -> float:
+        """What a layer costs at this share of its experts, in the units of the metric."""
+        if self._metric == "flops":
+            return self._full[path] * share
+        grid, times = self._times[path]
+        return float(np.interp(share, grid, times))
+
+    def _tau(self, path: str, share: float) -> float:
+        """The tau at which this layer runs this share of its experts."""
+        shares, taus = self._curves[path]
+        return float(np.clip(np.interp(share, shares, taus), 0.0, 1.0))
+
+    def _measure_time(self, dense: float | None) -> None:
+        """Time each layer at several settings on the first batch; the rest of the model is what remains."""
+        batch = self._batches[0]
+        found: dict[str, list[tuple[float, float]]] = {path: [] for path in self._layers}
+        set_tau(self._graph, 0.0)
+        (total,) = time_settings(self._graph, batch, [lambda: None], 3)
+        for tau in _UNIFORM_TAUS[::2]:
+            set_tau(self._graph, tau)
+            runs: list[dict[str, LayerRun]] = []
+            for _ in range(4):
+                meter = ExpertMeter(self._graph)
+                list(run_batches(meter, [batch]))
+                runs.append(meter.layers)
+            for path in self._layers:
+                milliseconds = 1000 * statistics.median(run[path].seconds for run in runs[1:])
+                found[path].append((runs[0][path].share, milliseconds))
+        self._times = {path: _monotone(values) for path, values in found.items()}
+        self._full = {path: float(times[-1]) for path, (_, times) in self._times.items()}
+        self._fixed = max(0.0, total - sum(self._full.values()))
+        self._dense = total if dense is None else dense
+
+
+def _allocate(options: Mapping[str, Sequence[tuple[float, float, float]]], limit: float) -> dict[str, float]:
+    """The share of each layer that minimises total damage with total cost within `limit`.
+
+    options: (cost, damage, share) of the choices of each layer; costs in any unit. By a price on cost, at which every
+    layer takes what is best. That changes at few prices only, so all that matter can be tried.
+    """
+
+    def best(price: float) -> dict[str, tuple[float, float, float]]:
+        return {
+            path: min(choices, key=lambda one: (one[1] + price * one[0], one[0])) for path, choices in options.items()
+        }
+
+    # Where a layer would as soon have the cheaper of two choices.
+    turns = sorted(
+        {
+            (less[1] - more[1]) / (more[0] - less[0])
+            for choices in options.values()
+            for less, more in permutations(choices, 2)
+            if less[0] < more[0] and less[1] > more[1]
+        }
+    )
+    # Free, between two of them, and dearer than any: the dearer, the less the best choices cost.
+    prices = [0.0, *(0.5 * (low + high) for low, high in pairwise(turns)), 2.0 * turns[-1]] if turns else [0.0]
+    place = bisect_left(prices, True, key=lambda price: sum(one[0] for one in best(price).values()) <= limit)
+    return {path: choice[2] for path, choice in best(prices[min(place, len(prices) - 1)]).items()}
+
+
+def _monotone(points: Iterable[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Points (x, y) as arrays with x strictly rising, for interpolation."""
+    ordered: dict[float, float] = {}
+    for x, y in sorted(points):
+        ordered.setdefault(x, y)
+    return np.array(list(ordered)), np.array(list(ordered.values()))
+
+
+def _logits(outputs: object, batch: Batch) -> Tensor:
+    """[N, C] of the samples, or of the tokens that are not padding."""
+    logits = logits_of(outputs)
+    return real_tokens(batch, logits) if logits.dim() > 2 else logits

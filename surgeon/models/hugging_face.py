@@ -1,0 +1,210 @@
+"""Load what a Hugging Face directory holds, and say what of it is new, unused or broken."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgeon.errors import LoadError, SurgeonError, first_line
+from surgeon.models.weight_files import check_safetensors, check_torch_file
+
+TASK_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+}
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class Directory:
+    """What a directory held: its tokenizer and processor are None where it has none.
+
+    files: those of the weights. notes: what a user should know about the model, one sentence each.
+    """
+
+    model: Any
+    tokenizer: Any | None
+    processor: Any | None
+    files: list[Path]
+    notes: tuple[str, ...]
+
+
+def load_directory(path: Path, task: str | None) -> Directory:
+    """Load a directory that has a `config.json`, without running code that it holds.
+
+    Args:
+        task: the head to load it with, one of `TASK_CLASSES`; by default the one in its config.
+
+    Raises:
+        LoadError: the directory is incomplete or damaged, or its class is not one of transformers.
+    """
+    files = _weight_files(path)
+    config = read_config(path)
+    with quiet_transformers():
+        try:
+            model, info = model_class(config, task).from_pretrained(
+                path, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+        except SurgeonError:
+            raise
+        except Exception as error:  # transformers raises what it likes
+            raise LoadError(f"{path} cannot be loaded: {first_line(error)}") from error
+    notes = _loading_notes(path, model, info)
+    tokenizer, tokenizer_notes = _part(path, _TOKENIZER_FILES, ("AutoTokenizer",))
+    processor, processor_notes = _part(path, _PROCESSOR_FILES, ("AutoImageProcessor", "AutoFeatureExtractor"))
+    return Directory(model, tokenizer, processor, files, (*notes, *tokenizer_notes, *processor_notes))
+
+
+def companions(path: Path) -> tuple[Any | None, Any | None, Any | None]:
+    """The config, tokenizer and processor that were saved with a surgery, None where it has none."""
+    import transformers
+
+    def part(file: str, loader: str) -> Any | None:
+        if not (path / file).is_file():
+            return None
+        return getattr(transformers, loader).from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+    with quiet_transformers():
+        config = part("config.json", "AutoConfig")
+        if config is None:
+            return None, None, None
+        return config, part("tokenizer_config.json", "AutoTokenizer"), part("preprocessor_config.json", "AutoProcessor")
+
+
+def read_config(path: Path) -> Any:
+    """Read the config of a directory, or a `config.json` itself.
+
+    Raises:
+        LoadError: it is damaged, or of a model type that transformers does not have.
+    """
+    import transformers
+
+    with quiet_transformers():
+        try:
+            return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise LoadError(f"{path}: config.json cannot be read: {first_line(error)}") from error
+
+
+def model_class(config: Any, task: str | None) -> Any:
+    """The class to load a config's weights with: the task's, the one the config names, or the one without a head.
+
+    Raises:
+        LoadError: transformers has no class of the name in the config.
+    """
+    import transformers
+
+    if task is not None:
+        return getattr(transformers, TASK_CLASSES[task])
+    names = getattr(config, "architectures", None)
+    if not names:
+        return transformers.AutoModel
+    found = getattr(transformers, names[0], None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise LoadError(
+            f"config.json names the class {names[0]}, which transformers {transformers.__version__} does not have. "
+            "Code from model directories is never run: build the model in Python and give module:function."
+        )
+    return found
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from writing warnings and progress bars; what matters is raised or noted instead."""
+    from transformers.utils import logging
+
+    hf_logging: Any = logging  # not annotated
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The weight files of a Hugging Face directory, each present and whole as far as its header tells."""
+    name = next((name for name in _WEIGHT_FILES if (path / name).is_file()), None)
+    if name is None:
+        raise LoadError(f"{path} has a config.json but no weights: none of {', '.join(_WEIGHT_FILES)}.")
+    files = [path / name]
+    if name.endswith(".index.json"):
+        try:
+            shards = sorted(set(json.loads(files[0].read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise LoadError(f"{files[0]} is damaged: it does not list the weight files.") from error
+        files = [path / shard for shard in shards]
+    for file in files:
+        if not file.is_file():
+            raise LoadError(f"{path} lacks the weight file {file.name}, which {name} lists.")
+        if file.suffix == ".safetensors":
+            check_safetensors(file)
+        else:
+            check_torch_file(file)
+    return files
+
+
+def _loading_notes(path: Path, model: Any, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say which weights are new or unused, and refuse a model whose body is not all there.
+
+    A new head is what a new task asks for, and checkpoints of language models often lack the pooler. Anything else that
+    is missing would be random weights in the middle of the model.
+    """
+    missing = sorted(info["missing_keys"])
+    prefix = model.base_model_prefix + "."
+    headless = model.base_model is model
+    body = [name for name in missing if (headless or name.startswith(prefix)) and "pooler" not in name]
+    if body:
+        raise LoadError(f"{path}: the weights of {some(body)} are missing from the weight files.")
+    notes = []
+    if missing:
+        notes.append(f"{some(missing)} {'is' if len(missing) == 1 else 'are'} newly initialised.")
+    if unused := sorted(info["unexpected_keys"]):
+        notes.append(f"{type(model).__name__} does not use {some(unused)} of the weight files.")
+    return tuple(notes)
+
+
+def _part(path: Path, files: tuple[str, ...], loaders: tuple[str, ...]) -> tuple[Any | None, tuple[str, ...]]:
+    """Load the tokenizer or processor of a directory, with a note if its files are there but cannot be loaded."""
+    import transformers
+
+    present = [name for name in files if (path / name).is_file()]
+    if not present:
+        return None, ()
+    reason = ""
+    with quiet_transformers():
+        for name in loaders:
+            try:
+                loader = getattr(transformers, name)
+                return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False), ()
+            except Exception as error:
+                reason = reason or first_line(error)
+    return None, (f"{present[0]} is there but cannot be loaded: {reason}.",)
+
+
+def some(names: list[str], limit: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,256 @@
+"""Load the model a user names on the command line, without downloading and without running code that a file holds."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from surgeon.errors import LoadError
+from surgeon.models.hugging_face import TASK_CLASSES, load_directory, model_class, quiet_transformers, read_config, some
+from surgeon.models.user_function import call_spec, is_spec
+from surgeon.models.weight_files import read_program, read_safetensors, read_torch_file, sha256_of
+
+Kind = Literal["hf", "pickle", "pt2", "state_dict", "artifact", "python"]
+
+# For a state dict whose config names no class, the one with the most similar names; of equals, the first.
+_HEADS = (
+    *("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
+    *("AutoModelForSequenceClassification", "AutoModelForImageClassification", "AutoModel"),
+)
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded model and what came with it.
+
+    path: what the user gave.
+    kind: "hf" a Hugging Face directory; "pickle" a module written by `torch.save`; "pt2" an exported program;
+        "state_dict" weights filled into `arch`; "python" the return value of a function; "artifact" a directory written
+        by surgeon.
+    model: a module (an `ExportedProgram` for "pt2"), on the CPU; None for an artifact, which `surgeon.surgery.artifact` loads.
+    tokenizer, processor, config: those of a Hugging Face model, None where it has none.
+    sha256: of the weight file; of names and hashes where there are several; of names and values where there is no file.
+    notes: what a user should know about the model, one sentence each.
+    """
+
+    path: Path
+    kind: Kind
+    model: nn.Module | ExportedProgram | None
+    tokenizer: Any | None
+    processor: Any | None
+    config: Any | None
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+
+def load_model(
+    path: str | Path, *, trust_pickle: bool = False, arch: str | None = None, task: str | None = None
+) -> Source:
+    """Load a model from a path, or from a function written `module:function` or `file.py:function`.
+
+    Nothing is downloaded, nothing under `path` is changed, and code held by a model file is never run unless
+    `trust_pickle` is set. Code the user names (`module:function`) is run.
+
+    Args:
+        path: a Hugging Face directory, a directory written by surgeon, a `.pt2`, `.pt`, `.pth`, `.bin` or
+            `.safetensors` file, or a function without arguments that returns a module.
+        trust_pickle: unpickle whole modules, which runs the code they name.
+        arch: what a state dict belongs to: a Hugging Face directory or `config.json`, a transformers model type such as
+            "gpt2" (its default sizes), or `module:function`.
+        task: the head to load a Hugging Face model with, one of `TASK_CLASSES`; by default the one in its config.
+
+    Raises:
+        LoadError: the path is missing, damaged, not a model, or would run code; the message says what to try.
+    """
+    if task is not None and task not in TASK_CLASSES:
+        raise LoadError(f"No task '{task}'. Known: {', '.join(TASK_CLASSES)}.")
+    text, path = str(path), Path(path)
+    if not path.exists():
+        if is_spec(text):
+            return _from_function(text)
+        raise LoadError(
+            f"No file or directory '{text}'. Models are not downloaded: give the directory of one on disk, "
+            f"for example after `hf download {text} --local-dir {path.name or 'model'}`."
+        )
+    try:
+        if path.is_dir():
+            return _from_directory(path, task)
+        return _from_file(path, trust_pickle, arch, task)
+    except OSError as error:
+        raise LoadError(f"{text} cannot be read: {error}") from error
+
+
+def check_finite(model: nn.Module | ExportedProgram) -> None:
+    """Refuse a model with NaN or infinite weights.
+
+    Raises:
+        LoadError: names the first such parameter, how many of its values are affected, and how many parameters are.
+    """
+    bad = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if bad:
+        name, first = bad[0]
+        raise LoadError(
+            f"{name} has {int((~first.isfinite()).sum())} of {first.numel()} values that are NaN or infinite; "
+            f"parameters affected: {len(bad)}. "
+            "The weights are damaged, or the training that made them diverged."
+        )
+
+
+# --- files and directories --------------------------------------------------------------------------------------------
+
+
+def _from_directory(path: Path, task: str | None) -> Source:
+    if (path / "surgery.json").is_file():
+        weights = [file for file in [path / "model.pt2"] if file.is_file()]
+        return Source(path, "artifact", None, None, None, None, sha256_of(weights))
+    if not (path / "config.json").is_file():
+        raise LoadError(f"{path} is not a model directory: it has neither config.json (Hugging Face) nor surgery.json.")
+    made = load_directory(path, task)
+    digest = sha256_of(made.files)
+    return Source(path, "hf", made.model, made.tokenizer, made.processor, made.model.config, digest, made.notes)
+
+
+def _from_file(path: Path, trust_pickle: bool, arch: str | None, task: str | None) -> Source:
+    match path.suffix:
+        case ".pt2":
+            program = read_program(path, trust_pickle=trust_pickle)
+            return Source(path, "pt2", program, None, None, None, sha256_of([path]))
+        case ".safetensors":
+            return _from_state_dict(path, read_safetensors(path), arch, task, ())
+        case ".pt" | ".pth" | ".bin":
+            content = read_torch_file(path, trust_pickle=trust_pickle)
+        case suffix:
+            raise LoadError(
+                f"{path.name}: cannot load {suffix or 'such'} files. A model is a directory with config.json, a .pt2, "
+                ".pt, .pth, .bin or .safetensors file, or module:function."
+            )
+    if isinstance(content, nn.Module):
+        config = getattr(content, "config", None)
+        return Source(path, "pickle", content, None, None, config, sha256_of([path]))
+    if _is_state_dict(content):
+        return _from_state_dict(path, content, arch, task, ())
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and _is_state_dict(content.get(key)):
+            return _from_state_dict(path, content[key], arch, task, (f"The weights are those under '{key}'.",))
+    raise LoadError(f"{path.name} holds a {type(content).__name__}, neither a module nor a state dict.")
+
+
+def _from_function(spec: str) -> Source:
+    model = call_spec(spec, LoadError)
+    if not isinstance(model, nn.Module):
+        raise LoadError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module.")
+    return Source(Path(spec), "python", model, None, None, getattr(model, "config", None), _sha256_of_values(model))
+
+
+def _sha256_of_values(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# --- state dicts ------------------------------------------------------------------------------------------------------
+
+
+def _is_state_dict(content: object) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
+
+
+def _from_state_dict(
+    path: Path, state: Mapping[str, Tensor], arch: str | None, task: str | None, notes: tuple[str, ...]
+) -> Source:
+    if arch is None:
+        raise LoadError(f"{path.name} is a state dict, not a model. Give --arch gpt2.")
+    state = dict(state)
+    for prefix in ("module.", "_orig_mod."):  # added by DistributedDataParallel and torch.compile
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+            notes = (*notes, f"The prefix '{prefix}' was dropped from the weights' names.")
+    skeleton, build = _from_arch(arch, state, task)
+    _check_fit(skeleton, state, path, arch)
+    model = build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in state:  # keep the precision of the file
+                parameter.data = parameter.data.to(state[name].dtype)
+    model.load_state_dict(state, strict=False)
+    config = getattr(model, "config", None)
+    return Source(path, "state_dict", model.eval(), None, None, config, sha256_of([path]), notes)
+
+
+def _from_arch(arch: str, state: Mapping[str, Tensor], task: str | None) -> tuple[nn.Module, Callable[[], nn.Module]]:
+    """The module that `arch` names, without values, and a function that builds it with values."""
+    import transformers
+
+    if is_spec(arch):
+        model = call_spec(arch, LoadError)
+        if not isinstance(model, nn.Module):
+            raise LoadError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module.")
+        return model, lambda: model
+    if Path(arch).exists():
+        config = read_config(Path(arch))
+    elif arch in transformers.CONFIG_MAPPING:
+        config = transformers.AutoConfig.for_model(arch)
+    else:
+        close = difflib.get_close_matches(arch, list(transformers.CONFIG_MAPPING), n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise LoadError(
+            f"No architecture '{arch}'.{hint} --arch takes a transformers model type, a config.json or its directory, "
+            "or module:function."
+        )
+    if task is not None or config.architectures:
+        heads = [model_class(config, task)]
+    else:
+        heads = [getattr(transformers, name) for name in _HEADS]
+    fitting: dict[Any, nn.Module] = {}
+    with quiet_transformers():
+        for head in heads:
+            make = head.from_config if hasattr(head, "from_config") else head._from_config
+            # A model type has some of the heads only, and transformers says so with ValueError.
+            with contextlib.suppress(ValueError), torch.device("meta"):
+                fitting[make] = make(config)
+    if not fitting:
+        raise LoadError(f"--arch {arch}: transformers has no {heads[0].__name__} for it.")
+    best = min(fitting, key=lambda make: len(fitting[make].state_dict().keys() ^ state.keys()))
+
+    def build() -> nn.Module:
+        with quiet_transformers():
+            model: nn.Module = best(config)
+        return model
+
+    return fitting[best], build
+
+
+def _check_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
+    """Refuse weights that do not fill `model`. A name may be missing if it is tied to one that is there."""
+    own = model.state_dict(keep_vars=True)
+    loaded = {id(own[name]) for name in own.keys() & state.keys()}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    problems = {
+        "missing": [name for name, value in own.items() if name not in state and id(value) not in loaded],
+        "unexpected": [n for n in state if n not in own and not any(re.search(p, n) for p in ignored)],
+        "of another shape": [
+            f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
+            for n in state
+            if n in own and state[n].shape != own[n].shape
+        ],
+    }
+    if any(problems.values()):
+        detail = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names)
+        raise LoadError(
+            f"{path.name} does not fit --arch {arch} ({type(model).__name__}). {detail}. "
+            "If the sizes differ, give --arch a config.json that has them."
+        )

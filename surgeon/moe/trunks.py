@@ -1,0 +1,59 @@
+"""Which layers' routers share a trunk: replaced projections of one attention that read the same input.
+
+In an encoder-decoder model the keys and values of every decoder layer read the encoder's output. One small trunk cannot
+know the neurons of them all, so layers must also belong to the same attention.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from surgeon.moe.module import MoE, find_moes
+from surgeon.sites.ffn import FFN
+from surgeon.sites.linear import find_linears
+
+
+def trunk_groups(graph: GraphModule, sites: Sequence[FFN]) -> list[list[FFN]]:
+    """The sites in groups that share a trunk; all that are not replaced projections stand alone."""
+    order = {node: place for place, node in enumerate(graph.graph.nodes)}
+    linears = {linear.core for linear in find_linears(graph)[0]}
+    linears |= {node for moe in find_moes(graph) for node in moe.nodes}
+    groups: dict[object, list[FFN]] = defaultdict(list)
+    for site in sites:
+        if site.is_projection:
+            call = site.calls[0]
+            groups[call.x, _meeting_point(call.output, linears, order)].append(site)
+        else:
+            groups[site].append(site)
+    return list(groups.values())
+
+
+def trunk_of(graph: GraphModule, site: FFN, group: Sequence[str]) -> nn.Linear | None:
+    """The trunk of a group, given by paths, if a site of it has a router already; other runs' are not touched."""
+    for node in site.calls[0].x.users:
+        if node.op == "call_module" and str(node.target).rpartition(".")[0] in group:
+            module = graph.get_submodule(str(node.target))
+            if isinstance(module, MoE):
+                return module.router.fc1
+    return None
+
+
+def _meeting_point(output: Node, linears: set[Node], order: Mapping[Node, int]) -> Node | None:
+    """The first linear layer that the values go into: for queries, keys and values, what mixes the heads."""
+    found, seen, stack = set(), {output}, [output]
+    while stack:
+        for user in stack.pop().users:
+            # A size says nothing about where values go.
+            if user in seen or isinstance(user.meta.get("val"), int | torch.SymInt):
+                continue
+            seen.add(user)
+            if user in linears:
+                found.add(user)
+            else:
+                stack.append(user)
+    return min(found, key=lambda node: order[node], default=None)

@@ -1,0 +1,383 @@
+"""Recognise a linear layer in a graph, however it is spelled.
+
+`F.linear`, `addmm` and `mm` between views (GPT-2's Conv1D), `matmul` or `einsum` with a raw parameter, a transposed
+weight, a bias added afterwards: each becomes one `Linear` that names its input, its output and its parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from surgeon.graph.traced import aten, is_call, module_path, shape_of, tensor_of
+
+VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+}
+_TRANSPOSES = {
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.numpy_T.default,
+    aten.mT.default,
+    aten.swapaxes.default,
+}
+SAME_VALUE = {
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.lift_fresh_copy.default,
+}
+MATMULS = {
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.matmul.default,
+    aten.einsum.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+}
+
+
+def is_copy(node: Node) -> bool:
+    """Whether the node returns its input's values: a copy, or a conversion between floating-point types."""
+    if node.op != "call_function" or node.target not in SAME_VALUE:
+        return False
+    value, source = node.meta.get("val"), node.args[0]
+    before = source.meta.get("val") if isinstance(source, Node) else None
+    return not isinstance(value, Tensor) or not isinstance(before, Tensor) or (
+        value.is_floating_point() == before.is_floating_point()
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """An affine map of the last dimension: output [..., out_features] = input [..., in_features] · Wᵀ + bias.
+
+    weight, bias: the `get_attr` nodes of the parameters. unflattens: the input is made a matrix for the multiplication
+    and the output gets the leading dimensions back. transposed: the stored weight is [in_features, out_features].
+    nodes: every node that belongs to the layer alone, from the multiplication `core` to the output.
+    """
+
+    output: Node
+    weight: Node
+    bias: Node | None
+    transposed: bool
+    in_features: int
+    out_features: int
+    nodes: frozenset[Node]
+    core: Node
+    unflattens: bool
+
+    @property
+    def input(self) -> Node:
+        """The input, read off the graph as it is now: what it was made by may have been rewritten since."""
+        x = _first_operand(self.core)
+        if not self.unflattens:
+            return x
+        source = x.args[0]
+        assert isinstance(source, Node)
+        return source
+
+    @property
+    def path(self) -> str:
+        """Path of the module that holds the weight: `encoder.layer.0.output.dense`."""
+        owner, _, field = str(self.weight.target).rpartition(".")
+        return owner or field
+
+    def weight_rows(self, graph: GraphModule) -> Tensor:
+        """The weight as [out_features, in_features]: one row per output neuron (a view of the parameter)."""
+        weight = tensor_of(graph, self.weight)
+        assert weight is not None
+        return weight.detach().t() if self.transposed else weight.detach()
+
+    def bias_vector(self, graph: GraphModule) -> Tensor | None:
+        """The bias as [out_features], or None."""
+        if self.bias is None:
+            return None
+        bias = tensor_of(graph, self.bias)
+        assert bias is not None
+        return bias.detach().reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class OpaqueLinear:
+    """A multiplication that looks like a linear layer but whose weight is no parameter; `why` says what it is."""
+
+    input: Node
+    output: Node
+    why: str
+    nodes: frozenset[Node]
+
+    @property
+    def path(self) -> str:
+        """Path of the module that computes it."""
+        return module_path(self.output) or self.output.name
+
+
+def find_linears(graph: GraphModule) -> tuple[list[Linear], list[OpaqueLinear]]:
+    """Every linear layer of the graph in topological order, and those whose weight is computed."""
+    linears: list[Linear] = []
+    opaque: list[OpaqueLinear] = []
+    expert_layers = tuple(f"{path}." for path in _expert_layers(graph))
+    for node in graph.graph.nodes:
+        match = _linear_at(graph, node)
+        if isinstance(match, Linear):
+            # A router is two linears with a ReLU between, and no layer of the model.
+            if not str(match.weight.target).startswith(expert_layers):
+                linears.append(match)
+        elif match is not None:
+            opaque.append(match)
+    return linears, opaque
+
+
+def _expert_layers(graph: GraphModule) -> list[str]:
+    """Paths of the expert layers that stand in the graph as ops: the modules that hold the ops' weights."""
+    ops = [
+        node
+        for node in graph.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "surgeon"
+    ]
+    weights = [source for node in ops for source in node.all_input_nodes if source.op == "get_attr"]
+    return sorted({str(weight.target).rpartition(".")[0] for weight in weights})
+
+
+def _linear_at(graph: GraphModule, core: Node) -> Linear | OpaqueLinear | None:
+    if core.op != "call_function" or core.target not in MATMULS:
+        return None
+    operands = _operands(core)
+    if operands is None:
+        return None
+    x, weight_node, bias, weight_is_in_out = operands
+    stored = _parameter(graph, weight_node)
+    if stored is None:
+        weight_shape = shape_of(weight_node)
+        computed = weight_shape is not None and len(weight_shape) == 2 and core.target is aten.linear.default
+        if computed and _from_parameters_only(weight_node):
+            why = f"its weight is computed in the graph (by {weight_node.name}), not a parameter"
+            return OpaqueLinear(x, core, why, frozenset({core}))
+        return None
+    weight, flipped, chain = stored
+    tensor = tensor_of(graph, weight)
+    assert tensor is not None
+    if tensor.dim() != 2:
+        return None
+    if bias is not None:
+        bias = _bias(graph, bias)
+        if bias is None:
+            return OpaqueLinear(x, core, "its bias is computed in the graph, not a parameter", frozenset({core}))
+    transposed = weight_is_in_out != flipped
+    in_features, out_features = tensor.shape if transposed else tensor.shape[::-1]
+    nodes = {core, *chain}
+    flat, x = x, _before_flattening(core, x)
+    if flat is not x and len(flat.users) == 1:
+        nodes.add(flat)
+    output = core
+    while (follower := _only_user(output)) is not None:
+        if follower.target in VIEWS and _restores(follower, x, output, out_features):
+            pass
+        elif bias is None and (added := _added_bias(graph, follower, output, out_features)) is not None:
+            bias = added
+        else:
+            break
+        nodes.add(follower)
+        output = follower
+    if not _same_leading(output, x):
+        # The view after the multiplication does not undo the view before it: keep the flat form.
+        x, output = _first_operand(core), core
+        nodes = {core, *chain}
+        if bias is not None and core.target not in (aten.linear.default, aten.addmm.default):
+            bias = None
+    return Linear(
+        output,
+        weight,
+        bias,
+        transposed,
+        int(in_features),
+        int(out_features),
+        frozenset(nodes),
+        core,
+        unflattens=x is not _first_operand(core),
+    )
+
+
+def _operands(core: Node) -> tuple[Node, Node, Node | None, bool] | None:
+    """(input, weight, bias, weight is [in, out]) of a multiplication, or None if it is no affine map."""
+    args: tuple[Any, ...] = core.args
+    if core.target is aten.linear.default:
+        bias = args[2] if len(args) > 2 else core.kwargs.get("bias")
+        return args[0], args[1], bias, False  # type: ignore[return-value]
+    if core.target is aten.addmm.default:
+        if core.kwargs.get("beta", 1) != 1 or core.kwargs.get("alpha", 1) != 1:
+            return None
+        return args[1], args[2], args[0], True
+    if core.target in (aten.mm.default, aten.matmul.default):
+        return args[0], args[1], None, True
+    if core.target is aten.einsum.default:
+        return _einsum_operands(args)
+    return None
+
+
+def _einsum_operands(args: tuple[Any, ...]) -> tuple[Node, Node, Node | None, bool] | None:
+    """`...d,df->...f` and its spellings: the input's last letter is summed, the weight's other letter is new."""
+    equation, operands = args[0], args[1]
+    left, arrow, result = str(equation).replace(" ", "").replace("...", "@").partition("->")
+    terms = left.split(",")
+    if not arrow or len(terms) != 2 or len(operands) != 2:
+        return None
+    for (x_term, x), (w_term, weight) in (
+        ((terms[0], operands[0]), (terms[1], operands[1])),
+        ((terms[1], operands[1]), (terms[0], operands[0])),
+    ):
+        if len(w_term) != 2 or "@" in w_term or not x_term:
+            continue
+        summed = x_term[-1]
+        if summed not in w_term or len(set(w_term)) != 2:
+            continue
+        new = w_term.replace(summed, "")
+        if new not in x_term and result == x_term[:-1] + new and len(set(x_term)) == len(x_term):
+            return x, weight, None, w_term == summed + new
+    return None
+
+
+def _parameter(graph: GraphModule, node: Node) -> tuple[Node, bool, list[Node]] | None:
+    """The `get_attr` node behind transposes and copies: (node, odd number of transposes, nodes in between)."""
+    flipped = False
+    chain: list[Node] = []
+    while node.op == "call_function":
+        if node.target in _TRANSPOSES and _swaps_two(node):
+            flipped = not flipped
+        elif not _same_type(graph, node):
+            return None
+        if len(node.users) == 1:
+            chain.append(node)
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node = source
+    return (node, flipped, chain) if tensor_of(graph, node) is not None else None
+
+
+def _same_type(graph: GraphModule, node: Node) -> bool:
+    """Whether the node copies its input in the same dtype; a weight that is stored in another one is a computed one."""
+    source = node.args[0]
+    if node.target not in SAME_VALUE or not isinstance(source, Node):
+        return False
+    after, before = node.meta.get("val"), tensor_of(graph, source)
+    before = source.meta.get("val") if before is None else before
+    return isinstance(after, Tensor) and isinstance(before, Tensor) and after.dtype == before.dtype
+
+
+def _swaps_two(node: Node) -> bool:
+    shape = shape_of(node)
+    if shape is None or len(shape) != 2:
+        return False
+    if node.target is aten.permute.default:
+        order: Any = node.args[1]
+        return [int(dim) % 2 for dim in order] == [1, 0]
+    if node.target in (aten.transpose.int, aten.swapaxes.default):
+        first, second = (int(dim) % 2 for dim in node.args[1:3])  # type: ignore[arg-type]
+        return first != second
+    return True
+
+
+def _from_parameters_only(node: Node) -> bool:
+    """Whether the value depends on no input of the graph."""
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder":
+            return False
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return True
+
+
+def _bias(graph: GraphModule, node: object) -> Node | None:
+    if not isinstance(node, Node):
+        return None
+    stored = _parameter(graph, node)
+    if stored is None or stored[1]:
+        return None
+    return stored[0]
+
+
+def _first_operand(core: Node) -> Node:
+    operands = _operands(core)
+    assert operands is not None
+    return operands[0]
+
+
+def _only_user(node: Node) -> Node | None:
+    users = [user for user in node.users if not is_call(user, aten.sym_size.int)]
+    return users[0] if len(users) == 1 and users[0].op == "call_function" else None
+
+
+def _before_flattening(core: Node, x: Node) -> Node:
+    """The input before it was viewed as a matrix, for multiplications that only take matrices."""
+    if core.target not in (aten.addmm.default, aten.mm.default) or x.target not in VIEWS:
+        return x
+    source = x.args[0]
+    assert isinstance(source, Node)
+    before, after = shape_of(source), shape_of(x)
+    if before and after and len(after) == 2 and equal_size(before[-1], after[-1]):
+        return source
+    return x
+
+
+def _restores(view: Node, x: Node, output: Node, out_features: int) -> bool:
+    """Whether the view gives the product the leading dimensions of the input."""
+    shape, x_shape = shape_of(view), shape_of(x)
+    return (
+        view.args[0] is output
+        and shape is not None
+        and x_shape is not None
+        and len(shape) == len(x_shape)
+        and equal_size(shape[-1], out_features)
+        and all(equal_size(a, b) for a, b in zip(shape[:-1], x_shape[:-1], strict=True))
+    )
+
+
+def _same_leading(output: Node, x: Node) -> bool:
+    a, b = shape_of(output), shape_of(x)
+    return a is not None and b is not None and len(a) == len(b) and all(map(equal_size, a[:-1], b[:-1]))
+
+
+def equal_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are the same number or the same expression, without adding a guard."""
+    left = a.node.expr if isinstance(a, torch.SymInt) else a
+    right = b.node.expr if isinstance(b, torch.SymInt) else b
+    return bool(left == right)
+
+
+def _added_bias(graph: GraphModule, node: Node, product: Node, out_features: int) -> Node | None:
+    """The parameter that `node` adds to the product as a bias, or None if it is another addition."""
+    if not is_call(node, aten.add.Tensor, aten.add_.Tensor) or node.kwargs.get("alpha", 1) != 1:
+        return None
+    others = [arg for arg in node.args if arg is not product]
+    if len(others) != 1:
+        return None
+    bias = _bias(graph, others[0])
+    if bias is None:
+        return None
+    tensor = tensor_of(graph, bias)
+    assert tensor is not None
+    return bias if tensor.dim() >= 1 and tensor.shape[-1] == tensor.numel() == out_features else None

@@ -1,0 +1,342 @@
+"""Find the places a pass can operate on: feed-forward layers and standalone linear layers.
+
+From every linear layer the search walks back through what is computed value by value, to the one or two linear layers
+that it comes from, and then asks what the nodes in between compute (`surgeon.sites.nonlinearity`). Every candidate that is refused
+comes with the first condition that failed, in words a person can act on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from surgeon.graph.ops import CREATION_OPS, LINEAR_OPS, PRODUCTS, barrier, is_pointwise, op_name
+from surgeon.graph.traced import aten, common_path, is_call, module_path, shape_of, tensor_key, tensor_of
+from surgeon.sites.ffn import FFN, IDENTITY_MODULE_MARK, Call, LinearSite, Rejection
+from surgeon.sites.linear import SAME_VALUE, Linear, OpaqueLinear, equal_size, find_linears, is_copy
+from surgeon.sites.nonlinearity import DROPOUTS, SHAPE_OPS, Cone, identify
+
+# They leave no neuron near zero.
+_SATURATING = {"tanh", "sigmoid", "softsign", "hardtanh"}
+# Far enough to see that a normalisation or a convolution stands between two linears.
+_MAX_WALK = 400
+
+
+def find_ffns(graph: GraphModule) -> tuple[list[FFN], list[Rejection]]:
+    """Every feed-forward layer of the graph in topological order, and every candidate that is none, with the reason."""
+    return _Search(graph).run()
+
+
+def find_linear_sites(graph: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
+    """Every linear layer that is part of no feed-forward layer and no output head, grouped by weight."""
+    linears, _ = find_linears(graph)
+    ffns, _ = find_ffns(graph)
+    in_ffn = {part.output for ffn in ffns for call in ffn.calls for part in (*call.first, call.down)}
+    uses = WeightUses(graph)
+    groups: dict[tuple[object, ...], list[Linear]] = defaultdict(list)
+    for linear in linears:
+        if linear.output not in in_ffn:
+            groups[uses.key(linear.weight)].append(linear)
+    sites, rejections = [], []
+    for calls in groups.values():
+        path = calls[0].path
+        outside = uses.outside(calls[0].weight, {node for call in calls for node in call.nodes})
+        if outside is not None:
+            rejections.append(Rejection(path, f"its weight is also used by {_user_name(outside)}", outside.name))
+        elif any(_is_head(call) for call in calls):
+            rejections.append(Rejection(path, "it computes the model's output (a head)", calls[0].output.name))
+        else:
+            sites.append(LinearSite(path, tuple(calls)))
+    return sites, rejections
+
+
+class WeightUses:
+    """Who reads each tensor of the graph, whatever names it goes by."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        self._graph = graph
+        self._users: dict[tuple[object, ...], list[Node]] = defaultdict(list)
+        for node in graph.graph.nodes:
+            if tensor_of(graph, node) is not None:
+                self._users[self.key(node)].extend(node.users)
+
+    def key(self, node: Node) -> tuple[object, ...]:
+        """Identity of the memory that a `get_attr` node reads."""
+        tensor = tensor_of(self._graph, node)
+        assert tensor is not None
+        return tensor_key(tensor)
+
+    def outside(self, weight: Node, inside: set[Node]) -> Node | None:
+        """A node that reads the weight and is not inside, or None."""
+        return next((user for user in self._users[self.key(weight)] if user not in inside), None)
+
+
+def _is_head(linear: Linear) -> bool:
+    """Whether the output leaves the graph without passing another multiplication."""
+    stack, seen = [linear.output], set()
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output":
+                return True
+            if (
+                user not in seen
+                and user.op == "call_function"
+                and (user.target in SHAPE_OPS or user.target in SAME_VALUE)
+            ):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _user_name(node: Node) -> str:
+    return f"'{module_path(node) or node.name}'"
+
+
+@dataclass
+class _Walk:
+    """What was met walking back from a second linear."""
+
+    nodes: set[Node] = field(default_factory=set)
+    leaves: list[Linear] = field(default_factory=list)
+    barriers: list[tuple[Node, str]] = field(default_factory=list)
+    outside: list[Node] = field(default_factory=list)
+    parameters: list[Node] = field(default_factory=list)
+    attention: bool = False
+
+    @property
+    def has_activation(self) -> bool:
+        return any(
+            op_name(node).rstrip("_") not in (LINEAR_OPS | CREATION_OPS)
+            for node in self.nodes
+            if node.op == "call_function"
+            and node.target not in (SHAPE_OPS - {aten.glu.default})
+            and node.target not in DROPOUTS
+            and not is_copy(node)
+            and node not in self.barrier_nodes
+        )
+
+    @property
+    def barrier_nodes(self) -> set[Node]:
+        """The nodes that bar, without those that are activations of a kind."""
+        return {node for node, what in self.barriers if what not in ("a softmax", "a learned activation")}
+
+
+class _Search:
+    def __init__(self, graph: GraphModule) -> None:
+        self.graph = graph
+        self.order = {node: index for index, node in enumerate(graph.graph.nodes)}
+        self.linears, self.opaque = find_linears(graph)
+        self.by_output = {linear.output: linear for linear in self.linears}
+        self.opaque_outputs = {linear.output: linear for linear in self.opaque}
+        self.uses = WeightUses(graph)
+        self.rejections: list[Rejection] = []
+
+    def run(self) -> tuple[list[FFN], list[Rejection]]:
+        found: list[FFN] = []
+        taken: dict[Linear, FFN] = {}
+        from_inputs = self._reached_by_inputs()
+        candidates: list[Linear | OpaqueLinear] = sorted(
+            [*self.linears, *self.opaque], key=lambda linear: self.order[linear.output]
+        )
+        for down in candidates:
+            site = self._candidate(down)
+            if site is None:
+                continue
+            if isinstance(site, FFN):
+                call = site.calls[0]
+                clash = next((taken[part] for part in (*call.first, call.down) if part in taken), None)
+                if clash is not None:
+                    site = self._reject(down, call.first, f"it shares a linear with the FFN at '{clash.path}'")
+                elif call.x not in from_inputs:
+                    site = self._reject(down, call.first, "it computes a constant: nothing of the input reaches it")
+            if isinstance(site, Rejection):
+                self.rejections.append(site)
+                continue
+            found.append(site)
+            taken.update(dict.fromkeys((*site.calls[0].first, site.calls[0].down), site))
+        return _with_unique_paths(self._group(found)), self.rejections
+
+    def _reached_by_inputs(self) -> set[Node]:
+        reached: set[Node] = set()
+        for node in self.graph.graph.nodes:
+            if node.op == "placeholder" or any(source in reached for source in node.all_input_nodes):
+                reached.add(node)
+        return reached
+
+    def _candidate(self, down: Linear | OpaqueLinear) -> FFN | Rejection | None:
+        """The site that ends in `down`; a rejection if it looks like one; None if it does not."""
+        walk = self._walk(down.input)
+        if walk.leaves and walk.barriers and walk.outside:
+            # The first linear's own input, if it comes in again between the two, is a value from outside.
+            walk = self._walk(down.input, stops={leaf.input for leaf in walk.leaves})
+        if walk.attention or not walk.leaves or (walk.barriers and walk.outside):
+            return None
+        leaves = sorted(walk.leaves, key=lambda leaf: self.order[leaf.output])
+        plain_chain = not walk.barriers and not walk.outside and not walk.parameters and len(leaves) == 1
+        product = len(leaves) == 2 and any(op_name(node) in ("mul", "mul_") for node in walk.nodes)
+        if not walk.has_activation and not plain_chain and not product:
+            return None
+        if walk.barriers:
+            node, what = walk.barriers[0]
+            return self._reject(down, leaves, f"{what} ({op_name(node)}) stands between the linears", node)
+        if walk.parameters:
+            name = walk.parameters[0].target
+            return self._reject(down, leaves, f"a learned parameter ('{name}') stands between the linears")
+        if walk.outside:
+            node = walk.outside[0]
+            what = f"a value from outside, of {_user_name(node)} ({op_name(node)}), enters between the linears"
+            return self._reject(down, leaves, what, node)
+        if isinstance(down, OpaqueLinear):
+            return self._reject(down, leaves, f"the second linear: {down.why}")
+        opaque = next((self.opaque_outputs[leaf.output] for leaf in leaves if leaf.output in self.opaque_outputs), None)
+        if opaque is not None:
+            return self._reject(down, leaves, f"the first linear: {opaque.why}")
+        if len(leaves) > 2:
+            return self._reject(down, leaves, f"{len(leaves)} linears feed the second one; a gated FFN has two")
+        cone = Cone(tuple(sorted(walk.nodes, key=self.order.__getitem__)), tuple(leaves), down.input, down.in_features)
+        used_outside = self._escape(cone, down)
+        if used_outside is not None:
+            value, user = used_outside
+            what = f"the hidden values ({value.name}) are also used outside the FFN, by {_user_name(user)}"
+            return self._reject(down, leaves, what, user)
+        found = identify(self.graph, cone)
+        if isinstance(found, str):
+            return self._reject(down, leaves, found)
+        if found.gate_leaf == 1:
+            leaves = leaves[::-1]
+            found = replace(found, gate_leaf=0)
+        if len({leaf.input for leaf in leaves}) > 1:
+            return self._reject(down, leaves, "gate and up read different inputs")
+        if not _keeps_tokens(leaves[0].input, down.output):
+            return self._reject(down, leaves, "the tokens are put into another shape between the linears")
+        first = leaves[0]
+        if found.activation in _SATURATING and not found.gated and down.in_features <= first.in_features:
+            widths = f"{first.in_features}→{down.in_features}→{down.out_features}"
+            what = f"{found.activation} between linears {widths} is a pooler or a classifier head, not an FFN"
+            return self._reject(down, leaves, what)
+        dropout = max((float(node.args[1]) for node in cone.nodes if node.target in DROPOUTS), default=0.0)  # type: ignore[arg-type]
+        call = Call(tuple(leaves), cone.nodes, down)
+        return FFN(_ffn_path(leaves, down), (call,), found, down.in_features, dropout)
+
+    def _walk(self, start: Node, stops: Set[Node] = frozenset()) -> _Walk:
+        """Walk back from a second linear's input to the linears it comes from, and no further than `stops`."""
+        walk, stack = _Walk(), [start]
+        seen: set[Node] = set()
+        while stack and len(seen) < _MAX_WALK:
+            node = stack.pop()
+            if node in seen or not _is_tensor(node):
+                continue
+            seen.add(node)
+            if node in stops:
+                walk.outside.append(node)
+            elif node in self.by_output:
+                walk.leaves.append(self.by_output[node])
+            elif node in self.opaque_outputs:
+                opaque = self.opaque_outputs[node]
+                width = int(node.meta["val"].shape[-1])
+                walk.leaves.append(Linear(node, node, None, False, 0, width, opaque.nodes, node, unflattens=False))
+            elif node.op == "get_attr":
+                self._constant(walk, node)
+            elif node.op == "call_function" and node.target in PRODUCTS:
+                walk.attention = True
+            elif (what := barrier(node)) is not None:
+                walk.barriers.append((node, what))
+                walk.nodes.add(node)
+                stack.extend(node.all_input_nodes)
+            elif self._passes_through(node):
+                walk.nodes.add(node)
+                stack.extend(node.all_input_nodes)
+            else:
+                walk.outside.append(node)
+        return walk
+
+    def _constant(self, walk: _Walk, node: Node) -> None:
+        """A parameter between the linears, unless it is a plain number in a buffer."""
+        tensor = tensor_of(self.graph, node)
+        if tensor is None or isinstance(tensor, torch.nn.Parameter) or tensor.numel() != 1:
+            walk.parameters.append(node)
+
+    def _passes_through(self, node: Node) -> bool:
+        if node.op == "call_module":
+            return getattr(self.graph.get_submodule(str(node.target)), IDENTITY_MODULE_MARK, False) is True
+        if node.op != "call_function":
+            return False
+        target = node.target
+        return target in SHAPE_OPS or target in DROPOUTS or is_copy(node) or is_pointwise(node)
+
+    def _escape(self, cone: Cone, down: Linear) -> tuple[Node, Node] | None:
+        """(value, user) if a value between input and output is read by anything else."""
+        inside = set(cone.nodes).union(*(leaf.nodes for leaf in cone.leaves))
+        for node in sorted(inside, key=self.order.__getitem__):
+            for user in node.users:
+                if user not in inside and user not in down.nodes and not is_call(user, aten.sym_size.int):
+                    return node, user
+        return None
+
+    def _group(self, found: list[FFN]) -> list[FFN]:
+        """Join the executions of shared weights into one site; refuse weights that others use as well."""
+        groups: dict[tuple[object, ...], list[FFN]] = defaultdict(list)
+        for ffn in found:
+            call = ffn.calls[0]
+            parts = (*call.first, call.down)
+            tensors = [*(part.weight for part in parts), *(part.bias for part in parts)]
+            groups[tuple(None if tensor is None else self.uses.key(tensor) for tensor in tensors)].append(ffn)
+        sites = []
+        for members in groups.values():
+            calls = tuple(member.calls[0] for member in members)
+            inside = {node for call in calls for part in (*call.first, call.down) for node in part.nodes}
+            weights = [part.weight for part in (*calls[0].first, calls[0].down)]
+            outside = next(((w, user) for w in weights if (user := self.uses.outside(w, inside)) is not None), None)
+            if outside is not None:
+                weight, user = outside
+                what = (
+                    f"its weight '{weight.target}' is also used by {_user_name(user)}, which is not converted with it"
+                )
+                self.rejections.extend(Rejection(member.path, what, user.name) for member in members)
+            elif len({self.uses.key(weight) for weight in weights}) < len(weights):
+                what = "two of its linears share one weight"
+                self.rejections.extend(Rejection(member.path, what) for member in members)
+            elif len({member.nonlinearity for member in members}) > 1:
+                what = "its weights are used at several places with different activations"
+                self.rejections.extend(Rejection(member.path, what) for member in members)
+            else:
+                sites.append(replace(members[0], calls=calls))
+        return sites
+
+    def _reject(
+        self, down: Linear | OpaqueLinear, leaves: Iterable[Linear], reason: str, node: Node | None = None
+    ) -> Rejection:
+        return Rejection(_ffn_path(leaves, down), reason, (node or down.output).name)
+
+
+def _keeps_tokens(x: Node, output: Node) -> bool:
+    """Whether the output has the input's leading dimensions, or all of them flattened into one."""
+    before, after = shape_of(x), shape_of(output)
+    if before is None or after is None:
+        return False
+    if len(before) == len(after):
+        return all(map(equal_size, before[:-1], after[:-1]))
+    return len(after) == 2 < len(before)
+
+
+def _ffn_path(leaves: Iterable[Linear], down: Linear | OpaqueLinear) -> str:
+    paths = [module_path(leaf.output) if leaf.weight is leaf.output else leaf.path for leaf in leaves]
+    return common_path([*paths, down.path]) or paths[0] or down.path
+
+
+def _with_unique_paths(sites: list[FFN]) -> list[FFN]:
+    """Two sites under one module are told apart by their first linear."""
+    count = Counter(site.path for site in sites)
+    return [replace(site, path=site.calls[0].first[0].path) if count[site.path] > 1 else site for site in sites]
+
+
+def _is_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    if node.op == "get_attr" or isinstance(value, Tensor):
+        return True
+    return isinstance(value, list | tuple)  # the pieces of a split

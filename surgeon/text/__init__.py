@@ -1,0 +1,1 @@
+"""Reports as text, plain or for `rich`. Nothing here prints."""

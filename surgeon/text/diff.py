@@ -1,0 +1,242 @@
+"""How the pass-by-pass diff looks, on a terminal and as plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from surgeon.passes.report import Cost, FitReport, PassReport
+from surgeon.text.layout import MODEL, Fitting, dim, grid, indented, refused, sentences
+from surgeon.text.reasons import count_reasons
+from surgeon.text.summary import (
+    SiteGroup,
+    change,
+    growth,
+    join_like,
+    join_sites,
+    natural,
+    number,
+    percent,
+    seconds,
+)
+from surgeon.training.penalty import Sparsity
+
+if TYPE_CHECKING:
+    from surgeon.graph.snapshot import GraphDiff, PassDiff
+
+Detail = Literal["sites", "stat", "full"]
+
+
+def diff_view(passes: Sequence[PassDiff], detail: Detail) -> RenderableType:
+    """The pass-by-pass diff."""
+    if detail == "stat":
+        return stat_view([one.report for one in passes])
+    blocks: list[RenderableType] = []
+    for one in passes:
+        blocks += [pass_view(one, detail), Text("")]
+    return Group(*blocks[:-1])
+
+
+def pass_view(one: PassDiff, detail: Detail, *, gap: bool = False) -> RenderableType:
+    """One pass: what it did to the whole, a line for each site, and why sites were left as they were."""
+    report = one.report
+    lines: list[RenderableType] = [_pass_header(report)]
+    if report.before is not None and report.after is not None:
+        lines.append(_costs(report.before, report.after))
+    if report.fit is not None:
+        lines.append(indented(dim(_fitted(report.fit))))
+        if report.fit.sparsity:
+            lines.append(indented(sparsity_view(report.fit.sparsity, detail)))
+    if report.sites:
+        groups = (
+            [SiteGroup(site.path, site, 1) for site in report.sites] if detail == "full" else join_sites(report.sites)
+        )
+        lines.append(sites_view(groups))
+    if report.rejected:
+        lines.append(_refusals(report.rejected, detail))
+    if detail == "full" and one.graph:
+        lines.append(graph_diff_view(one.graph))
+    lines.append(sentences(report.notes))
+    return Group(*lines, *([Text("")] if gap else []))
+
+
+def stat_view(reports: Sequence[PassReport]) -> RenderableType:
+    """Totals only, a line for each pass."""
+    columns: list[tuple[str, Literal["left", "right"], Callable[[PassReport], RenderableType]]] = [
+        ("pass", "left", lambda report: Text(report.name, style="bold")),
+        ("sites", "right", lambda report: f"{len(report.matched)}/{len(report.matched) + len(report.rejected)}"),
+        ("parameters", "left", lambda report: _both(report, lambda cost: cost.parameters)),
+        ("multiply-adds", "left", lambda report: _both(report, lambda cost: cost.multiply_adds)),
+        ("ran", "right", lambda report: percent(report.after.executed) if report.after else ""),
+        ("output", "left", lambda report: _output(report, short=True)),
+        ("training", "left", lambda report: _training(report, short=True)),
+        ("time", "right", lambda report: seconds(report.seconds)),
+    ]
+
+    def table(shown: Sequence[int]) -> Table:
+        chosen = [columns[index] for index in shown]
+        made = grid(*(justify for _, justify, _ in chosen), header=[name for name, _, _ in chosen])
+        for report in reports:
+            made.add_row(*(cell(report) for _, _, cell in chosen))
+        return made
+
+    return Fitting(table(range(8)), table(range(7)), table(range(6)))
+
+
+def _both(report: PassReport, what: Callable[[Cost], int]) -> str:
+    return change(what(report.before), what(report.after)) if report.before and report.after else ""
+
+
+def graph_diff_view(diff: GraphDiff) -> RenderableType:
+    """Every node and parameter that left or came, by module path."""
+    lines: list[RenderableType] = []
+    for path in sorted(diff.changes, key=natural):
+        lines.append(Text(f"  {path or MODEL}", style="bold"))
+        lines += [_signed(sign, line) for sign, line in diff.changes[path]]
+    if diff.parameters:
+        lines.append(Text("  parameters", style="bold"))
+        lines += [_signed(sign, line) for sign, line in diff.parameters]
+    return Group(*lines)
+
+
+def _signed(sign: str, line: str) -> Text:
+    return Text(f"    {sign} {line}", style="red" if sign == "-" else "green")
+
+
+def _pass_header(report: PassReport) -> Text:
+    total = len(report.matched) + len(report.rejected)
+    parts = [
+        Text(report.name, style="bold cyan" if report.matched else "bold yellow"),
+        Text(f"{len(report.matched)} of {total} sites"),
+        _output(report),
+        _training(report),
+        dim(seconds(report.seconds)),
+    ]
+    return Text("  ").join(part for part in parts if part.plain)
+
+
+def _output(report: PassReport, *, short: bool = False) -> Text:
+    if not report.matched:
+        return Text("" if short else "nothing changed", style="yellow")
+    if report.max_error is None:
+        return Text("not verified", style="yellow")
+    if report.preserved:
+        text = f"same ({report.max_error:.0e})" if short else f"same output (differs by {report.max_error:.0e})"
+        return Text(text if report.max_error else "same" if short else "same output", style="green")
+    moved = percent(report.max_error) if report.max_error < 2 else f"{report.max_error:.2g}×"
+    return Text(f"moved {moved}" if short else f"output moved by {moved}", style="yellow")
+
+
+def _training(report: PassReport, *, short: bool = False) -> Text:
+    from surgeon.passes import PASSES
+
+    if report.fit is not None:
+        return Text(f"{report.fit.steps} steps" if report.fit.steps else "closed form") if short else Text("")
+    kind = PASSES.get(report.name)
+    if kind is None or not report.matched:
+        return Text("")
+    # Whether it was to train follows from its options; the note says that it was.
+    untrained = kind.untrained in report.notes if kind.untrained else kind.needs_data
+    return Text("none" if short else "not trained", style="yellow") if untrained else Text("")
+
+
+def _fitted(fit: FitReport) -> str:
+    """`trained 120 steps in 34 s: router loss 0.23 → 0.001`, or `fitted without training`."""
+    if not fit.steps:
+        return "fitted without training"
+    text = f"trained {fit.steps} steps in {seconds(fit.seconds)}"
+    if fit.resumed_at:
+        text += f", resumed at {fit.resumed_at}"
+    if not fit.losses:
+        return text
+    first, last = fit.losses[0][1], fit.losses[-1][1]
+    return f"{text}: " + ", ".join(f"{name} {first.get(name, value):.3g} → {value:.3g}" for name, value in last.items())
+
+
+def _costs(before: Cost, after: Cost) -> RenderableType:
+    ran = ""
+    if after.executed is not None:
+        ran = f"{percent(after.executed)} of the experts ran"
+        if after.executed_multiply_adds != after.multiply_adds:
+            ran += f", {number(after.executed_multiply_adds)} in all (example inputs, padding counted)"
+    if (before.parameters, before.multiply_adds) == (after.parameters, after.multiply_adds):
+        same = f"{number(after.parameters)} parameters, {number(after.multiply_adds)} multiply-adds"
+        return indented(dim(f"{same}, {ran}" if ran else same))
+    table = grid("left", "left", "left", "left")
+    for name, old, new, note in (
+        ("parameters", before.parameters, after.parameters, ""),
+        ("multiply-adds", before.multiply_adds, after.multiply_adds, ran),
+    ):
+        table.add_row(dim(name), change(old, new), dim(growth(old, new)), note)
+    return indented(table)
+
+
+def sites_view(groups: Sequence[SiteGroup]) -> RenderableType:
+    """A line for each group of sites, or three where the terminal is too narrow for one."""
+    ran = any(group.change.executed is not None for group in groups)
+    header = ["site", "was → is", "parameters", "mult-adds/token", "ran" if ran else ""]
+    wide = grid("left", "left", "left", "left", "right", header=header)
+    narrow: list[RenderableType] = []
+    for group in groups:
+        site, count = group.change, f"  ×{group.count}" if group.count > 1 else ""
+        path = Text.assemble((group.label or MODEL, "cyan"), (count, "dim"))
+        became = Text.assemble((site.before, "red"), " → ", (site.after, "green"))
+        costs = change(*site.parameters), change(*site.multiply_adds)
+        wide.add_row(path, became, *costs, percent(site.executed))
+        share = "" if site.executed is None else f", {percent(site.executed)} ran"
+        narrow += [
+            path,
+            indented(became),
+            indented(dim(f"{costs[0]} parameters, {costs[1]} multiply-adds/token{share}")),
+        ]
+    return indented(Fitting(wide, Group(*narrow)))
+
+
+def sparsity_view(sparsity: Mapping[str, tuple[Sparsity, Sparsity]], detail: Detail) -> RenderableType:
+    """How sparse the activations of each layer were before training and are after it, layers that look alike joined."""
+    parts: dict[str, Callable[[Sparsity], float]] = {
+        "active": lambda one: one.active,
+        "exactly zero": lambda one: one.zero,
+    }
+    if detail == "full":
+        parts = {
+            "exactly zero": lambda one: one.zero,
+            "below 1/10": lambda one: one.below_10th,
+            "below 1/100": lambda one: one.below_100th,
+            "below 1/1000": lambda one: one.below_1000th,
+        }
+    rows = [
+        (path, tuple(_moved(share(old), share(new)) for share in parts.values()))
+        for path, (old, new) in sparsity.items()
+    ]
+    joined = [(path, 1, place) for place, (path, _) in enumerate(rows)] if detail == "full" else join_like(rows)
+    columns: list[Literal["left", "right"]] = ["left"] * (1 + len(parts))
+    table = grid(*columns, header=["neurons", *parts])
+    for label, count, place in joined:
+        path = Text.assemble((label or MODEL, "cyan"), (f"  ×{count}" if count > 1 else "", "dim"))
+        table.add_row(path, *rows[place][1])
+    below = "below: that part of" if detail == "full" else "active: above a hundredth of"
+    more = "" if detail == "full" else "; a tenth and a thousandth: surgeon diff --full"
+    return Group(table, dim(f"{below} the token's largest value; shares of the neurons, mean over tokens{more}"))
+
+
+def _moved(before: float, after: float) -> str:
+    """`42% → 3.1%`, or one share if they look the same."""
+    old, new = percent(before), percent(after)
+    return old if old == new else f"{old} → {new}"
+
+
+def _refusals(rejected: Sequence[tuple[str, str]], detail: Detail) -> RenderableType:
+    """Why sites were left as they were: each with its reason, or each reason once."""
+    if detail == "full":
+        lines = [(path or MODEL, reason) for path, reason in rejected]
+    else:
+        lines = [
+            (f"{reason.count} sites, first {reason.first}" if reason.count > 1 else reason.first or MODEL, reason.text)
+            for reason in count_reasons(rejected)
+        ]
+    return Group(*(indented(refused(path, reason)) for path, reason in lines))

@@ -1,0 +1,1 @@
+"""From a model to a graph of ATen ops that computes the same, in training and in evaluation."""

@@ -1,0 +1,98 @@
+"""Make an exported graph the plain computation of its model: first names, no guards, no assertions, no dead nodes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from surgeon.graph.traced import TracedGraph, aten, attribute, is_call, nested_graphs, tensor_of
+from surgeon.sites.linear import VIEWS
+
+
+def use_first_names(graph: TracedGraph, model: nn.Module) -> None:
+    """Read a tensor that the model holds under several names by the first of them, as `named_parameters` does."""
+    names = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
+    for node in graph.graph.nodes:
+        tensor = tensor_of(graph, node)
+        name = names.get(id(tensor)) if tensor is not None else None
+        if name is None or name == node.target:
+            continue
+        owner: nn.Module = graph
+        *parents, field = name.split(".")
+        for parent in parents:
+            if not hasattr(owner, parent):
+                owner.add_module(parent, nn.Module())
+            owner = getattr(owner, parent)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(field, tensor)
+        elif tensor is not None:
+            owner.register_buffer(field, tensor)
+        node.target = name
+    used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    for name, tensor in list(graph.named_parameters(remove_duplicate=False)):
+        if name not in used and id(tensor) in names:
+            holder, _, field = name.rpartition(".")
+            delattr(graph.get_submodule(holder), field)
+
+
+def _inline_no_autocast(graph: TracedGraph) -> None:
+    """Put the body of a region that switches autocast off into the graph: there is no autocast to switch off."""
+    for node in list(graph.graph.nodes):
+        if not is_call(node, torch.ops.higher_order.wrap_with_autocast) or node.args[2] is not False:
+            continue
+        body = attribute(graph, str(node.args[4].target))
+        placeholders = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+        mapping: dict[Node, Any] = dict(zip(placeholders, node.args[5:], strict=True))
+        with graph.graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op in ("call_function", "get_attr"):
+                    mapping[inner] = graph.graph.node_copy(inner, mapping.__getitem__)
+        results: Any = torch.fx.node.map_arg(body.graph.output_node().args[0], mapping.__getitem__)
+        for user in list(node.users):
+            if is_call(user, operator.getitem):
+                user.replace_all_uses_with(results[user.args[1]])
+                graph.graph.erase_node(user)
+        if not node.users:
+            graph.graph.erase_node(node)
+
+
+def clean(graph: TracedGraph) -> None:
+    """Remove what is not computation: assertions on metadata, guards, dead nodes."""
+    _inline_no_autocast(graph)
+    for part in nested_graphs(graph):
+        for node in list(part.graph.nodes):
+            guard = node.op == "call_module" and str(node.target).endswith("_guards_fn")
+            if guard or is_call(node, aten._assert_tensor_metadata.default) or _counts_batches(node):
+                part.graph.erase_node(node)
+        part.graph.eliminate_dead_code()
+        part.recompile()
+    graph.delete_all_unused_submodules()
+
+
+def _counts_batches(node: Node) -> bool:
+    """Batch normalisation counting its batches: it would go on in evaluation, and nothing reads the count."""
+    if not is_call(node, aten.add_.Tensor) or node.users:
+        return False
+    source = node.args[0]
+    return isinstance(source, Node) and str(source.target).endswith("num_batches_tracked")
+
+
+def changed_buffers(graph: GraphModule) -> list[str]:
+    """Parameters and buffers that the graph changes in place when it runs (batch statistics aside)."""
+    changed = []
+    for part in nested_graphs(graph):
+        for node in part.graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            if schema is None or not schema.is_mutable or node.target is aten.batch_norm.default:
+                continue
+            for argument, value in zip(schema.arguments, node.args, strict=False):
+                while isinstance(value, Node) and value.op == "call_function" and value.target in VIEWS:
+                    value = value.args[0]
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(value, Node) and tensor_of(part, value) is not None:
+                    changed.append(str(value.target))
+    return changed

@@ -1,0 +1,1 @@
+"""What passes train with: the one loop, fine-tuning, distillation, penalties, routers, activations on data."""

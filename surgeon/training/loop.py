@@ -1,0 +1,329 @@
+"""The one training loop: every pass that learns something describes its loss and runs it here.
+
+Built on accelerate (device, accumulation, checkpoints). A fit writes checkpoints and can be continued from the last.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import logging
+import math
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from surgeon.data.batch import Batch, Data
+from surgeon.data.losses import Loss, task_loss, task_of
+from surgeon.errors import DataError, PassError, UsageError
+from surgeon.graph.agreement import run
+from surgeon.passes.report import FitReport, Progress
+from surgeon.tracing.trace import TraceInfo
+
+log = logging.getLogger("surgeon")
+
+Schedule = Literal["constant", "linear", "cosine"]
+Precision = Literal["float32", "bfloat16"]
+CHECKPOINT_SECONDS = 60.0
+# A loss of a batch: (loss, named values worth showing), given the batch and the share of the fit that is done.
+BatchLoss = Callable[[Batch, float], tuple[Tensor, dict[str, float]]]
+
+
+class Stateful(Protocol):
+    """Something whose state can be kept in a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Go back to a state."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of passes has in common.
+
+    seed: of every random choice. verify: "off", "fast" (the example inputs) or "full" (also other inputs and sizes).
+    progress: called during long work. workdir: where fits keep checkpoints; None for none. resume: continue from them.
+    dry_run: rewrite, but fit nothing. original: the graph before the first pass, in evaluation mode, to distill from.
+    """
+
+    seed: int = 0
+    verify: Literal["off", "fast", "full"] = "fast"
+    progress: Callable[[Progress], None] | None = None
+    workdir: Path | None = None
+    resume: bool = False
+    dry_run: bool = False
+    original: GraphModule | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to optimise: AdamW for `epochs` over the data, or for `steps` of the optimiser if given.
+
+    schedule: of the learning rate, after the share `warmup` of the steps in which it rises linearly from 0.
+    clip: largest gradient norm. accumulate: batches for one step, with the mean of their gradients.
+    precision: "bfloat16" computes the loss in mixed precision; the parameters keep their type.
+    beta2: AdamW's second beta; the first is 0.9.
+    """
+
+    epochs: float
+    steps: int | None
+    lr: float
+    weight_decay: float = 0.0
+    schedule: Schedule = "linear"
+    clip: float | None = 1.0
+    warmup: float = 0.0
+    accumulate: int = 1
+    precision: Precision = "float32"
+    beta2: float = 0.999
+
+    def total_steps(self, data: Data) -> int:
+        """Optimiser steps of the whole fit.
+
+        Raises:
+            DataError: neither `steps` nor the length of the data is known.
+        """
+        if self.steps is not None:
+            return self.steps
+        length = _length(data)
+        if length is None:
+            raise DataError("The data has no length: say how long to train, with the pass's option `steps`.")
+        return max(1, round(self.epochs * length / self.accumulate))
+
+    def rate(self, done: float) -> float:
+        """The learning rate when the share `done` of the fit is over, relative to `lr`."""
+        if done < self.warmup:
+            return done / self.warmup
+        done = (done - self.warmup) / (1.0 - self.warmup)
+        if self.schedule == "linear":
+            return max(0.0, 1.0 - done)
+        if self.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+        return 1.0
+
+
+def fit(
+    parameters: Sequence[nn.Parameter],
+    loss: BatchLoss,
+    data: Data,
+    plan: Plan,
+    settings: Settings,
+    what: str,
+    *,
+    own_rates: Mapping[nn.Parameter, float] | None = None,
+    stateful: Sequence[Stateful] = (),
+) -> FitReport:
+    """Optimise the parameters and leave everything else as it is.
+
+    Args:
+        loss: of one batch, called `plan.accumulate` times for every step.
+        own_rates: learning rates of those parameters that get another one than the plan's.
+        stateful: what else changes in the course of the fit and belongs into its checkpoints.
+
+    Raises:
+        PassError: the loss is not finite.
+        KeyboardInterrupt: interrupted; a checkpoint was written if there is a workdir.
+    """
+    from accelerate import Accelerator
+
+    total = plan.total_steps(data)
+    device = parameters[0].device
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        step_scheduler_with_optimizer=False,
+        gradient_accumulation_steps=plan.accumulate,  # what `backward` divides by
+    )
+    trained = nn.ParameterList(parameters)
+    frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    by_rate: dict[float, list[nn.Parameter]] = defaultdict(list)
+    for parameter in parameters:
+        by_rate[(own_rates or {}).get(parameter, plan.lr)].append(parameter)
+    groups = [{"params": members, "lr": rate} for rate, members in by_rate.items()]
+    optimizer = torch.optim.AdamW(
+        groups, lr=plan.lr, betas=(0.9, plan.beta2), weight_decay=plan.weight_decay, fused=True
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.rate(step / total))
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    checkpoint = _Checkpoint(accelerator, [trained, *stateful], settings, what)
+    step, history = checkpoint.restore() if settings.resume else (0, [])
+    resumed_at, started, saved = step, time.monotonic(), time.monotonic()
+    undo_part = _remember(stateful, device)
+    batches = _batches(data, step * plan.accumulate, total * plan.accumulate)
+    try:
+        for group in _groups(batches, plan.accumulate):
+            parts = []
+            for part, batch in enumerate(group):
+                with computing_in(plan.precision, device):
+                    value, values = loss(batch.to(device), (step + part / plan.accumulate) / total)
+                if not bool(torch.isfinite(value)):
+                    raise PassError(
+                        f"{what}: the loss is {value.item()} at step {step + 1} of {total}. "
+                        f"Try a smaller learning rate (now {plan.lr:g})."
+                    )
+                accelerator.backward(value)
+                parts.append(values)
+            shown = {name: sum(values[name] for values in parts) / len(parts) for name in parts[0]}
+            if plan.clip is not None:
+                accelerator.clip_grad_norm_(parameters, plan.clip)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            undo_part = _remember(stateful, device)
+            if step == 1 or step == total or step % max(1, total // 20) == 0:
+                history.append((step, shown))
+                log.info("%s: step %d of %d, %s", what, step, total, _format(shown))
+            if settings.progress is not None:
+                settings.progress(Progress(what, step, total, shown))
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                checkpoint.save(step, history)
+                saved = time.monotonic()
+        checkpoint.save(step, history)
+    except KeyboardInterrupt:
+        undo_part()
+        checkpoint.save(step, history)
+        raise
+    finally:
+        optimizer.zero_grad()
+        for parameter, requires_grad in frozen:
+            parameter.requires_grad_(requires_grad)
+    length = _length(data)
+    epochs = round(step * plan.accumulate / length, 3) if length else None
+    return FitReport(step, epochs, round(time.monotonic() - started, 2), tuple(history), resumed_at)
+
+
+def start_alike(graph: GraphModule, made: Sequence[str], settings: Settings) -> None:
+    """Let a resumed fit start from the very modules `made`, by path, that the interrupted one started from.
+
+    What rewriting puts in may depend on data that come in another order the next time (which neurons an expert has),
+    and a checkpoint of what was fitted to it would then belong to something else.
+    """
+    if settings.workdir is None or not made:
+        return
+    state = {
+        name: tensor
+        for name, tensor in graph.state_dict().items()
+        if name.startswith(tuple(f"{path}." for path in made))
+    }
+    path = settings.workdir / "rewritten.pt"
+    if settings.resume and path.is_file():
+        kept = torch.load(path, weights_only=True)
+        with torch.no_grad():
+            for name, tensor in state.items():
+                tensor.copy_(kept[name])
+        return
+    settings.workdir.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    torch.save(state, fresh)
+    fresh.rename(path)
+
+
+def loss_of(graph: GraphModule, data: Data) -> Loss:
+    """The task loss for this data: its own, its task's, the model's task's, or classification where labels look so.
+
+    Raises:
+        UsageError: none of them is known.
+    """
+    if data.loss is not None:
+        return data.loss
+    info: TraceInfo | None = graph.meta.get("trace")
+    task = info.task if info is not None else None
+    if task is None:
+        batch = next(iter(data.train))
+        task = task_of(None, run(graph, batch.args, batch.kwargs), batch.labels)
+    if task is None:
+        raise UsageError(
+            "What should be learned? The model's class does not tell and its labels do not look like classes. Give "
+            "--task, or surgeon.Data(batches, loss=…) in Python."
+        )
+    return task_loss(task)
+
+
+def _batches(data: Data, skip: int, total: int) -> Iterator[Batch]:
+    """Batches of epoch after epoch. The first `skip` are drawn and dropped, so that a resumed fit sees the rest."""
+    position = 0
+    while position < total:
+        before = position
+        for batch in data.train:
+            if position >= total:
+                return
+            if position >= skip:
+                yield batch
+            position += 1
+        if position == before:
+            raise DataError("The training data is empty.")
+
+
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    while group := list(itertools.islice(batches, size)):
+        yield group
+
+
+def _length(data: Data) -> int | None:
+    try:
+        return len(data.train)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Mixed precision, or nothing. Not accelerate's, which is set once for the whole process."""
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)
+
+
+def _remember(stateful: Sequence[Stateful], device: torch.device) -> Callable[[], None]:
+    """Remember what changes while a step is computed; the function returned puts it back."""
+    states = [copy.deepcopy(one.state_dict()) for one in stateful]
+    cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def put_back() -> None:
+        for one, state in zip(stateful, states, strict=True):
+            one.load_state_dict(state)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    return put_back
+
+
+def _format(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+class _Checkpoint:
+    """The state of one fit on disk: written beside, then moved into place, so that it is whole or absent."""
+
+    def __init__(self, accelerator: Any, kept: Sequence[Stateful], settings: Settings, what: str) -> None:
+        self._accelerator = accelerator
+        self._directory = None if settings.workdir is None else settings.workdir / what.replace(" ", "-")
+        accelerator.register_for_checkpointing(*kept)
+
+    def save(self, step: int, history: list[tuple[int, dict[str, float]]]) -> None:
+        if self._directory is None:
+            return
+        fresh = self._directory.with_name(f"{self._directory.name}.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        self._accelerator.save_state(str(fresh))
+        (fresh / "fit.json").write_text(json.dumps({"step": step, "history": history}))
+        shutil.rmtree(self._directory, ignore_errors=True)
+        fresh.rename(self._directory)
+
+    def restore(self) -> tuple[int, list[tuple[int, dict[str, float]]]]:
+        if self._directory is None or not (self._directory / "fit.json").exists():
+            return 0, []
+        self._accelerator.load_state(str(self._directory))
+        state = json.loads((self._directory / "fit.json").read_text())
+        return int(state["step"]), [(int(step), values) for step, values in state["history"]]

@@ -1,0 +1,93 @@
+"""Look at what a graph computes inside, on a few thousand tokens of real data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from surgeon.data.batch import Batch, Data
+from surgeon.data.padding import real_tokens, warn_of_masks
+from surgeon.graph.edit import Capture
+from surgeon.passes.report import Progress
+from surgeon.sites.ffn import FFN
+from surgeon.training.penalty import Sparsity
+
+Key = TypeVar("Key")
+
+# Tokens on which sparsity is reported.
+SPARSITY_TOKENS = 4096
+
+
+def collect(
+    graph: GraphModule,
+    names: Iterable[str],
+    data: Data,
+    *,
+    tokens: int,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Tensor]:
+    """The values of inner nodes on the first batches of the training data, padding left out, in evaluation mode.
+
+    Args:
+        names: of nodes whose values are [..., d]; each may have its own number of tokens.
+        tokens: when every node has so many, it is enough; less if the data ends.
+
+    Returns:
+        By name, [N, d] with N at most `tokens`.
+    """
+    names = list(dict.fromkeys(names))
+    inner = Capture(graph, names).eval()
+    device = next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    enough, warned = 0, False
+    with torch.no_grad():
+        for item in data.train:
+            batch = Batch.from_any(item).to(device)
+            _, values = inner(*batch.args, **batch.kwargs)
+            warned = warned or warn_of_masks(batch, [value.shape[:-1] for value in values.values()])
+            for name in names:
+                found[name].append(real_tokens(batch, values[name]))
+            enough = min(sum(len(part) for part in parts) for parts in found.values())
+            if progress is not None:
+                progress(Progress("calibration", min(enough, tokens), tokens))
+            if enough >= tokens:
+                break
+    return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
+
+
+def collect_calls(
+    graph: GraphModule,
+    names: Mapping[Key, Sequence[str]],
+    data: Data,
+    *,
+    tokens: int,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[Key, Tensor]:
+    """The values of several nodes as one, such as the inputs of a layer that is executed several times.
+
+    Args:
+        names: of nodes whose values are [..., d], for every key; each gives an equal part of its key's tokens.
+
+    Returns:
+        By key, [N, d] with N at most `tokens`.
+    """
+    values = collect(
+        graph, (name for group in names.values() for name in group), data, tokens=tokens, progress=progress
+    )
+    found = {}
+    for key, group in names.items():
+        different = list(dict.fromkeys(group))
+        found[key] = torch.cat([values[name][: max(1, tokens // len(different))] for name in different])
+    return found
+
+
+def layer_sparsity(graph: GraphModule, sites: Iterable[FFN], data: Data) -> dict[str, Sparsity]:
+    """How sparse the activations of feed-forward layers are, by path, all executions of a layer together."""
+    sites = list(sites)
+    names = {site.path: [call.first[0].output.name for call in site.calls] for site in sites}
+    values = collect_calls(graph, names, data, tokens=SPARSITY_TOKENS)
+    return {site.path: Sparsity.of(site.activations(values[site.path])) for site in sites}

@@ -1,0 +1,162 @@
+"""Fit the routers of expert layers on the inputs that the layers get: in closed form, or by training."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from surgeon.data.batch import Batch, Data
+from surgeon.data.padding import real_tokens
+from surgeon.graph.edit import Capture
+from surgeon.graph.traced import TracedGraph
+from surgeon.moe.module import MoE
+from surgeon.moe.router import fit_closed_form
+from surgeon.passes.report import FitReport
+from surgeon.training.loop import Plan, Precision, Settings, computing_in, fit
+from surgeon.training.observe import collect_calls
+
+# Tokens that routers are fitted on in closed form, and that are held while they are trained, and the most floats then.
+_TOKENS, _MOST_HELD = 16384, 1 << 27
+
+Inputs: TypeAlias = Mapping[MoE, Sequence[str]]
+"""Expert layers with the names of the nodes that hold their inputs, one for every call."""
+
+
+def by_trunk(layers: Iterable[MoE]) -> list[list[MoE]]:
+    """The layers, those together whose routers share a trunk."""
+    groups: dict[int, list[MoE]] = defaultdict(list)
+    for moe in layers:
+        groups[id(moe.router.first.weight)].append(moe)
+    return list(groups.values())
+
+
+def fit_from_neurons(graph: TracedGraph, inputs: Inputs, data: Data, settings: Settings) -> None:
+    """Fit every router in closed form from its layer's own neurons (`surgeon.moe.router.fit_closed_form`), to be relative.
+
+    A layer that is executed several times is fitted on the inputs of all its executions.
+
+    Args:
+        graph: what the inputs are read from.
+    """
+    groups = by_trunk(inputs)
+    names = {place: [name for moe in group for name in inputs[moe]] for place, group in enumerate(groups)}
+    values = collect_calls(graph, names, data, tokens=_TOKENS, progress=settings.progress)
+    with torch.no_grad():
+        for place, group in enumerate(groups):
+            fit_closed_form(
+                [moe.router for moe in group],
+                values[place],
+                [(moe.routed, moe.activation) for moe in group],
+                "relative",
+                group[0].router.goal.labels,
+            )
+
+
+def train_routers(
+    graph: TracedGraph, inputs: Inputs, data: Data, plan: Plan, settings: Settings, what: str, *, exposed: bool = False
+) -> FitReport:
+    """Train the routers, and nothing else, for their goals.
+
+    The model runs over the data once, however many epochs the routers take: what their layers are given is held for
+    some thousands of tokens at a time, in about 512 MB and a batch.
+
+    Args:
+        graph: what the inputs are read from. It is run in evaluation mode, as far as the inputs need.
+        exposed: the routers act in `graph`, so what their layers are given changes: nothing is held.
+        what: name of the fit, and of its checkpoint.
+
+    Raises:
+        PassError: the loss is not finite.
+    """
+    layers = list(inputs)
+
+    def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
+        pairs = zip(batch.args[::2], batch.args[1::2], strict=True)
+        losses = [moe.router.goal.error(moe.router, x, wanted) for moe, (x, wanted) in zip(layers, pairs, strict=True)]
+        mean = torch.stack(losses).mean()
+        return mean, {"router loss": mean.item()}
+
+    routers = list(dict.fromkeys(parameter for moe in layers for parameter in moe.router.parameters()))
+    times = 1 if exposed else int(plan.epochs)
+    if plan.steps is not None:  # all the data, if there are steps enough
+        length = len(data.train) if isinstance(data.train, Sized) else plan.steps
+        times = min(times, plan.steps * plan.accumulate // max(1, length))
+    held = _Held(graph, inputs, data, times, 0 if exposed else _TOKENS, settings.seed, plan.precision)
+    return fit(routers, loss, Data(held), plan, settings, what)
+
+
+class _Held:
+    """Batches of what the layers are given and of what their routers should say to it, both of each layer in turn.
+
+    A part of the data is held at a time, of at least so many tokens if there are as many, and gone through `times`
+    before the next, its tokens in another order every time. The length is that of the data, of one time.
+    """
+
+    def __init__(
+        self,
+        graph: TracedGraph,
+        inputs: Inputs,
+        data: Data,
+        times: int,
+        tokens: int,
+        seed: int,
+        precision: Precision,
+    ) -> None:
+        self._inner = Capture(graph, [name for names in inputs.values() for name in names]).eval()
+        self._inputs, self._data, self._times, self._tokens, self._seed = inputs, data, max(1, times), tokens, seed
+        self._precision: Precision = precision
+
+    def __len__(self) -> int:
+        return len(self._data.train)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self._seed)
+        for count, values in self._parts():
+            for _ in range(self._times):
+                orders = [torch.randperm(len(x), generator=generator).tensor_split(count) for x, _ in values]
+                for rows in zip(*orders, strict=True):
+                    yield Batch(tuple(value[i] for pair, i in zip(values, rows, strict=True) for value in pair))
+            del values  # before the next part is read
+
+    def _parts(self) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
+        """The data in parts: from how many batches, and of each layer inputs and what routers should say to them."""
+        device = next(iter(self._inputs)).tau.device
+        batches = iter(self._data.train)
+        while True:
+            found: dict[MoE, tuple[list[Tensor], list[Tensor]]] = {moe: ([], []) for moe in self._inputs}
+            count = held = 0
+            for item in batches:
+                batch = item.to(device)
+                with torch.no_grad(), computing_in(self._precision, device):
+                    _, values = self._inner(*batch.args, **batch.kwargs)
+                    for moe, names in self._inputs.items():
+                        for name in names:
+                            x = real_tokens(batch, values[name])
+                            wanted = moe.router.goal.wanted(x, moe.routed, moe.activation)
+                            found[moe][0].append(x)
+                            found[moe][1].append(wanted)
+                            held += x.numel() + wanted.numel()
+                count += 1
+                if max(sum(map(len, x)) for x, _ in found.values()) >= self._tokens or held >= _MOST_HELD:
+                    break
+            if not count:
+                return
+            yield count, [(torch.cat(x), torch.cat(wanted)) for x, wanted in map(found.pop, self._inputs)]
+
+
+@contextmanager
+def running_at(tau: float, layers: Iterable[MoE]) -> Iterator[None]:
+    """Let layers run at a tau for a while; their own is put back."""
+    own = {moe: moe.tau.clone() for moe in layers}
+    for moe in own:
+        moe.tau.fill_(tau)
+    try:
+        yield
+    finally:
+        for moe, before in own.items():
+            moe.tau.copy_(before)

@@ -1,0 +1,167 @@
+"""Hugging Face directories: what is loaded of them, what is noted, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from surgeon.errors import LoadError
+from surgeon.models.source import load_model
+from tests.models.tiny import BERT, halve
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_directory_loads_with_the_class_its_config_names(bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    before = hashes(bert)
+    source = load_model(bert)
+    assert source.kind == "hf"
+    assert type(source.model) is transformers.BertForSequenceClassification
+    assert source.config.num_labels == 3
+    assert source.tokenizer("the cat")["input_ids"] == [5, 6]
+    assert source.processor is None
+    assert source.notes == ()
+    assert source.sha256 == hashlib.sha256((bert / "model.safetensors").read_bytes()).hexdigest()
+    with torch.no_grad():
+        for parameter in source.model.parameters():
+            parameter.zero_()
+    assert hashes(bert) == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_new_and_unused_weights_are_noted(bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    source = load_model(bert, task="masked-lm")
+    assert type(source.model) is transformers.BertForMaskedLM
+    assert source.notes[0].startswith("cls.predictions.bias, ")
+    assert source.notes[0].endswith("are newly initialised.")
+    assert "does not use" in source.notes[1]
+    assert "classifier.bias" in source.notes[1]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_directory_without_architectures_loads_without_a_head(bert: Path) -> None:
+    config = json.loads((bert / "config.json").read_text())
+    del config["architectures"]
+    (bert / "config.json").write_text(json.dumps(config))
+    assert type(load_model(bert).model) is transformers.BertModel
+
+
+def test_image_processor_is_loaded(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=32, image_size=16, patch_size=8
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}})
+    )
+    source = load_model(tmp_path)
+    assert source.processor is not None, source.notes
+    assert source.tokenizer is None
+
+
+def test_tokenizer_that_cannot_be_loaded_is_noted(bert: Path) -> None:
+    (bert / "tokenizer.json").write_text("{")
+    source = load_model(bert)
+    assert source.tokenizer is None
+    assert source.notes[0].startswith("tokenizer.json is there but cannot be loaded")
+
+
+def test_missing_weights(bert: Path) -> None:
+    (bert / "model.safetensors").unlink()
+    with pytest.raises(LoadError, match=r"has a config.json but no weights: none of model.safetensors"):
+        load_model(bert)
+
+
+def test_truncated_weights(bert: Path) -> None:
+    halve(bert / "model.safetensors")
+    with pytest.raises(LoadError, match=r"^model.safetensors is damaged or cut short"):
+        load_model(bert)
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    transformers.BertModel(transformers.BertConfig(**BERT)).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert load_model(tmp_path).kind == "hf"
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(LoadError, match=rf"lacks the weight file {shard.name}, which model.safetensors.index.json"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(LoadError, match="does not list the weight files"):
+        load_model(tmp_path)
+
+
+def test_body_that_is_not_all_there(bert: Path) -> None:
+    weights = load_file(bert / "model.safetensors")
+    del weights["bert.encoder.layer.1.output.dense.weight"]
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=r"bert.encoder.layer.1.output.dense.weight are missing"):
+        load_model(bert)
+
+
+def test_weights_of_another_size(bert: Path) -> None:
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    with pytest.raises(LoadError, match="cannot be loaded"):
+        load_model(bert)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["NoSuchModel"]}, "names the class NoSuchModel.*never run"),
+        ({"architectures": ["pipeline"]}, "names the class pipeline"),
+        ({"model_type": "nosuchtype"}, "config.json cannot be read.*nosuchtype"),
+    ],
+)
+def test_unknown_class(bert: Path, change: dict[str, object], message: str) -> None:
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(LoadError, match=message):
+        load_model(bert)
+
+
+def test_pickled_code_among_the_weights_of_a_directory(bert: Path, net: nn.Module) -> None:
+    (bert / "model.safetensors").unlink()
+    torch.save(net, bert / "pytorch_model.bin")
+    with pytest.raises(LoadError, match=r"^pytorch_model.bin holds pickled code"):
+        load_model(bert)
+
+
+def test_weights_in_torch_format(bert: Path) -> None:
+    weights = load_file(bert / "model.safetensors")
+    (bert / "model.safetensors").unlink()
+    torch.save(weights, bert / "pytorch_model.bin")
+    model = load_model(bert).model
+    assert torch.equal(model.classifier.weight, weights["classifier.weight"])
+    halve(bert / "pytorch_model.bin")
+    with pytest.raises(LoadError, match=r"^pytorch_model.bin was not written by torch.save, or is damaged"):
+        load_model(bert)
+
+
+def test_unknown_task(bert: Path) -> None:
+    with pytest.raises(LoadError, match=r"No task 'poetry'. Known: causal-lm"):
+        load_model(bert, task="poetry")
+
+
+def test_directory_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"neither config.json"):
+        load_model(tmp_path)
+
+
+def test_artifact_is_left_to_its_own_loader(bert: Path) -> None:
+    (bert / "surgery.json").write_text("{}")
+    (bert / "model.pt2").write_bytes(b"program")
+    source = load_model(bert)
+    assert (source.kind, source.model) == ("artifact", None)
+    assert source.sha256 == hashlib.sha256(b"program").hexdigest()

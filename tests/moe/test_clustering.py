@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgeon.errors import UsageError
+from surgeon.moe.clustering import balanced_clusters, nearest_divisors
+
+
+def blobs(clusters: int, size: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((clusters, 8)).astype(np.float32) * 10
+    truth = generator.permutation(np.repeat(np.arange(clusters), size))
+    return centres[truth] + spread * generator.standard_normal((clusters * size, 8)).astype(np.float32), truth
+
+
+def inertia(points: np.ndarray, labels: np.ndarray) -> float:
+    groups = [points[labels == label] for label in np.unique(labels)]
+    return float(sum(np.square(group - group.mean(0)).sum() for group in groups))
+
+
+def test_finds_separate_blobs() -> None:
+    points, truth = blobs(6, 10, spread=0.1)
+    labels = balanced_clusters(points, 6, seed=0).numpy()
+    assert len({(a, b) for a, b in zip(truth, labels, strict=True)}) == 6
+
+
+@settings(max_examples=15, deadline=None)
+@given(clusters=st.integers(2, 9), size=st.integers(1, 7), width=st.integers(1, 5), seed=st.integers(0, 99))
+def test_sizes_are_equal_and_labels_repeat(clusters: int, size: int, width: int, seed: int) -> None:
+    points = np.random.default_rng(seed).standard_normal((clusters * size, width))
+    labels = balanced_clusters(points, clusters, seed=seed)
+    assert labels.dtype == torch.int64
+    assert torch.bincount(labels, minlength=clusters).tolist() == [size] * clusters
+    assert torch.equal(labels, balanced_clusters(points, clusters, seed=seed))
+
+
+def test_refinements_do_not_lose_and_beat_a_random_split() -> None:
+    points, _ = blobs(12, 16, spread=6.0)
+    once, often = (balanced_clusters(points, 16, seed=1, refinements=r).numpy() for r in (1, 15))
+    assert inertia(points, often) < inertia(points, once)
+    assert inertia(points, once) < 0.8 * inertia(points, np.arange(len(points)) % 16)
+
+
+def test_a_constant_offset_changes_nothing() -> None:
+    points, _ = blobs(4, 8, spread=3.0)
+    shifted = balanced_clusters(points.astype(np.float64) + 2.0**10, 4, seed=0)
+    assert torch.equal(shifted, balanced_clusters(points, 4, seed=0))
+
+
+def test_identical_rows_are_spread_over_all_clusters() -> None:
+    assert torch.bincount(balanced_clusters(np.ones((12, 3)), 4, seed=0)).tolist() == [3] * 4
+
+
+def test_one_cluster_and_one_row_each() -> None:
+    points = torch.randn(6, 2)
+    assert balanced_clusters(points, 1, seed=0).tolist() == [0] * 6
+    assert sorted(balanced_clusters(points, 6, seed=0).tolist()) == list(range(6))
+
+
+def test_accepts_half_precision_and_gradients() -> None:
+    points, truth = blobs(3, 4, spread=0.1)
+    tensor = torch.from_numpy(points).bfloat16().requires_grad_()
+    assert len(set(zip(truth, balanced_clusters(tensor, 3, seed=0).tolist(), strict=True))) == 3
+
+
+@pytest.mark.parametrize(
+    ("features", "clusters", "message"),
+    [
+        (np.zeros((3072, 1)), 13, "nearest numbers that divide 3072: 12, 16"),
+        (np.zeros((4, 1)), 0, "nearest numbers that divide 4: 1"),
+        (np.zeros((4, 1)), 8, "nearest numbers that divide 4: 4"),
+        (np.zeros(4), 2, "must be a matrix"),
+        (np.full((4, 1), np.nan), 2, "NaN"),
+    ],
+)
+def test_refuses(features: np.ndarray, clusters: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        balanced_clusters(features, clusters, seed=0)
+
+
+def test_nearest_divisors() -> None:
+    assert nearest_divisors(3072, 13) == (12, 16)
+    assert nearest_divisors(3072, 12) == (12,)
+    assert nearest_divisors(7, 3) == (1, 7)
+    assert nearest_divisors(7, 9) == (7,)
+    assert nearest_divisors(7, 0) == (1,)
+    with pytest.raises(UsageError, match="positive"):
+        nearest_divisors(0, 1)

@@ -1,0 +1,380 @@
+"""Routers: what they compute, what they are asked to predict, and the closed form that needs no training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import surgeon.moe.router
+from surgeon.kernels.activations import ACTIVATIONS
+from surgeon.kernels.torch.backend import Experts
+from surgeon.moe.router import (
+    Objective,
+    Router,
+    activation_sums,
+    expert_norms,
+    fit_closed_form,
+    router_loss,
+    target,
+)
+
+D, E, S = 6, 4, 5
+
+
+def experts(*, gated: bool = False, bias: bool = True, d_out: int = 7, seed: int = 0) -> Experts:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return Experts(
+        draw(E, S, D),
+        draw(E, S) if bias else None,
+        draw(E, S, D) if gated else None,
+        draw(E, S) if gated and bias else None,
+        draw(E, S, d_out),
+    )
+
+
+X = torch.randn(40, D, generator=torch.Generator().manual_seed(1))
+KINDS = {
+    "plain": experts(),
+    "biasless": experts(bias=False),
+    "gated": experts(gated=True),
+    "gated_biasless": experts(gated=True, bias=False),
+    "narrow": experts(d_out=3),  # narrower than an expert: without the Gram matrix
+}
+
+
+def activations(weights: Experts, x: Tensor, activation: str) -> Tensor:
+    """[N, E, s] in float64, one neuron after the other."""
+    act = ACTIVATIONS[activation].fn
+    w = Experts(*(None if part is None else part.double() for part in weights))  # type: ignore[arg-type]
+    columns = []
+    for expert in range(len(w.w1)):
+        for neuron in range(w.w1.shape[1]):
+            up = x.double() @ w.w1[expert, neuron]
+            up = up if w.b1 is None else up + w.b1[expert, neuron]
+            if w.gate is not None:
+                gate = x.double() @ w.gate[expert, neuron]
+                up = act(gate if w.b_gate is None else gate + w.b_gate[expert, neuron]) * up
+            else:
+                up = act(up)
+            columns.append(up)
+    return torch.stack(columns, 1).unflatten(1, w.w1.shape[:2])
+
+
+def true_norms(weights: Experts, x: Tensor, activation: str) -> Tensor:
+    return torch.einsum("nes,eso->neo", activations(weights, x, activation), weights.w2.double()).norm(dim=-1)
+
+
+# --- the module -------------------------------------------------------------------------------------------------------
+
+
+def test_router_is_as_published() -> None:
+    torch.manual_seed(0)
+    router = Router(D, 8, E)
+    want = (F.relu(X @ router.fc1.weight.t()) @ router.fc2.weight.t()).abs()
+    assert torch.equal(router(X), want)
+    assert sorted(dict(router.named_parameters())) == ["fc1.weight", "fc2.weight"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("hidden", ["relu", "tanh"])
+@pytest.mark.parametrize("output", ["abs", "relu", "softplus", "exp", "sigmoid"])
+def test_router_is_what_its_options_say(bias: bool, hidden: Any, output: Any) -> None:
+    torch.manual_seed(0)
+    router = Router(D, 8, E, bias=bias, hidden=hidden, output=output)
+    logits = router.fc2(getattr(torch, hidden)(router.fc1(X)))
+    want = F.softplus(logits, 50.0) if output == "softplus" else getattr(torch, output)(logits)
+    assert torch.allclose(router(X), want, atol=1e-6)
+    assert bool((router(X) >= 0).all())
+    assert (router.fc1.bias is not None) == bias
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_steps_write_down_what_forward_computes(bias: bool) -> None:
+    """`lower` writes the router into the graph by the steps."""
+    torch.manual_seed(0)
+    router = Router(D, 8, E, bias=bias, output="exp")
+    written: list[str] = []
+    asked: list[str] = []
+
+    def step(op: Any, *args: Any) -> Any:
+        written.append(str(op))
+        return op(*args)
+
+    def parameter(name: str) -> Tensor:
+        asked.append(name)
+        return router.get_parameter(name)
+
+    assert torch.equal(router.steps(step, X, parameter), router(X))
+    assert written == ["aten.linear.default", "aten.relu.default", "aten.linear.default", "aten.exp.default"]
+    assert sorted(asked) == sorted(name for name, _ in router.named_parameters())
+
+
+def test_router_of_one_layer() -> None:
+    torch.manual_seed(0)
+    router = Router(D, None, E)
+    assert list(dict(router.named_parameters())) == ["fc2.weight"]
+    assert torch.equal(router(X), (X @ router.fc2.weight.t()).abs())
+    assert router.first is router.fc2
+    wide = Router(D, 8, E)
+    assert wide.first is wide.fc1
+
+
+@pytest.mark.parametrize("width", [None, E])
+def test_centres_are_means_of_normalised_rows(width: int | None) -> None:
+    rows = KINDS["plain"].w1
+    router = Router(D, width, E, hidden="tanh", output="sigmoid")
+    router.start_from_centres(rows)
+    products = torch.stack(
+        [torch.stack([X @ (row / row.norm()) for row in expert]).mean(0) for expert in rows], dim=1
+    )  # fmt: skip
+    want = torch.sigmoid(products if width is None else products.tanh())
+    assert torch.allclose(router(X), want, atol=1e-6)
+    assert torch.equal(router(X).argsort(-1), products.argsort(-1))
+
+
+def test_router_takes_dtype_and_device_of_what_it_is_like() -> None:
+    router = Router(D, 8, E, bias=True, like=torch.zeros(1, dtype=torch.float64))
+    assert {parameter.dtype for parameter in router.parameters()} == {torch.float64}
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_expert_norms_are_those_of_the_outputs(kind: str, activation: str) -> None:
+    got = expert_norms(X, KINDS[kind], activation)
+    assert (got.shape, got.dtype) == ((40, E), torch.float32)
+    assert torch.allclose(got.double(), true_norms(KINDS[kind], X, activation), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+def test_norms_may_be_those_of_hidden_activations(kind: str) -> None:
+    want = activations(KINDS[kind], X, "relu").norm(dim=-1)
+    assert torch.allclose(expert_norms(X, KINDS[kind], "relu", "hidden").double(), want, rtol=1e-5, atol=1e-5)
+    shares = target("relative", X, KINDS[kind], "relu", "hidden")
+    assert torch.allclose(shares.double(), want / want.amax(-1, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "narrow"])
+def test_norm_of_a_silent_expert_is_zero_and_not_nan(kind: str) -> None:
+    weights = KINDS[kind]._replace(b1=torch.full((E, S), -1e3))
+    assert torch.equal(expert_norms(X, weights, "relu"), torch.zeros(40, E))
+
+
+def test_expert_norms_of_half_precision_weights() -> None:
+    half = Experts(*(None if part is None else part.bfloat16() for part in KINDS["plain"]))  # type: ignore[arg-type]
+    got = expert_norms(X.bfloat16(), half, "relu")
+    assert got.dtype == torch.float32
+    assert torch.allclose(got.double(), true_norms(KINDS["plain"], X, "relu"), rtol=0.05, atol=0.3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+def test_activation_sums_leave_out_what_is_below_zero(kind: str) -> None:
+    want = activations(KINDS[kind], X, "gelu").clamp_min(0).sum(-1)
+    assert torch.allclose(activation_sums(X, KINDS[kind], "gelu").double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_target_of_each_objective() -> None:
+    weights = KINDS["plain"]
+    norms = true_norms(weights, X, "relu")
+    shares = norms / norms.amax(-1, keepdim=True)
+    sums = activations(weights, X, "relu").sum(-1)
+    want = {"norm": norms, "relative": shares, "log": (shares + 0.01).log(), "activation": sums / sums.max()}
+    assert set(want) == set(get_args(Objective))
+    for objective, value in want.items():
+        got = target(objective, X, weights, "relu")  # type: ignore[arg-type]
+        assert torch.allclose(got.double(), value, rtol=1e-4, atol=1e-5), objective
+
+
+@pytest.mark.parametrize("objective", get_args(Objective))
+def test_targets_of_silent_layers_are_finite(objective: Objective) -> None:
+    weights = KINDS["plain"]._replace(b1=torch.full((E, S), -1e3))
+    assert bool(target(objective, X, weights, "relu").isfinite().all())
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_mean_squared_error() -> None:
+    scores, wanted = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]])
+    assert float(router_loss("norm", scores, wanted)) == pytest.approx((4 + 1) / 2)
+    assert float(router_loss("relative", scores, wanted)) == pytest.approx((4 + 1) / 2)
+    assert float(router_loss("log", scores.exp(), wanted)) == pytest.approx((4 + 1) / 2)
+
+
+@pytest.mark.parametrize("objective", ["norm", "relative", "log"])
+def test_underestimates_weigh_what_they_are_said_to(objective: Any) -> None:
+    scores, wanted = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]])
+    scores = scores.exp() if objective == "log" else scores
+    assert float(router_loss(objective, scores, wanted, 3.0)) == pytest.approx((3 * 4 + 1) / 2)
+    assert float(router_loss(objective, scores, wanted, 0.5)) == pytest.approx((0.5 * 4 + 1) / 2)
+
+
+def test_loss_of_activations_is_cross_entropy() -> None:
+    logits, wanted = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 0.5]])
+    scores = logits.sigmoid()
+    want = -(scores[0, 0].log() + 0.5 * scores[0, 1].log() + 0.5 * (1 - scores[0, 1]).log()) / 2
+    assert float(router_loss("activation", logits, wanted)) == pytest.approx(float(want))
+
+
+def test_a_router_that_is_certain_and_wrong_still_learns() -> None:
+    router = Router(D, 4, E, hidden="tanh", output="sigmoid")
+    with torch.no_grad():
+        router.fc2.weight.fill_(50.0)
+    logits = router.logits(X)
+    assert torch.equal(router(X), logits.sigmoid())
+    certain = (router(X) == 0) | (router(X) == 1)
+    assert bool(certain.any())
+    logits.retain_grad()
+    loss = router_loss("activation", logits, 1.0 - router(X).detach().round())
+    loss.backward()
+    assert bool(loss.isfinite())
+    assert logits.grad is not None
+    assert bool((logits.grad[certain].abs() > 0.5 / logits.numel()).all())
+
+
+# --- closed form ------------------------------------------------------------------------------------------------------
+
+WIDE = 24  # hidden neurons of the layers below
+
+
+def layer(*, gated: bool = False, bias: bool = True, seed: int = 0, size: int = 4) -> Experts:
+    """WIDE neurons in experts of `size`, half of which are much larger than the others."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    count = WIDE // size
+    scale = torch.where(torch.arange(count) % 2 == 0, 3.0, 0.5)[:, None, None]
+    return Experts(
+        draw(count, size, D), draw(count, size) if bias else None, draw(count, size, D) if gated else None,
+        draw(count, size) if gated and bias else None, draw(count, size, 8) * scale,
+    )  # fmt: skip
+
+
+def fitted(layers: Sequence[Experts], width: int, objective: Objective = "norm", tokens: int = 800) -> list[Router]:
+    """Routers that share one trunk, fitted to the layers."""
+    x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(0)
+    routers = [Router(D, width, len(one.w1), bias=True) for one in layers]
+    for router in routers[1:]:
+        router.fc1 = routers[0].fc1
+    with torch.no_grad():
+        fit_closed_form(routers, x, [(one, "relu") for one in layers], objective)
+    return routers
+
+
+def unexplained(router: Router, one: Experts, objective: Objective = "norm") -> float:
+    """Share of the variance of the targets that is left, on tokens that were not seen."""
+    x = torch.randn(500, D, generator=torch.Generator().manual_seed(9))
+    wanted = target(objective, x, one, "relu")
+    with torch.no_grad():
+        return float((router(x) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("kind", ["plain", "biasless", "gated"])
+@pytest.mark.parametrize("objective", ["norm", "relative"])
+def test_closed_form_predicts_the_norms(kind: str, objective: Any) -> None:
+    one = layer(gated=kind == "gated", bias=kind != "biasless")
+    (router,) = fitted([one], 20, objective)
+    assert unexplained(router, one, objective) < (0.75 if kind == "gated" else 0.3)
+
+
+def test_closed_form_is_the_best_that_its_features_allow() -> None:
+    """fc2 is what least squares over the chosen neurons gives."""
+    one = layer()
+    (router,) = fitted([one], 8)
+    x = torch.randn(800, D, generator=torch.Generator().manual_seed(3))
+    features = F.pad(F.relu(router.fc1(x)), (0, 1), value=1.0).double()
+    best = torch.linalg.lstsq(features, target("norm", x, one, "relu").double()).solution
+    assert torch.allclose(router.fc2.weight.double(), best[:-1].t(), rtol=0.02, atol=0.02)
+
+
+def test_closed_form_takes_neurons_of_the_layer_and_the_useful_ones_first() -> None:
+    one = layer()
+    (router,) = fitted([one], 12)
+    rows = one.w1.flatten(0, 1)
+    chosen = [(rows == row).all(1).nonzero().item() for row in router.fc1.weight]
+    assert len(set(chosen)) == 12
+    assert one.b1 is not None
+    assert torch.equal(router.fc1.bias, one.b1.flatten()[chosen])
+    # neurons of the large experts, every other one, explain most
+    assert sum((index // 4) % 2 == 0 for index in chosen[:6]) >= 5
+    random = Router(D, 12, len(one.w1), bias=True)
+    assert unexplained(router, one) < 0.5 * unexplained(random, one)
+
+
+def test_more_neurons_explain_more() -> None:
+    one = layer()
+    left = [unexplained(fitted([one], width)[0], one) for width in (2, 6, 24)]
+    assert left == sorted(left, reverse=True)
+    assert left[2] < 0.5 * left[0]
+
+
+def test_one_trunk_serves_all_layers_that_share_it() -> None:
+    layers = [layer(seed=0), layer(seed=5, size=8), layer(gated=True, seed=6)]
+    routers = fitted(layers, 24)
+    assert all(router.fc1 is routers[0].fc1 for router in routers)
+    for router, one in zip(routers[:2], layers[:2], strict=True):
+        assert unexplained(router, one) < 0.3
+    # layers count alike, whatever the size of what they give
+    loud = layers[1]._replace(w2=layers[1].w2 * 1000)
+    again = fitted([layers[0], loud, layers[2]], 24)
+    assert torch.equal(again[0].fc1.weight, routers[0].fc1.weight)
+
+
+def test_a_trunk_wider_than_there_are_neurons_is_filled_and_no_worse() -> None:
+    one = layer()
+    (exact,), (wide,) = fitted([one], WIDE), fitted([one], 3 * WIDE + 5)
+    assert wide.fc1.weight.shape == (3 * WIDE + 5, D)
+    assert bool(torch.cat([p.detach().flatten() for p in wide.parameters()]).isfinite().all())
+    assert unexplained(wide, one) == pytest.approx(unexplained(exact, one), abs=0.02)
+
+
+def test_closed_form_survives_neurons_that_are_silent_or_alike() -> None:
+    one = layer()
+    assert one.b1 is not None
+    one.w1[0] = one.w1[1]
+    one.b1[0] = one.b1[1]
+    one.b1[3] = -1e3
+    (router,) = fitted([one], WIDE)
+    assert bool(torch.cat([p.detach().flatten() for p in router.parameters()]).isfinite().all())
+    assert unexplained(router, one) < 0.2
+
+
+def test_closed_form_of_more_neurons_than_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = layer()
+    (all_compared,) = fitted([one], 6)
+    monkeypatch.setattr(surgeon.moe.router, "_CANDIDATES", 8)
+    (few_compared,) = fitted([one], 6)
+    rows = one.w1.flatten(0, 1)
+    assert all(bool((rows == row).all(1).any()) for row in few_compared.fc1.weight)
+    assert unexplained(all_compared, one) < unexplained(few_compared, one) < 0.3
+    (wider,) = fitted([one], 20)  # than there are candidates
+    assert unexplained(wider, one) < 1.1 * unexplained(few_compared, one)
+
+
+def test_where_few_neurons_tell_anything_the_trunk_repeats_them() -> None:
+    """Two neurons that ever fire: each stands in the trunk as often, and none of the silent ones does."""
+    one = layer()
+    assert one.b1 is not None
+    one.b1.fill_(-100.0)
+    one.b1[0, 2] = one.b1[3, 1] = 1.0
+    (router,) = fitted([one], 6)
+    rows = one.w1.flatten(0, 1)
+    chosen = [(rows == row).all(1).nonzero().item() for row in router.fc1.weight]
+    assert sorted(chosen) == [2] * 3 + [13] * 3
+    one.b1.fill_(-100.0)
+    (silent,) = fitted([one], 6)
+    assert bool(silent.fc2.weight.isfinite().all())

@@ -1,0 +1,203 @@
+"""How measurements look: sweeps, tuned budgets, and how sparse activations became."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from surgeon.data.losses import Quality
+from surgeon.graph.snapshot import GraphDiff, PassDiff
+from surgeon.jobs.set import Change, Setting, SettingResult
+from surgeon.jobs.sweep import Swept, TuningResult
+from surgeon.measure.sweep import Dense, Point
+from surgeon.measure.tuning import Tuned
+from surgeon.passes.report import Cost, FitReport, PassReport, SiteChange
+from surgeon.render.files import write_swept
+from surgeon.render.screen import plain_text, to_json
+from surgeon.render.sweep import setting_view, sweep_view, tuned_view
+from surgeon.text.diff import Detail, diff_view
+from surgeon.training.penalty import Sparsity
+
+
+def accuracy(value: float) -> Quality:
+    return Quality("accuracy", value, True, 60)
+
+
+def token_loss(value: float) -> Quality:
+    return Quality("loss per token", value, False, 1000)
+
+
+DENSE = Dense(4_290_000, accuracy(0.95), 2.04)
+POINTS = [
+    Point(0.0, accuracy(0.95), 1.0, 1.025, 5_060_000, 1.18, milliseconds=3.14),
+    Point(0.1, accuracy(0.90), 0.23, 0.255, 2_950_000, 0.687, milliseconds=1.5),
+]
+
+
+def cells(points: list[Point], dense: Dense) -> list[list[str]]:
+    return [line.split() for line in plain_text(sweep_view(points, dense), 160).splitlines()]
+
+
+def test_sweep_shows_what_each_tau_costs_in_quality() -> None:
+    header, dense, every, less, measured = cells(POINTS, DENSE)[:5]
+    assert " ".join(header) == "tau accuracy experts that ran converted layers multiply-adds of dense ms"
+    assert dense == ["dense", "0.950", "100%", "4.29", "M", "100%", "2.0"]
+    assert every == ["0", "(all", "experts)", "0.950", "100%", "102%", "5.06", "M", "118%", "3.1"]
+    assert less == ["0.1", "0.900", "-0.05", "23%", "26%", "2.95", "M", "69%", "1.5"]
+    assert measured[:4] == ["note:", "accuracy", "on", "60"]
+
+
+def test_columns_that_say_nothing_are_left_out() -> None:
+    bare = [Point(0.1, token_loss(21.5), 0.23, 0.25, 2_950_000, None)]
+    header, point, *rest = cells(bare, Dense(None, token_loss(20.0)))
+    assert " ".join(header) == "tau loss per token experts that ran converted layers multiply-adds"
+    assert point == ["0.1", "21.5", "+1.5", "23%", "25%", "2.95", "M"]
+    assert rest[0][:4] == ["note:", "loss", "per", "token"]
+
+
+def test_a_dense_model_of_unknown_quality_is_told_how_to_be_known() -> None:
+    lines = plain_text(sweep_view(POINTS, Dense(4_290_000)), 160).splitlines()
+    assert lines[1].split() == ["dense", "100%", "4.29", "M", "100%"]
+    assert lines[-1] == "The dense model's quality on this data is not known: give the model with --dense."
+    assert "-0.05" in lines[3]  # then the first point is what the others are compared with
+
+
+def test_routers_rules_and_stored_values_are_told_apart() -> None:
+    points = [
+        Point(0.1, accuracy(0.9), 0.4, 0.42, 3_000_000, 0.7, "max"),
+        Point(None, accuracy(0.92), 0.4, 0.42, 3_000_000, 0.7, "top_k"),
+        Point(0.1, accuracy(0.94), 0.3, 0.32, 2_800_000, 0.65, "max", "oracle"),
+    ]
+    header, _, *rows = cells(points, DENSE)[:5]
+    assert header[:3] == ["router", "rule", "tau"]
+    assert rows[0][:2] == ["max", "0.1"]
+    assert rows[1][:3] == ["top_k", "as", "stored"]
+    assert rows[2][:3] == ["oracle", "max", "0.1"]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_table_fits_the_terminal(width: int) -> None:
+    lines = plain_text(sweep_view(POINTS, DENSE), width).splitlines()
+    assert max(map(len, lines)) <= width
+
+
+def tuning(quality: tuple[Quality, Quality] | None) -> TuningResult:
+    taus = {"blocks.0.ffn.moe": 0.0423, "blocks.1.ffn.moe": 0.5}
+    tuned = Tuned(taus, dict.fromkeys(taus, 0.25), 0.4991, 0.01234, 0.1, 0.498, 0.0456, 2)
+    return TuningResult("m", Path("m-tuned"), 0.5, "flops", tuned, quality)
+
+
+def test_tuning_shows_every_tau_and_what_it_gained() -> None:
+    lines = plain_text(tuned_view(tuning((accuracy(0.95), accuracy(0.93)))), 120).splitlines()
+    rows = [line.split() for line in lines]
+    assert rows[1] == ["blocks.0.ffn.moe", "0.0423", "25%"]
+    assert rows[2] == ["blocks.1.ffn.moe", "0.5", "25%"]
+    assert rows[5] == ["one", "tau,", "0.1", "50%", "0.0456"]
+    assert rows[6] == ["a", "tau", "for", "each", "layer", "50%", "0.01234"]
+    assert lines[7] == "accuracy: 0.930 within the budget, 0.950 with every expert."
+    assert lines[8] == "Saved to m-tuned."
+    assert "multiply-adds, of dense" in lines[4]
+    assert not any("within the budget" in line for line in plain_text(tuned_view(tuning(None)), 120).splitlines())
+
+
+def test_what_was_not_measured_is_told() -> None:
+    found = dataclasses.replace(tuning(None), notes=("Quality was not measured: the data has no labels.",))
+    lines = plain_text(tuned_view(found), 120).splitlines()
+    assert lines[-2:] == ["note: Quality was not measured: the data has no labels.", "Saved to m-tuned."]
+
+
+def test_settings_show_what_changed() -> None:
+    same, other = Setting(0.25, "max", compensated=False), Setting(0.1, "top_k", compensated=False)
+    layers = {"blocks.0.ffn.moe": Change(same, same), "blocks.1.ffn.moe": Change(same, other)}
+    lines = plain_text(setting_view(SettingResult("m", Path("m"), layers)), 120).splitlines()
+    assert [line.split() for line in lines] == [
+        ["layer", "tau", "rule"],
+        ["blocks.0.ffn.moe", "0.25", "max"],
+        ["blocks.1.ffn.moe", "0.25", "→", "0.1", "max", "→", "top_k"],
+        ["Saved", "to", "m."],
+    ]
+    added = dataclasses.replace(same, compensated=True)
+    layers = {"blocks.0.ffn.moe": Change(added, same), "blocks.1.ffn.moe": Change(same, same)}
+    lines = plain_text(setting_view(SettingResult("m", None, layers, ("Gone.",))), 120).splitlines()
+    assert lines[0].split() == ["layer", "tau", "rule", "compensated"]
+    assert lines[1].split()[-3:] == ["yes", "→", "no"]
+    assert lines[2].split()[-1] == "no"
+    assert lines[3:] == ["note: Gone."]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def swept(points: list[Point], dense: Dense = DENSE) -> Swept:
+    return Swept("m", "60 samples", "classification", dense, points)
+
+
+def test_a_table_is_written_as_json(tmp_path: Path) -> None:
+    write_swept(swept(POINTS), tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == to_json(swept(POINTS))
+
+
+@pytest.mark.parametrize("points", [
+    POINTS,
+    [
+        *POINTS, Point(None, accuracy(0.9), 0.4, 0.42, 3_000_000, 0.7),
+        Point(0.1, accuracy(0.9), 0.4, 0.4, 1, 0.1, "max", "oracle"),
+    ],
+    [Point(0.1, token_loss(21.5), 0.23, 0.25, 2_950_000, None)],
+])  # fmt: skip
+def test_a_plot_is_drawn_without_a_display(
+    tmp_path: Path, points: list[Point], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setenv("MPLBACKEND", "TkAgg")  # one that needs a display: it must not be asked for
+    write_swept(swept(points), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- sparsity ---------------------------------------------------------------------------------------------------------
+
+DENSELY, SPARSELY = Sparsity(0.4, 0.6, 0.5, 0.45), Sparsity(0.9, 0.99, 0.968, 0.95)
+
+
+def sparsified(sparsity: dict[str, tuple[Sparsity, Sparsity]]) -> PassReport:
+    sites = tuple(
+        SiteChange(path, "FFN 16→32→16 relu", "FFN 16→32→16 relu + tap", (9, 9), (9, 9), ("a", "a"))
+        for path in sparsity
+    )
+    fit = FitReport(120, 3.0, 12.0, ((1, {"task loss": 1.0}), (120, {"task loss": 0.5})), sparsity=sparsity)
+    cost = Cost(100, 200, 200)
+    return PassReport("sparsify", {}, list(sparsity), [], sites, 13.0, cost, cost, 0.2, preserved=False, fit=fit)
+
+
+def shown(sparsity: dict[str, tuple[Sparsity, Sparsity]], detail: Detail) -> list[str]:
+    passes = [PassDiff(sparsified(sparsity), GraphDiff({}, []))]
+    return plain_text(diff_view(passes, detail), 120).splitlines()
+
+
+def test_sparsity_is_shown_layer_by_layer_with_like_layers_joined() -> None:
+    same = {f"h.{index}.mlp": (DENSELY, SPARSELY) for index in range(3)}
+    lines = shown({**same, "h.3.mlp": (DENSELY, DENSELY)}, "sites")
+    start = next(index for index, line in enumerate(lines) if line.split()[:1] == ["neurons"])
+    assert lines[start - 1].startswith("  trained 120 steps in 12 s")
+    assert lines[start].split() == ["neurons", "active", "exactly", "zero"]
+    assert lines[start + 1].split() == ["h.0…2.mlp", "×3", "50%", "→", "3.2%", "40%", "→", "90%"]
+    assert lines[start + 2].split() == ["h.3.mlp", "50%", "40%"]
+    assert lines[start + 3].startswith("  active: above a hundredth of the token's largest value")
+    assert "a tenth and a thousandth: surgeon diff --full" in " ".join(" ".join(lines[start + 3 :]).split())
+
+
+def test_full_detail_has_every_layer_and_all_three_parts() -> None:
+    lines = shown({f"h.{index}.mlp": (DENSELY, SPARSELY) for index in range(2)}, "full")
+    start = next(index for index, line in enumerate(lines) if line.split()[:1] == ["neurons"])
+    assert lines[start].split() == ["neurons", "exactly", "zero", "below", "1/10", "below", "1/100", "below", "1/1000"]
+    for number in range(2):
+        row = " ".join(lines[start + 1 + number].split())
+        assert row == f"h.{number}.mlp 40% → 90% 60% → 99% 50% → 97% 45% → 95%"
+
+
+def test_passes_without_sparsity_have_no_such_table() -> None:
+    assert not any("neurons" in line for line in shown({}, "sites"))
+    assert not any("neurons" in line for line in shown({"h.0": (DENSELY, SPARSELY)}, "stat"))

@@ -1,0 +1,27 @@
+"""A small model with experts in both forms, and each of them saved. No test changes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from surgeon.surgery.pipeline import Pipeline, Surgery
+from tests.small_models import labelled_vectors, stack, vectors
+from tests.surgery.forms import FORMS
+
+
+@pytest.fixture(scope="session")
+def surgeries() -> dict[str, Surgery]:
+    """A small model with experts, before and after lowering, with one tau for each layer."""
+    made = {}
+    for form, passes in FORMS.items():
+        made[form] = Pipeline(passes).run(stack("gelu"), inputs=vectors(), data=labelled_vectors(1), seed=5)
+        made[form].set_tau({"blocks.0.ffn": 0.25, "blocks.1.ffn": 0.5})
+    return made
+
+
+@pytest.fixture(scope="session")
+def saved(surgeries: dict[str, Surgery], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("saved")
+    return {form: surgery.save(place / form) for form, surgery in surgeries.items()}

@@ -1,0 +1,158 @@
+"""Saved and loaded: the same graph, also in another process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgeon.graph.snapshot import snapshot
+from surgeon.graph.traced import TracedGraph
+from surgeon.moe.module import find_moes, get_tau, set_tau
+from surgeon.passes import Lower, Moeify, Sparsify
+from surgeon.surgery.artifact import load, save
+from surgeon.surgery.pipeline import Origin, Pipeline, Surgery
+from tests.small_models import WIDTH, Plain, Wrapped, stack, vectors
+from tests.surgery.forms import FORMS, forms
+
+
+@forms
+def test_loaded_graph_is_the_saved_one(surgeries: dict[str, Surgery], saved: dict[str, Path], form: str) -> None:
+    graph, original = load(saved[form]), surgeries[form].graph
+    assert isinstance(graph, TracedGraph)
+    assert not graph.training
+    assert get_tau(graph) == {"blocks.0.ffn.moe": 0.25, "blocks.1.ffn.moe": 0.5}
+    assert {site.form for site in find_moes(graph)} == {form}
+    assert set(graph.state_dict()) == set(original.state_dict())
+    for batch, length in ((3, 7), (1, 2), (5, 11)):
+        inputs = vectors(batch, length)
+        assert torch.allclose(graph(**inputs), original.eval()(**inputs), atol=1e-6)
+    assert graph.meta["trace"].form == "train"
+    assert graph.meta["surgery"]["seed" if "seed" in graph.meta["surgery"] else "recipe"]
+
+
+@forms
+def test_tau_can_be_set_after_loading(saved: dict[str, Path], form: str) -> None:
+    graph, inputs = load(saved[form]), vectors()
+    before = graph(**inputs)
+    assert set_tau(graph, 1.0, "blocks.1.ffn") == ["blocks.1.ffn.moe"]
+    assert not torch.allclose(graph(**inputs), before, atol=1e-6)
+    set_tau(graph, 0.0)
+    assert torch.allclose(graph(**inputs), stack("gelu")(**inputs), atol=1e-5)
+
+
+@forms
+def test_modes_switch_after_loading(saved: dict[str, Path], form: str) -> None:
+    graph, inputs = load(saved[form]), vectors()
+    assert not torch.equal(graph.train()(**inputs), graph(**inputs))
+    assert torch.equal(graph.eval()(**inputs), graph(**inputs))
+    graph.train()(**inputs).sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in graph.parameters())
+
+
+def test_masked_experts_can_be_lowered_after_loading(surgeries: dict[str, Surgery], saved: dict[str, Path]) -> None:
+    graph = load(saved["masked"])
+    want = graph(**vectors())
+    report = Lower().apply(graph, inputs=vectors())
+    assert report.matched == ["blocks.0.ffn.moe", "blocks.1.ffn.moe"]
+    assert torch.allclose(graph(**vectors()), want, atol=1e-5)
+
+
+@forms
+def test_a_loaded_graph_can_be_saved_again(saved: dict[str, Path], tmp_path: Path, form: str) -> None:
+    graph = load(saved[form])
+    surgery = Surgery(graph, [], vectors(), [snapshot(graph)])
+    again = load(save(surgery, tmp_path / "again"))
+    assert get_tau(again) == get_tau(graph)
+    assert torch.allclose(again(**vectors(4)), graph(**vectors(4)), atol=1e-6)
+
+
+def test_shared_experts_stay_one(traces: Any, tmp_path: Path) -> None:
+    surgery = Pipeline([*FORMS["dynamic"]]).run(traces("stack:shared"), inputs=vectors())
+    graph = load(surgery.save(tmp_path / "shared"))
+    (site,) = find_moes(graph)
+    assert len(site.nodes) == 2
+    assert sum(p.numel() for p in graph.parameters()) == sum(p.numel() for p in surgery.graph.parameters())
+
+
+def test_tied_weights_are_one_parameter_again(tmp_path: Path) -> None:
+    model = stack()
+    model.blocks[1].mix.weight = model.blocks[0].mix.weight
+    surgery = Pipeline([Moeify(experts=4)]).run(model, inputs=vectors())
+    graph = load(surgery.save(tmp_path / "tied"))
+    assert len(list(graph.parameters())) == len({p.data_ptr() for p in graph.parameters()})
+    assert sum(p.numel() for p in graph.parameters()) == sum(p.numel() for p in surgery.graph.parameters())
+
+
+def test_batch_of_one_in_the_example_stays_dynamic(tmp_path: Path) -> None:
+    model = stack("relu", layers=1)
+    surgery = Pipeline([Moeify(experts=4)]).run(model, inputs=vectors(1))
+    graph = load(surgery.save(tmp_path / "one"))
+    assert torch.allclose(graph(**vectors(4)), model(**vectors(4)), atol=1e-5)
+
+
+def test_sparsity_taps_are_gone_after_saving(traces: Any, tmp_path: Path) -> None:
+    surgery = Pipeline([Sparsify()]).run(traces("stack:relu"), inputs=vectors())
+    graph = load(surgery.save(tmp_path / "tapped"))
+    assert not any(node.op == "call_module" for node in graph.graph.nodes)
+    assert torch.allclose(graph(**vectors()), surgery.graph(**vectors()), atol=1e-6)
+    assert Moeify(experts=4).apply(graph, inputs=vectors()).matched == ["blocks.0.ffn", "blocks.1.ffn"]
+
+
+def test_saving_leaves_the_graph_as_it_was(surgeries: dict[str, Surgery], tmp_path: Path) -> None:
+    graph = surgeries["masked"].graph
+    for mode in (True, False):
+        graph.train(mode)
+        code = graph.code
+        state = {name: value.clone() for name, value in graph.state_dict().items()}
+        surgeries["masked"].save(tmp_path / str(mode))
+        assert graph.training == mode
+        assert graph.code == code
+        assert all(torch.equal(value, state[name]) for name, value in graph.state_dict().items())
+    graph.eval()
+
+
+READER = """
+import json, sys, torch, surgeon
+output = surgeon.load(sys.argv[2])(**torch.load(sys.argv[1]))
+print(json.dumps({"class": type(output).__name__, "logits": output.logits.tolist()}))
+"""
+
+
+def test_hugging_face_model_in_a_fresh_process(traces: Any, tmp_path: Path) -> None:
+    """Its output class comes back without the model's code having been imported."""
+    model, inputs, _ = traces.pair("vit")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    surgery = Pipeline(FORMS["dynamic"]).run(traces("vit"), inputs=inputs, origin=Origin(config=model.config))
+    place = surgery.save(tmp_path / "moe")
+    assert (place / "config.json").exists()
+    command = [sys.executable, "-c", READER, str(tmp_path / "inputs.pt"), str(place)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    got = json.loads(done.stdout.splitlines()[-1])
+    assert got["class"] == "ImageClassifierOutput"
+    assert torch.allclose(torch.tensor(got["logits"]), surgery.graph(**inputs).logits, atol=1e-5)
+
+
+PLAIN_READER = """
+import sys, torch, surgeon.kernels.dynamic_k
+assert "surgeon.moe.module" not in sys.modules
+program = torch.export.load(sys.argv[2])
+print(program.module()(**torch.load(sys.argv[1])).tolist())
+"""
+
+
+def test_torch_alone_reads_it_once_the_operators_are_registered(tmp_path: Path) -> None:
+    """Serving needs the kernels and nothing else of this package."""
+    x = torch.randn(2, 5, WIDTH)
+    torch.save({"x": x}, tmp_path / "inputs.pt")
+    model = Wrapped(Plain(dropout=0.0)).eval()
+    surgery = Pipeline([Moeify(experts=4, rule="energy"), Lower()]).run(model, inputs={"x": x}).set_tau(0.5)
+    place = surgery.save(tmp_path / "moe")
+    command = [sys.executable, "-c", PLAIN_READER, str(tmp_path / "inputs.pt"), str(place / "model.pt2")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    got = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    assert torch.allclose(got, surgery.graph(x), atol=1e-5)
