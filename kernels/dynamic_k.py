@@ -21,7 +21,7 @@ and give [..., d_out], in the dtype of `x`, which the weights share:
     y   = Σ over selected experts e of h_e w2_e, plus b2
 
 Expert outputs are added with weight 1, so with every expert selected this is the dense FFN (D2DMoE, arXiv 2310.04361).
-An expert runs for a token unless its score is below the token's threshold (`torch_backend.selected`); a token that
+An expert runs for a token unless its score is below the token's threshold (`experts.selected`); a token that
 selects nothing gives b2. The row of w2 of a neuron whose h is exactly zero may not be read, so what is infinite there
 does not become NaN. Selection is a step function: `scores` and `threshold` get no gradient. Under autocast `x` and the
 weights are cast, scores and threshold are not. `torch.func` transforms (grad, vmap) work with `masked_ffn` only:
@@ -42,8 +42,8 @@ from surgeon.errors import UsageError
 from surgeon.kernels import cpu, triton
 from surgeon.kernels import selection as _selection  # noqa: F401  registers its op
 from surgeon.kernels.activations import activation as find_activation
+from surgeon.kernels.experts import Experts, hidden, keep_selected, selected
 from surgeon.kernels.torch import backend as torch_backend
-from surgeon.kernels.torch.backend import Experts, selected
 
 __all__ = ["dynamic_k_ffn", "masked_ffn", "selected"]
 
@@ -117,8 +117,8 @@ def _by_torch(args: _Arguments) -> Tensor:
 
 def _masked(args: _Arguments) -> Tensor:
     flat = args.experts.flat()
-    h = torch_backend.hidden(args.x, flat, find_activation(args.activation))
-    return F.linear(torch_backend.keep_selected(h, selected(args.scores, args.threshold)), flat.w2.t(), args.b2)
+    h = hidden(args.x, flat, find_activation(args.activation))
+    return F.linear(keep_selected(h, selected(args.scores, args.threshold)), flat.w2.t(), args.b2)
 
 
 @_dynamic_k_ffn.register_fake

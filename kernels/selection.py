@@ -2,7 +2,7 @@
 
 `surgeon::selection_threshold(scores, tau, rule)` takes scores [..., E], not negative, and tau, a scalar tensor in
 [0, 1], and gives the threshold [...], float32 or wider. An expert runs unless its score is below it
-(`torch_backend.selected`). In every rule a larger tau is cheaper, tau = 0 runs every expert, and at least one runs:
+(`experts.selected`). In every rule a larger tau is cheaper, tau = 0 runs every expert, and at least one runs:
 
 | rule | an expert is skipped if | source |
 | --- | --- | --- |

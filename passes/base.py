@@ -8,44 +8,31 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from surgeon.data.batch import Data
+from surgeon.data.data import Data
 from surgeon.errors import PassError, SurgeonError, UsageError, VerificationError
 from surgeon.graph.agreement import relative_error, run, tolerance_for
-from surgeon.graph.edit import Capture, adopt_changes
+from surgeon.graph.calls import as_args_kwargs
+from surgeon.graph.ownership import adopt_changes
 from surgeon.graph.traced import TracedGraph, tidy
-from surgeon.measure.meter import LayerRun, measure
-from surgeon.models.example_inputs import as_args_kwargs
-from surgeon.moe.module import MoESite
-from surgeon.passes.report import Cost, FitReport, PassReport, SiteChange
-from surgeon.sites.ffn import FFN, LinearSite, Rejection
+from surgeon.measure.meter import Cost, LayerRun, measure
+from surgeon.moe.site import MoESite
+from surgeon.passes.options import option
+from surgeon.passes.report import PassReport, SiteChange
+from surgeon.passes.verification import _first_difference, _other_inputs
+from surgeon.sites.ffn import FFN
+from surgeon.sites.linear_site import LinearSite
+from surgeon.sites.rejection import Rejection
 from surgeon.tracing.trace import adopt, is_aten_graph
-from surgeon.training.loop import Settings, start_alike
+from surgeon.training.loop import FitReport, Settings, start_alike
 
 Site = TypeVar("Site", FFN, LinearSite, MoESite)
 SiteKind = Literal["ffn", "linear", "moe"]
-
-
-Value = TypeVar("Value")
-PerSite: TypeAlias = Value | dict[str, Value]
-"""An option with one value for every site, or values by path, patterns with * allowed; the first that fits counts."""
-
-
-def for_site(value: PerSite[Value] | None, path: str) -> Value | None:
-    """The value of an option for one site, None if it has none."""
-    if not isinstance(value, dict):
-        return value
-    return next((one for pattern, one in value.items() if fnmatch.fnmatchcase(path, pattern)), None)
-
-
-def option(default: Any, help: str) -> Any:
-    """A field of a pass that is also its command-line option, with the sentence that explains it."""
-    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -343,38 +330,3 @@ def _paths(sites: Iterable[FFN | LinearSite | MoESite], rejected: Iterable[Rejec
 
 def _words(error: Exception) -> str:
     return str(error) if isinstance(error, SurgeonError) else f"{type(error).__name__}: {error}"
-
-
-def _first_difference(
-    before: TracedGraph,
-    after: TracedGraph,
-    changes: Sequence[SiteChange],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    tolerance: float,
-) -> str:
-    """Name the first changed site whose own output differs."""
-    _, old = run(Capture(before, [change.output[0] for change in changes]), args, kwargs)
-    _, new = run(Capture(after, [change.output[1] for change in changes]), args, kwargs)
-    for change in changes:
-        error = relative_error(new[change.output[1]], old[change.output[0]])
-        if not error <= tolerance:
-            return f"; the first site that differs is {change.path}, by {error:.1e}"
-    return ""
-
-
-def _other_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], trial: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example inputs with rows in another order and, where they are real numbers, other values."""
-    generator = torch.Generator().manual_seed(trial)
-
-    def change(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
-            return leaf
-        rolled = leaf.roll(trial + 1, 0)
-        if leaf.is_floating_point():
-            noise = torch.randn(leaf.shape, generator=generator).to(leaf)
-            return rolled + noise * leaf.std(correction=0)
-        return rolled
-
-    changed = pytree.tree_map(change, (args, kwargs))
-    return changed[0], changed[1]

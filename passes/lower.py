@@ -11,10 +11,12 @@ from torch.fx import GraphModule, Node
 
 from surgeon.graph.edit import emit, get_attr, merge_duplicates
 from surgeon.graph.traced import TracedGraph
-from surgeon.moe.module import MoE, MoESite, dynamic_k_ffn, find_moes, router_nodes
+from surgeon.moe.module import MoE
+from surgeon.moe.ops import dynamic_k_ffn
+from surgeon.moe.site import MoESite, find_moes, router_nodes
 from surgeon.passes.base import Pass, SiteKind
 from surgeon.passes.report import SiteChange
-from surgeon.sites.ffn import Rejection
+from surgeon.sites.rejection import Rejection
 
 
 @dataclass(frozen=True, kw_only=True)

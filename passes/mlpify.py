@@ -16,18 +16,22 @@ from torch.fx import GraphModule, Node
 from surgeon.data.batch import Batch
 from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
-from surgeon.graph.edit import Capture, emit, emit_dropout, erase_unread, get_attr, replace_value
+from surgeon.graph.capture import Capture
+from surgeon.graph.edit import emit, emit_dropout, erase_unread, get_attr, replace_value
 from surgeon.graph.traced import TracedGraph, aten, free_target
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.passes.base import FitContext, SiteKind, option
-from surgeon.passes.report import FitReport, SiteChange
-from surgeon.passes.swap_activation import TARGETS
+from surgeon.passes.activation_ops import TARGETS
+from surgeon.passes.base import FitContext, SiteKind
+from surgeon.passes.options import option
+from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import TrainedPass
-from surgeon.sites.ffn import PROJECTION_MLP, LinearSite, Rejection
+from surgeon.sites.ffn import PROJECTION_MLP
 from surgeon.sites.linear import Linear
+from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.qkv import fused_parts
+from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_linear_sites
-from surgeon.training.loop import fit
+from surgeon.training.loop import FitReport, fit
 from surgeon.training.penalty import (
     PENALTIES,
     PENALTY_NAMES,

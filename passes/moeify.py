@@ -15,23 +15,27 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from surgeon.data.batch import Data
+from surgeon.data.data import Data
 from surgeon.errors import UsageError
-from surgeon.graph.edit import replace_call
 from surgeon.graph.traced import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.selection import RULES
 from surgeon.moe.clustering import nearest_divisors
-from surgeon.moe.module import MoE, find_moes, set_tau
+from surgeon.moe.knobs import set_tau
+from surgeon.moe.module import MoE
 from surgeon.moe.router import Goal, Labels, Objective, Output, Router
+from surgeon.moe.site import find_moes
 from surgeon.moe.split import Split, split_neurons
 from surgeon.moe.trunks import trunk_groups, trunk_of
-from surgeon.passes.base import FitContext, PerSite, SiteKind, for_site, option
-from surgeon.passes.report import FitReport, SiteChange
+from surgeon.passes.base import FitContext, SiteKind
+from surgeon.passes.options import PerSite, for_site, option
+from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import TrainedPass
-from surgeon.sites.ffn import FFN, FFNWeights, Rejection
+from surgeon.sites.ffn import FFN, FFNWeights
+from surgeon.sites.rejection import Rejection
+from surgeon.sites.replace import replace_call
 from surgeon.sites.search import find_ffns
-from surgeon.training.loop import Settings
+from surgeon.training.loop import FitReport, Settings
 from surgeon.training.observe import collect_calls
 from surgeon.training.routers import by_trunk, fit_from_neurons, running_at, train_routers
 

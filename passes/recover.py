@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
-from surgeon.graph.edit import own_parameters
+from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph
-from surgeon.moe.module import MoE, MoESite, find_moes
-from surgeon.passes.base import FitContext, SiteKind, option
-from surgeon.passes.report import FitReport, SiteChange
+from surgeon.moe.module import MoE
+from surgeon.moe.site import MoESite, find_moes
+from surgeon.passes.base import FitContext, SiteKind
+from surgeon.passes.options import option
+from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
-from surgeon.sites.ffn import Rejection
+from surgeon.sites.rejection import Rejection
 from surgeon.training.finetuning import finetune
-from surgeon.training.loop import Settings
+from surgeon.training.loop import FitReport, Settings
 
 
 @dataclass(frozen=True, kw_only=True)

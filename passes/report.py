@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from surgeon.graph.snapshot import GraphDiff
+from surgeon.measure.meter import Cost
 from surgeon.sites.ffn import PROJECTION_MLP
-from surgeon.training.penalty import Sparsity
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one call of the graph on the example inputs costs.
-
-    parameters: numbers in the graph, tied ones once. multiply_adds: with every expert running.
-    executed: share of the experts' multiply-adds that ran, None without experts.
-    executed_multiply_adds: what ran (routers, attention and head included).
-    """
-
-    parameters: int
-    multiply_adds: int
-    executed_multiply_adds: int
-    executed: float | None = None
+from surgeon.training.loop import FitReport
 
 
 @dataclass(frozen=True)
@@ -43,41 +32,6 @@ class SiteChange:
     output: tuple[str, str]
     made: str = ""
     executed: float | None = None
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """How a pass was fitted.
-
-    steps: of the optimiser. epochs: times through the data, None if its length is unknown. losses: (step, values) at
-    the start, at the end and in between. resumed_at: the step at which an interrupted fit went on, 0 if it was not.
-    sparsity: of the activations of each layer that was made sparse, by path, before and after.
-    """
-
-    steps: int
-    epochs: float | None
-    seconds: float
-    losses: tuple[tuple[int, dict[str, float]], ...]
-    resumed_at: int = 0
-    sparsity: Mapping[str, tuple[Sparsity, Sparsity]] = field(default_factory=dict)
-
-    @classmethod
-    def merged(cls, fits: Sequence[FitReport]) -> FitReport:
-        """Fits by one plan that ran one after the other: what they took together, and the means of their losses."""
-        epochs = [fit.epochs for fit in fits if fit.epochs is not None]
-        losses = []
-        for moment in zip(*(fit.losses for fit in fits), strict=True):
-            names = moment[0][1]
-            means = {name: sum(values[name] for _, values in moment) / len(fits) for name in names}
-            losses.append((sum(step for step, _ in moment), means))
-        return cls(
-            steps=sum(fit.steps for fit in fits),
-            epochs=round(sum(epochs), 3) if len(epochs) == len(fits) else None,
-            seconds=round(sum(fit.seconds for fit in fits), 2),
-            losses=tuple(losses),
-            resumed_at=sum(fit.resumed_at for fit in fits),
-            sparsity={path: values for fit in fits for path, values in fit.sparsity.items()},
-        )
 
 
 @dataclass(frozen=True)
@@ -110,33 +64,7 @@ class PassReport:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PassReport:
         """The report that `to_json` wrote."""
-
-        def cost(value: Mapping[str, Any] | None) -> Cost | None:
-            return None if value is None else Cost(**value)
-
-        def site(value: Mapping[str, Any]) -> SiteChange:
-            pairs = {key: tuple(value[key]) for key in ("parameters", "multiply_adds", "output")}
-            return SiteChange(**{**value, **pairs})
-
-        fit = values["fit"]
-        return cls(
-            name=values["name"],
-            options=values["options"],
-            matched=list(values["matched"]),
-            rejected=[(path, reason) for path, reason in values["rejected"]],
-            sites=tuple(map(site, values["sites"])),
-            seconds=values["seconds"],
-            before=cost(values["before"]),
-            after=cost(values["after"]),
-            max_error=values["max_error"],
-            preserved=values["preserved"],
-            notes=tuple(values["notes"]),
-            fit=None if fit is None else FitReport(
-                fit["steps"], fit["epochs"], fit["seconds"],
-                tuple((step, losses) for step, losses in fit["losses"]), fit["resumed_at"],
-                {path: (Sparsity(**old), Sparsity(**new)) for path, (old, new) in fit.get("sparsity", {}).items()},
-            ),
-        )  # fmt: skip
+        return TypeAdapter(cls).validate_python(values)
 
 
 def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
@@ -163,10 +91,8 @@ def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """A moment of a long piece of work: what is done, how far it is, and the latest values worth showing."""
+class PassDiff:
+    """One pass: its report, and what it changed in the graph."""
 
-    what: str
-    done: int
-    total: int
-    values: dict[str, float] = field(default_factory=dict)
+    report: PassReport
+    graph: GraphDiff

@@ -22,13 +22,16 @@ from surgeon.errors import UsageError
 from surgeon.graph.edit import set_path
 from surgeon.graph.traced import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.passes.base import FitContext, PerSite, SiteKind, for_site, option
-from surgeon.passes.report import FitReport, SiteChange
+from surgeon.passes.base import FitContext, SiteKind
+from surgeon.passes.options import PerSite, for_site, option
+from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
-from surgeon.sites.ffn import FFN, Rejection
+from surgeon.sites.ffn import FFN
 from surgeon.sites.nonlinearity import HALVES, Halves
+from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns
 from surgeon.training.finetuning import finetune
+from surgeon.training.loop import FitReport
 from surgeon.training.observe import layer_sparsity
 from surgeon.training.penalty import (
     PENALTIES,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,23 +12,18 @@ from torch.fx import GraphModule, Node
 from surgeon.errors import UsageError
 from surgeon.graph.edit import emit, emit_dropout, erase_unread
 from surgeon.graph.traced import TracedGraph, aten, shape_of
-from surgeon.passes.base import FitContext, PerSite, SiteKind, for_site, option
-from surgeon.passes.report import FitReport, SiteChange
+from surgeon.passes.activation_ops import TARGETS
+from surgeon.passes.base import FitContext, SiteKind
+from surgeon.passes.options import PerSite, for_site, option
+from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
-from surgeon.sites.ffn import FFN, Call, Rejection
+from surgeon.sites.ffn import FFN, Call
 from surgeon.sites.nonlinearity import HALVES, OTHER
+from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns
 from surgeon.training.finetuning import finetune
+from surgeon.training.loop import FitReport
 from surgeon.training.observe import layer_sparsity
-
-Emit = Callable[..., Node]
-# How each target activation is written in ATen ops.
-TARGETS: dict[str, Callable[[Emit, Node], Node]] = {
-    "relu": lambda step, z: step(aten.relu.default, z),
-    "relu2": lambda step, z: step(aten.square.default, step(aten.relu.default, z)),
-    "gelu": lambda step, z: step(aten.gelu.default, z),
-    "silu": lambda step, z: step(aten.silu.default, z),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

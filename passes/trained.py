@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from surgeon.errors import UsageError
-from surgeon.passes.base import Pass, Site, option
+from surgeon.passes.base import Pass, Site
+from surgeon.passes.options import option
 from surgeon.training.loop import Plan, Precision, Schedule
 
 # Options that mean something only where something is trained, all of them fields of `Plan`.

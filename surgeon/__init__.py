@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded on first use: `import surgeon` and `surgeon --help` do not wait for torch.
 _EXPORTS = {
-    "Data": "surgeon.data.batch",
+    "Data": "surgeon.data.data",
     "compensate": "surgeon.measure.compensation",
     "Pipeline": "surgeon.surgery.pipeline",
-    "Surgery": "surgeon.surgery.pipeline",
+    "Surgery": "surgeon.surgery.surgery",
     "SurgeonError": "surgeon.errors",
     "TracedGraph": "surgeon.graph.traced",
     "find_ffns": "surgeon.sites.search",
-    "find_moes": "surgeon.moe.module",
-    "get_rule": "surgeon.moe.module",
-    "get_tau": "surgeon.moe.module",
+    "find_moes": "surgeon.moe.site",
+    "get_rule": "surgeon.moe.knobs",
+    "get_tau": "surgeon.moe.knobs",
     "load": "surgeon.surgery.artifact",
-    "set_rule": "surgeon.moe.module",
-    "set_tau": "surgeon.moe.module",
+    "set_rule": "surgeon.moe.knobs",
+    "set_tau": "surgeon.moe.knobs",
     "to_networkx": "surgeon.graph.traced",
     "token_load": "surgeon.measure.meter",
     "trace": "surgeon.tracing.trace",
@@ -34,22 +34,22 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
-    from surgeon.data.batch import Data as Data
+    from surgeon.data.data import Data as Data
     from surgeon.errors import SurgeonError as SurgeonError
     from surgeon.graph.traced import TracedGraph as TracedGraph
     from surgeon.graph.traced import to_networkx as to_networkx
     from surgeon.measure.compensation import compensate as compensate
     from surgeon.measure.meter import token_load as token_load
     from surgeon.measure.tuning import tune as tune
-    from surgeon.moe.module import find_moes as find_moes
-    from surgeon.moe.module import get_rule as get_rule
-    from surgeon.moe.module import get_tau as get_tau
-    from surgeon.moe.module import set_rule as set_rule
-    from surgeon.moe.module import set_tau as set_tau
+    from surgeon.moe.knobs import get_rule as get_rule
+    from surgeon.moe.knobs import get_tau as get_tau
+    from surgeon.moe.knobs import set_rule as set_rule
+    from surgeon.moe.knobs import set_tau as set_tau
+    from surgeon.moe.site import find_moes as find_moes
     from surgeon.sites.search import find_ffns as find_ffns
     from surgeon.surgery.artifact import load as load
     from surgeon.surgery.pipeline import Pipeline as Pipeline
-    from surgeon.surgery.pipeline import Surgery as Surgery
+    from surgeon.surgery.surgery import Surgery as Surgery
     from surgeon.tracing.trace import trace as trace
 
 __all__ = sorted(_EXPORTS)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgeon.graph.edit import own_parameters
+from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.tracing.trace import trace
 from tests import small_models

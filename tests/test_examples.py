@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.jobs.demo import DigitsViT
 from surgeon.surgery.pipeline import Pipeline
 

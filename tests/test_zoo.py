@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from surgeon.graph.agreement import relative_error, run
-from surgeon.models.example_inputs import as_args_kwargs
+from surgeon.graph.calls import as_args_kwargs
 from surgeon.passes import Lower, Moeify
 from surgeon.surgery.pipeline import Pipeline
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from surgeon.data.batch import Batch
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import run_batches
-from surgeon.moe.module import find_moes
+from surgeon.moe.site import find_moes
 
 REST, DENSE = 2.0, 5.0  # milliseconds of all that is no expert, and of a model without experts
 
@@ -46,5 +46,5 @@ def replace_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("surgeon.measure.meter.clock", lambda device: now)
     monkeypatch.setattr(Interpreter, "run_node", run_and_take_time)
-    for module in ("surgeon.measure.tuning", "surgeon.jobs.sweep"):
+    for module in ("surgeon.measure.tuning", "surgeon.jobs.sweep", "surgeon.jobs.tune"):
         monkeypatch.setattr(f"{module}.time_settings", time_settings)

@@ -12,7 +12,8 @@ import torch
 from study import Study, Variant, main
 from torch import nn
 
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.jobs import demo
 from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivation
 

@@ -17,7 +17,8 @@ import torch
 from study import Study, Variant, main
 from torch import Tensor, nn
 
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.passes import Lower, Moeify, Pass, Recover, Sparsify, SwapActivation
 
 VOCABULARY, LENGTH, BATCH = 2048, 128, 16

@@ -17,7 +17,8 @@ from torch import nn
 
 import surgeon
 from surgeon.kernels.selection import selection_threshold
-from surgeon.moe.module import MoE, find_moes
+from surgeon.moe.module import MoE
+from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify
 
 TOKENS, REPEATS = 2048, 30

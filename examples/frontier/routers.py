@@ -23,8 +23,9 @@ from torch import Tensor
 
 import surgeon
 from surgeon.graph.traced import fork
-from surgeon.moe.module import MoE, find_moes
+from surgeon.moe.module import MoE
 from surgeon.moe.router import expert_norms
+from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify
 from surgeon.training.loop import Settings
 from surgeon.training.observe import collect

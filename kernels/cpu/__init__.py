@@ -88,9 +88,9 @@ def _load() -> State:
     except BuildError as error:
         log.warning("The torch backend runs instead of the native kernels: %s", error)
         return State(None, str(error))
-    # Whichever is there first defines the operators; the library leaves those of Python alone, Python cannot.
-    from surgeon.kernels import dynamic_k  # noqa: F401
-
+    if not hasattr(torch.ops.surgeon, "dynamic_k_ffn"):
+        # The library would define the operators, and Python could not define them any more.
+        raise RuntimeError("Import surgeon.kernels.dynamic_k before the native kernels are loaded.")
     torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     if wanted:
         known = torch.ops.surgeon.cpu_instruction_sets()

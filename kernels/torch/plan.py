@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from surgeon.kernels.torch.backend import Experts
+    from surgeon.kernels.experts import Experts
 
 HALF = (torch.float16, torch.bfloat16)
 

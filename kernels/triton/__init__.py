@@ -70,10 +70,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from surgeon.kernels.experts import Experts, Gradients
 from surgeon.kernels.gpu_model import cost as cost_model
 from surgeon.kernels.gpu_model.cost import Way
 from surgeon.kernels.gpu_model.devices import model_of
-from surgeon.kernels.torch.backend import Experts, Gradients
 
 __all__ = [
     "available",

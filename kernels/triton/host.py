@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from surgeon.kernels.experts import Experts, Gradients
 from surgeon.kernels.gpu_model.cost import Way
-from surgeon.kernels.torch.backend import Experts, Gradients
 from surgeon.kernels.triton import backward_kernels as _backward
 from surgeon.kernels.triton import decode_kernels as _decode
 from surgeon.kernels.triton import forward_kernels as _forward

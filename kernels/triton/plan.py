@@ -101,7 +101,7 @@ def comparison_type(scores: Tensor, threshold: Tensor) -> tl.dtype:
 
 @triton.jit
 def runs(score, least, COMPARE: tl.constexpr):
-    """The selection rule, as `torch_backend.selected`: ties run and NaN runs."""
+    """The selection rule, as `experts.selected`: ties run and NaN runs."""
     return ~(score.to(COMPARE) < least.to(COMPARE))
 
 

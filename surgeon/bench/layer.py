@@ -11,8 +11,8 @@ from torch import Tensor
 
 from surgeon.kernels.activations import activation
 from surgeon.kernels.dynamic_k import selected
+from surgeon.kernels.experts import Experts, hidden, keep_selected
 from surgeon.kernels.gpu_model.cost import LayerShape
-from surgeon.kernels.torch.backend import Experts, hidden, keep_selected
 
 MaskKind = Literal["uniform", "skewed", "clustered"]
 MASKS: tuple[MaskKind, ...] = get_args(MaskKind)

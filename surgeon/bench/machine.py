@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 import torch
 
+import surgeon.kernels.dynamic_k  # noqa: F401  (defines the operators before the native kernels are loaded)
 from surgeon.bench.layer import DTYPES
 from surgeon.bench.timing import Call, cache_size, clock_for, median_seconds
 from surgeon.kernels import cpu, triton

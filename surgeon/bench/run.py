@@ -15,7 +15,7 @@ from surgeon.bench.methods import METHODS, Method, UnavailableError
 from surgeon.bench.timing import Call, median_seconds
 from surgeon.errors import first_line
 from surgeon.kernels.cpu.crossover import threads as using_threads
-from surgeon.passes.report import Progress
+from surgeon.progress import Progress
 
 _FEW_TOKENS = 16
 _LAYERS = 8

@@ -15,13 +15,15 @@ from torch.utils import _pytree as pytree
 
 from surgeon.bench.timing import Call, captured, median_seconds
 from surgeon.errors import UsageError, first_line
+from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import executed_share, knobs_restored
-from surgeon.models.example_inputs import as_args_kwargs
-from surgeon.moe.module import Knobs, dynamic_k_ffn, find_moes, masked_ffn, set_knobs, set_tau
-from surgeon.passes.report import Progress
+from surgeon.moe.knobs import Knobs, set_knobs, set_tau
+from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
+from surgeon.moe.site import find_moes
+from surgeon.progress import Progress
 
 
 @dataclass(frozen=True)

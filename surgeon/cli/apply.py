@@ -1,4 +1,4 @@
-"""Commands that make something: demo, apply."""
+"""`surgeon apply`: run passes over a model and save the result."""
 
 # The annotations are read when commands are made, so they are not postponed.
 import dataclasses
@@ -13,7 +13,6 @@ from surgeon.cli.options import (
     Inputs,
     Model,
     PassList,
-    Seed,
     Settings,
     Task,
     TrustPickle,
@@ -21,47 +20,7 @@ from surgeon.cli.options import (
 )
 from surgeon.cli.reading import build
 from surgeon.errors import UsageError
-from surgeon.jobs.data_options import DataOptions
-
-
-@command
-def demo(
-    run: Run,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the result goes.")] = Path("surgeon-demo"),
-    seed: Seed = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Hardly any training, to see that everything runs.")] = False,
-) -> None:
-    """Show the whole story on a small model.
-
-    A vision transformer is trained on digits, sparsified, split into experts, lowered, and measured: two minutes.
-
-    Example: surgeon demo
-
-    JSON: {dense, passes, points, directory}
-    """
-    from surgeon.jobs import demo as story
-    from surgeon.jobs.store import check_target
-    from surgeon.render.sweep import demo_view, quality_line
-    from surgeon.text.diff import pass_view
-
-    check_target(directory, overwrite=True)
-    made = story.run(
-        directory,
-        seed=seed,
-        quick=quick,
-        progress=run.screen.progress,
-        on_dense=lambda quality: run.screen.show(quality_line("dense model", quality)),
-        on_pass=lambda one: run.screen.show(pass_view(one, "sites", gap=True)),
-    )
-    run.screen.show(demo_view(made))
-    run.screen.result(
-        {
-            "dense": made.dense,
-            "passes": made.surgery.reports,
-            "points": made.points,
-            "directory": made.directory,
-        }
-    )
+from surgeon.jobs.options import DataOptions
 
 
 @command
@@ -113,7 +72,7 @@ def apply(
     """
     from surgeon.jobs import apply as applying
     from surgeon.jobs.open_model import open_model
-    from surgeon.render.inspect import applied_view
+    from surgeon.render.apply import applied_view
     from surgeon.surgery.recipe import parse_settings
     from surgeon.text.diff import pass_view
 

@@ -1,4 +1,4 @@
-"""The command that times: bench."""
+"""`surgeon bench`: times of a layer or of a surgery beside other ways to compute it."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import TrustPickle
-from surgeon.jobs.bench_options import BenchOptions
+from surgeon.jobs.options import BenchOptions
 
 if TYPE_CHECKING:
     from surgeon.jobs.bench import LayerBenchmark, ModelBenchmark, SurgeryBenchmark

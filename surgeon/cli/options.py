@@ -1,5 +1,7 @@
 """The options that several commands have, each with its help."""
 
+from __future__ import annotations
+
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,3 +102,26 @@ DATA_OPTIONS: dict[str, Any] = {
         typer.Option("--seed", help="Seed of the order and of what is held out.  [default: that of the surgery]"),
     ],
 }
+
+
+class Metric(StrEnum):
+    """What a budget counts."""
+
+    flops = "flops"
+    ms = "ms"
+
+
+DenseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--dense",
+        metavar="MODEL",
+        help="The model before the surgery, to measure beside it; tune --metric ms wants it.",
+    ),
+]
+
+
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default it replaces DIR."),
+]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.cli.options import DATA_OPTIONS
 from surgeon.errors import UsageError
-from surgeon.jobs.data_options import DataOptions
+from surgeon.jobs.options import DataOptions
 
 if TYPE_CHECKING:
     from surgeon.passes import Pass

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgeon.data.losses import Loss, task_loss
 from surgeon.errors import DataError
 
 
@@ -130,55 +129,6 @@ class Batches:
         if not isinstance(self.source, Sized):
             raise TypeError(f"{type(self.source).__name__} has no length")
         return len(self.source)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Data to fit on and, optionally, other data to measure quality on.
-
-    train, eval: batches that can be read again and again, in any form that `Batch.from_any` takes. Reading gives
-        `Batch` objects.
-    task: one of `surgeon.data.losses.TASKS`, or None if unknown.
-    description: one line for people.
-    fingerprint: tells this data from other data in recipes. For files, a hash of their contents and of how they are
-        read; for Python objects only their type, as their contents cannot be hashed without reading them through.
-    loss: from the model's outputs and a batch to a scalar; by default the task's.
-    """
-
-    train: Iterable[Any]
-    eval: Iterable[Any] | None = None
-    task: str | None = None
-    description: str = ""
-    fingerprint: str = ""
-    loss: Loss | None = None
-
-    def __post_init__(self) -> None:
-        kind = f"{type(self.train).__module__}.{type(self.train).__qualname__}"
-        fill = {
-            "train": self.train if isinstance(self.train, Batches) else Batches(self.train),
-            "eval": self.eval if self.eval is None or isinstance(self.eval, Batches) else Batches(self.eval),
-            "description": self.description or kind,
-            "fingerprint": self.fingerprint or f"python:{kind}",
-            "loss": task_loss(self.task) if self.loss is None and self.task is not None else self.loss,
-        }
-        for name, value in fill.items():
-            object.__setattr__(self, name, value)
-
-    @classmethod
-    def of(cls, obj: Any, *, loss: Loss | None = None, task: str | None = None) -> Data:
-        """Take data as it comes: `Data`, a DataLoader, or anything that gives batches each time it is iterated over.
-
-        Raises:
-            DataError: it can be read once only, or does not give batches.
-            UsageError: there is no such task.
-        """
-        if not isinstance(obj, Data):
-            return cls(obj, task=task, loss=loss)
-        if loss is None and task is None:
-            return obj
-        task = task or obj.task
-        own = obj.loss if task == obj.task else None  # another task's loss would not fit
-        return cls(obj.train, obj.eval, task, obj.description, obj.fingerprint, loss or own)
 
 
 def _is_hf_dataset(obj: object) -> bool:

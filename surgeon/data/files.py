@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from surgeon.data.batch import Batch, Batches, Data
-from surgeon.data.losses import task_of
+from surgeon.data.batch import Batch, Batches
+from surgeon.data.data import Data
 from surgeon.data.samplers import SAMPLERS, SampleOptions, Sampler
 from surgeon.errors import DataError, UsageError
+from surgeon.models.tasks import task_of
 from surgeon.models.user_function import call_spec, is_spec
 from surgeon.models.weight_files import sha256_of
 

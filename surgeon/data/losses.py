@@ -13,30 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgeon.data.batch import Batch
 from surgeon.errors import DataError, UsageError
-
-if TYPE_CHECKING:
-    from surgeon.data.batch import Batch
+from surgeon.models.tasks import TASKS
 
 IGNORED = -100
-CLASSIFICATION = ("sequence-classification", "image-classification", "classification")
-TASKS = ("causal-lm", "masked-lm", *CLASSIFICATION)
 
-Loss = Callable[[Any, "Batch"], Tensor]
-
-_ENDINGS = {
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ForMaskedLM": "masked-lm",
-    "ForSequenceClassification": "sequence-classification",
-    "ForImageClassification": "image-classification",
-}
+Loss = Callable[[Any, Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,21 +46,14 @@ class Quality:
         return f"{self.name} {self.value:.4g}"
 
 
-def task_of(model: Any, outputs: Any = None, labels: Tensor | None = None) -> str | None:
-    """The task a model was made for, or None if that cannot be told.
+def guessed_task(outputs: Any, labels: Tensor | None) -> str | None:
+    """The task that a model's answers and its labels look like: "classification", or None.
 
     Args:
-        model: a Hugging Face model or its config, which names its class; or any module.
-        outputs, labels: what any other model gave for a batch, and the batch's labels: integer labels `[B]` with logits
-            `[B, C]` are classification.
+        outputs: what the model gave for a batch, with logits [B, C] if it classifies.
+        labels: the batch's labels, integers [B] if it classifies.
     """
-    config = getattr(model, "config", model)
-    names = [type(model).__name__, *(getattr(config, "architectures", None) or ())]
-    for name in names:
-        for ending, task in _ENDINGS.items():
-            if name.endswith(ending):
-                return task
-    if outputs is None or labels is None or labels.is_floating_point() or labels.dim() != 1:
+    if labels is None or labels.is_floating_point() or labels.dim() != 1:
         return None
     logits = logits_of(outputs)
     return "classification" if logits.dim() == 2 and len(logits) == len(labels) else None
@@ -133,7 +115,7 @@ class QualityMeter:
             DataError: the labels are missing or do not go with the logits.
         """
         logits, labels = _aligned(outputs, batch, self.task)
-        if self.task in CLASSIFICATION:
+        if TASKS[self.task].classifies:
             # argmax takes NaN for the largest
             correct = (logits.argmax(-1) == labels) & ~logits.isnan().any(-1)
             self._total += int(correct.sum())
@@ -149,18 +131,9 @@ class QualityMeter:
         """
         if not self._items:
             raise DataError("The evaluation data holds no labelled item, so there is no quality to measure.")
-        classifies = self.task in CLASSIFICATION
+        classifies = TASKS[self.task].classifies
         name = "accuracy" if classifies else "loss per token"
         return Quality(name, self._total / self._items, classifies, self._items)
-
-
-def quality(task: str) -> QualityMeter:
-    """A meter for a task.
-
-    Raises:
-        UsageError: there is no such task.
-    """
-    return QualityMeter(task)
 
 
 def evaluate(
@@ -177,7 +150,7 @@ def evaluate(
         DataError: labels are missing or do not go with the model's logits; no batch.
         UsageError: no such task; the model gives no logits.
     """
-    meter = quality(task)
+    meter = QualityMeter(task)
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     modes = {module: module.training for module in model.modules()}
@@ -210,12 +183,12 @@ def _aligned(outputs: Any, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
         raise DataError(f"{task} needs labels, and the batch has none. Give (inputs, labels) or a 'labels' column.")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"{task} needs integer labels, not {labels.dtype}.")
-    if logits.shape[:-1] != labels.shape or labels.dim() != (1 if task in CLASSIFICATION else 2):
+    if logits.shape[:-1] != labels.shape or labels.dim() != (1 if TASKS[task].classifies else 2):
         raise DataError(
             f"{task}: labels {tuple(labels.shape)} do not go with logits {tuple(logits.shape)}. "
             + (
                 "Expected [B] and [B, classes]."
-                if task in CLASSIFICATION
+                if TASKS[task].classifies
                 else "Expected [B, T] and [B, T, vocabulary]."
             )
         )

@@ -2,13 +2,74 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from surgeon.graph.traced import aten, shape_of
-from surgeon.sites.linear import MATMULS, SAME_VALUE, equal_size, is_copy
-from surgeon.sites.nonlinearity import DROPOUTS, SHAPE_OPS
 
+# Ops that give the same values another shape.
+VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+}
+# Ops that return their input, copied or converted.
+SAME_VALUE = {
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.lift_fresh_copy.default,
+}
+# Ops that may compute a linear layer.
+MATMULS = {
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.matmul.default,
+    aten.einsum.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+}
+# Ops that do nothing in evaluation.
+DROPOUTS = {
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.feature_dropout.default,
+    aten.feature_dropout_.default,
+    aten.alpha_dropout.default,
+}
+# Ops that move values without changing them.
+SHAPE_OPS = VIEWS | {
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.tensor_split.sections,
+    aten.unsafe_chunk.default,
+    aten.unsafe_split.Tensor,
+    aten.slice.Tensor,
+    aten.narrow.default,
+    aten.select.int,
+    aten.unbind.int,
+    aten.glu.default,
+    aten.permute.default,
+    aten.transpose.int,
+    operator.getitem,
+}
 # Pointwise ops that keep a linear map linear. Any other one counts as an activation.
 LINEAR_OPS = {"add", "sub", "rsub", "mul", "div", "neg", "positive"}
 CREATION_OPS = {"zeros_like", "ones_like", "full_like", "full", "zeros", "ones", "scalar_tensor"}
@@ -77,3 +138,21 @@ def _words(name: str) -> str | None:
 def _same_shape(a: Node, b: Node) -> bool:
     left, right = shape_of(a), shape_of(b)
     return left is not None and right is not None and len(left) == len(right) and all(map(equal_size, left, right))
+
+
+def is_copy(node: Node) -> bool:
+    """Whether the node returns its input's values: a copy, or a conversion between floating-point types."""
+    if node.op != "call_function" or node.target not in SAME_VALUE:
+        return False
+    value, source = node.meta.get("val"), node.args[0]
+    before = source.meta.get("val") if isinstance(source, Node) else None
+    return not isinstance(value, Tensor) or not isinstance(before, Tensor) or (
+        value.is_floating_point() == before.is_floating_point()
+    )  # fmt: skip
+
+
+def equal_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are the same number or the same expression, without adding a guard."""
+    left = a.node.expr if isinstance(a, torch.SymInt) else a
+    right = b.node.expr if isinstance(b, torch.SymInt) else b
+    return bool(left == right)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from surgeon.graph.traced import module_path, shape_of
-from surgeon.passes.report import PassReport
 
 
 @dataclass(frozen=True)
@@ -30,26 +29,6 @@ class GraphDiff:
 
     def __bool__(self) -> bool:
         return bool(self.changes or self.parameters)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> GraphDiff:
-        """The diff that `to_json` wrote."""
-        return cls(
-            {path: [(sign, line) for sign, line in lines] for path, lines in values["changes"].items()},
-            [(sign, line) for sign, line in values["parameters"]],
-        )
-
-
-@dataclass(frozen=True)
-class PassDiff:
-    """One pass: its report, and what it changed in the graph."""
-
-    report: PassReport
-    graph: GraphDiff
 
 
 def snapshot(graph: GraphModule) -> Snapshot:

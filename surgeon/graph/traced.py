@@ -7,15 +7,13 @@ A `TracedGraph` is an ordinary `torch.fx.GraphModule` that keeps the parameter n
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.fx import _pytree as fx_pytree
 
 aten = torch.ops.aten
 
@@ -251,23 +249,3 @@ def to_networkx(graph: GraphModule) -> nx.DiGraph:
         result.add_node(node.name, op=node.op, target=str(node.target), path=module_path(node), shape=shape_of(node))
     result.add_edges_from((source.name, node.name) for node in graph.graph.nodes for source in node.all_input_nodes)
     return result
-
-
-def flat_inputs(graph: GraphModule, args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The inputs of a call in the order of the graph's placeholders, whether given by position or by name.
-
-    Raises:
-        TypeError: an input is missing, unknown, or given twice.
-    """
-    info = graph.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    names = [name for name in info.orig_args if name != "self"]
-    given = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]).bind(
-        *args, **kwargs
-    )
-    positional = info.in_spec.child(0).num_children
-    values = [given.arguments[name] for name in names]
-    return list(
-        fx_pytree.tree_flatten_spec(
-            (tuple(values[:positional]), dict(zip(names[positional:], values[positional:], strict=True))), info.in_spec
-        )
-    )

@@ -11,26 +11,27 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from surgeon.data.batch import Data
+from surgeon.data.data import Data
 from surgeon.data.losses import Quality, evaluate
 from surgeon.errors import NothingChangedError, UsageError
-from surgeon.graph.snapshot import PassDiff
+from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
-from surgeon.jobs.data_options import DataOptions
 from surgeon.jobs.inspect import LOOKS_FOR
 from surgeon.jobs.open_model import Opened, Stage
+from surgeon.jobs.options import DataOptions
 from surgeon.jobs.quality import eval_task, why_unmeasured
 from surgeon.jobs.store import check_target
 from surgeon.jobs.workdir import WorkDirectory
-from surgeon.measure.meter import measure
-from surgeon.models.example_inputs import as_args_kwargs
+from surgeon.measure.meter import Cost, measure
 from surgeon.models.hugging_face import quiet_transformers
-from surgeon.moe.module import find_moes
+from surgeon.moe.site import find_moes
 from surgeon.passes import Pass
-from surgeon.passes.report import Cost, PassReport, Progress
-from surgeon.surgery.artifact import RECORD, read_record
-from surgeon.surgery.pipeline import Pipeline, Surgery
+from surgeon.passes.report import PassDiff, PassReport
+from surgeon.progress import Progress
+from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import RECIPES, Steps, build
+from surgeon.surgery.record import RECORD, MeasuredQuality, read_record
+from surgeon.surgery.surgery import Surgery
 from surgeon.text.reasons import count_reasons
 
 
@@ -138,7 +139,7 @@ def target_of(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions) -> 
 def default_seed(spec: str) -> int:
     """The seed to go on with: a saved surgery's own, so that the same data is held out again, else 0."""
     directory = Path(spec)
-    return int(read_record(directory)["recipe"]["seed"]) if (directory / RECORD).is_file() else 0
+    return read_record(directory).recipe.seed if (directory / RECORD).is_file() else 0
 
 
 def apply(
@@ -207,7 +208,7 @@ def apply(
         surgery.graph.eval()
         quality = _quality(surgery.graph, opened, data, "after", stage)
         if dense is not None and quality is not None and data is not None:
-            surgery.quality = dense, quality, data.fingerprint
+            surgery.quality = MeasuredQuality(dense, quality, data.fingerprint)
         if directory is not None:
             with stage(f"saving {directory}"), quiet_transformers():
                 surgery.save(directory, overwrite=options.overwrite)

@@ -18,8 +18,8 @@ from surgeon.bench.run import Cell, run
 from surgeon.bench.whole import WholeTimes, repeated, time_whole
 from surgeon.errors import UsageError
 from surgeon.graph.traced import move
-from surgeon.jobs.bench_options import BenchOptions
 from surgeon.jobs.open_model import Opened, Stage
+from surgeon.jobs.options import BenchOptions
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import activation
 from surgeon.kernels.gpu_model.cost import (
@@ -32,7 +32,7 @@ from surgeon.kernels.gpu_model.cost import (
     predict,
 )
 from surgeon.kernels.gpu_model.devices import Device, find_device, model_of
-from surgeon.passes.report import Progress
+from surgeon.progress import Progress
 
 Mode = Literal["layer", "surgery", "model"]
 _SHAPE = {"tokens", "share", "size", "width", "hidden", "dtype", "gated"}

@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.data.losses import Quality, evaluate
-from surgeon.graph.snapshot import PassDiff
 from surgeon.measure.sweep import Point, sweep
 from surgeon.passes import Lower, Moeify, Pass, Sparsify, SwapActivation
-from surgeon.passes.report import Progress
-from surgeon.surgery.pipeline import Pipeline, Surgery
+from surgeon.passes.report import PassDiff
+from surgeon.progress import Progress
+from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.surgery import Surgery
 from surgeon.training.loop import Plan, Schedule, Settings, fit
 
 TASK = "image-classification"

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 
 from surgeon.errors import first_line
 from surgeon.graph.agreement import relative_error, run
+from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.snapshot import GraphDiff, compare_unrelated, snapshot
 from surgeon.jobs.inspect import outside_experts
 from surgeon.jobs.open_model import Opened
-from surgeon.measure.meter import measure
-from surgeon.models.example_inputs import as_args_kwargs
-from surgeon.moe.module import find_moes
-from surgeon.passes.report import Cost
+from surgeon.measure.meter import Cost, measure
+from surgeon.moe.site import find_moes
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+import surgeon.kernels.dynamic_k  # noqa: F401  (defines the operators before the native kernels are loaded)
 from surgeon.kernels import cpu
 from surgeon.passes import Lower, Moeify
 from surgeon.surgery.artifact import load

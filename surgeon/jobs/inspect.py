@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from surgeon.errors import UsageError
 from surgeon.graph.agreement import run
-from surgeon.graph.edit import Capture
+from surgeon.graph.calls import as_args_kwargs, named_arguments
+from surgeon.graph.capture import Capture
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import TracedGraph
 from surgeon.jobs.open_model import Opened
-from surgeon.measure.meter import measure
-from surgeon.models.example_inputs import as_args_kwargs
-from surgeon.moe.module import find_moes
-from surgeon.passes import Pass
-from surgeon.passes.report import Cost
-from surgeon.sites.ffn import FFN, LinearSite, Rejection
+from surgeon.measure.meter import Cost, measure
+from surgeon.moe.site import find_moes
+from surgeon.sites.ffn import FFN
+from surgeon.sites.linear_site import LinearSite
+from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns, find_linear_sites
-from surgeon.surgery.pipeline import Pipeline
-from surgeon.tracing.trace import adopt
-from surgeon.training.loop import Settings
 
 LOOKS_FOR = {"ffn": "feed-forward layer", "linear": "standalone linear layer", "moe": "expert layer"}
 
@@ -140,62 +133,8 @@ def outside_experts(graph: TracedGraph) -> tuple[list[FFN], list[LinearSite], li
 def _shapes(graph: TracedGraph, inputs: Any) -> dict[str, list[int]]:
     """Shape of every example input, by the name that the model gives it."""
     args, kwargs = as_args_kwargs(inputs)
-    names = [name for name in graph.graph._codegen.pytree_info.orig_args if name != "self"]  # type: ignore[attr-defined]
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    named = named_arguments(graph, args, kwargs)
     return {name: list(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
 
 
 # --- explain ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """One pass: (path, description) of the sites it would change, (path, reason) of the other candidates."""
-
-    name: str
-    looks_for: str
-    matched: list[tuple[str, str]]
-    rejected: list[tuple[str, str]]
-
-
-def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) -> list[Explanation]:
-    """For every pass, what it would do with each candidate in the graph that the passes before it would leave.
-
-    Args:
-        at: only candidates of this path, or under it, patterns with * allowed.
-
-    Raises:
-        UsageError: passes in an order that cannot work; no candidate has this path.
-    """
-    Pipeline(passes).check(has_moes=bool(find_moes(opened.graph)), has_data=True)
-    graph, found = adopt(opened.graph), []
-    for one in passes:
-        matched, rejected = one.explain(graph)
-        found.append(
-            Explanation(
-                one.name,
-                LOOKS_FOR[one.works_on],
-                [(site.path, site.describe) for site in matched],
-                [(rejection.path, rejection.reason) for rejection in rejected],
-            )
-        )
-        if matched and one is not passes[-1]:
-            graph = adopt(graph)
-            one.run(graph, inputs=None, data=None, settings=Settings(verify="off", dry_run=True))
-    if at is None:
-        return found
-    paths = [path for one in found for path, _ in (*one.matched, *one.rejected)]
-    chosen = {path for path in paths if path == at or path.startswith(f"{at}.") or fnmatch.fnmatchcase(path, at)}
-    if not chosen:
-        near = difflib.get_close_matches(at, paths, n=3, cutoff=0.3)
-        hint = f" Nearest candidates: {', '.join(dict.fromkeys(near))}." if near else ""
-        raise UsageError(f"No candidate at '{at}': nothing there looks like a {found[0].looks_for}.{hint}")
-    return [
-        Explanation(
-            one.name,
-            one.looks_for,
-            [(path, what) for path, what in one.matched if path in chosen],
-            [(path, reason) for path, reason in one.rejected if path in chosen],
-        )
-        for one in found
-    ]

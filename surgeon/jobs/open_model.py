@@ -11,16 +11,18 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from surgeon.data.batch import Data
+from surgeon.data.data import Data
 from surgeon.data.files import load_data
 from surgeon.graph.traced import TracedGraph
-from surgeon.jobs.data_options import DataOptions
+from surgeon.jobs.options import DataOptions
 from surgeon.models.example_inputs import example_inputs
 from surgeon.models.given_inputs import inputs_from, inputs_of_program
-from surgeon.models.hugging_face import TASK_CLASSES, companions
+from surgeon.models.hugging_face import companions
 from surgeon.models.source import Source, check_finite, load_model
+from surgeon.models.tasks import HEADS
 from surgeon.surgery.artifact import load, load_inputs
-from surgeon.surgery.pipeline import Origin
+from surgeon.surgery.origin import Origin
+from surgeon.surgery.record import Record, record_of
 from surgeon.tracing.trace import TraceInfo, from_program, trace
 
 Stage = Callable[[str], AbstractContextManager[object]]
@@ -47,7 +49,7 @@ class Opened:
     inputs: Any
     origin: Origin
     notes: tuple[str, ...] = ()
-    record: dict[str, Any] | None = None
+    record: Record | None = None
     data: Data | None = None
 
     @property
@@ -75,8 +77,8 @@ def open_model(
     """Load a model or a saved surgery, find example inputs, trace it, and read data for it.
 
     Args:
-        inputs: as `surgeon.models.given_inputs.inputs_from` takes; by default the model's own, and the data's first rows for
-            a model that has none.
+        inputs: as `surgeon.models.given_inputs.inputs_from` takes; by default the model's own, and the data's first
+            rows for a model that has none.
         task: the head of a Hugging Face model. stage: called with what is being done.
 
     Raises:
@@ -84,7 +86,7 @@ def open_model(
     """
     given = None if inputs is None else inputs_from(inputs)
     with stage(f"loading {spec}"):
-        head = task if task in TASK_CLASSES else None
+        head = task if task in HEADS else None
         source = load_model(spec, trust_pickle=trust_pickle, arch=arch, task=head)
         if source.kind == "artifact":
             return _open_artifact(spec, source, given, data, stage)
@@ -120,8 +122,9 @@ def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | No
         given = load_inputs(source.path)
     config, tokenizer, processor = companions(source.path)
     info: TraceInfo = graph.meta["trace"]
-    record = graph.meta["surgery"]
-    read = _read(data, tokenizer, processor, config, info.task, int(record["recipe"]["seed"]), stage)
+    record = record_of(graph)
+    assert record is not None
+    read = _read(data, tokenizer, processor, config, info.task, record.recipe.seed, stage)
     origin = Origin(str(source.path), "artifact", source.sha256, config, tokenizer, processor)
     return Opened(spec, graph, given, origin, info.notes, record, read)
 

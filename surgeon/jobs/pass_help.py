@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor, nn
 
-from surgeon.graph.snapshot import PassDiff
 from surgeon.passes import Moeify, Pass
+from surgeon.passes.report import PassDiff
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import option_types
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from surgeon.data.batch import Batch
-from surgeon.data.losses import task_of
+from surgeon.data.losses import guessed_task
 from surgeon.graph.agreement import run
 from surgeon.jobs.open_model import Opened
 
@@ -16,7 +16,7 @@ def task_for(opened: Opened, batches: Iterable[Any]) -> str | None:
     if opened.task is not None:
         return opened.task
     batch = Batch.from_any(next(iter(batches)))
-    return task_of(None, run(opened.graph, batch.args, batch.kwargs), batch.labels)
+    return guessed_task(run(opened.graph, batch.args, batch.kwargs), batch.labels)
 
 
 def eval_task(opened: Opened) -> str | None:
@@ -40,7 +40,7 @@ def why_unmeasured(opened: Opened) -> str:
 
 def other_data(opened: Opened) -> tuple[str, ...]:
     """A note for the user if the data is not, or is not read as, what the surgery was made with."""
-    recorded = (opened.record or {}).get("recipe", {}).get("fingerprint")
+    recorded = None if opened.record is None else opened.record.recipe.fingerprint
     if opened.data is None or recorded in (None, opened.data.fingerprint):
         return ()
     return (

@@ -13,9 +13,10 @@ from surgeon.jobs.open_model import Opened
 from surgeon.jobs.store import check_target, store
 from surgeon.kernels.selection import check_rule
 from surgeon.measure.compensation import compensate
-from surgeon.moe.module import compensated, find_moes, get_rule, get_tau, set_rule, set_tau
-from surgeon.surgery.artifact import read_record
+from surgeon.moe.knobs import compensated, get_rule, get_tau, set_rule, set_tau
+from surgeon.moe.site import find_moes
 from surgeon.surgery.recipe import parse_by_site
+from surgeon.surgery.record import read_record
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from surgeon.data.losses import Quality
 from surgeon.errors import SaveError, UsageError
-from surgeon.graph.snapshot import snapshot
 from surgeon.jobs.open_model import Opened
-from surgeon.surgery.artifact import RECORD, save
-from surgeon.surgery.pipeline import Surgery
+from surgeon.surgery.artifact import save
+from surgeon.surgery.diff import Diff
+from surgeon.surgery.record import RECORD, MeasuredQuality, earlier_passes, make_record
 
 
 def check_target(directory: Path, model: str | None = None, *, overwrite: bool) -> None:
@@ -45,11 +45,17 @@ def store(opened: Opened, out: Path | None, quality: tuple[Quality, Quality] | N
     Raises:
         SaveError: as `surgeon.surgery.artifact.save`.
     """
-    recipe = (opened.record or {}).get("recipe", {})
-    surgery = Surgery(
-        opened.graph, [], opened.inputs, [snapshot(opened.graph)], int(recipe.get("seed", 0)), recipe.get("data"),
-        opened.origin, opened.graph.meta.get("earlier_passes", ()),
-    )  # fmt: skip
+    assert opened.record is not None, "what is stored again was loaded from a directory"
+    passes = earlier_passes(opened.graph)
+    recipe = opened.record.recipe
+    measured = None
     if quality is not None and opened.data is not None:
-        surgery.quality = *quality, opened.data.fingerprint
-    return save(surgery, Path(opened.spec) if out is None else out, overwrite=out is None)
+        measured = MeasuredQuality(*quality, opened.data.fingerprint)
+    record = make_record(
+        opened.graph, [one.report for one in passes], origin=opened.origin, seed=recipe.seed, data=recipe.data,
+        quality=measured,
+    )  # fmt: skip
+    return save(
+        opened.graph, Path(opened.spec) if out is None else out, inputs=opened.inputs, record=record,
+        diff=Diff(passes), origin=opened.origin, overwrite=out is None,
+    )  # fmt: skip

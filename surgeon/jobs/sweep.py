@@ -7,22 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.data.batch import Batch, first_batches
+from surgeon.data.batch import Batch
 from surgeon.data.losses import Quality, evaluate
 from surgeon.errors import SaveError, UsageError
 from surgeon.jobs.open_model import Opened
-from surgeon.jobs.quality import eval_task, other_data, task_for, why_unmeasured
-from surgeon.jobs.set import compensation_notes
-from surgeon.jobs.store import store
+from surgeon.jobs.quality import other_data, task_for
 from surgeon.kernels.selection import check_rule
-from surgeon.measure.compensation import compensate
 from surgeon.measure.sweep import Dense, Point, time_settings, usual_taus
 from surgeon.measure.sweep import sweep as run_sweep
-from surgeon.measure.tuning import Metric, Tuned, check_budget
-from surgeon.measure.tuning import tune as run_tuning
-from surgeon.moe.module import compensated as compensated_layers
-from surgeon.moe.module import get_rule, get_tau
-from surgeon.passes.report import PassReport, Progress, dense_layers
+from surgeon.moe.knobs import get_rule, get_tau
+from surgeon.passes.report import dense_layers
+from surgeon.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -129,103 +124,22 @@ def _among(opened: Opened, taus: Sequence[float] | None, rules: Sequence[str] | 
     return len(own_taus) == 1 and any(abs(tau - own) < 1e-6 for tau in taus for own in own_taus)
 
 
-@dataclass(frozen=True)
-class TuningResult:
-    """What tuning found, and where it was saved.
-
-    quality: on the held-out data, before (every expert) and after; None if it was not measured. notes: why
-    it was not, and what the user may not expect.
-    """
-
-    model: str
-    directory: Path
-    budget: float
-    metric: Metric
-    tuned: Tuned
-    quality: tuple[Quality, Quality] | None
-    notes: tuple[str, ...] = ()
-
-
-def check_tuning(budget: float, metric: Metric, *, has_dense: bool) -> None:
-    """Refuse what cannot work before anything is loaded.
-
-    Raises:
-        UsageError: as `surgeon.measure.tuning.check_budget`; "ms" without the dense model.
-    """
-    check_budget(budget)
-    if metric == "ms" and not has_dense:
-        raise UsageError("--metric ms compares with the dense model's time: give it with --dense MODEL.")
-
-
-def tune(
-    opened: Opened,
-    budget: float,
-    *,
-    metric: Metric = "flops",
-    samples: int = 512,
-    compensated: bool = False,
-    out: Path | None = None,
-    dense: Opened | None = None,
-    progress: Callable[[Progress], None] | None = None,
-) -> TuningResult:
-    """Find a tau for each layer within a budget, on training data, and store it in the surgery.
-
-    Args:
-        budget: share of the dense model's cost. samples: of the training data, on which damage is measured.
-        compensated: also add the mean of what is skipped (`surgeon.measure.compensation`).
-        out: where the tuned surgery goes; by default it replaces the one that was opened.
-        dense: the model before the surgery, which "ms" needs as the yardstick.
-
-    Raises:
-        UsageError: as `check_tuning` and `surgeon.measure.tuning.tune`.
-        SaveError: as `surgeon.surgery.artifact.save`.
-    """
-    check_tuning(budget, metric, has_dense=dense is not None)
-    assert opened.data is not None
-    calibration = first_batches(opened.data.train, samples)
-    whole: float | None = dense_multiply_adds(opened)
-    if metric == "ms" and dense is not None:
-        whole = time_settings(dense.graph, calibration[0], [lambda: None])[0]
-    earlier = compensated_layers(opened.graph)
-    tuned = run_tuning(
-        opened.graph, calibration, budget, inputs=opened.inputs, dense=whole, metric=metric, progress=progress
-    )
-    if compensated:
-        compensate(opened.graph, calibration)
-    notes = [*other_data(opened), *compensation_notes(opened.graph, earlier, wanted=compensated)]
-    if not any(tuned.taus.values()):
-        notes.append(
-            f"Every expert fits a budget of {budget:.0%}: with tau 0 the model costs {tuned.cost:.1%} of the dense one."
-        )
-    quality, task = None, eval_task(opened)
-    if task is not None:
-        every, chosen = run_sweep(
-            opened.graph, _batches(opened), task, [0.0, None], inputs=opened.inputs, progress=progress
-        )
-        quality = every.quality, chosen.quality
-    else:
-        notes.append(why_unmeasured(opened))
-    before = recorded_quality(opened)
-    directory = store(opened, out, None if quality is None or before is None else (before, quality[1]))
-    return TuningResult(opened.spec, directory, budget, metric, tuned, quality, tuple(notes))
-
-
 def _dense_layers(opened: Opened) -> dict[str, float]:
-    return dense_layers(PassReport.from_json(report) for report in (opened.record or {}).get("passes", ()))
+    return dense_layers(() if opened.record is None else opened.record.passes)
 
 
 def dense_multiply_adds(opened: Opened) -> int | None:
     """The multiply-adds before the surgery, from its record."""
-    before = ((opened.record or {}).get("passes") or [{}])[0].get("before")
-    return None if before is None else int(before["multiply_adds"])
+    reports = () if opened.record is None else opened.record.passes
+    return reports[0].before.multiply_adds if reports and reports[0].before is not None else None
 
 
 def recorded_quality(opened: Opened) -> Quality | None:
     """The dense model's quality, if it was measured on the data that is given now."""
-    found = (opened.record or {}).get("quality")
-    if found is None or opened.data is None or found["data"] != opened.data.fingerprint:
+    found = None if opened.record is None else opened.record.quality
+    if found is None or opened.data is None or found.data != opened.data.fingerprint:
         return None
-    return Quality(**found["before"])
+    return found.before
 
 
 def _batches(opened: Opened) -> list[Batch]:

@@ -19,10 +19,11 @@ from surgeon.errors import DataError, UsageError
 from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.traced import TracedGraph, aten
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.kernels.torch.backend import hidden, keep_selected
+from surgeon.kernels.experts import hidden, keep_selected
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import knobs_restored, run_batches
-from surgeon.moe.module import SKIPPED_MEAN, MoESite, find_moes
+from surgeon.moe.knobs import SKIPPED_MEAN
+from surgeon.moe.site import MoESite, find_moes
 
 
 def compensate(graph: TracedGraph, batches: Iterable[Any]) -> list[str]:

@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from surgeon.errors import UsageError
-from surgeon.graph.traced import flat_inputs, tensor_key
+from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
+from surgeon.graph.traced import tensor_key
 from surgeon.kernels.dynamic_k import selected
-from surgeon.models.example_inputs import as_args_kwargs
-from surgeon.moe.module import MoE, MoESite, find_moes, masked_ffn, selection_threshold
+from surgeon.moe.module import MoE
+from surgeon.moe.ops import masked_ffn, selection_threshold
 from surgeon.moe.router import expert_norms
-from surgeon.passes.report import Cost
+from surgeon.moe.site import MoESite, find_moes
 
 
 def _attention_flops(
@@ -152,13 +152,12 @@ class ExpertMeter(Interpreter):
         self.on_selection: Callable[[MoESite, Tensor], None] | None = None
         self.on_tokens: Callable[[MoESite, Tensor, Tensor], None] | None = None
         self._site_of: dict[Node, MoESite] = {node: site for site in self.sites.values() for node in site.nodes}
-        self._out_spec = graph.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the graph with its own arguments; returns its output."""
         assert isinstance(self.module, GraphModule)
         flat = self.run(*flat_inputs(self.module, args, kwargs), enable_io_processing=False)
-        return flat if self._out_spec is None else pytree.tree_unflatten(list(flat), self._out_spec)
+        return unflatten_output(self.module, flat)
 
     def run_node(self, n: Node) -> Any:
         """Run one node, after looking at what a router selected if it is an expert layer."""
@@ -207,3 +206,18 @@ class ExpertMeter(Interpreter):
         layer.pairs += math.prod(ran.shape)
         layer.tokens += math.prod(ran.shape[:-1])
         layer.ran += int(ran.sum())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call of the graph on the example inputs costs.
+
+    parameters: numbers in the graph, tied ones once. multiply_adds: with every expert running.
+    executed: share of the experts' multiply-adds that ran, None without experts.
+    executed_multiply_adds: what ran (routers, attention and head included).
+    """
+
+    parameters: int
+    multiply_adds: int
+    executed_multiply_adds: int
+    executed: float | None = None

@@ -14,13 +14,14 @@ from torch import nn
 from torch.fx import GraphModule
 
 from surgeon.data.batch import Batch
-from surgeon.data.losses import Quality, quality
+from surgeon.data.losses import Quality, QualityMeter
 from surgeon.data.padding import token_mask
 from surgeon.errors import UsageError
+from surgeon.graph.calls import as_args_kwargs
 from surgeon.measure.meter import ExpertMeter, LayerRun, clock, measure
-from surgeon.models.example_inputs import as_args_kwargs
-from surgeon.moe.module import Knobs, find_moes, get_knobs, get_rule, set_knobs, set_rule, set_tau
-from surgeon.passes.report import Progress
+from surgeon.moe.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
+from surgeon.moe.site import find_moes
+from surgeon.progress import Progress
 
 RouterChoice = Literal["own", "oracle"]
 _USUAL_TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -86,8 +87,9 @@ def sweep(
         taus: by default `usual_taus` of each rule. None among them stands for the values that the graph has, its rules
             too, and is measured once whatever the rules; stored: measure those as well.
         inputs: example inputs on which multiply-adds are counted. dense_multiply_adds: the dense model's on the same.
-        dense_layers: what the dense layers cost, by the path of their experts (`surgeon.passes.report.dense_layers`); by
-            default what all the experts cost, which differs where layers were replaced at another cost before.
+        dense_layers: what the dense layers cost, by the path of their experts (see
+            `surgeon.passes.report.dense_layers`). By default what all the experts cost, which differs where layers
+            were replaced at another cost before.
         rules: of `surgeon.kernels.selection.RULES`; by default the graph's own. routers: "own", "oracle", or both.
         timed: also time calls, all settings in turn.
 
@@ -117,7 +119,7 @@ def sweep(
 
         for number, (router, rule, tau) in enumerate(settings):
             choose(rule, tau)
-            meter, marks = ExpertMeter(graph, oracle=router == "oracle"), quality(task)
+            meter, marks = ExpertMeter(graph, oracle=router == "oracle"), QualityMeter(task)
             for index, batch in enumerate(run_batches(meter, batches)):
                 marks.add(batch[1], batch[0])
                 if progress is not None:

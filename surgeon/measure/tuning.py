@@ -27,11 +27,12 @@ from surgeon.data.batch import Batch
 from surgeon.data.losses import logits_of
 from surgeon.data.padding import real_tokens
 from surgeon.errors import DataError, UsageError
+from surgeon.graph.calls import as_args_kwargs
 from surgeon.measure.meter import ExpertMeter, LayerRun, measure
 from surgeon.measure.sweep import knobs_restored, run_batches, time_settings
-from surgeon.models.example_inputs import as_args_kwargs
-from surgeon.moe.module import find_moes, set_tau
-from surgeon.passes.report import Progress
+from surgeon.moe.knobs import set_tau
+from surgeon.moe.site import find_moes
+from surgeon.progress import Progress
 
 Metric = Literal["flops", "ms"]
 

@@ -16,7 +16,6 @@ from surgeon.errors import UsageError
 
 log = logging.getLogger("surgeon")
 
-Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
 BATCH = 2  # a dimension of 1 would be taken for a constant by torch.export
 LENGTH = 8
@@ -25,30 +24,6 @@ _SENTENCES = (
     "Nobody knew how long it would stay there, or why it came.",
 )
 GIVE_INPUTS = "Give example inputs: --inputs module:function, or a file of tensors."
-
-
-def as_args_kwargs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Split inputs into positional and keyword arguments of `forward`.
-
-    A tensor is one positional argument; a tuple or list holds positional ones; a mapping (a `BatchEncoding` too) holds
-    keyword ones; a pair of a tuple and a mapping is both, as it is.
-
-    Raises:
-        UsageError: for anything else.
-    """
-    match inputs:
-        case Tensor():
-            return (inputs,), {}
-        case (tuple() as args, Mapping() as kwargs):
-            return args, dict(kwargs)
-        case tuple() | list():
-            return tuple(inputs), {}
-        case Mapping():
-            return (), dict(inputs)
-    raise UsageError(
-        f"Example inputs are a {type(inputs).__name__}, not a tensor, a tuple of positional inputs or a dict of "
-        "keyword inputs."
-    )
 
 
 def example_inputs(

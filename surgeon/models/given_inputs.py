@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from surgeon.errors import LoadError, UsageError
-from surgeon.models.example_inputs import GIVE_INPUTS, Inputs
+from surgeon.graph.calls import Inputs
+from surgeon.models.example_inputs import GIVE_INPUTS
 from surgeon.models.user_function import call_spec, is_spec
 from surgeon.models.weight_files import read_safetensors, read_torch_file
 

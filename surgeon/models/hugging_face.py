@@ -11,14 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import LoadError, SurgeonError, first_line
+from surgeon.models.tasks import HEADS
 from surgeon.models.weight_files import check_safetensors, check_torch_file
 
-TASK_CLASSES = {
-    "causal-lm": "AutoModelForCausalLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -50,7 +45,7 @@ def load_directory(path: Path, task: str | None) -> Directory:
     """Load a directory that has a `config.json`, without running code that it holds.
 
     Args:
-        task: the head to load it with, one of `TASK_CLASSES`; by default the one in its config.
+        task: the head to load it with, one of `HEADS`; by default the one in its config.
 
     Raises:
         LoadError: the directory is incomplete or damaged, or its class is not one of transformers.
@@ -112,7 +107,7 @@ def model_class(config: Any, task: str | None) -> Any:
     import transformers
 
     if task is not None:
-        return getattr(transformers, TASK_CLASSES[task])
+        return getattr(transformers, HEADS[task])
     names = getattr(config, "architectures", None)
     if not names:
         return transformers.AutoModel

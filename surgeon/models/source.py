@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from surgeon.errors import LoadError
-from surgeon.models.hugging_face import TASK_CLASSES, load_directory, model_class, quiet_transformers, read_config, some
+from surgeon.models.hugging_face import load_directory, model_class, quiet_transformers, read_config, some
+from surgeon.models.tasks import HEADS
 from surgeon.models.user_function import call_spec, is_spec
 from surgeon.models.weight_files import read_program, read_safetensors, read_torch_file, sha256_of
 
@@ -38,7 +39,8 @@ class Source:
     kind: "hf" a Hugging Face directory; "pickle" a module written by `torch.save`; "pt2" an exported program;
         "state_dict" weights filled into `arch`; "python" the return value of a function; "artifact" a directory written
         by surgeon.
-    model: a module (an `ExportedProgram` for "pt2"), on the CPU; None for an artifact, which `surgeon.surgery.artifact` loads.
+    model: a module (an `ExportedProgram` for "pt2"), on the CPU; None for a saved surgery, which
+        `surgeon.surgery.artifact` loads.
     tokenizer, processor, config: those of a Hugging Face model, None where it has none.
     sha256: of the weight file; of names and hashes where there are several; of names and values where there is no file.
     notes: what a user should know about the model, one sentence each.
@@ -68,13 +70,13 @@ def load_model(
         trust_pickle: unpickle whole modules, which runs the code they name.
         arch: what a state dict belongs to: a Hugging Face directory or `config.json`, a transformers model type such as
             "gpt2" (its default sizes), or `module:function`.
-        task: the head to load a Hugging Face model with, one of `TASK_CLASSES`; by default the one in its config.
+        task: the head to load a Hugging Face model with, one of `HEADS`; by default the one in its config.
 
     Raises:
         LoadError: the path is missing, damaged, not a model, or would run code; the message says what to try.
     """
-    if task is not None and task not in TASK_CLASSES:
-        raise LoadError(f"No task '{task}'. Known: {', '.join(TASK_CLASSES)}.")
+    if task is not None and task not in HEADS:
+        raise LoadError(f"No task '{task}'. Known: {', '.join(HEADS)}.")
     text, path = str(path), Path(path)
     if not path.exists():
         if is_spec(text):

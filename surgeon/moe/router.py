@@ -6,7 +6,7 @@ some of the layer's own neurons as features, and ridge regression from them to t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from surgeon.graph.traced import aten
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.kernels.torch.backend import Experts, hidden
+from surgeon.kernels.experts import Experts, hidden
 
 Objective = Literal["norm", "relative", "log", "activation"]
 Labels = Literal["output", "hidden"]
@@ -37,10 +37,6 @@ _OUTPUT: dict[Output, tuple[Any, ...]] = {
     "exp": (aten.exp.default,),
     "sigmoid": (aten.sigmoid.default,),
 }
-# Neurons among which forward selection chooses: its cost grows with their square.
-_CANDIDATES = 2048
-# Of the ridge regression, relative to the mean square of the features.
-_RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -201,80 +197,3 @@ def router_loss(objective: Objective, scores: Tensor, wanted: Tensor, underestim
     if underestimate == 1.0:
         return error.square().mean()
     return (error.square() * torch.where(error < 0, underestimate, 1.0)).mean()
-
-
-def fit_closed_form(
-    routers: Sequence[Router],
-    x: Tensor,
-    layers: Sequence[tuple[Experts, str]],
-    objective: Objective,
-    labels: Labels = "output",
-) -> None:
-    """Set the weights of routers that share a trunk without training: neurons as features, then ridge regression.
-
-    The trunk becomes those neurons of the layers that together explain the targets best, chosen one after the other
-    (forward selection by a pivoted Cholesky factorisation), with a ReLU; fc2 is the ridge solution.
-
-    Args:
-        routers: with biases and ReLU; all with the same fc1. layers: (weights, activation) of each, in the same order.
-        x: [N, d_in] inputs of the layers; some thousands.
-        objective, labels: what to predict.
-    """
-    trunk = routers[0].fc1
-    assert trunk is not None
-    assert trunk.bias is not None
-    candidates = [_first_linear(experts) for experts, _ in layers]
-    rows = torch.cat([weight for weight, _ in candidates])
-    bias = torch.cat([offset for _, offset in candidates])
-    features = F.relu(F.linear(x, rows, bias)).double()
-    wanted = [target(objective, x, experts, activation, labels) for experts, activation in layers]
-    # Of equal weight, whatever the scale of a layer's targets.
-    scaled = torch.cat([(w - w.mean(0)) / w.std().clamp_min(1e-12) for w in wanted], dim=1).double()
-    chosen = _forward_selection(features - features.mean(0), scaled, trunk.out_features)
-    with torch.no_grad():
-        trunk.weight.copy_(rows[chosen])
-        trunk.bias.copy_(bias[chosen])
-        inputs = F.pad(features[:, chosen], (0, 1), value=1.0)
-        gram = inputs.t() @ inputs
-        gram.diagonal()[:-1].add_(_RIDGE * gram.diagonal()[:-1].mean().clamp_min(1e-12))
-        for router, norms in zip(routers, wanted, strict=True):
-            solution = torch.linalg.lstsq(gram, inputs.t() @ norms.double()).solution
-            router.fc2.weight.copy_(solution[:-1].t())
-            router.fc2.bias.copy_(solution[-1])
-
-
-def _first_linear(experts: Experts) -> tuple[Tensor, Tensor]:
-    """Rows [h, d_in] and biases [h] of the linear whose output is activated."""
-    weight, bias = (experts.w1, experts.b1) if experts.gate is None else (experts.gate, experts.b_gate)
-    rows = weight.detach().flatten(0, 1)
-    return rows, rows.new_zeros(len(rows)) if bias is None else bias.detach().flatten()
-
-
-def _forward_selection(features: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Indices of `count` columns of `features` [N, m] that together explain `labels` [N, k] best; all centred."""
-    candidates = torch.arange(features.shape[1], device=features.device)
-    if len(candidates) > _CANDIDATES:
-        gain = (features.t() @ labels).square().sum(1) / features.square().sum(0).clamp_min(1e-12)
-        candidates = gain.topk(_CANDIDATES).indices
-        features = features[:, candidates]
-    gram, cross = features.t() @ features, features.t() @ labels
-    scale = gram.diagonal().clone().clamp_min(1e-12)
-    chosen: list[int] = []
-    free = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
-    for _ in range(min(count, len(gram))):
-        remaining = gram.diagonal()
-        # A column that the chosen ones nearly span is noise divided by almost nothing.
-        usable = free & (remaining > 1e-6 * scale)
-        gain = torch.where(usable, cross.square().sum(1) / remaining.clamp_min(1e-12), -1.0)
-        best = int(gain.argmax())
-        if not bool(usable[best]):
-            break
-        free[best] = False
-        chosen.append(best)
-        column = gram[best] / remaining[best]
-        cross = cross - torch.outer(column, cross[best])
-        gram = gram - torch.outer(column, gram[best])
-    # Fewer neurons than asked for: the rest of the trunk repeats the first, and the ridge shares its weight out. Where
-    # not one neuron ever fires it does not matter which are taken.
-    chosen = chosen or [0]
-    return candidates[(chosen * (count // len(chosen) + 1))[:count]]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.kernels.torch.backend import Experts, hidden
+from surgeon.kernels.experts import Experts, hidden
 from surgeon.moe.clustering import balanced_clusters
 from surgeon.sites.ffn import FFNWeights
 

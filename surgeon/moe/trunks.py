@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from surgeon.moe.module import MoE, find_moes
+from surgeon.moe.module import MoE
+from surgeon.moe.site import find_moes
 from surgeon.sites.ffn import FFN
 from surgeon.sites.linear import find_linears
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import logging
 import math
@@ -21,31 +20,16 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from surgeon.passes.report import Progress
-from surgeon.text.diff import Detail, diff_view
+from surgeon.progress import Progress
+from surgeon.text.plain import UNBOUNDED, plain_text
 from surgeon.text.summary import seconds
 
 if TYPE_CHECKING:
-    from surgeon.surgery.pipeline import Diff
+    pass
 
 Mode = Literal["rich", "plain", "json"]
-# Plain text is never wrapped or cut: what reads it does that better.
-_UNBOUNDED = 10_000
 _LINE_SECONDS = 10.0
 _LINES_PER_FIT = 5
-
-
-def diff_text(diff: Diff, detail: Detail = "sites") -> str:
-    """The pass-by-pass diff as plain text."""
-    return plain_text(diff_view(diff.passes, detail))
-
-
-def plain_text(content: RenderableType, width: int = _UNBOUNDED) -> str:
-    """What `content` looks like without colours, at most `width` wide."""
-    stream = io.StringIO()
-    console = Console(file=stream, width=width, color_system=None, force_terminal=False, highlight=False, emoji=False)
-    console.print(content, soft_wrap=False)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
 def to_json(value: Any) -> Any:
@@ -105,7 +89,7 @@ class Screen:
         sys.stdout.flush()
 
     def _plain_width(self) -> int:
-        return Console().width if sys.stdout.isatty() else _UNBOUNDED
+        return Console().width if sys.stdout.isatty() else UNBOUNDED
 
     # --- progress
 

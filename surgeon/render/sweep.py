@@ -14,9 +14,6 @@ from surgeon.text.summary import number, percent
 
 if TYPE_CHECKING:
     from surgeon.data.losses import Quality
-    from surgeon.jobs.demo import Demo
-    from surgeon.jobs.set import SettingResult
-    from surgeon.jobs.sweep import TuningResult
     from surgeon.measure.sweep import Point
 
 
@@ -88,57 +85,7 @@ def _milliseconds(timed: Point | Dense) -> str:
     return "" if timed.milliseconds is None else f"{timed.milliseconds:.1f}"
 
 
-def tuned_view(found: TuningResult) -> RenderableType:
-    """The tau of every layer, and what tuning gained over one tau for all."""
-    tuned = found.tuned
-    table = grid("left", "right", "right", header=("layer", "tau", "experts that run"))
-    for path, tau in tuned.taus.items():
-        table.add_row(Text(path, style="cyan"), f"{tau:.3g}", percent(tuned.shares[path]))
-    unit = "multiply-adds" if found.metric == "flops" else "time"
-    summary = grid("left", "right", "right", header=("", f"{unit}, of dense", "damage, nats"))
-    summary.add_row(f"one tau, {tuned.uniform:.3g}", percent(tuned.uniform_cost), f"{tuned.uniform_damage:.4g}")
-    summary.add_row("a tau for each layer", percent(tuned.cost), f"{tuned.damage:.4g}")
-    lines: list[RenderableType] = [table, Text(""), summary]
-    if found.quality is not None:
-        every, chosen = found.quality
-        lines.append(
-            Text(f"{every.name}: {quality_value(chosen)} within the budget, {quality_value(every)} with every expert.")
-        )
-    lines.append(sentences(found.notes, indent=0))
-    lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), "."))
-    return Group(*lines)
-
-
-def setting_view(found: SettingResult) -> RenderableType:
-    """What is set for every layer, beside what was set before where that changed."""
-    layers = found.layers.values()
-    header = ["layer", "tau", "rule"]
-    if any(one.compensated for change in layers for one in (change.before, change.after)):
-        header.append("compensated")
-    table = grid(*(["left"] * len(header)), header=header)  # type: ignore[arg-type]
-    for path, change in found.layers.items():
-        before, after = (
-            (f"{one.tau:.3g}", one.rule, "yes" if one.compensated else "no") for one in (change.before, change.after)
-        )
-        cells = (new if old == new else f"{old} → {new}" for old, new in zip(before, after, strict=True))
-        table.add_row(Text(path, style="cyan"), *list(cells)[: len(header) - 1])
-    lines: list[RenderableType] = [table, sentences(found.notes, indent=0)]
-    if found.directory is not None:
-        lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), "."))
-    return Group(*lines)
-
-
 def quality_line(what: str, quality: Quality) -> RenderableType:
     """`dense model: accuracy 0.97 on 360 samples`."""
     measured = f"{quality.name} {quality_value(quality)} on {quality.items} {items_of(quality.name)}"
     return Text.assemble((what, "bold"), f": {measured}\n")
-
-
-def demo_view(made: Demo) -> RenderableType:
-    """Quality against cost, and where the result is."""
-    before = made.surgery.reports[0].before
-    return Group(
-        sweep_view(made.points, Dense(None if before is None else before.multiply_adds, made.dense)),
-        Text.assemble("\nSaved to ", (str(made.directory), "bold"), ". Next, to see what was changed:"),
-        Text(f"  surgeon diff {made.directory}", style="bold"),
-    )

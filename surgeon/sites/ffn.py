@@ -21,15 +21,6 @@ IDENTITY_MODULE_MARK = "surgeon_identity"
 PROJECTION_MLP = "projection_mlp"
 
 
-@dataclass(frozen=True)
-class Rejection:
-    """A candidate that was refused: where, and the first condition that failed."""
-
-    path: str
-    reason: str
-    node: str = ""
-
-
 @dataclass(frozen=True, eq=False)
 class Call:
     """One execution of a feed-forward layer: x → first linears → cone → second linear.
@@ -156,34 +147,6 @@ class FFN:
         else:
             up, up_bias = first[1].weight_rows(graph), first[1].bias_vector(graph)
         return FFNWeights(up, up_bias, gate, b_gate, w2, b2)
-
-
-@dataclass(frozen=True, eq=False)
-class LinearSite:
-    """A standalone linear layer and every place that executes it."""
-
-    path: str
-    calls: tuple[Linear, ...]
-
-    @property
-    def d_in(self) -> int:
-        """Input width."""
-        return self.calls[0].in_features
-
-    @property
-    def d_out(self) -> int:
-        """Output width."""
-        return self.calls[0].out_features
-
-    @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds for one token."""
-        return self.d_in * self.d_out
-
-    @property
-    def describe(self) -> str:
-        """`linear 384→384`."""
-        return f"linear {self.d_in}→{self.d_out}"
 
 
 def _scaled(value: _MaybeTensor, scale: float) -> _MaybeTensor:

@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from surgeon.graph.ops import MATMULS, SAME_VALUE, VIEWS, equal_size
 from surgeon.graph.traced import aten, is_call, module_path, shape_of, tensor_of
 
-VIEWS = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.default,
-}
 _TRANSPOSES = {
     aten.t.default,
     aten.transpose.int,
@@ -33,38 +24,6 @@ _TRANSPOSES = {
     aten.mT.default,
     aten.swapaxes.default,
 }
-SAME_VALUE = {
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.lift_fresh_copy.default,
-}
-MATMULS = {
-    aten.linear.default,
-    aten.addmm.default,
-    aten.mm.default,
-    aten.matmul.default,
-    aten.einsum.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-}
-
-
-def is_copy(node: Node) -> bool:
-    """Whether the node returns its input's values: a copy, or a conversion between floating-point types."""
-    if node.op != "call_function" or node.target not in SAME_VALUE:
-        return False
-    value, source = node.meta.get("val"), node.args[0]
-    before = source.meta.get("val") if isinstance(source, Node) else None
-    return not isinstance(value, Tensor) or not isinstance(before, Tensor) or (
-        value.is_floating_point() == before.is_floating_point()
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,13 +318,6 @@ def _restores(view: Node, x: Node, output: Node, out_features: int) -> bool:
 def _same_leading(output: Node, x: Node) -> bool:
     a, b = shape_of(output), shape_of(x)
     return a is not None and b is not None and len(a) == len(b) and all(map(equal_size, a[:-1], b[:-1]))
-
-
-def equal_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """Whether two sizes are the same number or the same expression, without adding a guard."""
-    left = a.node.expr if isinstance(a, torch.SymInt) else a
-    right = b.node.expr if isinstance(b, torch.SymInt) else b
-    return bool(left == right)
 
 
 def _added_bias(graph: GraphModule, node: Node, product: Node, out_features: int) -> Node | None:

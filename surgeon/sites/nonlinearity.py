@@ -8,7 +8,6 @@ activation functions.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,34 +18,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from surgeon.graph.ops import DROPOUTS, SHAPE_OPS, is_copy
 from surgeon.graph.traced import aten, shape_of, tensor_of
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.sites.linear import VIEWS, Linear, is_copy
-
-DROPOUTS = {
-    aten.dropout.default,
-    aten.dropout_.default,
-    aten.feature_dropout.default,
-    aten.feature_dropout_.default,
-    aten.alpha_dropout.default,
-}
-SHAPE_OPS = VIEWS | {
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split.sizes,
-    aten.split_with_sizes.default,
-    aten.tensor_split.sections,
-    aten.unsafe_chunk.default,
-    aten.unsafe_split.Tensor,
-    aten.slice.Tensor,
-    aten.narrow.default,
-    aten.select.int,
-    aten.unbind.int,
-    aten.glu.default,
-    aten.permute.default,
-    aten.transpose.int,
-    operator.getitem,
-}
+from surgeon.sites.linear import Linear
 
 Halves = Literal["first", "second", "even", "odd"]
 # Where the gate can lie among the outputs of one linear that computes gate and up together.

@@ -14,9 +14,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from surgeon.errors import first_line
+from surgeon.graph.ops import SAME_VALUE, SHAPE_OPS
 from surgeon.graph.traced import aten, is_call, shape_of
-from surgeon.sites.linear import SAME_VALUE
-from surgeon.sites.nonlinearity import SHAPE_OPS
 
 # Stands for every dynamic size; divisible by what sizes are usually divided by.
 _SIZE = 4

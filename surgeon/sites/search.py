@@ -1,8 +1,8 @@
 """Find the places a pass can operate on: feed-forward layers and standalone linear layers.
 
 From every linear layer the search walks back through what is computed value by value, to the one or two linear layers
-that it comes from, and then asks what the nodes in between compute (`surgeon.sites.nonlinearity`). Every candidate that is refused
-comes with the first condition that failed, in words a person can act on.
+that it comes from. It then asks what the nodes in between compute (`surgeon.sites.nonlinearity`). Every candidate that
+is refused comes with the first condition that failed, in words a person can act on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,25 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from surgeon.graph.ops import CREATION_OPS, LINEAR_OPS, PRODUCTS, barrier, is_pointwise, op_name
+from surgeon.graph.ops import (
+    CREATION_OPS,
+    DROPOUTS,
+    LINEAR_OPS,
+    PRODUCTS,
+    SAME_VALUE,
+    SHAPE_OPS,
+    barrier,
+    equal_size,
+    is_copy,
+    is_pointwise,
+    op_name,
+)
 from surgeon.graph.traced import aten, common_path, is_call, module_path, shape_of, tensor_key, tensor_of
-from surgeon.sites.ffn import FFN, IDENTITY_MODULE_MARK, Call, LinearSite, Rejection
-from surgeon.sites.linear import SAME_VALUE, Linear, OpaqueLinear, equal_size, find_linears, is_copy
-from surgeon.sites.nonlinearity import DROPOUTS, SHAPE_OPS, Cone, identify
+from surgeon.sites.ffn import FFN, IDENTITY_MODULE_MARK, Call
+from surgeon.sites.linear import Linear, OpaqueLinear, find_linears
+from surgeon.sites.linear_site import LinearSite
+from surgeon.sites.nonlinearity import Cone, identify
+from surgeon.sites.rejection import Rejection
 
 # They leave no neuron near zero.
 _SATURATING = {"tanh", "sigmoid", "softsign", "hardtanh"}

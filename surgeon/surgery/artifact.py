@@ -15,13 +15,11 @@ import errno
 import importlib
 import json
 import logging
-import platform
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +29,49 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (registers the ops that the file holds)
-from surgeon.errors import LoadError, SaveError
+from surgeon.errors import LoadError, PassError, SaveError
 from surgeon.graph.agreement import relative_error, run, tolerance_for
-from surgeon.graph.snapshot import GraphDiff, PassDiff
+from surgeon.graph.calls import as_args_kwargs, named_arguments
+from surgeon.graph.snapshot import GraphDiff
 from surgeon.graph.traced import TracedGraph
 from surgeon.models.weight_files import read_program, sha256_of
-from surgeon.moe.module import compensated, find_moes, get_rule, get_tau
-from surgeon.passes.report import PassReport
-from surgeon.surgery.pipeline import Diff, Surgery, inputs_of
+from surgeon.passes.report import PassDiff
+from surgeon.surgery.diff import Diff
+from surgeon.surgery.origin import Origin
+from surgeon.surgery.record import RECORD, Record, parse, read_record, write_record
 from surgeon.tracing.trace import TraceInfo, from_program, quiet
 
 log = logging.getLogger("surgeon")
 
-SCHEMA = 1
-MODEL, RECORD, DIFF = "model.pt2", "surgery.json", "diff.json"
+MODEL, DIFF = "model.pt2", "diff.json"
 
 
-def save(surgery: Surgery, directory: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a surgery to `directory`, which must not exist or be empty unless `overwrite`.
+def save(
+    graph: TracedGraph,
+    directory: str | Path,
+    *,
+    inputs: Any,
+    record: Record,
+    diff: Diff,
+    origin: Origin,
+    overwrite: bool = False,
+) -> Path:
+    """Write a graph and what was done to it to `directory`, which must not exist or be empty unless `overwrite`.
 
     The saved program is compared with the graph on the example inputs before anything is put in place.
+
+    Args:
+        inputs: example inputs. record: see `surgeon.surgery.record.make_record`. diff: what every pass changed.
+        origin: whose configuration and tokenizer are written beside the graph.
 
     Raises:
         SaveError: the directory has other content, there is no space or no permission, or the graph cannot be exported.
             Nothing half-written is left.
-        PassError: the surgery has no example inputs, which export needs.
+        PassError: there are no example inputs, which export needs.
     """
     directory = Path(directory)
+    if inputs is None:
+        raise PassError("A surgery is saved with its example inputs: pass them to Pipeline.run as inputs=…")
     if directory.exists() and not directory.is_dir():
         raise SaveError(f"{directory} is a file. Give a directory for the result.")
     if directory.is_dir() and any(directory.iterdir()):
@@ -65,17 +79,17 @@ def save(surgery: Surgery, directory: str | Path, *, overwrite: bool = False) ->
             raise SaveError(f"{directory} exists and is not empty. Give another directory, or say to overwrite it.")
         if not (directory / RECORD).exists():
             raise SaveError(f"{directory} holds something else than a saved surgery, and is not overwritten.")
-    program = _export(surgery)
+    program = _export(graph, *as_args_kwargs(inputs))
     with _written_whole(directory) as fresh:
-        _check_space(surgery.graph, fresh)
+        _check_space(graph, fresh)
         torch.export.save(program, fresh / MODEL)
-        if surgery.origin.config is not None and hasattr(surgery.origin.config, "save_pretrained"):
-            for part in (surgery.origin.config, surgery.origin.tokenizer, surgery.origin.processor):
+        if origin.config is not None and hasattr(origin.config, "save_pretrained"):
+            for part in (origin.config, origin.tokenizer, origin.processor):
                 if part is not None:
                     part.save_pretrained(fresh)
-        diffs = [one.graph.to_json() for one in surgery.diff().passes]
+        diffs = [asdict(one.graph) for one in diff.passes]
         (fresh / DIFF).write_text(json.dumps(diffs), encoding="utf-8")
-        (fresh / RECORD).write_text(json.dumps(_record(surgery, fresh / MODEL), indent=1), encoding="utf-8")
+        write_record(replace(record, model_sha256=sha256_of([fresh / MODEL])), fresh)
     return directory
 
 
@@ -83,22 +97,21 @@ def load(directory: str | Path) -> TracedGraph:
     """Load a saved graph, in evaluation mode. `graph.meta["surgery"]` holds the record of what was done.
 
     Raises:
-        LoadError: no saved surgery, a damaged or truncated file, or one of a newer version.
+        LoadError: no saved surgery, a damaged or truncated file, or one of another version.
     """
     directory = Path(directory)
     record = read_record(directory)
     model = directory / MODEL
     if not model.exists():
         raise LoadError(f"{directory} has no {MODEL}: the saved surgery is incomplete.")
-    if sha256_of([model]) != record["model_sha256"]:
+    if sha256_of([model]) != record.model_sha256:
         raise LoadError(f"{model} is damaged or was changed: its hash is not the one that {RECORD} has. Save it again.")
-    for name in record["output_modules"]:
+    for name in record.output_modules:
         # Output classes register themselves when imported. Only transformers' own are ever imported by name.
         if name.startswith("transformers."):
             importlib.import_module(name)
-    info = _trace_info(record, directory / RECORD)
     with quiet():
-        graph = from_program(read_program(model), info)
+        graph = from_program(read_program(model), record.trace)
     graph.meta["surgery"] = record
     try:
         graph.meta["earlier_passes"] = load_diff(directory).passes
@@ -106,15 +119,6 @@ def load(directory: str | Path) -> TracedGraph:
         # The model is whole; only the record of what was done to it is not.
         log.warning("%s It is not carried on into surgeries that go on from here.", error)
     return graph
-
-
-def _trace_info(record: dict[str, Any], path: Path) -> TraceInfo:
-    try:
-        trace = record["trace"]
-        dynamic = tuple((name, tuple(dims)) for name, dims in trace["dynamic"])
-        return TraceInfo(trace["form"], dynamic, tuple(trace["notes"]), trace["max_error"], trace["task"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise LoadError(f"{path} is damaged: its record of the trace is incomplete ({error}).") from error
 
 
 def load_inputs(directory: str | Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -137,47 +141,20 @@ def load_diff(directory: str | Path) -> Diff:
     Raises:
         LoadError: as `load`.
     """
-    directory = Path(directory)
-    record = read_record(directory)
+    path = Path(directory) / DIFF
+    reports = read_record(Path(directory)).passes
     try:
-        diffs = json.loads((directory / DIFF).read_text(encoding="utf-8"))
-        return Diff(
-            tuple(
-                PassDiff(PassReport.from_json(report), GraphDiff.from_json(diff))
-                for report, diff in zip(record["passes"], diffs, strict=True)
-            )
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LoadError(f"{directory / DIFF} or {RECORD} is damaged: {error}") from error
-
-
-def read_record(directory: Path) -> dict[str, Any]:
-    """The content of `surgery.json`.
-
-    Raises:
-        LoadError: it is missing, not JSON, or of another schema.
-    """
-    path = directory / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        schema = record["schema"]
-    except FileNotFoundError:
-        raise LoadError(f"{directory} is no saved surgery: it has no {RECORD}.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} is damaged: {error}") from error
-    if schema != SCHEMA:
-        raise LoadError(
-            f"{path} has schema {schema}, this version reads schema {SCHEMA}. Use the version that wrote it."
-        )
-    missing = [key for key in ("model_sha256", "passes", "trace", "output_modules") if key not in record]
-    if missing:
-        raise LoadError(f"{path} is damaged: it has no {', '.join(missing)}.")
-    return dict(record)
+    graphs = parse(list[GraphDiff], content, path)
+    if len(graphs) != len(reports):
+        raise LoadError(f"{path} is damaged: it has {len(graphs)} passes and {RECORD} has {len(reports)}.")
+    return Diff(tuple(map(PassDiff, reports, graphs)))
 
 
-def _export(surgery: Surgery) -> torch.export.ExportedProgram:
-    graph = surgery.graph
-    args, kwargs = _at_least_two(graph, *inputs_of(surgery))
+def _export(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    args, kwargs = _at_least_two(graph, args, kwargs)
     training = graph.training
     info: TraceInfo = graph.meta["trace"]
     graph.train()
@@ -215,18 +192,14 @@ def _at_least_two(
         _, dims = next(flat)
         return torch.cat([leaf, leaf]) if 0 in dims and leaf.shape[0] == 1 else leaf
 
-    names = [name for name in graph.graph._codegen.pytree_info.orig_args if name != "self"]  # type: ignore[attr-defined]
-    bound = {**dict(zip(names, args, strict=False)), **kwargs}
-    grown = {name: pytree.tree_map(grow, bound[name]) for name in names}
-    return tuple(grown[name] for name in names[: len(args)]), {name: grown[name] for name in names[len(args) :]}
+    grown = {name: pytree.tree_map(grow, value) for name, value in named_arguments(graph, args, kwargs).items()}
+    values = list(grown.items())
+    return tuple(value for _, value in values[: len(args)]), dict(values[len(args) :])
 
 
 def _dynamic_shapes(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any], info: TraceInfo) -> Any:
     """The dynamic dimensions of the trace, in the structure of a call of the graph."""
     dynamic = iter(info.dynamic)
-    names = graph.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
-    names = [name for name in names if name != "self"]
-    bound = {**dict(zip(names, args, strict=False)), **kwargs}
 
     def free(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -234,81 +207,7 @@ def _dynamic_shapes(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str,
         _, dims = next(dynamic)
         return dict.fromkeys(dims, Dim.AUTO)
 
-    return {name: pytree.tree_map(free, bound[name]) for name in names}
-
-
-def _record(surgery: Surgery, model: Path) -> dict[str, Any]:
-    origin, info = surgery.origin, surgery.graph.meta["trace"]
-    reports = [one.report for one in surgery.diff().passes]
-    first = surgery.graph.meta.get("surgery")
-    given = {"path": origin.path, "kind": origin.kind, "sha256": origin.sha256}
-    graph = surgery.graph
-    knobs = {"tau": get_tau(graph), "rule": get_rule(graph), "compensated": compensated(graph)}
-    return {
-        "schema": SCHEMA,
-        "versions": {
-            "surgeon": version("surgeon"),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
-        # Of a surgery that goes on from a saved one: what that one started from.
-        "input": given if first is None else first["input"],
-        "recipe": {
-            "passes": [{"name": report.name, "options": dict(report.options)} for report in reports],
-            "seed": surgery.seed,
-            "data": surgery.data,
-            # Of a surgery that goes on from a saved one without data: of what that one was made with.
-            "fingerprint": surgery.fingerprint or (None if first is None else first["recipe"].get("fingerprint")),
-        },
-        "trace": {
-            "form": info.form,
-            "dynamic": info.dynamic,
-            "notes": info.notes,
-            "max_error": info.max_error,
-            "task": info.task,
-        },
-        "passes": [report.to_json() for report in reports],
-        "experts": [
-            {"path": site.path, "experts": site.experts, "form": site.form, "expert_shape": list(site.w1.shape[1:])}
-            for site in find_moes(surgery.graph)
-        ],
-        **knobs,
-        "quality": _quality(surgery, first, knobs),
-        "output_modules": _output_modules(surgery.graph),
-        "model_sha256": sha256_of([model]),
-    }
-
-
-def _quality(surgery: Surgery, first: dict[str, Any] | None, knobs: dict[str, Any]) -> dict[str, Any] | None:
-    """Quality before and after; of a surgery that goes on from another one, before that one if the data is the same.
-
-    Where it was not measured anew, "after" is None once the knobs have other values than it was measured at.
-    """
-    earlier = None if first is None else first.get("quality")
-    if surgery.quality is None:
-        same = first is None or all(first.get(name, []) == value for name, value in knobs.items())
-        return earlier if earlier is None or same else {**earlier, "after": None}
-    before, after, data = surgery.quality
-    found = {"before": asdict(before), "after": asdict(after), "data": data}
-    if earlier is not None and earlier["data"] == data:
-        found["before"] = earlier["before"]
-    return found
-
-
-def _output_modules(graph: GraphModule) -> list[str]:
-    """Modules whose classes appear in the graph's inputs and outputs and must be imported before loading."""
-    info = graph.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    found: set[str] = set()
-    stack = [info.in_spec, info.out_spec]
-    while stack:
-        spec = stack.pop()
-        if spec is None:
-            continue
-        if isinstance(spec.type, type) and spec.type.__module__ not in ("builtins", "collections"):
-            found.add(spec.type.__module__)
-        stack.extend(spec.children())
-    return sorted(found)
+    return {name: pytree.tree_map(free, value) for name, value in named_arguments(graph, args, kwargs).items()}
 
 
 def _check_space(graph: GraphModule, where: Path) -> None:

@@ -3,98 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 from torch.fx import GraphModule
 
-from surgeon.data.batch import Data
-from surgeon.data.losses import Quality
-from surgeon.errors import PassError, UsageError
-from surgeon.graph.snapshot import PassDiff, Snapshot, compare, snapshot
-from surgeon.graph.traced import TracedGraph, fork
-from surgeon.models.example_inputs import as_args_kwargs, example_inputs
+from surgeon.data.data import Data
+from surgeon.errors import UsageError
+from surgeon.graph.snapshot import snapshot
+from surgeon.graph.traced import fork
+from surgeon.models.example_inputs import example_inputs
 from surgeon.models.source import check_finite
-from surgeon.moe.module import find_moes, set_tau
+from surgeon.moe.site import find_moes
 from surgeon.passes import Pass
-from surgeon.passes.report import PassReport, Progress
+from surgeon.passes.report import PassDiff
+from surgeon.progress import Progress
+from surgeon.surgery.origin import Origin
+from surgeon.surgery.record import earlier_passes
+from surgeon.surgery.surgery import Surgery
 from surgeon.tracing.trace import adopt, is_aten_graph, trace
 from surgeon.training.loop import Settings
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a model came from, for the record and for the files that are saved beside it.
-
-    path, kind, sha256: of the input file or directory; None for a model made in Python. notes: what loading it showed.
-    """
-
-    path: str | None = None
-    kind: str = "module"
-    sha256: str | None = None
-    config: Any = None
-    tokenizer: Any = None
-    processor: Any = None
-    notes: tuple[str, ...] = ()
-
-
-@dataclass
-class Surgery:
-    """The result of a pipeline.
-
-    graph: the rewritten graph, called with the model's own arguments. reports: one per pass, in order.
-    inputs: the example inputs it was verified with. snapshots: the graph before the first and after every pass.
-    earlier: the passes that had been run before, if the graph came from a saved surgery. quality: of the model before
-    and after, and the fingerprint of the data it was measured on; None if it was not. fingerprint: of `data`.
-    """
-
-    graph: TracedGraph
-    reports: list[PassReport]
-    inputs: Any
-    snapshots: list[Snapshot]
-    seed: int = 0
-    data: str | None = None
-    origin: Origin = field(default_factory=Origin)
-    earlier: tuple[PassDiff, ...] = ()
-    quality: tuple[Quality, Quality, str] | None = None
-    fingerprint: str | None = None
-
-    def diff(self) -> Diff:
-        """What each pass changed, those of an earlier surgery included; printable."""
-        new = (
-            PassDiff(report, compare(before, after))
-            for report, before, after in zip(self.reports, self.snapshots, self.snapshots[1:], strict=False)
-        )
-        return Diff((*self.earlier, *new))
-
-    def set_tau(self, tau: float | dict[str, float], path: str | None = None) -> Surgery:
-        """Set tau in the graph (see `surgeon.set_tau`)."""
-        set_tau(self.graph, tau, path)
-        return self
-
-    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the graph and the record of the surgery to a directory (see `surgeon.surgery.artifact.save`)."""
-        from surgeon.surgery.artifact import save
-
-        return save(self, directory, overwrite=overwrite)
-
-
-@dataclass(frozen=True)
-class Diff:
-    """The pass-by-pass difference between a model and its rewritten graph. `str()` gives it as plain text."""
-
-    passes: tuple[PassDiff, ...]
-
-    def text(self, detail: Literal["sites", "stat", "full"] = "sites") -> str:
-        """As plain text: a line per site, only the totals, or every node."""
-        from surgeon.render.screen import diff_text
-
-        return diff_text(self, detail)
-
-    def __str__(self) -> str:
-        return self.text()
 
 
 class Pipeline:
@@ -125,7 +54,7 @@ class Pipeline:
 
         Args:
             inputs: example inputs; found by themselves for Hugging Face models.
-            data: what to train on (see `surgeon.data.files.Data.of`); without it nothing is trained and the reports say so.
+            data: what to train on (see `surgeon.Data.of`); without it nothing is trained and the reports say so.
             seed: of every random choice.
             verify: compare outputs across every pass on the example inputs ("fast"), also on others ("full"), or not.
             progress, on_pass: called during long work and after every pass.
@@ -152,7 +81,7 @@ class Pipeline:
             origin = Origin(config=getattr(model, "config", None))
         surgery = Surgery(graph, [], inputs, [snapshot(graph)], seed, given.description if given else None, origin)
         surgery.fingerprint = given.fingerprint if given else None
-        surgery.earlier = graph.meta.get("earlier_passes", ())
+        surgery.earlier = earlier_passes(graph)
         original = fork(graph).eval()
         for number, one in enumerate(self.passes):
             work = adopt(surgery.graph)
@@ -187,14 +116,3 @@ class Pipeline:
                 )
             if one.makes is not None:
                 made.add(one.makes)
-
-
-def inputs_of(surgery: Surgery) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example inputs as positional and keyword arguments.
-
-    Raises:
-        PassError: there are none.
-    """
-    if surgery.inputs is None:
-        raise PassError("This needs example inputs: pass them to Pipeline.run as inputs=…")
-    return as_args_kwargs(surgery.inputs)

@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from surgeon.passes.report import Cost, FitReport, PassReport
+from surgeon.measure.meter import Cost
+from surgeon.passes.report import PassReport
 from surgeon.text.layout import MODEL, Fitting, dim, grid, indented, refused, sentences
 from surgeon.text.reasons import count_reasons
 from surgeon.text.summary import (
@@ -23,10 +24,12 @@ from surgeon.text.summary import (
     percent,
     seconds,
 )
+from surgeon.training.loop import FitReport
 from surgeon.training.penalty import Sparsity
 
 if TYPE_CHECKING:
-    from surgeon.graph.snapshot import GraphDiff, PassDiff
+    from surgeon.graph.snapshot import GraphDiff
+    from surgeon.passes.report import PassDiff
 
 Detail = Literal["sites", "stat", "full"]
 

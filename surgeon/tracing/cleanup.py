@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from surgeon.graph.ops import VIEWS
 from surgeon.graph.traced import TracedGraph, aten, attribute, is_call, nested_graphs, tensor_of
-from surgeon.sites.linear import VIEWS
 
 
 def use_first_names(graph: TracedGraph, model: nn.Module) -> None:

@@ -22,10 +22,10 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from surgeon.data.losses import task_of
 from surgeon.errors import TraceError
+from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph, fork, retie
-from surgeon.models.example_inputs import as_args_kwargs
+from surgeon.models.tasks import task_of
 from surgeon.tracing.check import brief, disagreement, is_random, run_reference
 from surgeon.tracing.cleanup import changed_buffers, clean, use_first_names
 from surgeon.tracing.dynamic_sizes import dynamic_dims, dynamic_shapes, tile_single_batch
@@ -45,7 +45,7 @@ class TraceInfo:
     notes: what the user should know (a form or a dimension that could not be kept), one sentence each.
     max_error: largest difference from the model on the example inputs, relative to its largest output; None if the
         graph was not made from a model.
-    task: what the model was made for, one of `surgeon.data.losses.TASKS`; None if its class does not tell.
+    task: what the model was made for, one of `surgeon.models.tasks.TASKS`; None if its class does not tell.
     """
 
     form: Form

@@ -15,9 +15,9 @@ from surgeon.data.losses import logits_of
 from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
 from surgeon.graph.agreement import run
-from surgeon.graph.edit import Capture
+from surgeon.graph.capture import Capture
 from surgeon.graph.traced import shape_of
-from surgeon.moe.module import find_moes
+from surgeon.moe.site import find_moes
 from surgeon.sites.search import find_ffns
 
 log = logging.getLogger("surgeon")

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.errors import UsageError
-from surgeon.graph.edit import Capture, own_parameters
+from surgeon.graph.capture import Capture
+from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph
-from surgeon.passes.report import FitReport
 from surgeon.training.distillation import Teacher, divergence, layer_inputs
-from surgeon.training.loop import Plan, Settings, Stateful, fit, loss_of
+from surgeon.training.loop import FitReport, Plan, Settings, Stateful, fit, loss_of
 
 # From the watched values and the share of the training that is done: what to add to the loss, and what to show.
 Penalise = Callable[[Batch, dict[str, Tensor], float], tuple[Tensor, dict[str, float]]]

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,12 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from surgeon.data.batch import Batch, Data
-from surgeon.data.losses import Loss, task_loss, task_of
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
+from surgeon.data.losses import Loss, guessed_task, task_loss
 from surgeon.errors import DataError, PassError, UsageError
 from surgeon.graph.agreement import run
-from surgeon.passes.report import FitReport, Progress
+from surgeon.progress import Progress
 from surgeon.tracing.trace import TraceInfo
+from surgeon.training.penalty import Sparsity
 
 log = logging.getLogger("surgeon")
 
@@ -243,7 +245,7 @@ def loss_of(graph: GraphModule, data: Data) -> Loss:
     task = info.task if info is not None else None
     if task is None:
         batch = next(iter(data.train))
-        task = task_of(None, run(graph, batch.args, batch.kwargs), batch.labels)
+        task = guessed_task(run(graph, batch.args, batch.kwargs), batch.labels)
     if task is None:
         raise UsageError(
             "What should be learned? The model's class does not tell and its labels do not look like classes. Give "
@@ -327,3 +329,38 @@ class _Checkpoint:
         self._accelerator.load_state(str(self._directory))
         state = json.loads((self._directory / "fit.json").read_text())
         return int(state["step"]), [(int(step), values) for step, values in state["history"]]
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How a pass was fitted.
+
+    steps: of the optimiser. epochs: times through the data, None if its length is unknown. losses: (step, values) at
+    the start, at the end and in between. resumed_at: the step at which an interrupted fit went on, 0 if it was not.
+    sparsity: of the activations of each layer that was made sparse, by path, before and after.
+    """
+
+    steps: int
+    epochs: float | None
+    seconds: float
+    losses: tuple[tuple[int, dict[str, float]], ...]
+    resumed_at: int = 0
+    sparsity: Mapping[str, tuple[Sparsity, Sparsity]] = field(default_factory=dict)
+
+    @classmethod
+    def merged(cls, fits: Sequence[FitReport]) -> FitReport:
+        """Fits by one plan that ran one after the other: what they took together, and the means of their losses."""
+        epochs = [fit.epochs for fit in fits if fit.epochs is not None]
+        losses = []
+        for moment in zip(*(fit.losses for fit in fits), strict=True):
+            names = moment[0][1]
+            means = {name: sum(values[name] for _, values in moment) / len(fits) for name in names}
+            losses.append((sum(step for step, _ in moment), means))
+        return cls(
+            steps=sum(fit.steps for fit in fits),
+            epochs=round(sum(epochs), 3) if len(epochs) == len(fits) else None,
+            seconds=round(sum(fit.seconds for fit in fits), 2),
+            losses=tuple(losses),
+            resumed_at=sum(fit.resumed_at for fit in fits),
+            sparsity={path: values for fit in fits for path, values in fit.sparsity.items()},
+        )

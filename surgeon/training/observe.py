@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens, warn_of_masks
-from surgeon.graph.edit import Capture
-from surgeon.passes.report import Progress
+from surgeon.graph.capture import Capture
+from surgeon.progress import Progress
 from surgeon.sites.ffn import FFN
 from surgeon.training.penalty import Sparsity
 

@@ -10,14 +10,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens
-from surgeon.graph.edit import Capture
+from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
+from surgeon.moe.closed_form import fit_closed_form
 from surgeon.moe.module import MoE
-from surgeon.moe.router import fit_closed_form
-from surgeon.passes.report import FitReport
-from surgeon.training.loop import Plan, Precision, Settings, computing_in, fit
+from surgeon.training.loop import FitReport, Plan, Precision, Settings, computing_in, fit
 from surgeon.training.observe import collect_calls
 
 # Tokens that routers are fitted on in closed form, and that are held while they are trained, and the most floats then.
@@ -36,7 +36,7 @@ def by_trunk(layers: Iterable[MoE]) -> list[list[MoE]]:
 
 
 def fit_from_neurons(graph: TracedGraph, inputs: Inputs, data: Data, settings: Settings) -> None:
-    """Fit every router in closed form from its layer's own neurons (`surgeon.moe.router.fit_closed_form`), to be relative.
+    """Fit every router from its layer's own neurons, for the objective "relative" (`surgeon.moe.closed_form`).
 
     A layer that is executed several times is fitted on the inputs of all its executions.
 

@@ -19,7 +19,7 @@ from surgeon.bench.timing import Call, cache_size, median_seconds
 from surgeon.bench.whole import repeated
 from surgeon.errors import UsageError
 from surgeon.kernels.gpu_model.cost import LayerShape
-from surgeon.passes.report import Progress
+from surgeon.progress import Progress
 
 CPU = torch.device("cpu")
 MACHINE = Machine("cpu", "a processor", "AVX2", 1, "2.13", "native", None, "thread", {"float32": 1e9}, 1e9)

@@ -10,6 +10,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from surgeon.cli import app
+from surgeon.surgery.record import RECORD
 
 NET = ("nets:gelu", "--inputs", "nets:inputs")
 DATA = ("--data", "nets:data", "--task", "classification")
@@ -35,6 +36,11 @@ def run_surgeon(*args: str) -> Result:
     assert "Traceback" not in result.output or "--debug" in args
     assert "\x1b" not in result.output
     return Result(result.exit_code, result.stdout, result.stderr)
+
+
+def recorded(directory: Path) -> Any:
+    """The content of `surgery.json` in a directory."""
+    return json.loads((directory / RECORD).read_text(encoding="utf-8"))
 
 
 def left(place: Path) -> set[str]:

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 import surgeon
-from surgeon.surgery.artifact import read_record
 
-from .harness import DATA, NET, Run, left
+from .harness import DATA, NET, Run, left, recorded
 
 
 def test_apply_shows_each_pass_the_total_and_what_comes_next(shelf: Path) -> None:
@@ -31,7 +30,7 @@ def test_apply_shows_each_pass_the_total_and_what_comes_next(shelf: Path) -> Non
 
 
 def test_apply_saves_what_can_be_loaded(shelf: Path, run: Run) -> None:
-    record = read_record(shelf / "bert-moe")
+    record = recorded(shelf / "bert-moe")
     assert [step["name"] for step in record["recipe"]["passes"]] == ["swap-activation", "sparsify", "moeify", "lower"]
     assert record["input"]["path"] == "bert"
     assert (shelf / "bert-moe/tokenizer.json").exists()
@@ -111,11 +110,11 @@ def test_a_saved_surgery_can_be_gone_on_with(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_recipe_can_be_run_again(run: Run, tmp_path: Path) -> None:
-    recipe = read_record(Path("masked"))["recipe"]
+    recipe = recorded(Path("masked"))["recipe"]
     recipe["passes"][0]["options"] = {"experts": 8, "only": ["blocks.1.*"]}
     (tmp_path / "r.json").write_text(json.dumps({**recipe, "seed": 3}))
     assert run("-q", "apply", "--recipe", "r.json", *NET, "-o", "again").code == 0
-    made = read_record(Path("again"))["recipe"]
+    made = recorded(Path("again"))["recipe"]
     assert made["passes"] == recipe["passes"]
     assert made["seed"] == 3
     assert run("-q", "apply", "--recipe", "masked", *NET, "--dry-run").code == 0

@@ -10,7 +10,7 @@ import pytest
 from surgeon.cli.options import DATA_OPTIONS
 from surgeon.cli.reading import with_data_options
 from surgeon.errors import UsageError
-from surgeon.jobs.data_options import DataOptions
+from surgeon.jobs.options import DataOptions
 
 USUAL: dict[str, Any] = {field.name: field.default for field in fields(DataOptions)}
 got: list[Any] = []

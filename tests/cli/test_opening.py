@@ -37,7 +37,7 @@ def test_models_that_cannot_be_loaded_or_traced_exit_with_3(run: Run, tmp_path: 
         result = run("-q", "inspect", *args)
         assert (result.code, result.out) == (3, ""), args
         assert words in result.err.partition("error: ")[2]
-    assert "no saved surgery" in run("diff", "bert").err
+    assert "not a saved surgery" in run("diff", "bert").err
     assert run("diff", "bert").code == 3
 
 

@@ -8,10 +8,10 @@ import pytest
 
 import surgeon
 from surgeon.measure.meter import measure
-from surgeon.surgery.artifact import load, load_inputs, read_record
+from surgeon.surgery.artifact import load, load_inputs
 from surgeon.surgery.recipe import RECIPES
 
-from .harness import Run, run_surgeon
+from .harness import Run, recorded, run_surgeon
 
 TINY = {
     "mlpify": ("mlpify.steps=2",),
@@ -46,7 +46,7 @@ def test_recipes_are_listed_with_the_passes() -> None:
 def test_recipes_run(run: Run, name: str) -> None:
     result = run("-q", "apply", "--recipe", name, "bert", "--data", "reviews.csv", "-o", "out", *tiny(name))
     assert result.code == 0, result.err
-    record = read_record(Path("out"))
+    record = recorded(Path("out"))
     assert [one["name"] for one in record["recipe"]["passes"]] == [step for step, _ in RECIPES[name][1]]
     for one in record["passes"]:
         assert (one["fit"] is None) == ((name, one["name"]) in UNTRAINED or one["name"] == "lower"), one["name"]
@@ -69,7 +69,7 @@ def test_recipes_run(run: Run, name: str) -> None:
     if name == "relufy":  # what was recorded runs again
         again = run("-q", "apply", "--recipe", "out", "bert", "--data", "reviews.csv", "-o", "again")
         assert again.code == 0, again.err
-        assert read_record(Path("again"))["recipe"]["passes"] == record["recipe"]["passes"]
+        assert recorded(Path("again"))["recipe"]["passes"] == record["recipe"]["passes"]
 
 
 def test_a_recipe_without_data_says_what_was_not_trained(run: Run) -> None:
@@ -96,7 +96,7 @@ def test_a_value_for_each_site_is_typed_with_its_pattern(run: Run) -> None:
     options = ("--set", "moeify.expert_size=*.0:8,*:4", "-o", "out")
     result = run("-q", "apply", "--passes", "moeify", "bert", *options)
     assert result.code == 0, result.err
-    record = read_record(Path("out"))
+    record = recorded(Path("out"))
     assert [one["experts"] for one in record["experts"]] == [4, 8]
     assert record["recipe"]["passes"][0]["options"] == {"expert_size": {"*.0": 8, "*": 4}}
     wrong = run("-q", "apply", "--passes", "moeify", "bert", "--set", "moeify.expert_size=*.0:8,4")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.surgery.artifact import load, load_diff, load_inputs, read_record
+from surgeon.surgery.artifact import load, load_diff, load_inputs
 
-from .harness import Run, left
+from .harness import Run, left, recorded
 
 FIRST, SECOND = (f"bert.encoder.layer.{index}.moe" for index in (0, 1))
 REVIEWS = ("--data", "reviews.csv")
@@ -41,7 +41,7 @@ def test_without_options_it_shows_what_is_stored(run: Run, mine: str) -> None:
 
 
 def test_one_value_is_for_all_layers_and_stored_in_place(run: Run, mine: str, tmp_path: Path) -> None:
-    earlier = read_record(Path(mine))
+    earlier = recorded(Path(mine))
     result = run("-q", "set", mine, "--tau", "0.5", "--rule", "top_k")
     assert result.code == 0, result.err
     assert table(result.out)[1:] == [
@@ -50,7 +50,7 @@ def test_one_value_is_for_all_layers_and_stored_in_place(run: Run, mine: str, tm
         ["Saved", "to", "mine."],
     ]
     assert left(tmp_path) == {"mine"}
-    graph, record = load(mine), read_record(Path(mine))
+    graph, record = load(mine), recorded(Path(mine))
     assert surgeon.get_tau(graph) == record["tau"] == {FIRST: 0.5, SECOND: 0.5}
     assert surgeon.get_rule(graph) == record["rule"] == {FIRST: "top_k", SECOND: "top_k"}
     for part in ("input", "recipe", "passes", "experts", "trace"):
@@ -84,7 +84,7 @@ def test_the_mean_of_what_is_skipped_is_added_and_dropped(run: Run, mine: str) -
     assert table(result.out)[:2] == [
         ["layer", "tau", "rule", "compensated"], [FIRST, "0", "→", "0.9", "max", "no", "→", "yes"]
     ]  # fmt: skip
-    assert read_record(Path(mine))["compensated"] == [FIRST, SECOND]
+    assert recorded(Path(mine))["compensated"] == [FIRST, SECOND]
     graph, again = load("bert-moe"), load(mine)
     surgeon.set_tau(graph, 0.9)
     inputs = load_inputs(mine)[1]
@@ -92,7 +92,7 @@ def test_the_mean_of_what_is_skipped_is_added_and_dropped(run: Run, mine: str) -
         assert not torch.allclose(again(**inputs).logits, graph(**inputs).logits, atol=1e-6)
     result = run("-q", "set", mine, "--tau", "*.layer.0:0.5")
     assert "note: Compensation was dropped in 1 of 2 layers, which skip" in " ".join(result.out.split())
-    assert read_record(Path(mine))["compensated"] == [SECOND]
+    assert recorded(Path(mine))["compensated"] == [SECOND]
 
 
 def test_where_nothing_is_skipped_there_is_no_mean_to_add(run: Run, mine: str) -> None:
@@ -102,7 +102,7 @@ def test_where_nothing_is_skipped_there_is_no_mean_to_add(run: Run, mine: str) -
         "note: --compensate added nothing: no expert is skipped, or those that are give nothing on this data."
         in result.out
     )
-    assert read_record(Path(mine))["compensated"] == []
+    assert recorded(Path(mine))["compensated"] == []
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_where_nothing_is_skipped_there_is_no_mean_to_add(run: Run, mine: str) -
         (("mine", "--tau", "0.5", "--limit", "3"), 2, "--limit says how to read data, and there is none: give --data."),
         (("mine", "-o", "other"), 2, "There is nothing to store with -o: give --tau, --rule or --compensate."),
         (("mine", "--tau", "0.5", "-o", "masked"), 2, "masked exists. Give another directory with -o"),
-        (("bert", "--tau", "0.5"), 3, "bert is no saved surgery: it has no surgery.json."),
+        (("bert", "--tau", "0.5"), 3, "bert is not a saved surgery: it has no surgery.json."),
     ],
 )
 def test_what_cannot_be_set_is_said_and_nothing_is_stored(

@@ -10,8 +10,7 @@ import pytest
 import surgeon
 from surgeon.graph.snapshot import snapshot
 from surgeon.jobs.open_model import open_model
-from surgeon.surgery.artifact import save
-from surgeon.surgery.pipeline import Surgery
+from surgeon.surgery.surgery import Surgery
 
 from .harness import DATA, Run
 
@@ -103,7 +102,7 @@ def test_values_stored_for_each_layer_are_measured_too(run: Run, tmp_path: Path)
     first, second = surgeon.get_tau(graph)
     surgeon.set_tau(graph, {first: 0.9, second: 0.0})
     surgeon.set_rule(graph, "top_k", first)
-    save(Surgery(graph, [], opened.inputs, [snapshot(graph)], origin=opened.origin), tmp_path / "mixed")
+    Surgery(graph, [], opened.inputs, [snapshot(graph)], origin=opened.origin).save(tmp_path / "mixed")
     found = run("-q", "sweep", "mixed", *REVIEWS, "--tau", "0.5", "--no-oracle", "--output", "json").json
     assert [point["tau"] for point in found["points"]] == [0.0, 0.5, None]
     stored = found["points"][2]

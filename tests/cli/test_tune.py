@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.surgery.artifact import load, load_diff, load_inputs, read_record
+from surgeon.surgery.artifact import load, load_diff, load_inputs
 from tests.worked_time import DENSE, milliseconds, replace_clock
 
-from .harness import NET, Run, left
+from .harness import NET, Run, left, recorded
 
 REVIEWS = ("--data", "reviews.csv", "--eval-fraction", "0.25")
 OTHER = (
@@ -63,7 +63,7 @@ def test_without_a_place_it_replaces_the_surgery(run: Run, trained: Path, tmp_pa
     assert tuned["damage"] <= tuned["uniform_damage"]
     assert [one["items"] for one in found["quality"]] == [10, 10]
     assert surgeon.get_tau(load("mine")) == pytest.approx(tuned["taus"])
-    before, after = read_record(trained), read_record(Path("mine"))
+    before, after = recorded(trained), recorded(Path("mine"))
     assert after["tau"] == pytest.approx(tuned["taus"])
     assert [one["name"] for one in after["passes"]] == [one["name"] for one in before["passes"]]
     assert after["quality"]["before"] == before["quality"]["before"]
@@ -73,8 +73,8 @@ def test_without_a_place_it_replaces_the_surgery(run: Run, trained: Path, tmp_pa
 
 def test_the_record_knows_the_dense_quality_on_the_same_data_only(run: Run, trained: Path) -> None:
     args = ("-q", "sweep", str(trained), "--tau", "0.5", "--no-oracle", "--output", "json")
-    recorded = run(*args, *REVIEWS).json["dense"]["quality"]
-    assert recorded == read_record(trained)["quality"]["before"]
+    known = run(*args, *REVIEWS).json["dense"]["quality"]
+    assert known == recorded(trained)["quality"]["before"]
     assert run(*args, "--data", "reviews.csv").json["dense"]["quality"] is None
 
 
@@ -86,8 +86,8 @@ def test_quality_that_is_not_measured_is_said(run: Run, trained: Path) -> None:
     assert found["quality"] is None
     assert [note.partition(":")[0] for note in found["notes"]] == [OTHER, "Quality was not measured"]
     # What the record had was measured at another tau.
-    assert read_record(trained)["quality"]["after"]["items"] == 10
-    assert read_record(Path("tuned"))["quality"] == read_record(trained)["quality"] | {"after": None}
+    assert recorded(trained)["quality"]["after"]["items"] == 10
+    assert recorded(Path("tuned"))["quality"] == recorded(trained)["quality"] | {"after": None}
 
 
 def test_what_the_labels_tell_is_enough(run: Run, shelf: Path) -> None:
@@ -104,9 +104,9 @@ def test_the_mean_of_what_is_skipped_can_be_added(run: Run, trained: Path) -> No
     plain, added = run(*args, "-o", "plain").json, run(*args, "-o", "added", "--compensate").json
     assert plain["tuned"]["taus"] == added["tuned"]["taus"]
     graphs = load("plain"), load("added")
-    assert read_record(Path("plain"))["compensated"] == []
+    assert recorded(Path("plain"))["compensated"] == []
     skipping = [path for path, share in added["tuned"]["shares"].items() if share < 1.0]
-    assert read_record(Path("added"))["compensated"] == skipping != []
+    assert recorded(Path("added"))["compensated"] == skipping != []
     inputs = load_inputs("added")[1]
     assert not torch.allclose(graphs[0](**inputs).logits, graphs[1](**inputs).logits, atol=1e-6)
     surgeon.set_tau(graphs[0], 0.0)
@@ -117,12 +117,12 @@ def test_the_mean_of_what_is_skipped_can_be_added(run: Run, trained: Path) -> No
 def test_what_tuning_drops_and_what_it_cannot_add_is_said(run: Run, trained: Path) -> None:
     added = run("-q", "set", str(trained), "--tau", "0.3", "--compensate", *REVIEWS, "-o", "added")
     assert added.code == 0, added.err
-    count = len(read_record(Path("added"))["compensated"])
+    count = len(recorded(Path("added"))["compensated"])
     assert count
     args = ("-q", "tune", "added", *REVIEWS, "--output", "json")
     (dropped,) = run(*args, "--budget", "0.8", "-o", "dropped").json["notes"]
     assert dropped.startswith(f"Compensation was dropped in {count} of 2 layers, which skip other experts now;")
-    assert read_record(Path("dropped"))["compensated"] == []
+    assert recorded(Path("dropped"))["compensated"] == []
     nothing, fits = run(*args, "--budget", "1.5", "--compensate", "-o", "every").json["notes"]
     assert nothing == "--compensate added nothing: no expert is skipped, or those that are give nothing on this data."
     assert re.fullmatch(r"Every expert fits a budget of 150%: with tau 0 the model costs 1\d\d\.\d% .*", fits)
@@ -136,7 +136,7 @@ def test_what_was_held_out_is_held_out_again(run: Run, trained: Path) -> None:
     assert made.code == 0, made.err
     sweep = ("-q", "sweep", "third", *REVIEWS, "--tau", "0.5", "--no-oracle", "--output", "json")
     same, other = run(*sweep).json, run(*sweep, "--seed", "0").json
-    assert (same["notes"], same["dense"]["quality"]) == ([], read_record(Path("third"))["quality"]["before"])
+    assert (same["notes"], same["dense"]["quality"]) == ([], recorded(Path("third"))["quality"]["before"])
     assert [note.partition(":")[0] for note in other["notes"]] == [OTHER]
     shown = run(*sweep[:-2], "--limit", "30")
     assert f"note: {OTHER}: what is held out now may have been trained on." in " ".join(shown.out.split())
@@ -147,7 +147,7 @@ def test_what_was_held_out_is_held_out_again(run: Run, trained: Path) -> None:
     again = run("-q", "apply", "--passes", "lower", "set", *REVIEWS, "-o", "again")
     assert again.code == 0, again.err
     assert again.out.rstrip().endswith("surgeon sweep again --data reviews.csv --eval-fraction 0.25")
-    recipes = [read_record(Path(name))["recipe"] for name in ("third", "set", "again")]
+    recipes = [recorded(Path(name))["recipe"] for name in ("third", "set", "again")]
     assert [one["seed"] for one in recipes] == [3, 3, 3]
     assert len({one["fingerprint"] for one in recipes}) == 1
 

@@ -11,7 +11,8 @@ import datasets
 import pytest
 import torch
 
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.data.files import load_data
 from surgeon.errors import DataError, UsageError
 

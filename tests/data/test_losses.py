@@ -10,9 +10,11 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from surgeon.data.batch import Batch, Data
-from surgeon.data.losses import TASKS, evaluate, logits_of, quality, task_loss, task_of
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
+from surgeon.data.losses import QualityMeter, evaluate, guessed_task, logits_of, task_loss
 from surgeon.errors import DataError, UsageError
+from surgeon.models.tasks import TASKS, task_of
 
 
 def lm_batch() -> tuple[Tensor, Batch]:
@@ -48,10 +50,10 @@ def test_task_of_any_module() -> None:
     model = nn.Linear(3, 4)
     logits, labels = torch.zeros(2, 4), torch.tensor([0, 3])
     assert task_of(model) is None
-    assert task_of(model, logits, labels) == "classification"
-    assert task_of(model, logits, labels.float()) is None
-    assert task_of(model, logits, torch.zeros(2, 4, dtype=torch.long)) is None
-    assert task_of(model, torch.zeros(2, 5, 4), labels) is None
+    assert guessed_task(logits, labels) == "classification"
+    assert guessed_task(logits, labels.float()) is None
+    assert guessed_task(logits, torch.zeros(2, 4, dtype=torch.long)) is None
+    assert guessed_task(torch.zeros(2, 5, 4), labels) is None
 
 
 def test_logits_of() -> None:
@@ -77,7 +79,7 @@ def test_causal_loss_shifts_and_leaves_out_padding() -> None:
     expected = torch.stack([-logits[r, t].log_softmax(-1)[ids[r, t + 1]] for r, t in by_hand])
     loss = task_loss("causal-lm")(CausalLMOutput(logits=logits), batch)
     torch.testing.assert_close(loss, expected.mean())
-    meter = quality("causal-lm")
+    meter = QualityMeter("causal-lm")
     meter.add(logits, batch)
     assert meter.result().items == 6
     assert meter.result().value == pytest.approx(float(expected.mean()))
@@ -112,7 +114,7 @@ def test_classification_loss_in_half_precision_is_float32() -> None:
 
 
 def test_accuracy_counts_samples_and_takes_nan_for_wrong() -> None:
-    meter = quality("sequence-classification")
+    meter = QualityMeter("sequence-classification")
     logits = torch.eye(3)
     meter.add(logits, Batch((logits,), {}, torch.tensor([0, 1, 1])))
     meter.add(logits[:1] * math.nan, Batch((logits,), {}, torch.tensor([0])))
@@ -123,7 +125,7 @@ def test_accuracy_counts_samples_and_takes_nan_for_wrong() -> None:
 
 def test_nan_loss_is_reported() -> None:
     logits, batch = lm_batch()
-    meter = quality("causal-lm")
+    meter = QualityMeter("causal-lm")
     meter.add(logits * math.nan, batch)
     assert math.isnan(meter.result().value)
 
@@ -152,7 +154,7 @@ def test_labels_that_do_not_fit(task: str) -> None:
 
 
 def test_unknown_task() -> None:
-    for make in (task_loss, quality):
+    for make in (task_loss, QualityMeter):
         with pytest.raises(UsageError, match=r"No task 'poetry'. Known: causal-lm"):
             make("poetry")
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens, token_mask, warn_of_masks
 from surgeon.sites.search import find_ffns
 from surgeon.training.observe import collect

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from surgeon.data.batch import Batch, Batches, Data
+from surgeon.data.batch import Batch, Batches
+from surgeon.data.data import Data
 from surgeon.data.files import load_data
 from surgeon.errors import DataError, UsageError
 

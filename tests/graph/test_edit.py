@@ -10,16 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.graph.edit import (
-    Capture,
-    adopt_changes,
-    emit,
-    erase_unread,
-    get_attr,
-    own_parameters,
-    replace_attribute,
-    set_path,
-)
+from surgeon.graph.capture import Capture
+from surgeon.graph.edit import emit, erase_unread, get_attr, set_path
+from surgeon.graph.ownership import adopt_changes, own_parameters, replace_attribute
 from surgeon.graph.traced import aten, fork, module_path, shape_of, tidy
 from surgeon.moe.module import MoE
 from surgeon.passes import Moeify

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.graph.calls import flat_inputs
 from surgeon.graph.traced import (
     aten,
     attribute,
     common_path,
-    flat_inputs,
     fork,
     free_target,
     is_call,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from surgeon.errors import UsageError
+from surgeon.kernels.experts import selected
 from surgeon.kernels.selection import RULES, check_rule, selection_threshold
-from surgeon.kernels.torch.backend import selected
 
 NAN = float("nan")
 every_rule = pytest.mark.parametrize("rule", RULES)

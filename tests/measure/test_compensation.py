@@ -14,7 +14,8 @@ from surgeon.errors import DataError, UsageError
 from surgeon.graph.traced import TracedGraph
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import sweep
-from surgeon.moe.module import SKIPPED_MEAN, find_moes, get_knobs, set_knobs
+from surgeon.moe.knobs import SKIPPED_MEAN, get_knobs, set_knobs
+from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify
 from tests.small_models import labelled_vectors, stack, vectors
 

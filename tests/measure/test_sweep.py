@@ -16,14 +16,17 @@ import surgeon
 from surgeon.data.batch import Batch
 from surgeon.data.losses import evaluate
 from surgeon.errors import UsageError
-from surgeon.graph.edit import own_parameters
+from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.kernels.selection import RULES
 from surgeon.measure.meter import ExpertMeter, measure
 from surgeon.measure.sweep import executed_share, layers_share, sweep
-from surgeon.moe.module import MoE, find_moes, get_rule, get_tau, set_rule, set_tau
+from surgeon.moe.knobs import get_rule, get_tau, set_rule, set_tau
+from surgeon.moe.module import MoE
+from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify
-from surgeon.passes.report import PassReport, Progress, dense_layers
+from surgeon.passes.report import PassReport, dense_layers
+from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
 from tests.small_models import (
     WIDTH,

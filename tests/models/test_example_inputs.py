@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from surgeon.errors import UsageError
-from surgeon.models.example_inputs import as_args_kwargs, example_inputs, token_fields
+from surgeon.graph.calls import as_args_kwargs
+from surgeon.models.example_inputs import example_inputs, token_fields
 from surgeon.models.given_inputs import inputs_from, inputs_of_program
 
 TEXT = {

@@ -14,16 +14,20 @@ from torch.fx import GraphModule
 
 import surgeon
 from surgeon.errors import UsageError
-from surgeon.graph.edit import own_parameters
+from surgeon.graph.ownership import own_parameters
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import TracedGraph, fork, tensor_key, tensor_of
+from surgeon.kernels.experts import selected
 from surgeon.kernels.selection import RULES, selection_threshold
-from surgeon.kernels.torch.backend import selected
 from surgeon.measure.meter import measure
-from surgeon.moe.module import MoE, find_moes, get_rule, get_tau, router_nodes, set_rule, set_tau
+from surgeon.moe.knobs import get_rule, get_tau, set_rule, set_tau
+from surgeon.moe.module import MoE
+from surgeon.moe.site import find_moes, router_nodes
 from surgeon.passes import Lower, Mlpify, Moeify
-from surgeon.surgery.artifact import load, read_record
-from surgeon.surgery.pipeline import Pipeline, Surgery
+from surgeon.surgery.artifact import load
+from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.record import read_record
+from surgeon.surgery.surgery import Surgery
 from tests.small_models import WIDTH, classifier, labelled, labelled_vectors, stack, tokens, vectors
 
 FIRST, SECOND = "blocks.0.ffn.moe", "blocks.1.ffn.moe"
@@ -156,7 +160,7 @@ def test_rule_and_tau_are_saved(made: Made, form: str, tmp_path: Path) -> None:
     loaded = again(graph, tmp_path / "saved")
     assert get_rule(loaded) == {FIRST: "energy", SECOND: "top_k"}
     assert get_tau(loaded) == get_tau(graph)
-    assert read_record(tmp_path / "saved")["rule"] == get_rule(graph)
+    assert read_record(tmp_path / "saved").rule == get_rule(graph)
     assert torch.allclose(loaded(**vectors(4)), graph(**vectors(4)), atol=1e-6)
     assert set_rule(loaded, "cumulative") == [FIRST, SECOND]
     assert set(get_rule(loaded).values()) == {"cumulative"}

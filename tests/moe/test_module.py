@@ -13,8 +13,10 @@ import surgeon
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.moe.module import MoE, find_moes, get_tau, set_tau
+from surgeon.moe.knobs import get_tau, set_tau
+from surgeon.moe.module import MoE
 from surgeon.moe.router import Router
+from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify
 from surgeon.sites.ffn import FFNWeights
 from tests.small_models import vectors

@@ -10,18 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import surgeon.moe.router
+import surgeon.moe.closed_form
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.kernels.torch.backend import Experts
-from surgeon.moe.router import (
-    Objective,
-    Router,
-    activation_sums,
-    expert_norms,
-    fit_closed_form,
-    router_loss,
-    target,
-)
+from surgeon.kernels.experts import Experts
+from surgeon.moe.closed_form import fit_closed_form
+from surgeon.moe.router import Objective, Router, activation_sums, expert_norms, router_loss, target
 
 D, E, S = 6, 4, 5
 
@@ -356,7 +349,7 @@ def test_closed_form_survives_neurons_that_are_silent_or_alike() -> None:
 def test_closed_form_of_more_neurons_than_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     one = layer()
     (all_compared,) = fitted([one], 6)
-    monkeypatch.setattr(surgeon.moe.router, "_CANDIDATES", 8)
+    monkeypatch.setattr(surgeon.moe.closed_form, "_CANDIDATES", 8)
     (few_compared,) = fitted([one], 6)
     rows = one.w1.flatten(0, 1)
     assert all(bool((rows == row).all(1).any()) for row in few_compared.fc1.weight)

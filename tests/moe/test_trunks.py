@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.graph.traced import TracedGraph
-from surgeon.moe.module import MoE, find_moes
+from surgeon.moe.module import MoE
+from surgeon.moe.site import find_moes
 from surgeon.moe.trunks import trunk_groups
 from surgeon.passes import Mlpify, Moeify
 from surgeon.sites.search import find_ffns

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.graph.edit import own_parameters
+from surgeon.graph.ownership import own_parameters
 from tests.small_models import WIDTH, Function
 
 

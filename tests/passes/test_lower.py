@@ -9,7 +9,8 @@ import torch
 
 from surgeon.graph.traced import module_path
 from surgeon.measure.meter import measure
-from surgeon.moe.module import dynamic_k_ffn, find_moes, get_tau, set_tau
+from surgeon.moe.knobs import get_tau, set_tau
+from surgeon.moe.site import dynamic_k_ffn, find_moes
 from surgeon.passes import Lower, Moeify
 from tests.small_models import vectors
 

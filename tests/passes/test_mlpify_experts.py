@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.graph.agreement import relative_error, run
-from surgeon.models.example_inputs import as_args_kwargs
+from surgeon.graph.calls import as_args_kwargs
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify
 from surgeon.sites.search import find_ffns
 from tests.small_models import CLASSES, WIDTH, Plain, labelled_vectors, vectors

@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.errors import SurgeonError, UsageError
-from surgeon.graph.edit import own_parameters
+from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import fork
 from surgeon.measure.meter import ExpertMeter
-from surgeon.moe.module import MoE, find_moes, get_tau, set_tau
+from surgeon.moe.knobs import get_tau, set_tau
+from surgeon.moe.module import MoE
+from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify, Sparsify
 from surgeon.sites.search import find_ffns
 from surgeon.training.loop import Settings

@@ -15,8 +15,8 @@ from torch import Tensor
 import surgeon
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.passes import Mlpify, Moeify
-from surgeon.passes.report import FitReport, Progress
-from surgeon.training.loop import Settings
+from surgeon.progress import Progress
+from surgeon.training.loop import FitReport, Settings
 from tests.small_models import WIDTH, Plain, Wrapped, classifier, labelled, labelled_vectors, stack, tokens, vectors
 
 X = torch.randn(4, 6, WIDTH, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.errors import UsageError
 from surgeon.graph.traced import TracedGraph, fork
-from surgeon.moe.module import find_moes
+from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify
 from surgeon.surgery.recipe import build
 from surgeon.training.loop import Settings

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import surgeon
-from surgeon.data.batch import Batch, Data
-from surgeon.graph.edit import own_parameters
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
+from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.measure.meter import ExpertMeter, measure
-from surgeon.moe.module import find_moes, get_rule, set_rule, set_tau
+from surgeon.moe.knobs import get_rule, set_rule, set_tau
 from surgeon.moe.router import Goal, Router, expert_norms, target
+from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify
 from surgeon.training.loop import Precision
 from surgeon.training.observe import collect

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 
 import surgeon
 from surgeon.errors import PassError, UsageError
-from surgeon.graph.edit import own_parameters
+from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
-from surgeon.moe.module import MoE, find_moes, get_tau, set_tau
+from surgeon.moe.knobs import get_tau, set_tau
+from surgeon.moe.module import MoE
+from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify, Recover
-from surgeon.passes.report import Progress
+from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.training.loop import Settings
 from tests.small_models import labelled_vectors, stack, vectors

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.data.batch import Data
+from surgeon.data.data import Data
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.moe.module import MoE
 from surgeon.passes import Moeify

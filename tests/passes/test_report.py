@@ -8,7 +8,7 @@ from torch import nn
 
 import surgeon
 from surgeon.measure.meter import measure
-from surgeon.moe.module import find_moes
+from surgeon.moe.site import find_moes
 from surgeon.passes import Mlpify, Moeify
 from surgeon.passes.report import PassReport, SiteChange, dense_layers
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 import surgeon
-from surgeon.graph.edit import own_parameters
+from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
-from surgeon.moe.module import find_moes, set_tau
+from surgeon.moe.knobs import set_tau
+from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify, Recover
-from surgeon.passes.report import PassReport, Progress
+from surgeon.passes.report import PassReport
+from surgeon.progress import Progress
 from surgeon.training.loop import Settings
 from tests.small_models import CLASSES, Inputs, labelled_vectors, stack, vectors
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.data.batch import Data
+from surgeon.data.data import Data
 from surgeon.errors import UsageError
-from surgeon.graph.edit import Capture
+from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
 from surgeon.passes import Mlpify, Moeify, Sparsify, SwapActivation
 from surgeon.passes.sparsify import SparsityTap

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.data.batch import Data
+from surgeon.data.data import Data
 from surgeon.errors import UsageError
-from surgeon.graph.edit import Capture
+from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph, aten, fork, is_call
 from surgeon.measure.meter import measure
 from surgeon.passes import Moeify, Sparsify
-from surgeon.passes.report import FitReport, PassReport
+from surgeon.passes.report import PassReport
 from surgeon.surgery.artifact import load_diff
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import build
-from surgeon.training.loop import Settings
+from surgeon.training.loop import FitReport, Settings
 from surgeon.training.penalty import AlphaControl, Sparsity
 from tests.small_models import classifier, labelled_vectors, stack, tokens, vectors
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import UsageError
-from surgeon.graph.edit import Capture
+from surgeon.graph.capture import Capture
+from surgeon.graph.ops import DROPOUTS
 from surgeon.graph.traced import TracedGraph, aten
 from surgeon.passes import SwapActivation
-from surgeon.sites.nonlinearity import DROPOUTS
 from surgeon.sites.search import find_ffns
 from surgeon.surgery.recipe import build
 from surgeon.training.penalty import Sparsity

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.data.batch import Data
-from surgeon.graph.edit import own_parameters
+from surgeon.data.data import Data
+from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.passes import Mlpify, Moeify, Recover, Sparsify, SwapActivation
-from surgeon.passes.report import FitReport
 from surgeon.passes.trained import TrainedPass
-from surgeon.training.loop import Plan
+from surgeon.training.loop import FitReport, Plan
 from tests.small_models import classifier, labelled, tokens
 
 DATA = labelled(4)

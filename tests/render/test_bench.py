@@ -14,12 +14,13 @@ from surgeon.bench.run import Cell, Timing
 from surgeon.bench.whole import Setting, WholeTimes
 from surgeon.errors import SaveError
 from surgeon.jobs.bench import LayerBenchmark, SurgeryBenchmark, bench_model
-from surgeon.jobs.bench_options import BenchOptions
+from surgeon.jobs.options import BenchOptions
 from surgeon.kernels.gpu_model.devices import DEVICES
 from surgeon.render import bench_files
 from surgeon.render.bench import benchmark_view, devices_view
 from surgeon.render.bench_files import write_benchmark
-from surgeon.render.screen import plain_text, to_json
+from surgeon.render.screen import to_json
+from surgeon.text.plain import plain_text
 
 MACHINE = Machine(
     "cpu", "AMD EPYC", "AVX2", 1, "2.13.0+cpu", "native, avx2", None, "thread",

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 from rich.text import Text
 
-from surgeon.graph.snapshot import GraphDiff, PassDiff
+from surgeon.graph.snapshot import GraphDiff
+from surgeon.measure.meter import Cost
 from surgeon.passes import Moeify
-from surgeon.passes.report import Cost, FitReport, PassReport, Progress, SiteChange
-from surgeon.render.screen import Screen, diff_text, plain_text, to_json
-from surgeon.surgery.pipeline import Diff
+from surgeon.passes.report import PassDiff, PassReport, SiteChange
+from surgeon.progress import Progress
+from surgeon.render.screen import Screen, to_json
+from surgeon.surgery.diff import Diff
 from surgeon.text.diff import diff_view
+from surgeon.text.plain import diff_text, plain_text
 from surgeon.text.reasons import count_reasons
 from surgeon.text.summary import (
     change,
@@ -28,6 +31,7 @@ from surgeon.text.summary import (
     percent,
     seconds,
 )
+from surgeon.training.loop import FitReport
 
 ANSI = re.compile(r"\x1b\[")
 
@@ -141,7 +145,7 @@ def test_layers_sort_by_number() -> None:
 
 
 def test_diff_says_what_a_pass_did_in_one_line_a_group() -> None:
-    header, parameters, adds, columns, sites, refused, note = diff_text(diff(report()), "sites").splitlines()[:7]
+    header, parameters, adds, columns, sites, refused, note = diff_text(diff(report()).passes, "sites").splitlines()[:7]
     assert header == "moeify  6 of 7 sites  same output (differs by 2e-07)  not trained  23 s"
     assert parameters == "  parameters     22.6 M → 23.0 M  +1.8%"
     assert adds == "  multiply-adds  176 M → 184 M    +4.5%  100% of the experts ran"
@@ -156,8 +160,8 @@ def test_diff_says_what_a_pass_did_in_one_line_a_group() -> None:
 
 def test_str_of_a_diff_is_its_text() -> None:
     one = diff(report())
-    assert str(one) == diff_text(one, "sites")
-    assert one.text("stat") == diff_text(one, "stat")
+    assert str(one) == diff_text(one.passes, "sites")
+    assert one.text("stat") == diff_text(one.passes, "stat")
 
 
 @pytest.mark.parametrize("detail", ["sites", "stat", "full"])
@@ -180,7 +184,7 @@ def test_narrow_terminals_get_three_lines_a_group() -> None:
 
 
 def test_full_diff_has_every_site_and_node_by_module_path() -> None:
-    text = diff_text(diff(report()), "full")
+    text = diff_text(diff(report()).passes, "full")
     assert all(f"encoder.layer.{index} " in text for index in range(6))
     assert text.index("  encoder.layer.2\n") < text.index("  encoder.layer.10\n")
     assert "    - gelu_2 = gelu(linear_17) : 2×8×1536\n    + moe_2 = moe(add) : 2×8×384" in text
@@ -189,7 +193,7 @@ def test_full_diff_has_every_site_and_node_by_module_path() -> None:
 
 def test_stat_has_a_line_a_pass() -> None:
     fit = FitReport(120, 3.0, 33.5, ((1, {"router loss": 1.2}), (120, {"router loss": 0.03})))
-    lines = diff_text(diff(report(name="lower", sites=()), report(fit=fit)), "stat").splitlines()
+    lines = diff_text(diff(report(name="lower", sites=()), report(fit=fit)).passes, "stat").splitlines()
     assert [line.split()[0] for line in lines] == ["pass", "lower", "moeify"]
     assert lines[2].split() == [
         "moeify", "6/7", "22.6", "M", "→", "23.0", "M", "176", "M", "→", "184", "M", "100%", "same", "(2e-07)", "120",
@@ -221,15 +225,15 @@ def test_stat_has_a_line_a_pass() -> None:
     ],
 )
 def test_diff_tells(changes: dict[str, object], words: str) -> None:
-    assert words in diff_text(diff(report(**changes)))
+    assert words in diff_text(diff(report(**changes)).passes)
 
 
 def test_refusals_for_the_same_reason_are_one_line() -> None:
     rejected = [(f"h.{index}", f"the hidden values (gelu_{index}) escape") for index in range(3)]
-    text = diff_text(diff(report(rejected=rejected)))
+    text = diff_text(diff(report(rejected=rejected)).passes)
     assert "refused 3 sites, first h.0: the hidden values (gelu_0) escape" in text
     assert "h.1" not in text
-    assert "refused h.1: the hidden values (gelu_1) escape" in diff_text(diff(report(rejected=rejected)), "full")
+    assert "refused h.1: the hidden values (gelu_1) escape" in diff_text(diff(report(rejected=rejected)).passes, "full")
 
 
 # --- where it goes ----------------------------------------------------------------------------------------------------

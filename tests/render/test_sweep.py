@@ -9,16 +9,22 @@ from pathlib import Path
 import pytest
 
 from surgeon.data.losses import Quality
-from surgeon.graph.snapshot import GraphDiff, PassDiff
+from surgeon.graph.snapshot import GraphDiff
 from surgeon.jobs.set import Change, Setting, SettingResult
-from surgeon.jobs.sweep import Swept, TuningResult
+from surgeon.jobs.sweep import Swept
+from surgeon.jobs.tune import TuningResult
+from surgeon.measure.meter import Cost
 from surgeon.measure.sweep import Dense, Point
 from surgeon.measure.tuning import Tuned
-from surgeon.passes.report import Cost, FitReport, PassReport, SiteChange
+from surgeon.passes.report import PassDiff, PassReport, SiteChange
 from surgeon.render.files import write_swept
-from surgeon.render.screen import plain_text, to_json
-from surgeon.render.sweep import setting_view, sweep_view, tuned_view
+from surgeon.render.screen import to_json
+from surgeon.render.set import setting_view
+from surgeon.render.sweep import sweep_view
+from surgeon.render.tune import tuned_view
 from surgeon.text.diff import Detail, diff_view
+from surgeon.text.plain import plain_text
+from surgeon.training.loop import FitReport
 from surgeon.training.penalty import Sparsity
 
 

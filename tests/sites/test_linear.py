@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import surgeon
 from surgeon.graph.agreement import run
-from surgeon.graph.edit import Capture
+from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
 from surgeon.sites.linear import Linear, find_linears
 from tests.small_models import Function, Many

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.graph.traced import TracedGraph
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.sites.ffn import FFN, Rejection
+from surgeon.sites.ffn import FFN
 from surgeon.sites.nonlinearity import HALVES, OTHER, half, other_half
+from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns
 from tests.small_models import Function, Many
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import surgeon
 from surgeon.graph.traced import TracedGraph
-from surgeon.sites.ffn import Rejection
+from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns, find_linear_sites
 from tests.small_models import Function, Fused, Gated, Many, Plain, Wrapped
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from surgeon.surgery.pipeline import Pipeline, Surgery
+from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.surgery import Surgery
 from tests.small_models import labelled_vectors, stack, vectors
 from tests.surgery.forms import FORMS
 

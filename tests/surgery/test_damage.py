@@ -11,7 +11,8 @@ import pytest
 
 from surgeon.errors import LoadError
 from surgeon.models.weight_files import sha256_of
-from surgeon.surgery.artifact import DIFF, MODEL, RECORD, load, load_diff
+from surgeon.surgery.artifact import DIFF, MODEL, load, load_diff
+from surgeon.surgery.record import RECORD
 
 
 @pytest.fixture
@@ -46,14 +47,15 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "model_empty": (lambda c: (c / MODEL).write_bytes(b""), "is damaged or was changed"),
     "model_missing": (lambda c: (c / MODEL).unlink(), f"has no {MODEL}: the saved surgery is incomplete"),
     "model_no_program": (retold, MODEL),
-    "record_missing": (lambda c: (c / RECORD).unlink(), f"is no saved surgery: it has no {RECORD}"),
+    "record_missing": (lambda c: (c / RECORD).unlink(), f"is not a saved surgery: it has no {RECORD}"),
     "record_truncated": (lambda c: (c / RECORD).write_text((c / RECORD).read_text()[:100]), "is damaged"),
     "record_binary": (lambda c: (c / RECORD).write_bytes(b"\xff\xfe\x00"), "is damaged"),
     "record_a_list": (lambda c: (c / RECORD).write_text("[1, 2]"), "is damaged"),
     "record_without_schema": (lambda c: (c / RECORD).write_text("{}"), "is damaged"),
-    "record_without_key": (lambda c: with_record(c, trace=...), "is damaged: it has no trace"),
-    "record_with_wrong_type": (lambda c: with_record(c, trace={}), "is damaged"),
-    "record_newer": (lambda c: with_record(c, schema=99), "has schema 99, this version reads schema 1"),
+    "record_without_key": (lambda c: with_record(c, trace=...), "is damaged: trace: field required"),
+    "record_with_wrong_type": (lambda c: with_record(c, trace={}), "is damaged: trace.form: field required"),
+    "record_older": (lambda c: with_record(c, schema=1), r"has schema 1, .* Run the surgery again"),
+    "record_newer": (lambda c: with_record(c, schema=99), r"has schema 99, and .* reads schema 2\. Update surgeon"),
 }
 
 
@@ -83,7 +85,7 @@ def test_output_modules_of_others_are_not_imported(copy: Path, tmp_path: Path, m
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="no saved surgery"):
+    with pytest.raises(LoadError, match="not a saved surgery"):
         load(tmp_path / "nowhere")
     (tmp_path / "file").write_text("a")
     with pytest.raises(LoadError):

@@ -12,10 +12,11 @@ from torch import nn
 import surgeon
 from surgeon.errors import DataError, LoadError, PassError, SurgeonError, TraceError, UsageError, VerificationError
 from surgeon.graph.traced import TracedGraph
-from surgeon.moe.module import find_moes, get_tau
+from surgeon.moe.knobs import get_tau
+from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify, SwapActivation
-from surgeon.passes.report import Progress
-from surgeon.surgery.pipeline import Pipeline, inputs_of
+from surgeon.progress import Progress
+from surgeon.surgery.pipeline import Pipeline
 from tests.small_models import hugging_face, labelled_vectors, stack, vectors
 
 SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER = (
@@ -85,12 +86,12 @@ def test_other_models_need_inputs() -> None:
         Pipeline([MOEIFY]).run(stack())
 
 
-def test_a_graph_without_inputs_is_not_verified(traces: Any) -> None:
+def test_a_graph_without_inputs_is_not_verified(traces: Any, tmp_path: Path) -> None:
     surgery = Pipeline([MOEIFY]).run(traces("stack:relu"))
     assert surgery.reports[0].max_error is None
     assert any("no example inputs" in note for note in surgery.reports[0].notes)
-    with pytest.raises(PassError, match="needs example inputs"):
-        inputs_of(surgery)
+    with pytest.raises(PassError, match="saved with its example inputs"):
+        surgery.save(tmp_path / "saved")
 
 
 def test_training_mode_of_the_model_is_kept() -> None:

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from surgeon.passes import SwapActivation
-from surgeon.surgery.artifact import RECORD, load, load_diff, load_inputs, read_record
-from surgeon.surgery.pipeline import Origin, Pipeline, Surgery
+from surgeon.surgery.artifact import load, load_diff, load_inputs
+from surgeon.surgery.origin import Origin
+from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import build
+from surgeon.surgery.record import RECORD, SCHEMA, InputFile, read_record
+from surgeon.surgery.surgery import Surgery
 from tests.small_models import labelled_vectors, stack, vectors
 from tests.surgery.forms import FORMS
 
@@ -21,7 +24,7 @@ def test_record(saved: dict[str, Path]) -> None:
     record = json.loads(
         (saved["dynamic"] / RECORD).read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
     )
-    assert record["schema"] == 1
+    assert record["schema"] == SCHEMA
     assert set(record["versions"]) == {"surgeon", "torch", "transformers", "python"}
     assert record["input"] == {"path": None, "kind": "module", "sha256": None}
     assert record["recipe"]["seed"] == 5
@@ -36,15 +39,14 @@ def test_record(saved: dict[str, Path]) -> None:
 
 
 def test_recipe_in_the_record_builds_the_same_passes(saved: dict[str, Path]) -> None:
-    recipe = read_record(saved["dynamic"])["recipe"]
-    names = [one["name"] for one in recipe["passes"]]
-    assert build(names, {one["name"]: one["options"] for one in recipe["passes"]}) == FORMS["dynamic"]
+    steps = read_record(saved["dynamic"]).recipe.passes
+    assert build([step.name for step in steps], {step.name: step.options for step in steps}) == FORMS["dynamic"]
 
 
 def test_the_record_repeats_the_surgery(saved: dict[str, Path]) -> None:
-    recipe = read_record(saved["masked"])["recipe"]
-    passes = build([one["name"] for one in recipe["passes"]], {one["name"]: one["options"] for one in recipe["passes"]})
-    again = Pipeline(passes).run(stack("gelu"), inputs=vectors(), data=labelled_vectors(1), seed=recipe["seed"])
+    recipe = read_record(saved["masked"]).recipe
+    passes = build([step.name for step in recipe.passes], {step.name: step.options for step in recipe.passes})
+    again = Pipeline(passes).run(stack("gelu"), inputs=vectors(), data=labelled_vectors(1), seed=recipe.seed)
     graph = load(saved["masked"])
     for name, value in again.graph.state_dict().items():
         if not name.endswith("tau"):
@@ -54,7 +56,7 @@ def test_the_record_repeats_the_surgery(saved: dict[str, Path]) -> None:
 def test_origin_is_recorded(traces: Any, tmp_path: Path) -> None:
     origin = Origin(path="model.pt2", kind="pt2", sha256="abc")
     surgery = Pipeline([SwapActivation()]).run(traces("stack:gelu"), inputs=vectors(), origin=origin)
-    assert read_record(surgery.save(tmp_path / "a"))["input"] == {"path": "model.pt2", "kind": "pt2", "sha256": "abc"}
+    assert read_record(surgery.save(tmp_path / "a")).input == InputFile("model.pt2", "pt2", "abc")
 
 
 def test_diff_comes_back(surgeries: dict[str, Surgery], saved: dict[str, Path]) -> None:

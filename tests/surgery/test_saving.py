@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from surgeon.errors import PassError, SaveError
-from surgeon.moe.module import find_moes
+from surgeon.moe.site import find_moes
 from surgeon.passes import SwapActivation
-from surgeon.surgery.artifact import DIFF, MODEL, RECORD, load
-from surgeon.surgery.pipeline import Pipeline, Surgery
+from surgeon.surgery.artifact import DIFF, MODEL, load
+from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.record import RECORD
+from surgeon.surgery.surgery import Surgery
 from tests.surgery.forms import listing
 
 

@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
 from surgeon.passes import Mlpify, Moeify, Recover, Sparsify, SwapActivation
-from surgeon.passes.report import FitReport
-from surgeon.surgery.pipeline import Pipeline, Surgery
+from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.surgery import Surgery
 from surgeon.training.distillation import layer_inputs
 from surgeon.training.finetuning import finetune
-from surgeon.training.loop import Settings
+from surgeon.training.loop import FitReport, Settings
 from tests.small_models import Function, Inputs, Plain, classifier, labelled_vectors, stack, tokens, vectors
 
 DATA = labelled_vectors(4)
@@ -154,7 +155,7 @@ def test_training_with_it_keeps_the_layers_inputs(kind: str) -> None:
         surgery = Pipeline(passes).run(model, inputs=inputs, data=DATA)
         names = layer_inputs(surgeon.trace(model, inputs), surgery.graph)
         with torch.no_grad():
-            _, values = surgeon.graph.edit.Capture(surgery.graph.eval(), names)(**inputs)
+            _, values = surgeon.graph.capture.Capture(surgery.graph.eval(), names)(**inputs)
         new = torch.cat([values[name].flatten() for name in names])
         apart[weight] = float((new - old).square().sum() / old.square().sum())
     assert apart[10.0] < 0.5 * apart[0.0]

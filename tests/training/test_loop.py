@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from surgeon.data.batch import Batch, Data
+from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.errors import DataError, PassError, UsageError
 from surgeon.passes import Sparsify
-from surgeon.passes.report import FitReport, Progress
+from surgeon.progress import Progress
 from surgeon.tracing.trace import TraceInfo
-from surgeon.training.loop import Plan, Precision, Settings, fit, loss_of
+from surgeon.training.loop import FitReport, Plan, Precision, Settings, fit, loss_of
 from tests.small_models import labelled
 
 PLAN = Plan(epochs=5, steps=None, lr=0.05)

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from surgeon.passes.report import FitReport, PassReport
+from surgeon.passes.report import PassReport
+from surgeon.training.loop import FitReport
 from surgeon.training.penalty import (
     AlphaControl,
     AlphaSchedule,

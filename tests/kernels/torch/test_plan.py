@@ -6,8 +6,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from surgeon.kernels.experts import Experts
 from surgeon.kernels.torch import plan as torch_plan
-from surgeon.kernels.torch.backend import Experts
 from surgeon.kernels.torch.plan import ByExpert, ByNeuron, InRuns, Together
 from tests.kernels.ffn import forced
 

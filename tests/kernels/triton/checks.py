@@ -20,7 +20,7 @@ from torch import Tensor
 
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.dynamic_k import masked_ffn, selected
-from surgeon.kernels.torch.backend import Experts
+from surgeon.kernels.experts import Experts
 
 PACKAGE = "surgeon.kernels.triton"
 # Largest error over largest value. The interpreter truncates to bf16, which doubles its error.

@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
+from surgeon.kernels.experts import Experts
 from surgeon.kernels.gpu_model.cost import Way
-from surgeon.kernels.torch.backend import Experts
 from surgeon.kernels.triton.launch import Chip
 
 from .checks import module

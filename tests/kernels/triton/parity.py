@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgeon.kernels.torch.backend import Experts
+from surgeon.kernels.experts import Experts
 
 from .checks import (
     Case,

@@ -25,8 +25,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: kernels would be interpreted", allow_module_level=True)
 
 from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn
+from surgeon.kernels.experts import Experts
 from surgeon.kernels.gpu_model.cost import Way
-from surgeon.kernels.torch.backend import Experts
 
 from . import checks
 from .checks import (

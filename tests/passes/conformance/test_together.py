@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgeon.data.batch import Data
+from surgeon.data.data import Data
 from surgeon.passes import PASSES, Lower
 from surgeon.surgery.pipeline import Pipeline
 from tests.small_models import labelled_vectors, vectors

@@ -1,4 +1,4 @@
-"""What can be asked of a benchmark. Without torch, so that the command line can ask before anything is loaded."""
+"""What can be asked of a command. Without torch, so that the command line can ask before anything is loaded."""
 
 from __future__ import annotations
 
@@ -30,3 +30,21 @@ class BenchOptions:
     length: int | None = None
     tau: str | None = None
     dense: str | None = None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How to read data: the arguments of `surgeon.data.files.load_data` that the command line has.
+
+    seed: None stands for a saved surgery's own, so that the same part is held out again, and for 0 otherwise.
+    """
+
+    spec: str
+    text: str | None = None
+    label: str | None = None
+    task: str | None = None
+    batch_size: int = 16
+    max_length: int = 128
+    limit: int | None = None
+    eval_fraction: float = 0.1
+    seed: int | None = None

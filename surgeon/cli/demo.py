@@ -1,0 +1,51 @@
+"""`surgeon demo`: the whole story on a small model."""
+
+# The annotations are read when commands are made, so they are not postponed.
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgeon.cli.app import Run, command
+from surgeon.cli.options import Seed
+
+
+@command
+def demo(
+    run: Run,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the result goes.")] = Path("surgeon-demo"),
+    seed: Seed = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Hardly any training, to see that everything runs.")] = False,
+) -> None:
+    """Show the whole story on a small model.
+
+    A vision transformer is trained on digits, sparsified, split into experts, lowered, and measured: two minutes.
+
+    Example: surgeon demo
+
+    JSON: {dense, passes, points, directory}
+    """
+    from surgeon.jobs import demo as story
+    from surgeon.jobs.store import check_target
+    from surgeon.render.demo import demo_view
+    from surgeon.render.sweep import quality_line
+    from surgeon.text.diff import pass_view
+
+    check_target(directory, overwrite=True)
+    made = story.run(
+        directory,
+        seed=seed,
+        quick=quick,
+        progress=run.screen.progress,
+        on_dense=lambda quality: run.screen.show(quality_line("dense model", quality)),
+        on_pass=lambda one: run.screen.show(pass_view(one, "sites", gap=True)),
+    )
+    run.screen.show(demo_view(made))
+    run.screen.result(
+        {
+            "dense": made.dense,
+            "passes": made.surgery.reports,
+            "points": made.points,
+            "directory": made.directory,
+        }
+    )

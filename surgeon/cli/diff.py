@@ -1,0 +1,55 @@
+"""`surgeon diff`: what passes changed, or two models side by side."""
+
+# The annotations are read when commands are made, so they are not postponed.
+from typing import Annotated, Any
+
+import typer
+
+from surgeon.cli.app import Run, command
+from surgeon.cli.options import Arch, Inputs, TrustPickle
+from surgeon.errors import UsageError
+
+
+@command
+def diff(
+    run: Run,
+    first: Annotated[str, typer.Argument(metavar="A", help="A saved surgery, or any model to compare with B.")],
+    second: Annotated[str | None, typer.Argument(metavar="[B]", help="Another model.", show_default=False)] = None,
+    stat: Annotated[bool, typer.Option("--stat", help="Totals only.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every site, node and parameter.")] = False,
+    inputs: Inputs = None,
+    trust_pickle: TrustPickle = False,
+    arch: Arch = None,
+) -> None:
+    """Show what passes changed, or compare two models.
+
+    One saved surgery: what each of its passes changed. Two models, saved or not: their sites side by side.
+
+    Example: surgeon diff bert-surgery
+
+    Example: surgeon diff path/to/bert bert-surgery --full
+
+    JSON: {passes: [{report, graph}]} of one; {names, costs, sites, difference, note, nodes} of two
+    """
+    from surgeon.jobs.diff import compare_models
+    from surgeon.jobs.open_model import open_model
+    from surgeon.render.diff import comparison_view
+    from surgeon.surgery.artifact import load_diff
+    from surgeon.text.diff import diff_view
+
+    if stat and full:
+        raise UsageError("Give --stat or --full, not both.")
+    detail: Any = "stat" if stat else "full" if full else "sites"
+    if second is None:
+        recorded = load_diff(first)
+        run.screen.show(diff_view(recorded.passes, detail))
+        run.screen.result(recorded)
+        return
+    opened = [
+        open_model(spec, inputs=inputs, trust_pickle=trust_pickle, arch=arch, stage=run.screen.stage)
+        for spec in (first, second)
+    ]
+    with run.screen.stage("comparing"):
+        found = compare_models(*opened, with_nodes=full)
+    run.screen.show(comparison_view(found, detail))
+    run.screen.result(found)

@@ -1,0 +1,34 @@
+"""`surgeon doctor`: whether everything works here."""
+
+# The annotations are read when commands are made, so they are not postponed.
+from typing import Annotated
+
+import typer
+
+from surgeon.cli.app import Run, command
+
+
+@command
+def doctor(
+    run: Run,
+    build: Annotated[
+        bool, typer.Option("--build", help="Build the native CPU kernels now, which the first call would do else.")
+    ] = False,
+) -> None:
+    """Check that everything works on this machine.
+
+    Versions, devices, native kernels, disk space, and a tiny surgery from tracing to loading.
+
+    Example: surgeon doctor --build
+
+    JSON: {checks: [{name, state, found, advice}]}
+    """
+    from surgeon.jobs.doctor import examine
+    from surgeon.render.doctor import doctor_view
+
+    with run.screen.stage("building" if build else "examining"):
+        checks = examine(build=build)
+    run.screen.show(doctor_view(checks))
+    run.screen.result({"checks": checks})
+    if any(check.state == "failed" for check in checks):
+        raise typer.Exit(1)

@@ -1,0 +1,44 @@
+"""`surgeon explain`: what passes would change, and why not the rest."""
+
+# The annotations are read when commands are made, so they are not postponed.
+from typing import Annotated
+
+import typer
+
+from surgeon.cli.app import Run, command
+from surgeon.cli.options import Arch, Inputs, Model, PassList, Settings, Task, TrustPickle
+from surgeon.cli.reading import build, check_no_pass
+
+
+@command
+def explain(
+    run: Run,
+    model: Model,
+    passes: PassList = None,
+    at: Annotated[str | None, typer.Option("--at", metavar="PATH", help="Only here, patterns with * allowed.")] = None,
+    settings: Settings = None,
+    inputs: Inputs = None,
+    trust_pickle: TrustPickle = False,
+    arch: Arch = None,
+    task: Task = None,
+) -> None:
+    """Say why a pass changes a site, or does not.
+
+    For each candidate: that it would be changed, or the first condition that failed and the value seen.
+    Each pass is asked about the graph that the passes before it would leave. Nothing is trained or saved.
+
+    Example: surgeon explain path/to/bert --passes moeify --at "*.layer.0"
+
+    JSON: {passes: [{name, looks_for, matched: [[path, site]], rejected: [[path, reason]]}]}
+    """
+    from surgeon.jobs.explain import explain as ask
+    from surgeon.jobs.open_model import open_model
+    from surgeon.render.explain import explanation_view
+
+    check_no_pass(model)
+    built = build(passes, settings)
+    opened = open_model(model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=run.screen.stage)
+    with run.screen.stage("asking the passes"):
+        found = ask(opened, built, at)
+    run.screen.show(explanation_view(found))
+    run.screen.result({"passes": found})

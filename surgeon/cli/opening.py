@@ -1,0 +1,23 @@
+"""Open what a command was given: a saved surgery, and the dense model beside it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgeon.cli.app import Run
+from surgeon.jobs.options import DataOptions
+
+if TYPE_CHECKING:
+    from surgeon.jobs.open_model import Opened
+
+
+def open_saved(
+    run: Run, model: Path, data: DataOptions, dense: str | None, *, trust_pickle: bool
+) -> "tuple[Opened, Opened | None]":
+    """The surgery with its data, and the dense model if it was given, with a head for the same task."""
+    from surgeon.jobs.open_model import open_model
+
+    opened = open_model(str(model), data=data, stage=run.screen.stage)
+    if dense is None:
+        return opened, None
+    task = data.task or opened.task
+    return opened, open_model(dense, task=task, trust_pickle=trust_pickle, stage=run.screen.stage)

@@ -1,0 +1,41 @@
+"""`surgeon passes`: what the passes are, and the options of one."""
+
+# The annotations are read when commands are made, so they are not postponed.
+from typing import Annotated
+
+import typer
+
+from surgeon.cli.app import Run, command
+
+
+@command
+def passes(
+    run: Run,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, with its options.")] = None,
+) -> None:
+    """List the passes, or show one of them.
+
+    Of one pass: what it does, its options, what it needs and promises, and an example.
+
+    Example: surgeon passes moeify
+
+    JSON: {passes: [{name, summary, description, works_on, makes, must_precede, preserves, needs_data, trains}],
+    recipes: {name: {summary, passes: [[name, options]]}}}; of one pass its {name, ..., trains, options: [{name, type,
+    default, help}], example}
+    """
+    from surgeon.jobs.pass_help import describe, example_of, options_of
+    from surgeon.passes import PASSES
+    from surgeon.render.passes import pass_help_view, passes_view
+    from surgeon.surgery.recipe import RECIPES, find_pass
+
+    if name is None:
+        run.screen.show(passes_view(PASSES.values(), RECIPES))
+        recipes = {name: {"summary": what, "passes": steps} for name, (what, steps) in RECIPES.items()}
+        run.screen.result({"passes": [describe(kind) for kind in PASSES.values()], "recipes": recipes})
+        return
+    kind = find_pass(name)
+    with run.screen.stage(f"running {name} on a small model"):
+        example = example_of(kind)
+    about, options = describe(kind), options_of(kind)
+    run.screen.show(pass_help_view(kind, about["description"], options, example))
+    run.screen.result({**about, "options": options, "example": example})

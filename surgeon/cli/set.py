@@ -1,0 +1,51 @@
+"""`surgeon set`: the knobs of a saved surgery."""
+
+# The annotations are read when commands are made, so they are not postponed.
+from typing import Annotated
+
+import typer
+
+from surgeon.cli.app import Run, command
+from surgeon.cli.options import Out, Saved
+from surgeon.jobs.options import DataOptions
+
+
+@command
+def set_(
+    run: Run,
+    model: Saved,
+    *,
+    tau: Annotated[
+        str | None,
+        typer.Option("--tau", metavar="T", help="From 0, every expert, to 1: for all layers, or PATTERN:T,PATTERN:T."),
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option("--rule", metavar="R", help="max, cumulative, energy or top_k; or PATTERN:R,PATTERN:R."),
+    ] = None,
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Add the mean output of the skipped experts of --data, in all layers.")
+    ] = False,
+    samples: Annotated[int, typer.Option("--samples", help="Samples of the data that --compensate reads.")] = 512,
+    out: Out = None,
+    data: DataOptions | None = None,
+) -> None:
+    """Set tau and selection rule of the layers, and store them; without options, show what is stored.
+
+    A pattern is the path of a layer, with * allowed; of several that fit, the first counts. Layers that none fits keep
+    what they have.
+
+    Example: surgeon set bert-surgery --tau "*.layer.0:0.05,*:0.2" --rule max
+
+    JSON: {model, directory, layers: {path: {before: {tau, rule, compensated}, after}}, notes}
+    """
+    from surgeon.jobs import set as setting
+    from surgeon.jobs.open_model import open_model
+    from surgeon.render.set import setting_view
+
+    wanted = setting.Wanted(setting.parse_tau(tau), setting.parse_rule(rule), compensate)
+    setting.check_setting(model, wanted, has_data=data is not None, out=out)
+    opened = open_model(str(model), data=data, stage=run.screen.stage)
+    found = setting.apply_setting(opened, wanted, samples=samples, out=out)
+    run.screen.show(setting_view(found))
+    run.screen.result(found)

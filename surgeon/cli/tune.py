@@ -1,0 +1,69 @@
+"""`surgeon tune`: a tau for each layer that meets a budget."""
+
+# The annotations are read when commands are made, so they are not postponed.
+from typing import Annotated
+
+import typer
+
+from surgeon.cli.app import Run, command
+from surgeon.cli.opening import open_saved
+from surgeon.cli.options import DenseModel, Metric, Out, Saved, TrustPickle
+from surgeon.jobs.options import DataOptions
+
+
+@command
+def tune(
+    run: Run,
+    model: Saved,
+    *,
+    budget: Annotated[
+        float, typer.Option("--budget", metavar="B", help="Cost to stay within: a share of the dense model's.")
+    ],
+    metric: Annotated[
+        Metric,
+        typer.Option(
+            "--metric", help="What is counted: multiply-adds, or milliseconds of a call on the first batch, here."
+        ),
+    ] = Metric.flops,
+    compensate: Annotated[
+        bool,
+        typer.Option(
+            "--compensate", help="Also add the mean output of the skipped experts, for every layer, after the search."
+        ),
+    ] = False,
+    samples: Annotated[int, typer.Option("--samples", help="Samples of the training data to measure damage on.")] = 512,
+    out: Out = None,
+    dense: DenseModel = None,
+    data: DataOptions,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Find a tau for each layer that meets a budget and hurts least, and store it.
+
+    Nothing is trained. What every layer's experts are worth is measured on some of the training data, by how far the
+    output moves when the layer gets a bit more or less; quality is then measured on the held-out part.
+
+    Example: surgeon tune bert-surgery --budget 0.4 --data reviews.csv
+
+    JSON: {model, directory, budget, metric, tuned: {taus, shares, cost, damage, uniform, uniform_cost, uniform_damage,
+    rounds}, quality: [before, after], notes}
+    """
+    from surgeon.jobs import tune as job
+    from surgeon.jobs.store import check_target
+    from surgeon.render.tune import tuned_view
+
+    job.check_tuning(budget, metric.value, has_dense=dense is not None)
+    if out is not None:
+        check_target(out, str(model), overwrite=False)
+    opened, beside = open_saved(run, model, data, dense, trust_pickle=trust_pickle)
+    found = job.tune(
+        opened,
+        budget,
+        metric=metric.value,
+        samples=samples,
+        compensated=compensate,
+        out=out,
+        dense=beside,
+        progress=run.screen.progress,
+    )
+    run.screen.show(tuned_view(found))
+    run.screen.result(found)

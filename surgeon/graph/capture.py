@@ -1,0 +1,64 @@
+"""Read inner values of a graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from surgeon.graph.calls import return_as_is, unflatten_output
+from surgeon.graph.ops import SAME_VALUE, SHAPE_OPS
+from surgeon.graph.traced import aten, fork
+
+
+class Capture(nn.Module):
+    """A graph that also returns inner values, over the same parameters: calls give (output, {node name: value}).
+
+    Without `keep_output` what the values do not need is cut off, and the output is None.
+    """
+
+    def __init__(self, graph: GraphModule, names: Iterable[str], *, keep_output: bool = False) -> None:
+        super().__init__()
+        self.graph = fork(graph)
+        nodes = {node.name: node for node in self.graph.graph.nodes}
+        output = self.graph.graph.output_node()
+        self._arranged = functools.partial(unflatten_output, graph)
+        return_as_is(self.graph)
+        values = {name: _before_changes(self.graph, nodes[name]) for name in names}
+        output.args = ((output.args[0] if keep_output else None, values),)
+        self.graph.graph.eliminate_dead_code()
+        self.graph.recompile()
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Call as the graph is called."""
+        output, values = self.graph(*args, **kwargs)
+        return None if output is None else self._arranged(output), values
+
+
+def _before_changes(graph: GraphModule, node: Node) -> Node:
+    """The node, or a copy of its value if the graph later changes that in place (`x += y`, an in-place ReLU)."""
+    base = node
+    while base.op == "call_function" and (base.target in SHAPE_OPS or base.target in SAME_VALUE):
+        source = base.args[0]
+        assert isinstance(source, Node)
+        base = source
+    stack, seen = [base], {base}
+    changed = False
+    while stack:
+        for user in stack.pop().users:
+            schema = getattr(user.target, "_schema", None)
+            changed = changed or (schema is not None and schema.is_mutable)
+            if (
+                user not in seen
+                and user.op == "call_function"
+                and (user.target in SHAPE_OPS or user.target in SAME_VALUE)
+            ):
+                seen.add(user)
+                stack.append(user)
+    if not changed:
+        return node
+    with graph.graph.inserting_after(node):
+        return graph.graph.call_function(aten.clone.default, (node,))

@@ -1,0 +1,11 @@
+"""The operators by which experts stand in a graph, as nodes name them. Importing this registers them."""
+
+from __future__ import annotations
+
+import torch
+
+import surgeon.kernels.dynamic_k  # noqa: F401  (registers the ops)
+
+dynamic_k_ffn = torch.ops.surgeon.dynamic_k_ffn.default
+masked_ffn = torch.ops.surgeon.masked_ffn.default
+selection_threshold = torch.ops.surgeon.selection_threshold.default

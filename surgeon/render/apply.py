@@ -1,0 +1,39 @@
+"""How `surgeon apply` shows its result."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from surgeon.jobs.apply import Applied  # TYPEONLY
+from surgeon.render.inspect import _add_numbers
+from surgeon.render.sweep import items_of, quality_value
+from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.summary import number, percent, seconds
+
+
+def applied_view(applied: Applied) -> RenderableType:
+    """What a run changed in all, where the result is, and what to do next. The passes were shown one by one."""
+    before, after = applied.before, applied.after
+    table = grid("left", "right", "right", "left", header=("", "before", "after", ""))
+    _add_numbers(table, "parameters", before.parameters, after.parameters)
+    _add_numbers(table, "multiply-adds", before.multiply_adds, after.multiply_adds)
+    if after.executed is not None:
+        share = percent(after.executed_multiply_adds / before.multiply_adds) if before.multiply_adds else ""
+        table.add_row(
+            "  that ran", number(before.executed_multiply_adds), number(after.executed_multiply_adds),
+            dim(f"{share} of before; {percent(after.executed)} of the experts (example inputs, padding counted)"),
+        )  # fmt: skip
+    if applied.quality is not None:
+        old, new = applied.quality
+        table.add_row(old.name, quality_value(old), quality_value(new), dim(f"on {new.items} {items_of(new.name)}"))
+    lines: list[RenderableType] = [table, sentences(applied.notes, indent=0)]
+    time_taken = seconds(applied.seconds)
+    if applied.directory is None:
+        lines.append(Text(f"Dry run, {time_taken}: nothing was trained and nothing was saved."))
+    else:
+        lines.append(Text.assemble("Saved to ", (str(applied.directory), "bold"), f" in {time_taken}."))
+    command, purpose = applied.next
+    lines.append(Text.assemble("Next, ", purpose, ":"))
+    lines.append(Text(f"  {command}", style="bold", no_wrap=True, overflow="ignore"))
+    return Group(*lines)

@@ -1,0 +1,20 @@
+"""How `surgeon demo` shows its result."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from surgeon.jobs.demo import Demo  # TYPEONLY
+from surgeon.measure.sweep import Dense
+from surgeon.render.sweep import sweep_view
+
+
+def demo_view(made: Demo) -> RenderableType:
+    """Quality against cost, and where the result is."""
+    before = made.surgery.reports[0].before
+    return Group(
+        sweep_view(made.points, Dense(None if before is None else before.multiply_adds, made.dense)),
+        Text.assemble("\nSaved to ", (str(made.directory), "bold"), ". Next, to see what was changed:"),
+        Text(f"  surgeon diff {made.directory}", style="bold"),
+    )

@@ -1,0 +1,25 @@
+"""How `surgeon doctor` shows its result."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from surgeon.jobs.doctor import Check  # TYPEONLY
+from surgeon.text.layout import grid
+
+
+def doctor_view(checks: Sequence[Check]) -> RenderableType:
+    """What was checked and found, and what to do about what is wrong."""
+    signs = {"ok": Text("✓", style="green"), "note": Text("·", style="dim"), "failed": Text("✗", style="bold red")}
+    table = grid("left", "left", "left")
+    for check in checks:
+        table.add_row(signs[check.state], check.name, check.found)
+        if check.advice:
+            table.add_row("", "", Text(check.advice, style="yellow" if check.state == "failed" else "dim"))
+    failed = Counter(check.state for check in checks)["failed"]
+    end = Text("Everything works.", style="green") if not failed else Text(f"{failed} problem(s) found.", style="red")
+    return Group(table, end)

@@ -1,0 +1,90 @@
+"""How `surgeon passes` shows its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from surgeon.jobs.pass_help import Option  # TYPEONLY
+from surgeon.passes import Pass  # TYPEONLY
+from surgeon.passes.report import PassDiff  # TYPEONLY
+from surgeon.text.diff import graph_diff_view, sites_view
+from surgeon.text.layout import dim, grid, heading, indented
+from surgeon.text.summary import SiteGroup
+
+
+def passes_view(passes: Iterable[type[Pass[Any]]], recipes: Mapping[str, tuple[str, Any]]) -> RenderableType:
+    """The list of passes and of recipes."""
+    table = grid("left", "left", "left", "left", header=("pass", "output", "data", "what it does"))
+    for kind in passes:
+        data = "needed" if kind.needs_data else "to train" if kind.trains else ""
+        table.add_row(Text(kind.name, style="bold cyan"), promise(kind), data, first_sentence(kind))
+    named = grid("left", "left", header=("recipe", "several passes with their options"))
+    for name, (what, _) in recipes.items():
+        named.add_row(Text(name, style="bold cyan"), what)
+    hint = "surgeon passes NAME shows a pass's options and an example; surgeon apply --recipe NAME runs a recipe."
+    return Group(table, Text(""), named, Text(""), Text(hint, style="dim"))
+
+
+def pass_help_view(
+    kind: type[Pass[Any]], description: str, options: Sequence[Option], example: PassDiff
+) -> RenderableType:
+    """One pass: what it does, needs and promises, its options, and what it makes of a small model."""
+    table = grid("left", "left", "left", "left", header=("option", "type", "default", ""))
+    for option in options:
+        default = "" if option.default in (None, ()) else _typed(option.default)
+        table.add_row(Text(option.name, style="cyan"), option.type, default, option.help)
+    facts = grid("left", "left")
+    for name, value in pass_facts(kind):
+        facts.add_row(dim(name), value)
+    shown = graph_diff_view(example.graph)
+    return Group(
+        heading(kind.name),
+        indented(Text(description)),
+        Text(""),
+        indented(facts),
+        Text(""),
+        heading("options", f"--set {kind.name}.OPTION=VALUE"),
+        indented(table),
+        Text(""),
+        heading("example", "on a small model"),
+        indented(sites_view([SiteGroup(site.path, site, 1) for site in example.report.sites]), 0),
+        shown,
+    )
+
+
+def first_sentence(kind: type[Pass[Any]]) -> str:
+    """The first paragraph of a pass's docstring, without the reference in brackets at its end."""
+    text = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
+    head, bracket, _ = text.rpartition(" (D2DMoE")
+    return f"{head}." if bracket else text
+
+
+def _typed(value: Any) -> str:
+    """A value as it would be typed on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def promise(kind: type[Pass[Any]]) -> str:
+    """What a pass does to the model's output, in a few words."""
+    if not kind.preserves:
+        return "changes"
+    return "stays" if kind().keeps_output(True) else "stays until trained"
+
+
+def pass_facts(kind: type[Pass[Any]]) -> list[tuple[str, str]]:
+    """What a pass works on, makes, needs and promises."""
+    sites = {"ffn": "feed-forward layers", "linear": "standalone linear layers", "moe": "expert layers"}
+    facts = [("works on", sites[kind.works_on])]
+    if kind.makes is not None:
+        facts.append(("makes", sites[kind.makes]))
+    if kind.must_precede:
+        facts.append(("runs before", ", ".join(sorted(kind.must_precede))))
+    facts.append(("output", promise(kind)))
+    facts.append(("data", "needed" if kind.needs_data else "optional, to train" if kind.trains else "not used"))
+    if kind.untrained:
+        facts.append(("without data", kind.untrained))
+    return facts

@@ -1,0 +1,28 @@
+"""How `surgeon set` shows its result."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from surgeon.jobs.set import SettingResult  # TYPEONLY
+from surgeon.text.layout import grid, sentences
+
+
+def setting_view(found: SettingResult) -> RenderableType:
+    """What is set for every layer, beside what was set before where that changed."""
+    layers = found.layers.values()
+    header = ["layer", "tau", "rule"]
+    if any(one.compensated for change in layers for one in (change.before, change.after)):
+        header.append("compensated")
+    table = grid(*(["left"] * len(header)), header=header)  # type: ignore[arg-type]
+    for path, change in found.layers.items():
+        before, after = (
+            (f"{one.tau:.3g}", one.rule, "yes" if one.compensated else "no") for one in (change.before, change.after)
+        )
+        cells = (new if old == new else f"{old} → {new}" for old, new in zip(before, after, strict=True))
+        table.add_row(Text(path, style="cyan"), *list(cells)[: len(header) - 1])
+    lines: list[RenderableType] = [table, sentences(found.notes, indent=0)]
+    if found.directory is not None:
+        lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), "."))
+    return Group(*lines)

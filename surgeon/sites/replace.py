@@ -1,0 +1,32 @@
+"""Let a module compute what a site computed."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from surgeon.graph.edit import emit, erase_unread, replace_value, set_path
+from surgeon.graph.traced import aten, shape_of
+from surgeon.sites.ffn import Call
+
+
+def replace_call(graph: GraphModule, call: Call, target: str) -> str:
+    """Let the module at `target` compute one execution of a feed-forward layer; returns the new node's name."""
+    old = call.output
+    # Where the input was read first: if it is changed in place later, the module still sees it as the layer did.
+    first_read = min(call.first, key=lambda linear: list(graph.graph.nodes).index(linear.core)).core
+    with graph.graph.inserting_before(first_read):
+        node = graph.graph.call_module(target, (call.x,))
+        path = target.rpartition(".")[0]
+        set_path(node, target)
+        shape, x_shape = shape_of(old), shape_of(call.x)
+        assert shape is not None
+        assert x_shape is not None
+        node.meta["val"] = call.x.meta["val"].new_empty((*x_shape[:-1], shape[-1]), dtype=old.meta["val"].dtype)
+        new = node
+        if len(shape) != len(x_shape):
+            # The layer flattened its tokens on the way.
+            new = emit(graph, aten.reshape.default, node, [-1, shape[-1]], path=path)
+    inside = {n for linear in (*call.first, call.down) for n in linear.nodes} | set(call.cone)
+    replace_value(old, new, call.x, inside)
+    erase_unread(graph, inside)
+    return new.name

@@ -1,0 +1,23 @@
+"""What a pipeline changed, pass by pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from surgeon.passes.report import PassDiff
+from surgeon.text.diff import Detail
+from surgeon.text.plain import diff_text
+
+
+@dataclass(frozen=True)
+class Diff:
+    """The pass-by-pass difference between a model and its rewritten graph. `str()` gives it as plain text."""
+
+    passes: tuple[PassDiff, ...]
+
+    def text(self, detail: Detail = "sites") -> str:
+        """As plain text: a line per site, only the totals ("stat"), or every node ("full")."""
+        return diff_text(self.passes, detail)
+
+    def __str__(self) -> str:
+        return self.text()

@@ -1,0 +1,217 @@
+"""What was done to a model, as data: the content of `surgery.json`.
+
+A record is written once, when a surgery is saved, and read once, when it is loaded; in between it is this dataclass.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch.fx import GraphModule
+
+from surgeon.data.losses import Quality
+from surgeon.errors import LoadError
+from surgeon.graph.calls import foreign_modules
+from surgeon.moe.knobs import compensated, get_rule, get_tau
+from surgeon.moe.site import find_moes
+from surgeon.passes.report import PassDiff, PassReport
+from surgeon.surgery.origin import Origin
+from surgeon.tracing.trace import TraceInfo
+
+Kind = TypeVar("Kind")
+SCHEMA = 2
+RECORD = "surgery.json"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """The model that the surgery started from: see `surgeon.surgery.origin.Origin`."""
+
+    path: str | None
+    kind: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass by name, with those of its options that are not at their default."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What repeats a surgery. data: in words. fingerprint: of the data; None if there was none."""
+
+    passes: tuple[Step, ...]
+    seed: int
+    data: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """One layer with experts. form: as in `surgeon.moe.site.MoESite`. expert_shape: (neurons, d_in) of an expert."""
+
+    path: str
+    experts: int
+    form: str
+    expert_shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class MeasuredQuality:
+    """Quality of the dense model and of the surgery, and the fingerprint of the data they were measured on.
+
+    after: None if the knobs have been set to other values since.
+    """
+
+    before: Quality
+    after: Quality | None
+    data: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of `surgery.json`.
+
+    schema: the version of this form. versions: of the packages that wrote it. experts: layers with experts, in order.
+    tau, rule: by the path of a layer's experts. compensated: the layers that add the mean of what they skip.
+    output_modules: that the program's inputs and outputs need before it can be loaded. model_sha256: of the program.
+    """
+
+    schema: int
+    versions: dict[str, str]
+    input: InputFile
+    recipe: Recipe
+    trace: TraceInfo
+    passes: tuple[PassReport, ...]
+    experts: tuple[ExpertLayer, ...]
+    tau: dict[str, float]
+    rule: dict[str, str]
+    compensated: tuple[str, ...]
+    quality: MeasuredQuality | None
+    output_modules: tuple[str, ...]
+    model_sha256: str = ""
+
+
+def record_of(graph: GraphModule) -> Record | None:
+    """The record that a loaded graph came with; None for a graph that was made here."""
+    found = graph.meta.get("surgery")
+    assert found is None or isinstance(found, Record)
+    return found
+
+
+def earlier_passes(graph: GraphModule) -> tuple[PassDiff, ...]:
+    """What the passes changed that a loaded graph had behind it; () for a graph that was made here."""
+    return tuple(graph.meta.get("earlier_passes", ()))
+
+
+def make_record(
+    graph: GraphModule,
+    reports: Sequence[PassReport],
+    *,
+    origin: Origin,
+    seed: int,
+    data: str | None = None,
+    fingerprint: str | None = None,
+    quality: MeasuredQuality | None = None,
+) -> Record:
+    """Describe a graph as it is now.
+
+    Where it goes on from a saved surgery, the input is what that one started from.
+
+    Args:
+        reports: of every pass, those of the saved surgery first.
+        origin: of the model. seed, data, fingerprint: of this run.
+        quality: measured now; None if it was not, which keeps what the saved surgery has as far as it still holds.
+    """
+    first = record_of(graph)
+    made = Record(
+        schema=SCHEMA,
+        versions={
+            "surgeon": version("surgeon"),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+        input=InputFile(origin.path, origin.kind, origin.sha256) if first is None else first.input,
+        recipe=Recipe(
+            tuple(Step(report.name, dict(report.options)) for report in reports),
+            seed,
+            data,
+            # Without data of its own, a surgery that goes on from another one keeps that one's.
+            fingerprint or (None if first is None else first.recipe.fingerprint),
+        ),
+        trace=graph.meta["trace"],
+        passes=tuple(reports),
+        experts=tuple(
+            ExpertLayer(site.path, site.experts, site.form, (int(site.w1.shape[1]), int(site.w1.shape[2])))
+            for site in find_moes(graph)
+        ),
+        tau=get_tau(graph),
+        rule=get_rule(graph),
+        compensated=tuple(compensated(graph)),
+        quality=quality,
+        output_modules=tuple(foreign_modules(graph)),
+    )
+    return made if first is None else replace(made, quality=_quality(made, first))
+
+
+def _quality(now: Record, first: Record) -> MeasuredQuality | None:
+    """Quality of a surgery that goes on from another one: "before" is before that one, if the data is the same."""
+    if now.quality is None:
+        same = (now.tau, now.rule, now.compensated) == (first.tau, first.rule, first.compensated)
+        return first.quality if first.quality is None or same else replace(first.quality, after=None)
+    if first.quality is not None and first.quality.data == now.quality.data:
+        return replace(now.quality, before=first.quality.before)
+    return now.quality
+
+
+def write_record(record: Record, directory: Path) -> None:
+    """Write `surgery.json` into a directory."""
+    (directory / RECORD).write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+
+
+def read_record(directory: Path) -> Record:
+    """Read `surgery.json`.
+
+    Raises:
+        LoadError: it is missing or damaged, or another version of surgeon wrote it in another form.
+    """
+    path = directory / RECORD
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        schema = content["schema"]
+    except FileNotFoundError:
+        raise LoadError(f"{directory} is not a saved surgery: it has no {RECORD}.") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise LoadError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    if schema != SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
+        what = "Update surgeon to read it" if newer else "Run the surgery again, or use the version that wrote it"
+        raise LoadError(f"{path} has schema {schema!r}, and this version of surgeon reads schema {SCHEMA}. {what}.")
+    return parse(Record, content, path)
+
+
+def parse(kind: type[Kind], content: Mapping[str, Any], path: Path) -> Kind:
+    """Make a dataclass of JSON values.
+
+    Raises:
+        LoadError: they do not fit; the message names the file and the first value that is missing or of a wrong type.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise LoadError(f"{path} is damaged: {where}: {first['msg'].lower()}.") from error
