@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from surgeon.data.data import Data
 from surgeon.errors import PassError, SurgeonError, UsageError, VerificationError
-from surgeon.graph.agreement import relative_error, run, tolerance_for
+from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.ownership import adopt_changes
 from surgeon.graph.traced import TracedGraph, tidy
@@ -29,7 +29,7 @@ from surgeon.sites.ffn import FFN
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.rejection import Rejection
 from surgeon.tracing.trace import adopt, is_aten_graph
-from surgeon.training.loop import FitReport, Settings, start_alike
+from surgeon.training.loop import FitReport, RunSettings, start_alike
 
 Site = TypeVar("Site", FFN, LinearSite, MoESite)
 SiteKind = Literal["ffn", "linear", "moe"]
@@ -47,7 +47,7 @@ class FitContext(Generic[Site]):
     before: TracedGraph
     changes: Sequence[tuple[Site, SiteChange]]
     data: Data
-    settings: Settings
+    settings: RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Pass(ABC, Generic[Site]):
         """Why this site cannot be changed, in words for the user; None if it can."""
 
     def observe(
-        self, graph: TracedGraph, sites: Sequence[Site], data: Data | None, settings: Settings
+        self, graph: TracedGraph, sites: Sequence[Site], data: Data | None, settings: RunSettings
     ) -> Mapping[str, Any]:
         """What rewriting needs to know beyond each site itself, by path: of the other sites, or of the data.
 
@@ -150,7 +150,7 @@ class Pass(ABC, Generic[Site]):
         return matched, [rejection for rejection in rejected if self._chosen(rejection.path)]
 
     def apply(
-        self, graph: GraphModule, *, inputs: Any = None, data: Any = None, settings: Settings | None = None
+        self, graph: GraphModule, *, inputs: Any = None, data: Any = None, settings: RunSettings | None = None
     ) -> PassReport:
         """Run this pass on a graph of ATen ops, in place; if anything fails the graph stays as it was.
 
@@ -168,12 +168,12 @@ class Pass(ABC, Generic[Site]):
             raise UsageError(f"{self.name} works on a graph of ATen ops: pass the model through surgeon.trace first.")
         work = adopt(graph)
         report = self.run(
-            work, inputs=inputs, data=None if data is None else Data.of(data), settings=settings or Settings()
+            work, inputs=inputs, data=None if data is None else Data.of(data), settings=settings or RunSettings()
         )
         adopt_changes(graph, work)
         return report
 
-    def run(self, graph: TracedGraph, *, inputs: Any, data: Data | None, settings: Settings) -> PassReport:
+    def run(self, graph: TracedGraph, *, inputs: Any, data: Data | None, settings: RunSettings) -> PassReport:
         """The body of `apply` on a graph that may be left half-changed on failure (the pipeline gives a copy)."""
         started = time.monotonic()
         before = adopt(graph)
@@ -270,7 +270,7 @@ class Pass(ABC, Generic[Site]):
         changes: Sequence[SiteChange],
         inputs: Any,
         preserved: bool,
-        settings: Settings,
+        settings: RunSettings,
     ) -> tuple[tuple[Cost | None, Cost | None], float | None, dict[str, LayerRun]]:
         """Costs on both sides, the difference between the outputs, and the executed share of every expert layer."""
         if inputs is None:
@@ -304,8 +304,8 @@ class Pass(ABC, Generic[Site]):
         kwargs: Any,
         preserved: bool,
     ) -> float:
-        expected = run(before, args, kwargs)
-        actual = run(after, args, kwargs)
+        expected = call_reproducibly(before, args, kwargs)
+        actual = call_reproducibly(after, args, kwargs)
         error = relative_error(actual, expected)
         tolerance = tolerance_for(expected, before)
         if preserved and not error <= tolerance:

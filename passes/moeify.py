@@ -35,7 +35,7 @@ from surgeon.sites.ffn import FFN, FFNWeights
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.replace import replace_call
 from surgeon.sites.search import find_ffns
-from surgeon.training.loop import FitReport, Settings
+from surgeon.training.loop import FitReport, RunSettings
 from surgeon.training.observe import collect_calls
 from surgeon.training.routers import by_trunk, fit_from_neurons, running_at, train_routers
 
@@ -219,7 +219,7 @@ class Moeify(TrainedPass[FFN]):
         return "tau needs routers that were fitted" if self.tau else ""
 
     def observe(
-        self, graph: TracedGraph, sites: Sequence[FFN], data: Data | None, settings: Settings
+        self, graph: TracedGraph, sites: Sequence[FFN], data: Data | None, settings: RunSettings
     ) -> Mapping[str, Any]:
         if self.why_data and data is None and not settings.dry_run:
             raise UsageError(f"moeify: {self.why_data}, and there is no data. Give it, or set tau later.")

@@ -24,7 +24,7 @@ from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
 from surgeon.sites.rejection import Rejection
 from surgeon.training.finetuning import finetune
-from surgeon.training.loop import FitReport, Settings
+from surgeon.training.loop import FitReport, RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Recover(FineTunedPass[MoESite]):
         return None if site.form == "module" else "it stands in the graph as ops: recover runs right after moeify"
 
     def observe(
-        self, graph: TracedGraph, sites: Sequence[MoESite], data: Data | None, settings: Settings
+        self, graph: TracedGraph, sites: Sequence[MoESite], data: Data | None, settings: RunSettings
     ) -> Mapping[str, Any]:
         without = "to be fine-tuned" if settings.dry_run else "as it was: there is no data to train it on"
         return dict.fromkeys((site.path for site in sites), without if data is None else "fine-tuned")

@@ -17,7 +17,7 @@ from surgeon.passes.base import FitContext, SiteKind
 from surgeon.passes.options import PerSite, for_site, option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
-from surgeon.sites.ffn import FFN, Call
+from surgeon.sites.ffn import FFN, LayerCall
 from surgeon.sites.nonlinearity import HALVES, OTHER
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns
@@ -99,7 +99,7 @@ class SwapActivation(FineTunedPass[FFN]):
         after = layer_sparsity(graph, sites, data)
         return dataclasses.replace(report, sparsity={path: (before[path], after[path]) for path in before})
 
-    def _swap(self, graph: TracedGraph, site: FFN, call: Call, to: str) -> None:
+    def _swap(self, graph: TracedGraph, site: FFN, call: LayerCall, to: str) -> None:
         """Write the cone anew in its plainest form: act(scale · z) · up · scale, then dropout."""
         found, old = site.nonlinearity, call.down.input
         reader = next(iter(node for node in old.users if node in call.down.nodes))

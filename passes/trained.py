@@ -10,9 +10,9 @@ from typing import ClassVar, get_args
 from surgeon.errors import UsageError
 from surgeon.passes.base import Pass, Site
 from surgeon.passes.options import option
-from surgeon.training.loop import Plan, Precision, Schedule
+from surgeon.training.loop import Precision, Schedule, TrainingPlan
 
-# Options that mean something only where something is trained, all of them fields of `Plan`.
+# Options that mean something only where something is trained, all of them fields of `TrainingPlan`.
 _OF_THE_PLAN = frozenset({"lr", "beta2", "weight_decay", "schedule", "warmup", "clip", "accumulate", "precision"})
 
 
@@ -68,9 +68,9 @@ class TrainedPass(Pass[Site], ABC):
         """Whether this run would train something if it had data."""
         return self.epochs != 0 or self.steps is not None
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainingPlan:
         """The options as a plan for `surgeon.training.loop`."""
-        return Plan(self.epochs, self.steps, **{name: getattr(self, name) for name in _OF_THE_PLAN})
+        return TrainingPlan(self.epochs, self.steps, **{name: getattr(self, name) for name in _OF_THE_PLAN})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from surgeon.graph.agreement import relative_error, run
+from surgeon.graph.agreement import call_reproducibly, relative_error
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
 from surgeon.passes.report import SiteChange
@@ -23,8 +23,8 @@ def _first_difference(
     tolerance: float,
 ) -> str:
     """Name the first changed site whose own output differs."""
-    _, old = run(Capture(before, [change.output[0] for change in changes]), args, kwargs)
-    _, new = run(Capture(after, [change.output[1] for change in changes]), args, kwargs)
+    _, old = call_reproducibly(Capture(before, [change.output[0] for change in changes]), args, kwargs)
+    _, new = call_reproducibly(Capture(after, [change.output[1] for change in changes]), args, kwargs)
     for change in changes:
         error = relative_error(new[change.output[1]], old[change.output[0]])
         if not error <= tolerance:

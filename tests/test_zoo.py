@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from surgeon.graph.agreement import relative_error, run
+from surgeon.graph.agreement import call_reproducibly, relative_error
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.passes import Lower, Moeify
 from surgeon.surgery.pipeline import Pipeline
@@ -61,9 +61,15 @@ def test_converted_as_known(case: Case, request: pytest.FixtureRequest) -> None:
     if case.exact and case.required_count is not None:
         assert len(report.matched) in (case.required_count, *case.alternatives)
     assert all(reason for _, reason in report.rejected)
-    assert relative_error(run(surgery.graph, args, kwargs), run(model, args, kwargs)) <= case.tolerance
+    assert (
+        relative_error(call_reproducibly(surgery.graph, args, kwargs), call_reproducibly(model, args, kwargs))
+        <= case.tolerance
+    )
     if not case.fixed_batch:
         torch.manual_seed(2)
         args, kwargs = as_args_kwargs(case.inputs(3))
-        assert relative_error(run(surgery.graph, args, kwargs), run(model, args, kwargs)) <= case.tolerance
+        assert (
+            relative_error(call_reproducibly(surgery.graph, args, kwargs), call_reproducibly(model, args, kwargs))
+            <= case.tolerance
+        )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -27,7 +27,7 @@ from surgeon.moe.module import MoE
 from surgeon.moe.router import expert_norms
 from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify
-from surgeon.training.loop import Settings
+from surgeon.training.loop import RunSettings
 from surgeon.training.observe import collect
 
 SHARES = (0.05, 0.1, 0.2)
@@ -83,7 +83,7 @@ def main() -> None:
         if name not in results:
             data, started = sentiment.data(0), time.monotonic()
             graph = fork(sparse)
-            report = Moeify(experts=48, **options).apply(graph, data=data, settings=Settings(seed=0))
+            report = Moeify(experts=48, **options).apply(graph, data=data, settings=RunSettings(seed=0))
             results[name] = measure(graph, SimpleNamespace(train=data.eval)) | {
                 "router": report.sites[0].after, "seconds": round(time.monotonic() - started, 1)
             }  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (defines the operators before the native kernels are loaded)
 from surgeon.bench.layer import DTYPES
-from surgeon.bench.timing import Call, cache_size, clock_for, median_seconds
+from surgeon.bench.timing import TimedCall, cache_size, clock_for, median_seconds
 from surgeon.kernels import cpu, triton
 from surgeon.kernels.cpu.crossover import processor
 from surgeon.kernels.cpu.crossover import threads as using_threads
@@ -96,7 +96,7 @@ def _bandwidth(device: torch.device, threads: int, seconds: float) -> float:
 def _least(call: Callable[[], object], device: torch.device, threads: int, seconds: float) -> float:
     """Least seconds of a call: what is possible. On a GPU the median, which differs little."""
     if device.type != "cpu":
-        return median_seconds({"": Call(call, nullcontext)}, device, seconds=seconds, threads=threads)[""]
+        return median_seconds({"": TimedCall(call, nullcontext)}, device, seconds=seconds, threads=threads)[""]
     call()
     clock, end = clock_for(threads), time.monotonic() + 10 * seconds
     found: list[float] = []

@@ -20,7 +20,7 @@ _MOST_CACHE = 256 << 20
 
 
 @dataclass(frozen=True)
-class Call:
+class TimedCall:
     """What is timed. around: entered before each call and left after it, untimed.
 
     first: on a processor run before each call, untimed, after the caches were emptied.
@@ -34,7 +34,7 @@ class Call:
 
 
 def median_seconds(
-    calls: Mapping[str, Call], device: torch.device, *, seconds: float, threads: int
+    calls: Mapping[str, TimedCall], device: torch.device, *, seconds: float, threads: int
 ) -> dict[str, float]:
     """Median seconds of each call; every one was run before.
 
@@ -82,7 +82,7 @@ def cache_size() -> int:
     return min(max(sizes), _MOST_CACHE)
 
 
-def _on_gpu(call: Call, seconds: float) -> float:
+def _on_gpu(call: TimedCall, seconds: float) -> float:
     testing = importlib.import_module("triton.testing")  # not installed with every torch
     with call.around():
         run = call.run if call.waits else captured(call.run).replay

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from surgeon.bench.timing import Call, captured, median_seconds
+from surgeon.bench.timing import TimedCall, captured, median_seconds
 from surgeon.errors import UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph, fork
@@ -27,7 +27,7 @@ from surgeon.progress import Progress
 
 
 @dataclass(frozen=True)
-class Setting:
+class TimedSetting:
     """A call at one tau, None for what is stored. executed: share of the experts' multiply-adds that ran.
 
     ours, compiled, torch: milliseconds with the operator, with it and `torch.compile`, None where that fails, and with
@@ -52,7 +52,7 @@ class WholeTimes:
     dense: float | None
     compiled: float | None
     why: dict[str, str]
-    settings: list[Setting]
+    settings: list[TimedSetting]
 
 
 def repeated(inputs: Any, batch: int, length: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -113,7 +113,7 @@ def time_whole(
     ours = _with_op(graph, dynamic_k_ffn)
     plain = _with_op(graph, torch.ops.surgeon.dynamic_k_ffn_torch.default)  # of the same tau, which forks share
     device = next(graph.parameters()).device
-    calls: dict[str, Call] = {}
+    calls: dict[str, TimedCall] = {}
     why: dict[str, str] = {}
     done, steps = 0, 2 + len(taus) + 2 * (dense is not None)
 
@@ -128,11 +128,11 @@ def time_whole(
             model = dense
             _try(model, *args, **kwargs)
             as_it_is: Callable[[], object] = partial(model, *args, **kwargs)
-            calls["dense"] = Call(as_it_is, waits=_waits("dense model", as_it_is, device, why))
+            calls["dense"] = TimedCall(as_it_is, waits=_waits("dense model", as_it_is, device, why))
             report()
             compiled = _compiled("dense model", model, args, kwargs, why)
             if compiled is not None:
-                calls["compiled"] = Call(compiled, waits=_waits("compiled dense model", compiled, device, why))
+                calls["compiled"] = TimedCall(compiled, waits=_waits("compiled dense model", compiled, device, why))
             report()
         shares = []
         _try(ours, *args, **kwargs)
@@ -155,7 +155,7 @@ def time_whole(
                 for name, call in ways.items():
                     if call is not None:
                         call()
-                        calls[f"{name} {index}"] = Call(call, around, waits[name])
+                        calls[f"{name} {index}"] = TimedCall(call, around, waits[name])
             report()
         found = median_seconds(calls, device, seconds=seconds, threads=threads)
     times = {name: 1000 * taken for name, taken in found.items()}
@@ -165,7 +165,7 @@ def time_whole(
         eager, compiled_ours = times[f"ours {index}"], times.get(f"compiled {index}")
         fastest = eager if compiled_ours is None else min(eager, compiled_ours)
         gain = None if best is None else best / fastest
-        settings.append(Setting(tau, share, eager, compiled_ours, times[f"torch {index}"], gain))
+        settings.append(TimedSetting(tau, share, eager, compiled_ours, times[f"torch {index}"], gain))
     return WholeTimes(times.get("dense"), times.get("compiled"), why, settings)
 
 

@@ -10,10 +10,10 @@ import typer
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import (
     Arch,
-    Inputs,
+    InputsOption,
     Model,
     PassList,
-    Settings,
+    SetOption,
     Task,
     TrustPickle,
     Verify,
@@ -28,7 +28,7 @@ def apply(
     run: Run,
     model: Model,
     passes: PassList = None,
-    settings: Settings = None,
+    settings: SetOption = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -37,7 +37,7 @@ def apply(
     ] = None,
     data: DataOptions | None = None,
     task: Task = None,
-    inputs: Inputs = None,
+    inputs: InputsOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default NAME-surgery, here."),

@@ -32,7 +32,7 @@ def demo(
     from surgeon.text.diff import pass_view
 
     check_target(directory, overwrite=True)
-    made = story.run(
+    made = story.make_demo(
         directory,
         seed=seed,
         quick=quick,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from surgeon.cli.app import Run, command
-from surgeon.cli.options import Arch, Inputs, TrustPickle
+from surgeon.cli.options import Arch, InputsOption, TrustPickle
 from surgeon.errors import UsageError
 
 
@@ -17,7 +17,7 @@ def diff(
     second: Annotated[str | None, typer.Argument(metavar="[B]", help="Another model.", show_default=False)] = None,
     stat: Annotated[bool, typer.Option("--stat", help="Totals only.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every site, node and parameter.")] = False,
-    inputs: Inputs = None,
+    inputs: InputsOption = None,
     trust_pickle: TrustPickle = False,
     arch: Arch = None,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from surgeon.cli.app import Run, command
-from surgeon.cli.options import Arch, Inputs, Model, PassList, Settings, Task, TrustPickle
+from surgeon.cli.options import Arch, InputsOption, Model, PassList, SetOption, Task, TrustPickle
 from surgeon.cli.reading import build, check_no_pass
 
 
@@ -16,8 +16,8 @@ def explain(
     model: Model,
     passes: PassList = None,
     at: Annotated[str | None, typer.Option("--at", metavar="PATH", help="Only here, patterns with * allowed.")] = None,
-    settings: Settings = None,
-    inputs: Inputs = None,
+    settings: SetOption = None,
+    inputs: InputsOption = None,
     trust_pickle: TrustPickle = False,
     arch: Arch = None,
     task: Task = None,

@@ -8,7 +8,7 @@ import typer
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import (
     Arch,
-    Inputs,
+    InputsOption,
     Model,
     Task,
     TrustPickle,
@@ -21,7 +21,7 @@ def inspect(
     run: Run,
     model: Model,
     graph: Annotated[bool, typer.Option("--graph", help="Also print the graph, by module path.")] = False,
-    inputs: Inputs = None,
+    inputs: InputsOption = None,
     trust_pickle: TrustPickle = False,
     arch: Arch = None,
     task: Task = None,

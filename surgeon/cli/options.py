@@ -51,11 +51,11 @@ PassList = Annotated[
     str | None,
     typer.Option("--passes", metavar="A,B,...", help="Passes in order, separated by commas.", show_default=False),
 ]
-Settings = Annotated[
+SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PASS.OPTION=VALUE", help="An option of a pass, for example moeify.experts=16."),
 ]
-Inputs = Annotated[
+InputsOption = Annotated[
     str | None,
     typer.Option("--inputs", metavar="X", help="Example inputs: a file of tensors, or module:function."),
 ]

@@ -41,11 +41,11 @@ def set_(
     """
     from surgeon.jobs import set as setting
     from surgeon.jobs.open_model import open_model
-    from surgeon.render.set import setting_view
+    from surgeon.render.set import set_view
 
     wanted = setting.Wanted(setting.parse_tau(tau), setting.parse_rule(rule), compensate)
-    setting.check_setting(model, wanted, has_data=data is not None, out=out)
+    setting.check_wanted(model, wanted, has_data=data is not None, out=out)
     opened = open_model(str(model), data=data, stage=run.screen.stage)
-    found = setting.apply_setting(opened, wanted, samples=samples, out=out)
-    run.screen.show(setting_view(found))
+    found = setting.set_wanted(opened, wanted, samples=samples, out=out)
+    run.screen.show(set_view(found))
     run.screen.result(found)

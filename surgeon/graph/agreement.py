@@ -18,7 +18,7 @@ TOLERANCE: dict[torch.dtype, float] = {
 }
 
 
-def run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def call_reproducibly(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call without gradients and with a fixed random state, so that two runs of a noisy model agree."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     # The fused encoder layer zeroes padded positions, which no other form of the same model does.

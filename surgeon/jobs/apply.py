@@ -16,10 +16,10 @@ from surgeon.data.losses import Quality, evaluate
 from surgeon.errors import NothingChangedError, UsageError
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
+from surgeon.jobs.evaluation import eval_task, why_unmeasured
 from surgeon.jobs.inspect import LOOKS_FOR
 from surgeon.jobs.open_model import Opened, Stage
 from surgeon.jobs.options import DataOptions
-from surgeon.jobs.quality import eval_task, why_unmeasured
 from surgeon.jobs.store import check_target
 from surgeon.jobs.workdir import WorkDirectory
 from surgeon.measure.meter import Cost, measure

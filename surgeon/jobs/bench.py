@@ -11,10 +11,10 @@ from typing import Any, Literal, cast
 import torch
 from torch.utils import _pytree as pytree
 
+from surgeon.bench.grid import Cell, time_grid
 from surgeon.bench.layer import DTYPES, MASKS, Case, MaskKind
 from surgeon.bench.machine import Machine, examine
 from surgeon.bench.methods import METHODS
-from surgeon.bench.run import Cell, run
 from surgeon.bench.whole import WholeTimes, repeated, time_whole
 from surgeon.errors import UsageError
 from surgeon.graph.traced import move
@@ -192,7 +192,7 @@ def bench_layer(
     with stage("measuring the machine's limits"):
         dtypes = list(dict.fromkeys(case.dtype for case in cases))
         machine = examine(device, options.threads, dtypes, options.seconds)
-    cells = run(cases, methods, machine, seconds=options.seconds, progress=progress)
+    cells = time_grid(cases, methods, machine, seconds=options.seconds, progress=progress)
     shape = cases[0].shape
     return LayerBenchmark(machine, shape.width, shape.hidden, shape.gated, options.activation, cells)
 

@@ -24,7 +24,7 @@ from surgeon.passes.report import PassDiff
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.surgery import Surgery
-from surgeon.training.loop import Plan, Schedule, Settings, fit
+from surgeon.training.loop import RunSettings, Schedule, TrainingPlan, fit
 
 TASK = "image-classification"
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -110,7 +110,7 @@ def digits(seed: int = 0, batch_size: int = 64) -> Data:
     return Data(train, held_out, task=TASK, description="scikit-learn digits")
 
 
-def run(
+def make_demo(
     directory: Path,
     *,
     seed: int = 0,
@@ -182,7 +182,7 @@ def train(
         return value, {"loss": value.item()}
 
     model.train()
-    plan = Plan(epochs, None, lr, weight_decay, schedule)
-    settings = Settings(seed=seed, progress=progress, workdir=workdir, resume=workdir is not None)
+    plan = TrainingPlan(epochs, None, lr, weight_decay, schedule)
+    settings = RunSettings(seed=seed, progress=progress, workdir=workdir, resume=workdir is not None)
     fit(list(model.parameters()), loss, data, plan, settings, "dense training")
     model.eval()

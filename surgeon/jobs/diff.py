@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from surgeon.errors import first_line
-from surgeon.graph.agreement import relative_error, run
+from surgeon.graph.agreement import call_reproducibly, relative_error
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.snapshot import GraphDiff, compare_unrelated, snapshot
 from surgeon.jobs.inspect import outside_experts
@@ -47,7 +47,9 @@ def compare_models(first: Opened, second: Opened, *, with_nodes: bool = False) -
     costs = measure(first.graph, args, kwargs)[0], measure(second.graph, *as_args_kwargs(second.inputs))[0]
     difference, note = None, ""
     try:
-        difference = relative_error(run(second.graph, args, kwargs), run(first.graph, args, kwargs))
+        difference = relative_error(
+            call_reproducibly(second.graph, args, kwargs), call_reproducibly(first.graph, args, kwargs)
+        )
     except Exception as error:  # whatever a graph raises for inputs that are not its own
         note = f"The outputs cannot be compared on the first model's example inputs: {first_line(error)}."
     sides = _sides(first), _sides(second)

@@ -15,7 +15,7 @@ from surgeon.moe.site import find_moes
 from surgeon.passes import Pass
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.tracing.trace import adopt
-from surgeon.training.loop import Settings
+from surgeon.training.loop import RunSettings
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) 
         )
         if matched and one is not passes[-1]:
             graph = adopt(graph)
-            one.run(graph, inputs=None, data=None, settings=Settings(verify="off", dry_run=True))
+            one.run(graph, inputs=None, data=None, settings=RunSettings(verify="off", dry_run=True))
     if at is None:
         return found
     paths = [path for one in found for path, _ in (*one.matched, *one.rejected)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from surgeon.graph.agreement import run
+from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import as_args_kwargs, named_arguments
 from surgeon.graph.capture import Capture
 from surgeon.graph.snapshot import snapshot
@@ -77,7 +77,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
     ffns, linears, refused = outside_experts(graph)
     parts = [part for ffn in ffns for call in ffn.calls for part in (*call.first, call.down)]
     parts += [part for linear in linears for part in linear.calls]
-    _, values = run(Capture(graph, {part.output.name for part in parts}), args, kwargs)
+    _, values = call_reproducibly(Capture(graph, {part.output.name for part in parts}), args, kwargs)
     # A linear layer makes one output of out_features with in_features multiply-adds each.
     work = {part: values[part.output.name].numel() * part.in_features for part in parts}
     whole = max(1, cost.multiply_adds)

@@ -20,7 +20,7 @@ from surgeon.surgery.record import read_record
 
 
 @dataclass(frozen=True)
-class Setting:
+class LayerKnobs:
     """What is set for one layer. compensated: whether the mean of what it skips is added."""
 
     tau: float
@@ -29,20 +29,20 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Change:
+class KnobChange:
     """What was set for one layer before, and what is now."""
 
-    before: Setting
-    after: Setting
+    before: LayerKnobs
+    after: LayerKnobs
 
 
 @dataclass(frozen=True)
-class SettingResult:
+class SetResult:
     """What is set, by the path of a layer's experts, and where it was stored, None if nothing was asked for."""
 
     model: str
     directory: Path | None
-    layers: dict[str, Change]
+    layers: dict[str, KnobChange]
     notes: tuple[str, ...] = ()
 
 
@@ -99,7 +99,7 @@ def _by_pattern(name: str, text: str | None) -> dict[str, str]:
     return parse_by_site(f"{name} ", text) if ":" in text else {"*": text.strip()}
 
 
-def check_setting(directory: Path, wanted: Wanted, *, has_data: bool, out: Path | None) -> None:
+def check_wanted(directory: Path, wanted: Wanted, *, has_data: bool, out: Path | None) -> None:
     """Refuse what cannot work before the surgery is loaded.
 
     Raises:
@@ -117,7 +117,7 @@ def check_setting(directory: Path, wanted: Wanted, *, has_data: bool, out: Path 
         check_target(out, str(directory), overwrite=False)
 
 
-def apply_setting(opened: Opened, wanted: Wanted, *, samples: int = 512, out: Path | None = None) -> SettingResult:
+def set_wanted(opened: Opened, wanted: Wanted, *, samples: int = 512, out: Path | None = None) -> SetResult:
     """Set what is wanted and store it; without anything wanted, only tell what is set.
 
     Args:
@@ -138,11 +138,11 @@ def apply_setting(opened: Opened, wanted: Wanted, *, samples: int = 512, out: Pa
     if wanted.compensated:
         assert opened.data is not None
         compensate(graph, first_batches(opened.data.train, samples))
-    layers = {path: Change(before[path], after) for path, after in _settings(graph).items()}
+    layers = {path: KnobChange(before[path], after) for path, after in _settings(graph).items()}
     earlier = [path for path, setting in before.items() if setting.compensated]
     notes = compensation_notes(graph, earlier, wanted=wanted.compensated)
     directory = store(opened, out) if wanted.anything else None
-    return SettingResult(opened.spec, directory, layers, notes)
+    return SetResult(opened.spec, directory, layers, notes)
 
 
 def compensation_notes(graph: TracedGraph, earlier: Sequence[str], *, wanted: bool) -> tuple[str, ...]:
@@ -167,6 +167,6 @@ def compensation_notes(graph: TracedGraph, earlier: Sequence[str], *, wanted: bo
     )
 
 
-def _settings(graph: TracedGraph) -> dict[str, Setting]:
+def _settings(graph: TracedGraph) -> dict[str, LayerKnobs]:
     rules, added = get_rule(graph), set(compensated(graph))
-    return {path: Setting(tau, rules[path], path in added) for path, tau in get_tau(graph).items()}
+    return {path: LayerKnobs(tau, rules[path], path in added) for path, tau in get_tau(graph).items()}

@@ -10,8 +10,8 @@ from pathlib import Path
 from surgeon.data.batch import Batch
 from surgeon.data.losses import Quality, evaluate
 from surgeon.errors import SaveError, UsageError
+from surgeon.jobs.evaluation import other_data, task_for
 from surgeon.jobs.open_model import Opened
-from surgeon.jobs.quality import other_data, task_for
 from surgeon.kernels.selection import check_rule
 from surgeon.measure.sweep import Dense, Point, time_settings, usual_taus
 from surgeon.measure.sweep import sweep as run_sweep

@@ -9,8 +9,8 @@ from pathlib import Path
 from surgeon.data.batch import first_batches
 from surgeon.data.losses import Quality
 from surgeon.errors import UsageError
+from surgeon.jobs.evaluation import eval_task, other_data, why_unmeasured
 from surgeon.jobs.open_model import Opened
-from surgeon.jobs.quality import eval_task, other_data, why_unmeasured
 from surgeon.jobs.set import compensation_notes
 from surgeon.jobs.store import store
 from surgeon.jobs.sweep import _batches, dense_multiply_adds, recorded_quality

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.jobs.apply import Applied  # TYPEONLY
+from surgeon.jobs.apply import Applied
 from surgeon.render.inspect import _add_numbers
 from surgeon.render.sweep import items_of, quality_value
 from surgeon.text.layout import dim, grid, sentences

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from surgeon.bench.grid import Cell
 from surgeon.bench.machine import Machine
 from surgeon.bench.methods import METHODS
-from surgeon.bench.run import Cell
 from surgeon.jobs.bench import LayerBenchmark, ModelBenchmark, Predicted, SurgeryBenchmark
 from surgeon.kernels.gpu_model.devices import Device
 from surgeon.text.layout import dim, grid, heading, indented, sentences

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.jobs.demo import Demo  # TYPEONLY
+from surgeon.jobs.demo import Demo
 from surgeon.measure.sweep import Dense
 from surgeon.render.sweep import sweep_view
 

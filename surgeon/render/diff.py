@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from surgeon.jobs.diff import (
-    Comparison,  # TYPEONLY
-    SiteSide,  # TYPEONLY
+    Comparison,
+    SiteSide,
 )
 from surgeon.render.inspect import _add_numbers
 from surgeon.text.diff import Detail, graph_diff_view

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.jobs.doctor import Check  # TYPEONLY
+from surgeon.jobs.doctor import Check
 from surgeon.text.layout import grid
 
 

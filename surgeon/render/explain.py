@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.jobs.explain import Explanation  # TYPEONLY
+from surgeon.jobs.explain import Explanation
 from surgeon.text.layout import MODEL, grid, heading, indented
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.jobs.pass_help import Option  # TYPEONLY
-from surgeon.passes import Pass  # TYPEONLY
-from surgeon.passes.report import PassDiff  # TYPEONLY
+from surgeon.jobs.pass_help import Option
+from surgeon.passes import Pass
+from surgeon.passes.report import PassDiff
 from surgeon.text.diff import graph_diff_view, sites_view
 from surgeon.text.layout import dim, grid, heading, indented
 from surgeon.text.summary import SiteGroup

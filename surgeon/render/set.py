@@ -5,11 +5,11 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.jobs.set import SettingResult  # TYPEONLY
+from surgeon.jobs.set import SetResult
 from surgeon.text.layout import grid, sentences
 
 
-def setting_view(found: SettingResult) -> RenderableType:
+def set_view(found: SetResult) -> RenderableType:
     """What is set for every layer, beside what was set before where that changed."""
     layers = found.layers.values()
     header = ["layer", "tau", "rule"]

@@ -22,7 +22,7 @@ PROJECTION_MLP = "projection_mlp"
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class LayerCall:
     """One execution of a feed-forward layer: x → first linears → cone → second linear.
 
     first: (gate, up) if gated with two linears, else the single first linear.
@@ -70,7 +70,7 @@ class FFN:
     """
 
     path: str
-    calls: tuple[Call, ...]
+    calls: tuple[LayerCall, ...]
     nonlinearity: Nonlinearity
     hidden: int
     dropout: float = 0.0

@@ -6,10 +6,10 @@ from torch.fx import GraphModule
 
 from surgeon.graph.edit import emit, erase_unread, replace_value, set_path
 from surgeon.graph.traced import aten, shape_of
-from surgeon.sites.ffn import Call
+from surgeon.sites.ffn import LayerCall
 
 
-def replace_call(graph: GraphModule, call: Call, target: str) -> str:
+def replace_call(graph: GraphModule, call: LayerCall, target: str) -> str:
     """Let the module at `target` compute one execution of a feed-forward layer; returns the new node's name."""
     old = call.output
     # Where the input was read first: if it is changed in place later, the module still sees it as the layer did.

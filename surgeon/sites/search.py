@@ -29,7 +29,7 @@ from surgeon.graph.ops import (
     op_name,
 )
 from surgeon.graph.traced import aten, common_path, is_call, module_path, shape_of, tensor_key, tensor_of
-from surgeon.sites.ffn import FFN, IDENTITY_MODULE_MARK, Call
+from surgeon.sites.ffn import FFN, IDENTITY_MODULE_MARK, LayerCall
 from surgeon.sites.linear import Linear, OpaqueLinear, find_linears
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.nonlinearity import Cone, identify
@@ -234,7 +234,7 @@ class _Search:
             what = f"{found.activation} between linears {widths} is a pooler or a classifier head, not an FFN"
             return self._reject(down, leaves, what)
         dropout = max((float(node.args[1]) for node in cone.nodes if node.target in DROPOUTS), default=0.0)  # type: ignore[arg-type]
-        call = Call(tuple(leaves), cone.nodes, down)
+        call = LayerCall(tuple(leaves), cone.nodes, down)
         return FFN(_ffn_path(leaves, down), (call,), found, down.in_features, dropout)
 
     def _walk(self, start: Node, stops: Set[Node] = frozenset()) -> _Walk:

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (registers the ops that the file holds)
 from surgeon.errors import LoadError, PassError, SaveError
-from surgeon.graph.agreement import relative_error, run, tolerance_for
+from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
 from surgeon.graph.calls import as_args_kwargs, named_arguments
 from surgeon.graph.snapshot import GraphDiff
 from surgeon.graph.traced import TracedGraph
@@ -170,7 +170,7 @@ def _export(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         graph.train(training)
     try:
         graph.eval()
-        expected, actual = run(graph, args, kwargs), run(exported, args, kwargs)
+        expected, actual = call_reproducibly(graph, args, kwargs), call_reproducibly(exported, args, kwargs)
     finally:
         graph.train(training)
     error_size = relative_error(actual, expected)

@@ -23,7 +23,7 @@ from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import earlier_passes
 from surgeon.surgery.surgery import Surgery
 from surgeon.tracing.trace import adopt, is_aten_graph, trace
-from surgeon.training.loop import Settings
+from surgeon.training.loop import RunSettings
 
 
 class Pipeline:
@@ -86,7 +86,7 @@ class Pipeline:
         for number, one in enumerate(self.passes):
             work = adopt(surgery.graph)
             place = None if workdir is None else workdir / f"{number:02d}-{one.name}"
-            step = Settings(seed, verify, progress, place, resume, dry_run, original)
+            step = RunSettings(seed, verify, progress, place, resume, dry_run, original)
             report = one.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
             surgery.reports.append(report)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Node
 
 from surgeon.errors import TraceError
-from surgeon.graph.agreement import relative_error, run, tolerance_for
+from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
 from surgeon.graph.traced import TracedGraph, is_switched_off
 from surgeon.tracing.dynamic_sizes import grow_batch
 
@@ -21,7 +21,7 @@ def run_reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         TraceError: it fails on them.
     """
     try:
-        return run(model, args, kwargs)
+        return call_reproducibly(model, args, kwargs)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} fails on the example inputs, before any tracing: {brief(error)}"
@@ -34,7 +34,7 @@ def disagreement(
     """Why the graph is not the model (None if it is), and the error on the example inputs."""
     graph.eval()
     try:
-        error = relative_error(run(graph, args, kwargs), reference)
+        error = relative_error(call_reproducibly(graph, args, kwargs), reference)
     except Exception as failure:
         return f"the graph fails where the model runs: {brief(failure)}", float("inf")
     tolerance = tolerance_for(reference, model)
@@ -46,11 +46,11 @@ def disagreement(
     if grown is None:
         return None, error
     try:
-        expected = run(model, *grown)
+        expected = call_reproducibly(model, *grown)
     except Exception:
         return None, error  # the model itself does not take another batch size
     try:
-        other = relative_error(run(graph, *grown), expected)
+        other = relative_error(call_reproducibly(graph, *grown), expected)
     except Exception as failure:
         return f"the graph fails at another batch size: {brief(failure)}", error
     if not other <= tolerance:

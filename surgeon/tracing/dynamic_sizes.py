@@ -11,7 +11,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from surgeon.graph.agreement import run, without_none
+from surgeon.graph.agreement import call_reproducibly, without_none
 
 
 def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def tile_single_batch(
         Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, (args, kwargs)
     )
     try:
-        one, two = run(model, args, kwargs), run(model, tiled_args, tiled_kwargs)
+        one, two = call_reproducibly(model, args, kwargs), call_reproducibly(model, tiled_args, tiled_kwargs)
     except Exception:
         return args, kwargs, False
     grew = any(

@@ -14,7 +14,7 @@ from surgeon.data.batch import Batch
 from surgeon.data.losses import logits_of
 from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
-from surgeon.graph.agreement import run
+from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import shape_of
 from surgeon.moe.site import find_moes
@@ -36,7 +36,7 @@ class Teacher:
 
     def __call__(self, batch: Batch) -> tuple[object, dict[str, Tensor]]:
         """The model's output, and the values of the layers by name, without gradients."""
-        return run(self._model, batch.args, dict(batch.kwargs))  # type: ignore[no-any-return]
+        return call_reproducibly(self._model, batch.args, dict(batch.kwargs))  # type: ignore[no-any-return]
 
     def layer_error(self, batch: Batch, expected: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
         """Squared error of the layers' inputs over real tokens, relative to their square; mean over layers, a scalar.

@@ -14,7 +14,7 @@ from surgeon.graph.capture import Capture
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph
 from surgeon.training.distillation import Teacher, divergence, layer_inputs
-from surgeon.training.loop import FitReport, Plan, Settings, Stateful, fit, loss_of
+from surgeon.training.loop import FitReport, RunSettings, Stateful, TrainingPlan, fit, loss_of
 
 # From the watched values and the share of the training that is done: what to add to the loss, and what to show.
 Penalise = Callable[[Batch, dict[str, Tensor], float], tuple[Tensor, dict[str, float]]]
@@ -23,8 +23,8 @@ Penalise = Callable[[Batch, dict[str, Tensor], float], tuple[Tensor, dict[str, f
 def finetune(
     graph: TracedGraph,
     data: Data,
-    plan: Plan,
-    settings: Settings,
+    plan: TrainingPlan,
+    settings: RunSettings,
     what: str,
     *,
     watched: Sequence[str] = (),

@@ -27,7 +27,7 @@ from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.losses import Loss, guessed_task, task_loss
 from surgeon.errors import DataError, PassError, UsageError
-from surgeon.graph.agreement import run
+from surgeon.graph.agreement import call_reproducibly
 from surgeon.progress import Progress
 from surgeon.tracing.trace import TraceInfo
 from surgeon.training.penalty import Sparsity
@@ -52,7 +52,7 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """What a run of passes has in common.
 
     seed: of every random choice. verify: "off", "fast" (the example inputs) or "full" (also other inputs and sizes).
@@ -70,7 +70,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How to optimise: AdamW for `epochs` over the data, or for `steps` of the optimiser if given.
 
     schedule: of the learning rate, after the share `warmup` of the steps in which it rises linearly from 0.
@@ -119,8 +119,8 @@ def fit(
     parameters: Sequence[nn.Parameter],
     loss: BatchLoss,
     data: Data,
-    plan: Plan,
-    settings: Settings,
+    plan: TrainingPlan,
+    settings: RunSettings,
     what: str,
     *,
     own_rates: Mapping[nn.Parameter, float] | None = None,
@@ -207,7 +207,7 @@ def fit(
     return FitReport(step, epochs, round(time.monotonic() - started, 2), tuple(history), resumed_at)
 
 
-def start_alike(graph: GraphModule, made: Sequence[str], settings: Settings) -> None:
+def start_alike(graph: GraphModule, made: Sequence[str], settings: RunSettings) -> None:
     """Let a resumed fit start from the very modules `made`, by path, that the interrupted one started from.
 
     What rewriting puts in may depend on data that come in another order the next time (which neurons an expert has),
@@ -245,7 +245,7 @@ def loss_of(graph: GraphModule, data: Data) -> Loss:
     task = info.task if info is not None else None
     if task is None:
         batch = next(iter(data.train))
-        task = guessed_task(run(graph, batch.args, batch.kwargs), batch.labels)
+        task = guessed_task(call_reproducibly(graph, batch.args, batch.kwargs), batch.labels)
     if task is None:
         raise UsageError(
             "What should be learned? The model's class does not tell and its labels do not look like classes. Give "
@@ -308,7 +308,7 @@ def _format(values: dict[str, float]) -> str:
 class _Checkpoint:
     """The state of one fit on disk: written beside, then moved into place, so that it is whole or absent."""
 
-    def __init__(self, accelerator: Any, kept: Sequence[Stateful], settings: Settings, what: str) -> None:
+    def __init__(self, accelerator: Any, kept: Sequence[Stateful], settings: RunSettings, what: str) -> None:
         self._accelerator = accelerator
         self._directory = None if settings.workdir is None else settings.workdir / what.replace(" ", "-")
         accelerator.register_for_checkpointing(*kept)

@@ -17,7 +17,7 @@ from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
 from surgeon.moe.closed_form import fit_closed_form
 from surgeon.moe.module import MoE
-from surgeon.training.loop import FitReport, Plan, Precision, Settings, computing_in, fit
+from surgeon.training.loop import FitReport, Precision, RunSettings, TrainingPlan, computing_in, fit
 from surgeon.training.observe import collect_calls
 
 # Tokens that routers are fitted on in closed form, and that are held while they are trained, and the most floats then.
@@ -35,7 +35,7 @@ def by_trunk(layers: Iterable[MoE]) -> list[list[MoE]]:
     return list(groups.values())
 
 
-def fit_from_neurons(graph: TracedGraph, inputs: Inputs, data: Data, settings: Settings) -> None:
+def fit_from_neurons(graph: TracedGraph, inputs: Inputs, data: Data, settings: RunSettings) -> None:
     """Fit every router from its layer's own neurons, for the objective "relative" (`surgeon.moe.closed_form`).
 
     A layer that is executed several times is fitted on the inputs of all its executions.
@@ -58,7 +58,14 @@ def fit_from_neurons(graph: TracedGraph, inputs: Inputs, data: Data, settings: S
 
 
 def train_routers(
-    graph: TracedGraph, inputs: Inputs, data: Data, plan: Plan, settings: Settings, what: str, *, exposed: bool = False
+    graph: TracedGraph,
+    inputs: Inputs,
+    data: Data,
+    plan: TrainingPlan,
+    settings: RunSettings,
+    what: str,
+    *,
+    exposed: bool = False,
 ) -> FitReport:
     """Train the routers, and nothing else, for their goals.
 

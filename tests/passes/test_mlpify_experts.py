@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.graph.agreement import relative_error, run
+from surgeon.graph.agreement import call_reproducibly, relative_error
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify
 from surgeon.sites.search import find_ffns
@@ -68,11 +68,11 @@ def test_the_whole_way_to_lowered_experts(traces: Any, name: str) -> None:
     assert made.fit is not None
     taps = [node.target for node in surgery.graph.graph.nodes if node.op == "call_module"]
     assert {f"{path}.moe" for path in projections} <= set(taps)
-    dense = run(surgery.graph.eval(), *as_args_kwargs(inputs))
+    dense = call_reproducibly(surgery.graph.eval(), *as_args_kwargs(inputs))
     lowered = surgeon.graph.traced.fork(surgery.graph)
     low = Lower().apply(lowered, inputs=inputs)
     assert len(low.matched) == len(moe.matched)
-    assert relative_error(run(lowered, *as_args_kwargs(inputs)), dense) < 1e-5
+    assert relative_error(call_reproducibly(lowered, *as_args_kwargs(inputs)), dense) < 1e-5
 
 
 def test_replacements_become_experts(traces: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.passes import Mlpify, Sparsify
 from surgeon.passes.mlpify import Error, Kind, Start
-from surgeon.training.loop import Settings
+from surgeon.training.loop import RunSettings
 from surgeon.training.penalty import AlphaSchedule, Penalty
 from tests.small_models import Function, labelled_vectors, vectors
 
@@ -164,6 +164,6 @@ def test_imitates_what_the_layer_gave_and_not_what_became_of_it() -> None:
 
     x = torch.randn(4, 5, 6)
     graph = surgeon.trace(Function(compute, a=(6, 6), scale=nn.Linear(1, 1)), x)
-    report = Mlpify(steps=1, lr=1e-9, init="random").apply(graph, data=[x], settings=Settings(seed=0))
+    report = Mlpify(steps=1, lr=1e-9, init="random").apply(graph, data=[x], settings=RunSettings(seed=0))
     assert report.fit is not None
     assert report.fit.losses[0][1]["unexplained variance"] < 10.0

@@ -22,7 +22,7 @@ from surgeon.moe.module import MoE
 from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify, Sparsify
 from surgeon.sites.search import find_ffns
-from surgeon.training.loop import Settings
+from surgeon.training.loop import RunSettings
 from tests.small_models import (
     HIDDEN,
     WIDTH,
@@ -188,7 +188,7 @@ def test_tau_needs_fitted_routers(traces: Any) -> None:
     with pytest.raises(UsageError, match="tau needs routers that were fitted, and there is no data"):
         Moeify(experts=4, tau=0.5).apply(traces("stack:relu"), inputs=vectors())
     graph = traces("stack:relu")
-    Moeify(experts=4, tau=0.5).apply(graph, data=labelled_vectors(1), settings=Settings(dry_run=True))
+    Moeify(experts=4, tau=0.5).apply(graph, data=labelled_vectors(1), settings=RunSettings(dry_run=True))
     assert set(get_tau(graph).values()) == {0.0}
 
 
@@ -205,7 +205,7 @@ def test_same_seed_same_experts(traces: Any) -> None:
     states = []
     for seed in (0, 0, 1):
         graph = traces("stack:relu")
-        Moeify(experts=4).apply(graph, settings=Settings(seed=seed))
+        Moeify(experts=4).apply(graph, settings=RunSettings(seed=seed))
         states.append(graph.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])

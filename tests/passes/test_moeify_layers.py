@@ -16,7 +16,7 @@ import surgeon
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.passes import Mlpify, Moeify
 from surgeon.progress import Progress
-from surgeon.training.loop import FitReport, Settings
+from surgeon.training.loop import FitReport, RunSettings
 from tests.small_models import WIDTH, Plain, Wrapped, classifier, labelled, labelled_vectors, stack, tokens, vectors
 
 X = torch.randn(4, 6, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -63,7 +63,7 @@ def test_every_layers_loss_goes_down_by_itself(traced: TracedGraph, exposure: fl
     one = Moeify(
         experts=8, split="weights", router="trained", lr=1e-2, steps=60, layer_by_layer=True, exposure=exposure
     )
-    report = one.apply(fork(traced), data=DATA, settings=Settings(progress=progress)).fit
+    report = one.apply(fork(traced), data=DATA, settings=RunSettings(progress=progress)).fit
     assert list(losses) == ["moeify routers 1 of 2, blocks.0.ffn", "moeify routers 2 of 2, blocks.1.ffn"]
     for values in losses.values():
         assert len(values) == 60
@@ -85,7 +85,7 @@ def test_layers_that_share_a_trunk_are_fitted_together() -> None:
         seen.setdefault(moment.what)
 
     one = Moeify(experts=4, router_width=8, steps=1, split="weights", layer_by_layer=True)
-    one.apply(graph, data=labelled(1), settings=Settings(progress=progress))
+    one.apply(graph, data=labelled(1), settings=RunSettings(progress=progress))
     assert list(seen) == [
         "calibration",
         "moeify routers 1 of 3, blocks.0.attention.q.projection_mlp and 2 more",
@@ -102,7 +102,7 @@ def test_an_interrupted_layer_is_gone_on_with(
     def apply(**settings: Any) -> tuple[dict[str, Tensor], FitReport]:
         graph = fork(traced)
         one = Moeify(experts=8, split="weights", steps=6, lr=1e-2, layer_by_layer=True, exposure=exposure)
-        report = one.apply(graph, data=DATA, settings=Settings(**settings)).fit
+        report = one.apply(graph, data=DATA, settings=RunSettings(**settings)).fit
         assert report is not None
         return routers(graph), report
 

@@ -15,7 +15,7 @@ from surgeon.graph.traced import TracedGraph, fork
 from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify
 from surgeon.surgery.recipe import build
-from surgeon.training.loop import Settings
+from surgeon.training.loop import RunSettings
 from tests.passes.experts import layer
 from tests.small_models import HIDDEN, WIDTH, Gated, Plain, Wrapped, vectors
 
@@ -74,7 +74,7 @@ def test_split_at_random_is_a_permutation_that_the_seed_decides() -> None:
     found = []
     for seed in (0, 0, 1):
         graph = surgeon.trace(model, X)
-        Moeify(experts=4, split="random").apply(graph, inputs=X, settings=Settings(seed=seed))
+        Moeify(experts=4, split="random").apply(graph, inputs=X, settings=RunSettings(seed=seed))
         found.append(groups(graph, dense))
         assert sorted(index for group in found[-1] for index in group) == list(range(HIDDEN))
     assert found[0] == found[1] != found[2]
@@ -120,7 +120,7 @@ def test_what_needs_data_is_refused_without_and_allowed_in_a_dry_run(options: An
     graph = surgeon.trace(Wrapped(Plain(act=F.relu)).eval(), X)
     with pytest.raises(UsageError, match="need data to see which neurons are active"):
         Moeify(experts=4, **options).apply(fork(graph), inputs=X)
-    dry = Moeify(experts=4, **options).apply(fork(graph), inputs=X, data=[X], settings=Settings(dry_run=True))
+    dry = Moeify(experts=4, **options).apply(fork(graph), inputs=X, data=[X], settings=RunSettings(dry_run=True))
     assert dry.matched == ["ffn"]
     assert dry.fit is None
 

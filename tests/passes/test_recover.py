@@ -18,7 +18,7 @@ from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify, Recover
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
-from surgeon.training.loop import Settings
+from surgeon.training.loop import RunSettings
 from tests.small_models import labelled_vectors, stack, vectors
 
 DATA = labelled_vectors(4)
@@ -138,7 +138,7 @@ def test_tau_is_put_back_after_an_error(
     monkeypatch.setattr("surgeon.passes.recover.finetune", finetune)
     graph = own(converted)
     with pytest.raises(type(error)):
-        Recover(steps=3).apply(graph, data=DATA, settings=Settings(progress=fail))
+        Recover(steps=3).apply(graph, data=DATA, settings=RunSettings(progress=fail))
     want = {"blocks.0.ffn.moe": 0.25, "blocks.1.ffn.moe": 0.125}
     assert get_tau(graph) == get_tau(trained[0]) == want
 
@@ -179,7 +179,7 @@ def test_it_needs_data_and_experts() -> None:
 def test_only_what_was_trained_is_reported_as_such(
     converted: TracedGraph, data: Any, dry_run: bool, after: str
 ) -> None:
-    trained, settings = after == "fine-tuned", Settings(dry_run=dry_run)
+    trained, settings = after == "fine-tuned", RunSettings(dry_run=dry_run)
     report = Recover(steps=1, lr=1e-3).apply(own(converted), inputs=vectors(), data=data, settings=settings)
     assert {site.after for site in report.sites} == {after}
     assert (report.fit is not None) == trained

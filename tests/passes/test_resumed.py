@@ -17,7 +17,7 @@ from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify, Recover
 from surgeon.passes.report import PassReport
 from surgeon.progress import Progress
-from surgeon.training.loop import Settings
+from surgeon.training.loop import RunSettings
 from tests.small_models import CLASSES, Inputs, labelled_vectors, stack, vectors
 
 
@@ -28,7 +28,7 @@ def interrupt(one: Moeify | Recover, graph: TracedGraph, data: object, workdir: 
         if (moment.what, moment.done) == (what, step):
             raise KeyboardInterrupt
 
-    settings = Settings(workdir=workdir, progress=progress)
+    settings = RunSettings(workdir=workdir, progress=progress)
     with pytest.raises(KeyboardInterrupt):
         one.apply(graph, data=data, settings=settings)
 
@@ -68,7 +68,7 @@ def interrupted(make: Callable[[], TracedGraph], tmp_path: Path) -> Path:
 
 
 def split(graph: TracedGraph, data: object, workdir: Path | None = None, *, resume: bool = False) -> PassReport:
-    return SPLIT.apply(graph, data=data, settings=Settings(workdir=workdir, resume=resume))
+    return SPLIT.apply(graph, data=data, settings=RunSettings(workdir=workdir, resume=resume))
 
 
 def test_the_routers_go_on_with_the_experts_they_were_trained_for(
@@ -108,7 +108,7 @@ def test_recover_goes_on_as_if_it_had_not_been_interrupted(converted: TracedGrap
     whole, resumed = fork(converted), fork(converted)
     want = one.apply(whole, data=data)
     interrupt(one, fork(converted), data, tmp_path, "recover", step)
-    report = one.apply(resumed, data=data, settings=Settings(workdir=tmp_path, resume=True))
+    report = one.apply(resumed, data=data, settings=RunSettings(workdir=tmp_path, resume=True))
     assert want.fit is not None
     assert report.fit is not None
     assert report.fit.resumed_at == step
@@ -124,7 +124,7 @@ def test_a_resumed_recover_leaves_the_graph_it_came_from_alone(converted: Traced
         for parameter in converted.parameters():
             parameter.add_(1.0)
     before = {name: tensor.clone() for name, tensor in converted.state_dict().items()}
-    report = one.apply(fork(converted), data=data, settings=Settings(workdir=tmp_path, resume=True))
+    report = one.apply(fork(converted), data=data, settings=RunSettings(workdir=tmp_path, resume=True))
     assert report.fit is not None
     assert report.fit.resumed_at == 2
     assert same(dict(converted.state_dict()), before)

@@ -17,7 +17,7 @@ from surgeon.graph.traced import TracedGraph
 from surgeon.passes import Mlpify, Moeify, Sparsify, SwapActivation
 from surgeon.passes.sparsify import SparsityTap
 from surgeon.sites.search import find_ffns
-from surgeon.training.loop import Settings
+from surgeon.training.loop import RunSettings
 from surgeon.training.penalty import active_share, square_hoyer
 from tests.small_models import (
     WIDTH,
@@ -239,7 +239,7 @@ def test_dropout_is_on_in_training(traces: Any) -> None:
     graph = traces("stack:relu")
     data = labelled_vectors(1)
     seeds = [
-        Sparsify(steps=1, lr=1e-9).apply(surgeon.graph.traced.fork(graph), data=data, settings=Settings(seed=seed))
+        Sparsify(steps=1, lr=1e-9).apply(surgeon.graph.traced.fork(graph), data=data, settings=RunSettings(seed=seed))
         for seed in (0, 1)
     ]
     losses = [report.fit.losses[0][1]["task loss"] for report in seeds if report.fit is not None]
@@ -251,7 +251,7 @@ def test_same_seed_same_result(traces: Any) -> None:
     results = []
     for seed in (3, 3, 4):
         copied = surgeon.graph.traced.fork(graph)
-        Sparsify(steps=3, lr=1e-3).apply(copied, data=labelled_vectors(3), settings=Settings(seed=seed))
+        Sparsify(steps=3, lr=1e-3).apply(copied, data=labelled_vectors(3), settings=RunSettings(seed=seed))
         results.append(copied.get_parameter("head.weight").detach())
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])

@@ -21,14 +21,14 @@ from surgeon.passes.report import PassReport
 from surgeon.surgery.artifact import load_diff
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import build
-from surgeon.training.loop import FitReport, Settings
+from surgeon.training.loop import FitReport, RunSettings
 from surgeon.training.penalty import AlphaControl, Sparsity
 from tests.small_models import classifier, labelled_vectors, stack, tokens, vectors
 
 DATA = labelled_vectors(4)
 
 
-def fitted(graph: TracedGraph, data: Any = None, settings: Settings | None = None, **options: Any) -> FitReport:
+def fitted(graph: TracedGraph, data: Any = None, settings: RunSettings | None = None, **options: Any) -> FitReport:
     report = Sparsify(**options).apply(graph, data=DATA if data is None else data, settings=settings)
     assert report.fit is not None
     return report.fit
@@ -214,9 +214,9 @@ def test_a_run_with_targets_can_be_resumed(tmp_path: Path, accumulate: int, done
         if name == "resumed":
             data.stop = 4  # in the second epoch: before training, the report and the loss look at the data
             with pytest.raises(KeyboardInterrupt):
-                one.apply(fork(graph), data=Data.of(data), settings=Settings(workdir=place))
+                one.apply(fork(graph), data=Data.of(data), settings=RunSettings(workdir=place))
             data = Stops(DATA)
-        report = one.apply(graph, data=Data.of(data), settings=Settings(workdir=place, resume=name == "resumed"))
+        report = one.apply(graph, data=Data.of(data), settings=RunSettings(workdir=place, resume=name == "resumed"))
         assert report.fit is not None
         assert report.fit.resumed_at == (done if name == "resumed" else 0)
         results[name] = {key: value.clone() for key, value in graph.state_dict().items()}

@@ -14,7 +14,7 @@ from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.passes import Mlpify, Moeify, Recover, Sparsify, SwapActivation
 from surgeon.passes.trained import TrainedPass
-from surgeon.training.loop import FitReport, Plan
+from surgeon.training.loop import FitReport, TrainingPlan
 from tests.small_models import classifier, labelled, tokens
 
 DATA = labelled(4)
@@ -62,8 +62,8 @@ def test_mixed_precision_learns_nearly_the_same(graphs: dict[bool, TracedGraph],
 def test_options_reach_the_plan() -> None:
     one = Sparsify(steps=7, lr=0.1, weight_decay=0.2, schedule="cosine", warmup=0.3, clip=None, accumulate=5,
                    precision="bfloat16", beta2=0.95)  # fmt: skip
-    assert one.plan() == Plan(3.0, 7, 0.1, 0.2, "cosine", None, 0.3, 5, "bfloat16", 0.95)
-    assert Sparsify().plan() == Plan(3.0, None, 2e-5)
+    assert one.plan() == TrainingPlan(3.0, 7, 0.1, 0.2, "cosine", None, 0.3, 5, "bfloat16", 0.95)
+    assert Sparsify().plan() == TrainingPlan(3.0, None, 2e-5)
 
 
 def test_accumulating_takes_fewer_steps_through_the_same_data(graphs: dict[bool, TracedGraph]) -> None:

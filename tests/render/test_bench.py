@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from surgeon.bench.grid import Cell, Timing
 from surgeon.bench.machine import Machine
 from surgeon.bench.methods import METHODS
-from surgeon.bench.run import Cell, Timing
-from surgeon.bench.whole import Setting, WholeTimes
+from surgeon.bench.whole import TimedSetting, WholeTimes
 from surgeon.errors import SaveError
 from surgeon.jobs.bench import LayerBenchmark, SurgeryBenchmark, bench_model
 from surgeon.jobs.options import BenchOptions
@@ -40,7 +40,7 @@ SURGERY = SurgeryBenchmark(
     "bert-surgery", 8, 128, MACHINE,
     WholeTimes(
         20.0, None, {"dense model": "no C++ compiler"},
-        [Setting(None, 0.42, 12.5, 13.0, 14.0, 1.6), Setting(0.9, 0.1, 25.0, None, 8.0, 0.8)],
+        [TimedSetting(None, 0.42, 12.5, 13.0, 14.0, 1.6), TimedSetting(0.9, 0.1, 25.0, None, 8.0, 0.8)],
     ),
     ("The dense model was not compiled: no C++ compiler.",),
 )  # fmt: skip

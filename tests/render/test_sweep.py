@@ -10,7 +10,7 @@ import pytest
 
 from surgeon.data.losses import Quality
 from surgeon.graph.snapshot import GraphDiff
-from surgeon.jobs.set import Change, Setting, SettingResult
+from surgeon.jobs.set import KnobChange, LayerKnobs, SetResult
 from surgeon.jobs.sweep import Swept
 from surgeon.jobs.tune import TuningResult
 from surgeon.measure.meter import Cost
@@ -19,7 +19,7 @@ from surgeon.measure.tuning import Tuned
 from surgeon.passes.report import PassDiff, PassReport, SiteChange
 from surgeon.render.files import write_swept
 from surgeon.render.screen import to_json
-from surgeon.render.set import setting_view
+from surgeon.render.set import set_view
 from surgeon.render.sweep import sweep_view
 from surgeon.render.tune import tuned_view
 from surgeon.text.diff import Detail, diff_view
@@ -116,9 +116,9 @@ def test_what_was_not_measured_is_told() -> None:
 
 
 def test_settings_show_what_changed() -> None:
-    same, other = Setting(0.25, "max", compensated=False), Setting(0.1, "top_k", compensated=False)
-    layers = {"blocks.0.ffn.moe": Change(same, same), "blocks.1.ffn.moe": Change(same, other)}
-    lines = plain_text(setting_view(SettingResult("m", Path("m"), layers)), 120).splitlines()
+    same, other = LayerKnobs(0.25, "max", compensated=False), LayerKnobs(0.1, "top_k", compensated=False)
+    layers = {"blocks.0.ffn.moe": KnobChange(same, same), "blocks.1.ffn.moe": KnobChange(same, other)}
+    lines = plain_text(set_view(SetResult("m", Path("m"), layers)), 120).splitlines()
     assert [line.split() for line in lines] == [
         ["layer", "tau", "rule"],
         ["blocks.0.ffn.moe", "0.25", "max"],
@@ -126,8 +126,8 @@ def test_settings_show_what_changed() -> None:
         ["Saved", "to", "m."],
     ]
     added = dataclasses.replace(same, compensated=True)
-    layers = {"blocks.0.ffn.moe": Change(added, same), "blocks.1.ffn.moe": Change(same, same)}
-    lines = plain_text(setting_view(SettingResult("m", None, layers, ("Gone.",))), 120).splitlines()
+    layers = {"blocks.0.ffn.moe": KnobChange(added, same), "blocks.1.ffn.moe": KnobChange(same, same)}
+    lines = plain_text(set_view(SetResult("m", None, layers, ("Gone.",))), 120).splitlines()
     assert lines[0].split() == ["layer", "tau", "rule", "compensated"]
     assert lines[1].split()[-3:] == ["yes", "→", "no"]
     assert lines[2].split()[-1] == "no"

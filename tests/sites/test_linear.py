@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import surgeon
-from surgeon.graph.agreement import run
+from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
 from surgeon.sites.linear import Linear, find_linears
@@ -101,7 +101,7 @@ def test_found_and_computes_the_same(graph: TracedGraph, name: str) -> None:
     linear = linear_of(graph, name)
     assert (linear.in_features, linear.out_features) == (D, H)
     assert (linear.bias is not None) == (name in HAS_BIAS)
-    _, values = run(Capture(graph, [linear.input.name, linear.output.name]), (X,), {})
+    _, values = call_reproducibly(Capture(graph, [linear.input.name, linear.output.name]), (X,), {})
     x, y = values[linear.input.name], values[linear.output.name]
     assert torch.allclose(F.linear(x, linear.weight_rows(graph), linear.bias_vector(graph)), y, atol=1e-5)
     assert linear.core in linear.nodes
@@ -140,7 +140,7 @@ def test_other_additions_are_no_bias(what: str, compute: Callable[..., Tensor]) 
     graph = surgeon.trace(Function(compute, w=w(D, H), b=w(H), position=w(5, H)), X)
     (linear,), _ = find_linears(graph)
     assert linear.bias is None
-    _, values = run(Capture(graph, [linear.output.name]), (X,), {})
+    _, values = call_reproducibly(Capture(graph, [linear.output.name]), (X,), {})
     assert torch.allclose(values[linear.output.name], X @ graph.get_parameter("w"), atol=1e-5)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import surgeon
 from surgeon.errors import TraceError
-from surgeon.graph.agreement import relative_error, run
+from surgeon.graph.agreement import call_reproducibly, relative_error
 from surgeon.graph.traced import TracedGraph
 from surgeon.tracing.trace import TraceInfo, adopt, from_program, is_aten_graph, quiet
 from tests.small_models import HUGGING_FACE, WIDTH, hugging_face, stack, tokens, vectors
@@ -35,10 +35,10 @@ def test_equals_the_model_at_other_sizes(traces: Any, name: str) -> None:
             decoder = {"decoder_input_ids": tokens(batch, 4)["input_ids"]} if name == "t5" else {}
             given = {**tokens(batch, length), **decoder}
         if "use_cache" in inspect.signature(model.forward).parameters:
-            want = run(model, (), {**given, "use_cache": False})
+            want = call_reproducibly(model, (), {**given, "use_cache": False})
         else:
-            want = run(model, (), given)
-        assert relative_error(run(graph, (), given), want) < 1e-5
+            want = call_reproducibly(model, (), given)
+        assert relative_error(call_reproducibly(graph, (), given), want) < 1e-5
     assert info(graph).form == "train"
     assert info(graph).max_error is not None
     assert info(graph).max_error < 1e-5

@@ -20,7 +20,7 @@ from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.surgery import Surgery
 from surgeon.training.distillation import layer_inputs
 from surgeon.training.finetuning import finetune
-from surgeon.training.loop import FitReport, Settings
+from surgeon.training.loop import FitReport, RunSettings
 from tests.small_models import Function, Inputs, Plain, classifier, labelled_vectors, stack, tokens, vectors
 
 DATA = labelled_vectors(4)
@@ -130,7 +130,7 @@ def test_its_weight_is_in_the_loss(monkeypatch: Any) -> None:
         found[weight] = total.item(), shown
 
     monkeypatch.setattr("surgeon.training.finetuning.fit", evaluated)
-    plan, settings = SwapActivation(steps=1).plan(), Settings(original=original)
+    plan, settings = SwapActivation(steps=1).plan(), RunSettings(original=original)
     for weight in (0.0, 1.0, 3.0):
         finetune(swapped, Data(DATA), plan, settings, "test", distill=1.0, distill_layers=weight)
     error = found[1.0][1]["layer error"]

@@ -19,10 +19,10 @@ from surgeon.errors import DataError, PassError, UsageError
 from surgeon.passes import Sparsify
 from surgeon.progress import Progress
 from surgeon.tracing.trace import TraceInfo
-from surgeon.training.loop import FitReport, Plan, Precision, Settings, fit, loss_of
+from surgeon.training.loop import FitReport, Precision, RunSettings, TrainingPlan, fit, loss_of
 from tests.small_models import labelled
 
-PLAN = Plan(epochs=5, steps=None, lr=0.05)
+PLAN = TrainingPlan(epochs=5, steps=None, lr=0.05)
 
 
 def regression(batches: int = 6) -> list[tuple[Tensor, Tensor]]:
@@ -47,15 +47,15 @@ class Problem:
         self.seen.append((float(batch.args[0].sum()), done))
         return value, {"loss": value.item()}
 
-    def fit(self, data: Any, plan: Plan = PLAN, **settings: Any) -> FitReport:
+    def fit(self, data: Any, plan: TrainingPlan = PLAN, **settings: Any) -> FitReport:
         torch.manual_seed(1)
         settings.setdefault("progress", self.progress.append)
-        return fit(list(self.layer.parameters()), self.loss, Data.of(data), plan, Settings(**settings), "the fit")
+        return fit(list(self.layer.parameters()), self.loss, Data.of(data), plan, RunSettings(**settings), "the fit")
 
 
 def test_learns_and_reports() -> None:
     problem = Problem()
-    report = problem.fit(regression(), Plan(epochs=30, steps=None, lr=0.1))
+    report = problem.fit(regression(), TrainingPlan(epochs=30, steps=None, lr=0.1))
     assert report.steps == 180
     assert report.epochs == 30
     assert report.resumed_at == 0
@@ -70,7 +70,7 @@ def test_learns_and_reports() -> None:
 
 def test_sees_every_batch_of_every_epoch_and_how_far_it_is() -> None:
     problem, data = Problem(), regression(3)
-    problem.fit(data, Plan(epochs=2, steps=None, lr=0.0))
+    problem.fit(data, TrainingPlan(epochs=2, steps=None, lr=0.0))
     sums = [float(x.sum()) for x, _ in data]
     assert [value for value, _ in problem.seen] == pytest.approx(sums * 2)
     assert [done for _, done in problem.seen] == pytest.approx([step / 6 for step in range(6)])
@@ -80,7 +80,7 @@ def test_a_parameter_with_its_own_rate_keeps_it_all_along() -> None:
     problem, data = Problem(), Data.of(regression())
     weight, bias = problem.layer.weight, problem.layer.bias
     before = weight.detach().clone(), bias.detach().clone()
-    fit([weight, bias], problem.loss, data, PLAN, Settings(), "the fit", own_rates={bias: 0.0})
+    fit([weight, bias], problem.loss, data, PLAN, RunSettings(), "the fit", own_rates={bias: 0.0})
     assert torch.equal(bias, before[1])
     assert float((weight.detach() - before[0]).abs().max()) > 0.1
 
@@ -98,12 +98,12 @@ def test_beta2_is_that_of_the_optimizer() -> None:
 
 
 def test_steps_overrule_epochs() -> None:
-    assert Problem().fit(regression(3), Plan(epochs=100, steps=4, lr=0.1)).steps == 4
+    assert Problem().fit(regression(3), TrainingPlan(epochs=100, steps=4, lr=0.1)).steps == 4
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0.5, 3), (0.01, 1), (1.0, 6)])
 def test_part_of_an_epoch(epochs: float, steps: int) -> None:
-    assert Problem().fit(regression(6), Plan(epochs=epochs, steps=None, lr=0.1)).steps == steps
+    assert Problem().fit(regression(6), TrainingPlan(epochs=epochs, steps=None, lr=0.1)).steps == steps
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_learning_rate_after_a_third_and_two_thirds(schedule: Any, rates: tuple[
         weights.append(problem.layer.weight.detach().clone())
 
     lr = 1e-4  # so small that the gradient stays what it was: then Adam moves every weight by the rate
-    problem.fit([regression(1)[0]] * 3, Plan(epochs=1, steps=None, lr=lr, schedule=schedule), progress=note)
+    problem.fit([regression(1)[0]] * 3, TrainingPlan(epochs=1, steps=None, lr=lr, schedule=schedule), progress=note)
     moves = [float((after - before).abs().mean()) / lr for before, after in itertools.pairwise(weights)]
     assert moves == pytest.approx(rates, rel=0.05)
 
@@ -127,11 +127,11 @@ def test_learning_rate_after_a_third_and_two_thirds(schedule: Any, rates: tuple[
      ("cosine", (0, 0.5, 1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4))],
 )  # fmt: skip
 def test_learning_rate_rises_first_and_then_follows_its_schedule(schedule: Any, rates: tuple[float, ...]) -> None:
-    plan = Plan(epochs=1, steps=None, lr=1.0, schedule=schedule, warmup=1 / 3)
+    plan = TrainingPlan(epochs=1, steps=None, lr=1.0, schedule=schedule, warmup=1 / 3)
     assert [plan.rate(step / 6) for step in range(6)] == pytest.approx(rates)
     problem = Problem()
     start = problem.layer.weight.clone()
-    problem.fit([regression(1)[0]] * 3, Plan(epochs=1, steps=1, lr=1.0, schedule=schedule, warmup=0.5))
+    problem.fit([regression(1)[0]] * 3, TrainingPlan(epochs=1, steps=1, lr=1.0, schedule=schedule, warmup=0.5))
     assert torch.equal(problem.layer.weight, start)
 
 
@@ -140,8 +140,8 @@ def test_a_step_takes_the_mean_of_the_batches_that_it_accumulates() -> None:
     data = regression(6)
     halves = [(part_x, part_y) for x, y in data for part_x, part_y in zip(x.split(4), y.split(4), strict=True)]
     one, other = Problem(), Problem()
-    want = one.fit(data, Plan(epochs=5, steps=None, lr=0.05))
-    found = other.fit(halves, Plan(epochs=5, steps=None, lr=0.05, accumulate=2))
+    want = one.fit(data, TrainingPlan(epochs=5, steps=None, lr=0.05))
+    found = other.fit(halves, TrainingPlan(epochs=5, steps=None, lr=0.05, accumulate=2))
     assert (found.steps, found.epochs) == (want.steps, want.epochs) == (30, 5)
     assert torch.allclose(other.layer.weight, one.layer.weight, atol=1e-6)
     assert found.losses[-1][1]["loss"] == pytest.approx(want.losses[-1][1]["loss"], rel=1e-4)
@@ -149,11 +149,11 @@ def test_a_step_takes_the_mean_of_the_batches_that_it_accumulates() -> None:
 
 
 @pytest.mark.parametrize(("plan", "steps", "batches"), [
-    (Plan(epochs=1, steps=None, lr=0.1, accumulate=4), 2, 8),  # the nearest to the six there are
-    (Plan(epochs=0.1, steps=None, lr=0.1, accumulate=4), 1, 4),
-    (Plan(epochs=1, steps=3, lr=0.1, accumulate=4), 3, 12),
+    (TrainingPlan(epochs=1, steps=None, lr=0.1, accumulate=4), 2, 8),  # the nearest to the six there are
+    (TrainingPlan(epochs=0.1, steps=None, lr=0.1, accumulate=4), 1, 4),
+    (TrainingPlan(epochs=1, steps=3, lr=0.1, accumulate=4), 3, 12),
 ])  # fmt: skip
-def test_epochs_count_data_and_steps_those_of_the_optimiser(plan: Plan, steps: int, batches: int) -> None:
+def test_epochs_count_data_and_steps_those_of_the_optimiser(plan: TrainingPlan, steps: int, batches: int) -> None:
     problem = Problem()
     report = problem.fit(regression(6), plan)
     assert (report.steps, report.epochs) == (steps, round(batches / 6, 3))
@@ -171,7 +171,7 @@ def test_bfloat16_is_what_the_loss_is_computed_in_and_not_what_weights_are_store
             return super().loss(batch, done)
 
     problem = Watched()
-    report = problem.fit(regression(), Plan(epochs=30, steps=None, lr=0.1, precision="bfloat16"))
+    report = problem.fit(regression(), TrainingPlan(epochs=30, steps=None, lr=0.1, precision="bfloat16"))
     assert types == {torch.bfloat16}
     assert problem.layer.weight.dtype == torch.float32
     assert report.losses[-1][1]["loss"] < 0.01 * report.losses[0][1]["loss"]
@@ -191,7 +191,7 @@ def test_gradients_are_clipped() -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim.AdamW, "step", step)
-            problem.fit(regression(2), Plan(epochs=1, steps=None, lr=1e-3, clip=clip))
+            problem.fit(regression(2), TrainingPlan(epochs=1, steps=None, lr=1e-3, clip=clip))
         sizes.append(recorded[0])
     assert sizes[0] > 1e-3 >= sizes[1]
 
@@ -231,18 +231,18 @@ class Endless:
 def test_unknown_length_needs_steps() -> None:
     with pytest.raises(DataError, match=r"no length.*`steps`"):
         Problem().fit(Endless())
-    report = Problem().fit(Endless(), Plan(epochs=1, steps=7, lr=0.1))
+    report = Problem().fit(Endless(), TrainingPlan(epochs=1, steps=7, lr=0.1))
     assert report.steps == 7
 
 
 def test_report_of_data_without_length_is_json() -> None:
-    report = Problem().fit(Endless(), Plan(epochs=1, steps=2, lr=0.1))
+    report = Problem().fit(Endless(), TrainingPlan(epochs=1, steps=2, lr=0.1))
     json.dumps(vars(report), allow_nan=False)
 
 
 def test_empty_data() -> None:
     with pytest.raises(DataError):
-        Problem().fit([], Plan(epochs=1, steps=3, lr=0.1))
+        Problem().fit([], TrainingPlan(epochs=1, steps=3, lr=0.1))
 
 
 @pytest.mark.parametrize("option", [
@@ -301,7 +301,7 @@ class Counter:
 @pytest.mark.parametrize("stop", [7, 9, 11])
 def test_resumed_in_the_middle_of_a_step(tmp_path: Path, stop: int) -> None:
     """What random numbers and other state the part of a step has used is taken back."""
-    plan = Plan(epochs=5, steps=None, lr=0.05, accumulate=3, warmup=0.2, precision="bfloat16")
+    plan = TrainingPlan(epochs=5, steps=None, lr=0.05, accumulate=3, warmup=0.2, precision="bfloat16")
 
     class Counted(Problem):
         counter, stop = Counter(), -1
@@ -317,7 +317,8 @@ def test_resumed_in_the_middle_of_a_step(tmp_path: Path, stop: int) -> None:
             torch.manual_seed(1)
             self.counter = Counter()
             return fit(
-                list(self.layer.parameters()), self.loss, Data.of(regression(6)), plan, Settings(**settings), "the fit",
+                list(self.layer.parameters()), self.loss, Data.of(regression(6)), plan, RunSettings(**settings),
+                "the fit",
                 stateful=[self.counter],
             )  # fmt: skip
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from surgeon.errors import PassError, SurgeonError, VerificationError
-from surgeon.graph.agreement import run
+from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.traced import TracedGraph
 from surgeon.passes import PASSES, Pass
-from surgeon.training.loop import Settings
+from surgeon.training.loop import RunSettings
 from tests.small_models import labelled_vectors, vectors
 
 from .subjects import SUBJECTS, assert_same_state, fits, names, node_texts, state_of
@@ -33,14 +33,14 @@ def fails_at_second(original: Any) -> Any:
 
 
 def check_untouched(one: Pass[Any], graph: TracedGraph, expected: type[Exception], **settings: Any) -> str:
-    before, texts, output = state_of(graph), node_texts(graph), run(graph, (), vectors())
+    before, texts, output = state_of(graph), node_texts(graph), call_reproducibly(graph, (), vectors())
     notes = dict(graph.meta)
     with pytest.raises(expected) as error:
         one.apply(graph, inputs=vectors(), **settings)
     assert_same_state(before, state_of(graph))
     assert node_texts(graph) == texts
     assert graph.meta == notes
-    assert torch.equal(run(graph, (), vectors()), output)
+    assert torch.equal(call_reproducibly(graph, (), vectors()), output)
     return str(error.value)
 
 
@@ -73,7 +73,7 @@ def test_failing_fit_leaves_the_graph(
             raise error
 
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else SurgeonError
-    message = check_untouched(one, graph, expected, data=labelled_vectors(2), settings=Settings(progress=progress))
+    message = check_untouched(one, graph, expected, data=labelled_vectors(2), settings=RunSettings(progress=progress))
     if isinstance(error, RuntimeError):
         assert name in message
         assert "broken on purpose" in message

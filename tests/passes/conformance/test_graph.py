@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.graph.agreement import relative_error, run, tolerance_for
+from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.tracing.trace import quiet
 from tests.small_models import labelled_vectors, stack, vectors
@@ -20,10 +20,10 @@ from .subjects import SUBJECTS, assert_same_state, names, node_texts, state_of
 def test_keeps_what_it_claims_to_keep(subject: Any, name: str) -> None:
     one, graph = subject(name)
     inputs = vectors()
-    want = run(graph, (), inputs)
+    want = call_reproducibly(graph, (), inputs)
     report = one.apply(graph, inputs=inputs)
     assert report.matched
-    got = run(graph, (), inputs)
+    got = call_reproducibly(graph, (), inputs)
     assert report.max_error == pytest.approx(relative_error(got, want), rel=1e-3, abs=1e-9)
     assert report.preserved == one.keeps_output(fitted=False)
     if report.preserved:

@@ -10,7 +10,7 @@ from surgeon.graph.traced import fork
 from surgeon.passes import PASSES
 from surgeon.passes.report import PassReport
 from surgeon.surgery.recipe import build
-from surgeon.training.loop import Settings
+from surgeon.training.loop import RunSettings
 from tests.small_models import labelled_vectors, vectors
 
 from .subjects import SUBJECTS, fits, names, node_texts
@@ -58,10 +58,10 @@ def test_without_inputs_it_says_that_nothing_was_verified(subject: Any, name: st
 @names
 def test_verification_can_be_switched_off_and_made_full(subject: Any, name: str) -> None:
     one, graph = subject(name)
-    off = one.apply(fork(graph), inputs=vectors(), settings=Settings(verify="off"))
+    off = one.apply(fork(graph), inputs=vectors(), settings=RunSettings(verify="off"))
     assert off.max_error is None
     assert any("switched off" in note for note in off.notes)
-    full = one.apply(fork(graph), inputs=vectors(), settings=Settings(verify="full"))
+    full = one.apply(fork(graph), inputs=vectors(), settings=RunSettings(verify="full"))
     fast = one.apply(fork(graph), inputs=vectors())
     assert full.max_error is not None
     assert fast.max_error is not None
@@ -72,13 +72,15 @@ def test_verification_can_be_switched_off_and_made_full(subject: Any, name: str)
 def test_fitting_reports_and_dry_runs_do_not_fit(subject: Any, name: str) -> None:
     one, graph = subject(name)
     seen = []
-    report = one.apply(fork(graph), inputs=vectors(), data=labelled_vectors(2), settings=Settings(progress=seen.append))
+    report = one.apply(
+        fork(graph), inputs=vectors(), data=labelled_vectors(2), settings=RunSettings(progress=seen.append)
+    )
     assert report.fit is not None
     seen = [moment for moment in seen if moment.what != "calibration"]
     assert report.fit.steps == len(seen) == 2
     assert all(name in moment.what for moment in seen)
     assert PassReport.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False))) == report
-    dry = one.apply(fork(graph), inputs=vectors(), data=labelled_vectors(2), settings=Settings(dry_run=True))
+    dry = one.apply(fork(graph), inputs=vectors(), data=labelled_vectors(2), settings=RunSettings(dry_run=True))
     assert dry.fit is None
     assert dry.matched == report.matched
 

@@ -12,7 +12,7 @@ import torch
 from surgeon.bench.layer import Case, Problem, make_problem
 from surgeon.bench.machine import Machine
 from surgeon.bench.methods import METHODS, Method, UnavailableError
-from surgeon.bench.timing import Call, median_seconds
+from surgeon.bench.timing import TimedCall, median_seconds
 from surgeon.errors import first_line
 from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.progress import Progress
@@ -59,7 +59,7 @@ class Cell:
     of_limit: float | None
 
 
-def run(
+def time_grid(
     cases: Sequence[Case],
     methods: Sequence[str],
     machine: Machine,
@@ -124,7 +124,7 @@ def _cell(layers: Sequence[Problem], methods: Sequence[str], machine: Machine, s
     )  # fmt: skip
 
 
-def _first(layers: Sequence[Problem], method: Method) -> tuple[Timing, Call | None]:
+def _first(layers: Sequence[Problem], method: Method) -> tuple[Timing, TimedCall | None]:
     """The error of a first call, which also warms up and compiles, and the call of the others; or why there is none."""
     problem = layers[0]
     try:
@@ -144,7 +144,7 @@ def _first(layers: Sequence[Problem], method: Method) -> tuple[Timing, Call | No
         for call in timed:
             call()
 
-    return Timing(None, problem.error(result, every=method.every)), Call(
+    return Timing(None, problem.error(result, every=method.every)), TimedCall(
         run, lambda: method.around(problem), method.waits, first
     )
 

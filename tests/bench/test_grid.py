@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from surgeon.bench import methods as all_methods
+from surgeon.bench.grid import Cell, time_grid
 from surgeon.bench.layer import Case, Problem
 from surgeon.bench.machine import Machine, examine
 from surgeon.bench.methods import METHODS, Method
-from surgeon.bench.run import Cell, run
-from surgeon.bench.timing import Call, cache_size, median_seconds
+from surgeon.bench.timing import TimedCall, cache_size, median_seconds
 from surgeon.bench.whole import repeated
 from surgeon.errors import UsageError
 from surgeon.kernels.gpu_model.cost import LayerShape
@@ -41,7 +41,7 @@ def test_calls_are_timed_in_turn_and_at_least_five_times() -> None:
         yield
         seen.append("out")
 
-    calls = {"a": Call(lambda: seen.append("a"), around), "b": Call(lambda: seen.append("b"))}
+    calls = {"a": TimedCall(lambda: seen.append("a"), around), "b": TimedCall(lambda: seen.append("b"))}
     found = median_seconds(calls, CPU, seconds=1e-9, threads=2)
     assert set(found) == {"a", "b"}
     assert all(seconds >= 0 for seconds in found.values())
@@ -49,7 +49,7 @@ def test_calls_are_timed_in_turn_and_at_least_five_times() -> None:
 
 
 def test_what_comes_first_is_not_timed() -> None:
-    calls = {"": Call(lambda: None, first=lambda: time.sleep(0.02))}
+    calls = {"": TimedCall(lambda: None, first=lambda: time.sleep(0.02))}
     assert median_seconds(calls, CPU, seconds=1e-9, threads=2)[""] < 0.01
 
 
@@ -62,7 +62,7 @@ def cells() -> list[Cell]:
     wanted = [Case(SHAPE, "float32", tokens, "uniform", share) for tokens in (1, 40) for share in (0.25, 1.0)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("surgeon.bench.timing.cache_size", lambda: 1024)
-        return run(wanted, ["dense", "loop", "ours", "ours_dense"], MACHINE, seconds=1e-4)
+        return time_grid(wanted, ["dense", "loop", "ours", "ours_dense"], MACHINE, seconds=1e-4)
 
 
 def test_ratios_are_those_of_the_times(cells: list[Cell]) -> None:
@@ -91,7 +91,7 @@ def test_the_limit_is_arithmetic_or_memory(cells: list[Cell]) -> None:
 def test_a_half_type_is_limited_by_the_faster_product() -> None:
     slow = dataclasses.replace(MACHINE, gemm={"float32": 1e9, "bfloat16": 1e8})
     limits = [
-        run([Case(SHAPE, "bfloat16", 40, "uniform", 1.0)], ["ours"], machine, seconds=1e-4)[0].limit
+        time_grid([Case(SHAPE, "bfloat16", 40, "uniform", 1.0)], ["ours"], machine, seconds=1e-4)[0].limit
         for machine in (slow, dataclasses.replace(slow, gemm={"float32": 1e9, "bfloat16": 2e9}))
     ]
     assert limits == [pytest.approx(1000 * 2 * 320 * 4 * 16 / rate) for rate in (1e9, 2e9)]
@@ -112,7 +112,7 @@ def test_layers_follow_each_other_where_a_call_is_short(monkeypatch: pytest.Monk
         return call
 
     monkeypatch.setitem(METHODS, "ours", Method("", prepare))
-    run([Case(SHAPE, "float32", tokens, "uniform", 0.5) for tokens in (16, 17)], ["ours"], MACHINE, seconds=1e-9)
+    time_grid([Case(SHAPE, "float32", tokens, "uniform", 0.5) for tokens in (16, 17)], ["ours"], MACHINE, seconds=1e-9)
     assert [len(problem.x) for problem in prepared] == [16] * 9 + [17] * 2
     assert calls == [*range(1, 10)] * 6 + [10, 11] * 6  # each once before they are timed, and five times then
     assert len({float(problem.experts.w1[0, 0, 0]) for problem in prepared[:9]}) == 9
@@ -126,7 +126,9 @@ def test_what_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["compiled", "published", "ours"]
     moments: list[Progress] = []
     gated = dataclasses.replace(SHAPE, gated=True)
-    (cell,) = run([Case(gated, "float32", 2, "uniform", 0.5)], wanted, MACHINE, seconds=1e-4, progress=moments.append)
+    (cell,) = time_grid(
+        [Case(gated, "float32", 2, "uniform", 0.5)], wanted, MACHINE, seconds=1e-4, progress=moments.append
+    )
     assert cell.methods["compiled"].why == "no C++ compiler was found"
     assert cell.methods["published"].why == "the published method has no gated layers"
     assert cell.methods["compiled"].milliseconds is cell.methods["published"].error is None

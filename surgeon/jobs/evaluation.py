@@ -7,7 +7,7 @@ from typing import Any
 
 from surgeon.data.batch import Batch
 from surgeon.data.losses import guessed_task
-from surgeon.graph.agreement import run
+from surgeon.graph.agreement import call_reproducibly
 from surgeon.jobs.open_model import Opened
 
 
@@ -16,7 +16,7 @@ def task_for(opened: Opened, batches: Iterable[Any]) -> str | None:
     if opened.task is not None:
         return opened.task
     batch = Batch.from_any(next(iter(batches)))
-    return guessed_task(run(opened.graph, batch.args, batch.kwargs), batch.labels)
+    return guessed_task(call_reproducibly(opened.graph, batch.args, batch.kwargs), batch.labels)
 
 
 def eval_task(opened: Opened) -> str | None:
