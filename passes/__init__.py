@@ -1,30 +1,32 @@
-"""The passes, in the order in which they usually run, and their table by name."""
+"""The passes: one a file, with what all of them share in `contract`, `base`, `options` and `verification`.
 
-from typing import Any
+`registry` finds them, those of other packages too.
+"""
 
-from surgeon.passes.base import FitContext, Pass
+from surgeon.passes.base import Pass
+from surgeon.passes.contract import FitContext
 from surgeon.passes.lower import Lower
 from surgeon.passes.mlpify import Mlpify
 from surgeon.passes.moeify import Moeify
+from surgeon.passes.options import PerSite, option
 from surgeon.passes.recover import Recover
+from surgeon.passes.report import SiteChange
 from surgeon.passes.sparsify import Sparsify
 from surgeon.passes.swap_activation import SwapActivation
 from surgeon.passes.trained import FineTunedPass, TrainedPass
 
-PASSES: dict[str, type[Pass[Any]]] = {
-    cls.name: cls for cls in (Mlpify, SwapActivation, Sparsify, Moeify, Recover, Lower)
-}
-
 __all__ = [
-    "PASSES",
     "FineTunedPass",
     "FitContext",
     "Lower",
     "Mlpify",
     "Moeify",
     "Pass",
+    "PerSite",
     "Recover",
+    "SiteChange",
     "Sparsify",
     "SwapActivation",
     "TrainedPass",
+    "option",
 ]

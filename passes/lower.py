@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -14,7 +13,8 @@ from surgeon.graph.traced import TracedGraph
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import dynamic_k_ffn
 from surgeon.moe.site import MoESite, find_moes, router_nodes
-from surgeon.passes.base import Pass, SiteKind
+from surgeon.passes.base import Pass
+from surgeon.passes.contract import SiteKind
 from surgeon.passes.report import SiteChange
 from surgeon.sites.rejection import Rejection
 
@@ -30,13 +30,10 @@ class Lower(Pass[MoESite]):
     works_on: ClassVar[SiteKind] = "moe"
     preserves: ClassVar[bool] = True
 
-    def find(self, graph: GraphModule) -> tuple[Sequence[MoESite], list[Rejection]]:
-        return find_moes(graph), []
+    def match(self, graph: GraphModule, site: MoESite) -> Rejection | None:
+        return Rejection("already-done", "it is lowered already") if site.form == "dynamic" else None
 
-    def match(self, graph: GraphModule, site: MoESite) -> str | None:
-        return "it is lowered already" if site.form == "dynamic" else None
-
-    def rewrite(self, graph: TracedGraph, site: MoESite, seen: Any = None) -> SiteChange:
+    def rewrite(self, graph: TracedGraph, site: MoESite, seen: None) -> SiteChange:
         names = [self._lower(graph, site, node) for node in site.nodes]
         if site.form == "module":
             # From here on only its parameters matter; the module itself belongs to other copies of the graph too.

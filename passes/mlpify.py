@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,12 @@ from torch.fx import GraphModule, Node
 
 from surgeon.data.batch import Batch
 from surgeon.data.padding import real_tokens
-from surgeon.errors import UsageError
 from surgeon.graph.capture import Capture
 from surgeon.graph.edit import emit, emit_dropout, erase_unread, get_attr, replace_value
 from surgeon.graph.traced import TracedGraph, aten, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.passes.activation_ops import TARGETS
-from surgeon.passes.base import FitContext, SiteKind
+from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import TrainedPass
@@ -30,7 +29,6 @@ from surgeon.sites.linear import Linear
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.qkv import fused_parts
 from surgeon.sites.rejection import Rejection
-from surgeon.sites.search import find_linear_sites
 from surgeon.training.loop import FitReport, fit
 from surgeon.training.penalty import (
     PENALTIES,
@@ -149,10 +147,14 @@ class Mlpify(TrainedPass[LinearSite]):
     needs_data: ClassVar[bool] = True
 
     kind: Kind = option("plain", "plain, or residual: the input is added, where input and output are equally wide.")
-    activation: str = option("relu", "Activation of the replacement: relu, relu2, gelu or silu.")
-    cost_factor: float = option(1.0, "Cost of the replacement relative to the layer's, which sets its hidden width.")
+    activation: str = option("relu", "Activation of the replacement.", choices=TARGETS)
+    cost_factor: float = option(
+        1.0, "Cost of the replacement relative to the layer's, which sets its hidden width.", above=0
+    )
     split_fused: bool = option(True, "Give queries, keys and values that one layer computes an MLP each.")
-    dropout: float = option(0.0, "Dropout probability after the activation and after the second linear.")
+    dropout: float = option(
+        0.0, "Dropout probability after the activation and after the second linear.", least=0, below=1
+    )
     init: Start = option("svd", "Start from the best linear map of that width on the data (svd), or random.")
     error: Error = option(
         "relative",
@@ -160,40 +162,24 @@ class Mlpify(TrainedPass[LinearSite]):
         "layers with small outputs count alike), or mse (as published).",
     )
     penalty: Penalty = option("hoyer", "Penalty on the hidden values beside the error: hoyer or l1, as in sparsify.")
-    alpha: float = option(1e-3, "Weight of the penalty.")
+    alpha: float = option(1e-3, "Weight of the penalty.", least=0)
     alpha_schedule: AlphaSchedule = option(
         "linear", "The weight over time: constant, linear or linear_warmup, as in sparsify."
     )
     displacement: float = option(-10.0, "D: pre-activations below it count as zero where the activation leaves none.")
-    epochs: float = option(3.0, "How often imitation goes through the data.")
-    lr: float = option(1e-3, "Learning rate of AdamW for the replacements.")
+    epochs: float = option(3.0, "How often imitation goes through the data.", least=0)
+    lr: float = option(1e-3, "Learning rate of AdamW for the replacements.", above=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.activation not in TARGETS:
-            raise UsageError(f"mlpify: activation is '{self.activation}', but must be one of {', '.join(TARGETS)}.")
-        if self.cost_factor <= 0:
-            raise UsageError(f"mlpify: cost_factor is {self.cost_factor}, but must be positive.")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"mlpify: dropout is {self.dropout}, but must be at least 0 and below 1.")
-        if self.alpha < 0:
-            raise UsageError(f"mlpify: alpha is {self.alpha}, but must not be negative.")
-        choices = {"kind": Kind, "init": Start, "error": Error, "penalty": Penalty, "alpha_schedule": AlphaSchedule}
-        for name, kind in choices.items():
-            if getattr(self, name) not in get_args(kind):
-                raise UsageError(f"mlpify: {name} is '{getattr(self, name)}'; it can be {' or '.join(get_args(kind))}.")
-
-    def find(self, graph: GraphModule) -> tuple[Sequence[LinearSite], list[Rejection]]:
-        return find_linear_sites(graph)
-
-    def match(self, graph: GraphModule, site: LinearSite) -> str | None:
+    def match(self, graph: GraphModule, site: LinearSite) -> Rejection | None:
         for part in self._parts(site):
             if self.kind == "residual" and site.d_in != len(part):
-                return f"a residual needs an output as wide as the input, and this is {site.d_in}→{len(part)}"
+                what = f"a residual needs an output as wide as the input, and this is {site.d_in}→{len(part)}"
+                return Rejection("residual-width", what)
             width = self.hidden_width(site.d_in, len(part))
             if width < _FEWEST:
                 found = "one neuron" if width else "no neuron"
-                return f"a replacement of equal cost for {site.d_in}→{len(part)} has {found}"
+                what = f"a replacement of equal cost for {site.d_in}→{len(part)} has {found}"
+                return Rejection("too-narrow", what)
         return None
 
     def hidden_width(self, d_in: int, d_out: int) -> int:
@@ -213,7 +199,7 @@ class Mlpify(TrainedPass[LinearSite]):
                 return first
         return [range(site.d_out)]
 
-    def rewrite(self, graph: TracedGraph, site: LinearSite, seen: Any = None) -> SiteChange:
+    def rewrite(self, graph: TracedGraph, site: LinearSite, seen: None) -> SiteChange:
         call, parts = site.calls[0], self._parts(site)
         weight, bias = call.weight_rows(graph), call.bias_vector(graph)
         modules: dict[str, ReplacementMLP] = {}

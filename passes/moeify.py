@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,14 +27,13 @@ from surgeon.moe.router import Goal, Labels, Objective, Output, Router
 from surgeon.moe.site import find_moes
 from surgeon.moe.split import Split, split_neurons
 from surgeon.moe.trunks import trunk_groups, trunk_of
-from surgeon.passes.base import FitContext, SiteKind
+from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import PerSite, for_site, option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import TrainedPass
 from surgeon.sites.ffn import FFN, FFNWeights
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.replace import replace_call
-from surgeon.sites.search import find_ffns
 from surgeon.training.loop import FitReport, RunSettings
 from surgeon.training.observe import collect_calls
 from surgeon.training.routers import by_trunk, fit_from_neurons, running_at, train_routers
@@ -66,7 +65,7 @@ class _Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moeify(TrainedPass[FFN]):
+class Moeify(TrainedPass[FFN, _Seen]):
     """Split each FFN into experts of equal size and train a router for it (D2DMoE, sections 3.2 to 3.4).
 
     With every expert running (tau = 0, the default) the output stays what it was, trained or not.
@@ -78,6 +77,7 @@ class Moeify(TrainedPass[FFN]):
     must_precede: ClassVar[frozenset[str]] = frozenset({"lower"})
     preserves: ClassVar[bool] = True
     optional: ClassVar[bool] = True
+    wrong_options: ClassVar[frozenset[str]] = frozenset({"width-does-not-divide"})
     for_training: ClassVar[frozenset[str]] = frozenset({"exposure", "underestimate"})
     untrained: ClassVar[str] = (
         "The routers were not trained: every expert runs and the output is unchanged. To make it cheaper, run again "
@@ -85,9 +85,9 @@ class Moeify(TrainedPass[FFN]):
     )
 
     experts: PerSite[int] | None = option(
-        None, "Experts in each layer; must divide its width. By default about 32 neurons each."
+        None, "Experts in each layer; must divide its width. By default about 32 neurons each.", least=1
     )
-    expert_size: PerSite[int] | None = option(None, "Neurons in each expert, instead of their number.")
+    expert_size: PerSite[int] | None = option(None, "Neurons in each expert, instead of their number.", least=1)
     split: Split = option(
         "auto",
         "What makes neurons alike: weights (their rows, as published; balanced by our own assignment, not by the exact "
@@ -97,6 +97,7 @@ class Moeify(TrainedPass[FFN]):
         0,
         "Experts that always run, made of the neurons that are active most often (with data): whose share of the "
         "output is above a tenth of the token's largest. tau · E of top_k counts routed experts only.",
+        least=0,
     )
     router: RouterKind = option(
         "neurons",
@@ -105,9 +106,11 @@ class Moeify(TrainedPass[FFN]):
         "from the means of the experts' normalised weight rows (MoEfication, with objective=activation), then trained "
         "unless epochs is 0.",
     )
-    router_depth: int = option(2, "Linear layers of the router: 2, or 1, which has no width and no trunk to share.")
+    router_depth: int = option(
+        2, "Linear layers of the router: 2, or 1, which has no width and no trunk to share.", choices=(1, 2)
+    )
     router_width: int | None = option(
-        None, "Hidden width of the router. By default what costs 2.5% of what it routes, 8 to 128."
+        None, "Hidden width of the router. By default what costs 2.5% of what it routes, 8 to 128.", least=1
     )
     router_output: RouterOutput = option(
         "auto",
@@ -130,23 +133,28 @@ class Moeify(TrainedPass[FFN]):
         False,
         "Fit the routers of one layer after another, which needs less memory and runs the model more often.",
     )
-    underestimate: float = option(1.0, "Weight of the errors of scores that are too low.")
+    underestimate: float = option(1.0, "Weight of the errors of scores that are too low.", above=0)
     exposure: float = option(
         0.0,
         "tau at which the model runs while its routers are trained; 0: the dense model. With router=neurons only the "
         "training after the closed form sees those inputs.",
+        least=0,
+        most=1,
     )
     rule: str = option(
         "max",
         "How scores and tau select: max (an expert is skipped below tau times the largest score), cumulative (the "
         "smallest that sum to less than tau of all), energy (likewise for squares, tau²), top_k (the smallest tau · E "
         "of E).",
+        choices=RULES,
     )
-    tau: float = option(0.0, "Set after fitting (needs data): 0 runs every expert, larger is cheaper; see rule.")
+    tau: float = option(
+        0.0, "Set after fitting (needs data): 0 runs every expert, larger is cheaper; see rule.", least=0, most=1
+    )
     epochs: float = option(
-        8.0, "How often router training goes through the data, with one run of the model; 0 trains nothing."
+        8.0, "How often router training goes through the data, with one run of the model; 0 trains nothing.", least=0
     )
-    lr: float = option(1e-3, "Learning rate of AdamW for the routers.")
+    lr: float = option(1e-3, "Learning rate of AdamW for the routers.", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,25 +162,6 @@ class Moeify(TrainedPass[FFN]):
             raise UsageError("moeify: epochs is 0, which leaves a router random unless router is neurons or centres.")
         if self.experts is not None and self.expert_size is not None:
             raise UsageError("moeify: give experts or expert_size, not both.")
-        for name in ("experts", "expert_size", "router_width"):
-            value = getattr(self, name)
-            for one in value.values() if isinstance(value, Mapping) else [value]:
-                if one is not None and one < 1:
-                    raise UsageError(f"moeify: {name} is {one}, but must be at least 1.")
-        if self.shared < 0:
-            raise UsageError(f"moeify: shared is {self.shared}, but must not be negative.")
-        for name in ("tau", "exposure"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UsageError(f"moeify: {name} is {getattr(self, name)}, but must be from 0 to 1.")
-        if self.underestimate <= 0:
-            raise UsageError(f"moeify: underestimate is {self.underestimate}, but must be positive.")
-        for name, known in (
-            ("rule", RULES), ("split", get_args(Split)), ("router", get_args(RouterKind)),
-            ("objective", get_args(Objective)), ("labels", get_args(Labels)), ("router_depth", (1, 2)),
-            ("router_output", get_args(RouterOutput)),
-        ):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise UsageError(f"moeify: {name} is '{getattr(self, name)}'; it can be {', '.join(map(str, known))}.")
         if self.underestimate != 1.0 and self.objective == "activation":
             raise UsageError(
                 "moeify: underestimate weighs errors of regression, and the objective activation has none."
@@ -194,25 +183,16 @@ class Moeify(TrainedPass[FFN]):
             what = "a router of one layer has none" if self.router_depth == 1 else "centres make it that of the experts"
             raise UsageError(f"moeify: router_width is {self.router_width}, but {what}.")
 
-    def find(self, graph: GraphModule) -> tuple[Sequence[FFN], list[Rejection]]:
-        return find_ffns(graph)
-
-    def match(self, graph: GraphModule, site: FFN) -> str | None:
+    def match(self, graph: GraphModule, site: FFN) -> Rejection | None:
         experts, size = for_site(self.experts, site.path), for_site(self.expert_size, site.path)
         if experts is not None and site.hidden % experts:
             return _indivisible(site, experts, "experts")
         if size is not None and site.hidden % size:
             return _indivisible(site, size, "neurons each")
         if self.shared >= self._experts(site):
-            return f"{self.shared} of its {self._experts(site)} experts would always run, which leaves none to route"
+            what = f"{self.shared} of its {self._experts(site)} experts would always run, which leaves none to route"
+            return Rejection("nothing-to-route", what)
         return None
-
-    def check(self, matched: Sequence[FFN], rejected: Sequence[Rejection]) -> None:
-        if matched:
-            return
-        misfit = next((rejection for rejection in rejected if "do not divide by" in rejection.reason), None)
-        if misfit is not None:
-            raise UsageError(f"{misfit.path}: {misfit.reason}")
 
     @property
     def why_data(self) -> str:
@@ -220,7 +200,7 @@ class Moeify(TrainedPass[FFN]):
 
     def observe(
         self, graph: TracedGraph, sites: Sequence[FFN], data: Data | None, settings: RunSettings
-    ) -> Mapping[str, Any]:
+    ) -> Mapping[str, _Seen]:
         if self.why_data and data is None and not settings.dry_run:
             raise UsageError(f"moeify: {self.why_data}, and there is no data. Give it, or set tau later.")
         looks = self.split in ("auto", "activations") or self.shared
@@ -236,9 +216,8 @@ class Moeify(TrainedPass[FFN]):
             for site in group
         }
 
-    def rewrite(self, graph: TracedGraph, site: FFN, seen: Any = None) -> SiteChange:
+    def rewrite(self, graph: TracedGraph, site: FFN, seen: _Seen) -> SiteChange:
         weights, experts = site.weights(graph), self._experts(site)
-        assert isinstance(seen, _Seen)
         log.info("moeify: %s, %d experts of %d neurons", site.path, experts, site.hidden // experts)
         labels = split_neurons(
             weights, site.activation, experts,
@@ -395,6 +374,7 @@ def _read(graph: TracedGraph, path: str) -> list[str]:
     return [node.args[0].name for node in calls]
 
 
-def _indivisible(site: FFN, number: int, what: str) -> str:
+def _indivisible(site: FFN, number: int, what: str) -> Rejection:
     nearest = ", ".join(map(str, nearest_divisors(site.hidden, number)))
-    return f"{site.hidden} neurons do not divide by {number} {what}. Nearest: {nearest}."
+    words = f"{site.hidden} neurons do not divide by {number} {what}. Nearest: {nearest}."
+    return Rejection("width-does-not-divide", words)

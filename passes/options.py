@@ -1,14 +1,18 @@
-"""Options of passes: how a field of a pass is declared, and values that differ between sites."""
+"""Options of passes: how a field of a pass is declared, what values it takes, and values that differ between sites."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from typing import Any, TypeAlias, TypeVar
+import functools
+import typing
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar, cast
+
+from surgeon.errors import UsageError
 
 Value = TypeVar("Value")
-
-
 PerSite: TypeAlias = Value | dict[str, Value]
 """An option with one value for every site, or values by path, patterns with * allowed; the first that fits counts."""
 
@@ -17,9 +21,110 @@ def for_site(value: PerSite[Value] | None, path: str) -> Value | None:
     """The value of an option for one site, None if it has none."""
     if not isinstance(value, dict):
         return value
-    return next((one for pattern, one in value.items() if fnmatch.fnmatchcase(path, pattern)), None)
+    return next((found for pattern, found in value.items() if fnmatch.fnmatchcase(path, pattern)), None)
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of a pass that is also its command-line option, with the sentence that explains it."""
-    return dataclasses.field(default=default, metadata={"help": help})
+@dataclass(frozen=True)
+class Limits:
+    """The values that an option takes: numbers within bounds, or one of some choices. None: no such bound."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] = ()
+
+    def allow(self, value: Any) -> bool:
+        """Whether the value is one of them; NaN never is within bounds."""
+        if self.choices:
+            return value in self.choices
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """`at least 1`, `from 0 to 1`, `above 0 and below 1`, `one of max, top_k`; "" if anything goes."""
+        if self.choices:
+            return f"one of {', '.join(map(str, self.choices))}"
+        if self.least is not None and self.most is not None:
+            return f"from {self.least:g} to {self.most:g}"
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Collection[Any] = (),
+) -> Any:
+    """A field of a pass that is also its command-line option.
+
+    The bounds hold for every number in it, of a value for each site too; None always passes. A field whose type is a
+    `Literal` needs no choices.
+
+    Args:
+        help: one or more sentences for `surgeon passes NAME`.
+        least, most: bounds that are themselves allowed. above, below: bounds that are not.
+        choices: the values there are.
+    """
+    limits = Limits(least, most, above, below, tuple(choices))
+    return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
+
+
+@functools.cache
+def limits_of(kind: Hashable) -> Mapping[str, Limits]:
+    """The limits of every option of a pass, by name."""
+    hints = typing.get_type_hints(kind)
+    assert isinstance(kind, type)
+    return {
+        field.name: Limits(choices=choices) if (choices := _literals(hints[field.name])) else field.metadata["limits"]
+        for field in dataclasses.fields(kind)
+    }
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    """The values of the `Literal` in a type, () if there is none."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    return next((found for part in typing.get_args(hint) if (found := _literals(part))), ())
+
+
+def check_values(one: Any) -> None:
+    """Refuse a pass with an option that is outside its limits.
+
+    Raises:
+        UsageError: with the pass, the option, its value and what it takes.
+    """
+    for name, limits in limits_of(cast("Hashable", type(one))).items():
+        given = getattr(one, name)
+        for value in given.values() if isinstance(given, dict) else [given]:
+            if value is None or isinstance(value, tuple):
+                continue
+            try:
+                allowed = limits.allow(value)
+            except TypeError:
+                allowed = False
+            if not allowed:
+                shown = f"'{value}'" if isinstance(value, str) else value
+                raise UsageError(f"{one.name}: {name} is {shown}, but must be {limits}.")
+
+
+def check_patterns(option: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
+    """Refuse an option with a pattern that none of the paths fits.
+
+    Raises:
+        UsageError: with the pattern and the paths there are.
+    """
+    paths = list(paths)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+            there = ", ".join(filter(None, paths))
+            raise UsageError(f"{option}: no site is called '{pattern}'. There are: {there}.")

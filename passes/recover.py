@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,11 @@ from torch.fx import GraphModule
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens
-from surgeon.errors import UsageError
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph
 from surgeon.moe.module import MoE
 from surgeon.moe.site import MoESite, find_moes
-from surgeon.passes.base import FitContext, SiteKind
+from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
@@ -28,7 +27,7 @@ from surgeon.training.loop import FitReport, RunSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recover(FineTunedPass[MoESite]):
+class Recover(FineTunedPass[MoESite, str]):
     """Fine-tune with experts skipped, so that those that run make up for those that do not.
 
     Every batch draws a tau up to the given one. Selection itself gets no gradient; the routers go on learning what
@@ -42,37 +41,29 @@ class Recover(FineTunedPass[MoESite]):
     preserves: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
 
-    tau: float = option(0.3, "The largest tau that the model is trained at; its own tau stays.")
-    router_weight: float = option(0.1, "Weight of the routers' loss beside the model's.")
-    lr: float = option(2e-5, "Learning rate of AdamW for all parameters but the routers'.")
-    router_lr: float = option(1e-3, "Learning rate of AdamW for the routers, which have to follow the experts.")
-    epochs: float = option(1.0, "How often fine-tuning goes through the data.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 <= self.tau <= 1.0:
-            raise UsageError(f"recover: tau is {self.tau}, but must be from 0 to 1.")
-        if self.router_weight < 0:
-            raise UsageError(f"recover: router_weight is {self.router_weight}, but must not be negative.")
-        if not self.router_lr > 0:
-            raise UsageError(f"recover: router_lr is {self.router_lr}, but must be positive.")
+    tau: float = option(0.3, "The largest tau that the model is trained at; its own tau stays.", least=0, most=1)
+    router_weight: float = option(0.1, "Weight of the routers' loss beside the model's.", least=0)
+    lr: float = option(2e-5, "Learning rate of AdamW for all parameters but the routers'.", above=0)
+    router_lr: float = option(
+        1e-3, "Learning rate of AdamW for the routers, which have to follow the experts.", above=0
+    )
+    epochs: float = option(1.0, "How often fine-tuning goes through the data.", least=0)
 
     def keeps_output(self, fitted: bool) -> bool:
         return not fitted
 
-    def find(self, graph: GraphModule) -> tuple[Sequence[MoESite], list[Rejection]]:
-        return find_moes(graph), []
-
-    def match(self, graph: GraphModule, site: MoESite) -> str | None:
-        return None if site.form == "module" else "it stands in the graph as ops: recover runs right after moeify"
+    def match(self, graph: GraphModule, site: MoESite) -> Rejection | None:
+        if site.form == "module":
+            return None
+        return Rejection("in-op-form", "it stands in the graph as ops: recover runs right after moeify")
 
     def observe(
         self, graph: TracedGraph, sites: Sequence[MoESite], data: Data | None, settings: RunSettings
-    ) -> Mapping[str, Any]:
+    ) -> Mapping[str, str]:
         without = "to be fine-tuned" if settings.dry_run else "as it was: there is no data to train it on"
         return dict.fromkeys((site.path for site in sites), without if data is None else "fine-tuned")
 
-    def rewrite(self, graph: TracedGraph, site: MoESite, seen: Any = None) -> SiteChange:
+    def rewrite(self, graph: TracedGraph, site: MoESite, seen: str) -> SiteChange:
         """Say what becomes of the site: nothing is put in, and only `fit` changes anything."""
         count = sum(parameter.numel() for parameter in graph.get_submodule(site.path).parameters())
         cost, name = site.multiply_adds, site.nodes[-1].name

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from surgeon.graph.snapshot import GraphDiff
 from surgeon.measure.meter import Cost
 from surgeon.sites.ffn import PROJECTION_MLP
+from surgeon.sites.rejection import Rejection
 from surgeon.training.loop import FitReport
 
 
@@ -38,7 +39,7 @@ class SiteChange:
 class PassReport:
     """What one pass did.
 
-    matched: paths of the rewritten sites. rejected: (path, reason) of the candidates left as they were.
+    matched: paths of the rewritten sites. rejected: the candidates left as they were.
     max_error: largest difference of the graph's outputs across the pass, relative to the largest output; None if it
     was not measured. preserved: whether the pass claims that nothing changes (then max_error is within tolerance).
     notes: what the user should know, one sentence each. fit: None if nothing was trained.
@@ -47,7 +48,7 @@ class PassReport:
     name: str
     options: Mapping[str, Any]
     matched: list[str]
-    rejected: list[tuple[str, str]]
+    rejected: tuple[Rejection, ...]
     sites: tuple[SiteChange, ...] = ()
     seconds: float = 0.0
     before: Cost | None = None

@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from surgeon.errors import UsageError
 from surgeon.graph.edit import set_path
 from surgeon.graph.traced import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
-from surgeon.passes.base import FitContext, SiteKind
+from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import PerSite, for_site, option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
@@ -110,7 +110,9 @@ class Sparsify(FineTunedPass[FFN]):
         "hoyer",
         "hoyer (square Hoyer measure) or l1 (sum), of a ReLU's outputs or of GELU's and SiLU's shifted inputs.",
     )
-    alpha: float = option(1e-3, "Weight of the sparsity penalty beside the task loss; with a target, its first value.")
+    alpha: float = option(
+        1e-3, "Weight of the sparsity penalty beside the task loss; with a target, its first value.", least=0
+    )
     alpha_schedule: AlphaSchedule = option(
         "linear",
         "The weight over time: constant; linear: from 0 to alpha over the whole training; linear_warmup: from 0 to "
@@ -120,20 +122,14 @@ class Sparsify(FineTunedPass[FFN]):
         None,
         "Share of neurons that should be active (above a hundredth of the token's largest); finds the weight for each "
         "layer, instead of alpha_schedule. Layers that no pattern fits are not penalised.",
+        above=0,
+        below=1,
     )
     displacement: float = option(-10.0, "D: pre-activations below it count as zero where the activation leaves none.")
-    epochs: float = option(3.0, "How often fine-tuning goes through the data.")
+    epochs: float = option(3.0, "How often fine-tuning goes through the data.", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha < 0:
-            raise UsageError(f"sparsify: alpha is {self.alpha}, but must not be negative.")
-        for name, known in (("alpha_schedule", get_args(AlphaSchedule)), ("penalty", tuple(PENALTIES))):
-            if getattr(self, name) not in known:
-                raise UsageError(f"sparsify: {name} is '{getattr(self, name)}'; it can be {', '.join(known)}.")
-        for value in self.target.values() if isinstance(self.target, dict) else [self.target]:
-            if value is not None and not 0.0 < value < 1.0:
-                raise UsageError(f"sparsify: target is {value}, but must be a share between 0 and 1.")
         if self.target is not None and self.alpha_schedule != type(self).alpha_schedule:
             raise UsageError(
                 "sparsify: a target finds the weight over time by itself, so alpha_schedule would be ignored. "
@@ -145,13 +141,10 @@ class Sparsify(FineTunedPass[FFN]):
     def keeps_output(self, fitted: bool) -> bool:
         return not fitted
 
-    def find(self, graph: GraphModule) -> tuple[Sequence[FFN], list[Rejection]]:
-        return find_ffns(graph)
+    def match(self, graph: GraphModule, site: FFN) -> Rejection | None:
+        return Rejection("already-done", "it has a sparsity tap already") if _tapped(graph, site) else None
 
-    def match(self, graph: GraphModule, site: FFN) -> str | None:
-        return "it has a sparsity tap already" if _tapped(graph, site) else None
-
-    def rewrite(self, graph: TracedGraph, site: FFN, seen: Any = None) -> SiteChange:
+    def rewrite(self, graph: TracedGraph, site: FFN, seen: None) -> SiteChange:
         found = site.nonlinearity
         tap = SparsityTap(
             found.activation, found.fused, site.hidden, found.input_scale, self.displacement,

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
-from surgeon.errors import UsageError
 from surgeon.graph.edit import emit, emit_dropout, erase_unread
 from surgeon.graph.traced import TracedGraph, aten, shape_of
 from surgeon.passes.activation_ops import TARGETS
-from surgeon.passes.base import FitContext, SiteKind
+from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import PerSite, for_site, option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
@@ -43,35 +41,26 @@ class SwapActivation(FineTunedPass[FFN]):
         "--data, or in a sparsify that follows."
     )
 
-    to: PerSite[str] = option("relu", "The new activation: relu, relu2, gelu or silu.")
-    epochs: float = option(0.0, "How often recovery training, if any, goes through the data.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for to in self.to.values() if isinstance(self.to, dict) else [self.to]:
-            if to not in TARGETS:
-                raise UsageError(f"swap-activation: to is '{to}', but must be one of {', '.join(TARGETS)}.")
+    to: PerSite[str] = option("relu", "The new activation.", choices=TARGETS)
+    epochs: float = option(0.0, "How often recovery training, if any, goes through the data.", least=0)
 
     @property
     def will_fit(self) -> bool:
         return self.optimises
 
-    def find(self, graph: GraphModule) -> tuple[Sequence[FFN], list[Rejection]]:
-        return find_ffns(graph)
-
-    def match(self, graph: GraphModule, site: FFN) -> str | None:
+    def match(self, graph: GraphModule, site: FFN) -> Rejection | None:
         to = for_site(self.to, site.path)
         if to is None:
-            return "to names no activation for it"
+            return Rejection("no-value", "to names no activation for it")
         if site.activation == to:
-            return f"its activation is {to} already"
+            return Rejection("already-done", f"its activation is {to} already")
         for call in site.calls:
             hidden, first = shape_of(call.down.input), shape_of(call.first[0].output)
             if hidden is None or first is None or len(hidden) != len(first):
-                return "its values change shape between the linears"
+                return Rejection("changes-shape", "its values change shape between the linears")
         return None
 
-    def rewrite(self, graph: TracedGraph, site: FFN, seen: Any = None) -> SiteChange:
+    def rewrite(self, graph: TracedGraph, site: FFN, seen: None) -> SiteChange:
         output = ("", "")
         to = for_site(self.to, site.path)
         assert to is not None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from surgeon.errors import UsageError
-from surgeon.passes.base import Pass, Site
+from surgeon.passes.base import Pass
+from surgeon.passes.contract import Seen, Site
 from surgeon.passes.options import option
 from surgeon.training.loop import Precision, Schedule, TrainingPlan
 
@@ -17,7 +18,7 @@ _OF_THE_PLAN = frozenset({"lr", "beta2", "weight_decay", "schedule", "warmup", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedPass(Pass[Site], ABC):
+class TrainedPass(Pass[Site, Seen], ABC):
     """A pass that fits something, with the options of the training loop.
 
     A subclass may say:
@@ -29,35 +30,25 @@ class TrainedPass(Pass[Site], ABC):
     optional: ClassVar[bool] = False
     for_training: ClassVar[frozenset[str]] = frozenset()
 
-    epochs: float = option(3.0, "How often training goes through the data.")
-    steps: int | None = option(None, "Optimiser steps, instead of epochs.")
-    lr: float = option(1e-3, "Learning rate of AdamW.")
-    beta2: float = option(0.999, "AdamW's decay of the mean of squared gradients (beta1 is 0.9).")
-    weight_decay: float = option(0.0, "Weight decay of AdamW.")
+    epochs: float = option(3.0, "How often training goes through the data.", least=0)
+    steps: int | None = option(None, "Optimiser steps, instead of epochs.", least=1)
+    lr: float = option(1e-3, "Learning rate of AdamW.", above=0)
+    beta2: float = option(0.999, "AdamW's decay of the mean of squared gradients (beta1 is 0.9).", least=0, below=1)
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", least=0)
     schedule: Schedule = option("linear", "Learning rate over time: constant, linear or cosine (to zero).")
-    warmup: float = option(0.0, "Share of the training in which the learning rate first rises linearly from 0.")
-    clip: float | None = option(1.0, "Largest gradient norm.")
-    accumulate: int = option(1, "Batches for one optimiser step, with the mean of their gradients.")
+    warmup: float = option(
+        0.0, "Share of the training in which the learning rate first rises linearly from 0.", least=0, below=1
+    )
+    clip: float | None = option(1.0, "Largest gradient norm.", above=0)
+    accumulate: int = option(1, "Batches for one optimiser step, with the mean of their gradients.", least=1)
     precision: Precision = option(
         "float32", "float32, or bfloat16: mixed precision in training; the weights keep their type."
     )
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise UsageError(f"{self.name}: steps is {self.steps}, but must be at least 1.")
-        epochs_count = self.steps is None and not (self.optional and self.epochs == 0)
-        for name in ("epochs", "lr") if epochs_count else ("lr",):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{self.name}: {name} is {getattr(self, name)}, but must be positive.")
-        for name, kind in (("schedule", Schedule), ("precision", Precision)):
-            if getattr(self, name) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise UsageError(f"{self.name}: {name} is '{getattr(self, name)}'; it can be {known}.")
-        for name in ("warmup", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UsageError(f"{self.name}: {name} is {getattr(self, name)}, but must be at least 0 and below 1.")
-        if self.accumulate < 1:
-            raise UsageError(f"{self.name}: accumulate is {self.accumulate}, but must be at least 1.")
+        super().__post_init__()
+        if not self.optional and not self.optimises:
+            raise UsageError(f"{self.name}: epochs is 0, but must be above 0.")
         if not self.optimises:
             for field in dataclasses.fields(self):
                 if field.name in self.for_training | _OF_THE_PLAN and getattr(self, field.name) != field.default:
@@ -74,26 +65,22 @@ class TrainedPass(Pass[Site], ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTunedPass(TrainedPass[Site], ABC):
+class FineTunedPass(TrainedPass[Site, Seen], ABC):
     """A pass that fine-tunes the whole model (`surgeon.training.finetuning`)."""
 
     for_training: ClassVar[frozenset[str]] = frozenset({"distill", "distill_layers"})
 
-    lr: float = option(2e-5, "Learning rate of AdamW for all parameters.")
+    lr: float = option(2e-5, "Learning rate of AdamW for all parameters.", above=0)
     distill: float = option(
         0.0,
         "Share of the loss that is divergence from the model before the first pass of this run (a saved surgery, if it "
         "goes on from one), in place of the task's loss.",
+        least=0,
+        most=1,
     )
     distill_layers: float = option(
         0.0,
         "Weight, beside that, of how far the inputs of all layers are from those in that model: their squared error "
         "relative to their square.",
+        least=0,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 <= self.distill <= 1.0:
-            raise UsageError(f"{self.name}: distill is {self.distill}, but must be from 0 to 1.")
-        if self.distill_layers < 0:
-            raise UsageError(f"{self.name}: distill_layers is {self.distill_layers}, but must not be negative.")

@@ -60,7 +60,7 @@ def test_converted_as_known(case: Case, request: pytest.FixtureRequest) -> None:
     assert case.sprung(report.matched) == []
     if case.exact and case.required_count is not None:
         assert len(report.matched) in (case.required_count, *case.alternatives)
-    assert all(reason for _, reason in report.rejected)
+    assert all(rejection.reason for rejection in report.rejected)
     assert (
         relative_error(call_reproducibly(surgery.graph, args, kwargs), call_reproducibly(model, args, kwargs))
         <= case.tolerance

@@ -29,7 +29,8 @@ def explain(
 
     Example: surgeon explain path/to/bert --passes moeify --at "*.layer.0"
 
-    JSON: {passes: [{name, looks_for, matched: [[path, site]], rejected: [[path, reason]]}]}
+    JSON: {passes: [{name, looks_for, matched: [[path, site]], rejected: [{path, code, reason,
+    node}]}]}
     """
     from surgeon.jobs.explain import explain as ask
     from surgeon.jobs.open_model import open_model

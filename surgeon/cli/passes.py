@@ -20,18 +20,19 @@ def passes(
     Example: surgeon passes moeify
 
     JSON: {passes: [{name, summary, description, works_on, makes, must_precede, preserves, needs_data, trains}],
-    recipes: {name: {summary, passes: [[name, options]]}}}; of one pass its {name, ..., trains, options: [{name, type,
-    default, help}], example}
+    recipes: {name: {summary, passes: [[name, options]]}}, broken: {name: why}}; of one pass its {name, ..., trains,
+    options: [{name, type, default, help}], example}
     """
     from surgeon.jobs.pass_help import describe, example_of, options_of
-    from surgeon.passes import PASSES
+    from surgeon.passes.registry import all_passes, broken_passes
     from surgeon.render.passes import pass_help_view, passes_view
     from surgeon.surgery.recipe import RECIPES, find_pass
 
     if name is None:
-        run.screen.show(passes_view(PASSES.values(), RECIPES))
+        run.screen.show(passes_view(all_passes().values(), RECIPES, broken_passes()))
         recipes = {name: {"summary": what, "passes": steps} for name, (what, steps) in RECIPES.items()}
-        run.screen.result({"passes": [describe(kind) for kind in PASSES.values()], "recipes": recipes})
+        passes = [describe(kind) for kind in all_passes().values()]
+        run.screen.result({"passes": passes, "recipes": recipes, "broken": broken_passes()})
         return
     kind = find_pass(name)
     with run.screen.stage(f"running {name} on a small model"):

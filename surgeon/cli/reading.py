@@ -76,9 +76,9 @@ def check_no_pass(model: str) -> None:
     Raises:
         UsageError: with the command that shows a pass.
     """
-    from surgeon.passes import PASSES
+    from surgeon.passes.registry import all_passes
 
-    if model in PASSES and not Path(model).exists():
+    if model in all_passes() and not Path(model).exists():
         raise UsageError(
             f"'{model}' is a pass, and MODEL is missing. To see the options of a pass, run surgeon passes {model}."
         )

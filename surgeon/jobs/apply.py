@@ -84,9 +84,9 @@ def check_changed(report: PassReport, looks_for: str) -> str | None:
     """
     if report.matched:
         return None
-    already = [path for path, reason in report.rejected if reason.endswith("already")]
-    if report.name == "swap-activation" and already:
-        return f"swap-activation changed nothing: all {len(already)} activations are the wanted one already."
+    done = [rejection for rejection in report.rejected if rejection.code == "already-done"]
+    if done:
+        return f"{report.name} had nothing to do at {len(done)} sites: {done[0].reason} (first: {done[0].path})."
     if not report.rejected:
         chosen = any(report.options.get(name) for name in ("only", "skip"))
         why = f"no {looks_for} is left by only= and skip=" if chosen else f"the model has no {looks_for}"

@@ -13,6 +13,7 @@ from surgeon.jobs.inspect import LOOKS_FOR
 from surgeon.jobs.open_model import Opened
 from surgeon.moe.site import find_moes
 from surgeon.passes import Pass
+from surgeon.sites.rejection import Rejection
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.tracing.trace import adopt
 from surgeon.training.loop import RunSettings
@@ -20,12 +21,12 @@ from surgeon.training.loop import RunSettings
 
 @dataclass(frozen=True)
 class Explanation:
-    """One pass: (path, description) of the sites it would change, (path, reason) of the other candidates."""
+    """One pass: (path, description) of the sites it would change, and the other candidates."""
 
     name: str
     looks_for: str
     matched: list[tuple[str, str]]
-    rejected: list[tuple[str, str]]
+    rejected: list[Rejection]
 
 
 def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) -> list[Explanation]:
@@ -46,7 +47,7 @@ def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) 
                 one.name,
                 LOOKS_FOR[one.works_on],
                 [(site.path, site.describe) for site in matched],
-                [(rejection.path, rejection.reason) for rejection in rejected],
+                rejected,
             )
         )
         if matched and one is not passes[-1]:
@@ -54,7 +55,7 @@ def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) 
             one.run(graph, inputs=None, data=None, settings=RunSettings(verify="off", dry_run=True))
     if at is None:
         return found
-    paths = [path for one in found for path, _ in (*one.matched, *one.rejected)]
+    paths = [path for one in found for path in (*dict(one.matched), *(rejection.path for rejection in one.rejected))]
     chosen = {path for path in paths if path == at or path.startswith(f"{at}.") or fnmatch.fnmatchcase(path, at)}
     if not chosen:
         near = difflib.get_close_matches(at, paths, n=3, cutoff=0.3)
@@ -65,7 +66,7 @@ def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) 
             one.name,
             one.looks_for,
             [(path, what) for path, what in one.matched if path in chosen],
-            [(path, reason) for path, reason in one.rejected if path in chosen],
+            [rejection for rejection in one.rejected if rejection.path in chosen],
         )
         for one in found
     ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.passes import Moeify, Pass
+from surgeon.passes.options import Limits, limits_of
 from surgeon.passes.report import PassDiff
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import option_types
@@ -50,7 +51,21 @@ def options_of(kind: type[Pass[Any]]) -> list[Option]:
         dataclasses.fields(kind),
         key=lambda item: (item.name in shared, own.index(item.name) if item.name in own else len(own)),
     )
-    return [Option(item.name, _type(types[item.name]), item.default, item.metadata.get("help", "")) for item in fields]
+    limits = limits_of(kind)
+    return [
+        Option(item.name, _typed(types[item.name], limits[item.name]), item.default, item.metadata["help"])
+        for item in fields
+    ]
+
+
+def _typed(kind: Any, limits: Limits) -> str:
+    """What to type: `integer at least 1`, `number from 0 to 1 or none`, or the choices."""
+    if limits.choices:
+        by_site = any(get_origin(part) is dict for part in get_args(kind))
+        return "|".join(map(str, limits.choices)) + (" or PATTERN:...,..." if by_site else "")
+    words = str(limits)
+    first, *rest = _type(kind).split(" or ")
+    return " or ".join([f"{first} {words}".rstrip(), *rest])
 
 
 def _type(kind: Any) -> str:

@@ -23,7 +23,8 @@ def explanation_view(passes: Sequence[Explanation]) -> RenderableType:
         table = grid("left", "left", "left")
         for path, what in one.matched:
             table.add_row(Text("✓", style="green"), Text(path or MODEL, style="cyan"), what)
-        for path, reason in one.rejected:
-            table.add_row(Text("✗", style="red"), Text(path or MODEL, style="cyan"), reason)
+        for rejection in one.rejected:
+            reason = Text.assemble(rejection.reason, (f" [{rejection.code}]", "dim"))
+            table.add_row(Text("✗", style="red"), Text(rejection.path or MODEL, style="cyan"), reason)
         lines += [indented(table), Text("")]
     return Group(*lines[:-1])

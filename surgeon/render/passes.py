@@ -12,12 +12,14 @@ from surgeon.jobs.pass_help import Option
 from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff
 from surgeon.text.diff import graph_diff_view, sites_view
-from surgeon.text.layout import dim, grid, heading, indented
+from surgeon.text.layout import dim, grid, heading, indented, sentences
 from surgeon.text.summary import SiteGroup
 
 
-def passes_view(passes: Iterable[type[Pass[Any]]], recipes: Mapping[str, tuple[str, Any]]) -> RenderableType:
-    """The list of passes and of recipes."""
+def passes_view(
+    passes: Iterable[type[Pass[Any]]], recipes: Mapping[str, tuple[str, Any]], broken: Mapping[str, str]
+) -> RenderableType:
+    """The list of passes and of recipes; broken: passes of other packages that cannot be used, and why."""
     table = grid("left", "left", "left", "left", header=("pass", "output", "data", "what it does"))
     for kind in passes:
         data = "needed" if kind.needs_data else "to train" if kind.trains else ""
@@ -26,7 +28,8 @@ def passes_view(passes: Iterable[type[Pass[Any]]], recipes: Mapping[str, tuple[s
     for name, (what, _) in recipes.items():
         named.add_row(Text(name, style="bold cyan"), what)
     hint = "surgeon passes NAME shows a pass's options and an example; surgeon apply --recipe NAME runs a recipe."
-    return Group(table, Text(""), named, Text(""), Text(hint, style="dim"))
+    notes = sentences([f"The pass '{name}' cannot be used: {why}." for name, why in broken.items()], indent=0)
+    return Group(table, Text(""), named, Text(""), notes, Text(hint, style="dim"))
 
 
 def pass_help_view(

@@ -22,6 +22,7 @@ from surgeon.graph.ops import DROPOUTS, SHAPE_OPS, is_copy
 from surgeon.graph.traced import aten, shape_of, tensor_of
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.sites.linear import Linear
+from surgeon.sites.rejection import Rejection
 
 Halves = Literal["first", "second", "even", "odd"]
 # Where the gate can lie among the outputs of one linear that computes gate and up together.
@@ -73,8 +74,8 @@ class Nonlinearity:
     output_scale: float = 1.0
 
 
-def identify(graph: GraphModule, cone: Cone) -> Nonlinearity | str:
-    """Name what the cone computes, or say in words why it cannot be part of a feed-forward layer."""
+def identify(graph: GraphModule, cone: Cone) -> Nonlinearity | Rejection:
+    """Name what the cone computes, or say why it cannot be part of a feed-forward layer."""
     widths = [leaf.out_features for leaf in cone.leaves]
     try:
         if widths == [cone.width]:
@@ -84,15 +85,18 @@ def identify(graph: GraphModule, cone: Cone) -> Nonlinearity | str:
         if widths == [cone.width, cone.width]:
             return _gated(graph, cone)
     except _NotElementwise as problem:
-        return str(problem)
-    return f"{' and '.join(map(str, widths))} values leave the first linear but {cone.width} enter the second"
+        return problem.rejection
+    what = f"{' and '.join(map(str, widths))} values leave the first linear but {cone.width} enter the second"
+    return Rejection("widths-differ", what)
 
 
 class _NotElementwise(Exception):  # noqa: N818  (control flow inside this file, not an error a user sees)
-    pass
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.rejection = Rejection(code, reason)
 
 
-def _plain(graph: GraphModule, cone: Cone) -> Nonlinearity | str:
+def _plain(graph: GraphModule, cone: Cone) -> Nonlinearity | Rejection:
     z = _spread(_probe_shape(cone, 0))
     y = _run(graph, cone, [z])
     named = _name(z, y, _scales(cone))
@@ -100,11 +104,11 @@ def _plain(graph: GraphModule, cone: Cone) -> Nonlinearity | str:
         return _unknown(lambda value: _run(graph, cone, [torch.full_like(z, value)]))
     activation, input_scale, output_scale = named
     if activation == "identity":
-        return "there is no activation between the two linears"
+        return Rejection("no-activation", "there is no activation between the two linears")
     return Nonlinearity(activation, input_scale=input_scale, output_scale=output_scale)
 
 
-def _fused(graph: GraphModule, cone: Cone) -> Nonlinearity | str:
+def _fused(graph: GraphModule, cone: Cone) -> Nonlinearity | Rejection:
     shape = _full_shape(cone, 0)
     z, up = (_spread((*shape[:-1], cone.width), seed) for seed in (0, 1))
 
@@ -114,7 +118,9 @@ def _fused(graph: GraphModule, cone: Cone) -> Nonlinearity | str:
         both[..., HALVES[OTHER[which]](cone.width)] = up
         return _run(graph, cone, [both])
 
-    found: Nonlinearity | str = "the two halves of the first linear do not combine as activation(gate) · up"
+    found: Nonlinearity | Rejection = Rejection(
+        "not-gated", "the two halves of the first linear do not combine as activation(gate) · up"
+    )
     for which in HALVES:
         candidate = _gate(functools.partial(run, which), z, up, _scales(cone))
         if candidate is not None:
@@ -125,10 +131,12 @@ def _fused(graph: GraphModule, cone: Cone) -> Nonlinearity | str:
     return found
 
 
-def _gated(graph: GraphModule, cone: Cone) -> Nonlinearity | str:
+def _gated(graph: GraphModule, cone: Cone) -> Nonlinearity | Rejection:
     shape = _probe_shape(cone, 0)
     z, up = _spread(shape, 0), _spread(shape, 1)
-    found: Nonlinearity | str = "the two first linears do not combine as activation(gate) · up"
+    found: Nonlinearity | Rejection = Rejection(
+        "not-gated", "the two first linears do not combine as activation(gate) · up"
+    )
     for gate_leaf in (0, 1):
 
         def run(a: Tensor, b: Tensor, gate_leaf: int = gate_leaf) -> Tensor:
@@ -175,9 +183,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, atol=_ATOL, rtol=_RTOL)
 
 
-def _unknown(run: Callable[[float], Tensor]) -> str:
+def _unknown(run: Callable[[float], Tensor]) -> Rejection:
     values = ", ".join(f"f({value:g}) = {float(run(value).flatten()[0]):.4g}" for value in (-1.0, 0.0, 1.0))
-    return f"the function between the linears is no known activation: {values}"
+    return Rejection("unknown-activation", f"the function between the linears is not a known activation: {values}")
 
 
 def _scales(cone: Cone) -> set[float]:
@@ -233,7 +241,7 @@ def _number(size: Any, substitution: Mapping[sympy.Symbol, int]) -> int:
     if isinstance(size, torch.SymInt):
         value = size.node.expr.xreplace(substitution) if hasattr(size.node.expr, "xreplace") else size.node.expr
         if getattr(value, "free_symbols", None):
-            raise _NotElementwise("the shape between the linears depends on data")
+            raise _NotElementwise("depends-on-data", "the shape between the linears depends on data")
         return int(value)
     return int(size)
 
@@ -267,9 +275,13 @@ def _run(graph: GraphModule, cone: Cone, values: list[Tensor]) -> Tensor:
     except _NotElementwise:
         raise
     except Exception as error:
-        raise _NotElementwise(f"the nodes between the linears cannot be run on their own ({error})") from error
+        raise _NotElementwise(
+            "cannot-run", f"the nodes between the linears cannot be run on their own ({error})"
+        ) from error
     lead = values[0].shape[:-1] if values[0].dim() > 1 else values[0].shape
     wanted = (*lead, cone.width) if values[0].dim() > 1 else lead
     if result.numel() != int(torch.Size(wanted).numel()):
-        raise _NotElementwise(f"the values change shape between the linears: {list(wanted)} to {list(result.shape)}")
+        raise _NotElementwise(
+            "changes-shape", f"the values change shape between the linears: {list(wanted)} to {list(result.shape)}"
+        )
     return result.reshape(wanted).double()

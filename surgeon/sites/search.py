@@ -61,9 +61,11 @@ def find_linear_sites(graph: GraphModule) -> tuple[list[LinearSite], list[Reject
         path = calls[0].path
         outside = uses.outside(calls[0].weight, {node for call in calls for node in call.nodes})
         if outside is not None:
-            rejections.append(Rejection(path, f"its weight is also used by {_user_name(outside)}", outside.name))
+            what = f"its weight is also used by {_user_name(outside)}"
+            rejections.append(Rejection("weight-is-shared", what, path, outside.name))
         elif any(_is_head(call) for call in calls):
-            rejections.append(Rejection(path, "it computes the model's output (a head)", calls[0].output.name))
+            what = "it computes the model's output (a head)"
+            rejections.append(Rejection("head", what, path, calls[0].output.name))
         else:
             sites.append(LinearSite(path, tuple(calls)))
     return sites, rejections
@@ -165,9 +167,13 @@ class _Search:
                 call = site.calls[0]
                 clash = next((taken[part] for part in (*call.first, call.down) if part in taken), None)
                 if clash is not None:
-                    site = self._reject(down, call.first, f"it shares a linear with the FFN at '{clash.path}'")
+                    site = self._reject(
+                        down, call.first, "shares-a-linear", f"it shares a linear with the FFN at '{clash.path}'"
+                    )
                 elif call.x not in from_inputs:
-                    site = self._reject(down, call.first, "it computes a constant: nothing of the input reaches it")
+                    site = self._reject(
+                        down, call.first, "constant", "it computes a constant: nothing of the input reaches it"
+                    )
             if isinstance(site, Rejection):
                 self.rejections.append(site)
                 continue
@@ -197,42 +203,48 @@ class _Search:
             return None
         if walk.barriers:
             node, what = walk.barriers[0]
-            return self._reject(down, leaves, f"{what} ({op_name(node)}) stands between the linears", node)
+            return self._reject(down, leaves, "barrier", f"{what} ({op_name(node)}) stands between the linears", node)
         if walk.parameters:
             name = walk.parameters[0].target
-            return self._reject(down, leaves, f"a learned parameter ('{name}') stands between the linears")
+            return self._reject(
+                down, leaves, "parameter-between", f"a learned parameter ('{name}') stands between the linears"
+            )
         if walk.outside:
             node = walk.outside[0]
             what = f"a value from outside, of {_user_name(node)} ({op_name(node)}), enters between the linears"
-            return self._reject(down, leaves, what, node)
+            return self._reject(down, leaves, "value-from-outside", what, node)
         if isinstance(down, OpaqueLinear):
-            return self._reject(down, leaves, f"the second linear: {down.why}")
+            return self._reject(down, leaves, "unreadable-linear", f"the second linear: {down.why}")
         opaque = next((self.opaque_outputs[leaf.output] for leaf in leaves if leaf.output in self.opaque_outputs), None)
         if opaque is not None:
-            return self._reject(down, leaves, f"the first linear: {opaque.why}")
+            return self._reject(down, leaves, "unreadable-linear", f"the first linear: {opaque.why}")
         if len(leaves) > 2:
-            return self._reject(down, leaves, f"{len(leaves)} linears feed the second one; a gated FFN has two")
+            return self._reject(
+                down, leaves, "too-many-linears", f"{len(leaves)} linears feed the second one; a gated FFN has two"
+            )
         cone = Cone(tuple(sorted(walk.nodes, key=self.order.__getitem__)), tuple(leaves), down.input, down.in_features)
         used_outside = self._escape(cone, down)
         if used_outside is not None:
             value, user = used_outside
             what = f"the hidden values ({value.name}) are also used outside the FFN, by {_user_name(user)}"
-            return self._reject(down, leaves, what, user)
+            return self._reject(down, leaves, "escapes", what, user)
         found = identify(self.graph, cone)
-        if isinstance(found, str):
-            return self._reject(down, leaves, found)
+        if isinstance(found, Rejection):
+            return self._reject(down, leaves, found.code, found.reason)
         if found.gate_leaf == 1:
             leaves = leaves[::-1]
             found = replace(found, gate_leaf=0)
         if len({leaf.input for leaf in leaves}) > 1:
-            return self._reject(down, leaves, "gate and up read different inputs")
+            return self._reject(down, leaves, "different-inputs", "gate and up read different inputs")
         if not _keeps_tokens(leaves[0].input, down.output):
-            return self._reject(down, leaves, "the tokens are put into another shape between the linears")
+            return self._reject(
+                down, leaves, "tokens-reshaped", "the tokens are put into another shape between the linears"
+            )
         first = leaves[0]
         if found.activation in _SATURATING and not found.gated and down.in_features <= first.in_features:
             widths = f"{first.in_features}→{down.in_features}→{down.out_features}"
             what = f"{found.activation} between linears {widths} is a pooler or a classifier head, not an FFN"
-            return self._reject(down, leaves, what)
+            return self._reject(down, leaves, "pooler", what)
         dropout = max((float(node.args[1]) for node in cone.nodes if node.target in DROPOUTS), default=0.0)  # type: ignore[arg-type]
         call = LayerCall(tuple(leaves), cone.nodes, down)
         return FFN(_ffn_path(leaves, down), (call,), found, down.in_features, dropout)
@@ -311,21 +323,23 @@ class _Search:
                 what = (
                     f"its weight '{weight.target}' is also used by {_user_name(user)}, which is not converted with it"
                 )
-                self.rejections.extend(Rejection(member.path, what, user.name) for member in members)
+                self.rejections.extend(
+                    Rejection("weight-is-shared", what, member.path, user.name) for member in members
+                )
             elif len({self.uses.key(weight) for weight in weights}) < len(weights):
                 what = "two of its linears share one weight"
-                self.rejections.extend(Rejection(member.path, what) for member in members)
+                self.rejections.extend(Rejection("one-weight-twice", what, member.path) for member in members)
             elif len({member.nonlinearity for member in members}) > 1:
                 what = "its weights are used at several places with different activations"
-                self.rejections.extend(Rejection(member.path, what) for member in members)
+                self.rejections.extend(Rejection("different-activations", what, member.path) for member in members)
             else:
                 sites.append(replace(members[0], calls=calls))
         return sites
 
     def _reject(
-        self, down: Linear | OpaqueLinear, leaves: Iterable[Linear], reason: str, node: Node | None = None
+        self, down: Linear | OpaqueLinear, leaves: Iterable[Linear], code: str, reason: str, node: Node | None = None
     ) -> Rejection:
-        return Rejection(_ffn_path(leaves, down), reason, (node or down.output).name)
+        return Rejection(code, reason, _ffn_path(leaves, down), (node or down.output).name)
 
 
 def _keeps_tokens(x: Node, output: Node) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from surgeon.errors import UsageError
-from surgeon.passes import PASSES, Pass
+from surgeon.passes import Pass
+from surgeon.passes.registry import all_passes, broken_passes
 
 Steps = list[tuple[str, dict[str, Any]]]
 
@@ -85,9 +86,12 @@ def find_pass(name: str) -> type[Pass[Any]]:
     Raises:
         UsageError: there is none; the message suggests the nearest name.
     """
-    if name in PASSES:
-        return PASSES[name]
-    raise UsageError(f"No pass '{name}'.{_suggest(name, PASSES)}")
+    known = all_passes()
+    if name in known:
+        return known[name]
+    if name in broken_passes():
+        raise UsageError(f"The pass '{name}' of another package cannot be used: {broken_passes()[name]}.")
+    raise UsageError(f"No pass '{name}'.{_suggest(name, known)}")
 
 
 def build(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> list[Pass[Any]]:

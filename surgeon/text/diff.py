@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from surgeon.measure.meter import Cost
+from surgeon.passes.registry import all_passes
 from surgeon.passes.report import PassReport
+from surgeon.sites.rejection import Rejection
 from surgeon.text.layout import MODEL, Fitting, dim, grid, indented, refused, sentences
 from surgeon.text.reasons import count_reasons
 from surgeon.text.summary import (
@@ -29,7 +31,8 @@ from surgeon.training.penalty import Sparsity
 
 if TYPE_CHECKING:
     from surgeon.graph.snapshot import GraphDiff
-    from surgeon.passes.report import PassDiff
+    from surgeon.passes.registry import all_passes
+from surgeon.passes.report import PassDiff
 
 Detail = Literal["sites", "stat", "full"]
 
@@ -135,11 +138,9 @@ def _output(report: PassReport, *, short: bool = False) -> Text:
 
 
 def _training(report: PassReport, *, short: bool = False) -> Text:
-    from surgeon.passes import PASSES
-
     if report.fit is not None:
         return Text(f"{report.fit.steps} steps" if report.fit.steps else "closed form") if short else Text("")
-    kind = PASSES.get(report.name)
+    kind = all_passes().get(report.name)
     if kind is None or not report.matched:
         return Text("")
     # Whether it was to train follows from its options; the note says that it was.
@@ -233,10 +234,10 @@ def _moved(before: float, after: float) -> str:
     return old if old == new else f"{old} → {new}"
 
 
-def _refusals(rejected: Sequence[tuple[str, str]], detail: Detail) -> RenderableType:
+def _refusals(rejected: Sequence[Rejection], detail: Detail) -> RenderableType:
     """Why sites were left as they were: each with its reason, or each reason once."""
     if detail == "full":
-        lines = [(path or MODEL, reason) for path, reason in rejected]
+        lines = [(rejection.path or MODEL, rejection.reason) for rejection in rejected]
     else:
         lines = [
             (f"{reason.count} sites, first {reason.first}" if reason.count > 1 else reason.first or MODEL, reason.text)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from surgeon.sites.rejection import Rejection
+
 # What differs between two refusals for the same reason: names of nodes and modules.
 _PARTICULARS = re.compile(r"'[^']*'|\(\w*_\w*\)|\(\w+\d\)")
 
@@ -19,10 +21,10 @@ class Reason:
     first: str
 
 
-def count_reasons(rejected: Iterable[tuple[str, str]]) -> list[Reason]:
-    """The reasons of (path, reason) pairs, the most common first; names inside a reason do not make it another one."""
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for path, reason in rejected:
-        groups.setdefault(_PARTICULARS.sub("", reason), []).append((path, reason))
+def count_reasons(rejected: Iterable[Rejection]) -> list[Reason]:
+    """The reasons, the most common first; names of nodes and modules do not make a reason another one."""
+    groups: dict[tuple[str, str], list[Rejection]] = {}
+    for rejection in rejected:
+        groups.setdefault((rejection.code, _PARTICULARS.sub("", rejection.reason)), []).append(rejection)
     ordered = sorted(groups.values(), key=len, reverse=True)
-    return [Reason(same[0][1], len(same), same[0][0]) for same in ordered]
+    return [Reason(same[0].reason, len(same), same[0].path) for same in ordered]

@@ -9,6 +9,7 @@ import pytest
 from surgeon.errors import NothingChangedError
 from surgeon.jobs.apply import check_changed
 from surgeon.passes.report import PassReport
+from surgeon.sites.rejection import Rejection
 
 from .harness import NET, Run, left
 
@@ -18,8 +19,7 @@ from .harness import NET, Run, left
     [
         (
             ("--passes", "lower", "bert-moe"),
-            "lower changed 0 of 2 sites. 2 rejected: it is lowered already (first: bert.encoder.layer.0.moe). "
-            "See surgeon explain.",
+            "lower had nothing to do at 2 sites: it is lowered already (first: bert.encoder.layer.0.moe).",
         ),
         (
             ("--passes", "moeify", "nets:linear", "--inputs", "nets:inputs"),
@@ -31,7 +31,7 @@ from .harness import NET, Run, left
         ),
         (
             ("--passes", "swap-activation", "nets:relu", "--inputs", "nets:inputs"),
-            "swap-activation changed nothing: all 2 activations are the wanted one already.",
+            "swap-activation had nothing to do at 2 sites: its activation is relu already (first: blocks.0.mlp).",
         ),
         (
             ("--passes", "moeify", *NET, "--set", "moeify.only=pooler"),
@@ -53,12 +53,19 @@ def test_an_activation_that_is_relu_already_is_a_note(run: Run) -> None:
         "-q", "apply", "--passes", "swap-activation,moeify", "nets:relu", "--inputs", "nets:inputs", "--dry-run"
     )
     assert result.code == 0
-    assert "note: swap-activation changed nothing: all 2 activations are the wanted one already." in result.out
+    assert "note: swap-activation had nothing to do at 2 sites: its activation is relu already" in result.out
 
 
 def test_most_common_reason_is_named(run: Run) -> None:
     report = PassReport(
-        "sparsify", {}, [], [("a", "it is odd"), ("b", "it is even (linear_1)"), ("c", "it is even (x_2)")]
+        "sparsify",
+        {},
+        [],
+        (
+            Rejection("odd", "it is odd", "a"),
+            Rejection("even", "it is even (linear_1)", "b"),
+            Rejection("even", "it is even (x_2)", "c"),
+        ),
     )
     with pytest.raises(NothingChangedError) as error:
         check_changed(report, "feed-forward layer")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from surgeon.passes import PASSES
+from surgeon.passes.registry import all_passes
 
 from .harness import run_surgeon
 
@@ -55,4 +55,4 @@ def test_version_and_module_entry() -> None:
 def test_output_can_stand_before_and_after_the_command(before: bool) -> None:
     option = ("--output", "json")
     result = run_surgeon(*option, "passes") if before else run_surgeon("passes", *option)
-    assert [one["name"] for one in result.json["passes"]] == list(PASSES)
+    assert [one["name"] for one in result.json["passes"]] == list(all_passes())

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from surgeon.passes import PASSES
+from surgeon.passes.registry import all_passes
 
 from .harness import NET, Run, run_surgeon
 
@@ -14,15 +14,17 @@ from .harness import NET, Run, run_surgeon
 def test_passes_are_listed_with_what_they_promise() -> None:
     result = run_surgeon("passes")
     lines = {
-        line.split()[0]: line for line in result.out.splitlines() if line.split()[:1] and line.split()[0] in PASSES
+        line.split()[0]: line
+        for line in result.out.splitlines()
+        if line.split()[:1] and line.split()[0] in all_passes()
     }
-    assert set(lines) == set(PASSES)
+    assert set(lines) == set(all_passes())
     assert re.search(r"^sparsify +stays until trained +to train +Put a sparsity tap", lines["sparsify"])
     assert re.search(r"^mlpify +changes +needed ", lines["mlpify"])
     assert re.search(r"^lower +stays +Lower each", lines["lower"])
 
 
-@pytest.mark.parametrize("name", list(PASSES))
+@pytest.mark.parametrize("name", list(all_passes()))
 def test_a_pass_is_shown_with_options_and_a_living_example(name: str) -> None:
     result = run_surgeon("-q", "passes", name)
     assert result.code == 0
@@ -42,7 +44,7 @@ def test_a_pass_is_shown_with_options_and_a_living_example(name: str) -> None:
     } <= set(shown)
     assert shown["description"].startswith(shown["summary"])
     assert all(part in result.out for part in shown["description"].split("\n\n"))
-    assert shown["description"].split() == str(PASSES[name].__doc__).split()
+    assert shown["description"].split() == str(all_passes()[name].__doc__).split()
     assert [option["name"] for option in shown["options"]][-2:] == ["only", "skip"]
     assert all(option["help"] and option["type"] for option in shown["options"])
     assert shown["example"]["report"]["matched"]
@@ -71,7 +73,9 @@ def test_explain_says_which_value_does_not_fit(run: Run) -> None:
     options = ("--passes", "moeify", "--set", "moeify.experts=5", "--at", "*.1.mlp", "--output", "json")
     (one,) = run("-q", "explain", *NET, *options).json["passes"]
     assert one["matched"] == []
-    assert one["rejected"] == [["blocks.1.mlp", "64 neurons do not divide by 5 experts. Nearest: 4, 8."]]
+    (rejected,) = one["rejected"]
+    assert (rejected["path"], rejected["code"]) == ("blocks.1.mlp", "width-does-not-divide")
+    assert rejected["reason"] == "64 neurons do not divide by 5 experts. Nearest: 4, 8."
 
 
 def test_explain_says_where_there_is_no_candidate(run: Run) -> None:

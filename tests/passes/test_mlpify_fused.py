@@ -15,6 +15,7 @@ from surgeon.graph.traced import aten
 from surgeon.passes import Mlpify
 from surgeon.sites.qkv import fused_parts
 from surgeon.sites.search import find_ffns
+from tests.passes.reports import reasons
 from tests.small_models import WIDTH, Function, Many
 
 from .projections import Timm, attend
@@ -135,7 +136,7 @@ def test_a_residual_goes_to_every_part(fused: Any) -> None:
     graph, x = fused()
     want = graph(x)
     report = Mlpify(kind="residual", cost_factor=5.0, alpha=0.0, steps=1, lr=1e-9).apply(graph, data=[x])
-    assert report.rejected == [
+    assert reasons(report) == [
         ("grouped.qkv", "a residual needs an output as wide as the input, and this is 16→8"),
     ]
     assert {site.path: site.after for site in report.sites}["chunk.qkv"] == "3 MLPs 16→40→16 relu + input"

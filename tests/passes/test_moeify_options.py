@@ -17,6 +17,7 @@ from surgeon.passes import Moeify
 from surgeon.surgery.recipe import build
 from surgeon.training.loop import RunSettings
 from tests.passes.experts import layer
+from tests.passes.reports import reasons
 from tests.small_models import HIDDEN, WIDTH, Gated, Plain, Wrapped, vectors
 
 X = torch.randn(4, 6, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -110,7 +111,7 @@ def test_shared_experts_leave_some_to_route() -> None:
     torch.manual_seed(0)
     graph = surgeon.trace(Wrapped(Plain(act=F.relu)).eval(), X)
     report = Moeify(experts=4, shared=4).apply(fork(graph), inputs=X, data=[X])
-    assert report.rejected == [("ffn", "4 of its 4 experts would always run, which leaves none to route")]
+    assert reasons(report) == [("ffn", "4 of its 4 experts would always run, which leaves none to route")]
     assert Moeify(experts=4, shared=3, steps=1).apply(graph, inputs=X, data=[X]).matched == ["ffn"]
 
 
@@ -152,7 +153,7 @@ def test_a_value_that_fits_no_site_there_is_refused_there() -> None:
     graph = surgeon.trace(model, X)
     report = Moeify(expert_size={"0.*": 8, "1.*": 5}).apply(graph, inputs=X)
     assert report.matched == ["0.ffn"]
-    assert ("1.ffn", "32 neurons do not divide by 5 neurons each. Nearest: 4, 8.") in report.rejected
+    assert ("1.ffn", "32 neurons do not divide by 5 neurons each. Nearest: 4, 8.") in reasons(report)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -162,24 +163,24 @@ def test_a_value_that_fits_no_site_there_is_refused_there() -> None:
     ({"epochs": 0, "router": "trained"}, "epochs is 0, which leaves a router random unless router is neurons or"),
     ({"experts": {"*": 4}, "expert_size": 4}, "give experts or expert_size, not both"),
     ({"experts": {"a": 4, "b": 0}}, "experts is 0, but must be at least 1"),
-    ({"shared": -1}, "shared is -1, but must not be negative"),
+    ({"shared": -1}, "shared is -1, but must be at least 0"),
     ({"exposure": 1.5}, "exposure is 1.5, but must be from 0 to 1"),
-    ({"underestimate": 0.0}, "underestimate is 0.0, but must be positive"),
-    ({"rule": "best"}, "rule is 'best'; it can be max, cumulative, energy, top_k"),
-    ({"split": "even"}, "split is 'even'; it can be auto, weights, activations, random"),
-    ({"router": "none"}, "router is 'none'; it can be trained, neurons, centres"),
-    ({"objective": "size"}, "objective is 'size'; it can be norm, relative, log, activation"),
+    ({"underestimate": 0.0}, "underestimate is 0.0, but must be above 0"),
+    ({"rule": "best"}, "rule is 'best', but must be one of max, cumulative, energy, top_k"),
+    ({"split": "even"}, "split is 'even', but must be one of auto, weights, activations, random"),
+    ({"router": "none"}, "router is 'none', but must be one of trained, neurons, centres"),
+    ({"objective": "size"}, "objective is 'size', but must be one of norm, relative, log, activation"),
     ({"router": "neurons", "objective": "log"}, "the objective log needs router=trained"),
     ({"router": "neurons", "objective": "activation"}, "the objective activation needs router=trained"),
     ({"router": "centres"}, "router=centres scores by activations: it needs objective=activation"),
-    ({"router_depth": 3}, "router_depth is '3'; it can be 1, 2"),
+    ({"router_depth": 3}, "router_depth is 3, but must be one of 1, 2"),
     ({"router_depth": 1}, "router=neurons has two layers"),
     ({"router_depth": 1, "router": "trained", "router_width": 8}, "router_width is 8, but a router of one"),
     ({"router": "centres", "objective": "activation", "router_width": 8}, "router_width is 8, but centres"),
-    ({"router_output": "exp"}, "router_output is 'exp'; it can be auto, abs, relu, softplus"),
+    ({"router_output": "exp"}, "router_output is 'exp', but must be one of auto, abs, relu, softplus"),
     ({"router_output": "relu"}, "router_output can be chosen with router=trained and objective=norm or relative"),
     ({"router": "trained", "objective": "log", "router_output": "abs"}, "router_output can be chosen with"),
-    ({"labels": "input"}, "labels is 'input'; it can be output, hidden"),
+    ({"labels": "input"}, "labels is 'input', but must be one of output, hidden"),
     ({"router": "trained", "objective": "activation", "labels": "hidden"}, "labels says whose norms are predicted"),
 ])  # fmt: skip
 def test_wrong_options(options: Any, words: str) -> None:

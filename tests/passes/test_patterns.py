@@ -9,6 +9,7 @@ import pytest
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
 from surgeon.passes import Lower, Moeify, Sparsify, SwapActivation
+from tests.passes.reports import reasons
 from tests.small_models import vectors
 
 
@@ -39,7 +40,7 @@ def test_a_pattern_may_name_a_site_that_is_refused(traces: Any) -> None:
     """Then the reason is that of the site."""
     report = Moeify(experts={"*.0.*": 4, "*.1.*": 5}).apply(traces("stack:relu"), inputs=vectors())
     assert report.matched == ["blocks.0.ffn"]
-    assert [path for path, _ in report.rejected] == ["blocks.1.ffn"]
+    assert [rejection.path for rejection in report.rejected] == ["blocks.1.ffn"]
 
 
 def test_where_no_site_is_left_the_pattern_is_not_to_blame(traces: Any) -> None:
@@ -51,7 +52,7 @@ def test_a_pattern_may_name_a_candidate_that_the_other_leaves_out(traces: Any) -
     """Both are compared with all candidates, those that are refused included."""
     graph = traces("stack:relu")
     one = SwapActivation(only=("blocks.0.*", "blocks.1.*"), skip=("blocks.1.ffn",))
-    assert one.apply(graph, inputs=vectors()).rejected == [("blocks.0.ffn", "its activation is relu already")]
+    assert reasons(one.apply(graph, inputs=vectors())) == [("blocks.0.ffn", "its activation is relu already")]
 
 
 def test_explaining_refuses_it_too_and_a_graph_without_candidates_does_not(traces: Any) -> None:

@@ -197,8 +197,8 @@ def test_a_dry_run_shows_that_nothing_was_trained(converted: TracedGraph) -> Non
 @pytest.mark.parametrize(("options", "words"), [
     ({"tau": 1.5}, "tau is 1.5, but must be from 0 to 1"),
     ({"distill": -0.1}, "distill is -0.1, but must be from 0 to 1"),
-    ({"router_weight": -1.0}, "router_weight is -1.0, but must not be negative"),
-    ({"router_lr": 0.0}, "router_lr is 0.0, but must be positive"),
+    ({"router_weight": -1.0}, "router_weight is -1.0, but must be at least 0"),
+    ({"router_lr": 0.0}, "router_lr is 0.0, but must be above 0"),
 ])  # fmt: skip
 def test_wrong_options(options: Any, words: str) -> None:
     with pytest.raises(UsageError, match=f"recover: {words}"):

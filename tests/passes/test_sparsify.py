@@ -145,7 +145,7 @@ def test_tapped_layers_are_still_found_and_not_tapped_twice(traces: Any) -> None
     assert [(site.path, site.describe) for site in find_ffns(graph)[0]] == before
     again = Sparsify().apply(graph)
     assert not again.matched
-    assert {reason for _, reason in again.rejected} == {"it has a sparsity tap already"}
+    assert {rejection.reason for rejection in again.rejected} == {"it has a sparsity tap already"}
 
 
 def test_report_says_where_the_tap_is(traces: Any) -> None:
@@ -154,8 +154,8 @@ def test_report_says_where_the_tap_is(traces: Any) -> None:
 
 
 @pytest.mark.parametrize(("option", "words"), [
-    ({"alpha": -1.0}, "alpha is -1.0, but must not be negative"),
-    ({"alpha_schedule": "steep"}, "alpha_schedule is 'steep'; it can be constant, linear, linear_warmup"),
+    ({"alpha": -1.0}, "alpha is -1.0, but must be at least 0"),
+    ({"alpha_schedule": "steep"}, "alpha_schedule is 'steep', but must be one of constant, linear, linear_warmup"),
 ])  # fmt: skip
 def test_wrong_options(option: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):

@@ -228,9 +228,9 @@ def test_a_run_with_targets_can_be_resumed(tmp_path: Path, accumulate: int, done
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"penalty": "l2"}, "penalty is 'l2'; it can be hoyer, l1"),
-    ({"target": 0.0}, "target is 0.0, but must be a share between 0 and 1"),
-    ({"target": {"a": 0.5, "b": 1.5}}, "target is 1.5, but must be a share between 0 and 1"),
+    ({"penalty": "l2"}, "penalty is 'l2', but must be one of hoyer, l1"),
+    ({"target": 0.0}, "target is 0.0, but must be above 0 and below 1"),
+    ({"target": {"a": 0.5, "b": 1.5}}, "target is 1.5, but must be above 0 and below 1"),
     ({"target": 0.1, "alpha_schedule": "constant"}, "a target finds the weight over time by itself"),
     ({"target": 0.1, "alpha": 0.0}, "with a target, alpha is where its search starts and must be positive"),
     ({"distill": 1.5}, "distill is 1.5, but must be from 0 to 1"),

@@ -21,6 +21,7 @@ from surgeon.passes import SwapActivation
 from surgeon.sites.search import find_ffns
 from surgeon.surgery.recipe import build
 from surgeon.training.penalty import Sparsity
+from tests.passes.reports import reasons
 from tests.small_models import (
     WIDTH,
     Function,
@@ -136,7 +137,7 @@ def test_other_targets(traces: Any, to: str) -> None:
     report = SwapActivation(to=to).apply(graph)
     if to == "relu":
         assert not report.matched
-        assert {reason for _, reason in report.rejected} == {"its activation is relu already"}
+        assert {rejection.reason for rejection in report.rejected} == {"its activation is relu already"}
     else:
         assert {site.activation for site in find_ffns(graph)[0]} == {to}
 
@@ -153,7 +154,7 @@ def test_chosen_sites_only(traces: Any) -> None:
     assert [site.activation for site in find_ffns(graph)[0]] == ["gelu", "relu"]
     report = SwapActivation(skip=("blocks.0.ffn",)).apply(graph)
     assert report.matched == []
-    assert report.rejected == [("blocks.1.ffn", "its activation is relu already")]
+    assert reasons(report) == [("blocks.1.ffn", "its activation is relu already")]
 
 
 def test_shared_weights_are_swapped_at_every_execution(traces: Any) -> None:
@@ -169,7 +170,7 @@ def test_changing_shape_is_refused() -> None:
         Function(lambda m, x: m.down(F.gelu(m.up(x)).flatten(0, 1)).view(x.shape), up=(WIDTH, 32), down=(32, WIDTH)), X
     )
     report = SwapActivation().apply(graph)
-    assert report.rejected == [("up", "its values change shape between the linears")]
+    assert reasons(report) == [("up", "its values change shape between the linears")]
 
 
 def test_parameters_and_costs_stay(traces: Any) -> None:
@@ -199,7 +200,7 @@ def test_each_site_gets_its_own_activation(traces: Any) -> None:
 def test_a_site_without_a_value_is_left(traces: Any) -> None:
     report = SwapActivation(to={"*.0.*": "relu"}).apply(traces("stack:gelu"), inputs=vectors())
     assert report.matched == ["blocks.0.ffn"]
-    assert report.rejected == [("blocks.1.ffn", "to names no activation for it")]
+    assert reasons(report) == [("blocks.1.ffn", "to names no activation for it")]
 
 
 def test_nothing_is_trained_unless_asked_for(traces: Any) -> None:
@@ -263,8 +264,8 @@ def test_recovery_brings_the_answers_back() -> None:
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"epochs": -1.0}, "epochs is -1.0, but must be positive"),
-    ({"epochs": 1.0, "lr": 0.0}, "lr is 0.0, but must be positive"),
+    ({"epochs": -1.0}, "epochs is -1.0, but must be at least 0"),
+    ({"epochs": 1.0, "lr": 0.0}, "lr is 0.0, but must be above 0"),
     ({"to": {"*": "relu", "a": "tanh"}}, "to is 'tanh', but must be one of relu, relu2, gelu, silu"),
     ({"distill": 2.0, "steps": 1}, "distill is 2.0, but must be from 0 to 1"),
     ({"distill": 0.5}, "distill is for training, and epochs is 0"),

@@ -17,6 +17,7 @@ from surgeon.passes import Moeify
 from surgeon.passes.report import PassDiff, PassReport, SiteChange
 from surgeon.progress import Progress
 from surgeon.render.screen import Screen, to_json
+from surgeon.sites.rejection import Rejection
 from surgeon.surgery.diff import Diff
 from surgeon.text.diff import diff_view
 from surgeon.text.plain import diff_text, plain_text
@@ -55,7 +56,11 @@ def report(**changes: object) -> PassReport:
         "name": "moeify",
         "options": {"experts": 48},
         "matched": paths,
-        "rejected": [("pooler", "tanh between linears 384→384→2 is a pooler or a classifier head, not an FFN")],
+        "rejected": (
+            Rejection(
+                "pooler", "tanh between linears 384→384→2 is a pooler or a classifier head, not an FFN", "pooler"
+            ),
+        ),
         "sites": tuple(site(path) for path in paths),
         "seconds": 23.4,
         "before": Cost(22_600_000, 176_000_000, 176_000_000),
@@ -127,13 +132,13 @@ def test_sites_are_joined_only_where_they_look_the_same() -> None:
 
 def test_reasons_are_counted_without_their_particulars() -> None:
     rejected = [
-        ("a", "gate and up read different inputs"),
-        ("b", "the hidden values (gelu_1) are also used outside the FFN, by 'aux.1'"),
-        ("c", "the hidden values (gelu_2) are also used outside the FFN, by 'aux.2'"),
+        Rejection("different-inputs", "gate and up read different inputs", "a"),
+        Rejection("escapes", "the hidden values (gelu_1) are also used outside the FFN, by 'aux.1'", "b"),
+        Rejection("escapes", "the hidden values (gelu_2) are also used outside the FFN, by 'aux.2'", "c"),
     ]
     common, rare = count_reasons(rejected)
     assert (common.count, common.first) == (2, "b")
-    assert common.text == rejected[1][1]
+    assert common.text == rejected[1].reason
     assert (rare.count, rare.first) == (1, "a")
 
 
@@ -229,7 +234,9 @@ def test_diff_tells(changes: dict[str, object], words: str) -> None:
 
 
 def test_refusals_for_the_same_reason_are_one_line() -> None:
-    rejected = [(f"h.{index}", f"the hidden values (gelu_{index}) escape") for index in range(3)]
+    rejected = tuple(
+        Rejection("escapes", f"the hidden values (gelu_{index}) escape", f"h.{index}") for index in range(3)
+    )
     text = diff_text(diff(report(rejected=rejected)).passes)
     assert "refused 3 sites, first h.0: the hidden values (gelu_0) escape" in text
     assert "h.1" not in text

@@ -147,7 +147,7 @@ REJECTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "other_activation": (
         lambda: Function(other_activation, up=(D, H), down=(H, D)), "at several places with different activations",
     ),
-    "unknown_function": (pair(lambda m, h: torch.cos(h)), "no known activation"),
+    "unknown_function": (pair(lambda m, h: torch.cos(h)), "not a known activation"),
 }  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from surgeon.graph.traced import TracedGraph
-from surgeon.passes import PASSES, Moeify, Pass
+from surgeon.passes import Moeify, Pass
+from surgeon.passes.registry import all_passes
 
 
 @dataclass(frozen=True)
@@ -26,27 +27,27 @@ class Subject:
 
 SUBJECTS = {
     "swap-activation": Subject(
-        lambda: PASSES["swap-activation"](steps=2), options={"to": "silu", "only": ["blocks.*"]}
+        lambda: all_passes()["swap-activation"](steps=2), options={"to": "silu", "only": ["blocks.*"]}
     ),
-    "sparsify": Subject(lambda: PASSES["sparsify"](steps=2, lr=1e-3), options={"alpha": 0.5, "steps": 7}),
-    "mlpify": Subject(lambda: PASSES["mlpify"](steps=2), options={"cost_factor": 0.5, "skip": ["blocks.0.*"]}),
+    "sparsify": Subject(lambda: all_passes()["sparsify"](steps=2, lr=1e-3), options={"alpha": 0.5, "steps": 7}),
+    "mlpify": Subject(lambda: all_passes()["mlpify"](steps=2), options={"cost_factor": 0.5, "skip": ["blocks.0.*"]}),
     "moeify": Subject(
-        lambda: PASSES["moeify"](experts=4, router_width=8, steps=2),
+        lambda: all_passes()["moeify"](experts=4, router_width=8, steps=2),
         "gated",
         options={"experts": {"*.0.*": 8, "*": 4}, "clip": None, "share_trunk": False},
     ),
     "recover": Subject(
-        lambda: PASSES["recover"](steps=2, lr=1e-3),
+        lambda: all_passes()["recover"](steps=2, lr=1e-3),
         "gated",
         (Moeify(experts=4, router_width=8),),
         {"tau": 0.5, "distill": 0.25},
     ),
     "lower": Subject(
-        lambda: PASSES["lower"](), "gated", (Moeify(experts=4, router_width=8),), {"only": ["blocks.1.*"]}
+        lambda: all_passes()["lower"](), "gated", (Moeify(experts=4, router_width=8),), {"only": ["blocks.1.*"]}
     ),
 }
 names = pytest.mark.parametrize("name", SUBJECTS)
-fits = pytest.mark.parametrize("name", [name for name, cls in PASSES.items() if cls.trains])
+fits = pytest.mark.parametrize("name", [name for name, cls in all_passes().items() if cls.trains])
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:

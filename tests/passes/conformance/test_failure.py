@@ -12,7 +12,8 @@ from torch import nn
 from surgeon.errors import PassError, SurgeonError, VerificationError
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.traced import TracedGraph
-from surgeon.passes import PASSES, Pass
+from surgeon.passes import Pass
+from surgeon.passes.registry import all_passes
 from surgeon.training.loop import RunSettings
 from tests.small_models import labelled_vectors, vectors
 
@@ -79,7 +80,7 @@ def test_failing_fit_leaves_the_graph(
         assert "broken on purpose" in message
 
 
-@pytest.mark.parametrize("name", [name for name, cls in PASSES.items() if cls.preserves])
+@pytest.mark.parametrize("name", [name for name, cls in all_passes().items() if cls.preserves])
 @pytest.mark.parametrize("mode", [True, False])
 def test_failing_verification_leaves_the_graph_and_names_the_site(
     subject: Any, name: str, mode: bool, monkeypatch: pytest.MonkeyPatch
