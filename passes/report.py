@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from surgeon.graph.snapshot import GraphDiff
+from surgeon.graph.traced import TracedGraph
 from surgeon.measure.meter import Cost
-from surgeon.sites.ffn import PROJECTION_MLP
+from surgeon.sites.ffn import FFN, PROJECTION_MLP
 from surgeon.sites.rejection import Rejection
 from surgeon.training.loop import FitReport
 
@@ -33,6 +34,15 @@ class SiteChange:
     output: tuple[str, str]
     made: str = ""
     executed: float | None = None
+
+    @classmethod
+    def same_cost(cls, graph: TracedGraph, site: FFN, after: str, *, made: str = "") -> SiteChange:
+        """The change of a feed-forward layer that keeps its weights and the node that gives its output.
+
+        after: what it is now, in words.
+        """
+        count, cost, output = site.parameters(graph), site.multiply_adds, site.calls[-1].output.name
+        return cls(site.path, site.describe, after, (count, count), (cost, cost), (output, output), made)
 
 
 @dataclass(frozen=True)

@@ -161,17 +161,9 @@ class Sparsify(FineTunedPass[FFN]):
             set_path(node, target)
             for reader in readers:
                 reader.replace_input_with(z, node)
-        count, cost, output = site.parameters(graph), site.multiply_adds, site.calls[-1].output.name
         where = "output" if ACTIVATIONS[found.activation].leaves_zeros else f"pre-activation, D = {self.displacement:g}"
-        return SiteChange(
-            site.path,
-            site.describe,
-            f"{site.describe} + {PENALTY_NAMES[self.penalty]} tap ({where})",
-            (count, count),
-            (cost, cost),
-            (output, output),
-            made=target,
-        )
+        words = f"{site.describe} + {PENALTY_NAMES[self.penalty]} tap ({where})"
+        return SiteChange.same_cost(graph, site, words, made=target)
 
     def fit(self, context: FitContext[FFN]) -> FitReport | None:
         """Fine-tune all parameters with task loss + Σ over layers of alpha / L · mean over tokens of the penalty."""

@@ -9,71 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCABULARY, WIDTH, HIDDEN, CLASSES = 50, 16, 32, 3
-Inputs = dict[str, Tensor]
+from surgeon.testing.models import (  # noqa: F401  (the tests take them from here)
+    CLASSES,
+    HIDDEN,
+    WIDTH,
+    Fused,
+    Gated,
+    Inputs,
+    Plain,
+    Stack,
+    StackLayer,
+    feed_forward,
+    labelled_vectors,
+    stack,
+    vectors,
+)
 
-
-# --- feed-forward layers ----------------------------------------------------------------------------------------------
-
-
-class Plain(nn.Module):
-    """fc2(dropout(act(fc1 x)))."""
-
-    def __init__(
-        self,
-        d_in: int = WIDTH,
-        hidden: int = HIDDEN,
-        d_out: int | None = None,
-        act: Callable[[Tensor], Tensor] = F.gelu,
-        bias: bool = True,
-        dropout: float = 0.1,
-    ) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(d_in, hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, d_in if d_out is None else d_out, bias=bias)
-        self.dropout = nn.Dropout(dropout)
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.dropout(self.act(self.fc1(x))))
-
-
-class Gated(nn.Module):
-    """down(act(gate x) · up x)."""
-
-    def __init__(
-        self,
-        d_in: int = WIDTH,
-        hidden: int = HIDDEN,
-        act: Callable[[Tensor], Tensor] = F.silu,
-        bias: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.gate = nn.Linear(d_in, hidden, bias=bias)
-        self.up = nn.Linear(d_in, hidden, bias=bias)
-        self.down = nn.Linear(hidden, d_in, bias=bias)
-        self.dropout = nn.Dropout(dropout)
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))
-
-
-class Fused(nn.Module):
-    """Gate and up in one matrix, the gate first."""
-
-    def __init__(
-        self, d_in: int = WIDTH, hidden: int = HIDDEN, act: Callable[[Tensor], Tensor] = F.silu, bias: bool = True
-    ) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(d_in, 2 * hidden, bias=bias)
-        self.down = nn.Linear(hidden, d_in, bias=bias)
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.act(gate) * up)
+VOCABULARY = 50
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -130,33 +82,6 @@ class Classifier(nn.Module):
         return self.head((x * weight).sum(1) / weight.sum(1))
 
 
-class StackLayer(nn.Module):
-    """x + softmax(mix x), then x + dropout(feed-forward)."""
-
-    def __init__(self, ffn: nn.Module) -> None:
-        super().__init__()
-        self.mix, self.norm, self.ffn = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), ffn
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + torch.softmax(self.mix(x), -1)
-        return x + self.dropout(self.ffn(self.norm(x)))
-
-
-class Stack(nn.Module):
-    """A `Classifier` of vectors without attention, several times faster to trace and to save: [B, T, d] → [B, 3]."""
-
-    def __init__(self, *ffns: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(map(StackLayer, ffns))
-        self.head = nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean(1))
-
-
 class Wrapped(nn.Module):
     """One module behind a layer norm, in front of nothing: x [B, T, d] → [B, T, d_out]."""
 
@@ -185,46 +110,12 @@ class Function(nn.Module):
         return self.compute(self, x)
 
 
-def feed_forward(kind: str, dropout: float = 0.1) -> nn.Module:
-    """A feed-forward layer of one kind."""
-    match kind:
-        case "gelu":
-            return Plain(dropout=dropout)
-        case "relu":
-            return Plain(act=F.relu, dropout=dropout)
-        case "biasless":
-            return Plain(act=F.relu, bias=False, dropout=dropout)
-        case "gated":
-            return Gated(dropout=dropout)
-        case "fused":
-            return Fused()
-    raise KeyError(kind)
-
-
 def classifier(kind: str = "gelu", layers: int = 2, dropout: float = 0.1) -> Classifier:
     """A `Classifier` whose feed-forward layers are of one kind, or one and the same ("shared"), in evaluation mode."""
     torch.manual_seed(0)
     if kind == "shared":
         return Classifier(*[feed_forward("relu", dropout)] * layers, dropout=dropout).eval()
     return Classifier(*(feed_forward(kind, dropout) for _ in range(layers)), dropout=dropout).eval()
-
-
-def stack(kind: str = "gelu", layers: int = 2) -> Stack:
-    """A `Stack` whose feed-forward layers are of one kind, or one and the same ("shared"), in evaluation mode."""
-    torch.manual_seed(0)
-    if kind == "shared":
-        return Stack(*[feed_forward("relu")] * layers).eval()
-    return Stack(*(feed_forward(kind) for _ in range(layers))).eval()
-
-
-def vectors(batch: int = 3, length: int = 5, seed: int = 0) -> Inputs:
-    """Inputs of a `Stack`."""
-    return {"x": torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(seed))}
-
-
-def labelled_vectors(batches: int = 2) -> list[tuple[Inputs, Tensor]]:
-    """Training data of a `Stack`."""
-    return [(vectors(8, seed=number), torch.arange(8) % CLASSES) for number in range(batches)]
 
 
 def tokens(batch: int = 3, length: int = 7, *, padded: bool = True, seed: int = 0) -> Inputs:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "surgeon"
 LAYERS = (
     ("cli",),
     ("render",),
-    ("jobs",),
+    ("jobs", "testing"),
     ("surgery",),
     ("text",),
     ("passes", "bench"),

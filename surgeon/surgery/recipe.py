@@ -107,7 +107,16 @@ def build(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None 
         find_pass(name)
         if name not in names:
             raise UsageError(f"Options were given for '{name}', which is not among the passes: {', '.join(names)}.")
-    return [find_pass(name)(**_values(find_pass(name), options.get(name, {}))) for name in names]
+    return [with_options(find_pass(name), options.get(name, {})) for name in names]
+
+
+def with_options(kind: type[Pass[Any]], options: Mapping[str, Any]) -> Pass[Any]:
+    """A pass with options, whose values may be strings, as typed on a command line.
+
+    Raises:
+        UsageError: an unknown option, or a value of the wrong type or out of range.
+    """
+    return kind(**_values(kind, options))
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from surgeon.data.data import Data
 from surgeon.passes import Lower
-from surgeon.passes.registry import all_passes
 from surgeon.surgery.pipeline import Pipeline
 from tests.small_models import labelled_vectors, vectors
 
-from .subjects import SUBJECTS
+from .test_conformance import SUITES
 
 READER = """
 import json, sys, torch, surgeon
@@ -30,14 +29,14 @@ print(json.dumps(result))
 """
 
 
-def test_saved_and_loaded_in_another_process_it_is_the_same(subject: Any, tmp_path: Path) -> None:
+def test_saved_and_loaded_in_another_process_it_is_the_same(traces: Any, tmp_path: Path) -> None:
     batches = [vectors(), vectors(1, 4), vectors(5, 9)]
     torch.save(batches, tmp_path / "inputs.pt")
     want: dict[str, list[Tensor]] = {}
-    for name in SUBJECTS:
-        one, graph = subject(name)
-        surgery = Pipeline([one]).run(graph, inputs=vectors(), data=labelled_vectors(1))
-        directory = str(surgery.save(tmp_path / name))
+    for suite in SUITES:
+        passes = [*suite.first, suite.make()]
+        surgery = Pipeline(passes).run(traces(f"stack:{suite.kind}"), inputs=vectors(), data=labelled_vectors(1))
+        directory = str(surgery.save(tmp_path / passes[-1].name))
         want[directory] = [surgery.graph.eval()(**batch) for batch in batches]
     command = [sys.executable, "-W", "error::UserWarning:surgeon", "-c", READER, str(tmp_path / "inputs.pt"), *want]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -48,10 +47,10 @@ def test_saved_and_loaded_in_another_process_it_is_the_same(subject: Any, tmp_pa
 
 
 def test_all_passes_in_their_usual_order(traces: Any) -> None:
-    passes = [SUBJECTS[name].make() for name in all_passes()]
+    passes = [suite.make() for suite in SUITES]
     data = Data.of(labelled_vectors(2))
     surgery = Pipeline(passes).run(traces("stack:gelu"), inputs=vectors(), data=data)
-    assert [report.name for report in surgery.reports] == list(all_passes())
+    assert [report.name for report in surgery.reports] == [one.name for one in passes]
     assert all(report.matched for report in surgery.reports)
     assert len(surgery.reports[-1].matched) == 2 + 2
     assert isinstance(passes[-1], Lower)
