@@ -81,12 +81,12 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
         model.eval()
         args, kwargs, tiled = tile_single_batch(model, args, kwargs)
         reference = run_reference(model, args, kwargs)
-        failures: list[str] = []
+        failures: list[_Failure] = []
         for form, front_end in _attempts(model):
             try:
                 graph = _export(model, args, kwargs, form, front_end)
             except Exception as error:
-                failures.append(f"{form} form, {front_end.__name__.strip('_')}: {brief(error)}")
+                failures.append(_Failure(form, front_end.__name__.strip("_"), brief(error)))
                 log.debug("trace attempt failed", exc_info=True)
                 continue
             problem, error_size = disagreement(graph, reference, model, args, kwargs)
@@ -97,7 +97,7 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
                 graph.meta["trace"] = TraceInfo(form, dynamic_dims(graph), notes, error_size, task_of(model))
                 graph.train(model_training)
                 return graph
-            failures.append(f"{form} form, {front_end.__name__.strip('_')}: {problem}")
+            failures.append(_Failure(form, front_end.__name__.strip("_"), problem))
     raise TraceError(
         f"{type(model).__name__} cannot be traced into a graph that computes what it computes. Tried:\n"
         + "\n".join(f"  - {failure}" for failure in _distinct(failures))
@@ -114,12 +114,20 @@ def _refuse_keywords(model: nn.Module) -> None:
             raise TraceError(f"'{name}': torch.fx cannot write a name that holds Python's keyword '{word}'. Rename it.")
 
 
-def _distinct(failures: list[str]) -> list[str]:
+@dataclass(frozen=True)
+class _Failure:
+    """An attempt to trace that failed: in which form, by which front end, and why."""
+
+    form: Form
+    front_end: str
+    reason: str
+
+
+def _distinct(failures: list[_Failure]) -> list[str]:
     """Every reason once, behind all the attempts that met it."""
     attempts: dict[str, list[str]] = {}
     for failure in failures:
-        attempt, _, reason = failure.partition(": ")
-        attempts.setdefault(reason, []).append(attempt)
+        attempts.setdefault(failure.reason, []).append(f"{failure.form} form, {failure.front_end}")
     return [f"{' and '.join(made)}: {reason}" for reason, made in attempts.items()]
 
 
@@ -228,13 +236,13 @@ def _form_of(graph: GraphModule) -> Form:
     return "train" if changed else "eval"
 
 
-def _notes(graph: TracedGraph, form: Form, failures: list[str], tiled: bool) -> tuple[str, ...]:
+def _notes(graph: TracedGraph, form: Form, failures: list[_Failure], tiled: bool) -> tuple[str, ...]:
     notes = []
     if form == "eval":
-        why = next((failure for failure in failures if failure.startswith("train")), "")
+        why = next((failure.reason for failure in failures if failure.form == "train"), "")
         notes.append(
             "Traced in evaluation form: dropout and other training-time randomness are off during fine-tuning. "
-            f"The training form was refused ({why.partition(': ')[2]})."
+            f"The training form was refused ({why})."
         )
     fixed = [name for name, dims in dynamic_dims(graph) if 0 not in dims]
     if fixed:

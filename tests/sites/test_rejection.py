@@ -1,4 +1,4 @@
-"""The codes of refusals: each one that the code uses is explained, in the table and on the page of the documentation."""
+"""The codes of refusals: each that the code uses is explained, in the table and on the page of the documentation."""
 
 from __future__ import annotations
 
