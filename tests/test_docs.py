@@ -1,0 +1,67 @@
+"""The examples of the README and of the pages under docs run as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from transformers import BertConfig, BertForSequenceClassification
+from typer.testing import CliRunner
+
+from surgeon.cli import app
+from tests.cli.shelf import write_bert
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(python|console)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """The language and the text of every block that is to run, on the lines that it has in the page."""
+    text = page.read_text(encoding="utf-8")
+    for match in FENCE.finditer(text):
+        yield match[1], "\n" * text.count("\n", 0, match.start(2)) + match[2]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a page: `bert-dir`, a Hugging Face model with a tokenizer, and `reviews.csv` for it."""
+    monkeypatch.chdir(tmp_path)
+    write_bert(tmp_path)
+    (tmp_path / "bert").rename("bert-dir")
+    config = BertConfig(
+        num_hidden_layers=2, hidden_size=64, intermediate_size=256, num_attention_heads=4, vocab_size=40
+    )
+    BertForSequenceClassification(config).save_pretrained("bert-dir")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_examples_run_in_order(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A module, since classes that a page defines look up their types in it.
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    for language, block in blocks(page):
+        if language == "python":
+            exec(compile(block, str(page), "exec"), module.__dict__)
+        else:
+            for command in re.findall(r"^\$ (.*)$", block, flags=re.MULTILINE):
+                run(command)
+
+
+def run(command: str) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "surgeon"
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, (command, done.output)
+    assert done.stdout
+
+
+def test_the_readme_shows_both_ways() -> None:
+    assert {language for language, _ in blocks(PAGES[0])} == {"python", "console"}
+    assert len(PAGES) > 1
