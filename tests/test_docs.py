@@ -18,14 +18,14 @@ from tests.cli.shelf import write_bert
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^```(python|console)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^```(python|console)(?: file=(\S+))?\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
-def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    """The language and the text of every block that is to run, on the lines that it has in the page."""
+def blocks(page: Path) -> Iterator[tuple[str, str | None, str]]:
+    """Language, file to be saved as, and text of every block that is to run, on the lines that it has in the page."""
     text = page.read_text(encoding="utf-8")
     for match in FENCE.finditer(text):
-        yield match[1], "\n" * text.count("\n", 0, match.start(2)) + match[2]
+        yield match[1], match[2], "\n" * text.count("\n", 0, match.start(3)) + match[3]
 
 
 @pytest.fixture
@@ -46,8 +46,11 @@ def test_examples_run_in_order(page: Path, place: Path, monkeypatch: pytest.Monk
     # A module, since classes that a page defines look up their types in it.
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
-    for language, block in blocks(page):
-        if language == "python":
+    monkeypatch.syspath_prepend(place)
+    for language, file, block in blocks(page):
+        if file is not None:
+            Path(file).write_text(block, encoding="utf-8")
+        elif language == "python":
             exec(compile(block, str(page), "exec"), module.__dict__)
         else:
             for command in re.findall(r"^\$ (.*)$", block, flags=re.MULTILINE):
@@ -63,5 +66,5 @@ def run(command: str) -> None:
 
 
 def test_the_readme_shows_both_ways() -> None:
-    assert {language for language, _ in blocks(PAGES[0])} == {"python", "console"}
+    assert {language for language, _, _ in blocks(PAGES[0])} == {"python", "console"}
     assert len(PAGES) > 1
