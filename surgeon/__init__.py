@@ -34,7 +34,8 @@ def _check_links() -> None:
         "(`git config core.symlinks true`, on Windows in developer mode) and check out again "
         f"(`git checkout -- {what.replace(' and ', ' ')}`), or install surgeon from a wheel."
     )
-    raise SystemExit(line) if Path(sys.argv[0]).stem == "surgeon" else ImportError(line)
+    # "-m" stands there while `python -m surgeon` looks for the module.
+    raise SystemExit(line) if Path(sys.argv[0]).stem in ("surgeon", "-m") else ImportError(line)
 
 
 _check_links()

@@ -240,17 +240,15 @@ def test_a_checkout_without_one_link_names_that(without_links: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("ImportError: surgeon/passes: no folder")
 
 
-def test_the_command_of_a_checkout_without_links_says_so_in_one_line(without_links: Path) -> None:
-    # As pip writes it.
-    script = without_links / "surgeon-script" / "surgeon"
+@pytest.mark.parametrize("start", ["script", "module"])
+def test_the_command_of_a_checkout_without_links_says_so_in_one_line(without_links: Path, start: str) -> None:
+    script = without_links / "scripts" / "surgeon"
     script.parent.mkdir()
-    script.write_text("import sys\nfrom surgeon.cli import main\nsys.exit(main())\n")
-    done = subprocess.run(
-        [sys.executable, script, "--help"],
-        env={"PYTHONPATH": str(without_links)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stdout == ""
+    script.write_text("import sys\nfrom surgeon.cli import main\nsys.exit(main())\n")  # as pip writes it
+    command = [sys.executable, *(["-m", "surgeon"] if start == "module" else [str(script)]), "--help"]
+    options: dict[str, Any] = {"cwd": without_links, "env": {"PYTHONPATH": str(without_links)}}
+    done = subprocess.run(command, **options, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("surgeon/kernels and surgeon/passes: no folder in ")
 
