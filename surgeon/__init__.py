@@ -10,7 +10,35 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from surgeon.version import __version__ as __version__
+
+
+def _check_links() -> None:
+    """Refuse to start without the folders that are linked into the package.
+
+    Git makes a small text file of a link where it may not make links, as on Windows by default.
+
+    Raises:
+        ImportError: one is missing. The command ends with the same line instead, without a traceback.
+    """
+    lost = [name for name in ("kernels", "passes") if not Path(__file__).with_name(name).is_dir()]
+    if not lost:
+        return
+    what = " and ".join(f"surgeon/{name}" for name in lost)
+    line = (
+        f"{what}: no folder in {Path(__file__).parent}, where the repository has a symbolic link. Let git make links "
+        "(`git config core.symlinks true`, on Windows in developer mode) and check out again "
+        f"(`git checkout -- {what.replace(' and ', ' ')}`), or install surgeon from a wheel."
+    )
+    # "-m" stands there while `python -m surgeon` looks for the module.
+    raise SystemExit(line) if Path(sys.argv[0]).stem in ("surgeon", "-m") else ImportError(line)
+
+
+_check_links()
 
 # Loaded on first use: `import surgeon` and `surgeon --help` do not wait for torch.
 _EXPORTS = {

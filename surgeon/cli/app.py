@@ -26,6 +26,7 @@ from typer.core import TyperGroup
 from surgeon.cli.options import Debug, Output, OutputMode, Quiet, Verbose
 from surgeon.cli.reading import with_data_options
 from surgeon.errors import SurgeonError
+from surgeon.version import __version__
 
 if TYPE_CHECKING:
     from surgeon.render.screen import Screen
@@ -115,9 +116,7 @@ def _surgeon(
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as version_of
-
-        typer.echo(f"surgeon {version_of('surgeon')}")
+        typer.echo(f"surgeon {__version__}")
         raise typer.Exit
     run: Run = context.obj
     run.output, run.verbose, run.quiet, run.debug = output, verbose, quiet, debug

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 aten = torch.ops.aten
 
@@ -244,6 +246,8 @@ def to_networkx(graph: GraphModule) -> nx.DiGraph:
 
     Vertices carry `op`, `target` (str), `path` (module path) and `shape`.
     """
+    import networkx as nx
+
     result = nx.DiGraph()
     for node in graph.graph.nodes:
         result.add_node(node.name, op=node.op, target=str(node.target), path=module_path(node), shape=shape_of(node))

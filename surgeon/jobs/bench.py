@@ -32,6 +32,7 @@ from surgeon.kernels.gpu_model.cost import (
     predict,
 )
 from surgeon.kernels.gpu_model.devices import Device, find_device, model_of
+from surgeon.moe.clustering import nearest_divisors
 from surgeon.progress import Progress
 
 Mode = Literal["layer", "surgery", "model"]
@@ -302,8 +303,6 @@ def _shapes(options: BenchOptions) -> list[LayerShape]:
         except UsageError as error:
             if min(options.width, hidden) < 1:
                 raise
-            from surgeon.moe.clustering import nearest_divisors  # takes a second to import
-
             nearest = ", ".join(map(str, nearest_divisors(hidden, size)))
             raise UsageError(f"{error} Give another --size. Nearest: {nearest}.") from error
 

@@ -23,7 +23,7 @@ from surgeon.passes import Lower, Moeify
 from surgeon.surgery.artifact import load
 from surgeon.surgery.pipeline import Pipeline
 
-_PACKAGES = ("transformers", "accelerate", "datasets", "safetensors", "scikit-learn", "scipy", "networkx")
+_PACKAGES = ("transformers", "accelerate", "datasets", "safetensors", "scikit-learn", "networkx")
 _LITTLE_SPACE = 1 << 30
 
 

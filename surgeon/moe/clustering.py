@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from surgeon.errors import UsageError
+
+if TYPE_CHECKING:
+    from sklearn.cluster import KMeans
 
 _KMEANS_ITERATIONS = 20
 
@@ -54,10 +56,14 @@ def balanced_clusters(
     if clusters == n:
         return torch.arange(n)
 
+    # Before threads are limited: that holds for the libraries that are loaded by then.
+    from sklearn.cluster import KMeans
+
     best_score, best_labels = -np.inf, np.empty(0, dtype=np.int64)
     # One thread: with more, the order of summation and with it the labels would depend on timing.
     with threadpool_limits(limits=1):
-        centroids = _kmeans_centroids(points, clusters, seed)
+        kmeans = KMeans(clusters, n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=seed)
+        centroids = _fitted_centroids(kmeans, points)
         previous = None
         for _ in range(refinements):
             distances = np.square(centroids).sum(1) - 2 * points @ centroids.T  # up to a constant for each row
@@ -100,14 +106,15 @@ def _as_points(features: NDArray[np.floating] | Tensor) -> NDArray[np.float32]:
     return centred
 
 
-def _kmeans_centroids(points: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:
+def _fitted_centroids(kmeans: KMeans, points: NDArray[np.float32]) -> NDArray[np.float32]:
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings():
         # Fewer distinct rows than clusters is fine here: the assignment fills every cluster.
         warnings.simplefilter("ignore", ConvergenceWarning)
         # Two OpenMP runtimes in one process: not ours to solve, and harmless with one thread.
         warnings.filterwarnings("ignore", message=".*OpenMP.*", category=RuntimeWarning)
-        kmeans = KMeans(clusters, n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=seed).fit(points)
-    centroids: NDArray[np.float32] = kmeans.cluster_centers_
+        centroids: NDArray[np.float32] = kmeans.fit(points).cluster_centers_
     return centroids
 
 

@@ -25,6 +25,7 @@ from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.surgery.origin import Origin
 from surgeon.tracing.trace import TraceInfo
+from surgeon.version import __version__
 
 Kind = TypeVar("Kind")
 SCHEMA = 2
@@ -139,7 +140,7 @@ def make_record(
     made = Record(
         schema=SCHEMA,
         versions={
-            "surgeon": version("surgeon"),
+            "surgeon": __version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "python": platform.python_version(),

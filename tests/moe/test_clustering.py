@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -88,3 +92,27 @@ def test_nearest_divisors() -> None:
     assert nearest_divisors(7, 0) == (1,)
     with pytest.raises(UsageError, match="positive"):
         nearest_divisors(0, 1)
+
+
+THREADS = """
+import numpy as np
+from threadpoolctl import threadpool_info
+from surgeon.moe import clustering
+
+fitted, seen = clustering._fitted_centroids, []
+
+def look(*args):
+    made = fitted(*args)
+    seen.extend((pool["user_api"], pool["filepath"], pool["num_threads"]) for pool in threadpool_info())
+    return made
+
+clustering._fitted_centroids = look
+clustering.balanced_clusters(np.random.default_rng(0).standard_normal((64, 4)), 8, seed=0)
+print(any("sklearn" in path or "scikit_learn" in path for _, path, _ in seen), {count for *_, count in seen})
+"""
+
+
+def test_scikit_learn_loaded_by_the_first_call_has_one_thread_too() -> None:
+    two = {**os.environ, "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=False, env=two)
+    assert (done.returncode, done.stdout) == (0, "True {1}\n"), done.stderr
