@@ -39,9 +39,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import UsageError
-from surgeon.kernels import cpu, triton
 from surgeon.kernels import selection as _selection  # noqa: F401  registers its op
 from surgeon.kernels.activations import activation as find_activation
+from surgeon.kernels.backends import Call, backends
+from surgeon.kernels.cpu import backend as native
 from surgeon.kernels.experts import Experts, hidden, keep_selected, selected
 from surgeon.kernels.torch import backend as torch_backend
 
@@ -73,14 +74,11 @@ class _Arguments(NamedTuple):
         return Experts(*self[3:8])
 
     @property
-    def rows(self) -> Tensor:
-        """x as [N, d_in]."""
-        return self.x.reshape(-1, self.x.shape[-1])
-
-    @property
-    def selection(self) -> tuple[Tensor, Tensor]:
-        """Scores as [N, E] and thresholds as [N]."""
-        return self.scores.reshape(-1, self.scores.shape[-1]), self.threshold.reshape(-1)
+    def call(self) -> Call:
+        """With tokens in one dimension."""
+        x, scores, threshold, *_, b2, activation = self
+        rows = x.reshape(-1, x.shape[-1]), scores.reshape(-1, scores.shape[-1]), threshold.reshape(-1)
+        return Call(*rows, self.experts, b2, activation)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,29 +88,10 @@ class _Arguments(NamedTuple):
 
 @torch.library.custom_op("surgeon::dynamic_k_ffn", mutates_args=(), schema=_SIGNATURE)
 def _dynamic_k_ffn(*given: Any) -> Tensor:
-    if given[0].device.type == "cpu" and cpu.ready():
-        # Loaded just now: from here on the dispatcher goes to the native kernels without coming here.
-        native: Tensor = dynamic_k_ffn(*given)
-        return native
     args = _check(*given)
-    y = _by_triton(args)
-    return _by_torch(args) if y is None else y
-
-
-def _by_triton(args: _Arguments) -> Tensor | None:
-    """The operator by Triton's kernels; None where they do not run."""
-    rows, experts = args.rows, args.experts
-    if not triton.chosen(rows, experts, args.activation):
-        return None
-    ordered, way = torch.are_deterministic_algorithms_enabled(), triton.fastest_way(rows, experts)
-    y = triton.forward(rows, *args.selection, experts, args.b2, args.activation, way=way, ordered=ordered)
+    call = args.call
+    y = next(backend for backend in backends() if backend.takes(call)).forward(call)
     return y.view(args.shape)
-
-
-def _by_torch(args: _Arguments) -> Tensor:
-    """The operator by the torch backend, for every device and dtype."""
-    mask = selected(*args.selection)
-    return torch_backend.forward(args.rows, mask, args.experts, args.b2, args.activation).view(args.shape)
 
 
 def _masked(args: _Arguments) -> Tensor:
@@ -143,20 +122,10 @@ def _dynamic_k_ffn_backward(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1, gate, b_gate and w2; an empty tensor for one not needed or not there."""
-    experts, rows = Experts(w1, b1, gate, b_gate, w2), x.reshape(-1, x.shape[-1])
-    grad = grad.reshape(-1, grad.shape[-1])
-    scores = scores.reshape(-1, scores.shape[-1])
-    threshold = threshold.reshape(-1)
-    if triton.chosen(rows, experts, activation):
-        ordered, way = torch.are_deterministic_algorithms_enabled(), triton.fastest_way(rows, experts)
-        gradients = triton.backward(
-            grad, rows, scores, threshold, experts, activation, need_x, need_weights, way=way, ordered=ordered
-        )
-    else:
-        mask = selected(scores, threshold)
-        gradients = torch_backend.backward(
-            grad, rows, mask, experts, activation, need_x=need_x, need_weights=need_weights
-        )
+    args = _Arguments(x, scores, threshold, w1, b1, gate, b_gate, w2, None, activation)
+    call, grad = args.call, grad.reshape(-1, grad.shape[-1])
+    backward = next(backend.backward for backend in backends() if backend.backward and backend.takes(call))
+    gradients = backward(call, grad, need_x, need_weights)
     grad_x, *rest = (x.new_empty(0) if g is None else g for g in gradients)
     return (grad_x.view(x.shape) if need_x else grad_x, *rest)  # type: ignore[return-value]
 
@@ -192,11 +161,18 @@ _library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyp
 """Holds the registrations below: they last as long as it does."""
 
 _library.define("masked_ffn" + _SIGNATURE)  # type: ignore[no-untyped-call]
-# What the native kernels hand on: dtypes they do not have, and arguments that are wrong.
 _library.define("dynamic_k_ffn_torch" + _SIGNATURE)  # type: ignore[no-untyped-call]
-_library.impl(  # type: ignore[no-untyped-call]
-    "dynamic_k_ffn_torch", lambda *given: _by_torch(_check(*given)), "CompositeExplicitAutograd"
-)
+
+
+def _dynamic_k_ffn_torch(*given: Any) -> Tensor:
+    # Here the native kernels hand on what they do not take: dtypes and activations they do not have, wrong arguments.
+    args = _check(*given)
+    call = args.call
+    native.say_if_unknown(call)
+    return torch_backend.BACKEND.forward(call).view(args.shape)
+
+
+_library.impl("dynamic_k_ffn_torch", _dynamic_k_ffn_torch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def _masked_ffn(*given: Any) -> Tensor:

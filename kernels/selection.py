@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import UsageError
-from surgeon.kernels import triton
+from surgeon.kernels.backends import backends
 
 RULES = ("max", "cumulative", "energy", "top_k")
 
@@ -46,6 +46,15 @@ def _selection_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
     if rule == "max":
         return scores.amax(-1) * tau
     return torch.ops.surgeon.sorted_threshold(scores, tau, rule)  # type: ignore[no-any-return]
+
+
+def _by_a_backend(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
+    for backend in backends():
+        if backend.sorted_threshold is not None:
+            found = backend.sorted_threshold(scores, tau, rule)
+            if found is not None:
+                return found
+    return _sorted_threshold(scores, tau, rule)
 
 
 def _sorted_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
@@ -70,12 +79,7 @@ _library.impl("selection_threshold", _selection_threshold, "CompositeImplicitAut
 
 _SORTED = "(Tensor scores, Tensor tau, str rule) -> Tensor"
 _library.define("sorted_threshold" + _SORTED)  # type: ignore[no-untyped-call]
-_library.impl("sorted_threshold", _sorted_threshold, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_library.impl(  # type: ignore[no-untyped-call]
-    "sorted_threshold",
-    lambda *given: (triton.sorted_threshold if triton.chosen_for_scores(*given[:2]) else _sorted_threshold)(*given),
-    "CUDA",
-)
+_library.impl("sorted_threshold", _by_a_backend, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 # Which experts run is a step function of the scores: there is no gradient.
 _library.impl("sorted_threshold", torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 # What the native kernels hand on: float64.

@@ -1,6 +1,6 @@
 """The native kernels of the dynamic-k FFN for processors: C++, built on this machine when they are first needed.
 
-`ready()` is what the operator asks at its first call on a processor: it builds and loads the library, once in a
+`ready()` is what `backend` asks at the operator's first call on a processor: it builds and loads the library, once in a
 process, or says why it cannot, once, and the torch backend runs. `SURGEON_CPU=torch` switches the native kernels off;
 `SURGEON_CPU=avx2` and the like choose an instruction set.
 """
@@ -23,7 +23,7 @@ from surgeon.kernels.cpu.build import BuildError, built, library
 
 log = logging.getLogger("surgeon")
 
-__all__ = ["State", "built", "load", "ready", "without_building"]
+__all__ = ["State", "built", "load", "loaded", "ready", "without_building"]
 
 _lock = threading.Lock()
 
@@ -52,6 +52,11 @@ def ready() -> bool:
     """Whether the native kernels run; the first call loads them, and builds them if they were never built."""
     if _state is None and (_may_build or built()):
         load()
+    return loaded()
+
+
+def loaded() -> bool:
+    """Whether the native kernels are in PyTorch's dispatcher already."""
     return _state is not None and _state.path is not None
 
 

@@ -43,8 +43,9 @@ constexpr int64_t MOST_FLOATS_KEPT = int64_t(1) << 24;
 // --- a call ----------------------------------------------------------------------------------------------------------
 
 const char* const ACTIVATIONS[] = {
-    "relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu2", "identity", "tanh", "sigmoid", "leaky_relu", "elu",
-    "selu", "mish", "relu6", "softplus", "hardswish", "hardtanh", "softsign",
+#define ACTIVATION(name, ...) #name,
+#include "activations.inc"
+#undef ACTIVATION
 };
 
 std::optional<Activation> find_activation(c10::string_view name) {
@@ -52,6 +53,8 @@ std::optional<Activation> find_activation(c10::string_view name) {
     if (name == ACTIVATIONS[i]) return Activation(i);
   return std::nullopt;
 }
+
+std::vector<std::string> activations() { return {std::begin(ACTIVATIONS), std::end(ACTIVATIONS)}; }
 
 struct Arguments {
   const Tensor &x, &scores, &threshold, &w1;
@@ -243,7 +246,9 @@ Tensor forward(
     // In Python the general operator computes it or says what is wrong.
     auto general = c10::Dispatcher::singleton().findSchema({"surgeon::dynamic_k_ffn_torch", ""});
     TORCH_CHECK(
-        general, "surgeon::dynamic_k_ffn: these arguments do not fit together, or are neither float32 nor bfloat16");
+        general,
+        "surgeon::dynamic_k_ffn: these arguments do not fit together, are neither float32 nor bfloat16, or the native "
+        "kernels have no activation '", activation, "'");
     return general->typed<Signature>().call(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation);
   }
   Activation function = *find_activation(activation);
@@ -322,6 +327,7 @@ Tensor autograd(
 TORCH_LIBRARY_FRAGMENT(surgeon, library) {
   // Python has declared it before it loads this library.
   if (!c10::Dispatcher::singleton().findSchema({"surgeon::dynamic_k_ffn", ""})) library.def(SCHEMA);
+  library.def("cpu_activations() -> str[]", &activations);
   library.def("cpu_instruction_sets() -> str[]", &instruction_sets);
   library.def("cpu_use_instruction_set(str name) -> ()", &use_instruction_set);
   library.def("cpu_take_way(str name) -> ()", &take_way);

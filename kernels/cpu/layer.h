@@ -6,8 +6,9 @@
 namespace surgeon {
 
 enum class Activation {
-  relu, gelu, gelu_tanh, quick_gelu, silu, relu2, identity, tanh, sigmoid, leaky_relu, elu, selu, mish, relu6, softplus,
-  hardswish, hardtanh, softsign,
+#define ACTIVATION(name, ...) name,
+#include "activations.inc"
+#undef ACTIVATION
 };
 
 // bfloat16 as it lies in memory: the upper half of a float.

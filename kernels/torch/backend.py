@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from surgeon.kernels.activations import Activation, activation
-from surgeon.kernels.experts import Experts, Gradients
+from surgeon.kernels.backends import Backend, Call
+from surgeon.kernels.experts import Experts, Gradients, selected
 from surgeon.kernels.torch import plan as torch_plan
 
 # So many bytes of the inputs, or of the products, each thread of a CPU holds at once, so that they stay in its cache;
@@ -219,3 +220,15 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype to multiply matrices in: fp32 for half types on processors that would only emulate them."""
     emulated = x.device.type == "cpu" and x.dtype in torch_plan.HALF and not torch_plan.multiplies(x.dtype)
     return torch.float32 if emulated else x.dtype
+
+
+def _forward_call(call: Call) -> Tensor:
+    return forward(call.x, selected(call.scores, call.threshold), call.experts, call.b2, call.activation)
+
+
+def _backward_call(call: Call, grad: Tensor, need_x: bool, need_weights: bool) -> Gradients:
+    mask = selected(call.scores, call.threshold)
+    return backward(grad, call.x, mask, call.experts, call.activation, need_x=need_x, need_weights=need_weights)
+
+
+BACKEND = Backend(lambda _: True, _forward_call, _backward_call)

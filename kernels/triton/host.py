@@ -46,7 +46,22 @@ def forward(
     way: Way = "experts",
     ordered: bool = False,
 ) -> Tensor:
-    """See `surgeon.kernels.triton.forward`."""
+    """Return Σ over selected experts of h_e w2_e, plus b2: a new contiguous tensor [N, d_out] in the dtype of `x`.
+
+    Only for arguments that `backend.supports` has no objection to. Sums over experts are accumulated in fp32; hidden
+    values are rounded to the dtype of `x` between the two products, as they are in the dense FFN. fp32 is multiplied in
+    TF32 if PyTorch may (`torch.backends.cuda.matmul`).
+
+    Args:
+        x: [N, d_in].
+        scores: [N, E], any floating dtype.
+        threshold: [N], any floating dtype.
+        experts: the weights, same dtype as `x`.
+        b2: [d_out] or None.
+        activation: one of `elementwise.ACTIVATIONS`.
+        way: what of it is computed expert by expert, and what densely.
+        ordered: add up experts in a fixed order, so that equal inputs give equal bits; dense products do anyway.
+    """
     x, scores, threshold = x.contiguous(), scores.contiguous(), threshold.contiguous()
     experts, chip = _contiguous(experts), launch.chip(x.device)
     (tokens, _), (count, neurons, _), d_out = x.shape, experts.w1.shape, experts.w2.shape[2]
@@ -92,7 +107,11 @@ def backward(
     way: Way = "experts",
     ordered: bool = False,
 ) -> Gradients:
-    """See `surgeon.kernels.triton.backward`."""
+    """Return the gradients of `x` and the weights for `grad`, the gradient of the output [N, d_out].
+
+    Arguments are those of `forward`, which need not be called first; what is not needed is None. Every `way` but expert
+    by expert is masked. `ordered` is about the gradient of `x`: those of the weights are reproducible anyway.
+    """
     grad, x, scores, threshold = (t.contiguous() for t in (grad, x, scores, threshold))
     experts = _contiguous(experts)
     if way != "experts" and len(x):
@@ -128,7 +147,13 @@ def backward(
 
 
 def sorted_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
-    """See `surgeon.kernels.triton.sorted_threshold`."""
+    """`surgeon::sorted_threshold` without sorting, where `backend.sorts`.
+
+    Args:
+        scores: [..., E], float32, not negative.
+        tau: a scalar, float32.
+        rule: "cumulative", "energy" or "top_k".
+    """
     scores, count = scores.contiguous(), scores.shape[-1]
     out = scores.new_empty(scores.shape[:-1])
     sizes = _tiles.scores(count)

@@ -14,9 +14,10 @@ import torch
 import surgeon.kernels.dynamic_k  # noqa: F401  (defines the operators before the native kernels are loaded)
 from surgeon.bench.layer import DTYPES
 from surgeon.bench.timing import TimedCall, cache_size, clock_for, median_seconds
-from surgeon.kernels import cpu, triton
+from surgeon.kernels import cpu
 from surgeon.kernels.cpu.crossover import processor
 from surgeon.kernels.cpu.crossover import threads as using_threads
+from surgeon.kernels.triton import backend as triton
 
 _SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices multiplied
 _BUFFER = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes read, at least

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.graph.calls import return_as_is, unflatten_output
-from surgeon.graph.ops import SAME_VALUE, SHAPE_OPS
+from surgeon.graph.ops import carries_values
 from surgeon.graph.traced import aten, fork
+from surgeon.graph.walk import walk_users
 
 
 class Capture(nn.Module):
@@ -41,24 +42,12 @@ class Capture(nn.Module):
 def _before_changes(graph: GraphModule, node: Node) -> Node:
     """The node, or a copy of its value if the graph later changes that in place (`x += y`, an in-place ReLU)."""
     base = node
-    while base.op == "call_function" and (base.target in SHAPE_OPS or base.target in SAME_VALUE):
+    while carries_values(base):
         source = base.args[0]
         assert isinstance(source, Node)
         base = source
-    stack, seen = [base], {base}
-    changed = False
-    while stack:
-        for user in stack.pop().users:
-            schema = getattr(user.target, "_schema", None)
-            changed = changed or (schema is not None and schema.is_mutable)
-            if (
-                user not in seen
-                and user.op == "call_function"
-                and (user.target in SHAPE_OPS or user.target in SAME_VALUE)
-            ):
-                seen.add(user)
-                stack.append(user)
-    if not changed:
+    schemas = (getattr(user.target, "_schema", None) for user in walk_users(base, carries_values))
+    if not any(schema is not None and schema.is_mutable for schema in schemas):
         return node
     with graph.graph.inserting_after(node):
         return graph.graph.call_function(aten.clone.default, (node,))

@@ -151,6 +151,11 @@ def is_copy(node: Node) -> bool:
     )  # fmt: skip
 
 
+def carries_values(node: Node) -> bool:
+    """Whether the output is the first input in another shape, a part of it, a copy or a cast."""
+    return node.op == "call_function" and (node.target in SHAPE_OPS or node.target in SAME_VALUE)
+
+
 def equal_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are the same number or the same expression, without adding a guard."""
     left = a.node.expr if isinstance(a, torch.SymInt) else a

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from surgeon.graph.traced import aten, is_call, tensor_key, tensor_of
+from surgeon.graph.walk import walk_sources
 from surgeon.kernels.experts import Experts
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
@@ -116,11 +117,8 @@ def router_nodes(node: Node) -> list[Node]:
     """The nodes between the input and the scores of an expert layer in op form, parameters included."""
     x, scores = node.args[0], node.args[1]
     assert isinstance(scores, Node)
-    found: dict[Node, None] = {}
-    stack = [scores]
-    while stack:
-        current = stack.pop()
-        if current is not x and current not in found and current.op in ("get_attr", "call_function"):
-            found[current] = None
-            stack.extend(current.all_input_nodes)
-    return list(found)
+
+    def between(source: Node) -> bool:
+        return source is not x and source.op in ("get_attr", "call_function")
+
+    return [source for source in walk_sources(scores, between) if between(source)]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from surgeon.graph.walk import walk_users
 from surgeon.moe.module import MoE
 from surgeon.moe.site import find_moes
 from surgeon.sites.ffn import FFN
@@ -46,15 +47,10 @@ def trunk_of(graph: GraphModule, site: FFN, group: Sequence[str]) -> nn.Linear |
 
 def _meeting_point(output: Node, linears: set[Node], order: Mapping[Node, int]) -> Node | None:
     """The first linear layer that the values go into: for queries, keys and values, what mixes the heads."""
-    found, seen, stack = set(), {output}, [output]
-    while stack:
-        for user in stack.pop().users:
-            # A size says nothing about where values go.
-            if user in seen or isinstance(user.meta.get("val"), int | torch.SymInt):
-                continue
-            seen.add(user)
-            if user in linears:
-                found.add(user)
-            else:
-                stack.append(user)
+
+    def through(user: Node) -> bool:
+        # A size says nothing about where values go.
+        return user not in linears and not isinstance(user.meta.get("val"), int | torch.SymInt)
+
+    found = (user for user in walk_users(output, through) if user in linears)
     return min(found, key=lambda node: order[node], default=None)

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.graph.ops import MATMULS, SAME_VALUE, VIEWS, equal_size
 from surgeon.graph.traced import aten, is_call, module_path, shape_of, tensor_of
+from surgeon.graph.walk import walk_sources
 
 _TRANSPOSES = {
     aten.t.default,
@@ -258,16 +259,7 @@ def _swaps_two(node: Node) -> bool:
 
 def _from_parameters_only(node: Node) -> bool:
     """Whether the value depends on no input of the graph."""
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current.op == "placeholder":
-            return False
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return True
+    return all(source.op != "placeholder" for source in walk_sources(node))
 
 
 def _bias(graph: GraphModule, node: object) -> Node | None:

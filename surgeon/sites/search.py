@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -20,15 +21,16 @@ from surgeon.graph.ops import (
     DROPOUTS,
     LINEAR_OPS,
     PRODUCTS,
-    SAME_VALUE,
     SHAPE_OPS,
     barrier,
+    carries_values,
     equal_size,
     is_copy,
     is_pointwise,
     op_name,
 )
 from surgeon.graph.traced import aten, common_path, is_call, module_path, shape_of, tensor_key, tensor_of
+from surgeon.graph.walk import walk_sources, walk_users
 from surgeon.sites.ffn import FFN, IDENTITY_MODULE_MARK, LayerCall
 from surgeon.sites.linear import Linear, OpaqueLinear, find_linears
 from surgeon.sites.linear_site import LinearSite
@@ -94,19 +96,7 @@ class WeightUses:
 
 def _is_head(linear: Linear) -> bool:
     """Whether the output leaves the graph without passing another multiplication."""
-    stack, seen = [linear.output], set()
-    while stack:
-        for user in stack.pop().users:
-            if user.op == "output":
-                return True
-            if (
-                user not in seen
-                and user.op == "call_function"
-                and (user.target in SHAPE_OPS or user.target in SAME_VALUE)
-            ):
-                seen.add(user)
-                stack.append(user)
-    return False
+    return any(user.op == "output" for user in walk_users(linear.output, carries_values))
 
 
 def _user_name(node: Node) -> str:
@@ -251,13 +241,10 @@ class _Search:
 
     def _walk(self, start: Node, stops: Set[Node] = frozenset()) -> _Walk:
         """Walk back from a second linear's input to the linears it comes from, and no further than `stops`."""
-        walk, stack = _Walk(), [start]
-        seen: set[Node] = set()
-        while stack and len(seen) < _MAX_WALK:
-            node = stack.pop()
-            if node in seen or not _is_tensor(node):
-                continue
-            seen.add(node)
+        walk = _Walk()
+        # On through what is put into `walk.nodes`.
+        tensors = (node for node in walk_sources(start, walk.nodes.__contains__) if _is_tensor(node))
+        for node in islice(tensors, _MAX_WALK):
             if node in stops:
                 walk.outside.append(node)
             elif node in self.by_output:
@@ -273,10 +260,8 @@ class _Search:
             elif (what := barrier(node)) is not None:
                 walk.barriers.append((node, what))
                 walk.nodes.add(node)
-                stack.extend(node.all_input_nodes)
             elif self._passes_through(node):
                 walk.nodes.add(node)
-                stack.extend(node.all_input_nodes)
             else:
                 walk.outside.append(node)
         return walk

@@ -10,9 +10,10 @@ import torch
 
 from surgeon.bench.layer import Case, Problem, make_problem
 from surgeon.bench.methods import METHODS, UnavailableError
-from surgeon.kernels import cpu, triton
+from surgeon.kernels import cpu
 from surgeon.kernels.cpu import crossover
 from surgeon.kernels.gpu_model.cost import LayerShape
+from surgeon.kernels.triton import backend as triton
 
 # torch.compile takes longer than all the others together; that it may fail is tested in test_run.
 NAMES = [name for name in METHODS if name != "compiled"]

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgeon.kernels import dynamic_k
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn, selected
 
@@ -226,22 +225,3 @@ def test_half_types_lose_no_more_than_one_rounding_per_expert(way: str, dtype: t
 def test_single_precision_is_close() -> None:
     args = arguments((40,), experts=16, neurons=8, d_in=32, d_out=32, dtype=torch.float32, gated=True)
     torch.testing.assert_close(dynamic_k_ffn(*args).double(), oracle(*args), rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("way", ["experts", "spread", "masked"])
-def test_on_a_gpu_the_way_is_taken_that_should_be_fastest(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = arguments((2, 9), gated=True)
-    asked = []
-
-    def forward(x: torch.Tensor, *_: object, **how: object) -> torch.Tensor:
-        asked.append(how)
-        return torch.full((len(x), 7), 5.0).to(x.dtype)
-
-    monkeypatch.setattr(dynamic_k.triton, "chosen", lambda *_: True)
-    monkeypatch.setattr(dynamic_k.triton, "fastest_way", lambda *_: way)
-    monkeypatch.setattr(dynamic_k.triton, "forward", forward)
-    found = dynamic_k._by_triton(dynamic_k._Arguments(*args))
-    torch.testing.assert_close(found, torch.full_like(oracle(*args), 5.0))
-    assert asked == [{"way": way, "ordered": False}]
-    monkeypatch.setattr(dynamic_k.triton, "chosen", lambda *_: False)
-    assert dynamic_k._by_triton(dynamic_k._Arguments(*args)) is None

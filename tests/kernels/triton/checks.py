@@ -29,9 +29,9 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 CANCELLED = 0.2
 
 
-def module(name: str = "") -> Any:
-    """The package of kernels, or one of its modules."""
-    return import_module(f"{PACKAGE}.{name}" if name else PACKAGE)
+def module(name: str) -> Any:
+    """A module of the package of kernels."""
+    return import_module(f"{PACKAGE}.{name}")
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, name: str)
 
 def check_forward(case: Case) -> None:
     arguments = case.arguments()
-    assert module().supports(arguments[0], arguments[3], case.activation) is None
+    assert module("backend").supports(arguments[0], arguments[3], case.activation) is None
     with forced(case):
-        found = module().forward(*arguments, case.activation, **case.how)
+        found = module("host").forward(*arguments, case.activation, **case.how)
     assert found.is_contiguous()
     assert_close(found, reference(*arguments, case.activation), case.dtype, "output")
 
@@ -187,7 +187,7 @@ def check_nan(case: Case, where: str) -> None:
         scores[row] = 1.0
     arguments = x, scores, threshold, experts, b2, case.activation
     with forced(case):
-        found = module().forward(*arguments, **case.how)
+        found = module("host").forward(*arguments, **case.how)
     assert found[row].isnan().all() == (where == "x")
     assert_close(found, reference(*arguments), case.dtype, "output")
 
@@ -221,7 +221,7 @@ def check_backward(case: Case) -> None:
     grad = _between_nan(torch.randn(case.tokens, case.d_out, generator=generator).to(case.device, case.dtype))
     expected = reference_gradients(grad, x, scores, threshold, experts, b2, case.activation)
     with forced(case):
-        found = module().backward(grad, x, scores, threshold, experts, case.activation, **case.how)
+        found = module("host").backward(grad, x, scores, threshold, experts, case.activation, **case.how)
     for name, gradient in found._asdict().items():
         if name in expected:
             assert_close(gradient, expected[name], case.dtype, f"gradient of {name}")
@@ -232,7 +232,7 @@ def check_backward(case: Case) -> None:
 def check_thresholds(scores: Tensor, tau: float, rule: str) -> None:
     """Those of every row, exactly: of scores whose sums are exact, or that `top_k` only counts."""
     share = torch.tensor(tau, device=scores.device)
-    found = module().sorted_threshold(scores, share, rule)
+    found = module("host").sorted_threshold(scores, share, rule)
     expected = torch.ops.surgeon.sorted_threshold_torch(scores, share, rule)
     assert torch.equal(found.nan_to_num(-1.0), expected.nan_to_num(-1.0))
 

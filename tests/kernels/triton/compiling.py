@@ -103,14 +103,14 @@ def pass_through(
     x, activation = empty(tokens, width), "silu" if gated else "gelu"
     scores, threshold = empty(tokens, experts, dtype=torch.float32), empty(tokens, dtype=torch.float32)
     if backward:
-        module().backward(x, x, scores, threshold, weights, activation, way=way, ordered=ordered)
+        module("host").backward(x, x, scores, threshold, weights, activation, way=way, ordered=ordered)
     else:
-        module().forward(x, scores, threshold, weights, empty(width), activation, way=way, ordered=ordered)
+        module("host").forward(x, scores, threshold, weights, empty(width), activation, way=way, ordered=ordered)
 
 
 def thresholds(tokens: int, experts: int, rule: str) -> None:
     """Those of scores without values."""
-    module().sorted_threshold(torch.empty(tokens, experts, device="meta"), torch.empty((), device="meta"), rule)
+    module("host").sorted_threshold(torch.empty(tokens, experts, device="meta"), torch.empty((), device="meta"), rule)
 
 
 def every_kernel(chip: Chip) -> list[Launch]:

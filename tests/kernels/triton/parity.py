@@ -108,9 +108,9 @@ def test_thresholds_of_any_number_of_dimensions() -> None:
     rows = torch.rand(3, 4, 50, generator=torch.Generator().manual_seed(0))[..., :33]
     rows[1, 2, 7] = float("nan")
     for rule in RULES:
-        found = module().sorted_threshold(rows, torch.tensor(0.5), rule)
+        found = module("host").sorted_threshold(rows, torch.tensor(0.5), rule)
         assert found.shape == (3, 4)
-        each = [module().sorted_threshold(row, torch.tensor(0.5), rule) for row in rows.reshape(-1, 33)]
+        each = [module("host").sorted_threshold(row, torch.tensor(0.5), rule) for row in rows.reshape(-1, 33)]
         assert torch.equal(found.flatten(), torch.stack(each))
 
 
@@ -128,7 +128,7 @@ def test_activations_and_their_gradients(activation: str) -> None:
 def test_with_the_sizes_of_the_table(gated: bool) -> None:
     x, scores, threshold, experts, b2 = Case(d_in=70, d_out=130, gated=gated).arguments()
     activation = "silu"
-    found = module().forward(x, scores, threshold, experts, b2, activation)
+    found = module("host").forward(x, scores, threshold, experts, b2, activation)
     assert_close(found, reference(x, scores, threshold, experts, b2, activation), x.dtype, "output")
 
 
@@ -140,8 +140,8 @@ def test_no_expert_gives_the_bias(tokens: int, way: str) -> None:
     case = Case(tokens=tokens, share=0, way=way)
     *arguments, b2 = case.arguments()
     with forced(case):
-        found = module().forward(*arguments, b2, "relu", **case.how)
-        zeros = module().forward(*arguments, None, "relu", **case.how)
+        found = module("host").forward(*arguments, b2, "relu", **case.how)
+        zeros = module("host").forward(*arguments, None, "relu", **case.how)
     assert torch.equal(found, b2.expand(tokens, -1))
     assert not zeros.any()
     b2.add_(1)
@@ -164,9 +164,11 @@ def test_experts_nobody_selects_are_not_read(tokens: int, way: str) -> None:
         assert weight is not None
         weight[[1, 4]] = float("nan")
     with forced(case):
-        assert_close(module().forward(x, scores, threshold, experts, b2, "silu"), expected, case.dtype, "output")
+        assert_close(module("host").forward(x, scores, threshold, experts, b2, "silu"), expected, case.dtype, "output")
         if way == "split":
-            gradients = module().backward(torch.ones_like(expected).float(), x, scores, threshold, experts, "silu")
+            gradients = module("host").backward(
+                torch.ones_like(expected).float(), x, scores, threshold, experts, "silu"
+            )
             assert gradients.x.isfinite().all()
             assert not any(gradient[[1, 4]].any() for gradient in gradients[1:])
 
@@ -177,9 +179,9 @@ def test_only_the_gradients_asked_for(way: str) -> None:
     x, scores, threshold, experts, _ = case.arguments()
     grad = torch.ones(3, case.d_out)
     with forced(case):
-        both = module().backward(grad, x, scores, threshold, experts, "silu", way=way)
-        only_x = module().backward(grad, x, scores, threshold, experts, "silu", True, False, way=way)
-        only_weights = module().backward(grad, x, scores, threshold, experts, "silu", False, True, way=way)
+        both = module("host").backward(grad, x, scores, threshold, experts, "silu", way=way)
+        only_x = module("host").backward(grad, x, scores, threshold, experts, "silu", True, False, way=way)
+        only_weights = module("host").backward(grad, x, scores, threshold, experts, "silu", False, True, way=way)
     assert torch.equal(only_x.x, both.x)
     assert only_x[1:] == (None,) * 5
     assert only_weights.x is None
@@ -191,7 +193,7 @@ def test_ordered_sums_have_the_same_bits_however_the_work_is_shared_out() -> Non
     found = []
     for programs in (1, 3):
         with forced(replace(case, programs=programs)):
-            found.append(module().forward(*case.arguments(), "gelu", ordered=True))
+            found.append(module("host").forward(*case.arguments(), "gelu", ordered=True))
     assert torch.equal(*found)
 
 
@@ -206,10 +208,10 @@ def test_ordered_sums_go_through_columns_and_tokens_in_ranges(tokens: int) -> No
 def test_no_tokens() -> None:
     x, scores, threshold, experts, b2 = Case(tokens=0, gated=True).arguments()
     for way in ("experts", "spread", "masked"):
-        assert module().forward(x, scores, threshold, experts, b2, "silu", way=way).shape == (0, 37)
+        assert module("host").forward(x, scores, threshold, experts, b2, "silu", way=way).shape == (0, 37)
     for how in ({"ordered": False}, {"ordered": True}, {"way": "masked"}):
-        assert module().forward(x, scores, threshold, experts, b2, "silu", **how).shape == (0, 37)
-        gradients = module().backward(torch.empty(0, 37), x, scores, threshold, experts, "silu", **how)
+        assert module("host").forward(x, scores, threshold, experts, b2, "silu", **how).shape == (0, 37)
+        gradients = module("host").backward(torch.empty(0, 37), x, scores, threshold, experts, "silu", **how)
         assert gradients.x.shape == x.shape
         assert not any(gradient.any() for gradient in gradients[1:])
 
@@ -220,7 +222,7 @@ def test_inputs_need_not_be_contiguous() -> None:
     twisted = Experts(*(t if t is None else torch.stack([t, t + 9], -1)[..., 0] for t in experts))
     for way in ("experts", "spread", "masked"):
         with forced(case):
-            found = module().forward(
+            found = module("host").forward(
                 x.t().contiguous().t(),
                 scores.t().contiguous().t(),
                 threshold[:1].expand(5),
@@ -249,7 +251,7 @@ def test_more_elements_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> No
         tiles = module("tiles")
         for name in ("hidden", "combine"):
             monkeypatch.setattr(tiles, name, lambda *_, **__: tiles.Tiles(16, 16, 4096, 4096, 4, 2))
-        found = module().forward(
+        found = module("host").forward(
             x, scores, torch.full((17,), 0.5), Experts(weights[0], None, None, None, weights[1]), None, "relu"
         )
     h = (x.double() @ last[0].double().t()).relu()

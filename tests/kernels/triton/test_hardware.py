@@ -103,7 +103,7 @@ def test_thresholds_of_many_tokens_and_experts(experts: int, rule: str) -> None:
     scores = torch.rand(3000, experts, generator=generator).to(GPU)
     tau = torch.tensor(0.8, device=GPU)
     found = torch.ops.surgeon.sorted_threshold(scores, tau, rule)
-    assert torch.equal(found, module().sorted_threshold(scores, tau, rule))
+    assert torch.equal(found, module("host").sorted_threshold(scores, tau, rule))
     expected = torch.ops.surgeon.sorted_threshold_torch(scores.double(), tau.double(), rule).float()
     apart = ((scores < found[:, None]).sum(1) - (scores < expected[:, None]).sum(1)).abs()
     assert apart.max() <= (0 if rule == "top_k" else 1)
@@ -127,12 +127,12 @@ def errors(case: Case) -> None:
     expected = checks.reference(x, scores, threshold, experts, b2, case.activation)
     scale = expected.abs().max()
     for _ in range(3):
-        found = module().forward(x, scores, threshold, experts, b2, case.activation, **case.how)
+        found = module("host").forward(x, scores, threshold, experts, b2, case.activation, **case.how)
         assert (found - expected).abs().max() <= tolerance * scale
     grad = torch.randn(expected.shape, device=GPU).to(case.dtype)
     gradients = checks.reference_gradients(grad, x, scores, threshold, experts, b2, case.activation)
     for _ in range(2):
-        mine = module().backward(grad, x, scores, threshold, experts, case.activation, **case.how)._asdict()
+        mine = module("host").backward(grad, x, scores, threshold, experts, case.activation, **case.how)._asdict()
         for name, theirs in gradients.items():
             assert (mine[name] - theirs).abs().max() <= tolerance * theirs.abs().max(), name
 
@@ -161,7 +161,7 @@ def test_none_and_all(tokens: int, share: float) -> None:
     case = replace(LARGE, tokens=tokens, neurons=24, experts=40, share=share)
     x, scores, threshold, experts, b2 = case.arguments()
     assert_close(
-        module().forward(x, scores, threshold, experts, b2, "gelu"),
+        module("host").forward(x, scores, threshold, experts, b2, "gelu"),
         checks.reference(x, scores, threshold, experts, b2, "gelu"),
         torch.float32,
         "output",
@@ -177,7 +177,7 @@ def test_tf32_where_torch_may_use_it() -> None:
     try:
         for precision in ("ieee", "tf32"):
             torch.backends.cuda.matmul.fp32_precision = precision
-            y = module().forward(*arguments, "relu")
+            y = module("host").forward(*arguments, "relu")
             found[precision] = float((y - expected).abs().max() / expected.abs().max())
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
@@ -189,8 +189,8 @@ def test_what_is_reproducible_is() -> None:
     case = replace(LARGE, neurons=24, experts=60, dtype=torch.bfloat16)
     x, scores, threshold, experts, b2 = case.arguments()
     grad = torch.randn_like(x)
-    run = partial(module().forward, x, scores, threshold, experts, b2, "gelu", ordered=True)
-    back = partial(module().backward, grad, x, scores, threshold, experts, "gelu", ordered=True)
+    run = partial(module("host").forward, x, scores, threshold, experts, b2, "gelu", ordered=True)
+    back = partial(module("host").backward, grad, x, scores, threshold, experts, "gelu", ordered=True)
     first, gradients = run(), back()
     for _ in range(5):
         assert torch.equal(run(), first)
@@ -201,7 +201,7 @@ def test_what_is_reproducible_is() -> None:
 def test_nothing_waits_for_the_host(tokens: int, way: Way) -> None:
     """What waits cannot be captured; and what was captured follows what is in the tensors when it is replayed."""
     x, scores, threshold, experts, b2 = replace(LARGE, tokens=tokens, neurons=24, experts=40).arguments()
-    call = partial(module().forward, x, scores, threshold, experts, b2, "gelu", way=way)
+    call = partial(module("host").forward, x, scores, threshold, experts, b2, "gelu", way=way)
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -223,7 +223,9 @@ def test_more_elements_than_32_bits_count() -> None:
         scores = torch.zeros(tokens, experts, device=GPU)
         scores[:, -1] = 1
         threshold = torch.full((tokens,), 0.5, device=GPU)
-        found = module().forward(x, scores, threshold, Experts(weights[0], None, None, None, weights[1]), None, "relu")
+        found = module("host").forward(
+            x, scores, threshold, Experts(weights[0], None, None, None, weights[1]), None, "relu"
+        )
         h = (x.double() @ weights[0][-1].double().t()).relu()
         expected = h @ weights[1][-1].double()
         assert (found - expected).abs().max() <= LARGE_TOLERANCE[torch.bfloat16] * expected.abs().max()
@@ -234,7 +236,7 @@ def test_more_hidden_values_than_32_bits_count(way: Way) -> None:
     case = Case(tokens=2**15 + 9, experts=2**9, neurons=2**7, d_in=16, d_out=16, dtype=torch.bfloat16, device=GPU)
     assert case.tokens * case.experts * case.neurons > 2**31
     x, scores, threshold, experts, b2 = case.arguments()
-    found = module().forward(x, scores, threshold, experts, b2, "relu", way=way)
+    found = module("host").forward(x, scores, threshold, experts, b2, "relu", way=way)
     last = slice(-20, None)
     expected = checks.reference(x[last], scores[last], threshold[last], experts, b2, "relu")
     assert (found[last] - expected).abs().max() <= LARGE_TOLERANCE[torch.bfloat16] * expected.abs().max()
