@@ -2,7 +2,7 @@
 
 from surgeon.cli import (  # noqa: F401  (each registers its command)
     apply,
-    bench,
+    bench_layer,
     demo,
     diff,
     doctor,

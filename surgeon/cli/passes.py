@@ -23,7 +23,7 @@ def passes(
     recipes: {name: {summary, passes: [[name, options]]}}}; of one pass its {name, ..., trains, options: [{name, type,
     default, help}], example}
     """
-    from surgeon.jobs.pass_help import describe, example_of, options_of
+    from surgeon.jobs.passes import describe, example_of, options_of
     from surgeon.passes import PASSES
     from surgeon.render.passes import pass_help_view, passes_view
     from surgeon.surgery.recipe import RECIPES, find_pass

@@ -13,12 +13,12 @@ from surgeon.bench.machine import Machine
 from surgeon.bench.methods import METHODS
 from surgeon.bench.whole import TimedSetting, WholeTimes
 from surgeon.errors import SaveError
-from surgeon.jobs.bench import LayerBenchmark, SurgeryBenchmark, bench_model
+from surgeon.jobs.bench_predict import LayerBenchmark, SurgeryBenchmark, bench_model
 from surgeon.jobs.options import BenchOptions
 from surgeon.kernels.gpu_model.devices import DEVICES
-from surgeon.render import bench_files
-from surgeon.render.bench import benchmark_view, devices_view
-from surgeon.render.bench_files import write_benchmark
+from surgeon.render import bench_plot
+from surgeon.render.bench_layer import benchmark_view, devices_view
+from surgeon.render.bench_plot import write_benchmark
 from surgeon.render.screen import to_json
 from surgeon.text.plain import plain_text
 
@@ -56,7 +56,7 @@ def test_a_surgery_is_drawn_so_that_every_line_can_be_told(torch: float, log: bo
     stored, *others = SURGERY.times.settings
     settings = [stored, dataclasses.replace(stored, tau=0.8, torch=torch), *others]
     times = dataclasses.replace(SURGERY.times, settings=settings)
-    plot = bench_files._plot(dataclasses.replace(SURGERY, times=times))
+    plot = bench_plot._plot(dataclasses.replace(SURGERY, times=times))
     assert plot.log == log
     (panel,) = plot.panels
     assert panel.shares == [0.1, 0.42]
@@ -83,7 +83,7 @@ def test_a_picture_has_dtypes_side_by_side_where_they_fit() -> None:
             dataclasses.replace(cell(share, tokens), dtype=dtype, size=size)
             for dtype in ("float32", "bfloat16") for tokens in (64, 8) for size in sizes for share in (0.1, 0.5)
         ]  # fmt: skip
-        plot = bench_files._plot(dataclasses.replace(LAYER, cells=cells))
+        plot = bench_plot._plot(dataclasses.replace(LAYER, cells=cells))
         return plot.columns, [panel.title for panel in plot.panels]
 
     columns, shown = titles((128, 24))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.bench.machine import Machine
-from surgeon.jobs.bench import LayerBenchmark, ModelBenchmark, SurgeryBenchmark
+from surgeon.jobs.bench_predict import LayerBenchmark, ModelBenchmark, SurgeryBenchmark
 from surgeon.render.files import write_result
 
 _WIDTH, _HEIGHT = 3.6, 2.8  # inches, of a panel

@@ -13,7 +13,7 @@ from rich.text import Text
 from surgeon.bench.grid import Cell
 from surgeon.bench.machine import Machine
 from surgeon.bench.methods import METHODS
-from surgeon.jobs.bench import LayerBenchmark, ModelBenchmark, Predicted, SurgeryBenchmark
+from surgeon.jobs.bench_predict import LayerBenchmark, ModelBenchmark, Predicted, SurgeryBenchmark
 from surgeon.kernels.gpu_model.devices import Device
 from surgeon.text.layout import dim, grid, heading, indented, sentences
 from surgeon.text.summary import number, percent

@@ -11,7 +11,7 @@ from surgeon.cli.options import TrustPickle
 from surgeon.jobs.options import BenchOptions
 
 if TYPE_CHECKING:
-    from surgeon.jobs.bench import LayerBenchmark, ModelBenchmark, SurgeryBenchmark
+    from surgeon.jobs.bench_predict import LayerBenchmark, ModelBenchmark, SurgeryBenchmark
 
 
 @command
@@ -134,9 +134,9 @@ def bench(
 
 def _list_devices(run: Run, options: BenchOptions, out: list[Path] | None) -> None:
     from surgeon.errors import UsageError
-    from surgeon.jobs.bench import check_mode
+    from surgeon.jobs.bench_predict import check_mode
     from surgeon.kernels.gpu_model.devices import DEVICES
-    from surgeon.render.bench import devices_view
+    from surgeon.render.bench_layer import devices_view
 
     check_mode(options, "model")
     if out:
@@ -146,13 +146,13 @@ def _list_devices(run: Run, options: BenchOptions, out: list[Path] | None) -> No
 
 
 def _predict(name: str, options: BenchOptions) -> "ModelBenchmark":
-    from surgeon.jobs.bench import bench_model
+    from surgeon.jobs.bench_predict import bench_model
 
     return bench_model(name, options)
 
 
 def _surgery(run: Run, model: Path, options: BenchOptions, *, trust_pickle: bool) -> "SurgeryBenchmark":
-    from surgeon.jobs.bench import bench_surgery, check_surgery
+    from surgeon.jobs.bench_predict import bench_surgery, check_surgery
     from surgeon.jobs.open_model import open_model
 
     check_surgery(options)
@@ -164,14 +164,14 @@ def _surgery(run: Run, model: Path, options: BenchOptions, *, trust_pickle: bool
 
 
 def _layer(run: Run, options: BenchOptions) -> "LayerBenchmark":
-    from surgeon.jobs.bench import bench_layer
+    from surgeon.jobs.bench_predict import bench_layer
 
     return bench_layer(options, stage=run.screen.stage, progress=run.screen.progress)
 
 
 def _finish(run: Run, found: "LayerBenchmark | SurgeryBenchmark | ModelBenchmark", files: list[Path] | None) -> None:
-    from surgeon.render.bench import benchmark_view
-    from surgeon.render.bench_files import write_benchmark
+    from surgeon.render.bench_layer import benchmark_view
+    from surgeon.render.bench_plot import write_benchmark
 
     run.screen.show(benchmark_view(found))
     for file in files or []:
