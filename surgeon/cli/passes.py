@@ -8,7 +8,7 @@ import typer
 from surgeon.cli.app import Run, command
 
 
-@command
+@command(order=30)
 def passes(
     run: Run,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, with its options.")] = None,

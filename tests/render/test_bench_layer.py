@@ -1,4 +1,4 @@
-"""How benchmarks look, on the screen and as files."""
+"""How a layer's times look, on the screen and as files."""
 
 from __future__ import annotations
 
@@ -9,23 +9,15 @@ from pathlib import Path
 import pytest
 
 from surgeon.bench.grid import Cell, Timing
-from surgeon.bench.machine import Machine
 from surgeon.bench.methods import METHODS
-from surgeon.bench.whole import TimedSetting, WholeTimes
 from surgeon.errors import SaveError
-from surgeon.jobs.bench_predict import LayerBenchmark, SurgeryBenchmark, bench_model
-from surgeon.jobs.options import BenchOptions
-from surgeon.kernels.gpu_model.devices import DEVICES
-from surgeon.render import bench_plot
-from surgeon.render.bench_layer import benchmark_view, devices_view
-from surgeon.render.bench_plot import write_benchmark
+from surgeon.jobs.bench_layer import LayerBenchmark
+from surgeon.render.bench_layer import layer_plot, layer_view
+from surgeon.render.files import write_result
 from surgeon.render.screen import to_json
 from surgeon.text.plain import plain_text
 
-MACHINE = Machine(
-    "cpu", "AMD EPYC", "AVX2", 1, "2.13.0+cpu", "native, avx2", None, "thread",
-    {"float32": 72.3e9, "bfloat16": 72.3e9}, 11.2e9,
-)  # fmt: skip
+from .benchmarks import MACHINE, lines
 
 
 def cell(share: float, tokens: int = 2048, mask: str = "uniform", **missing: str) -> Cell:
@@ -36,35 +28,10 @@ def cell(share: float, tokens: int = 2048, mask: str = "uniform", **missing: str
 
 CELLS = [cell(0.05), cell(1.0), cell(0.2, 1, grouped_mm="strides should be multiple of 16 bytes")]
 LAYER = LayerBenchmark(MACHINE, 768, 3072, False, "relu", CELLS)
-SURGERY = SurgeryBenchmark(
-    "bert-surgery", 8, 128, MACHINE,
-    WholeTimes(
-        20.0, None, {"dense model": "no C++ compiler"},
-        [TimedSetting(None, 0.42, 12.5, 13.0, 14.0, 1.6), TimedSetting(0.9, 0.1, 25.0, None, 8.0, 0.8)],
-    ),
-    ("The dense model was not compiled: no C++ compiler.",),
-)  # fmt: skip
-
-
-def lines(content: object, width: int = 100) -> list[str]:
-    return plain_text(content, width).splitlines()  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("torch", "log"), [(14.0, False), (400.0, True)])
-def test_a_surgery_is_drawn_so_that_every_line_can_be_told(torch: float, log: bool) -> None:
-    """By the logarithm where times are far apart, and with one point for what is stored and the tau that gave it."""
-    stored, *others = SURGERY.times.settings
-    settings = [stored, dataclasses.replace(stored, tau=0.8, torch=torch), *others]
-    times = dataclasses.replace(SURGERY.times, settings=settings)
-    plot = bench_plot._plot(dataclasses.replace(SURGERY, times=times))
-    assert plot.log == log
-    (panel,) = plot.panels
-    assert panel.shares == [0.1, 0.42]
-    assert panel.lines["torch"] == [8.0, torch]
 
 
 def test_a_layer_fits_a_hundred_columns_with_every_method() -> None:
-    shown = lines(benchmark_view(LAYER))
+    shown = lines(layer_view(LAYER))
     assert max(map(len, shown)) <= 100
     start = next(index for index, line in enumerate(shown) if line.startswith("float32, 2,048 tokens"))
     assert shown[start].split("  ") == ["float32, 2,048 tokens, 128 experts × 24", "uniform selection"]
@@ -83,7 +50,7 @@ def test_a_picture_has_dtypes_side_by_side_where_they_fit() -> None:
             dataclasses.replace(cell(share, tokens), dtype=dtype, size=size)
             for dtype in ("float32", "bfloat16") for tokens in (64, 8) for size in sizes for share in (0.1, 0.5)
         ]  # fmt: skip
-        plot = bench_plot._plot(dataclasses.replace(LAYER, cells=cells))
+        plot = layer_plot(dataclasses.replace(LAYER, cells=cells))
         return plot.columns, [panel.title for panel in plot.panels]
 
     columns, shown = titles((128, 24))
@@ -96,7 +63,7 @@ def test_a_picture_has_dtypes_side_by_side_where_they_fit() -> None:
 
 
 def test_a_layer_says_what_it_ran_on() -> None:
-    shown = lines(benchmark_view(LAYER))
+    shown = lines(layer_view(LAYER))
     assert shown[0] == "AMD EPYC, 1 thread; torch 2.13.0+cpu, AVX2; kernels: native, avx2."
     assert shown[1] == (
         "Its limits, measured: 72.3 GFLOP/s in float32, 72.3 GFLOP/s in bfloat16; 11.2 GB/s from memory."
@@ -106,70 +73,41 @@ def test_a_layer_says_what_it_ran_on() -> None:
 
 def test_a_gpu_says_how_calls_are_started() -> None:
     machine = dataclasses.replace(MACHINE, device="cuda", gpu="NVIDIA H100 80GB HBM3", kernels="Triton 3.9.0")
-    text = " ".join(plain_text(benchmark_view(dataclasses.replace(LAYER, machine=machine)), 1000).split())
+    text = " ".join(plain_text(layer_view(dataclasses.replace(LAYER, machine=machine)), 1000).split())
     assert text.startswith("NVIDIA H100 80GB HBM3; torch 2.13.0+cpu; kernels: Triton 3.9.0.")
     assert "but for those in which Python waits for the GPU: loop, grouped_mm, published, torch." in text
     assert "8 layers" not in text
-    assert "8 layers" in plain_text(benchmark_view(LAYER), 1000)
+    assert "8 layers" in plain_text(layer_view(LAYER), 1000)
 
 
 def test_a_slow_half_type_is_told() -> None:
     slow = dataclasses.replace(MACHINE, gemm={"float32": 72.3e9, "bfloat16": 8e9})
-    last = lines(benchmark_view(dataclasses.replace(LAYER, machine=slow)), 1000)[-1]
+    last = lines(layer_view(dataclasses.replace(LAYER, machine=slow)), 1000)[-1]
     assert last.startswith("note: torch multiplies bfloat16 at 8.00 GFLOP/s here, float32 at 72.3 GFLOP/s.")
-    assert "torch multiplies" not in plain_text(benchmark_view(LAYER))
+    assert "torch multiplies" not in plain_text(layer_view(LAYER))
 
 
 def test_a_method_that_did_not_run_has_no_column_but_a_reason() -> None:
-    text = plain_text(benchmark_view(LayerBenchmark(MACHINE, 768, 3072, True, "silu", CELLS[2:])), 100)
+    text = plain_text(layer_view(LayerBenchmark(MACHINE, 768, 3072, True, "silu", CELLS[2:])), 100)
     assert "grouped " not in text
     assert "grouped_mm did not run: strides should be multiple of 16 bytes" in text
     assert "gated silu" in text
     assert "float32, 1 token, 128 experts × 24" in text
 
 
-def test_a_surgery_has_a_row_for_each_tau() -> None:
-    shown = lines(benchmark_view(SURGERY))
-    assert max(map(len, shown)) <= 100
-    text = [line.split() for line in shown]
-    assert "dense model: 20.0 ms" in shown
-    assert ["as", "stored", "42%", "12.5", "13.0", "14.0", "1.60×"] in text
-    assert ["0.9", "10%", "25.0", "8.00", "0.80×"] in text
-    assert any("not compiled: no C++ compiler." in line for line in shown)
-
-
-def test_a_prediction_says_that_it_is_one_and_what_it_assumes() -> None:
-    found = bench_model("h100", BenchOptions(tokens="1,8192", dtype="bfloat16"))
-    shown = lines(benchmark_view(found))
-    assert max(map(len, shown)) <= 100
-    assert shown[0] == "A model, not a measurement."
-    assert sum(line.startswith("assumed: ") for line in shown) == 5
-    assert any("NVIDIA H100 data sheet" in line for line in shown)
-    at = shown.index(next(line for line in shown if line.startswith("bfloat16, 8,192 tokens  dense ")))
-    assert shown[at + 1].split() == ["size", "5.0%", "10%", "20%", "50%", "100%", "up", "to", "way"]
-    assert [line.split()[0] for line in shown[at + 2 : at + 6]] == ["128", "24", "6", "best"]
-    best = shown[at + 5].split()
-    assert (best[1], best[-1]) == ("128", "dense")
-
-
-def test_every_device_has_its_sources() -> None:
-    text = plain_text(devices_view(list(DEVICES.values())), 100)
-    assert text.count("data sheet") == 9
-    assert all(words in text for words in ("989 TFLOP/s", "3.35 TB/s", "4.80 TB/s", "2.04 TB/s", "50.0 MB", "5,120"))
-
-
 @pytest.mark.parametrize(
     "found",
-    [LAYER, SURGERY, LayerBenchmark(MACHINE, 768, 3072, False, "relu", [cell(0.1), cell(0.1, mask="skewed")])],
-    ids=["layer", "surgery", "masks"],
+    [LAYER, LayerBenchmark(MACHINE, 768, 3072, False, "relu", [cell(0.1), cell(0.1, mask="skewed")])],
+    ids=["layer", "masks"],
 )
-def test_files_are_written(found: LayerBenchmark | SurgeryBenchmark, tmp_path: Path) -> None:
-    write_benchmark(found, tmp_path / "a.json")
-    write_benchmark(found, tmp_path / "a.png")
+def test_files_are_written(found: LayerBenchmark, tmp_path: Path) -> None:
+    write_result(found, tmp_path / "a.json", layer_plot(found).draw)
+    write_result(found, tmp_path / "a.png", layer_plot(found).draw)
     assert json.loads((tmp_path / "a.json").read_text()) == json.loads(json.dumps(to_json(found)))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SaveError, match="Cannot write"):
-        write_benchmark(LAYER, tmp_path / "nowhere" / "a.json")
+    for name in ("a.json", "a.png"):
+        with pytest.raises(SaveError, match="Cannot write"):
+            write_result(LAYER, tmp_path / "nowhere" / name, layer_plot(LAYER).draw)

@@ -1,0 +1,5 @@
+"""`surgeon bench`: the benchmarks, each in a module of its own."""
+
+from surgeon.cli.app import group
+
+bench = group("bench", order=100, help="Time a layer or a surgery, or predict a GPU's times.")
