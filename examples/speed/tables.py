@@ -1,4 +1,4 @@
-"""Print the results of `surgeon bench` as the Markdown tables of the README beside this.
+"""Print the results of `surgeon bench layer` as the Markdown tables of the README beside this.
 
     python examples/speed/tables.py examples/speed/results/amx/*.json
 
@@ -74,7 +74,7 @@ def surgery(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="what `surgeon bench -o` wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="what `surgeon bench layer -o` wrote")
     for path in parser.parse_args().results:
         found = json.loads(path.read_text())
         parts = [part for pair in layer(found) for part in pair] if "cells" in found else [surgery(found)]

@@ -1,5 +1,7 @@
 """What every command has in common: options, errors, exit codes. The commands are in the modules beside this one.
 
+To add one, write a module here with a function marked `@command(order=...)`; nothing else has to name it.
+
 They only read options: other modules do the work and `render` shows the results.
 
 torch and everything that needs it are imported inside the commands, so that `surgeon --help` does not wait for them.
@@ -42,6 +44,11 @@ class Run:
     quiet: bool = False
     debug: bool = False
 
+    def take(self, output: OutputMode | None, verbose: int, quiet: bool, debug: bool) -> None:
+        """Add the options that were given at one place of the command line to those given before."""
+        self.output = output or self.output
+        self.verbose, self.quiet, self.debug = max(verbose, self.verbose), quiet or self.quiet, debug or self.debug
+
     @functools.cached_property
     def screen(self) -> "Screen":
         """Where this run writes."""
@@ -50,15 +57,15 @@ class Run:
         return Screen(self.output.value if self.output else None, verbose=self.verbose, quiet=self.quiet)
 
 
-# As they are listed.
-_ORDER = ("demo", "inspect", "passes", "explain", "apply", "diff", "sweep", "tune", "set", "bench", "doctor")
+# Where a command stands in the list of its group, by the names of both.
+_ORDER: dict[tuple[str, str], int] = {}
 
 
 class _Group(TyperGroup):
-    """Turns every error into a few lines on stderr and an exit code."""
+    """Lists commands in their order, and turns every error into a few lines on stderr and an exit code."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=_ORDER.index)
+        return sorted(super().list_commands(ctx), key=lambda name: (_ORDER[self.name or "", name], name))
 
     def main(self, args: Any = None, *rest: Any, **extra: Any) -> NoReturn:
         typed = list(sys.argv[1:] if args is None else args)
@@ -118,27 +125,59 @@ def _surgeon(
     if version:
         typer.echo(f"surgeon {__version__}")
         raise typer.Exit
-    run: Run = context.obj
-    run.output, run.verbose, run.quiet, run.debug = output, verbose, quiet, debug
+    _before_a_command(context, output, verbose, quiet, debug)
+
+
+def _before_a_command(
+    context: typer.Context, output: Output = None, verbose: Verbose = 0, quiet: Quiet = False, debug: Debug = False
+) -> None:
+    """Take the options that stand before the command's name; without a command, show the help."""
+    context.obj.take(output, verbose, quiet, debug)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a function a command. It takes the run first, and every command gets the options that all have.
+def group(name: str, *, order: int, help: str) -> typer.Typer:
+    """Make a group of commands, `surgeon NAME COMMAND`; by itself it shows its help.
 
-    They count wherever they stand: before the command's name or after it. A function that takes `DataOptions`, or
-    None, gets the options that say how to read data (see `with_data_options`).
+    order: its place in the list, as in `command`.
     """
-    function = with_data_options(function)
+    made = typer.Typer(name=name, cls=_Group, help=help, rich_markup_mode=None, pretty_exceptions_enable=False)
+    made.callback(invoke_without_command=True)(_before_a_command)
+    app.add_typer(made)
+    _ORDER["surgeon", name] = order
+    return made
+
+
+def command(*, order: int, under: typer.Typer = app) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command with the function's name.
+
+    It takes the run first, and every command gets the options that all have. They count wherever they stand: before the
+    command's name or after it. A function that takes `DataOptions`, or None, gets the options that say how to read data
+    (see `with_data_options`).
+
+    Args:
+        order: its place in the list: the lowest comes first. under: the group it belongs to.
+    """
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        name = function.__name__.strip("_").replace("_", "-")
+        under.command(name=name)(_with_shared_options(with_data_options(function)))
+        _ORDER[str(under.info.name), name] = order
+        return function
+
+    return add
+
+
+def _with_shared_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Let a function that takes the run take the context and the options that every command has."""
 
     @functools.wraps(function)
     def run_command(
         context: typer.Context, output: OutputMode | None, verbose: int, quiet: bool, debug: bool, **options: Any
     ) -> None:
         run: Run = context.obj
-        run.output = output or run.output
-        run.verbose, run.quiet, run.debug = max(verbose, run.verbose), quiet or run.quiet, debug or run.debug
+        run.take(output, verbose, quiet, debug)
         with warnings.catch_warnings():
             if not run.debug:
                 warnings.simplefilter("ignore")
@@ -149,14 +188,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 _interrupted(run, getattr(interrupt, "workdir", None))
 
     own = list(signatures.signature(function).parameters.values())[1:]
-    shared = list(signatures.signature(_surgeon).parameters.values())[:5]
-    parameters = [shared[0], *own, *shared[1:]]
+    context, *shared = signatures.signature(_before_a_command).parameters.values()
+    parameters = [context, *own, *shared]
     run_command.__signature__ = signatures.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters]
     )
     run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(name=function.__name__.strip("_").replace("_", "-"))(run_command)
-    return function
+    return run_command
 
 
 def _interrupted(run: Run, workdir: Path | None) -> NoReturn:

@@ -2,6 +2,7 @@
 
 # The annotations are read when commands are made, so they are not postponed.
 import dataclasses
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,14 +17,21 @@ from surgeon.cli.options import (
     SetOption,
     Task,
     TrustPickle,
-    Verify,
 )
 from surgeon.cli.reading import build
 from surgeon.errors import UsageError
 from surgeon.jobs.options import DataOptions
 
 
-@command
+class Verify(StrEnum):
+    """How passes are verified."""
+
+    off = "off"
+    fast = "fast"
+    full = "full"
+
+
+@command(order=50)
 def apply(
     run: Run,
     model: Model,

@@ -7,14 +7,13 @@ from typing import Annotated
 import typer
 
 from surgeon.cli.app import Run, command
-from surgeon.cli.options import Seed
 
 
-@command
+@command(order=10)
 def demo(
     run: Run,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the result goes.")] = Path("surgeon-demo"),
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of every random choice.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Hardly any training, to see that everything runs.")] = False,
 ) -> None:
     """Show the whole story on a small model.
@@ -28,7 +27,7 @@ def demo(
     from surgeon.jobs import demo as story
     from surgeon.jobs.store import check_target
     from surgeon.render.demo import demo_view
-    from surgeon.render.sweep import quality_line
+    from surgeon.render.numbers import quality_line
     from surgeon.text.diff import pass_view
 
     check_target(directory, overwrite=True)

@@ -10,7 +10,7 @@ from surgeon.cli.options import Arch, InputsOption, TrustPickle
 from surgeon.errors import UsageError
 
 
-@command
+@command(order=60)
 def diff(
     run: Run,
     first: Annotated[str, typer.Argument(metavar="A", help="A saved surgery, or any model to compare with B.")],

@@ -8,7 +8,7 @@ import typer
 from surgeon.cli.app import Run, command
 
 
-@command
+@command(order=110)
 def doctor(
     run: Run,
     build: Annotated[

@@ -10,7 +10,7 @@ from surgeon.cli.options import Arch, InputsOption, Model, PassList, SetOption, 
 from surgeon.cli.reading import build, check_no_pass
 
 
-@command
+@command(order=40)
 def explain(
     run: Run,
     model: Model,

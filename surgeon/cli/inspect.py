@@ -16,7 +16,7 @@ from surgeon.cli.options import (
 from surgeon.cli.reading import check_no_pass
 
 
-@command
+@command(order=20)
 def inspect(
     run: Run,
     model: Model,

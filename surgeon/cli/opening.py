@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def open_saved(
-    run: Run, model: Path, data: DataOptions, dense: str | None, *, trust_pickle: bool
+    run: Run, model: Path, data: DataOptions | None, dense: str | None, *, trust_pickle: bool
 ) -> "tuple[Opened, Opened | None]":
-    """The surgery with its data, and the dense model if it was given, with a head for the same task."""
+    """The surgery with its data, and the dense model with a head for the same task; without what was not given."""
     from surgeon.jobs.open_model import open_model
 
     opened = open_model(str(model), data=data, stage=run.screen.stage)
     if dense is None:
         return opened, None
-    task = data.task or opened.task
+    task = (data.task if data is not None else None) or opened.task
     return opened, open_model(dense, task=task, trust_pickle=trust_pickle, stage=run.screen.stage)

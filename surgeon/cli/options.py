@@ -17,14 +17,6 @@ class OutputMode(StrEnum):
     json = "json"
 
 
-class Verify(StrEnum):
-    """How passes are verified."""
-
-    off = "off"
-    fast = "fast"
-    full = "full"
-
-
 # Of every command.
 Output = Annotated[
     OutputMode | None,
@@ -74,8 +66,6 @@ Task = Annotated[
         "classification. By default what its class says.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
-
 # Of commands that read data, by the field of `DataOptions` that each gives.
 DATA_OPTIONS: dict[str, Any] = {
     "spec": Annotated[
@@ -104,24 +94,27 @@ DATA_OPTIONS: dict[str, Any] = {
 }
 
 
-class Metric(StrEnum):
-    """What a budget counts."""
-
-    flops = "flops"
-    ms = "ms"
-
-
+# Of commands that measure or change a saved surgery.
 DenseModel = Annotated[
     str | None,
-    typer.Option(
-        "--dense",
-        metavar="MODEL",
-        help="The model before the surgery, to measure beside it; tune --metric ms wants it.",
-    ),
+    typer.Option("--dense", metavar="MODEL", help="The model before the surgery, to measure beside it."),
 ]
-
-
 Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default it replaces DIR."),
 ]
+Files = Annotated[
+    list[Path] | None,
+    typer.Option("--out", "-o", metavar="FILE", help="Also write the numbers (.json) or a plot (.png)."),
+]
+
+# Of benchmarks: which layers, and how they are timed.
+Tokens = Annotated[str, typer.Option("--tokens", metavar="N,N,...", help="Tokens in a call.")]
+Share = Annotated[str, typer.Option("--share", metavar="S,S,...", help="Share of the experts that is selected.")]
+Size = Annotated[str, typer.Option("--size", metavar="N,N,...", help="Neurons of an expert; divides --hidden.")]
+Width = Annotated[int, typer.Option("--width", help="Width of inputs and outputs.")]
+Hidden = Annotated[int | None, typer.Option("--hidden", help="Width of the hidden layer.  [default: 4 times --width]")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="D,D,...", help="float32, bfloat16, float16.")]
+Gated = Annotated[bool, typer.Option("--gated", help="A gated layer, of three matrices.")]
+Threads = Annotated[int, typer.Option("--threads", help="Threads to use on a CPU.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda.  [default: cuda if there is one]")]

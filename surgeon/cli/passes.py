@@ -8,7 +8,7 @@ import typer
 from surgeon.cli.app import Run, command
 
 
-@command
+@command(order=30)
 def passes(
     run: Run,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, with its options.")] = None,
@@ -23,7 +23,7 @@ def passes(
     recipes: {name: {summary, passes: [[name, options]]}}, broken: {name: why}}; of one pass its {name, ..., trains,
     options: [{name, type, default, help}], example}
     """
-    from surgeon.jobs.pass_help import describe, example_of, options_of
+    from surgeon.jobs.passes import describe, example_of, options_of
     from surgeon.passes.registry import all_passes, broken_passes
     from surgeon.render.passes import pass_help_view, passes_view
     from surgeon.surgery.recipe import RECIPES, find_pass

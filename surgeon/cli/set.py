@@ -10,7 +10,7 @@ from surgeon.cli.options import Out, Saved
 from surgeon.jobs.options import DataOptions
 
 
-@command
+@command(order=90)
 def set_(
     run: Run,
     model: Saved,

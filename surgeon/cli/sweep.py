@@ -1,21 +1,18 @@
 """`surgeon sweep`: quality against cost at many settings."""
 
 # The annotations are read when commands are made, so they are not postponed.
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from surgeon.cli.answering import answer
 from surgeon.cli.app import Run, command
 from surgeon.cli.opening import open_saved
-from surgeon.cli.options import DenseModel, Saved, TrustPickle
+from surgeon.cli.options import DenseModel, Files, Saved, TrustPickle
 from surgeon.jobs.options import DataOptions
 
-if TYPE_CHECKING:
-    pass
 
-
-@command
+@command(order=70)
 def sweep(
     run: Run,
     model: Saved,
@@ -39,10 +36,7 @@ def sweep(
     ] = True,
     timed: Annotated[bool, typer.Option("--time", help="Also time a call at each setting.")] = False,
     dense: DenseModel = None,
-    out: Annotated[
-        list[Path] | None,
-        typer.Option("--out", "-o", metavar="FILE", help="Also write the table (.json) or a plot (.png)."),
-    ] = None,
+    out: Files = None,
     data: DataOptions,
     trust_pickle: TrustPickle = False,
 ) -> None:
@@ -56,20 +50,13 @@ def sweep(
     multiply_adds, relative, rule, router, milliseconds, shares}], notes}
     """
     from surgeon.jobs import sweep as measuring
-    from surgeon.render.files import write_swept
-    from surgeon.render.sweep import sweep_view
-    from surgeon.text.layout import sentences
+    from surgeon.render.files import check_files
+    from surgeon.render.sweep import draw_sweep, swept_view
 
     taus, rules = measuring.parse_taus(tau), measuring.parse_rules(rule)
-    measuring.check_files(out or [])
+    check_files(out)
     opened, beside = open_saved(run, model, data, dense, trust_pickle=trust_pickle)
     swept = measuring.sweep(
         opened, taus, rules=rules, oracle=oracle, timed=timed, dense=beside, progress=run.screen.progress
     )
-    run.screen.show(sweep_view(swept.points, swept.dense))
-    if swept.notes:
-        run.screen.show(sentences(swept.notes, indent=0))
-    for file in out or []:
-        write_swept(swept, file)
-        run.screen.say(f"Written to {file}.")
-    run.screen.result(swept)
+    answer(run, swept, swept_view(swept), out, lambda file: draw_sweep(swept, file))

@@ -1,17 +1,25 @@
 """`surgeon tune`: a tau for each layer that meets a budget."""
 
 # The annotations are read when commands are made, so they are not postponed.
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from surgeon.cli.app import Run, command
 from surgeon.cli.opening import open_saved
-from surgeon.cli.options import DenseModel, Metric, Out, Saved, TrustPickle
+from surgeon.cli.options import DenseModel, Out, Saved, TrustPickle
 from surgeon.jobs.options import DataOptions
 
 
-@command
+class Metric(StrEnum):
+    """What a budget counts."""
+
+    flops = "flops"
+    ms = "ms"
+
+
+@command(order=80)
 def tune(
     run: Run,
     model: Saved,
@@ -22,7 +30,9 @@ def tune(
     metric: Annotated[
         Metric,
         typer.Option(
-            "--metric", help="What is counted: multiply-adds, or milliseconds of a call on the first batch, here."
+            "--metric",
+            help="What is counted: multiply-adds, or milliseconds of a call on the first batch, here, which wants "
+            "--dense.",
         ),
     ] = Metric.flops,
     compensate: Annotated[

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from surgeon.data.data import Data
 from surgeon.data.losses import Quality, evaluate
-from surgeon.errors import NothingChangedError, UsageError
+from surgeon.errors import NothingChangedError, UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
 from surgeon.jobs.evaluation import eval_task, why_unmeasured
@@ -29,8 +29,8 @@ from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
-from surgeon.surgery.recipe import RECIPES, Steps, build
-from surgeon.surgery.record import RECORD, MeasuredQuality, read_record
+from surgeon.surgery.recipe import RECIPES, build
+from surgeon.surgery.record import RECORD, MeasuredQuality, Recipe, Step, read_record, validated
 from surgeon.surgery.surgery import Surgery
 from surgeon.text.reasons import count_reasons
 
@@ -163,62 +163,18 @@ def apply(
     data = None if options.dry_run else opened.data
     directory = None if options.dry_run else target_of(opened.spec, passes, options)
     notes: list[str] = []
-    by_name = {one.name: one for one in passes}
-
-    def finished(one: PassDiff) -> None:
-        if on_pass is not None:
-            on_pass(one)
-        note = check_changed(one.report, LOOKS_FOR[by_name[one.report.name].works_on])
-        if note is not None:
-            notes.append(note)
-
-    work = None
-    if data is not None and directory is not None and any(one.will_fit for one in passes):
-        recipe = {
-            "model": opened.origin.sha256,
-            "passes": [{"name": one.name, "options": one.options()} for one in passes],
-            "seed": options.seed,
-            "data": data.fingerprint,
-        }
-        work = WorkDirectory(directory, recipe, resume=options.resume, discard=options.overwrite)
-    done = False
-    try:
-        dense = _quality(opened.graph, opened, data, "before", stage)
-        surgery = Pipeline(passes).run(
-            opened.graph,
-            inputs=opened.inputs,
-            data=data,
-            seed=options.seed,
-            verify=options.verify,
-            progress=progress,
-            on_pass=finished,
-            workdir=None if work is None else work.path,
-            resume=options.resume,
-            dry_run=options.dry_run,
-            origin=opened.origin,
-        )
-        if not any(report.matched for report in surgery.reports):
-            raise NothingChangedError(" ".join(notes))
-        if options.tau and not _routers_are_fitted(surgery):
-            if directory is not None:
-                raise UsageError("--tau needs routers that were fitted, and those of this surgery were not.")
-            notes.append("tau was not set: a dry run fits no routers.")
-        elif options.tau is not None:
-            surgery.set_tau(options.tau)
+    with _checkpoints(opened, passes, options) as workdir:
+        before = _quality(opened.graph, opened, data, "before", stage)
+        surgery = _run(opened, passes, options, workdir, notes, progress=progress, on_pass=on_pass)
+        _set_tau(surgery, options, notes)
         surgery.graph.eval()
-        quality = _quality(surgery.graph, opened, data, "after", stage)
-        if dense is not None and quality is not None and data is not None:
-            surgery.quality = MeasuredQuality(dense, quality, data.fingerprint)
+        after = _quality(surgery.graph, opened, data, "after", stage)
+        if before is not None and after is not None and data is not None:
+            surgery.quality = MeasuredQuality(before, after, data.fingerprint)
         if directory is not None:
             with stage(f"saving {directory}"), quiet_transformers():
                 surgery.save(directory, overwrite=options.overwrite)
-        done = True
-    except KeyboardInterrupt:
-        raise Interrupted(work.path if work is not None and work.has_checkpoint else None) from None
-    finally:
-        if work is not None:
-            work.close(done=done)
-    if data is not None and dense is None:
+    if data is not None and before is None:
         notes.append(why_unmeasured(opened))
     args, kwargs = as_args_kwargs(opened.inputs)
     return Applied(
@@ -226,11 +182,95 @@ def apply(
         directory,
         measure(opened.graph, args, kwargs)[0],
         measure(surgery.graph, args, kwargs)[0],
-        None if dense is None or quality is None else (dense, quality),
+        None if before is None or after is None else (before, after),
         tuple(notes),
         _next(passes, surgery, directory, options),
         time.monotonic() - started,
     )
+
+
+@contextmanager
+def _checkpoints(opened: Opened, passes: Sequence[Pass[Any]], options: ApplyOptions) -> Iterator[Path | None]:
+    """Where training keeps its checkpoints while it goes on, None if there is nothing to train.
+
+    Afterwards it is gone, unless the run failed or was interrupted and there is something to resume from.
+
+    Raises:
+        UsageError, SaveError: as `WorkDirectory`. Interrupted: the user interrupted what was done with it.
+    """
+    work = None
+    if opened.data is not None and not options.dry_run and any(one.will_fit for one in passes):
+        recipe = {
+            "model": opened.origin.sha256,
+            "passes": [{"name": one.name, "options": one.options()} for one in passes],
+            "seed": options.seed,
+            "data": opened.data.fingerprint,
+        }
+        result = target_of(opened.spec, passes, options)
+        work = WorkDirectory(result, recipe, resume=options.resume, discard=options.overwrite)
+    done = False
+    try:
+        yield None if work is None else work.path
+        done = True
+    except KeyboardInterrupt:
+        raise Interrupted(work.path if work is not None and work.has_checkpoint else None) from None
+    finally:
+        if work is not None:
+            work.close(done=done)
+
+
+def _run(
+    opened: Opened,
+    passes: Sequence[Pass[Any]],
+    options: ApplyOptions,
+    workdir: Path | None,
+    notes: list[str],
+    *,
+    progress: Callable[[Progress], None] | None,
+    on_pass: Callable[[PassDiff], None] | None,
+) -> Surgery:
+    """Run the passes, and stop where one changes nothing; notes: where there was nothing to do for one is added."""
+    works_on = {one.name: one.works_on for one in passes}
+
+    def finished(one: PassDiff) -> None:
+        if on_pass is not None:
+            on_pass(one)
+        note = check_changed(one.report, LOOKS_FOR[works_on[one.report.name]])
+        if note is not None:
+            notes.append(note)
+
+    surgery = Pipeline(passes).run(
+        opened.graph,
+        inputs=opened.inputs,
+        data=None if options.dry_run else opened.data,
+        seed=options.seed,
+        verify=options.verify,
+        progress=progress,
+        on_pass=finished,
+        workdir=workdir,
+        resume=options.resume,
+        dry_run=options.dry_run,
+        origin=opened.origin,
+    )
+    if not any(report.matched for report in surgery.reports):
+        raise NothingChangedError(" ".join(notes))
+    return surgery
+
+
+def _set_tau(surgery: Surgery, options: ApplyOptions, notes: list[str]) -> None:
+    """Set the tau that was asked for, if the routers were fitted; a dry run adds a note where they were not.
+
+    Raises:
+        UsageError: they were not, in a run that is to be saved.
+    """
+    if options.tau is None:
+        return
+    if options.tau == 0.0 or _routers_are_fitted(surgery):
+        surgery.set_tau(options.tau)
+    elif options.dry_run:
+        notes.append("tau was not set: a dry run fits no routers.")
+    else:
+        raise UsageError("--tau needs routers that were fitted, and those of this surgery were not.")
 
 
 def _routers_are_fitted(surgery: Surgery) -> bool:
@@ -313,24 +353,29 @@ def read_recipe(name: str, settings: Mapping[str, Mapping[str, Any]]) -> tuple[l
     Raises:
         UsageError: no such recipe or file, or no recipe in it; a pass or an option that does not exist.
     """
-    steps, seed = _steps(name)
-    unused = [one for one in settings if one not in [step for step, _ in steps]]
-    if unused:
-        raise UsageError(f"Options were given for '{unused[0]}', which recipe {name} does not run.")
-    return [build([step], {step: {**options, **settings.get(step, {})}})[0] for step, options in steps], seed
-
-
-def _steps(name: str) -> tuple[Steps, int | None]:
+    seed = None
     if name in RECIPES:
-        return RECIPES[name][1], None
+        steps = tuple(Step(*step) for step in RECIPES[name][1])
+    else:
+        recorded = _recorded_recipe(name)
+        steps, seed = recorded.passes, recorded.seed
+    unused = settings.keys() - {step.name for step in steps}
+    if unused:
+        raise UsageError(f"Options were given for '{min(unused)}', which recipe {name} does not run.")
+    return [build([step.name], {step.name: {**step.options, **settings.get(step.name, {})}})[0] for step in steps], seed
+
+
+def _recorded_recipe(name: str) -> Recipe:
+    """The recipe in a file, or in the record of a saved surgery."""
     path = Path(name)
     try:
         content = json.loads((path / RECORD if path.is_dir() else path).read_text(encoding="utf-8"))
-        recipe = content.get("recipe", content)
-        return [(step["name"], dict(step.get("options", {}))) for step in recipe["passes"]], int(recipe["seed"])
+        return validated(Recipe, content.get("recipe", content) if isinstance(content, dict) else content)
     except FileNotFoundError:
         raise UsageError(
             f"--recipe {name}: there is no such file, nor a recipe of that name. There are: {', '.join(RECIPES)}."
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"--recipe {name} holds no recipe: {type(error).__name__}: {error}.") from error
+    except OSError as error:
+        raise UsageError(f"--recipe {name} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--recipe {name} holds no recipe: {first_line(error)}.") from error

@@ -1,4 +1,4 @@
-"""What a model's quality is measured for, and why it cannot be."""
+"""What a model's quality is measured for and on, or why it cannot be, and what is recorded of the dense model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from surgeon.data.batch import Batch
-from surgeon.data.losses import guessed_task
+from surgeon.data.losses import Quality, guessed_task
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.jobs.open_model import Opened
 
@@ -27,6 +27,27 @@ def eval_task(opened: Opened) -> str | None:
     if batch.labels is None and opened.task != "causal-lm":
         return None
     return task_for(opened, opened.data.eval)
+
+
+def eval_batches(opened: Opened) -> list[Batch]:
+    """The held-out part of the data or, without one, all of it."""
+    assert opened.data is not None
+    data = opened.data
+    return [Batch.from_any(item) for item in (data.eval if data.eval is not None else data.train)]
+
+
+def dense_multiply_adds(opened: Opened) -> int | None:
+    """The multiply-adds before the surgery, from its record."""
+    reports = () if opened.record is None else opened.record.passes
+    return reports[0].before.multiply_adds if reports and reports[0].before is not None else None
+
+
+def recorded_quality(opened: Opened) -> Quality | None:
+    """The dense model's quality, if it was measured on the data that is given now."""
+    found = None if opened.record is None else opened.record.quality
+    if found is None or opened.data is None or found.data != opened.data.fingerprint:
+        return None
+    return found.before
 
 
 def why_unmeasured(opened: Opened) -> str:

@@ -135,6 +135,3 @@ def _shapes(graph: TracedGraph, inputs: Any) -> dict[str, list[int]]:
     args, kwargs = as_args_kwargs(inputs)
     named = named_arguments(graph, args, kwargs)
     return {name: list(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
-
-
-# --- explain ----------------------------------------------------------------------------------------------------------

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class BenchOptions:
-    """The options of `surgeon bench` as they were typed, lists separated by commas.
+class LayerOptions:
+    """Which feed-forward layers a benchmark is about, as typed: lists separated by commas.
 
-    hidden: None for 4 · width. methods: None for all. device: None for a GPU if there is one. batch, length, tau,
-    dense: of a saved surgery, the others of a layer with random weights.
+    hidden: None for 4 · width.
     """
 
     tokens: str = "1,8,2048"
@@ -20,16 +19,15 @@ class BenchOptions:
     hidden: int | None = None
     dtype: str = "float32,bfloat16"
     gated: bool = False
-    activation: str = "relu"
-    mask: str = "uniform"
-    methods: str | None = None
+
+
+@dataclass(frozen=True)
+class TimingOptions:
+    """Where and how long a benchmark measures. device: None for a GPU if there is one."""
+
     threads: int = 1
     device: str | None = None
     seconds: float = 0.3
-    batch: int = 8
-    length: int | None = None
-    tau: str | None = None
-    dense: str | None = None
 
 
 @dataclass(frozen=True)

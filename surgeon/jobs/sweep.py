@@ -1,16 +1,13 @@
-"""Weigh a saved surgery's quality against its cost: measure it at several settings, and tune it to a budget."""
+"""Weigh a saved surgery's quality against its cost: measure both at several settings."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from surgeon.data.batch import Batch
-from surgeon.data.losses import Quality, evaluate
-from surgeon.errors import SaveError, UsageError
-from surgeon.jobs.evaluation import other_data, task_for
+from surgeon.data.losses import evaluate
+from surgeon.errors import UsageError
+from surgeon.jobs.evaluation import dense_multiply_adds, eval_batches, other_data, recorded_quality, task_for
 from surgeon.jobs.open_model import Opened
 from surgeon.kernels.selection import check_rule
 from surgeon.measure.sweep import Dense, Point, time_settings, usual_taus
@@ -63,19 +60,6 @@ def parse_rules(text: str | None) -> tuple[str, ...] | None:
     return rules
 
 
-def check_files(files: Sequence[Path]) -> None:
-    """Refuse files that cannot be written, before anything is measured.
-
-    Raises:
-        UsageError: neither .json nor .png. SaveError: there is no such directory, or no permission.
-    """
-    for file in files:
-        if file.suffix not in (".json", ".png"):
-            raise UsageError(f"{file}: a table is written as .json, a plot as .png.")
-        if not os.access(file.parent, os.W_OK | os.X_OK) or file.is_dir():
-            raise SaveError(f"Cannot write {file}: there is no such directory, or no permission to write there.")
-
-
 def sweep(
     opened: Opened,
     taus: Sequence[float] | None = None,
@@ -98,7 +82,7 @@ def sweep(
     Raises:
         UsageError: the model has no experts; the task is unknown. DataError: there are no labels.
     """
-    task, batches = _task(opened), _batches(opened)
+    task, batches = _task(opened), eval_batches(opened)
     multiply_adds = dense_multiply_adds(opened)
     points = run_sweep(
         opened.graph, batches, task, taus, inputs=opened.inputs, rules=rules, timed=timed,
@@ -128,28 +112,8 @@ def _dense_layers(opened: Opened) -> dict[str, float]:
     return dense_layers(() if opened.record is None else opened.record.passes)
 
 
-def dense_multiply_adds(opened: Opened) -> int | None:
-    """The multiply-adds before the surgery, from its record."""
-    reports = () if opened.record is None else opened.record.passes
-    return reports[0].before.multiply_adds if reports and reports[0].before is not None else None
-
-
-def recorded_quality(opened: Opened) -> Quality | None:
-    """The dense model's quality, if it was measured on the data that is given now."""
-    found = None if opened.record is None else opened.record.quality
-    if found is None or opened.data is None or found.data != opened.data.fingerprint:
-        return None
-    return found.before
-
-
-def _batches(opened: Opened) -> list[Batch]:
-    assert opened.data is not None
-    data = opened.data
-    return [Batch.from_any(item) for item in (data.eval if data.eval is not None else data.train)]
-
-
 def _task(opened: Opened) -> str:
-    task = task_for(opened, _batches(opened))
+    task = task_for(opened, eval_batches(opened))
     if task is None:
         raise UsageError("What is the model for? Its quality cannot be measured without --task.")
     return task

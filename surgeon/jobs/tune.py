@@ -9,11 +9,17 @@ from pathlib import Path
 from surgeon.data.batch import first_batches
 from surgeon.data.losses import Quality
 from surgeon.errors import UsageError
-from surgeon.jobs.evaluation import eval_task, other_data, why_unmeasured
+from surgeon.jobs.evaluation import (
+    dense_multiply_adds,
+    eval_batches,
+    eval_task,
+    other_data,
+    recorded_quality,
+    why_unmeasured,
+)
 from surgeon.jobs.open_model import Opened
 from surgeon.jobs.set import compensation_notes
 from surgeon.jobs.store import store
-from surgeon.jobs.sweep import _batches, dense_multiply_adds, recorded_quality
 from surgeon.measure.compensation import compensate
 from surgeon.measure.sweep import sweep as run_sweep
 from surgeon.measure.sweep import time_settings
@@ -91,14 +97,18 @@ def tune(
         notes.append(
             f"Every expert fits a budget of {budget:.0%}: with tau 0 the model costs {tuned.cost:.1%} of the dense one."
         )
-    quality, task = None, eval_task(opened)
-    if task is not None:
-        every, chosen = run_sweep(
-            opened.graph, _batches(opened), task, [0.0, None], inputs=opened.inputs, progress=progress
-        )
-        quality = every.quality, chosen.quality
-    else:
+    quality, before = _quality(opened, progress), recorded_quality(opened)
+    if quality is None:
         notes.append(why_unmeasured(opened))
-    before = recorded_quality(opened)
     directory = store(opened, out, None if quality is None or before is None else (before, quality[1]))
     return TuningResult(opened.spec, directory, budget, metric, tuned, quality, tuple(notes))
+
+
+def _quality(opened: Opened, progress: Callable[[Progress], None] | None) -> tuple[Quality, Quality] | None:
+    """Quality with every expert and with what is set, None if it cannot be measured."""
+    task = eval_task(opened)
+    if task is None:
+        return None
+    batches = eval_batches(opened)
+    every, chosen = run_sweep(opened.graph, batches, task, [0.0, None], inputs=opened.inputs, progress=progress)
+    return every.quality, chosen.quality

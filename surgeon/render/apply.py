@@ -6,8 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from surgeon.jobs.apply import Applied
-from surgeon.render.inspect import _add_numbers
-from surgeon.render.sweep import items_of, quality_value
+from surgeon.render.numbers import add_numbers, items_of, quality_value
 from surgeon.text.layout import dim, grid, sentences
 from surgeon.text.summary import number, percent, seconds
 
@@ -16,8 +15,8 @@ def applied_view(applied: Applied) -> RenderableType:
     """What a run changed in all, where the result is, and what to do next. The passes were shown one by one."""
     before, after = applied.before, applied.after
     table = grid("left", "right", "right", "left", header=("", "before", "after", ""))
-    _add_numbers(table, "parameters", before.parameters, after.parameters)
-    _add_numbers(table, "multiply-adds", before.multiply_adds, after.multiply_adds)
+    add_numbers(table, "parameters", before.parameters, after.parameters)
+    add_numbers(table, "multiply-adds", before.multiply_adds, after.multiply_adds)
     if after.executed is not None:
         share = percent(after.executed_multiply_adds / before.multiply_adds) if before.multiply_adds else ""
         table.add_row(

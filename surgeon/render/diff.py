@@ -7,11 +7,8 @@ from collections.abc import Callable
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.jobs.diff import (
-    Comparison,
-    SiteSide,
-)
-from surgeon.render.inspect import _add_numbers
+from surgeon.jobs.diff import Comparison, SiteSide
+from surgeon.render.numbers import add_numbers
 from surgeon.text.diff import Detail, graph_diff_view
 from surgeon.text.layout import MODEL, dim, grid, sentences
 from surgeon.text.summary import join_like, number, percent
@@ -21,10 +18,10 @@ def comparison_view(found: Comparison, detail: Detail) -> RenderableType:
     """Two models side by side."""
     (first, second), (a, b) = found.names, found.costs
     table = grid("left", "right", "right", "left", header=("", first, second, ""))
-    _add_numbers(table, "parameters", a.parameters, b.parameters)
-    _add_numbers(table, "multiply-adds", a.multiply_adds, b.multiply_adds)
+    add_numbers(table, "parameters", a.parameters, b.parameters)
+    add_numbers(table, "multiply-adds", a.multiply_adds, b.multiply_adds)
     if a.executed is not None or b.executed is not None:
-        _add_numbers(table, "  that ran", a.executed_multiply_adds, b.executed_multiply_adds)
+        add_numbers(table, "  that ran", a.executed_multiply_adds, b.executed_multiply_adds)
         table.add_row("  experts that ran", percent(a.executed) or "-", percent(b.executed) or "-", "")
     lines: list[RenderableType] = [table]
     if found.difference is not None:

@@ -1,29 +1,16 @@
-"""How the answers of the commands look, on a terminal and as plain text. Nothing here prints."""
+"""How `surgeon inspect` shows its result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from surgeon.jobs.inspect import Inspection
 from surgeon.text.layout import MODEL, dim, grid, heading, indented, refused, sentences
-from surgeon.text.summary import growth, number, percent
-
-if TYPE_CHECKING:
-    from surgeon.jobs.inspect import Inspection
-
-
-# --- apply ------------------------------------------------------------------------------------------------------------
-
-
-def _add_numbers(table: Table, name: str, before: int, after: int) -> None:
-    table.add_row(name, number(before), number(after), dim(growth(before, after)))
-
-
-# --- inspect, explain, passes -----------------------------------------------------------------------------------------
+from surgeon.text.summary import number, percent
 
 
 def inspection_view(found: Inspection) -> RenderableType:
@@ -94,6 +81,3 @@ def _graph(nodes: Sequence[tuple[str, str]]) -> RenderableType:
             current = path
         lines.append(Text(f"    {line}"))
     return Group(*lines)
-
-
-# --- diff of two, doctor --------------------------------------------------------------------------------------

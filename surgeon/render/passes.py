@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.jobs.pass_help import Option
+from surgeon.jobs.passes import Option
 from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff
 from surgeon.text.diff import graph_diff_view, sites_view

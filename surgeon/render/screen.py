@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, SpinnerColumn, Task, TaskID, TextColumn
@@ -23,9 +23,6 @@ from rich.text import Text
 from surgeon.progress import Progress
 from surgeon.text.plain import UNBOUNDED, plain_text
 from surgeon.text.summary import seconds
-
-if TYPE_CHECKING:
-    pass
 
 Mode = Literal["rich", "plain", "json"]
 _LINE_SECONDS = 10.0

@@ -1,30 +1,23 @@
-"""How quality against cost looks: sweeps, tuned budgets, what is set, the demo."""
+"""How `surgeon sweep` shows its result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.measure.sweep import Dense
+from surgeon.jobs.sweep import Swept
+from surgeon.measure.sweep import Dense, Point
+from surgeon.render.numbers import items_of, quality_value
 from surgeon.text.layout import dim, grid, sentences
 from surgeon.text.summary import number, percent
 
-if TYPE_CHECKING:
-    from surgeon.data.losses import Quality
-    from surgeon.measure.sweep import Point
 
-
-def quality_value(quality: Quality) -> str:
-    """A quality as a number."""
-    return f"{quality.value:.3f}" if quality.name == "accuracy" else f"{quality.value:.4g}"
-
-
-def items_of(quality_name: str) -> str:
-    """What a quality is the mean of."""
-    return "samples" if quality_name == "accuracy" else "tokens"
+def swept_view(swept: Swept) -> RenderableType:
+    """Quality and cost at every setting, and what to know of them."""
+    return Group(sweep_view(swept.points, swept.dense), sentences(swept.notes, indent=0))
 
 
 def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
@@ -85,7 +78,38 @@ def _milliseconds(timed: Point | Dense) -> str:
     return "" if timed.milliseconds is None else f"{timed.milliseconds:.1f}"
 
 
-def quality_line(what: str, quality: Quality) -> RenderableType:
-    """`dense model: accuracy 0.97 on 360 samples`."""
-    measured = f"{quality.name} {quality_value(quality)} on {quality.items} {items_of(quality.name)}"
-    return Text.assemble((what, "bold"), f": {measured}\n")
+def draw_sweep(swept: Swept, file: Path) -> None:
+    """Draw quality against cost to a `.png` file: a curve for each rule and router."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    relative = all(point.relative is not None for point in swept.points)
+    curves: dict[str, list[Point]] = {}
+    for point in swept.points:
+        if point.tau is not None:
+            name = f"rule {point.rule}" + (", oracle router" if point.router == "oracle" else "")
+            curves.setdefault(name, []).append(point)
+    for name, points in curves.items():
+        style = "--" if "oracle" in name else "-"
+        axes.plot(
+            [_cost(p, relative) for p in points], [p.quality.value for p in points], f"{style}o", ms=4, label=name
+        )
+    stored = [point for point in swept.points if point.tau is None and point.router == "own"]
+    if stored:
+        costs = [_cost(p, relative) for p in stored]
+        axes.plot(costs, [p.quality.value for p in stored], "*", ms=12, label="as stored")
+    if swept.dense.quality is not None:
+        axes.axhline(swept.dense.quality.value, color="grey", lw=1, label="dense model")
+    quality = swept.points[0].quality
+    axes.set_xlabel("multiply-adds of the whole model" + (", share of dense" if relative else ""))
+    axes.set_ylabel(f"{quality.name} on {quality.items:,} items")
+    if not quality.higher_is_better:
+        axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+def _cost(point: Point, relative: bool) -> float:
+    return point.relative if relative and point.relative is not None else float(point.multiply_adds)

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from surgeon.jobs.tune import TuningResult
-from surgeon.render.sweep import quality_value
+from surgeon.render.numbers import quality_value
 from surgeon.text.layout import grid, sentences
 from surgeon.text.summary import percent
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -204,15 +204,27 @@ def read_record(directory: Path) -> Record:
     return parse(Record, content, path)
 
 
-def parse(kind: type[Kind], content: Mapping[str, Any], path: Path) -> Kind:
-    """Make a dataclass of JSON values.
+def parse(kind: type[Kind], content: object, path: Path) -> Kind:
+    """Make a dataclass of the JSON values of a file that surgeon wrote.
 
     Raises:
         LoadError: they do not fit; the message names the file and the first value that is missing or of a wrong type.
     """
     try:
+        return validated(kind, content)
+    except ValueError as error:
+        raise LoadError(f"{path} is damaged: {error}.") from error
+
+
+def validated(kind: type[Kind], content: object) -> Kind:
+    """Make a dataclass of JSON values.
+
+    Raises:
+        ValueError: they do not fit; the message names the first value that is missing or of a wrong type.
+    """
+    try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise LoadError(f"{path} is damaged: {where}: {first['msg'].lower()}.") from error
+        where = "".join(f"{part}." for part in first["loc"]).rstrip(".")
+        raise ValueError(f"{where}: {first['msg'].lower()}" if where else first["msg"].lower()) from error

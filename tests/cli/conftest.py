@@ -40,3 +40,12 @@ def run(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     for name in ("bert", "bert-moe", "masked", "reviews.csv"):
         (tmp_path / name).symlink_to(shelf / name)
     return run_surgeon
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the real one takes longer than everything else here."""
+    monkeypatch.setattr("surgeon.bench.timing.cache_size", lambda: 1024)
+    monkeypatch.setattr("surgeon.bench.machine.cache_size", lambda: 1024)
+    monkeypatch.setattr("surgeon.bench.machine._SIDE", {"cpu": 32})
+    monkeypatch.setattr("surgeon.bench.machine._BUFFER", {"cpu": 1 << 16})

@@ -92,6 +92,25 @@ def test_wrong_recipes(run: Run) -> None:
         assert words in result.err
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "holds no recipe: passes: field required."),
+        ("[]", "holds no recipe: "),
+        ("passes: lower", "holds no recipe: Expecting value: line 1 column 1 (char 0)."),
+        ('{"recipe": {"passes": [{"options": {}}], "seed": 0}}', "holds no recipe: passes.0.name: field required."),
+        ('{"passes": [{"name": "lower", "options": 3}], "seed": 0}', "holds no recipe: passes.0.options: input should"),
+        ('{"passes": [{"name": "lower"}], "seed": "x"}', "holds no recipe: seed: input should be a valid integer"),
+        ('{"passes": [{"name": "lowr"}], "seed": 0}', "No pass 'lowr'. Did you mean 'lower'?"),
+    ],
+)
+def test_a_file_that_holds_no_recipe_is_refused(run: Run, tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "r.json").write_text(content)
+    result = run("-q", "apply", "--recipe", "r.json", "bert")
+    assert (result.code, result.out) == (2, "")
+    assert words in result.err
+
+
 def test_a_value_for_each_site_is_typed_with_its_pattern(run: Run) -> None:
     options = ("--set", "moeify.expert_size=*.0:8,*:4", "-o", "out")
     result = run("-q", "apply", "--passes", "moeify", "bert", *options)

@@ -1,8 +1,7 @@
-"""How measurements look: sweeps, tuned budgets, and how sparse activations became."""
+"""How measurements look: sweeps, and how sparse activations became."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,18 +9,13 @@ import pytest
 
 from surgeon.data.losses import Quality
 from surgeon.graph.snapshot import GraphDiff
-from surgeon.jobs.set import KnobChange, LayerKnobs, SetResult
 from surgeon.jobs.sweep import Swept
-from surgeon.jobs.tune import TuningResult
 from surgeon.measure.meter import Cost
 from surgeon.measure.sweep import Dense, Point
-from surgeon.measure.tuning import Tuned
 from surgeon.passes.report import PassDiff, PassReport, SiteChange
-from surgeon.render.files import write_swept
+from surgeon.render.files import write_result
 from surgeon.render.screen import to_json
-from surgeon.render.set import set_view
-from surgeon.render.sweep import sweep_view
-from surgeon.render.tune import tuned_view
+from surgeon.render.sweep import draw_sweep, sweep_view
 from surgeon.text.diff import Detail, diff_view
 from surgeon.text.plain import plain_text
 from surgeon.training.loop import FitReport
@@ -90,59 +84,16 @@ def test_the_table_fits_the_terminal(width: int) -> None:
     assert max(map(len, lines)) <= width
 
 
-def tuning(quality: tuple[Quality, Quality] | None) -> TuningResult:
-    taus = {"blocks.0.ffn.moe": 0.0423, "blocks.1.ffn.moe": 0.5}
-    tuned = Tuned(taus, dict.fromkeys(taus, 0.25), 0.4991, 0.01234, 0.1, 0.498, 0.0456, 2)
-    return TuningResult("m", Path("m-tuned"), 0.5, "flops", tuned, quality)
-
-
-def test_tuning_shows_every_tau_and_what_it_gained() -> None:
-    lines = plain_text(tuned_view(tuning((accuracy(0.95), accuracy(0.93)))), 120).splitlines()
-    rows = [line.split() for line in lines]
-    assert rows[1] == ["blocks.0.ffn.moe", "0.0423", "25%"]
-    assert rows[2] == ["blocks.1.ffn.moe", "0.5", "25%"]
-    assert rows[5] == ["one", "tau,", "0.1", "50%", "0.0456"]
-    assert rows[6] == ["a", "tau", "for", "each", "layer", "50%", "0.01234"]
-    assert lines[7] == "accuracy: 0.930 within the budget, 0.950 with every expert."
-    assert lines[8] == "Saved to m-tuned."
-    assert "multiply-adds, of dense" in lines[4]
-    assert not any("within the budget" in line for line in plain_text(tuned_view(tuning(None)), 120).splitlines())
-
-
-def test_what_was_not_measured_is_told() -> None:
-    found = dataclasses.replace(tuning(None), notes=("Quality was not measured: the data has no labels.",))
-    lines = plain_text(tuned_view(found), 120).splitlines()
-    assert lines[-2:] == ["note: Quality was not measured: the data has no labels.", "Saved to m-tuned."]
-
-
-def test_settings_show_what_changed() -> None:
-    same, other = LayerKnobs(0.25, "max", compensated=False), LayerKnobs(0.1, "top_k", compensated=False)
-    layers = {"blocks.0.ffn.moe": KnobChange(same, same), "blocks.1.ffn.moe": KnobChange(same, other)}
-    lines = plain_text(set_view(SetResult("m", Path("m"), layers)), 120).splitlines()
-    assert [line.split() for line in lines] == [
-        ["layer", "tau", "rule"],
-        ["blocks.0.ffn.moe", "0.25", "max"],
-        ["blocks.1.ffn.moe", "0.25", "→", "0.1", "max", "→", "top_k"],
-        ["Saved", "to", "m."],
-    ]
-    added = dataclasses.replace(same, compensated=True)
-    layers = {"blocks.0.ffn.moe": KnobChange(added, same), "blocks.1.ffn.moe": KnobChange(same, same)}
-    lines = plain_text(set_view(SetResult("m", None, layers, ("Gone.",))), 120).splitlines()
-    assert lines[0].split() == ["layer", "tau", "rule", "compensated"]
-    assert lines[1].split()[-3:] == ["yes", "→", "no"]
-    assert lines[2].split()[-1] == "no"
-    assert lines[3:] == ["note: Gone."]
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
 def swept(points: list[Point], dense: Dense = DENSE) -> Swept:
     return Swept("m", "60 samples", "classification", dense, points)
 
 
+def write(found: Swept, file: Path) -> None:
+    write_result(found, file, lambda file: draw_sweep(found, file))
+
+
 def test_a_table_is_written_as_json(tmp_path: Path) -> None:
-    write_swept(swept(POINTS), tmp_path / "a.json")
+    write(swept(POINTS), tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text()) == to_json(swept(POINTS))
 
 
@@ -159,7 +110,7 @@ def test_a_plot_is_drawn_without_a_display(
 ) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.setenv("MPLBACKEND", "TkAgg")  # one that needs a display: it must not be asked for
-    write_swept(swept(points), tmp_path / "a.png")
+    write(swept(points), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,0 +1,29 @@
+"""Give the answer of a command that also writes it to files."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgeon.cli.app import Run
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def answer(
+    run: Run, found: object, view: "RenderableType", files: Sequence[Path] | None, draw: Callable[[Path], None]
+) -> None:
+    """Show an answer, write it to the files that were asked for, and print it as JSON where JSON is.
+
+    view: the answer for people. draw: how it is drawn to a `.png` file.
+
+    Raises:
+        SaveError: a file cannot be written.
+    """
+    from surgeon.render.files import write_result
+
+    run.screen.show(view)
+    for file in files or ():
+        write_result(found, file, draw)
+        run.screen.say(f"Written to {file}.")
+    run.screen.result(found)

@@ -1,0 +1,77 @@
+"""`surgeon bench layer`: times of a layer by every way to compute it."""
+
+# The annotations are read when commands are made, so they are not postponed.
+from typing import Annotated
+
+import typer
+
+from surgeon.cli.answering import answer
+from surgeon.cli.app import Run, command
+from surgeon.cli.bench import bench
+from surgeon.cli.options import Device, Dtype, Files, Gated, Hidden, Share, Size, Threads, Tokens, Width
+from surgeon.jobs.options import LayerOptions, TimingOptions
+
+
+@command(order=10, under=bench)
+def layer(
+    run: Run,
+    *,
+    tokens: Tokens = LayerOptions.tokens,
+    share: Share = LayerOptions.share,
+    size: Size = LayerOptions.size,
+    width: Width = LayerOptions.width,
+    hidden: Hidden = LayerOptions.hidden,
+    dtype: Dtype = LayerOptions.dtype,
+    gated: Gated = LayerOptions.gated,
+    activation: Annotated[str, typer.Option("--activation", help="Its activation function.")] = "relu",
+    mask: Annotated[
+        str,
+        typer.Option(
+            "--mask",
+            metavar="M,M,...",
+            help="uniform: all experts equally likely; skewed: some popular; clustered: neighbouring tokens choose "
+            "alike.",
+        ),
+    ] = "uniform",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            metavar="M,M,...",
+            help="dense, compiled, masked, loop, grouped_mm, published, torch, ours, ours_dense.  [default: all]",
+        ),
+    ] = None,
+    threads: Threads = TimingOptions.threads,
+    device: Device = TimingOptions.device,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="Time for each method and layer; at least five calls are timed.")
+    ] = TimingOptions.seconds,
+    out: Files = None,
+) -> None:
+    """Time one feed-forward layer with random weights by every method.
+
+    Each with its error from float64, and ours against what this machine can do at best.
+
+    Example: surgeon bench layer --tokens 1,2048 --size 128 --share 0.1,0.2 -o bench.png
+
+    Example: surgeon bench layer --width 2048 --hidden 5632 --gated --activation silu --methods dense,compiled,ours
+
+    JSON: {machine: {device, processor, instruction_set, threads, torch, kernels, gpu, clock, gemm, bandwidth},
+    width, hidden, gated, activation, cells: [{dtype, tokens, size, mask, share, executed, methods: {name:
+    {milliseconds, error, why}}, gain, kernel_gain, ceiling, limit, limited_by, of_limit}]}. Times are milliseconds.
+    """
+    from surgeon.jobs.bench_layer import bench_layer
+    from surgeon.render.bench_layer import layer_plot, layer_view
+    from surgeon.render.files import check_files
+
+    check_files(out)
+    found = bench_layer(
+        LayerOptions(tokens, share, size, width, hidden, dtype, gated),
+        TimingOptions(threads, device, seconds),
+        activation=activation,
+        mask=mask,
+        methods=methods,
+        stage=run.screen.stage,
+        progress=run.screen.progress,
+    )
+    answer(run, found, layer_view(found), out, lambda file: layer_plot(found).draw(file))

@@ -1,0 +1,61 @@
+"""`surgeon bench surgery`: times of a saved surgery, end to end."""
+
+# The annotations are read when commands are made, so they are not postponed.
+from typing import Annotated
+
+import typer
+
+from surgeon.cli.answering import answer
+from surgeon.cli.app import Run, command
+from surgeon.cli.bench import bench
+from surgeon.cli.opening import open_saved
+from surgeon.cli.options import DenseModel, Device, Files, Saved, Threads, TrustPickle
+from surgeon.jobs.options import TimingOptions
+
+
+@command(order=20, under=bench)
+def surgery(
+    run: Run,
+    model: Saved,
+    *,
+    dense: DenseModel = None,
+    tau: Annotated[
+        str | None, typer.Option("--tau", metavar="T,T,...", help="Values of tau beside the stored ones.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Samples in a call, the example inputs repeated.")] = 8,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            "--length", help="Tokens in a sample, the example inputs' repeated.  [default: as in the example inputs]"
+        ),
+    ] = None,
+    threads: Threads = TimingOptions.threads,
+    device: Device = TimingOptions.device,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="Time for each model and tau; at least five calls are timed.")
+    ] = TimingOptions.seconds,
+    out: Files = None,
+    trust_pickle: TrustPickle = False,
+) -> None:
+    """Time a saved surgery end to end, beside the model before it.
+
+    Eager and compiled, by the kernels and by the torch backend, at the stored tau and at others.
+
+    Example: surgeon bench surgery bert-surgery --dense path/to/bert --tau 0.1,0.2
+
+    Example: surgeon bench surgery bert-surgery --dense path/to/bert --batch 1 --length 128 -o bench.json
+
+    JSON: {model, batch, length, machine: {device, processor, instruction_set, threads, torch, kernels, gpu, clock,
+    gemm, bandwidth}, times: {dense, compiled, why, settings: [{tau, executed, ours, compiled, torch, gain}]}, notes}.
+    Times are milliseconds.
+    """
+    from surgeon.jobs.bench_surgery import bench_surgery, check_surgery
+    from surgeon.render.bench_surgery import surgery_plot, surgery_view
+    from surgeon.render.files import check_files
+
+    check_files(out)
+    timing = TimingOptions(threads, device, seconds)
+    taus = check_surgery(tau, timing, batch=batch, length=length)
+    opened, beside = open_saved(run, model, None, dense, trust_pickle=trust_pickle)
+    found = bench_surgery(opened, taus, timing, batch=batch, length=length, dense=beside, progress=run.screen.progress)
+    answer(run, found, surgery_view(found), out, lambda file: surgery_plot(found).draw(file))

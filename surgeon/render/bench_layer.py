@@ -1,0 +1,127 @@
+"""How `surgeon bench layer` shows its result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from surgeon.bench.grid import Cell
+from surgeon.bench.machine import Machine
+from surgeon.bench.methods import METHODS
+from surgeon.jobs.bench_layer import LayerBenchmark
+from surgeon.render.bench import count, factor, machine_lines, machine_name, milliseconds
+from surgeon.render.bench_plot import Panel, Plot
+from surgeon.text.layout import dim, grid, heading, indented, sentences
+from surgeon.text.summary import number, percent
+
+_MOST_COLUMNS = 4  # of panels, where there is a choice
+# Two lines each, so that all of them fit 100 columns.
+_NAMES = {
+    "dense": "\ndense",
+    "compiled": "com-\npiled",
+    "masked": "\nmasked",
+    "loop": "\nloop",
+    "grouped_mm": "grouped\n_mm",
+    "published": "pub-\nlished",
+    "torch": "\ntorch",
+    "ours": "\nours",
+    "ours_dense": "ours,\nall on",
+}
+_LEGEND = (
+    "Milliseconds of a layer, the median, its weights not in a cache. dense / ours: the faster of dense and compiled. "
+    "ours, all on: every expert, never by the dense product; what it is over ours stands beside what it could be, "
+    "1 / share.",
+    "of limit: what the machine needs at least for the selected multiply-adds (a) or for reading the selected weights "
+    "(m), over ours. error: the largest of the column, from float64, relative to the largest output.",
+)
+
+
+def layer_view(found: LayerBenchmark) -> RenderableType:
+    """A block for each dtype, number of tokens, size and mask, with a row for each share."""
+    kind = f"{'gated ' if found.gated else ''}{found.activation}"
+    layer = f"Layer {found.width} → {found.hidden} → {found.width}, {kind}, random weights."
+    blocks: list[RenderableType] = [*machine_lines(found.machine), Text(layer)]
+    for (dtype, tokens, size, mask), cells in groupby(found.cells, lambda c: (c.dtype, c.tokens, c.size, c.mask)):
+        what = f"{dtype}, {count(tokens, 'token')}, {count(found.hidden // size, 'expert')} × {size}"
+        blocks += [Text(""), heading(what, f"{mask} selection"), _block(list(cells))]
+    legend = (*_LEGEND, *_calls(found.machine), *_slow_types(found.machine))
+    return Group(*blocks, Text(""), sentences(legend, indent=0))
+
+
+def _calls(machine: Machine) -> list[str]:
+    """What a call is."""
+    if machine.gpu is None:
+        return [
+            "Caches are emptied and another layer is run before what is timed, as in a model. Up to 16 tokens are "
+            "timed through 8 layers one after another; the time is that of one."
+        ]
+    waiting = ", ".join(name for name, method in METHODS.items() if method.waits)
+    return [
+        f"Calls are replayed from CUDA graphs, but for those in which Python waits for the GPU: {waiting}. Without a "
+        "graph, small calls take as long as Python takes to start their kernels."
+    ]
+
+
+def _slow_types(machine: Machine) -> list[str]:
+    """What to know where torch has no fast product for a half type, so that every method that uses it looks bad."""
+    rates = machine.gemm
+    return [
+        f"torch multiplies {name} at {number(rate)}FLOP/s here, float32 at {number(rates['float32'])}FLOP/s. Its dense "
+        "layer is slow for that reason: compare ours with ours, all on. The limit is that of float32."
+        for name, rate in rates.items()
+        if rate < rates["float32"] / 2
+    ]
+
+
+def _block(cells: Sequence[Cell]) -> RenderableType:
+    names = [name for name in cells[0].methods if any(cell.methods[name].milliseconds for cell in cells)]
+    compared = any(cell.gain is not None for cell in cells)
+    beside = any(cell.kernel_gain is not None for cell in cells)
+    limited = any(cell.of_limit is not None for cell in cells)
+    header = ["\nshare", *(_NAMES[name] for name in names)]
+    header += ["dense\n/ours"] * compared + ["all on\n/ours"] * beside + ["of\nlimit"] * limited
+    table = grid(*(["right"] * len(header)), header=header)  # type: ignore[arg-type]
+    for cell in cells:
+        row: list[RenderableType] = [percent(cell.share)]
+        for name in names:
+            row.append(Text(milliseconds(cell.methods[name].milliseconds), style="bold" if name == "ours" else ""))
+        row += [factor(cell.gain)] * compared + [_of(cell.kernel_gain, cell.ceiling)] * beside
+        row += [f"{percent(cell.of_limit)} {cell.limited_by[0]}"] * limited
+        table.add_row(*row)
+    worst = (max((c.methods[name].error or 0.0 for c in cells), default=0.0) for name in names)
+    table.add_row(dim("error"), *(dim(f"{error:.0e}") for error in worst))
+    reasons = {name: one.why for cell in cells for name, one in cell.methods.items() if one.why}
+    return Group(table, *(indented(dim(f"{name} did not run: {why}"), 0) for name, why in reasons.items()))
+
+
+def _of(gain: float | None, ceiling: float) -> str:
+    return "" if gain is None else f"{_short(gain)}/{_short(ceiling)}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def layer_plot(found: LayerBenchmark) -> Plot:
+    """A panel for each dtype, number of tokens, size and mask."""
+    panels = []
+    several = {cell.mask for cell in found.cells}
+    columns = len({cell.size for cell in found.cells}) * len(several)
+    ordered, dtypes = found.cells, {cell.dtype for cell in found.cells}
+    if columns * len(dtypes) <= _MOST_COLUMNS:  # dtypes side by side
+        columns *= len(dtypes)
+        tokens_of = list(dict.fromkeys(cell.tokens for cell in ordered))
+        ordered = sorted(ordered, key=lambda cell: tokens_of.index(cell.tokens))
+    for (dtype, tokens, size, mask), group in groupby(ordered, lambda c: (c.dtype, c.tokens, c.size, c.mask)):
+        cells = sorted(group, key=lambda cell: cell.executed)
+        lines: dict[str, Sequence[float | None]] = {
+            name: [cell.methods[name].milliseconds for cell in cells] for name in cells[0].methods
+        }
+        lines["limit"] = [cell.limit for cell in cells]
+        title = f"{dtype}, {count(tokens, 'token')}, experts of {size}"
+        panels.append(Panel(title + (f", {mask}" if len(several) > 1 else ""), [c.executed for c in cells], lines))
+    title = f"One layer {found.width} → {found.hidden} → {found.width}, {machine_name(found.machine)}"
+    return Plot(title, panels, columns)

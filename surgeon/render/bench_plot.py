@@ -1,0 +1,89 @@
+"""Pictures of benchmarks: times against the selected share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_WIDTH, _HEIGHT = 3.6, 2.8  # inches, of a panel
+_LABELS = {
+    "compiled": "dense, compiled",
+    "masked": "dense, masked",
+    "ours_dense": "ours, every expert on",
+    "ours_compiled": "ours, compiled",
+}
+# A method looks the same in every panel, also where others did not run.
+_STYLES: dict[str, dict[str, Any]] = {
+    "dense": {"color": "black"},
+    "compiled": {"color": "grey"},
+    "masked": {"color": "tab:blue"},
+    "loop": {"color": "tab:orange"},
+    "grouped_mm": {"color": "tab:green"},
+    "published": {"color": "tab:purple"},
+    "torch": {"color": "tab:brown"},
+    "ours": {"color": "tab:red", "lw": 2.5, "zorder": 3},
+    "ours_dense": {"color": "lightcoral"},
+    "ours_compiled": {"color": "darkred", "lw": 2.5, "zorder": 3},
+    "limit": {"color": "tab:red", "ls": "--", "marker": ""},
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Milliseconds against the selected share: a line each. A value is None where a method did not run."""
+
+    title: str
+    shares: Sequence[float]
+    lines: Mapping[str, Sequence[float | None]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Panels in rows of `columns`."""
+
+    title: str
+    panels: list[Panel] = field(default_factory=list)
+    columns: int = 1
+    log: bool = True  # times of several orders of magnitude
+
+    def draw(self, file: Path) -> None:
+        """Draw it to a `.png` file."""
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        rows = -(-len(self.panels) // self.columns)
+        size = (max(6.0, _WIDTH * self.columns), _HEIGHT * rows + 0.8)
+        figure = Figure(figsize=size, layout="constrained")
+        # Of one row the times are comparable: only the experts differ.
+        grid = figure.subplots(rows, self.columns, squeeze=False, sharex=True, sharey="row")
+        drawn: dict[str, Any] = {}
+        for axes, panel in zip(grid.flat, self.panels, strict=True):
+            shares = [100 * share for share in panel.shares]
+            for name, values in panel.lines.items():
+                points = [(share, value) for share, value in zip(shares, values, strict=True) if value is not None]
+                if points:
+                    style = {"marker": "o", "ms": 3, "lw": 1.2, **_STYLES[name]}
+                    (drawn[name],) = axes.plot(*zip(*points, strict=True), **style)
+            if self.log:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            else:
+                axes.set_ylim(bottom=0)
+            axes.set_xlim(left=0)
+            axes.set_title(panel.title, fontsize=9)
+            axes.tick_params(labelsize=8)
+            axes.grid(alpha=0.3)
+        for axes in grid[-1]:
+            axes.set_xlabel("experts selected, %", fontsize=9)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("milliseconds", fontsize=9)
+        figure.suptitle(self.title, fontsize=10)
+        labels = [_LABELS.get(name, name.replace("_", " ")) for name in drawn]
+        figure.legend(
+            drawn.values(), labels, loc="outside lower center", ncols=min(5, len(drawn)), frameon=False, fontsize=8
+        )
+        figure.savefig(file, dpi=130)

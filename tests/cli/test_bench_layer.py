@@ -1,0 +1,101 @@
+"""`surgeon bench layer`: a layer by every method."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from surgeon.bench.methods import METHODS
+
+from .harness import Run
+
+pytestmark = pytest.mark.usefixtures("small_machine")
+SMALL = ("--width", "8", "--hidden", "32", "--seconds", "0.0001")
+METHODS_BUT_COMPILED = ",".join(name for name in METHODS if name != "compiled")
+
+
+def test_a_layer_is_timed_by_every_method(run: Run, tmp_path: Path) -> None:
+    grid = ("--tokens", "1, 20", "--size", "8,4", "--share", "0.25,1", "--mask", "uniform,skewed", "--dtype", "float32")
+    files = ("-o", "times.json", "-o", "times.png")
+    result = run(
+        "bench",
+        "layer",
+        *SMALL,
+        *grid,
+        "--methods",
+        METHODS_BUT_COMPILED,
+        *files,
+        "--device",
+        "cpu",
+        "--output",
+        "json",
+    )
+    assert result.code == 0, result.err
+    found = result.json
+    assert set(found) == {"machine", "width", "hidden", "gated", "activation", "cells"}
+    assert len(found["cells"]) == 2 * 2 * 2 * 2
+    assert [(c["tokens"], c["size"], c["mask"]) for c in found["cells"][::2]] == [
+        (tokens, size, mask) for tokens in (1, 20) for size in (8, 4) for mask in ("uniform", "skewed")
+    ]
+    for cell in found["cells"]:
+        assert list(cell["methods"]) == METHODS_BUT_COMPILED.split(",")
+        for timing in cell["methods"].values():
+            assert timing["milliseconds"] > 0
+            assert timing["error"] < 1e-5
+        assert cell["gain"] == cell["methods"]["dense"]["milliseconds"] / cell["methods"]["ours"]["milliseconds"]
+        assert cell["ceiling"] == 1 / cell["executed"]
+    assert json.loads((tmp_path / "times.json").read_text()) == found
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+    assert "Written to times.png." in result.err
+    assert "bench  16/16" in result.err
+
+
+def test_chosen_methods_are_shown(run: Run) -> None:
+    args = ("--tokens", "2", "--size", "4", "--share", "0.5", "--gated", "--methods", "ours-dense, published,ours")
+    result = run("-q", "bench", "layer", *SMALL, *args, "--device", "cpu", "--activation", "silu")
+    assert (result.code, result.err) == (0, "")
+    assert "float32, 2 tokens, 8 experts × 4" in result.out
+    assert "bfloat16, 2 tokens" in result.out
+    assert "published did not run: the published method has no gated layers" in result.out
+    assert "dense\n/ours" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            ("--size", "100"),
+            "Experts of 100 neurons do not divide a hidden width of 3072: 72 neurons would be left over. "
+            "Give another --size. Nearest: 96, 128.",
+        ),
+        (("--width", "0"), "A layer's width, hidden width and expert size are at least 1."),
+        (("--size", "6.5"), "--size 6.5: give whole numbers from 1 on, separated by commas."),
+        (("--tokens", "0"), "--tokens 0: give whole numbers from 1 on"),
+        (("--share", "0.1,2"), "--share 0.1,2: give numbers from 0 to 1, above 0, separated by commas."),
+        (("--share", "nan"), "--share nan: give numbers"),
+        (("--dtype", "int8"), "--dtype int8: there are float32, bfloat16, float16."),
+        (("--mask", "random"), "--mask random: there are uniform, skewed, clustered."),
+        (("--methods", "best"), "--methods best: there are dense, compiled, masked"),
+        (("--activation", "step"), "unknown activation 'step'"),
+        (("--threads", "0"), "--threads is at least 1"),
+        (("--seconds", "0"), "--seconds above 0"),
+        (("--device", "tpu"), "--device tpu: give cpu or cuda."),
+        (("--batch", "3"), "No such option: --batch"),
+        (("-o", "times.csv"), "times.csv: a table is written as .json, a plot as .png."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_work_is_refused(run: Run, args: tuple[str, ...], words: str) -> None:
+    result = run("bench", "layer", *args)
+    assert (result.code, result.out) == (2, "")
+    assert words in result.err
+
+
+def test_a_gpu_that_is_not_there_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run("bench", "layer", "--device", "cuda")
+    assert result.code == 2
+    assert "--device cuda: torch finds no GPU here. surgeon bench predict h100 predicts for one." in result.err
