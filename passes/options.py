@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from typing import Any, TypeAlias, TypeVar
+
+from surgeon.graph.patterns import first_fit
 
 Value = TypeVar("Value")
 
@@ -15,9 +16,7 @@ PerSite: TypeAlias = Value | dict[str, Value]
 
 def for_site(value: PerSite[Value] | None, path: str) -> Value | None:
     """The value of an option for one site, None if it has none."""
-    if not isinstance(value, dict):
-        return value
-    return next((one for pattern, one in value.items() if fnmatch.fnmatchcase(path, pattern)), None)
+    return first_fit(value, path) if isinstance(value, dict) else value
 
 
 def option(default: Any, help: str) -> Any:
