@@ -282,7 +282,7 @@ class Moeify(TrainedPass[FFN]):
             paths[moe], inputs[moe] = site.path, [call.x.name for call in site.calls]
         parts = self._parts(paths)
         if self.router == "neurons":
-            for part in parts.values():
+            for _, _, part in parts:
                 of_part = {moe: inputs[moe] for moe in part}
                 fit_from_neurons(graph, of_part, context.data, context.settings)
         if not self.optimises:
@@ -299,10 +299,11 @@ class Moeify(TrainedPass[FFN]):
                     context.data,
                     self.plan(),
                     context.settings,
-                    what,
+                    key,
+                    label=label,
                     exposed=bool(self.exposure),
                 )
-                for what, part in parts.items()
+                for key, label, part in parts
             ]
         return FitReport.merged(reports)
 
@@ -334,15 +335,16 @@ class Moeify(TrainedPass[FFN]):
             )
         return tuple(notes)
 
-    def _parts(self, layers: Mapping[MoE, str]) -> dict[str, list[MoE]]:
-        """The layers, given with their paths, whose routers are fitted together, by the name of the fit."""
+    def _parts(self, layers: Mapping[MoE, str]) -> list[tuple[str, str, list[MoE]]]:
+        """The layers, given with their paths, whose routers are fitted together: (key of the fit, label, layers)."""
         if not self.layer_by_layer:
-            return {"moeify routers": list(layers)}
-        parts = {}
+            return [("moeify-routers", "moeify routers", list(layers))]
+        parts = []
         groups = by_trunk(layers)
         for number, group in enumerate(groups, 1):
-            others = f" and {len(group) - 1} more" if len(group) > 1 else ""
-            parts[f"moeify routers {number} of {len(groups)}, {layers[group[0]]}{others}"] = group
+            first, others = layers[group[0]], f" and {len(group) - 1} more" if len(group) > 1 else ""
+            label = f"moeify routers {number} of {len(groups)}, {first}{others}"
+            parts.append((f"moeify-routers-{first}", label, group))
         return parts
 
     def _experts(self, site: FFN) -> int:
