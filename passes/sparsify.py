@@ -157,7 +157,7 @@ class Sparsify(FineTunedPass[FFN]):
             found.activation, found.fused, site.hidden, found.input_scale, self.displacement,
             projection=site.is_projection,
         )  # fmt: skip
-        target = free_target(graph, site.path, "hoyer")
+        target = free_target(graph, site.path, "sparsity_tap")
         graph.add_submodule(target, tap)
         for call in site.calls:
             z = call.first[0].output

@@ -148,6 +148,12 @@ def test_tapped_layers_are_still_found_and_not_tapped_twice(traces: Any) -> None
     assert {reason for _, reason in again.rejected} == {"it has a sparsity tap already"}
 
 
+@pytest.mark.parametrize("penalty", ["hoyer", "l1"])
+def test_the_tap_is_called_what_it_is_whatever_the_penalty(traces: Any, penalty: Any) -> None:
+    report = Sparsify(penalty=penalty).apply(traces("stack:relu"))
+    assert [site.made for site in report.sites] == ["blocks.0.ffn.sparsity_tap", "blocks.1.ffn.sparsity_tap"]
+
+
 def test_report_says_where_the_tap_is(traces: Any) -> None:
     assert "square Hoyer tap (output)" in Sparsify().apply(traces("stack:relu")).sites[0].after
     assert "pre-activation, D = -5" in Sparsify(displacement=-5).apply(traces("stack:gelu")).sites[0].after
