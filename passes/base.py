@@ -196,7 +196,7 @@ class Pass(ABC, Generic[Site]):
             tidy(graph)
             if matched and data is not None and self.will_fit and not settings.dry_run:
                 sites = self._sites_in(before, matched)
-                start_alike(graph, [change.made for change in changes if change.made], settings)
+                start_alike(graph, [path for change in changes for path in change.made], settings)
                 try:
                     pairs = tuple(zip(sites, changes, strict=True))
                     fit_report = self.fit(FitContext(graph, before, pairs, data, settings))

@@ -269,7 +269,7 @@ class Moeify(TrainedPass[FFN]):
             (site.parameters(graph), parameters),
             (site.multiply_adds, after.multiply_adds),
             (site.calls[-1].output.name, names[-1]),
-            made=path,
+            made=(path,),
         )
 
     def fit(self, context: FitContext[FFN]) -> FitReport | None:
@@ -277,7 +277,7 @@ class Moeify(TrainedPass[FFN]):
         graph, inputs = context.before, {}
         paths: dict[MoE, str] = {}
         for site, change in context.changes:
-            moe = context.graph.get_submodule(change.made)
+            moe = context.graph.get_submodule(change.made[0])
             assert isinstance(moe, MoE)
             paths[moe], inputs[moe] = site.path, [call.x.name for call in site.calls]
         parts = self._parts(paths)
@@ -290,7 +290,7 @@ class Moeify(TrainedPass[FFN]):
         if self.exposure:
             # Not the inputs in the model as it was, but those in the model as it will run.
             graph = context.graph
-            inputs = dict(zip(paths, (_read(graph, change.made) for _, change in context.changes), strict=True))
+            inputs = dict(zip(paths, (_read(graph, change.made[0]) for _, change in context.changes), strict=True))
         with running_at(self.exposure, paths):
             reports = [
                 train_routers(
@@ -312,10 +312,10 @@ class Moeify(TrainedPass[FFN]):
     ) -> tuple[str, ...]:
         notes = []
         if changes and self.tau and fit is not None:  # a dry run has no routers to skip by
-            set_tau(graph, {change.made: self.tau for change in changes})
+            set_tau(graph, {change.made[0]: self.tau for change in changes})
         if any(site.dropout for site in sites):
             notes.append("Dropout between the linears is not carried into the experts; it matters in training only.")
-        modules = [graph.get_submodule(change.made) for change in changes]
+        modules = [graph.get_submodule(change.made[0]) for change in changes]
         single = [
             change.path
             for change, module in zip(changes, modules, strict=True)

@@ -151,7 +151,7 @@ def test_tapped_layers_are_still_found_and_not_tapped_twice(traces: Any) -> None
 @pytest.mark.parametrize("penalty", ["hoyer", "l1"])
 def test_the_tap_is_called_what_it_is_whatever_the_penalty(traces: Any, penalty: Any) -> None:
     report = Sparsify(penalty=penalty).apply(traces("stack:relu"))
-    assert [site.made for site in report.sites] == ["blocks.0.ffn.sparsity_tap", "blocks.1.ffn.sparsity_tap"]
+    assert [site.made for site in report.sites] == [(f"blocks.{block}.ffn.sparsity_tap",) for block in (0, 1)]
 
 
 def test_report_says_where_the_tap_is(traces: Any) -> None:

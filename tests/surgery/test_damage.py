@@ -55,7 +55,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "record_without_key": (lambda c: with_record(c, trace=...), "is damaged: trace: field required"),
     "record_with_wrong_type": (lambda c: with_record(c, trace={}), "is damaged: trace.form: field required"),
     "record_older": (lambda c: with_record(c, schema=1), r"has schema 1, .* Run the surgery again"),
-    "record_newer": (lambda c: with_record(c, schema=99), r"has schema 99, and .* reads schema 2\. Update surgeon"),
+    "record_newer": (lambda c: with_record(c, schema=99), r"has schema 99, and .* reads schema 3\. Update surgeon"),
 }
 
 

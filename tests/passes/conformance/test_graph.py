@@ -39,7 +39,7 @@ def test_accounts_for_every_parameter(subject: Any, name: str) -> None:
     before = dict(graph.state_dict())
     report = one.apply(graph, inputs=vectors())
     after = dict(graph.state_dict())
-    made = tuple(site.made + "." for site in report.sites if site.made)
+    made = tuple(f"{path}." for site in report.sites for path in site.made)
     for key in after.keys() - before.keys():
         assert key.startswith(made), key
     for key in before.keys() - after.keys():
