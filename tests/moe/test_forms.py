@@ -187,12 +187,6 @@ def test_wrong_rules_change_nothing(made: Made, form: str, rule: Any, path: str 
     assert get_rule(graph) == {FIRST: "max", SECOND: "max"}
 
 
-def test_rules_need_experts(traces: Any) -> None:
-    with pytest.raises(UsageError, match=r"no experts to set anything for\. Apply moeify first"):
-        set_rule(traces("stack:relu"), "max")
-    assert get_rule(traces("stack:relu")) == {}
-
-
 # --- experts that always run ------------------------------------------------------------------------------------------
 
 
