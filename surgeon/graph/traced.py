@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from surgeon.graph.calls import call_alike
+
 aten = torch.ops.aten
 
 # Where each op keeps what differs between training and evaluation, and its value in evaluation.
@@ -108,7 +110,7 @@ def fork(graph: GraphModule) -> TracedGraph:
     if output is not None:
         value, old = cast("tuple[Any, Node]", output)
         copied.output(value).meta = copy.copy(old.meta)
-    copied.set_codegen(copy.copy(graph.graph._codegen))
+    call_alike(copied, graph)
     result = TracedGraph(graph, copied)
     result.meta.update(graph.meta)
     # nn.Module state, not graph state: the constructor starts in training mode.

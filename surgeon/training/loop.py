@@ -293,12 +293,12 @@ def computing_in(precision: Precision, device: torch.device) -> AbstractContextM
 
 def _remember(stateful: Sequence[Stateful], device: torch.device) -> Callable[[], None]:
     """Remember what changes while a step is computed; the function returned puts it back."""
-    states = [copy.deepcopy(one.state_dict()) for one in stateful]
+    states = [copy.deepcopy(kept.state_dict()) for kept in stateful]
     cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def put_back() -> None:
-        for one, state in zip(stateful, states, strict=True):
-            one.load_state_dict(state)
+        for kept, state in zip(stateful, states, strict=True):
+            kept.load_state_dict(state)
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda, device)
