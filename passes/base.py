@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.fx import GraphModule
 from surgeon.data.data import Data
 from surgeon.errors import PassError, SurgeonError, UsageError
 from surgeon.graph.ownership import adopt_changes
+from surgeon.graph.patterns import matches
 from surgeon.graph.traced import TracedGraph, tidy
 from surgeon.moe.site import MoESite
 from surgeon.passes.contract import Contract, FitContext, Seen, Site
@@ -158,7 +158,7 @@ class Pass(Contract[Site, Seen]):
         paths = {site.path for site in matched}
         # The same sites as nodes of the graph before the pass.
         sites = [site for site in self.find(before)[0] if site.path in paths]
-        start_alike(graph, [change.made for change in changes if change.made], settings)
+        start_alike(graph, [path for change in changes for path in change.made], settings)
         try:
             return self.fit(FitContext(graph, before, tuple(zip(sites, changes, strict=True)), data, settings))
         except SurgeonError:
@@ -167,10 +167,7 @@ class Pass(Contract[Site, Seen]):
             raise PassError(f"{self.name} failed while it was fitted: {_words(error)}") from error
 
     def _chosen(self, path: str) -> bool:
-        def matches(patterns: tuple[str, ...]) -> bool:
-            return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-        return (not self.only or matches(self.only)) and not matches(self.skip)
+        return (not self.only or matches(self.only, path)) and not matches(self.skip, path)
 
 
 def _paths(sites: Iterable[FFN | LinearSite | MoESite], rejected: Iterable[Rejection]) -> list[str]:

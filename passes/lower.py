@@ -49,7 +49,7 @@ class Lower(Pass[MoESite]):
             (parameters, parameters),
             (site.multiply_adds, site.multiply_adds),
             (site.nodes[-1].name, names[-1]),
-            made=site.path,
+            made=(site.path,),
         )
 
     def _lower(self, graph: TracedGraph, site: MoESite, node: Node) -> str:

@@ -24,7 +24,7 @@ from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import TrainedPass
-from surgeon.sites.ffn import PROJECTION_MLP
+from surgeon.sites.ffn import mark_projection
 from surgeon.sites.linear import Linear
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.qkv import fused_parts
@@ -45,9 +45,9 @@ Start = Literal["svd", "random"]
 Error = Literal["relative", "mse"]
 # Names of the MLPs that stand in for one, two and three parts of a layer.
 _NAMES = {
-    1: [PROJECTION_MLP],
-    2: [f"{PROJECTION_MLP}_{part}" for part in "01"],
-    3: [f"{PROJECTION_MLP}_{part}" for part in "qkv"],
+    1: ["projection_mlp"],
+    2: [f"projection_mlp_{part}" for part in "01"],
+    3: [f"projection_mlp_{part}" for part in "qkv"],
 }
 _MOST_PARTS = max(_NAMES)
 _ERROR_NAMES: dict[Error, str] = {"relative": "unexplained variance", "mse": "mean squared error"}
@@ -210,10 +210,10 @@ class Mlpify(TrainedPass[LinearSite]):
                 bias=bias is not None, residual=self.kind == "residual",
             ).train(graph.training)  # fmt: skip
             graph.add_submodule(target, modules[target])
+            mark_projection(graph, target)
         output = ("", "")
         for call in site.calls:
             output = (call.output.name, self._replace(graph, call, modules).name)
-        made, count = next(iter(modules)), len(modules)
         before = weight.numel() + (0 if bias is None else bias.numel())
         after = sum(parameter.numel() for module in modules.values() for parameter in module.parameters())
         cost = sum(module.fc1.out_features * (site.d_in + len(module.part)) for module in modules.values())
@@ -224,7 +224,7 @@ class Mlpify(TrainedPass[LinearSite]):
             (before, after),
             (site.multiply_adds, cost),
             output,
-            made=made if count == 1 else made.rpartition(".")[0],
+            made=tuple(modules),
         )
 
     def _replace(self, graph: TracedGraph, call: Linear, modules: dict[str, ReplacementMLP]) -> Node:

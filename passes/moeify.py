@@ -248,7 +248,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
             (site.parameters(graph), parameters),
             (site.multiply_adds, after.multiply_adds),
             (site.calls[-1].output.name, names[-1]),
-            made=path,
+            made=(path,),
         )
 
     def fit(self, context: FitContext[FFN]) -> FitReport | None:
@@ -256,12 +256,12 @@ class Moeify(TrainedPass[FFN, _Seen]):
         graph, inputs = context.before, {}
         paths: dict[MoE, str] = {}
         for site, change in context.changes:
-            moe = context.graph.get_submodule(change.made)
+            moe = context.graph.get_submodule(change.made[0])
             assert isinstance(moe, MoE)
             paths[moe], inputs[moe] = site.path, [call.x.name for call in site.calls]
         parts = self._parts(paths)
         if self.router == "neurons":
-            for part in parts.values():
+            for _, _, part in parts:
                 of_part = {moe: inputs[moe] for moe in part}
                 fit_from_neurons(graph, of_part, context.data, context.settings)
         if not self.optimises:
@@ -269,7 +269,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
         if self.exposure:
             # Not the inputs in the model as it was, but those in the model as it will run.
             graph = context.graph
-            inputs = dict(zip(paths, (_read(graph, change.made) for _, change in context.changes), strict=True))
+            inputs = dict(zip(paths, (_read(graph, change.made[0]) for _, change in context.changes), strict=True))
         with running_at(self.exposure, paths):
             reports = [
                 train_routers(
@@ -278,10 +278,11 @@ class Moeify(TrainedPass[FFN, _Seen]):
                     context.data,
                     self.plan(),
                     context.settings,
-                    what,
+                    key,
+                    label=label,
                     exposed=bool(self.exposure),
                 )
-                for what, part in parts.items()
+                for key, label, part in parts
             ]
         return FitReport.merged(reports)
 
@@ -290,10 +291,10 @@ class Moeify(TrainedPass[FFN, _Seen]):
     ) -> tuple[str, ...]:
         notes = []
         if changes and self.tau and fit is not None:  # a dry run has no routers to skip by
-            set_tau(graph, {change.made: self.tau for change in changes})
+            set_tau(graph, {change.made[0]: self.tau for change in changes})
         if any(site.dropout for site in sites):
             notes.append("Dropout between the linears is not carried into the experts; it matters in training only.")
-        modules = [graph.get_submodule(change.made) for change in changes]
+        modules = [graph.get_submodule(change.made[0]) for change in changes]
         single = [
             change.path
             for change, module in zip(changes, modules, strict=True)
@@ -313,15 +314,16 @@ class Moeify(TrainedPass[FFN, _Seen]):
             )
         return tuple(notes)
 
-    def _parts(self, layers: Mapping[MoE, str]) -> dict[str, list[MoE]]:
-        """The layers, given with their paths, whose routers are fitted together, by the name of the fit."""
+    def _parts(self, layers: Mapping[MoE, str]) -> list[tuple[str, str, list[MoE]]]:
+        """The layers, given with their paths, whose routers are fitted together: (key of the fit, label, layers)."""
         if not self.layer_by_layer:
-            return {"moeify routers": list(layers)}
-        parts = {}
+            return [("moeify-routers", "moeify routers", list(layers))]
+        parts = []
         groups = by_trunk(layers)
         for number, group in enumerate(groups, 1):
-            others = f" and {len(group) - 1} more" if len(group) > 1 else ""
-            parts[f"moeify routers {number} of {len(groups)}, {layers[group[0]]}{others}"] = group
+            first, others = layers[group[0]], f" and {len(group) - 1} more" if len(group) > 1 else ""
+            label = f"moeify routers {number} of {len(groups)}, {first}{others}"
+            parts.append((f"moeify-routers-{first}", label, group))
         return parts
 
     def _experts(self, site: FFN) -> int:

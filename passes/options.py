@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import typing
 from collections.abc import Collection, Hashable, Iterable, Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from surgeon.errors import UsageError
+from surgeon.graph.patterns import first_fit, matches
 
 Value = TypeVar("Value")
 PerSite: TypeAlias = Value | dict[str, Value]
@@ -19,9 +19,7 @@ PerSite: TypeAlias = Value | dict[str, Value]
 
 def for_site(value: PerSite[Value] | None, path: str) -> Value | None:
     """The value of an option for one site, None if it has none."""
-    if not isinstance(value, dict):
-        return value
-    return next((found for pattern, found in value.items() if fnmatch.fnmatchcase(path, pattern)), None)
+    return first_fit(value, path) if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
@@ -125,6 +123,6 @@ def check_patterns(option: str, patterns: Iterable[str], paths: Iterable[str]) -
     """
     paths = list(paths)
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+        if not any(matches([pattern], path) for path in paths):
             there = ", ".join(filter(None, paths))
             raise UsageError(f"{option}: no site is called '{pattern}'. There are: {there}.")

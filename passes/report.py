@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from surgeon.graph.snapshot import GraphDiff
 from surgeon.graph.traced import TracedGraph
 from surgeon.measure.meter import Cost
-from surgeon.sites.ffn import FFN, PROJECTION_MLP
+from surgeon.sites.ffn import FFN
 from surgeon.sites.rejection import Rejection
 from surgeon.training.loop import FitReport
 
@@ -22,7 +22,7 @@ class SiteChange:
 
     parameters, multiply_adds: (before, after), the multiply-adds for one token and every expert running.
     executed: share of the site's expert multiply-adds that ran on the example inputs, None without experts.
-    made: path of the module that the pass put in, "" if it put in none.
+    made: paths of the modules that the pass put in.
     output: names of the node that gave the site's output before and of the one that gives it after.
     """
 
@@ -32,11 +32,11 @@ class SiteChange:
     parameters: tuple[int, int]
     multiply_adds: tuple[int, int]
     output: tuple[str, str]
-    made: str = ""
+    made: tuple[str, ...] = ()
     executed: float | None = None
 
     @classmethod
-    def same_cost(cls, graph: TracedGraph, site: FFN, after: str, *, made: str = "") -> SiteChange:
+    def same_cost(cls, graph: TracedGraph, site: FFN, after: str, *, made: tuple[str, ...] = ()) -> SiteChange:
         """The change of a feed-forward layer that keeps its weights and the node that gives its output.
 
         after: what it is now, in words.
@@ -90,14 +90,13 @@ def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
     found: dict[str, float] = {}
     # Of what a pass made: the multiply-adds before all passes, over its own.
     ratios: dict[str, float] = {}
-    for change in (site for report in reports for site in report.sites if site.made and site.made not in found):
+    for change in (site for report in reports for site in report.sites):
         before, after = change.multiply_adds
-        within, _, name = change.path.rpartition(".")
-        # The parts of a fused layer are recorded by the module that holds them, and other layers may stand in it too.
-        made = within if change.path not in ratios and name.startswith(PROJECTION_MLP) else change.path
-        dense = before * ratios.get(made, 1.0)
-        found[change.made] = dense
-        ratios[change.made] = dense / after if after else 1.0
+        dense = before * ratios.get(change.path, 1.0)
+        for path in change.made:
+            if path not in found:  # lower puts experts where they were
+                found[path] = dense
+                ratios[path] = dense / after if after else 1.0
     return found
 
 

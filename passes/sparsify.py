@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from surgeon.data.batch import Batch
@@ -26,7 +26,7 @@ from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import PerSite, for_site, option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
-from surgeon.sites.ffn import FFN
+from surgeon.sites.ffn import FFN, IdentityModule
 from surgeon.sites.nonlinearity import HALVES, Halves
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns
@@ -48,10 +48,8 @@ from surgeon.training.penalty import (
 _MISSED = 1.2
 
 
-class SparsityTap(nn.Module):
+class SparsityTap(IdentityModule):
     """Marks the values that go into an activation, and says how far from sparse they are. Returns its input."""
-
-    surgeon_identity = True
 
     def __init__(
         self,
@@ -68,9 +66,6 @@ class SparsityTap(nn.Module):
         self.projection = projection
         self.activation, self.gate_half, self.hidden, self.scale = activation, gate_half, hidden, scale
         self.displacement = displacement
-
-    def forward(self, z: Tensor) -> Tensor:
-        return z
 
     def penalised(self, z: Tensor) -> Tensor:
         """The non-negative values that should be sparse, [..., h], of what goes through the tap."""
@@ -150,7 +145,7 @@ class Sparsify(FineTunedPass[FFN]):
             found.activation, found.fused, site.hidden, found.input_scale, self.displacement,
             projection=site.is_projection,
         )  # fmt: skip
-        target = free_target(graph, site.path, "hoyer")
+        target = free_target(graph, site.path, "sparsity_tap")
         graph.add_submodule(target, tap)
         for call in site.calls:
             z = call.first[0].output
@@ -163,13 +158,13 @@ class Sparsify(FineTunedPass[FFN]):
                 reader.replace_input_with(z, node)
         where = "output" if ACTIVATIONS[found.activation].leaves_zeros else f"pre-activation, D = {self.displacement:g}"
         words = f"{site.describe} + {PENALTY_NAMES[self.penalty]} tap ({where})"
-        return SiteChange.same_cost(graph, site, words, made=target)
+        return SiteChange.same_cost(graph, site, words, made=(target,))
 
     def fit(self, context: FitContext[FFN]) -> FitReport | None:
         """Fine-tune all parameters with task loss + Σ over layers of alpha / L · mean over tokens of the penalty."""
         graph, data = context.graph, context.data
         # An earlier sparsify may have left taps on other sites.
-        sites = {change.made: site.path for site, change in context.changes}
+        sites = {change.made[0]: site.path for site, change in context.changes}
         taps: dict[str, SparsityTap] = {}
         paths: dict[str, str] = {}
         for node in graph.graph.nodes:

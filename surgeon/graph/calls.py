@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
@@ -87,6 +88,11 @@ def return_as_is(graph: GraphModule) -> None:
     """Let calls of the graph return what its output node holds, not arranged as the model's output."""
     codegen: Any = graph.graph._codegen
     codegen.pytree_info = codegen.pytree_info._replace(out_spec=None)
+
+
+def call_alike(graph: Graph, like: GraphModule) -> None:
+    """Let a new graph be called as another is and return what that returns; either can be changed without the other."""
+    graph.set_codegen(copy.copy(like.graph._codegen))
 
 
 def foreign_modules(graph: GraphModule) -> list[str]:

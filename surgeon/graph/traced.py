@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from surgeon.graph.calls import call_alike
+
 if TYPE_CHECKING:
     import networkx as nx
 
@@ -110,7 +112,7 @@ def fork(graph: GraphModule) -> TracedGraph:
     if output is not None:
         value, old = cast("tuple[Any, Node]", output)
         copied.output(value).meta = copy.copy(old.meta)
-    copied.set_codegen(copy.copy(graph.graph._codegen))
+    call_alike(copied, graph)
     result = TracedGraph(graph, copied)
     result.meta.update(graph.meta)
     # nn.Module state, not graph state: the constructor starts in training mode.

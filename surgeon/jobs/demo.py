@@ -184,5 +184,5 @@ def train(
     model.train()
     plan = TrainingPlan(epochs, None, lr, weight_decay, schedule)
     settings = RunSettings(seed=seed, progress=progress, workdir=workdir, resume=workdir is not None)
-    fit(list(model.parameters()), loss, data, plan, settings, "dense training")
+    fit(list(model.parameters()), loss, data, plan, settings, "dense-training", label="dense training")
     model.eval()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from surgeon.errors import UsageError
+from surgeon.graph.patterns import matches
 from surgeon.jobs.inspect import LOOKS_FOR
 from surgeon.jobs.open_model import Opened
 from surgeon.moe.site import find_moes
@@ -56,7 +56,7 @@ def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) 
     if at is None:
         return found
     paths = [path for one in found for path in (*dict(one.matched), *(rejection.path for rejection in one.rejected))]
-    chosen = {path for path in paths if path == at or path.startswith(f"{at}.") or fnmatch.fnmatchcase(path, at)}
+    chosen = {path for path in paths if path.startswith(f"{at}.") or matches([at], path)}
     if not chosen:
         near = difflib.get_close_matches(at, paths, n=3, cutoff=0.3)
         hint = f" Nearest candidates: {', '.join(dict.fromkeys(near))}." if near else ""

@@ -132,9 +132,8 @@ def set_wanted(opened: Opened, wanted: Wanted, *, samples: int = 512, out: Path 
     before = _settings(graph)
     if not before:
         raise UsageError("The graph has no experts to set anything for. Apply moeify first.")
-    # What is set later counts, and of the patterns it is the first.
-    set_tau(graph, dict(reversed(wanted.taus.items())))
-    set_rule(graph, dict(reversed(wanted.rules.items())))
+    set_tau(graph, wanted.taus)
+    set_rule(graph, wanted.rules)
     if wanted.compensated:
         assert opened.data is not None
         compensate(graph, first_batches(opened.data.train, samples))

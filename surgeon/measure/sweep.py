@@ -168,7 +168,7 @@ def run_batches(meter: ExpertMeter, batches: Iterable[Batch]) -> Iterable[tuple[
     """Every batch, on the graph's device, with the output for it; the meter counts the tokens that are not padding."""
     device = _device_of(meter.module)
     with torch.no_grad():
-        for batch in (one.to(device) for one in batches):
+        for batch in (given.to(device) for given in batches):
             meter.token_mask = lambda lead, batch=batch: token_mask(batch, lead)
             yield batch, meter.call(batch.args, batch.kwargs)
 

@@ -318,7 +318,8 @@ def _allocate(options: Mapping[str, Sequence[tuple[float, float, float]]], limit
 
     def best(price: float) -> dict[str, tuple[float, float, float]]:
         return {
-            path: min(choices, key=lambda one: (one[1] + price * one[0], one[0])) for path, choices in options.items()
+            path: min(choices, key=lambda choice: (choice[1] + price * choice[0], choice[0]))
+            for path, choices in options.items()
         }
 
     # Where a layer would as soon have the cheaper of two choices.
@@ -332,7 +333,7 @@ def _allocate(options: Mapping[str, Sequence[tuple[float, float, float]]], limit
     )
     # Free, between two of them, and dearer than any: the dearer, the less the best choices cost.
     prices = [0.0, *(0.5 * (low + high) for low, high in pairwise(turns)), 2.0 * turns[-1]] if turns else [0.0]
-    place = bisect_left(prices, True, key=lambda price: sum(one[0] for one in best(price).values()) <= limit)
+    place = bisect_left(prices, True, key=lambda price: sum(cost for cost, _, _ in best(price).values()) <= limit)
     return {path: choice[2] for path, choice in best(prices[min(place, len(prices) - 1)]).items()}
 
 

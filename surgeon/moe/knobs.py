@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from surgeon.errors import UsageError
+from surgeon.graph.patterns import first_fit, matches
 from surgeon.kernels.selection import check_rule
 from surgeon.moe.site import MoESite, find_moes
 
 # Buffer of a layer's module that holds the mean output of what it skips, see `surgeon.measure.compensation`.
 SKIPPED_MEAN = "skipped_mean"
+
+Value = TypeVar("Value")
 
 
 def set_tau(graph: GraphModule, tau: float | Mapping[str, float], path: str | None = None) -> list[str]:
@@ -27,26 +29,27 @@ def set_tau(graph: GraphModule, tau: float | Mapping[str, float], path: str | No
     retraining.
 
     Args:
-        tau: one value in [0, 1], or a value for each path.
+        tau: one value in [0, 1], or values by path, of which the first that fits a layer counts. Layers that none fits
+            keep what they have.
         path: which layers: the path of the feed-forward layer or of its experts, or a pattern with `*`. All by default.
 
     Returns:
-        The paths that were set.
+        The paths of the experts that were set, in the graph's order.
 
     Raises:
-        UsageError: tau is outside [0, 1], the graph has no experts, or no layer has that path.
+        UsageError: tau is outside [0, 1], the graph has no experts, or a path is that of no layer.
     """
     wanted = tau if isinstance(tau, Mapping) else {path or "*": tau}
     for value in wanted.values():
         if not 0.0 <= value <= 1.0:
             raise UsageError(f"tau is {value}, but it is a share: give a value from 0 to 1.")
-    chosen = {site.path: (site, value) for site, value in _matching(graph, wanted)}
+    chosen = _chosen(graph, wanted)
     with torch.no_grad():
-        for site, value in chosen.values():
+        for site, value in chosen:
             if abs(float(site.tau) - value) > 1e-6:
                 _reset_compensation(graph, site)
             site.tau.fill_(value)
-    return list(chosen)
+    return [site.path for site, _ in chosen]
 
 
 def get_tau(graph: GraphModule) -> dict[str, float]:
@@ -58,10 +61,10 @@ def set_rule(graph: GraphModule, rule: str | Mapping[str, str], path: str | None
     """Set the rule by which scores and tau select experts, without retraining.
 
     Args:
-        rule: one of `surgeon.kernels.selection.RULES`, or a rule for each path. path: as in `set_tau`.
+        rule: one of `surgeon.kernels.selection.RULES`, or rules by path. path: as in `set_tau`.
 
     Returns:
-        The paths that were set.
+        The paths of the experts that were set, in the graph's order.
 
     Raises:
         UsageError: there is no such rule or no such layer, or the graph has no experts.
@@ -69,20 +72,21 @@ def set_rule(graph: GraphModule, rule: str | Mapping[str, str], path: str | None
     wanted = rule if isinstance(rule, Mapping) else {path or "*": rule}
     for value in wanted.values():
         check_rule(value)
-    chosen = {site.path: (site, value) for site, value in _matching(graph, wanted)}
-    changed = [(site, value) for site, value in chosen.values() if site.rule != value]
+    chosen = _chosen(graph, wanted)
+    changed = [(site, value) for site, value in chosen if site.rule != value]
     for site, value in changed:
         _reset_compensation(graph, site)
         for node in site.nodes:
             if site.form == "module":
-                graph.get_submodule(site.path).rule = value
+                module: Any = graph.get_submodule(site.path)
+                module.rule = value
             else:
                 threshold = node.args[2]
                 assert isinstance(threshold, Node)
                 threshold.update_arg(2, value)
     if changed:  # a graph that is as it was keeps what `torch.compile` made of it
         graph.recompile()
-    return list(chosen)
+    return [site.path for site, _ in chosen]
 
 
 def get_rule(graph: GraphModule) -> dict[str, str]:
@@ -129,17 +133,21 @@ def _reset_compensation(graph: GraphModule, site: MoESite) -> None:
             mean.zero_()
 
 
-def _matching(graph: GraphModule, wanted: Mapping[str, Any]) -> Iterable[tuple[MoESite, Any]]:
-    """Every (layer, value) that the patterns name, the later ones last."""
+def _chosen(graph: GraphModule, wanted: Mapping[str, Value]) -> list[tuple[MoESite, Value]]:
+    """Every layer that a pattern fits, with the value of the first that does.
+
+    Raises:
+        UsageError: the graph has no experts, or a pattern fits no layer.
+    """
     sites = find_moes(graph)
     if not sites:
         raise UsageError("The graph has no experts to set anything for. Apply moeify first.")
-    for pattern, value in wanted.items():
-        matching = [site for site in sites if _matches(site.path, pattern)]
-        if not matching:
+    for pattern in wanted:
+        if not any(matches([pattern], *_names(site)) for site in sites):
             raise UsageError(f"No layer '{pattern}'. Layers with experts: {', '.join(site.path for site in sites)}.")
-        yield from ((site, value) for site in matching)
+    return [(site, value) for site in sites if (value := first_fit(wanted, *_names(site))) is not None]
 
 
-def _matches(path: str, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (path, path.rpartition(".")[0]))
+def _names(site: MoESite) -> tuple[str, str]:
+    """The path of the experts, and that of the feed-forward layer they came from."""
+    return site.path, site.path.rpartition(".")[0]

@@ -163,7 +163,7 @@ def _norms(h: Tensor, w2: Tensor) -> Tensor:
     if w2.shape[1] < w2.shape[2]:
         squared = ((h @ (w2 @ w2.transpose(1, 2))) * h).sum(-1)
     else:
-        squared = torch.stack([(one @ weights).square().sum(-1) for one, weights in zip(h, w2, strict=True)])
+        squared = torch.stack([(part @ weights).square().sum(-1) for part, weights in zip(h, w2, strict=True)])
     return squared.clamp_min(0.0).sqrt().t()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.kernels.activations import ACTIVATIONS
@@ -14,11 +14,27 @@ from surgeon.sites.nonlinearity import HALVES, Halves, Nonlinearity, half, other
 
 _MaybeTensor = TypeVar("_MaybeTensor", bound=Tensor | None)
 
-# Modules that return their input and are looked through: see `passes.sparsify.SparsityTap`.
-IDENTITY_MODULE_MARK = "surgeon_identity"
+# Where a graph's metadata has the layers that a pass put in place of linear ones.
+_PROJECTIONS = "projections"
 
-# Name of the module that `passes.mlpify` puts in place of a linear layer.
-PROJECTION_MLP = "projection_mlp"
+
+class IdentityModule(nn.Module):
+    """A module that a pass puts in, returns its input, and is looked through where layers are searched for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X as it is."""
+        return x
+
+
+def mark_projection(graph: GraphModule, path: str) -> None:
+    """Remember that the feed-forward layer at `path` stands in for a linear layer, in this graph and its forks."""
+    # A new tuple: forks share what is in their metadata.
+    graph.meta[_PROJECTIONS] = (*projections(graph), path)
+
+
+def projections(graph: GraphModule) -> tuple[str, ...]:
+    """The paths that were marked, those included whose layer has become something else since."""
+    return tuple(graph.meta.get(_PROJECTIONS, ()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +83,7 @@ class FFN:
     calls: every execution; several if the model uses the same weights at several places (ALBERT).
     fused: which half of the single first linear is the gate, if it computes gate and up together.
     dropout: the largest dropout probability between the linears.
+    is_projection: whether a pass put it in place of a linear layer, such as an attention projection.
     """
 
     path: str
@@ -74,6 +91,7 @@ class FFN:
     nonlinearity: Nonlinearity
     hidden: int
     dropout: float = 0.0
+    is_projection: bool = False
 
     @property
     def activation(self) -> str:
@@ -84,11 +102,6 @@ class FFN:
     def gated(self) -> bool:
         """Whether the activated values are multiplied by a second linear of the input."""
         return self.nonlinearity.gated
-
-    @property
-    def is_projection(self) -> bool:
-        """Whether it stands in for a linear layer, such as an attention projection (`passes.mlpify`)."""
-        return self.path.rpartition(".")[2].startswith(PROJECTION_MLP)
 
     @property
     def fused(self) -> Halves | None:

@@ -31,7 +31,7 @@ from surgeon.graph.ops import (
 )
 from surgeon.graph.traced import aten, common_path, is_call, module_path, shape_of, tensor_key, tensor_of
 from surgeon.graph.walk import walk_sources, walk_users
-from surgeon.sites.ffn import FFN, IDENTITY_MODULE_MARK, LayerCall
+from surgeon.sites.ffn import FFN, IdentityModule, LayerCall, projections
 from surgeon.sites.linear import Linear, OpaqueLinear, find_linears
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.nonlinearity import Cone, identify
@@ -169,7 +169,9 @@ class _Search:
                 continue
             found.append(site)
             taken.update(dict.fromkeys((*site.calls[0].first, site.calls[0].down), site))
-        return _with_unique_paths(self._group(found)), self.rejections
+        marked = projections(self.graph)
+        sites = _with_unique_paths(self._group(found))
+        return [replace(site, is_projection=site.path in marked) for site in sites], self.rejections
 
     def _reached_by_inputs(self) -> set[Node]:
         reached: set[Node] = set()
@@ -274,7 +276,7 @@ class _Search:
 
     def _passes_through(self, node: Node) -> bool:
         if node.op == "call_module":
-            return getattr(self.graph.get_submodule(str(node.target)), IDENTITY_MODULE_MARK, False) is True
+            return isinstance(self.graph.get_submodule(str(node.target)), IdentityModule)
         if node.op != "call_function":
             return False
         target = node.target

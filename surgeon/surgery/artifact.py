@@ -36,6 +36,7 @@ from surgeon.graph.snapshot import GraphDiff
 from surgeon.graph.traced import TracedGraph
 from surgeon.models.weight_files import read_program, sha256_of
 from surgeon.passes.report import PassDiff
+from surgeon.sites.ffn import mark_projection
 from surgeon.surgery.diff import Diff
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import RECORD, Record, parse, read_record, write_record
@@ -113,6 +114,8 @@ def load(directory: str | Path) -> TracedGraph:
     with quiet():
         graph = from_program(read_program(model), record.trace)
     graph.meta["surgery"] = record
+    for path in record.projections:
+        mark_projection(graph, path)
     try:
         graph.meta["earlier_passes"] = load_diff(directory).passes
     except LoadError as error:

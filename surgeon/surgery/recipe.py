@@ -163,19 +163,19 @@ def _values(kind: type[Pass[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_by_site(name: str, text: str) -> dict[str, str]:
-    """`"*.0.*:8,*:4"` → `{"*.0.*": "8", "*": "4"}`, in this order.
+    """`"*.0.*:8,*:4"` → `{"*.0.*": "8", "*": "4"}`, in this order; of a pattern given twice the first counts.
 
     name: what it was given as, for the message.
 
     Raises:
         UsageError: not of this form.
     """
-    values = {}
+    values: dict[str, str] = {}
     for part in text.split(","):
         pattern, colon, value = (word.strip() for word in part.rpartition(":"))
         if not colon or not pattern or not value:
             raise UsageError(f"{name}{text}: write PATTERN:VALUE,PATTERN:VALUE, for example '*.0.*:8,*:4'.")
-        values[pattern] = value
+        values.setdefault(pattern, value)
     return values
 
 

@@ -23,6 +23,7 @@ from surgeon.graph.calls import foreign_modules
 from surgeon.moe.knobs import compensated, get_rule, get_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassDiff, PassReport
+from surgeon.sites.ffn import projections
 from surgeon.surgery.origin import Origin
 from surgeon.tracing.trace import TraceInfo
 from surgeon.version import __version__
@@ -86,6 +87,7 @@ class Record:
     """The content of `surgery.json`.
 
     schema: the version of this form. versions: of the packages that wrote it. experts: layers with experts, in order.
+    projections: feed-forward layers that a pass put in place of linear ones, by path.
     tau, rule: by the path of a layer's experts. compensated: the layers that add the mean of what they skip.
     output_modules: that the program's inputs and outputs need before it can be loaded. model_sha256: of the program.
     """
@@ -96,6 +98,7 @@ class Record:
     recipe: Recipe
     trace: TraceInfo
     passes: tuple[PassReport, ...]
+    projections: tuple[str, ...]
     experts: tuple[ExpertLayer, ...]
     tau: dict[str, float]
     rule: dict[str, str]
@@ -155,6 +158,7 @@ def make_record(
         ),
         trace=graph.meta["trace"],
         passes=tuple(reports),
+        projections=projections(graph),
         experts=tuple(
             ExpertLayer(site.path, site.experts, site.form, (int(site.w1.shape[1]), int(site.w1.shape[2])))
             for site in find_moes(graph)

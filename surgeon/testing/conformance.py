@@ -83,7 +83,7 @@ class PassConformance:
         before = dict(graph.state_dict())
         report = one.apply(graph, inputs=vectors())
         after = dict(graph.state_dict())
-        made = tuple(f"{site.made}." for site in report.sites if site.made)
+        made = tuple(f"{path}." for site in report.sites for path in site.made)
         for key in after.keys() - before.keys():
             assert key.startswith(made), key
         for key in before.keys() - after.keys():
@@ -191,8 +191,8 @@ class PassConformance:
             assert site.after
             assert min(*site.parameters, *site.multiply_adds) > 0
             assert site.output[1] in nodes
-            if site.made:
-                graph.get_submodule(site.made)
+            for path in site.made:
+                graph.get_submodule(path)
         assert all(rejection.path and rejection.code and rejection.reason for rejection in report.rejected)
         assert PassReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 

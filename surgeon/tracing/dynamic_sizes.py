@@ -52,12 +52,12 @@ def tile_single_batch(
         Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, (args, kwargs)
     )
     try:
-        one, two = call_reproducibly(model, args, kwargs), call_reproducibly(model, tiled_args, tiled_kwargs)
+        plain, tiled = call_reproducibly(model, args, kwargs), call_reproducibly(model, tiled_args, tiled_kwargs)
     except Exception:
         return args, kwargs, False
     grew = any(
         isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() > 0 and a.shape[0] * 2 == b.shape[0]
-        for a, b in zip(pytree.tree_leaves(without_none(one)), pytree.tree_leaves(without_none(two)), strict=False)
+        for a, b in zip(pytree.tree_leaves(without_none(plain)), pytree.tree_leaves(without_none(tiled)), strict=False)
     )
     return (tiled_args, tiled_kwargs, True) if grew else (args, kwargs, False)
 

@@ -25,8 +25,9 @@ def finetune(
     data: Data,
     plan: TrainingPlan,
     settings: RunSettings,
-    what: str,
+    key: str,
     *,
+    label: str | None = None,
     watched: Sequence[str] = (),
     penalise: Penalise | None = None,
     distill: float = 0.0,
@@ -37,6 +38,7 @@ def finetune(
     """Train all parameters of the graph, which gets copies of its own; returns with the graph's mode as it was.
 
     Args:
+        key, label: of the fit, as in `surgeon.training.loop.fit`.
         watched: names of nodes whose values `penalise` gets.
         distill: weight of the divergence from the model before the first pass, `settings.original`; the task's loss has
             the rest.
@@ -47,15 +49,16 @@ def finetune(
         UsageError: every parameter is frozen, the task is unknown, or there is no model to distill from.
         PassError: the loss is not finite.
     """
+    label = key if label is None else label
     own_parameters(graph)
     parameters = [parameter for parameter in graph.parameters() if parameter.requires_grad]
     if not parameters:
-        raise UsageError(f"{what}: every parameter of the model is frozen (requires_grad is False).")
+        raise UsageError(f"{label}: every parameter of the model is frozen (requires_grad is False).")
     original, teacher = settings.original, None
     layers: tuple[str, ...] = ()
     if distill or distill_layers:
         if original is None:
-            raise UsageError(f"{what}: there is no model before the passes to distill from. Run it in a Pipeline.")
+            raise UsageError(f"{label}: there is no model before the passes to distill from. Run it in a Pipeline.")
         layers = layer_inputs(original, graph) if distill_layers else ()
         teacher = Teacher(original, layers)
     tapped = Capture(graph, dict.fromkeys((*watched, *layers)), keep_output=True)
@@ -85,4 +88,4 @@ def finetune(
         return total, shown
 
     rates = {graph.get_parameter(name): rate for name, rate in (own_rates or {}).items()}
-    return fit(parameters, loss, data, plan, settings, what, own_rates=rates, stateful=stateful)
+    return fit(parameters, loss, data, plan, settings, key, label=label, own_rates=rates, stateful=stateful)

@@ -121,8 +121,9 @@ def fit(
     data: Data,
     plan: TrainingPlan,
     settings: RunSettings,
-    what: str,
+    key: str,
     *,
+    label: str | None = None,
     own_rates: Mapping[nn.Parameter, float] | None = None,
     stateful: Sequence[Stateful] = (),
 ) -> FitReport:
@@ -130,6 +131,9 @@ def fit(
 
     Args:
         loss: of one batch, called `plan.accumulate` times for every step.
+        key: what the fit is among those of one `settings.workdir`, where its checkpoints are the folder of this name:
+            under another key, an interrupted fit is not gone on with.
+        label: what people are shown, the key by default.
         own_rates: learning rates of those parameters that get another one than the plan's.
         stateful: what else changes in the course of the fit and belongs into its checkpoints.
 
@@ -139,6 +143,7 @@ def fit(
     """
     from accelerate import Accelerator
 
+    label = key if label is None else label
     total = plan.total_steps(data)
     device = parameters[0].device
     accelerator = Accelerator(
@@ -159,7 +164,7 @@ def fit(
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.rate(step / total))
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
-    checkpoint = _Checkpoint(accelerator, [trained, *stateful], settings, what)
+    checkpoint = _Checkpoint(accelerator, [trained, *stateful], settings, key)
     step, history = checkpoint.restore() if settings.resume else (0, [])
     resumed_at, started, saved = step, time.monotonic(), time.monotonic()
     undo_part = _remember(stateful, device)
@@ -172,7 +177,7 @@ def fit(
                     value, values = loss(batch.to(device), (step + part / plan.accumulate) / total)
                 if not bool(torch.isfinite(value)):
                     raise PassError(
-                        f"{what}: the loss is {value.item()} at step {step + 1} of {total}. "
+                        f"{label}: the loss is {value.item()} at step {step + 1} of {total}. "
                         f"Try a smaller learning rate (now {plan.lr:g})."
                     )
                 accelerator.backward(value)
@@ -187,9 +192,9 @@ def fit(
             undo_part = _remember(stateful, device)
             if step == 1 or step == total or step % max(1, total // 20) == 0:
                 history.append((step, shown))
-                log.info("%s: step %d of %d, %s", what, step, total, _format(shown))
+                log.info("%s: step %d of %d, %s", label, step, total, _format(shown))
             if settings.progress is not None:
-                settings.progress(Progress(what, step, total, shown))
+                settings.progress(Progress(label, step, total, shown))
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 checkpoint.save(step, history)
                 saved = time.monotonic()
@@ -288,12 +293,12 @@ def computing_in(precision: Precision, device: torch.device) -> AbstractContextM
 
 def _remember(stateful: Sequence[Stateful], device: torch.device) -> Callable[[], None]:
     """Remember what changes while a step is computed; the function returned puts it back."""
-    states = [copy.deepcopy(one.state_dict()) for one in stateful]
+    states = [copy.deepcopy(kept.state_dict()) for kept in stateful]
     cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def put_back() -> None:
-        for one, state in zip(stateful, states, strict=True):
-            one.load_state_dict(state)
+        for kept, state in zip(stateful, states, strict=True):
+            kept.load_state_dict(state)
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda, device)
@@ -308,9 +313,9 @@ def _format(values: dict[str, float]) -> str:
 class _Checkpoint:
     """The state of one fit on disk: written beside, then moved into place, so that it is whole or absent."""
 
-    def __init__(self, accelerator: Any, kept: Sequence[Stateful], settings: RunSettings, what: str) -> None:
+    def __init__(self, accelerator: Any, kept: Sequence[Stateful], settings: RunSettings, key: str) -> None:
         self._accelerator = accelerator
-        self._directory = None if settings.workdir is None else settings.workdir / what.replace(" ", "-")
+        self._directory = None if settings.workdir is None else settings.workdir / key
         accelerator.register_for_checkpointing(*kept)
 
     def save(self, step: int, history: list[tuple[int, dict[str, float]]]) -> None:

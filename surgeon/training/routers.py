@@ -63,8 +63,9 @@ def train_routers(
     data: Data,
     plan: TrainingPlan,
     settings: RunSettings,
-    what: str,
+    key: str,
     *,
+    label: str | None = None,
     exposed: bool = False,
 ) -> FitReport:
     """Train the routers, and nothing else, for their goals.
@@ -75,7 +76,7 @@ def train_routers(
     Args:
         graph: what the inputs are read from. It is run in evaluation mode, as far as the inputs need.
         exposed: the routers act in `graph`, so what their layers are given changes: nothing is held.
-        what: name of the fit, and of its checkpoint.
+        key, label: of the fit, as in `surgeon.training.loop.fit`.
 
     Raises:
         PassError: the loss is not finite.
@@ -94,7 +95,7 @@ def train_routers(
         length = len(data.train) if isinstance(data.train, Sized) else plan.steps
         times = min(times, plan.steps * plan.accumulate // max(1, length))
     held = _Held(graph, inputs, data, times, 0 if exposed else _TOKENS, settings.seed, plan.precision)
-    return fit(routers, loss, Data(held), plan, settings, what)
+    return fit(routers, loss, Data(held), plan, settings, key, label=label)
 
 
 class _Held:

@@ -78,6 +78,21 @@ def test_layers_can_differ_and_the_first_pattern_that_fits_counts(run: Run, mine
     assert surgeon.get_rule(load("other")) == {FIRST: "max", SECOND: "energy"}
 
 
+@pytest.mark.parametrize(
+    ("text", "taus"),
+    [
+        ("*.layer.0:0.25,*:0.75", {"*.layer.0": 0.25, "*": 0.75}),
+        ("*:0.75,*.layer.0:0.25", {"*": 0.75, "*.layer.0": 0.25}),
+        ("*:0.75,*:0.25", {"*": 0.75}),
+    ],
+)
+def test_the_command_line_and_python_choose_alike(run: Run, mine: str, text: str, taus: dict[str, float]) -> None:
+    graph = load(mine)
+    surgeon.set_tau(graph, taus)
+    assert run("-q", "set", mine, "--tau", text).code == 0
+    assert surgeon.get_tau(load(mine)) == surgeon.get_tau(graph)
+
+
 def test_the_mean_of_what_is_skipped_is_added_and_dropped(run: Run, mine: str) -> None:
     result = run("-q", "set", mine, "--tau", "0.9", "--compensate", *REVIEWS, "--samples", "16")
     assert result.code == 0, result.err

@@ -6,14 +6,10 @@ import logging
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import surgeon
 from surgeon.data.batch import Batch
-from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens, token_mask, warn_of_masks
-from surgeon.sites.search import find_ffns
-from surgeon.training.observe import collect
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 
@@ -95,19 +91,3 @@ def test_masks_that_do_not_tell_are_named(
     with caplog.at_level(logging.WARNING, logger="surgeon"):
         assert warn_of_masks(given, leads) == bool(words)
     assert [message[: len(words)] for message in caplog.messages] == ([words] if words else [])
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_a_model_that_is_not_batch_first_is_warned_of_once(batch_first: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """Its layers see [T, B, d], and no mask fits: every token counts."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first).eval()
-    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-    inputs = {"src": x if batch_first else x.transpose(0, 1), "src_key_padding_mask": MASK == 0}
-    graph = surgeon.trace(layer, inputs)
-    (site,), _ = find_ffns(graph)
-    name = site.calls[0].x.name
-    with caplog.at_level(logging.WARNING, logger="surgeon"):
-        values = collect(graph, [name], Data.of([inputs, inputs]), tokens=100)
-    assert len(values[name]) == (8 if batch_first else 12)
-    said = [message[:24] for name, _, message in caplog.record_tuples if name == "surgeon"]
-    assert said == ([] if batch_first else ["Padding counts as tokens"])

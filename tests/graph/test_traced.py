@@ -1,4 +1,4 @@
-"""The graph and its vocabulary: forks share and do not interfere, tidying drops what is unused, paths, ties, inputs."""
+"""The graph and its vocabulary: forks share and do not interfere, tidying drops what is unused, paths, ties."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.graph.calls import flat_inputs
 from surgeon.graph.traced import (
     aten,
     attribute,
@@ -213,37 +212,6 @@ def test_networkx_view() -> None:
     assert view.has_edge("linear", "relu")
     assert view.has_edge("relu", "linear_1")
     assert not view.has_edge("relu", "linear")
-
-
-@pytest.mark.parametrize("form", ["names", "positions", "both", "other_order"])
-def test_flat_inputs(form: str) -> None:
-    class Two(nn.Module):
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return a - b
-
-    graph = surgeon.trace(Two(), {"a": X, "b": X + 1})
-    args, kwargs = {
-        "names": ((), {"a": X, "b": X + 1}),
-        "positions": ((X, X + 1), {}),
-        "both": ((X,), {"b": X + 1}),
-        "other_order": ((), {"b": X + 1, "a": X}),
-    }[form]
-    first, second = flat_inputs(graph, args, kwargs)
-    assert torch.equal(first, X)
-    assert torch.equal(second, X + 1)
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs"), [((), {"a": X}), ((), {"a": X, "b": X, "c": X}), ((X,), {"a": X, "b": X}), ((X, X, X), {})]
-)
-def test_flat_inputs_refuses_other_arguments(args: Any, kwargs: Any) -> None:
-    class Two(nn.Module):
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return a - b
-
-    graph = surgeon.trace(Two(), (X, X))
-    with pytest.raises(TypeError):
-        flat_inputs(graph, args, kwargs)
 
 
 def test_dropout_inside_nested_graphs_is_switched_too() -> None:

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from surgeon.errors import UsageError
-from surgeon.graph.calls import as_args_kwargs
 from surgeon.models.example_inputs import example_inputs, token_fields
 from surgeon.models.given_inputs import inputs_from, inputs_of_program
 
@@ -322,20 +321,6 @@ def test_input_files_that_are_not_tensors(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "d.pt")
     with pytest.raises(UsageError, match=r"d.pt gives no tensor"):
         inputs_from(str(tmp_path / "d.pt"))
-
-
-def test_as_args_kwargs() -> None:
-    x = torch.ones(1)
-    assert as_args_kwargs(x) == ((x,), {})
-    assert as_args_kwargs((x, x)) == ((x, x), {})
-    assert as_args_kwargs([x]) == ((x,), {})
-    assert as_args_kwargs(()) == ((), {})
-    assert as_args_kwargs({"a": x}) == ((), {"a": x})
-    assert as_args_kwargs(((x,), {"a": x})) == ((x,), {"a": x})
-    assert as_args_kwargs((x, {"a": x})) == ((x, {"a": x}), {})
-    assert as_args_kwargs(hf.BatchEncoding({"a": x})) == ((), {"a": x})
-    with pytest.raises(UsageError, match="Example inputs are a int"):
-        as_args_kwargs(3)
 
 
 def test_inputs_of_program() -> None:

@@ -1,4 +1,8 @@
-"""One golden graph per pass: the rewritten graph by module path. `pytest --update-golden` writes them anew."""
+"""One golden file per pass: a small graph before and after it, line by line.
+
+`pytest --update-golden` writes them anew, and one for a new pass: it runs with its defaults on a linear layer and a
+feed-forward layer, after moeify if it works on experts.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +12,37 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import surgeon
-from surgeon.graph.snapshot import Snapshot, snapshot
-from surgeon.passes import Lower, Mlpify, Moeify, Pass, Sparsify, SwapActivation
+from surgeon.graph.snapshot import snapshot
+from surgeon.graph.traced import TracedGraph
+from surgeon.passes import Pass
 from surgeon.passes.registry import all_passes
-from tests.small_models import WIDTH, Function, Fused, Gated, Plain
+from tests.conftest import GOLDEN
+from tests.small_models import WIDTH, Function, Plain
 
-# A feed-forward layer behind a linear one, the pass, and what runs before it.
-GOLDEN: dict[str, tuple[Callable[[], nn.Module], list[Pass[Any]]]] = {
-    "swap-activation": (lambda: Plain(dropout=0.1), [SwapActivation()]),
-    "sparsify": (Fused, [Sparsify()]),
-    "mlpify": (Plain, [Mlpify(dropout=0.1)]),
-    "moeify": (Gated, [Moeify(experts=4, router_width=8)]),
-    "lower": (Gated, [Moeify(experts=4, router_width=8), Lower()]),
-}
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def test_every_pass_has_one() -> None:
-    assert set(GOLDEN) == set(all_passes()) - {"recover"}, "recover changes weights only"
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return Function(lambda m, x: m.ffn(torch.softmax(m.mix(x), -1)), mix=(WIDTH, WIDTH), ffn=Plain(hidden=64)).eval()
 
 
-def as_text(taken: Snapshot) -> str:
-    lines, path = [], None
-    for place, text in taken.nodes.values():
-        if place != path:
-            path = place
-            lines.append(f"{path or '(model)'}:")
-        lines.append(f"    {text}")
-    lines += ["parameters:", *(f"    {name} {list(shape)}" for name, shape in sorted(taken.parameters.items()))]
-    return with_plain_sizes("\n".join(lines))
+def needs(one: type[Pass[Any]]) -> list[str]:
+    """The passes that leave behind what this one works on, where a model has none."""
+    return [name for name, other in all_passes().items() if other.makes == one.works_on == "moe"]
+
+
+def as_text(graph: TracedGraph) -> str:
+    """Each step behind the module it belongs to, what is returned, and the parameters with their shapes."""
+    taken = snapshot(graph)
+    steps = [(path or "(the model)", text) for path, text in taken.nodes.values()]
+    steps.append(("", f"return {', '.join(node.name for node in graph.graph.output_node().all_input_nodes)}"))
+    width = max(len(path) for path, _ in steps)
+    lines = [f"{path:{width}}  {text}" for path, text in steps]
+    lines += ["", *(f"{name} [{', '.join(map(str, shape))}]" for name, shape in sorted(taken.parameters.items()))]
+    return "\n".join(f"    {line}".rstrip() for line in lines)
 
 
 def with_plain_sizes(text: str) -> str:
@@ -48,11 +51,20 @@ def with_plain_sizes(text: str) -> str:
     return re.sub(r"\b[su]\d+\b", lambda match: names.setdefault(match[0], f"n{len(names)}"), text)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_rewritten_graph(name: str, golden: Callable[[str, str], None]) -> None:
-    ffn, passes = GOLDEN[name]
-    model = Function(lambda m, x: m.ffn(torch.softmax(m.mix(x), -1)), mix=(WIDTH, WIDTH), ffn=ffn())
-    graph = surgeon.trace(model.eval(), X)
-    for one in passes:
-        one.apply(graph, inputs=X)
-    golden(name, as_text(snapshot(graph)))
+@pytest.mark.parametrize("name", all_passes())
+def test_graph_before_and_after(model: torch.nn.Module, name: str, golden: Callable[[str, str], None]) -> None:
+    graph = surgeon.trace(model, X)
+    first = needs(all_passes()[name])
+    for earlier in first:
+        all_passes()[earlier]().apply(graph, inputs=X)
+    before = as_text(graph)
+    report = all_passes()[name]().apply(graph, inputs=X)
+    assert report.matched, "the pass changes nothing here: give the model what it works on"
+    after = as_text(graph)
+    title = f"passes: {' '.join([*first, name])}"
+    same = "    the same graph" if after == before else after
+    golden(name, with_plain_sizes(f"{title}\n\nbefore {name}:\n{before}\n\nafter {name}:\n{same}"))
+
+
+def test_every_file_is_of_a_pass() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == set(all_passes())

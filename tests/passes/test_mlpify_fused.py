@@ -103,10 +103,12 @@ def test_fused_projections_get_an_mlp_for_each_part(fused: Any) -> None:
         path = LAYERS.get(name, f"{name}.qkv")
         widths = PARTS.get(name, (16, 16, 16))
         letters = "qkv" if len(widths) == 3 else "01"
-        for letter, width in zip(letters, widths, strict=True):
-            ffn = ffns.pop(f"{path}.projection_mlp_{letter}")
+        made = tuple(f"{path}.projection_mlp_{letter}" for letter in letters)
+        for part, width in zip(made, widths, strict=True):
+            ffn = ffns.pop(part)
+            assert ffn.is_projection
             assert (ffn.d_in, ffn.hidden, ffn.d_out) == (16, Mlpify().hidden_width(16, width), width)
-        assert changes[path].made == path
+        assert changes[path].made == made
         assert changes[path].parameters[1] == pytest.approx(changes[path].parameters[0], rel=0.1)
     assert changes["chunk.qkv"].after == "3 MLPs 16→8→16 relu"
     assert changes["grouped.qkv"].after == "3 MLPs 16→8→16, 16→5→8, 16→5→8 relu"

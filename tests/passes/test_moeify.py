@@ -100,7 +100,7 @@ def test_the_layers_own_parameters_go_and_nothing_else(traces: Any) -> None:
     assert set(before) - set(graph.state_dict()) == gone
     made = set(graph.state_dict()) - set(before)
     assert {name.rpartition(".moe.")[0] for name in made} == set(report.matched)
-    assert [site.made for site in report.sites] == [f"{path}.moe" for path in report.matched]
+    assert [site.made for site in report.sites] == [(f"{path}.moe",) for path in report.matched]
     site = report.sites[0]
     assert site.parameters[0] == sum(p.numel() for p in Plain().parameters())
     assert site.parameters[1] == site.parameters[0] + 8 * (WIDTH + 4) + 8 + 4

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import surgeon
 from surgeon.data.batch import Batch
@@ -18,10 +15,9 @@ from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.measure.meter import ExpertMeter, measure
 from surgeon.moe.knobs import get_rule, set_rule, set_tau
-from surgeon.moe.router import Goal, Router, expert_norms, target
+from surgeon.moe.router import expert_norms, target
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify
-from surgeon.training.loop import Precision
 from surgeon.training.observe import collect
 from tests.passes.experts import layer
 from tests.small_models import HIDDEN, WIDTH, vectors
@@ -206,64 +202,6 @@ def test_the_loss_is_that_of_the_objective_on_what_is_routed(sharp: Any, objecti
         else:
             losses.append(F.mse_loss(scores.log() if objective == "log" else scores, wanted))
     assert report.fit.losses[0][1]["router loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-3)
-
-
-class Counted(list[Any]):
-    """Batches, and how many of them were read."""
-
-    read = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in super().__iter__():
-            self.read += 1
-            yield item
-
-
-# What three of the four batches hold: tokens, or floats of both layers.
-@pytest.mark.parametrize(("limit", "least"), [("_TOKENS", 300), ("_MOST_HELD", 300 * 2 * (WIDTH + 8))])
-def test_the_model_runs_over_the_data_once_for_all_epochs(
-    limit: str, least: int, sharp: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graph, data, seen = fork(sharp[0]), Counted(sharp[1]), defaultdict(list)
-    original = Goal.error
-
-    def error(self: Goal, router: Router, x: Tensor, wanted: Tensor) -> Tensor:
-        seen[router].append(x)
-        return original(self, router, x, wanted)
-
-    monkeypatch.setattr(Goal, "error", error)
-    monkeypatch.setattr(f"surgeon.training.routers.{limit}", least)
-    report = Moeify(experts=8, split="weights", router="trained", epochs=5).apply(graph, data=data)
-    assert data.read == len(data) == 4
-    assert report.fit is not None
-    assert (report.fit.steps, report.fit.epochs) == (20, 5)
-    for site in find_moes(graph):
-        name = site.nodes[0].args[0].name  # type: ignore[union-attr]
-        values = collect(graph, [name], Data.of(sharp[1]), tokens=10**6)[name]
-        given = seen[layer(graph, site.path).router]
-        # Every token as often as any other, first those of three batches, each time in another order.
-        for tokens, part in ((values[:384], given[:15]), (values[384:], given[15:])):
-            rows = torch.cat(part)
-            torch.testing.assert_close(rows.sort(0).values, tokens.repeat(5, 1).sort(0).values)
-            assert not torch.allclose(rows[: len(tokens)], tokens)
-            assert not torch.allclose(rows[: len(tokens)], rows[-len(tokens) :])
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_model_runs_in_the_precision_of_the_fit(
-    precision: Precision, sharp: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mixed = []
-    original = Goal.wanted
-
-    def wanted(self: Goal, x: Tensor, *rest: Any) -> Tensor:
-        mixed.append(torch.is_autocast_enabled("cpu"))
-        return original(self, x, *rest)
-
-    monkeypatch.setattr(Goal, "wanted", wanted)
-    given = Moeify(experts=8, split="weights", router="trained", epochs=1, precision=precision)
-    given.apply(fork(sharp[0]), data=sharp[1])
-    assert set(mixed) == {precision == "bfloat16"}
 
 
 def test_exposed_routers_see_what_the_sparse_model_gives_them(sharp: Any) -> None:

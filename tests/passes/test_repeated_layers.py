@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.data.data import Data
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.moe.module import MoE
 from surgeon.passes import Moeify
-from surgeon.sites.search import find_ffns
-from surgeon.training.observe import collect_calls
 from tests.small_models import WIDTH, Plain
 
 X = torch.randn(16, 6, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -62,15 +59,3 @@ def test_routers_are_fitted_to_all_executions(graphs: list[TracedGraph]) -> None
     values = torch.cat([X, torch.softmax(X, -1) * 10 + SHIFT])
     with torch.no_grad():
         assert torch.allclose(one.router(values), other.router(values), atol=1e-3)
-
-
-def test_tokens_are_shared_out_among_nodes(graphs: list[TracedGraph]) -> None:
-    graph = graphs[0]
-    (site,) = find_ffns(graph)[0]
-    x, other = (call.x.name for call in site.calls)
-    data = Data.of([X[:1], X[1:]])
-    found = collect_calls(graph, {"both": [x, other, x], "one": [x]}, data, tokens=10)
-    assert torch.equal(found["one"], X.flatten(0, 1)[:10])
-    assert torch.equal(found["both"][:5], X.flatten(0, 1)[:5])
-    assert found["both"].shape == (10, WIDTH)
-    assert not torch.equal(found["both"][5:], X.flatten(0, 1)[5:10])

@@ -13,7 +13,7 @@ from surgeon.passes import Mlpify, Moeify
 from surgeon.passes.report import PassReport, SiteChange, dense_layers
 
 
-def report(name: str, *changes: tuple[str, str, tuple[int, int]]) -> PassReport:
+def report(name: str, *changes: tuple[str, tuple[str, ...], tuple[int, int]]) -> PassReport:
     """Of changes given as path, what was made there, and multiply-adds before and after."""
     sites = tuple(SiteChange(path, "", "", (0, 0), cost, ("", ""), made=made) for path, made, cost in changes)
     return PassReport(name, {}, [site.path for site in sites], [], sites)
@@ -23,23 +23,26 @@ def report(name: str, *changes: tuple[str, str, tuple[int, int]]) -> PassReport:
 def test_every_layer_counts_as_what_was_there_at_its_own_ratio(fused_first: bool) -> None:
     """The parts of a fused layer, a layer under the module that holds them, and one there that was not replaced."""
     replaced = [
-        ("attn", "attn", (300, 900)),
-        ("attn.out", "attn.out.projection_mlp", (100, 800)),
+        ("attn", ("attn.projection_mlp_q", "attn.projection_mlp_k"), (300, 900)),
+        ("attn.out", ("attn.out.projection_mlp",), (100, 800)),
     ]
     mlpify = report("mlpify", *(replaced if fused_first else replaced[::-1]))
-    moeify = report(
-        "moeify",
-        ("attn.projection_mlp_q", "attn.projection_mlp_q.moe", (300, 330)),
-        ("attn.projection_mlp_k", "attn.projection_mlp_k.moe", (600, 630)),
-        ("attn.out.projection_mlp", "attn.out.projection_mlp.moe", (800, 880)),
-        ("attn.ffn", "attn.ffn.moe", (50, 60)),
+    split = (
+        ("attn.projection_mlp_q", ("attn.projection_mlp_q.moe",), (300, 330)),
+        ("attn.projection_mlp_k", ("attn.projection_mlp_k.moe",), (600, 630)),
+        ("attn.out.projection_mlp", ("attn.out.projection_mlp.moe",), (800, 880)),
+        ("attn.ffn", ("attn.ffn.moe",), (50, 60)),
+        ("attn.projection_mlp", ("attn.projection_mlp.moe",), (70, 80)),  # a user's own
     )
-    found = dense_layers([mlpify, moeify])
+    # Lowered, experts stay where they are.
+    lower = report("lower", *((f"{path}.moe", made, (cost, cost)) for path, made, (_, cost) in split))
+    found = dense_layers([mlpify, report("moeify", *split), lower])
     assert {path: cost for path, cost in found.items() if path.endswith(".moe")} == {
         "attn.projection_mlp_q.moe": pytest.approx(100),
         "attn.projection_mlp_k.moe": pytest.approx(200),
         "attn.out.projection_mlp.moe": pytest.approx(100),
         "attn.ffn.moe": 50,
+        "attn.projection_mlp.moe": 70,
     }
 
 

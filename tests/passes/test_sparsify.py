@@ -18,7 +18,7 @@ from surgeon.passes import Mlpify, Moeify, Sparsify, SwapActivation
 from surgeon.passes.sparsify import SparsityTap
 from surgeon.sites.search import find_ffns
 from surgeon.training.loop import RunSettings
-from surgeon.training.penalty import active_share, square_hoyer
+from surgeon.training.penalty import active_share
 from tests.small_models import (
     WIDTH,
     Fused,
@@ -33,32 +33,6 @@ from tests.small_models import (
 )
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize(
-    ("values", "want"),
-    [
-        ([1.0, 0.0, 0.0, 0.0], 1.0),
-        ([1.0, 1.0, 1.0, 1.0], 4.0),
-        ([2.0, 2.0, 0.0, 0.0], 2.0),
-        ([3.0, 4.0], 49 / 25),
-        ([1.0, -2.0, 3.0], 36 / 14),
-        ([0.0, 0.0, 0.0], 0.0),
-    ],
-)
-def test_square_hoyer(values: list[float], want: float) -> None:
-    assert float(square_hoyer(torch.tensor(values))) == pytest.approx(want, rel=1e-5)
-
-
-def test_square_hoyer_is_per_token_in_float32() -> None:
-    a = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]], dtype=torch.bfloat16)
-    assert square_hoyer(a).dtype == torch.float32
-    assert torch.allclose(square_hoyer(a), torch.tensor([[2.0, 1.0]]))
-
-
-def test_square_hoyer_does_not_depend_on_scale() -> None:
-    a = torch.rand(3, 7)
-    assert torch.allclose(square_hoyer(a * 100), square_hoyer(a), rtol=1e-4)
 
 
 # --- taps -------------------------------------------------------------------------------------------------------------
@@ -146,6 +120,12 @@ def test_tapped_layers_are_still_found_and_not_tapped_twice(traces: Any) -> None
     again = Sparsify().apply(graph)
     assert not again.matched
     assert {rejection.reason for rejection in again.rejected} == {"it has a sparsity tap already"}
+
+
+@pytest.mark.parametrize("penalty", ["hoyer", "l1"])
+def test_the_tap_is_called_what_it_is_whatever_the_penalty(traces: Any, penalty: Any) -> None:
+    report = Sparsify(penalty=penalty).apply(traces("stack:relu"))
+    assert [site.made for site in report.sites] == [(f"blocks.{block}.ffn.sparsity_tap",) for block in (0, 1)]
 
 
 def test_report_says_where_the_tap_is(traces: Any) -> None:

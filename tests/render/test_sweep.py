@@ -1,4 +1,4 @@
-"""How measurements look: sweeps, and how sparse activations became."""
+"""How a sweep looks, on a screen and in files."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ from pathlib import Path
 import pytest
 
 from surgeon.data.losses import Quality
-from surgeon.graph.snapshot import GraphDiff
 from surgeon.jobs.sweep import Swept
-from surgeon.measure.meter import Cost
 from surgeon.measure.sweep import Dense, Point
-from surgeon.passes.report import PassDiff, PassReport, SiteChange
 from surgeon.render.files import write_result
 from surgeon.render.screen import to_json
 from surgeon.render.sweep import draw_sweep, sweep_view
-from surgeon.text.diff import Detail, diff_view
 from surgeon.text.plain import plain_text
-from surgeon.training.loop import FitReport
-from surgeon.training.penalty import Sparsity
 
 
 def accuracy(value: float) -> Quality:
@@ -112,49 +106,3 @@ def test_a_plot_is_drawn_without_a_display(
     monkeypatch.setenv("MPLBACKEND", "TkAgg")  # one that needs a display: it must not be asked for
     write(swept(points), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-# --- sparsity ---------------------------------------------------------------------------------------------------------
-
-DENSELY, SPARSELY = Sparsity(0.4, 0.6, 0.5, 0.45), Sparsity(0.9, 0.99, 0.968, 0.95)
-
-
-def sparsified(sparsity: dict[str, tuple[Sparsity, Sparsity]]) -> PassReport:
-    sites = tuple(
-        SiteChange(path, "FFN 16→32→16 relu", "FFN 16→32→16 relu + tap", (9, 9), (9, 9), ("a", "a"))
-        for path in sparsity
-    )
-    fit = FitReport(120, 3.0, 12.0, ((1, {"task loss": 1.0}), (120, {"task loss": 0.5})), sparsity=sparsity)
-    cost = Cost(100, 200, 200)
-    return PassReport("sparsify", {}, list(sparsity), [], sites, 13.0, cost, cost, 0.2, preserved=False, fit=fit)
-
-
-def shown(sparsity: dict[str, tuple[Sparsity, Sparsity]], detail: Detail) -> list[str]:
-    passes = [PassDiff(sparsified(sparsity), GraphDiff({}, []))]
-    return plain_text(diff_view(passes, detail), 120).splitlines()
-
-
-def test_sparsity_is_shown_layer_by_layer_with_like_layers_joined() -> None:
-    same = {f"h.{index}.mlp": (DENSELY, SPARSELY) for index in range(3)}
-    lines = shown({**same, "h.3.mlp": (DENSELY, DENSELY)}, "sites")
-    start = next(index for index, line in enumerate(lines) if line.split()[:1] == ["neurons"])
-    assert lines[start - 1].startswith("  trained 120 steps in 12 s")
-    assert lines[start].split() == ["neurons", "active", "exactly", "zero"]
-    assert lines[start + 1].split() == ["h.0…2.mlp", "×3", "50%", "→", "3.2%", "40%", "→", "90%"]
-    assert lines[start + 2].split() == ["h.3.mlp", "50%", "40%"]
-    assert lines[start + 3].startswith("  active: above a hundredth of the token's largest value")
-    assert "a tenth and a thousandth: surgeon diff --full" in " ".join(" ".join(lines[start + 3 :]).split())
-
-
-def test_full_detail_has_every_layer_and_all_three_parts() -> None:
-    lines = shown({f"h.{index}.mlp": (DENSELY, SPARSELY) for index in range(2)}, "full")
-    start = next(index for index, line in enumerate(lines) if line.split()[:1] == ["neurons"])
-    assert lines[start].split() == ["neurons", "exactly", "zero", "below", "1/10", "below", "1/100", "below", "1/1000"]
-    for number in range(2):
-        row = " ".join(lines[start + 1 + number].split())
-        assert row == f"h.{number}.mlp 40% → 90% 60% → 99% 50% → 97% 45% → 95%"
-
-
-def test_passes_without_sparsity_have_no_such_table() -> None:
-    assert not any("neurons" in line for line in shown({}, "sites"))
-    assert not any("neurons" in line for line in shown({"h.0": (DENSELY, SPARSELY)}, "stat"))

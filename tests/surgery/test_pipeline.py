@@ -122,7 +122,7 @@ def test_verification_failure_names_pass_site_and_difference(traces: Any, monkey
         change = original(self, graph, site, seen)
         if site.path == "blocks.1.ffn":
             with torch.no_grad():
-                graph.get_parameter(f"{change.made}.b2")[0].add_(1.0)
+                graph.get_parameter(f"{change.made[0]}.b2")[0].add_(1.0)
         return change
 
     monkeypatch.setattr(Moeify, "rewrite", wrong)

@@ -11,16 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.data.batch import Batch
-from surgeon.data.data import Data
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
 from surgeon.passes import Mlpify, Moeify, Recover, Sparsify, SwapActivation
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.surgery import Surgery
 from surgeon.training.distillation import layer_inputs
-from surgeon.training.finetuning import finetune
-from surgeon.training.loop import FitReport, RunSettings
+from surgeon.training.loop import FitReport
 from tests.small_models import Function, Inputs, Plain, classifier, labelled_vectors, stack, tokens, vectors
 
 DATA = labelled_vectors(4)
@@ -68,18 +65,6 @@ def test_distilled_divergence_is_that_of_the_model_before_all_passes() -> None:
     assert want > 1e-6
 
 
-def test_a_share_of_the_loss_goes_to_each(traces: Any) -> None:
-    (first, _), graph = DATA[0], traces("stack:relu")
-    surgery = Pipeline([Sparsify(distill=0.25, steps=1, alpha=0.0)]).run(graph, inputs=first, data=DATA)
-    assert {"task loss", "divergence", "square Hoyer", "active"} == set(last_fit(surgery).losses[0][1])
-
-
-@pytest.mark.parametrize("options", [{"distill": 0.5}, {"distill_layers": 1.0}])
-def test_a_teacher_needs_a_pipeline(traces: Any, options: Any) -> None:
-    with pytest.raises(UsageError, match=r"sparsify: there is no model before the passes to distill from\. Run it in"):
-        Sparsify(**options, steps=1).apply(traces("stack:relu"), data=DATA)
-
-
 def test_the_teacher_is_not_trained() -> None:
     model = stack("relu")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -117,27 +102,6 @@ def test_layer_error_is_relative_to_each_layer_and_leaves_padding_out() -> None:
     data = [(inputs, torch.arange(8) % 3)]
     surgery = Pipeline(passes).run(model, inputs=inputs, data=data)
     assert last_fit(surgery).losses[0][1]["layer error"] == pytest.approx(sum(errors) / 3, rel=1e-3)
-
-
-def test_its_weight_is_in_the_loss(monkeypatch: Any) -> None:
-    original = surgeon.trace(stack("gelu"), vectors())
-    swapped = Pipeline([SwapActivation()]).run(original, inputs=vectors()).graph
-    found: dict[float, Any] = {}
-
-    def evaluated(parameters: Any, loss: Any, *args: Any, **options: Any) -> None:
-        torch.manual_seed(0)  # dropout
-        total, shown = loss(Batch.from_any(DATA[0]), 0.0)
-        found[weight] = total.item(), shown
-
-    monkeypatch.setattr("surgeon.training.finetuning.fit", evaluated)
-    plan, settings = SwapActivation(steps=1).plan(), RunSettings(original=original)
-    for weight in (0.0, 1.0, 3.0):
-        finetune(swapped, Data(DATA), plan, settings, "test", distill=1.0, distill_layers=weight)
-    error = found[1.0][1]["layer error"]
-    assert error > 1e-4
-    assert "layer error" not in found[0.0][1]
-    assert found[1.0][0] - found[0.0][0] == pytest.approx(error, rel=1e-3)
-    assert found[3.0][0] - found[0.0][0] == pytest.approx(3 * error, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["swap-activation", "sparsify", "recover"])

@@ -34,6 +34,8 @@ def regression(batches: int = 6) -> list[tuple[Tensor, Tensor]]:
 class Problem:
     """A linear layer to fit, with what was seen on the way."""
 
+    key, label = "the-fit", "the fit"
+
     def __init__(self, dropout: float = 0.0) -> None:
         torch.manual_seed(0)
         self.layer = nn.Linear(4, 1)
@@ -50,7 +52,8 @@ class Problem:
     def fit(self, data: Any, plan: TrainingPlan = PLAN, **settings: Any) -> FitReport:
         torch.manual_seed(1)
         settings.setdefault("progress", self.progress.append)
-        return fit(list(self.layer.parameters()), self.loss, Data.of(data), plan, RunSettings(**settings), "the fit")
+        parameters = list(self.layer.parameters())
+        return fit(parameters, self.loss, Data.of(data), plan, RunSettings(**settings), self.key, label=self.label)
 
 
 def test_learns_and_reports() -> None:
@@ -80,7 +83,7 @@ def test_a_parameter_with_its_own_rate_keeps_it_all_along() -> None:
     problem, data = Problem(), Data.of(regression())
     weight, bias = problem.layer.weight, problem.layer.bias
     before = weight.detach().clone(), bias.detach().clone()
-    fit([weight, bias], problem.loss, data, PLAN, RunSettings(), "the fit", own_rates={bias: 0.0})
+    fit([weight, bias], problem.loss, data, PLAN, RunSettings(), "the-fit", own_rates={bias: 0.0})
     assert torch.equal(bias, before[1])
     assert float((weight.detach() - before[0]).abs().max()) > 0.1
 
@@ -318,7 +321,7 @@ def test_resumed_in_the_middle_of_a_step(tmp_path: Path, stop: int) -> None:
             self.counter = Counter()
             return fit(
                 list(self.layer.parameters()), self.loss, Data.of(regression(6)), plan, RunSettings(**settings),
-                "the fit",
+                "the-fit",
                 stateful=[self.counter],
             )  # fmt: skip
 
@@ -349,6 +352,16 @@ def test_resuming_a_finished_fit_changes_nothing(tmp_path: Path) -> None:
     assert not again.seen
     assert report.resumed_at == report.steps == 30
     assert torch.equal(again.layer.weight, problem.layer.weight)
+
+
+@pytest.mark.parametrize(("name", "resumed_at"), [("label", 9), ("key", 0)])
+def test_another_label_is_the_same_fit_and_another_key_is_not(tmp_path: Path, name: str, resumed_at: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Problem().fit(regression(), workdir=tmp_path, progress=interrupt_at(9))
+    again = Problem()
+    setattr(again, name, "another")
+    assert again.fit(regression(), workdir=tmp_path, resume=True).resumed_at == resumed_at
+    assert {moment.what for moment in again.progress} == {again.label}
 
 
 def test_resuming_from_nothing_starts_anew(tmp_path: Path) -> None:

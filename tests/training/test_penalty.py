@@ -169,3 +169,29 @@ def test_control_goes_on_from_a_checkpoint() -> None:
         whole.observe(values[step], step / 30)
         resumed.observe(values[step], step / 30)
     assert torch.equal(whole.alphas, resumed.alphas)
+
+
+@pytest.mark.parametrize(
+    ("values", "want"),
+    [
+        ([1.0, 0.0, 0.0, 0.0], 1.0),
+        ([1.0, 1.0, 1.0, 1.0], 4.0),
+        ([2.0, 2.0, 0.0, 0.0], 2.0),
+        ([3.0, 4.0], 49 / 25),
+        ([1.0, -2.0, 3.0], 36 / 14),
+        ([0.0, 0.0, 0.0], 0.0),
+    ],
+)
+def test_square_hoyer(values: list[float], want: float) -> None:
+    assert float(square_hoyer(torch.tensor(values))) == pytest.approx(want, rel=1e-5)
+
+
+def test_square_hoyer_is_per_token_in_float32() -> None:
+    a = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]], dtype=torch.bfloat16)
+    assert square_hoyer(a).dtype == torch.float32
+    assert torch.allclose(square_hoyer(a), torch.tensor([[2.0, 1.0]]))
+
+
+def test_square_hoyer_does_not_depend_on_scale() -> None:
+    a = torch.rand(3, 7)
+    assert torch.allclose(square_hoyer(a * 100), square_hoyer(a), rtol=1e-4)
