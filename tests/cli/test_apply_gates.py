@@ -81,7 +81,7 @@ def test_experts_that_do_not_divide_are_named_with_those_that_do(run: Run) -> No
 
 
 def test_a_failed_verification_exits_with_4(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgeon.passes.base.tolerance_for", lambda *outputs: -1.0)
+    monkeypatch.setattr("surgeon.passes.verification.tolerance_for", lambda *outputs: -1.0)
     result = run("-q", "apply", "--passes", "moeify", *NET)
     assert (result.code, result.out) == (4, "")
     assert result.err.startswith("error: moeify must not change what the graph computes")

@@ -135,13 +135,13 @@ def test_verification_failure_names_pass_site_and_difference(traces: Any, monkey
 def test_full_verification_tries_other_inputs(traces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A difference that shows in other rows only."""
     seen: list[torch.Tensor] = []
-    original = surgeon.passes.base.run
+    original = surgeon.passes.verification.call_reproducibly
 
     def recorded(model: Any, args: Any, kwargs: Any) -> Any:
         seen.append(kwargs["x"])
         return original(model, args, kwargs)
 
-    monkeypatch.setattr(surgeon.passes.base, "run", recorded)
+    monkeypatch.setattr(surgeon.passes.verification, "call_reproducibly", recorded)
     inputs = vectors()
     Pipeline([MOEIFY]).run(traces("stack:relu"), inputs=inputs)
     fast, seen[:] = len(seen), []
