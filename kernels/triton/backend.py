@@ -82,7 +82,7 @@ def _wanted(device: torch.device) -> bool:
     asked = os.environ.get("SURGEON_GPU")
     if device.type == "cpu":
         return asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return asked != "torch"
+    return device.type == "cuda" and asked != "torch"  # nothing to be said of devices that other backends are for
 
 
 def _or_say(why: str | None) -> bool:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,6 +168,8 @@ def test_triton_leaves_an_activation_of_the_table_alone_to_torch_and_says_so_onc
     bump: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
+    # Imported while nothing is interpreted, as for all other tests of this process: that is settled for good then.
+    import_module("surgeon.kernels.triton.elementwise")
     monkeypatch.setenv("SURGEON_GPU", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(triton_backend, "_runs_nowhere", lambda _: None)  # as in the interpreter
@@ -189,3 +192,13 @@ def test_fast_kernels_know_no_activation_that_the_table_has_not() -> None:
         from surgeon.kernels.triton import elementwise
 
         assert set(elementwise.ACTIVATIONS) <= set(ACTIVATIONS)
+
+
+def test_of_other_devices_triton_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """It is asked before a backend that is for them."""
+    call = call_of(arguments((3,), dtype=torch.float32))
+    elsewhere = call._replace(x=call.x.to("meta"))
+    with caplog.at_level(logging.INFO, logger="surgeon"):
+        assert not triton_backend.takes(elsewhere)
+        assert not triton_backend.sorts(elsewhere.x, torch.tensor(0.5, device="meta"))
+    assert caplog.records == []

@@ -27,7 +27,6 @@ def _native() -> None:
 CALL = """
 import torch
 from surgeon.kernels import cpu
-cpu.load()  # before the operators are there: it needs them first
 from surgeon.kernels.dynamic_k import dynamic_k_ffn
 x, scores, w = torch.ones(3, 8), torch.ones(3, 2), torch.ones(2, 4, 8)
 print(float(dynamic_k_ffn(x, scores, torch.zeros(3), w, None, None, None, w, None, "relu").sum()))
@@ -154,6 +153,12 @@ def test_an_instruction_set_can_be_chosen_and_must_exist(monkeypatch: pytest.Mon
     done = call(Path(cache), SURGEON_CPU="sse9")
     assert done.returncode != 0
     assert "SURGEON_CPU=sse9: this processor has" in done.stderr
+
+
+def test_loaded_before_the_operators_are_there_says_what_to_import() -> None:
+    script = "from surgeon.kernels import cpu; cpu.load()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "Import surgeon.kernels.dynamic_k before the native kernels are loaded." in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64 (apt install qemu-user)")

@@ -18,11 +18,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 import triton.language as tl
 
-from surgeon.kernels import triton as kernels
+from surgeon.kernels.experts import Experts
 from surgeon.kernels.gpu_model import cost as cost_model
 from surgeon.kernels.gpu_model.cost import Way
 from surgeon.kernels.gpu_model.devices import DEVICES
-from surgeon.kernels.triton import launch, plan, tiles
+from surgeon.kernels.triton import backend, launch, plan, tiles
 
 from .compiling import (
     CHIPS,
@@ -255,7 +255,7 @@ def test_tf32_is_for_fp32_where_torch_may_use_it() -> None:
 
 def test_what_is_not_supported_is_said() -> None:
     w = torch.empty(2, 3, 4)
-    weights = kernels.Experts(w, None, None, None, w)
-    reason = kernels.supports(torch.empty(5, 4), weights, "relu")
+    weights = Experts(w, None, None, None, w)
+    reason = backend.supports(torch.empty(5, 4), weights, "relu")
     assert reason is not None
     assert "not on cpu" in reason
