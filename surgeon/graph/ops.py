@@ -130,9 +130,19 @@ def barrier(node: Node) -> str | None:
     return _words(name) or "an op that is not computed value by value"
 
 
+def activates(node: Node) -> bool:
+    """Whether a node that is a barrier is an activation all the same: it mixes neurons, or has parameters."""
+    return _kind(op_name(node)) in ("softmax", "prelu")
+
+
 def _words(name: str) -> str | None:
-    keys = sorted((key for key in _BARRIERS if key in name), key=len)
-    return _BARRIERS[keys[-1]] if keys else None
+    kind = _kind(name)
+    return None if kind is None else _BARRIERS[kind]
+
+
+def _kind(name: str) -> str | None:
+    """The longest key of `_BARRIERS` in the name of an op, of several the last."""
+    return max((key for key in reversed(_BARRIERS) if key in name), key=len, default=None)
 
 
 def _same_shape(a: Node, b: Node) -> bool:

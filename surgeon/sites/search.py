@@ -22,6 +22,7 @@ from surgeon.graph.ops import (
     LINEAR_OPS,
     PRODUCTS,
     SHAPE_OPS,
+    activates,
     barrier,
     carries_values,
     equal_size,
@@ -128,8 +129,8 @@ class _Walk:
 
     @property
     def barrier_nodes(self) -> set[Node]:
-        """The nodes that bar, without those that are activations of a kind."""
-        return {node for node, what in self.barriers if what not in ("a softmax", "a learned activation")}
+        """The nodes that bar and are no activations."""
+        return {node for node, _ in self.barriers if not activates(node)}
 
 
 class _Search:
