@@ -16,7 +16,7 @@ from surgeon.passes import Lower
 from surgeon.surgery.pipeline import Pipeline
 from tests.small_models import labelled_vectors, vectors
 
-from .test_conformance import SUITES
+from .test_conformance import SUITES, USUAL
 
 READER = """
 import json, sys, torch, surgeon
@@ -47,7 +47,7 @@ def test_saved_and_loaded_in_another_process_it_is_the_same(traces: Any, tmp_pat
 
 
 def test_all_passes_in_their_usual_order(traces: Any) -> None:
-    passes = [suite.make() for suite in SUITES]
+    passes = [suite.make() for suite in USUAL]
     data = Data.of(labelled_vectors(2))
     surgery = Pipeline(passes).run(traces("stack:gelu"), inputs=vectors(), data=data)
     assert [report.name for report in surgery.reports] == [one.name for one in passes]
