@@ -55,8 +55,8 @@ def test_times_are_predicted_for_the_gpu_of_this_machine(run: Run, monkeypatch: 
         (("h100", "--size", "100"), "Experts of 100 neurons do not divide a hidden width of 3072"),
         (("h100", "--dtype", "int8"), "--dtype int8: there are float32, bfloat16, float16."),
         (("h100", "-o", "times.csv"), "times.csv: a table is written as .json, a plot as .png."),
-        (("list", "-o", "list.json"), "predict list takes no options of a layer and writes no file"),
-        (("list", "--tokens", "3"), "predict list takes no options of a layer and writes no file"),
+        (("list", "-o", "list.json"), "predict list takes no layer options and writes no file"),
+        (("list", "--tokens", "3"), "predict list takes no layer options and writes no file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -36,7 +36,8 @@ def test_an_interrupted_run_can_be_resumed(run: Run, tmp_path: Path) -> None:
     stopped = run(*args)
     assert stopped.code == 130
     assert stopped.err.endswith(
-        f"error: interrupted; checkpoints are in gelu-surgery.work. Go on with:\n  surgeon {' '.join(args)} --resume\n"
+        "error: interrupted; checkpoints are in gelu-surgery.work. To continue, run:\n"
+        f"  surgeon {' '.join(args)} --resume\n"
     )
     assert left(tmp_path) == {"interrupt", "gelu-surgery.work"}
     (tmp_path / "interrupt").unlink()

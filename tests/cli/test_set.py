@@ -133,7 +133,7 @@ def test_where_nothing_is_skipped_there_is_no_mean_to_add(run: Run, mine: str) -
         (("mine", "--rule", "best"), 2, "No selection rule 'best'. There are: max, cumulative, energy, top_k."),
         (("mine", "--compensate"), 2, "--compensate takes the mean of what is skipped over some data"),
         (("mine", "--tau", "0.5", *REVIEWS), 2, "--data is read for --compensate only"),
-        (("mine", "--tau", "0.5", "--limit", "3"), 2, "--limit says how to read data, and there is none: give --data."),
+        (("mine", "--tau", "0.5", "--limit", "3"), 2, "--limit says how to read data. Give --data too."),
         (("mine", "-o", "other"), 2, "There is nothing to store with -o: give --tau, --rule or --compensate."),
         (("mine", "--tau", "0.5", "-o", "masked"), 2, "masked exists. Give another directory with -o"),
         (("bert", "--tau", "0.5"), 3, "bert is not a saved surgery: it has no surgery.json."),
