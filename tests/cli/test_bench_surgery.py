@@ -84,7 +84,7 @@ def test_a_model_without_experts_is_refused(run: Run) -> None:
         (("masked", "--length", "0"), "--batch and --length are at least 1."),
         (("bert-moe", "--length", "100000"), "The model cannot be called with so many samples or tokens ("),
         (("masked", "--device", "tpu"), "--device tpu: give cpu or cuda."),
-        (("masked", "-o", "times.csv"), "times.csv: a table is written as .json, a plot as .png."),
+        (("masked", "-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json, for numbers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
