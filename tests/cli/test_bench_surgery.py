@@ -82,7 +82,7 @@ def test_a_model_without_experts_is_refused(run: Run) -> None:
         (("masked", "--tau", "2"), "--tau 2: give numbers from 0 to 1, separated by commas."),
         (("masked", "--batch", "0"), "--batch and --length must be at least 1."),
         (("masked", "--length", "0"), "--batch and --length must be at least 1."),
-        (("bert-moe", "--length", "100000"), "The model cannot be called with so many samples or tokens ("),
+        (("bert-moe", "--length", "100000"), "The model cannot be called with this number of samples or tokens ("),
         (("masked", "--device", "tpu"), "--device tpu: give cpu or cuda."),
         (("masked", "-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json, for numbers"),
     ],
