@@ -1,5 +1,6 @@
-"""Time feed-forward layers with experts beside other ways to compute them, and against what the machine can do.
+"""Time feed-forward layers with experts, and compare them with other methods and with the limits of the machine.
 
-`layer` makes a layer and what its tokens select, `methods` are the ways, `timing` times them in turn, `machine` says
-what they ran on and how fast that could be, `grid` goes through a grid of layers, `whole` times a saved surgery.
+`layer` makes a layer and selects experts for its tokens. `methods` computes the layer in several ways, and `timing`
+times them in turn. `machine` describes the machine and its limits. `grid` runs many layers, and `whole` times a saved
+surgery.
 """

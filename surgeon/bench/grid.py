@@ -1,4 +1,4 @@
-"""Go through a grid of layers: every method on each, its error, and how near ours comes to the machine's limit."""
+"""Run every method on a grid of layers, with its error, and compare ours with the limit of the machine."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _LAYERS = 8
 
 @dataclass(frozen=True)
 class Timing:
-    """What one method took, in milliseconds, and its largest error, relative to the largest output, from float64.
+    """The time and error of one method.
 
-    Both are None for a method that did not run; why: the reason.
+    milliseconds, error: None for a method that did not run. error: largest difference from float64, relative to the
+    largest output. why: the reason why a method did not run.
     """
 
     milliseconds: float | None
@@ -35,13 +36,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Cell:
-    """One layer by every method.
+    """One layer, computed by every method.
 
-    executed: share of the pairs that were really selected. gain: the faster of the dense layers, eager and compiled,
-    over ours. kernel_gain: ours with every expert on over ours, at most `ceiling`, 1 / executed. limit: milliseconds
-    that the machine needs at least, for the selected multiply-adds at its rate of matrix products or for reading the
-    selected weights from memory, whatever takes longer: `limited_by`. of_limit: limit over ours; ours need not read
-    what ReLU switched off. None where a method is missing.
+    executed: share of the token-expert pairs that were selected. gain: the faster of the dense layers, eager and
+    compiled, over ours. kernel_gain: ours with every expert on, over ours. ceiling: the largest possible kernel_gain,
+    1 / executed. limit: least milliseconds that the machine needs, either for the selected multiply-adds at its rate of
+    matrix products, or for reading the selected weights from memory. limited_by: which of the two takes longer.
+    of_limit: limit over ours; it can exceed 1, because ours need not read what ReLU switched off. Ratios are None where
+    a method is missing.
     """
 
     dtype: str
@@ -67,12 +69,12 @@ def time_grid(
     seconds: float,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Cell]:
-    """Time every method on every case. seconds: for each method and case, on average."""
+    """Time every method on every case. seconds: average time spent on each method and case."""
     device, cells, before = torch.device(machine.device), [], None
     with torch.inference_mode(), using_threads(machine.threads):
         for index, case in enumerate(cases):
             if before not in (None, (case.dtype, case.tokens)) and "compiled" in methods:
-                # What was compiled for other sizes is not needed again, and would count towards torch's limit.
+                # Code compiled for other sizes is not needed again, and would count towards torch's limit.
                 torch.compiler.reset()
             before = case.dtype, case.tokens
             layers = [make_problem(case, device, seed) for seed in range(_layers(case, device))]
@@ -83,10 +85,10 @@ def time_grid(
 
 
 def _layers(case: Case, device: torch.device) -> int:
-    """How many layers follow each other: on a processor the first is run before the clock starts.
+    """The number of layers run in sequence. On a CPU the first one runs before the clock starts.
 
-    Right after the caches were emptied even the program would have to be loaded. In a model a layer comes after others,
-    and only its weights are new. For few tokens one layer alone would take too little time to be measured.
+    Emptying the caches also removes the program from them. In a model a layer follows other layers, so that only its
+    weights are not in a cache. For few tokens, the time of a single layer is too short to be measured.
     """
     if device.type != "cpu":
         return 1
@@ -94,7 +96,7 @@ def _layers(case: Case, device: torch.device) -> int:
 
 
 def _cell(layers: Sequence[Problem], methods: Sequence[str], machine: Machine, seconds: float) -> Cell:
-    """layers: the first is run before those that are timed, if there are others."""
+    """Time the methods on some layers. If there are several, the first one runs before those that are timed."""
     timings, calls = {}, {}
     for name in methods:
         timings[name], call = _first(layers, METHODS[name])
@@ -106,7 +108,7 @@ def _cell(layers: Sequence[Problem], methods: Sequence[str], machine: Machine, s
         timings[name] = Timing(1000 * taken / len(layers), timings[name].error)
     case = problem.case
     assert machine.bandwidth is not None
-    # A half type can be converted where float32 is multiplied faster.
+    # Where float32 is multiplied faster than a half type, values could be converted.
     rate = max(machine.gemm[case.dtype], machine.gemm["float32"])
     needed: dict[Literal["arithmetic", "memory"], float] = {
         "arithmetic": 2000 * problem.multiply_adds / rate,
@@ -125,7 +127,7 @@ def _cell(layers: Sequence[Problem], methods: Sequence[str], machine: Machine, s
 
 
 def _first(layers: Sequence[Problem], method: Method) -> tuple[Timing, TimedCall | None]:
-    """The error of a first call, which also warms up and compiles, and the call of the others; or why there is none."""
+    """Run a method once, to compile it and to measure its error. Return these, and the call to time if it succeeded."""
     problem = layers[0]
     try:
         calls = [method.prepare(layer) for layer in layers]

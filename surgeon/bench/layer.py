@@ -1,4 +1,4 @@
-"""One feed-forward layer with random weights, tokens for it, what they select, and what should come out."""
+"""A feed-forward layer with random weights, its input tokens, the experts they select, and the exact result."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from surgeon.kernels.gpu_model.cost import LayerShape
 MaskKind = Literal["uniform", "skewed", "clustered"]
 MASKS: tuple[MaskKind, ...] = get_args(MaskKind)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_RUN = 16  # neighbouring tokens that choose alike
-_OWN = 0.2  # and how much of the choice is a token's own
-_CHECKED = 256  # tokens; in float64 they take as long as several methods on all
+_RUN = 16  # neighbouring tokens that select similar experts
+_OWN = 0.2  # part of the score that is a token's own
+_CHECKED = 256  # tokens; in float64 they take as long as several methods on all tokens
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layer and how much of it its tokens select.
+    """A layer, and how its tokens select experts.
 
     dtype: a name of `DTYPES`. mask: "uniform", every expert equally likely; "skewed", the n-th most popular expert in
-    proportion to 1/n (Zipf); "clustered", 16 neighbouring tokens choose nearly alike. share: of the token-expert pairs.
+    proportion to 1/n (Zipf); "clustered", 16 neighbouring tokens select similar experts. share: selected share of the
+    token-expert pairs.
     """
 
     shape: LayerShape
@@ -40,9 +41,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """What every method gets.
+    """The input of every method.
 
-    x [N, d], scores [N, E] and threshold [N] float32, the experts' weights, b2 [d].
+    x [N, d]; scores [N, E] and threshold [N], float32; the experts' weights; b2 [d].
+    pairs: selected token-expert pairs. used: experts that some token selects.
     """
 
     case: Case
@@ -56,17 +58,17 @@ class Problem:
 
     @property
     def multiply_adds(self) -> int:
-        """Of the selected pairs."""
+        """Multiply-adds of the selected pairs."""
         return self.pairs * self._expert_weights
 
     @property
     def weight_bytes(self) -> int:
-        """Of the experts that some token selects."""
+        """Bytes of the weights of the experts that some token selects."""
         return self.used * self._expert_weights * self.x.element_size()
 
     @property
     def executed(self) -> float:
-        """Share of the pairs that are selected."""
+        """Share of the token-expert pairs that are selected."""
         return self.pairs / self.scores.numel()
 
     @property
@@ -74,19 +76,22 @@ class Problem:
         return self.case.shape.weights // self.case.shape.experts
 
     def error(self, result: Tensor, *, every: bool) -> float:
-        """Largest difference from the float64 result, relative to its largest value; every: of the dense layer's."""
+        """Largest difference from the float64 result, relative to its largest value.
+
+        every: compare with the result of all experts, not of the selected ones.
+        """
         wanted = self.full if every else self.chosen
         found = result[self.checked].double()
         return float((found - wanted).abs().max() / wanted.abs().max())
 
     @property
     def full(self) -> Tensor:
-        """What the dense layer gives for the tokens that are checked, in float64."""
+        """Result of the dense layer for the tokens that are checked, in float64."""
         return self._exact[0]
 
     @property
     def chosen(self) -> Tensor:
-        """What the selected experts give for them."""
+        """Result of the selected experts for the tokens that are checked, in float64."""
         return self._exact[1]
 
     @cached_property
@@ -105,7 +110,10 @@ class Problem:
 
 
 def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
-    """Draw weights, tokens and scores for a case, the same for the same seed; made on the CPU, whatever the device."""
+    """Draw weights, tokens and scores for a case.
+
+    They are drawn on the CPU, so that a seed gives the same values on every device.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape, dtype = case.shape, DTYPES[case.dtype]
     per_neuron = (shape.experts, shape.size)
@@ -133,7 +141,7 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
 
 
 def _select(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Scores [N, E] and thresholds [N] that select `share` of the pairs, at least one."""
+    """Scores [N, E] and thresholds [N] that select `share` of the pairs, and at least one pair."""
     tokens, experts = case.tokens, case.shape.experts
     scores = torch.rand(tokens, experts, generator=generator)
     if case.mask == "skewed":

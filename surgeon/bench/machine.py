@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and what that could do at best: the rate of matrix products and of reading memory."""
+"""The machine of a benchmark and its limits: the rate of matrix products and the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from surgeon.kernels.cpu.crossover import processor
 from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.kernels.triton import backend as triton
 
-_SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices multiplied
+_SIDE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices multiplied
 _BUFFER = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes read, at least
 _REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a benchmark ran on.
+    """The machine of a benchmark.
 
-    instruction_set: what torch uses. kernels: what the operator uses. clock: "thread" or "wall". gemm: FLOP/s of a
-    large matrix product, by dtype, float32 always among them. bandwidth: bytes a second read from memory; on a GPU
-    copied, both ways counted. Where they were not measured they are empty and None.
+    instruction_set: used by torch. kernels: used by the operator. clock: "thread" or "wall". gemm: FLOP/s of a large
+    matrix product by dtype, always with float32; empty if not measured. bandwidth: bytes per second read from memory;
+    on a GPU bytes copied, with both directions counted; None if not measured.
     """
 
     device: str
@@ -46,7 +46,7 @@ class Machine:
 
 
 def examine(device: torch.device, threads: int, dtypes: Sequence[str] = (), seconds: float = 0.3) -> Machine:
-    """Describe the machine and measure its limits for some dtypes; seconds: for each of them."""
+    """Describe the machine, and measure its limits for some dtypes. seconds: spent on each limit."""
     on_cpu = device.type == "cpu"
     names = dict.fromkeys(("float32", *dtypes)) if dtypes else {}
     with using_threads(threads):
@@ -95,7 +95,7 @@ def _bandwidth(device: torch.device, threads: int, seconds: float) -> float:
 
 
 def _least(call: Callable[[], object], device: torch.device, threads: int, seconds: float) -> float:
-    """Least seconds of a call: what is possible. On a GPU the median, which differs little."""
+    """Least seconds of a call, as the limit of the machine. On a GPU the median is taken, which differs little."""
     if device.type != "cpu":
         return median_seconds({"": TimedCall(call, nullcontext)}, device, seconds=seconds, threads=threads)[""]
     call()

@@ -1,7 +1,7 @@
-"""The ways to compute a feed-forward layer that are timed beside each other.
+"""The methods to compute a feed-forward layer that are compared.
 
-Those that skip experts start from scores and thresholds, as the operator does. Each is given the layout of the weights
-that suits it, made before anything is timed.
+Methods that skip experts start from scores and thresholds, as the operator does. Each method gets the layout of the
+weights that suits it, which is made before anything is timed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn, selected
 
 
 class UnavailableError(Exception):
-    """A method does not compute this; the message says why."""
+    """A method cannot compute this layer; the message says why."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to compute the layer. prepare: gives the call to be timed, or raises `UnavailableError`.
+    """A method to compute the layer. prepare: returns the call to be timed, or raises `UnavailableError`.
 
-    every: it computes every expert, for every token. around: entered before each call, and left after it, untimed.
-    waits: the host needs to know which pairs are selected, so on a GPU it waits for them.
+    every: the result is that of all experts. around: a context for each call, which is not timed. waits: the host needs
+    the selected pairs, so on a GPU it waits for them.
     """
 
     summary: str
@@ -51,7 +51,7 @@ def _ffn(
     b2: Tensor,
     act: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The dense layer as a model has it: weights [d_out, d_in]."""
+    """The dense layer as in a model, with weights [d_out, d_in]."""
     h = F.linear(x, w1, b1)
     h = act(h) if gate is None else act(F.linear(x, gate, b_gate)) * h
     return F.linear(h, w2, b2)
@@ -72,7 +72,7 @@ def _masked(problem: Problem) -> Callable[[], Tensor]:
 
 
 def _loop(problem: Problem) -> Callable[[], Tensor]:
-    """Expert after expert: gather its tokens, two products, add the rows."""
+    """Run the experts in sequence: gather the tokens, compute two products, and add the rows."""
     x, act = problem.x, _activation(problem)
     each = [problem.experts.one(number) for number in range(len(problem.experts.w1))]
 
@@ -80,19 +80,19 @@ def _loop(problem: Problem) -> Callable[[], Tensor]:
         mask = _mask(problem)
         rows_of = torch.split(mask.t().nonzero()[:, 1], mask.sum(0).tolist())
         out = problem.b2.repeat(len(x), 1)
-        for one, rows in zip(each, rows_of, strict=True):
+        for expert, rows in zip(each, rows_of, strict=True):
             if len(rows):
                 inputs = x.index_select(0, rows)
-                h = F.linear(inputs, one.w1, one.b1)
-                h = act.fn(h) if one.gate is None else act.fn(F.linear(inputs, one.gate, one.b_gate)) * h
-                out.index_add_(0, rows, torch.mm(h, one.w2))
+                h = F.linear(inputs, expert.w1, expert.b1)
+                h = act.fn(h) if expert.gate is None else act.fn(F.linear(inputs, expert.gate, expert.b_gate)) * h
+                out.index_add_(0, rows, torch.mm(h, expert.w2))
         return out
 
     return call
 
 
 def _grouped_mm(problem: Problem) -> Callable[[], Tensor]:
-    """All experts' products in one call each, over tokens that were sorted by expert."""
+    """Compute each product for all experts in one call, over tokens sorted by expert."""
     product = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
     if product is None:
         raise UnavailableError(f"torch {torch.__version__} has no grouped_mm")
@@ -123,13 +123,13 @@ def _grouped_mm(problem: Problem) -> Callable[[], Tensor]:
 def _published(problem: Problem) -> Callable[[], Tensor]:
     """The steps of D2DMoE's published kernels, in plain torch.
 
-    Tokens are sorted by expert, the first product goes into a buffer [E, N, s], and the second is added to the output
+    Tokens are sorted by expert. The first product is written to a buffer [E, N, s]. The second is added to the output
     row by row.
     """
     x, experts, act = problem.x, problem.experts, _activation(problem)
     if experts.gate is not None:
         raise UnavailableError("the published method has no gated layers")
-    w1 = experts.w1.transpose(1, 2).contiguous()  # [E, d, s], as it has them
+    w1 = experts.w1.transpose(1, 2).contiguous()  # [E, d, s], as in the published kernels
     count, neurons, _ = experts.w1.shape
 
     def call() -> Tensor:
@@ -166,7 +166,7 @@ def _ours_dense(problem: Problem) -> Callable[[], Tensor]:
 
 @contextmanager
 def _never_dense(problem: Problem) -> Iterator[None]:
-    """Let the kernels go expert by expert even where they know that the dense product is faster."""
+    """Make the kernels run expert by expert, even where the dense product is known to be faster."""
     if problem.x.device.type != "cpu":
         with _kernels_on_gpu():
             yield
@@ -192,14 +192,14 @@ def _kernels_on_gpu() -> Iterator[None]:
 METHODS: dict[str, Method] = {
     "dense": Method("the dense layer", _dense, every=True),
     "compiled": Method("the dense layer by torch.compile", _compiled, every=True),
-    "masked": Method("every expert, those not selected masked", _masked),
-    "loop": Method("experts one after the other: gather, two products, index_add_", _loop, waits=True),
+    "masked": Method("every expert, with those not selected masked", _masked),
+    "loop": Method("experts in sequence: gather, two products, index_add_", _loop, waits=True),
     "grouped_mm": Method("torch's grouped_mm over tokens sorted by expert", _grouped_mm, waits=True),
     "published": Method("the steps of the kernels published with D2DMoE, in plain torch", _published, waits=True),
     "torch": Method("the torch backend", _torch, waits=True),
     "ours": Method("the operator", _ours),
     "ours_dense": Method(
-        "the operator with every expert on, never by the dense product", _ours_dense, True, _never_dense
+        "the operator with every expert on, without the dense product", _ours_dense, True, _never_dense
     ),
 }
 """Name → method, in the order in which they are shown."""

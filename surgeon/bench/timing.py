@@ -1,4 +1,4 @@
-"""Time calls beside each other: in turn on a processor, one after the other by Triton's `do_bench` on a GPU."""
+"""Time several calls: in turn on a CPU, in sequence with Triton's `do_bench` on a GPU."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MOST_CACHE = 256 << 20
 
 @dataclass(frozen=True)
 class TimedCall:
-    """What is timed. around: entered before each call and left after it, untimed.
+    """A call to time. around: a context for each call, which is not timed.
 
-    first: on a processor run before each call, untimed, after the caches were emptied.
-    waits: the host waits for the device somewhere in it, so that a CUDA graph cannot hold it.
+    first: on a CPU, run before each call and after the caches were emptied, and not timed.
+    waits: the host waits for the device during the call, so that a CUDA graph cannot capture it.
     """
 
     run: Callable[[], object]
@@ -36,21 +36,21 @@ class TimedCall:
 def median_seconds(
     calls: Mapping[str, TimedCall], device: torch.device, *, seconds: float, threads: int
 ) -> dict[str, float]:
-    """Median seconds of each call; every one was run before.
+    """Median seconds of each call. Each call must have run once before.
 
-    On a processor all are called in turn, at least five times and until `seconds` have gone into each on average, so
-    that a slow moment of the machine meets all of them. Before each call the caches are emptied, as the other layers
-    of a model would do. With one thread its own time counts, so that other work on the machine does not.
+    On a CPU the calls take turns, so that a slow moment of the machine affects all of them. Each runs at least five
+    times, and for `seconds` on average. Before each call the caches are emptied, as the other layers of a model would
+    do. With one thread, the CPU time of the thread is taken, so that other work on the machine does not count.
 
-    On a GPU `do_bench` times one after the other, its cache emptied. What does not wait for the device is captured in a
-    CUDA graph and replayed: small calls would otherwise show how fast Python starts kernels.
+    On a GPU `do_bench` times the calls in sequence, with the cache emptied. Calls that do not wait for the device are
+    captured in a CUDA graph and replayed. Otherwise small calls would show how fast Python starts kernels.
     """
     if device.type != "cpu":
         return {name: _on_gpu(call, seconds) for name, call in calls.items()}
     clock = clock_for(threads)
     other = torch.ones(2 * cache_size() // 4)  # zeros may all be one page of memory
     found: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.monotonic() + 2.0 * seconds * len(calls)  # for what is not timed too
+    end = time.monotonic() + 2.0 * seconds * len(calls)  # includes what is not timed
     spent, rounds = 0.0, 0
     while rounds < _ROUNDS or (rounds < _MOST_ROUNDS and spent < seconds * len(calls) and time.monotonic() < end):
         for name, call in calls.items():
@@ -68,12 +68,12 @@ def median_seconds(
 
 
 def clock_for(threads: int) -> Callable[[], float]:
-    """Seconds of this thread if it is the only one that works, else of the wall clock."""
+    """A clock in seconds: CPU time of this thread if `threads` is 1, else wall time."""
     return time.thread_time if threads == 1 else time.perf_counter
 
 
 def cache_size() -> int:
-    """Bytes of the largest cache of the processor; a guess where the system does not say."""
+    """Bytes of the largest cache of the CPU; a guess where the system does not tell."""
     sizes = [_USUAL_CACHE // 2]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text().strip()
@@ -91,12 +91,12 @@ def _on_gpu(call: TimedCall, seconds: float) -> float:
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A call as a CUDA graph. What it allocates is the graph's own, and is overwritten by each replay.
+    """Capture a call in a CUDA graph. The graph owns what the call allocates, and each replay overwrites it.
 
     Raises:
-        RuntimeError: the host waits for the device in it.
+        RuntimeError: the host waits for the device during the call.
     """
-    run()  # compiles kernels, which nothing may do while it is captured
+    run()  # compiles kernels, which is not possible during capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

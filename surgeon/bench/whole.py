@@ -1,4 +1,4 @@
-"""Time a saved surgery end to end, at several settings, beside the dense model."""
+"""Time a saved surgery end to end at several settings, and the dense model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from surgeon.progress import Progress
 
 @dataclass(frozen=True)
 class TimedSetting:
-    """A call at one tau, None for what is stored. executed: share of the experts' multiply-adds that ran.
+    """Times of a call at one tau; tau is None for the stored setting.
 
-    ours, compiled, torch: milliseconds with the operator, with it and `torch.compile`, None where that fails, and with
-    the torch backend. gain: the faster of the dense models over the faster of ours, None if there is none.
+    executed: share of the experts' multiply-adds that ran. ours, compiled, torch: milliseconds with the operator, with
+    the operator and `torch.compile` (None if that fails), and with the torch backend. gain: the faster of the dense
+    times over the faster of ours; None without a dense model.
     """
 
     tau: float | None
@@ -44,9 +45,10 @@ class TimedSetting:
 
 @dataclass(frozen=True)
 class WholeTimes:
-    """Milliseconds of the dense model, eager and compiled, None where it was not timed, and of every setting.
+    """Times of the dense model and of every setting.
 
-    why: what could not be done, such as "the dense model was not compiled", and the reason.
+    dense, compiled: milliseconds of the dense model, eager and compiled; None if it was not timed. why: what could not
+    be done, such as "The dense model was not compiled", with the reason.
     """
 
     dense: float | None
@@ -56,12 +58,12 @@ class WholeTimes:
 
 
 def repeated(inputs: Any, batch: int, length: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs repeated until there are `batch` samples of `length` tokens, as positional and keyword arguments.
+    """Repeat example inputs to `batch` samples of `length` tokens. Returns positional and keyword arguments.
 
-    Tokens lie along the second dimension of the first input that has one; None leaves them as they are.
+    Tokens are the second dimension of the first input that has one. A length of None leaves them unchanged.
 
     Raises:
-        UsageError: no input has a first dimension, or a second one for `length`; batch or length below 1.
+        UsageError: no input has a first dimension, or a second one for `length`; batch or length is below 1.
     """
     args, kwargs = as_args_kwargs(inputs)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -71,7 +73,8 @@ def repeated(inputs: Any, batch: int, length: int | None = None) -> tuple[tuple[
         size = next((leaf.shape[dim] for leaf in leaves if leaf.dim() > dim), 0)
         if not size or wanted < 1:
             raise UsageError(
-                f"{wanted} {what} cannot be made of the example inputs: these need some, and 1 is the least."
+                f"The example inputs cannot be repeated to {wanted} {what}: they need a dimension of {what}, and the "
+                "number must be at least 1."
             )
         repeat = partial(_repeated, dim=dim, size=size, wanted=wanted)
         args, kwargs = pytree.tree_map(repeat, (args, kwargs))
@@ -96,14 +99,14 @@ def time_whole(
     threads: int,
     progress: Callable[[Progress], None] | None = None,
 ) -> WholeTimes:
-    """Time one call at every tau, where the graph is. Masked experts are skipped as `lower` would have it.
+    """Time one call at every tau, on the device of the graph. Masked experts are skipped as `lower` would do.
 
-    The graph's own tau is put back afterwards. On a GPU calls are captured in CUDA graphs, but for those of the torch
-    backend and what cannot be captured: see `why`.
+    The graph's own tau is restored afterwards. On a GPU, calls are captured in CUDA graphs, except those of the torch
+    backend and those that cannot be captured: see `why`.
 
     Args:
-        args, kwargs, dense: on the device of the graph.
-        taus: None stands for what the graph has. seconds: for each call, on average. dense: the model before surgery.
+        args, kwargs, dense: on the device of the graph. dense: the model before the surgery.
+        taus: None means the stored setting. seconds: average time spent on each call.
 
     Raises:
         UsageError: the graph has no experts, or does not take these inputs.
@@ -111,7 +114,7 @@ def time_whole(
     if not find_moes(graph):
         raise UsageError("The graph has no experts, so there is nothing to compare. Apply moeify and lower first.")
     ours = _with_op(graph, dynamic_k_ffn)
-    plain = _with_op(graph, torch.ops.surgeon.dynamic_k_ffn_torch.default)  # of the same tau, which forks share
+    plain = _with_op(graph, torch.ops.surgeon.dynamic_k_ffn_torch.default)  # shares tau with `ours`, as forks do
     device = next(graph.parameters()).device
     calls: dict[str, TimedCall] = {}
     why: dict[str, str] = {}
@@ -184,15 +187,15 @@ def _try(call: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         call(*args, **kwargs)
     except Exception as error:  # a model may raise anything
         raise UsageError(
-            f"The model cannot be called with so many samples or tokens ({first_line(error)}). Give another --batch or "
-            "--length."
+            f"The model cannot be called with this number of samples or tokens ({first_line(error)}). Give another "
+            "--batch or --length."
         ) from error
 
 
 def _compiled(
     name: str, model: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], why: dict[str, str]
 ) -> Callable[[], object] | None:
-    """Compile a model and call it once; where that fails, the reason is written to `why`."""
+    """Compile a model and call it once. If that fails, write the reason to `why`."""
     compiled = torch.compile(model, dynamic=False, fullgraph=True)
     try:
         compiled(*args, **kwargs)
@@ -203,7 +206,7 @@ def _compiled(
 
 
 def _waits(name: str, call: Callable[[], object], device: torch.device, why: dict[str, str]) -> bool:
-    """Whether a call cannot be captured on this device; then the reason is written to `why`."""
+    """Whether a call cannot be captured on this device. If so, write the reason to `why`."""
     if device.type == "cpu":
         return False
     try:

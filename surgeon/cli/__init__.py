@@ -1,6 +1,7 @@
-"""The command line. `surgeon --help` must not wait for torch: modules that need it are imported by the commands.
+"""The command line.
 
-Every module here is imported, and a function in it that is marked with `surgeon.cli.app.command` is a command.
+Every module in this package is imported, and each function marked with `surgeon.cli.app.command` becomes a command.
+`surgeon --help` must not wait for torch, so commands import what needs it inside their functions.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Give the answer of a command that also writes it to files."""
+"""Show the answer of a command that can also write it to files."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 def answer(
     run: Run, found: object, view: "RenderableType", files: Sequence[Path] | None, draw: Callable[[Path], None]
 ) -> None:
-    """Show an answer, write it to the files that were asked for, and print it as JSON where JSON is.
+    """Show an answer, write it to the requested files, and print it as JSON with `--output json`.
 
-    view: the answer for people. draw: how it is drawn to a `.png` file.
+    view: the answer for people. draw: draws the answer to a `.png` file.
 
     Raises:
         SaveError: a file cannot be written.

@@ -1,13 +1,13 @@
-"""What every command has in common: options, errors, exit codes. The commands are in the modules beside this one.
+"""Options, errors and exit codes that all commands share. Each command has its own module in this package.
 
-To add one, write a module here with a function marked `@command(order=...)`; nothing else has to name it.
+To add a command, write a module here with a function marked `@command(order=...)`. It is listed nowhere else.
 
-They only read options: other modules do the work and `render` shows the results.
+Commands only read options. `jobs` does the work and `render` shows the results.
 
-torch and everything that needs it are imported inside the commands, so that `surgeon --help` does not wait for them.
+Commands import torch and everything that needs it inside their functions, so that `surgeon --help` does not wait.
 
-Exit codes: 0 done; 1 a gate was not met (nothing changed, a check failed); 2 usage; 3 the model cannot be loaded or
-traced; 4 a pass, its verification or saving failed; 130 interrupted.
+Exit codes: 0 done; 1 nothing changed or a check failed; 2 wrong usage; 3 the model cannot be loaded or traced; 4 a
+pass, its verification or saving failed; 130 interrupted.
 """
 
 # The annotations are read when commands are made, so they are not postponed.
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """One run of the command line: what was typed, and the options that every command has."""
+    """One run of the command line: the typed arguments, and the options that all commands share."""
 
     args: list[str] = field(default_factory=list)
     output: OutputMode | None = None
@@ -45,19 +45,19 @@ class Run:
     debug: bool = False
 
     def take(self, output: OutputMode | None, verbose: int, quiet: bool, debug: bool) -> None:
-        """Add the options that were given at one place of the command line to those given before."""
+        """Merge options given at one place of the command line into those given earlier."""
         self.output = output or self.output
         self.verbose, self.quiet, self.debug = max(verbose, self.verbose), quiet or self.quiet, debug or self.debug
 
     @functools.cached_property
     def screen(self) -> "Screen":
-        """Where this run writes."""
+        """The screen that this run writes to."""
         from surgeon.render.screen import Screen
 
         return Screen(self.output.value if self.output else None, verbose=self.verbose, quiet=self.quiet)
 
 
-# Where a command stands in the list of its group, by the names of both.
+# The position of a command in the list of its group, by the names of group and command.
 _ORDER: dict[tuple[str, str], int] = {}
 
 
@@ -94,7 +94,7 @@ def _report(error: Exception, run: Run) -> int:
         run.screen.error(str(error), kind=type(error).__name__, exit_code=error.exit_code)
         return error.exit_code
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
-    hint = "" if run.debug else "\nThis is not an expected error. Run with --debug for the traceback."
+    hint = "" if run.debug else "\nThis error was not expected. Run again with --debug to see the traceback."
     run.screen.error(text + hint, kind=type(error).__name__, exit_code=4)
     return 4
 
@@ -104,8 +104,8 @@ app = typer.Typer(
     cls=_Group,
     help="Rewrite a dense PyTorch model into one that runs only the neurons each token needs.\n\n"
     "Start with: surgeon demo",
-    epilog="Exit codes: 0 done, 1 nothing changed or a check failed, 2 usage, 3 cannot load or trace, 4 a pass or its "
-    "verification failed, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 nothing changed or a check failed, 2 wrong usage, 3 the model cannot be loaded or "
+    "traced, 4 a pass, its verification or saving failed, 130 interrupted.",
     # Plain help takes half the time.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -131,16 +131,16 @@ def _surgeon(
 def _before_a_command(
     context: typer.Context, output: Output = None, verbose: Verbose = 0, quiet: Quiet = False, debug: Debug = False
 ) -> None:
-    """Take the options that stand before the command's name; without a command, show the help."""
+    """Take the options given before the command's name. Without a command, show the help."""
     context.obj.take(output, verbose, quiet, debug)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
 
 def group(name: str, *, order: int, help: str) -> typer.Typer:
-    """Make a group of commands, `surgeon NAME COMMAND`; by itself it shows its help.
+    """Make a group of commands, `surgeon NAME COMMAND`. Without a command it shows its help.
 
-    order: its place in the list, as in `command`.
+    order: position in the list, as in `command`.
     """
     made = typer.Typer(name=name, cls=_Group, help=help, rich_markup_mode=None, pretty_exceptions_enable=False)
     made.callback(invoke_without_command=True)(_before_a_command)
@@ -152,12 +152,12 @@ def group(name: str, *, order: int, help: str) -> typer.Typer:
 def command(*, order: int, under: typer.Typer = app) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command with the function's name.
 
-    It takes the run first, and every command gets the options that all have. They count wherever they stand: before the
-    command's name or after it. A function that takes `DataOptions`, or None, gets the options that say how to read data
-    (see `with_data_options`).
+    The function's first parameter is the run. Every command also gets the shared options, which may be given before or
+    after the command's name. A function with a parameter of type `DataOptions`, or `DataOptions | None`, gets the
+    options that say how to read data (see `with_data_options`).
 
     Args:
-        order: its place in the list: the lowest comes first. under: the group it belongs to.
+        order: position in the list, the lowest first. under: the group that the command belongs to.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -170,7 +170,7 @@ def command(*, order: int, under: typer.Typer = app) -> Callable[[Callable[..., 
 
 
 def _with_shared_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Let a function that takes the run take the context and the options that every command has."""
+    """Wrap a function that takes a run so that it takes the context and the shared options."""
 
     @functools.wraps(function)
     def run_command(
@@ -203,7 +203,7 @@ def _interrupted(run: Run, workdir: Path | None) -> NoReturn:
     else:
         again = [arg for arg in run.args if arg != "--resume"]
         command_line = shlex.join(["surgeon", *again, "--resume"])
-        text = f"interrupted; checkpoints are in {workdir}. Go on with:\n  {command_line}"
+        text = f"interrupted; checkpoints are in {workdir}. To continue, run:\n  {command_line}"
     run.screen.error(text, kind="Interrupted", exit_code=130)
     raise typer.Exit(130)
 

@@ -40,7 +40,7 @@ def apply(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", metavar="R", help="A recipe (surgeon passes lists them), or a surgery.json: what it recorded."
+            "--recipe", metavar="R", help="A recipe (listed by surgeon passes), or a surgery.json, to run it again."
         ),
     ] = None,
     data: DataOptions | None = None,
@@ -48,31 +48,38 @@ def apply(
     inputs: InputsOption = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default NAME-surgery, here."),
+        typer.Option("--out", "-o", metavar="DIR", help="Directory for the result; by default NAME-surgery."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a surgery that was saved there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier result, or drop an interrupted run.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change; train and save nothing.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     verify: Annotated[
-        Verify, typer.Option("--verify", help="Compare outputs across passes: not, on the example inputs, or on more.")
+        Verify,
+        typer.Option(
+            "--verify",
+            help="Compare the output before and after each pass: never (off), on the example inputs (fast), or on "
+            "further inputs too (full).",
+        ),
     ] = Verify.fast,
     tau: Annotated[
         float | None,
         typer.Option(
-            "--tau", help="How much to skip, from 0 (nothing) to 1, by the rule of moeify.rule. Needs --data."
+            "--tau", help="How much to skip, from 0 (nothing) to 1; moeify.rule says by which rule. Needs --data."
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", help="Seed of every random choice.  [default: that of a saved surgery, else 0]"),
+        typer.Option("--seed", help="Random seed.  [default: that of a saved surgery, else 0]"),
     ] = None,
     trust_pickle: TrustPickle = False,
     arch: Arch = None,
 ) -> None:
     """Run passes over a model and save the result.
 
-    The model itself is never changed. With data, passes fine-tune and train what they put in; without, they say what
-    was not trained.
+    The model you give is never changed. With --data, passes fine-tune the model and train what they add. Without it,
+    they say what was not trained.
 
     Example: surgeon apply --passes sparsify,moeify,lower --set moeify.experts=48 path/to/bert --data reviews.csv
 
@@ -108,7 +115,7 @@ def apply(
         options,
         stage=run.screen.stage,
         progress=run.screen.progress,
-        on_pass=lambda one: run.screen.show(pass_view(one, "sites", gap=True)),
+        on_pass=lambda pass_: run.screen.show(pass_view(pass_, "sites", gap=True)),
     )
     run.screen.show(applied_view(applied))
     run.screen.result(applying.applied_json(applied, opened))

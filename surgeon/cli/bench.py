@@ -2,4 +2,4 @@
 
 from surgeon.cli.app import group
 
-bench = group("bench", order=100, help="Time a layer or a surgery, or predict a GPU's times.")
+bench = group("bench", order=100, help="Time a layer or a saved surgery, or predict times on a GPU.")

@@ -1,4 +1,4 @@
-"""`surgeon bench layer`: times of a layer by every way to compute it."""
+"""`surgeon bench layer`: time a layer, computed by every method."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from typing import Annotated
@@ -23,14 +23,14 @@ def layer(
     hidden: Hidden = LayerOptions.hidden,
     dtype: Dtype = LayerOptions.dtype,
     gated: Gated = LayerOptions.gated,
-    activation: Annotated[str, typer.Option("--activation", help="Its activation function.")] = "relu",
+    activation: Annotated[str, typer.Option("--activation", help="Activation function of the layer.")] = "relu",
     mask: Annotated[
         str,
         typer.Option(
             "--mask",
             metavar="M,M,...",
-            help="uniform: all experts equally likely; skewed: some popular; clustered: neighbouring tokens choose "
-            "alike.",
+            help="How tokens select experts. uniform: all experts are equally likely; skewed: some are popular; "
+            "clustered: neighbouring tokens select similar experts.",
         ),
     ] = "uniform",
     methods: Annotated[
@@ -38,19 +38,21 @@ def layer(
         typer.Option(
             "--methods",
             metavar="M,M,...",
-            help="dense, compiled, masked, loop, grouped_mm, published, torch, ours, ours_dense.  [default: all]",
+            help="Methods to time: dense, compiled, masked, loop, grouped_mm, published, torch, ours, ours_dense.  "
+            "[default: all]",
         ),
     ] = None,
     threads: Threads = TimingOptions.threads,
     device: Device = TimingOptions.device,
     seconds: Annotated[
-        float, typer.Option("--seconds", help="Time for each method and layer; at least five calls are timed.")
+        float, typer.Option("--seconds", help="Seconds for each method and layer; at least five calls are timed.")
     ] = TimingOptions.seconds,
     out: Files = None,
 ) -> None:
-    """Time one feed-forward layer with random weights by every method.
+    """Time a feed-forward layer with random weights, computed by every method.
 
-    Each with its error from float64, and ours against what this machine can do at best.
+    The error of each method is measured against float64. The method ours is compared with the limits of this
+    machine.
 
     Example: surgeon bench layer --tokens 1,2048 --size 128 --share 0.1,0.2 -o bench.png
 

@@ -1,4 +1,4 @@
-"""`surgeon bench predict`: what a GPU should take for a layer."""
+"""`surgeon bench predict`: predict how long a GPU takes for a layer."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from pathlib import Path
@@ -21,7 +21,7 @@ def predict(
         str,
         typer.Argument(
             metavar="DEVICE",
-            help="h100, h200 or a100; cuda, the GPU of this machine; or list, to see what is known of each.",
+            help="h100, h200 or a100; cuda for the GPU of this machine; list for the known figures of each device.",
             show_default=False,
         ),
     ],
@@ -37,14 +37,15 @@ def predict(
 ) -> None:
     """Predict a layer's times on a GPU from bytes and FLOPs.
 
-    Nothing is run. It says which size of experts to take, and up to which share of them they beat the dense layer.
+    Nothing is run. The answer says which expert size is fastest, and up to which selected share the experts beat the
+    dense layer.
 
     Example: surgeon bench predict h100 --tokens 8192
 
     Example: surgeon bench predict list
 
     JSON: {device, width, hidden, gated, points: [{dtype, tokens, size, share, dense, dense_bound, ours, ours_bound,
-    gain, way}], advice: [{dtype, tokens, best, break_even}], assumptions}; of list {devices}. Times are milliseconds.
+    gain, way}], advice: [{dtype, tokens, best, break_even}], assumptions}; for list {devices}. Times are milliseconds.
     """
     from surgeon.jobs.bench_predict import bench_predict
     from surgeon.render.bench_predict import prediction_plot, prediction_view
@@ -65,8 +66,8 @@ def _list_devices(run: Run, layers: LayerOptions, out: list[Path] | None) -> Non
 
     if out or layers != LayerOptions():
         raise UsageError(
-            "predict list takes no options of a layer and writes no file: the devices are on the screen, and with "
-            "--output json as JSON."
+            "predict list takes no layer options and writes no file. Run surgeon bench predict list, with "
+            "--output json for JSON."
         )
     run.screen.show(devices_view(list(DEVICES.values())))
     run.screen.result({"devices": list(DEVICES.values())})

@@ -1,4 +1,4 @@
-"""`surgeon bench surgery`: times of a saved surgery, end to end."""
+"""`surgeon bench surgery`: time a saved surgery end to end."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from typing import Annotated
@@ -20,26 +20,27 @@ def surgery(
     *,
     dense: DenseModel = None,
     tau: Annotated[
-        str | None, typer.Option("--tau", metavar="T,T,...", help="Values of tau beside the stored ones.")
+        str | None, typer.Option("--tau", metavar="T,T,...", help="Values of tau to time besides the stored ones.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Samples in a call, the example inputs repeated.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", help="Samples in a call; the example inputs are repeated.")] = 8,
     length: Annotated[
         int | None,
         typer.Option(
-            "--length", help="Tokens in a sample, the example inputs' repeated.  [default: as in the example inputs]"
+            "--length", help="Tokens in a sample; the tokens are repeated.  [default: as in the example inputs]"
         ),
     ] = None,
     threads: Threads = TimingOptions.threads,
     device: Device = TimingOptions.device,
     seconds: Annotated[
-        float, typer.Option("--seconds", help="Time for each model and tau; at least five calls are timed.")
+        float, typer.Option("--seconds", help="Seconds for each model and tau; at least five calls are timed.")
     ] = TimingOptions.seconds,
     out: Files = None,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Time a saved surgery end to end, beside the model before it.
+    """Time a saved surgery end to end, and compare it with the dense model.
 
-    Eager and compiled, by the kernels and by the torch backend, at the stored tau and at others.
+    It is timed with the kernels, eager and compiled, and with the torch backend. This is done at the stored tau and at
+    each tau of --tau.
 
     Example: surgeon bench surgery bert-surgery --dense path/to/bert --tau 0.1,0.2
 

@@ -1,4 +1,4 @@
-"""`surgeon demo`: the whole story on a small model."""
+"""`surgeon demo`: every step on a small model."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from pathlib import Path
@@ -12,13 +12,14 @@ from surgeon.cli.app import Run, command
 @command(order=10)
 def demo(
     run: Run,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the result goes.")] = Path("surgeon-demo"),
-    seed: Annotated[int, typer.Option("--seed", help="Seed of every random choice.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Hardly any training, to see that everything runs.")] = False,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory for the result.")] = Path("surgeon-demo"),
+    seed: Annotated[int, typer.Option("--seed", help="Random seed.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Train very little, to see that everything runs.")] = False,
 ) -> None:
-    """Show the whole story on a small model.
+    """Show every step on a small model.
 
-    A vision transformer is trained on digits, sparsified, split into experts, lowered, and measured: two minutes.
+    A vision transformer is trained on digits, sparsified, split into experts, lowered and measured. This takes two
+    minutes.
 
     Example: surgeon demo
 
@@ -37,7 +38,7 @@ def demo(
         quick=quick,
         progress=run.screen.progress,
         on_dense=lambda quality: run.screen.show(quality_line("dense model", quality)),
-        on_pass=lambda one: run.screen.show(pass_view(one, "sites", gap=True)),
+        on_pass=lambda pass_: run.screen.show(pass_view(pass_, "sites", gap=True)),
     )
     run.screen.show(demo_view(made))
     run.screen.result(

@@ -15,21 +15,22 @@ def diff(
     run: Run,
     first: Annotated[str, typer.Argument(metavar="A", help="A saved surgery, or any model to compare with B.")],
     second: Annotated[str | None, typer.Argument(metavar="[B]", help="Another model.", show_default=False)] = None,
-    stat: Annotated[bool, typer.Option("--stat", help="Totals only.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Every site, node and parameter.")] = False,
+    stat: Annotated[bool, typer.Option("--stat", help="Show totals only.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Show every site, node and parameter.")] = False,
     inputs: InputsOption = None,
     trust_pickle: TrustPickle = False,
     arch: Arch = None,
 ) -> None:
     """Show what passes changed, or compare two models.
 
-    One saved surgery: what each of its passes changed. Two models, saved or not: their sites side by side.
+    For one saved surgery, show what each of its passes changed. For two models, saved or not, show their sites side by
+    side.
 
     Example: surgeon diff bert-surgery
 
     Example: surgeon diff path/to/bert bert-surgery --full
 
-    JSON: {passes: [{report, graph}]} of one; {names, costs, sites, difference, note, nodes} of two
+    JSON: {passes: [{report, graph}]} for one; {names, costs, sites, difference, note, nodes} for two
     """
     from surgeon.jobs.diff import compare_models
     from surgeon.jobs.open_model import open_model

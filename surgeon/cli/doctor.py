@@ -1,4 +1,4 @@
-"""`surgeon doctor`: whether everything works here."""
+"""`surgeon doctor`: check that everything works on this machine."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from typing import Annotated
@@ -12,12 +12,12 @@ from surgeon.cli.app import Run, command
 def doctor(
     run: Run,
     build: Annotated[
-        bool, typer.Option("--build", help="Build the native CPU kernels now, which the first call would do else.")
+        bool, typer.Option("--build", help="Build the native CPU kernels now, not at the first call.")
     ] = False,
 ) -> None:
     """Check that everything works on this machine.
 
-    Versions, devices, native kernels, disk space, and a tiny surgery from tracing to loading.
+    It checks versions, devices, native kernels and disk space, and runs a tiny surgery from tracing to loading.
 
     Example: surgeon doctor --build
 

@@ -1,4 +1,4 @@
-"""`surgeon explain`: what passes would change, and why not the rest."""
+"""`surgeon explain`: what passes would change, and why they leave the rest."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from typing import Annotated
@@ -15,7 +15,10 @@ def explain(
     run: Run,
     model: Model,
     passes: PassList = None,
-    at: Annotated[str | None, typer.Option("--at", metavar="PATH", help="Only here, patterns with * allowed.")] = None,
+    at: Annotated[
+        str | None,
+        typer.Option("--at", metavar="PATH", help="Only candidates at or under this path; * is allowed."),
+    ] = None,
     settings: SetOption = None,
     inputs: InputsOption = None,
     trust_pickle: TrustPickle = False,
@@ -24,8 +27,8 @@ def explain(
 ) -> None:
     """Say why a pass changes a site, or does not.
 
-    For each candidate: that it would be changed, or the first condition that failed and the value seen.
-    Each pass is asked about the graph that the passes before it would leave. Nothing is trained or saved.
+    For each candidate, show that the pass would change it, or the first condition that failed and the value found.
+    Each pass gets the graph as the passes before it would leave it. Nothing is trained or saved.
 
     Example: surgeon explain path/to/bert --passes moeify --at "*.layer.0"
 
@@ -39,7 +42,7 @@ def explain(
     check_no_pass(model)
     built = build(passes, settings)
     opened = open_model(model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=run.screen.stage)
-    with run.screen.stage("asking the passes"):
+    with run.screen.stage("explaining"):
         found = ask(opened, built, at)
     run.screen.show(explanation_view(found))
     run.screen.result({"passes": found})

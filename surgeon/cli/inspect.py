@@ -1,4 +1,4 @@
-"""`surgeon inspect`: the sites of a model."""
+"""`surgeon inspect`: show the sites of a model."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from typing import Annotated
@@ -28,7 +28,7 @@ def inspect(
 ) -> None:
     """Show a model's layers and what they cost.
 
-    Feed-forward, expert and standalone linear layers, each with its share of the multiply-adds.
+    It lists feed-forward, expert and standalone linear layers, each with its share of the multiply-adds.
 
     Example: surgeon inspect path/to/bert
 

@@ -1,4 +1,4 @@
-"""Open what a command was given: a saved surgery, and the dense model beside it."""
+"""Open the saved surgery that a command was given, and the dense model to compare it with."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 def open_saved(
     run: Run, model: Path, data: DataOptions | None, dense: str | None, *, trust_pickle: bool
 ) -> "tuple[Opened, Opened | None]":
-    """The surgery with its data, and the dense model with a head for the same task; without what was not given."""
+    """Open the surgery with its data, and the dense model with a head for the same task.
+
+    data, dense: None if they were not given; without `dense` the second result is None.
+    """
     from surgeon.jobs.open_model import open_model
 
     opened = open_model(str(model), data=data, stage=run.screen.stage)

@@ -1,4 +1,4 @@
-"""The options that several commands have, each with its help."""
+"""Options that several commands share, each with its help text."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import typer
 
 
 class OutputMode(StrEnum):
-    """How answers are written."""
+    """The format of answers."""
 
     rich = "rich"
     plain = "plain"
     json = "json"
 
 
-# Of every command.
+# Options of every command.
 Output = Annotated[
     OutputMode | None,
-    typer.Option("--output", help="How the answer is written: rich on a terminal, plain when piped, or json."),
+    typer.Option("--output", help="Output format: rich (default on a terminal), plain (default when piped) or json."),
 ]
 Verbose = Annotated[
-    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Show the log; twice for more.")
+    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Show the log; give it twice for more.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-# Of commands that read a model.
+# Options of commands that read a model.
 Model = Annotated[
     str,
     typer.Argument(
@@ -45,28 +45,32 @@ PassList = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PASS.OPTION=VALUE", help="An option of a pass, for example moeify.experts=16."),
+    typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Set an option of a pass, for example moeify.experts=16."),
 ]
 InputsOption = Annotated[
     str | None,
     typer.Option("--inputs", metavar="X", help="Example inputs: a file of tensors, or module:function."),
 ]
 TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Load a pickled module, which runs the code it names.")
+    bool, typer.Option("--trust-pickle", help="Load a pickled module, which runs code from the file.")
 ]
 Arch = Annotated[
     str | None,
-    typer.Option("--arch", metavar="A", help="What a state dict belongs to: a model type such as gpt2, a config.json."),
+    typer.Option(
+        "--arch",
+        metavar="A",
+        help="Architecture of a state dict: a model type such as gpt2, a config.json, or module:function.",
+    ),
 ]
 Task = Annotated[
     str | None,
     typer.Option(
         "--task",
-        help="What the model is for: causal-lm, masked-lm, sequence-classification, image-classification or "
-        "classification. By default what its class says.",
+        help="Task of the model: causal-lm, masked-lm, sequence-classification, image-classification or "
+        "classification. By default the model's class decides.",
     ),
 ]
-# Of commands that read data, by the field of `DataOptions` that each gives.
+# Options of commands that read data, by the field of `DataOptions` that each sets.
 DATA_OPTIONS: dict[str, Any] = {
     "spec": Annotated[
         str | None,
@@ -77,44 +81,44 @@ DATA_OPTIONS: dict[str, Any] = {
             show_default=False,
         ),
     ],
-    "text": Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="The column with text or image.")],
+    "text": Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="The column with the text or image.")],
     "label": Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="The column with the class.")],
     "task": Task,
     "batch_size": Annotated[int, typer.Option("--batch-size", help="Samples in a batch.")],
-    "max_length": Annotated[int, typer.Option("--max-length", help="Tokens after which texts are cut.")],
-    "limit": Annotated[int | None, typer.Option("--limit", help="Read at most so many rows of each split.")],
+    "max_length": Annotated[int, typer.Option("--max-length", help="Cut texts after this many tokens.")],
+    "limit": Annotated[int | None, typer.Option("--limit", help="Read at most this many rows of each split.")],
     "eval_fraction": Annotated[
         float,
-        typer.Option("--eval-fraction", help="Share of the data held out to measure quality on, if it has one split."),
+        typer.Option("--eval-fraction", help="Share of the data held out to measure quality, if it has one split."),
     ],
     "seed": Annotated[
         int | None,
-        typer.Option("--seed", help="Seed of the order and of what is held out.  [default: that of the surgery]"),
+        typer.Option("--seed", help="Random seed for order and held-out data.  [default: that of the surgery]"),
     ],
 }
 
 
-# Of commands that measure or change a saved surgery.
+# Options of commands that measure or change a saved surgery.
 DenseModel = Annotated[
     str | None,
-    typer.Option("--dense", metavar="MODEL", help="The model before the surgery, to measure beside it."),
+    typer.Option("--dense", metavar="MODEL", help="The model before the surgery, to compare with."),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", "-o", metavar="DIR", help="Where the result goes; by default it replaces DIR."),
+    typer.Option("--out", "-o", metavar="DIR", help="Directory for the result; by default it replaces DIR."),
 ]
 Files = Annotated[
     list[Path] | None,
     typer.Option("--out", "-o", metavar="FILE", help="Also write the numbers (.json) or a plot (.png)."),
 ]
 
-# Of benchmarks: which layers, and how they are timed.
-Tokens = Annotated[str, typer.Option("--tokens", metavar="N,N,...", help="Tokens in a call.")]
-Share = Annotated[str, typer.Option("--share", metavar="S,S,...", help="Share of the experts that is selected.")]
-Size = Annotated[str, typer.Option("--size", metavar="N,N,...", help="Neurons of an expert; divides --hidden.")]
+# Options of benchmarks: which layers, and how they are timed.
+Tokens = Annotated[str, typer.Option("--tokens", metavar="N,N,...", help="Numbers of tokens in a call.")]
+Share = Annotated[str, typer.Option("--share", metavar="S,S,...", help="Shares of the experts that are selected.")]
+Size = Annotated[str, typer.Option("--size", metavar="N,N,...", help="Neurons in an expert; must divide --hidden.")]
 Width = Annotated[int, typer.Option("--width", help="Width of inputs and outputs.")]
 Hidden = Annotated[int | None, typer.Option("--hidden", help="Width of the hidden layer.  [default: 4 times --width]")]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="D,D,...", help="float32, bfloat16, float16.")]
-Gated = Annotated[bool, typer.Option("--gated", help="A gated layer, of three matrices.")]
-Threads = Annotated[int, typer.Option("--threads", help="Threads to use on a CPU.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda.  [default: cuda if there is one]")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="D,D,...", help="Data types: float32, bfloat16, float16.")]
+Gated = Annotated[bool, typer.Option("--gated", help="Use a gated layer, with three matrices.")]
+Threads = Annotated[int, typer.Option("--threads", help="CPU threads to use.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda.  [default: cuda if available]")]

@@ -1,4 +1,4 @@
-"""`surgeon passes`: what the passes are, and the options of one."""
+"""`surgeon passes`: list the passes, or show the options of a pass."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from typing import Annotated
@@ -11,16 +11,16 @@ from surgeon.cli.app import Run, command
 @command(order=30)
 def passes(
     run: Run,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One pass, with its options.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass and its options.")] = None,
 ) -> None:
     """List the passes, or show one of them.
 
-    Of one pass: what it does, its options, what it needs and promises, and an example.
+    For one pass, show what it does, what it needs, how it affects the output, its options, and an example.
 
     Example: surgeon passes moeify
 
     JSON: {passes: [{name, summary, description, works_on, makes, must_precede, preserves, needs_data, trains}],
-    recipes: {name: {summary, passes: [[name, options]]}}, broken: {name: why}}; of one pass its {name, ..., trains,
+    recipes: {name: {summary, passes: [[name, options]]}}, broken: {name: why}}; for one pass {name, ..., trains,
     options: [{name, type, default, help}], example}
     """
     from surgeon.jobs.passes import describe, example_of, options_of

@@ -1,4 +1,4 @@
-"""From what was typed to what the jobs take."""
+"""Turn typed options into the arguments of the jobs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 def with_data_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take the options that say how to read data in place of its parameter of type `DataOptions`.
+    """Replace a command's parameter of type `DataOptions` by the options that say how to read data.
 
-    A parameter `DataOptions | None` is None without --data; the other options are refused then. An option that the
-    command also has itself, such as `task`, stands where the command has it and is handed to both.
+    A parameter `DataOptions | None` is None without --data, and the other data options are then refused. An option that
+    the command has itself, such as `task`, keeps its place and sets both.
     """
     own = signatures.signature(function).parameters
-    asked = next((one for one in own.values() if one.annotation in (DataOptions, DataOptions | None)), None)
+    asked = next((item for item in own.values() if item.annotation in (DataOptions, DataOptions | None)), None)
     if asked is None:
         return function
 
     @functools.wraps(function)
     def take(run: Any, **options: Any) -> None:
-        # What is None was not given, and has its default.
+        # An option that is None was not given and keeps its default.
         given = {field.name: options[field.name] for field in fields(DataOptions) if options[field.name] is not None}
         if "spec" not in given:
             _check_unused(options, own)
@@ -47,18 +47,18 @@ def with_data_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _check_unused(options: Mapping[str, Any], own: Container[str]) -> None:
-    """Without data, refuse the options that say how to read it.
+    """Refuse options that say how to read data where no data is given.
 
     Raises:
-        UsageError: one was given that the command does not have itself.
+        UsageError: such an option was given, and the command does not have it itself.
     """
     for field in fields(DataOptions):
         if field.name != "spec" and field.name not in own and options[field.name] != field.default:
-            raise UsageError(f"--{field.name.replace('_', '-')} says how to read data, and there is none: give --data.")
+            raise UsageError(f"--{field.name.replace('_', '-')} says how to read data. Give --data too.")
 
 
 def _data_parameters(asked: signatures.Parameter, own: Container[str]) -> list[signatures.Parameter]:
-    """The fields of `DataOptions` as parameters of a command, without those that it has itself."""
+    """The fields of `DataOptions` as parameters of a command, except those that the command has itself."""
     return [
         asked.replace(
             name=field.name,
@@ -71,24 +71,24 @@ def _data_parameters(asked: signatures.Parameter, own: Container[str]) -> list[s
 
 
 def check_no_pass(model: str) -> None:
-    """Refuse a pass where a model is wanted, unless a file has its name.
+    """Refuse the name of a pass in place of a model, unless a file has that name.
 
     Raises:
-        UsageError: with the command that shows a pass.
+        UsageError: `model` is a pass; the message names the command that shows it.
     """
     from surgeon.passes.registry import all_passes
 
     if model in all_passes() and not Path(model).exists():
         raise UsageError(
-            f"'{model}' is a pass, and MODEL is missing. To see the options of a pass, run surgeon passes {model}."
+            f"'{model}' is a pass, not a model. To see the options of the pass, run surgeon passes {model}."
         )
 
 
 def build(names: str | None, settings: list[str] | None) -> list[Pass[Any]]:
-    """The passes of `--passes` with the options of `--set`.
+    """Build the passes of `--passes` with the options of `--set`.
 
     Raises:
-        UsageError: none, or one that does not exist; see `surgeon.surgery.recipe.build`.
+        UsageError: no pass is named, or a pass does not exist; see `surgeon.surgery.recipe.build`.
     """
     from surgeon.surgery import recipe
 

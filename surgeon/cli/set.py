@@ -1,4 +1,4 @@
-"""`surgeon set`: the knobs of a saved surgery."""
+"""`surgeon set`: set tau, selection rule and compensation of a saved surgery."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from typing import Annotated
@@ -17,23 +17,29 @@ def set_(
     *,
     tau: Annotated[
         str | None,
-        typer.Option("--tau", metavar="T", help="From 0, every expert, to 1: for all layers, or PATTERN:T,PATTERN:T."),
+        typer.Option(
+            "--tau",
+            metavar="T",
+            help="How much to skip, from 0 (nothing) to 1: one value for all layers, or PATTERN:T,PATTERN:T.",
+        ),
     ] = None,
     rule: Annotated[
         str | None,
-        typer.Option("--rule", metavar="R", help="max, cumulative, energy or top_k; or PATTERN:R,PATTERN:R."),
+        typer.Option(
+            "--rule", metavar="R", help="Selection rule: max, cumulative, energy or top_k; or PATTERN:R,PATTERN:R."
+        ),
     ] = None,
     compensate: Annotated[
-        bool, typer.Option("--compensate", help="Add the mean output of the skipped experts of --data, in all layers.")
+        bool, typer.Option("--compensate", help="In all layers, add the mean output of the skipped experts on --data.")
     ] = False,
     samples: Annotated[int, typer.Option("--samples", help="Samples of the data that --compensate reads.")] = 512,
     out: Out = None,
     data: DataOptions | None = None,
 ) -> None:
-    """Set tau and selection rule of the layers, and store them; without options, show what is stored.
+    """Set tau and the selection rule of the layers, and store them. Without options, show what is stored.
 
-    A pattern is the path of a layer, with * allowed; of several that fit, the first counts. Layers that none fits keep
-    what they have.
+    A pattern is the path of a layer, in which * matches anything. The first pattern that matches a layer counts. Layers
+    that no pattern matches keep their values.
 
     Example: surgeon set bert-surgery --tau "*.layer.0:0.05,*:0.2" --rule max
 

@@ -1,4 +1,4 @@
-"""`surgeon sweep`: quality against cost at many settings."""
+"""`surgeon sweep`: measure quality against cost at several settings."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from typing import Annotated
@@ -22,13 +22,15 @@ def sweep(
         typer.Option(
             "--tau",
             metavar="T,T,...",
-            help="Values of tau; 0, every expert, comes first. By default up to 0.5, with top_k up to 0.95.",
+            help="Values of tau; 0, at which every expert runs, is added. By default up to 0.5, for top_k up to 0.95.",
         ),
     ] = None,
     rule: Annotated[
         str | None,
         typer.Option(
-            "--rule", metavar="R,R,...", help="Selection rules: max, cumulative, energy, top_k. By default the saved."
+            "--rule",
+            metavar="R,R,...",
+            help="Selection rules: max, cumulative, energy, top_k. By default the stored ones.",
         ),
     ] = None,
     oracle: Annotated[
@@ -40,9 +42,10 @@ def sweep(
     data: DataOptions,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Measure quality and cost at several tau.
+    """Measure quality and cost at several values of tau.
 
-    Quality is measured on the held-out part of the data, the same that apply holds out; with --eval-fraction 0 on all.
+    Quality is measured on the held-out part of the data, which is the part that apply holds out. With --eval-fraction 0
+    it is measured on all of the data.
 
     Example: surgeon sweep bert-surgery --data reviews.csv --tau 0,0.05,0.1,0.2 -o sweep.png
 

@@ -1,4 +1,4 @@
-"""`surgeon tune`: a tau for each layer that meets a budget."""
+"""`surgeon tune`: find a tau for each layer that meets a budget."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from enum import StrEnum
@@ -13,7 +13,7 @@ from surgeon.jobs.options import DataOptions
 
 
 class Metric(StrEnum):
-    """What a budget counts."""
+    """The unit of a budget."""
 
     flops = "flops"
     ms = "ms"
@@ -25,32 +25,32 @@ def tune(
     model: Saved,
     *,
     budget: Annotated[
-        float, typer.Option("--budget", metavar="B", help="Cost to stay within: a share of the dense model's.")
+        float, typer.Option("--budget", metavar="B", help="Highest cost, as a share of the dense model's.")
     ],
     metric: Annotated[
         Metric,
         typer.Option(
             "--metric",
-            help="What is counted: multiply-adds, or milliseconds of a call on the first batch, here, which wants "
-            "--dense.",
+            help="Unit of the budget: multiply-adds (flops), or milliseconds of a call with the first batch on this "
+            "machine (ms). ms needs --dense.",
         ),
     ] = Metric.flops,
     compensate: Annotated[
         bool,
         typer.Option(
-            "--compensate", help="Also add the mean output of the skipped experts, for every layer, after the search."
+            "--compensate", help="After the search, also add the mean output of the skipped experts in every layer."
         ),
     ] = False,
-    samples: Annotated[int, typer.Option("--samples", help="Samples of the training data to measure damage on.")] = 512,
+    samples: Annotated[int, typer.Option("--samples", help="Samples of the training data that measure damage.")] = 512,
     out: Out = None,
     dense: DenseModel = None,
     data: DataOptions,
     trust_pickle: TrustPickle = False,
 ) -> None:
-    """Find a tau for each layer that meets a budget and hurts least, and store it.
+    """Find the tau of each layer that meets a budget and hurts least, and store it.
 
-    Nothing is trained. What every layer's experts are worth is measured on some of the training data, by how far the
-    output moves when the layer gets a bit more or less; quality is then measured on the held-out part.
+    Nothing is trained. On some of the training data, surgeon measures how far the output moves when a layer runs
+    slightly more or fewer experts. Quality is then measured on the held-out part.
 
     Example: surgeon tune bert-surgery --budget 0.4 --data reviews.csv
 

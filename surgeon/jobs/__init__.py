@@ -1,1 +1,1 @@
-"""What the commands do, as functions that return data and print nothing."""
+"""The work of the commands, as functions that return data and print nothing."""

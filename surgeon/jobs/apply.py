@@ -1,4 +1,4 @@
-"""Run passes over an opened model: check the request, measure before and after, save, and say what comes next."""
+"""Run passes over an opened model: check the request, measure before and after, save, and suggest the next command."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from surgeon.text.reasons import count_reasons
 
 
 class Interrupted(KeyboardInterrupt):
-    """Interrupted by the user. `workdir` holds the checkpoints to resume from; None if there are none yet."""
+    """The user interrupted the run. `workdir` holds the checkpoints to resume from; None if there are none yet."""
 
     def __init__(self, workdir: Path | None) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class Interrupted(KeyboardInterrupt):
 class Applied:
     """What `surgeon apply` did.
 
-    directory: where it was saved, None for a dry run. before, after: cost on the example inputs. quality: before and
-    after, None if it was not measured. next: a command to go on with, and what for.
+    directory: where the result was saved; None for a dry run. before, after: cost on the example inputs.
+    quality: before and after; None if it was not measured. next: the suggested next command, and its purpose.
     """
 
     surgery: Surgery
@@ -63,7 +63,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """How to run: see `surgeon apply --help`. typed: what the user typed, for the next command to suggest."""
+    """Options of a run: see `surgeon apply --help`. typed: the words of the command line, to suggest the next one."""
 
     out: Path | None = None
     overwrite: bool = False
@@ -77,10 +77,10 @@ class ApplyOptions:
 
 
 def check_changed(report: PassReport, looks_for: str) -> str | None:
-    """Stop if a pass changed nothing, unless there was nothing to do: then the note to show is returned.
+    """Stop if a pass changed nothing. If there was nothing to do, return a note to show instead.
 
     Raises:
-        NothingChangedError: with the most common reason and the first site refused for it.
+        NothingChangedError: nothing was changed; the message has the most common reason, and its first site.
     """
     if report.matched:
         return None
@@ -89,7 +89,7 @@ def check_changed(report: PassReport, looks_for: str) -> str | None:
         return f"{report.name} had nothing to do at {len(done)} sites: {done[0].reason} (first: {done[0].path})."
     if not report.rejected:
         chosen = any(report.options.get(name) for name in ("only", "skip"))
-        why = f"no {looks_for} is left by only= and skip=" if chosen else f"the model has no {looks_for}"
+        why = f"only= and skip= exclude every {looks_for}" if chosen else f"the model has no {looks_for}"
         raise NothingChangedError(f"{report.name} changed nothing: {why}. See surgeon inspect.")
     total, common = len(report.rejected), count_reasons(report.rejected)[0]
     often = "" if common.count == total else f" {common.count} of them,"
@@ -100,36 +100,36 @@ def check_changed(report: PassReport, looks_for: str) -> str | None:
 
 
 def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions) -> None:
-    """Refuse what cannot work before the model is loaded, as far as that can be told.
+    """Refuse options that cannot work, as far as this is known before the model is loaded.
 
     Raises:
-        UsageError: a wrong order of passes, a pass without the data it needs, a tau out of range, a directory that is
-            taken. SaveError: the directory cannot be written to.
+        UsageError: passes in a wrong order, a pass without the data it needs, a tau out of range, or a directory that
+            has other content. SaveError: the directory cannot be written to.
     """
     artifact = (Path(spec) / RECORD).is_file()
     Pipeline(passes).check(has_moes=artifact, has_data=options.data is not None or options.dry_run)
     if options.tau is not None and not 0.0 <= options.tau <= 1.0:
-        raise UsageError(f"--tau {options.tau:g}: tau is a number from 0, every expert, to 1.")
-    if options.tau is not None and not artifact and not any(one.makes == "moe" for one in passes):
-        raise UsageError("--tau needs experts: put moeify among the passes.")
-    if options.tau and options.data is None and not options.dry_run and any(one.makes == "moe" for one in passes):
-        raise UsageError("--tau needs routers that were fitted: give --data.")
-    trains = options.data is not None and not options.dry_run and any(one.will_fit for one in passes)
+        raise UsageError(f"--tau {options.tau:g} is not a number from 0 to 1. At 0 every expert runs.")
+    if options.tau is not None and not artifact and not any(pass_.makes == "moe" for pass_ in passes):
+        raise UsageError("--tau needs experts. Add moeify to --passes.")
+    if options.tau and options.data is None and not options.dry_run and any(pass_.makes == "moe" for pass_ in passes):
+        raise UsageError("--tau needs fitted routers. Give --data to fit them.")
+    trains = options.data is not None and not options.dry_run and any(pass_.will_fit for pass_ in passes)
     if options.resume and not trains:
-        raise UsageError("--resume continues training, and this run trains nothing: run it without --resume.")
+        raise UsageError("--resume continues training, but this run trains nothing. Run it without --resume.")
     if not options.dry_run:
         check_target(target_of(spec, passes, options), spec, overwrite=options.overwrite)
 
 
 def target_of(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions) -> Path:
-    """Where the result goes: where the user says, else `<name>-surgery` in the current directory.
+    """The directory of the result: `options.out`, else `<name>-surgery` in the current directory.
 
-    The result of going on from a saved surgery is named after it and the passes: `<name>-lower`.
+    A result that starts from a saved surgery is named after that surgery and the passes, such as `<name>-lower`.
     """
     if options.out is not None:
         return options.out
     if (Path(spec) / RECORD).is_file():
-        return Path("-".join([Path(spec).resolve().name, *(one.name for one in passes)]))
+        return Path("-".join([Path(spec).resolve().name, *(pass_.name for pass_ in passes)]))
     if not Path(spec).exists() and ":" in spec:
         return Path(f"{spec.rpartition(':')[2]}-surgery")
     path = Path(spec).resolve()
@@ -137,7 +137,7 @@ def target_of(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions) -> 
 
 
 def default_seed(spec: str) -> int:
-    """The seed to go on with: a saved surgery's own, so that the same data is held out again, else 0."""
+    """The default seed: a saved surgery's own, so that the same data is held out again; else 0."""
     directory = Path(spec)
     return read_record(directory).recipe.seed if (directory / RECORD).is_file() else 0
 
@@ -155,8 +155,8 @@ def apply(
 
     Raises:
         NothingChangedError: a pass changed nothing; nothing is saved.
-        UsageError, PassError, VerificationError, SaveError: as the parts do.
-        Interrupted: by the user.
+        UsageError, PassError, VerificationError, SaveError: as the steps raise them.
+        Interrupted: the user interrupted the run.
     """
     started = time.monotonic()
     check_options(opened.spec, passes, options)
@@ -191,18 +191,18 @@ def apply(
 
 @contextmanager
 def _checkpoints(opened: Opened, passes: Sequence[Pass[Any]], options: ApplyOptions) -> Iterator[Path | None]:
-    """Where training keeps its checkpoints while it goes on, None if there is nothing to train.
+    """The directory for checkpoints of training; None if there is nothing to train.
 
-    Afterwards it is gone, unless the run failed or was interrupted and there is something to resume from.
+    It is removed afterwards, unless the run failed or was interrupted and left a checkpoint.
 
     Raises:
-        UsageError, SaveError: as `WorkDirectory`. Interrupted: the user interrupted what was done with it.
+        UsageError, SaveError: as `WorkDirectory`. Interrupted: the user interrupted the run.
     """
     work = None
-    if opened.data is not None and not options.dry_run and any(one.will_fit for one in passes):
+    if opened.data is not None and not options.dry_run and any(pass_.will_fit for pass_ in passes):
         recipe = {
             "model": opened.origin.sha256,
-            "passes": [{"name": one.name, "options": one.options()} for one in passes],
+            "passes": [{"name": pass_.name, "options": pass_.options()} for pass_ in passes],
             "seed": options.seed,
             "data": opened.data.fingerprint,
         }
@@ -229,13 +229,13 @@ def _run(
     progress: Callable[[Progress], None] | None,
     on_pass: Callable[[PassDiff], None] | None,
 ) -> Surgery:
-    """Run the passes, and stop where one changes nothing; notes: where there was nothing to do for one is added."""
-    works_on = {one.name: one.works_on for one in passes}
+    """Run the passes, and stop at a pass that changes nothing. A pass with nothing to do adds a note to `notes`."""
+    works_on = {pass_.name: pass_.works_on for pass_ in passes}
 
-    def finished(one: PassDiff) -> None:
+    def finished(made: PassDiff) -> None:
         if on_pass is not None:
-            on_pass(one)
-        note = check_changed(one.report, LOOKS_FOR[works_on[one.report.name]])
+            on_pass(made)
+        note = check_changed(made.report, LOOKS_FOR[works_on[made.report.name]])
         if note is not None:
             notes.append(note)
 
@@ -258,30 +258,31 @@ def _run(
 
 
 def _set_tau(surgery: Surgery, options: ApplyOptions, notes: list[str]) -> None:
-    """Set the tau that was asked for, if the routers were fitted; a dry run adds a note where they were not.
+    """Set the requested tau if the routers were fitted. If they were not, a dry run adds a note.
 
     Raises:
-        UsageError: they were not, in a run that is to be saved.
+        UsageError: the routers were not fitted, and the run is not a dry run.
     """
     if options.tau is None:
         return
     if options.tau == 0.0 or _routers_are_fitted(surgery):
         surgery.set_tau(options.tau)
     elif options.dry_run:
-        notes.append("tau was not set: a dry run fits no routers.")
+        notes.append("tau was not set, because a dry run fits no routers.")
     else:
-        raise UsageError("--tau needs routers that were fitted, and those of this surgery were not.")
+        raise UsageError("--tau needs fitted routers, but this surgery has none. Run moeify again, with --data.")
 
 
 def _routers_are_fitted(surgery: Surgery) -> bool:
-    """Whether the routers know anything: fitted where they were made, or trained by recover since."""
-    reports = [*(one.report for one in surgery.earlier), *surgery.reports]
-    fits = {name: [one.fit for one in reports if one.name == name and one.matched] for name in ("moeify", "recover")}
+    """Whether the routers were fitted when they were made, or trained by recover since."""
+    reports = [*(earlier.report for earlier in surgery.earlier), *surgery.reports]
+    changing = [report for report in reports if report.matched]
+    fits = {name: [report.fit for report in changing if report.name == name] for name in ("moeify", "recover")}
     return all(fits["moeify"]) or any(fits["recover"])
 
 
 def _quality(graph: TracedGraph, opened: Opened, data: Data | None, when: str, stage: Stage) -> Quality | None:
-    """Quality on the evaluation data, None if there is none with labels or the task is unknown."""
+    """Quality on the held-out data; None if nothing is held out, it has no labels, or the task is unknown."""
     task = eval_task(opened) if data is not None else None
     if data is None or data.eval is None or task is None:
         return None
@@ -292,13 +293,13 @@ def _quality(graph: TracedGraph, opened: Opened, data: Data | None, when: str, s
 def _next(
     passes: Sequence[Pass[Any]], surgery: Surgery, directory: Path | None, options: ApplyOptions
 ) -> tuple[str, str]:
-    """The command that goes on from here, and what for."""
+    """The next command to suggest, and its purpose."""
     if directory is None:
         again = [word for word in options.typed if word != "--dry-run"]
-        needed = options.data is None and any(one.needs_data for one in passes)
-        return _command((*again, *(("--data", "DATA") if needed else ()))), "to do it"
+        needed = options.data is None and any(pass_.needs_data for pass_ in passes)
+        return _command((*again, *(("--data", "DATA") if needed else ()))), "to run it"
     trained = {report.name for report in surgery.reports if report.fit is not None}
-    if any(one.will_fit and one.name not in trained for one in passes):
+    if any(pass_.will_fit and pass_.name not in trained for pass_ in passes):
         again = [word for word in options.typed if word != "--overwrite"]
         return _command((*again, "--data", "DATA", "--overwrite")), "to train what was not trained"
     moes, place = find_moes(surgery.graph), str(directory)
@@ -315,13 +316,13 @@ def _command(words: Iterable[str]) -> str:
 
 
 def _data_words(options: DataOptions | None) -> list[str]:
-    """What to type to read the same data."""
+    """The options that read the same data."""
     if options is None:
         return ["--data", "DATA"]
     words = ["--data", options.spec]
     for item in fields(DataOptions):
         value = getattr(options, item.name)
-        # The seed is recorded, and what goes on from the result takes it from there.
+        # The seed is recorded: commands that start from the result read it there.
         if item.name not in ("spec", "seed") and value != item.default:
             words += [f"--{item.name.replace('_', '-')}", str(value)]
     return words
@@ -345,13 +346,14 @@ def applied_json(applied: Applied, opened: Opened) -> dict[str, Any]:
 
 
 def read_recipe(name: str, settings: Mapping[str, Mapping[str, Any]]) -> tuple[list[Pass[Any]], int | None]:
-    """The passes of a recipe and its seed: one that has a name, or what a `surgery.json` or its `recipe` recorded.
+    """The passes of a recipe and its seed.
 
     Args:
-        settings: options by pass, in place of the recipe's own.
+        name: of a recipe, or the path of a saved surgery, its `surgery.json`, or a file with the `recipe` in it.
+        settings: options by pass, which replace those of the recipe.
 
     Raises:
-        UsageError: no such recipe or file, or no recipe in it; a pass or an option that does not exist.
+        UsageError: there is no such recipe or file, the file has no recipe, or a pass or an option does not exist.
     """
     seed = None
     if name in RECIPES:
@@ -373,9 +375,9 @@ def _recorded_recipe(name: str) -> Recipe:
         return validated(Recipe, content.get("recipe", content) if isinstance(content, dict) else content)
     except FileNotFoundError:
         raise UsageError(
-            f"--recipe {name}: there is no such file, nor a recipe of that name. There are: {', '.join(RECIPES)}."
+            f"--recipe {name}: there is no recipe and no file of that name. Recipes: {', '.join(RECIPES)}."
         ) from None
     except OSError as error:
         raise UsageError(f"--recipe {name} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--recipe {name} holds no recipe: {first_line(error)}.") from error
+        raise UsageError(f"--recipe {name} is not a valid recipe: {first_line(error)}.") from error

@@ -1,4 +1,4 @@
-"""From what was typed to what the benchmarks take: layers, their sizes and types, and the device."""
+"""Turn typed options into what the benchmarks take: layers, their sizes and data types, and the device."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from surgeon.kernels.gpu_model.cost import LayerShape
 
 
 def device_of(options: TimingOptions) -> torch.device:
-    """Where to run, after what could not work there was refused.
+    """The device to run on.
 
     Raises:
-        UsageError: neither cpu nor cuda, or there is no GPU; fewer than one thread, no time.
+        UsageError: the device is neither cpu nor cuda, or there is no GPU; threads are below 1, or seconds not above 0.
     """
     wanted = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if wanted not in ("cpu", "cuda"):
         raise UsageError(f"--device {wanted}: give cpu or cuda.")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no GPU here. surgeon bench predict h100 predicts for one.")
+        raise UsageError("--device cuda: torch finds no GPU. surgeon bench predict h100 predicts times without one.")
     if options.threads < 1 or not options.seconds > 0:
-        raise UsageError("--threads is at least 1, and --seconds above 0.")
+        raise UsageError("--threads must be at least 1, and --seconds above 0.")
     return torch.device(wanted)
 
 
 @dataclass(frozen=True)
 class LayerGrid:
-    """Layers to go through: each of the shapes in each dtype, for each number of tokens and each selected share."""
+    """The layers to run: every combination of shape, dtype, number of tokens and selected share."""
 
     shapes: list[LayerShape]
     dtypes: tuple[str, ...]
@@ -44,7 +44,7 @@ def grid_of(options: LayerOptions) -> LayerGrid:
     """The layers that the options ask for.
 
     Raises:
-        UsageError: not a number or a name, out of range, or a size that does not divide the hidden width.
+        UsageError: a value is not a number or a name, or out of range, or a size does not divide the hidden width.
     """
     return LayerGrid(
         [_shape(options, size) for size in numbers("size", options.size, int, 1, None)],
@@ -55,7 +55,7 @@ def grid_of(options: LayerOptions) -> LayerGrid:
 
 
 def _shape(options: LayerOptions, size: int) -> LayerShape:
-    """The layer with experts of `size` neurons; where these do not divide it, the message names sizes that do."""
+    """The layer with experts of `size` neurons. If they do not divide it, the error names the nearest sizes that do."""
     hidden = 4 * options.width if options.hidden is None else options.hidden
     try:
         return LayerShape(options.width, hidden, size, options.gated)
@@ -69,30 +69,30 @@ def _shape(options: LayerOptions, size: int) -> LayerShape:
 
 
 def numbers(option: str, text: str, kind: Any, least: float, most: float | None) -> list[Any]:
-    """The numbers of a list separated by commas, each once. kind: int or float; most: None for no limit.
+    """The distinct numbers of a list separated by commas. kind: int or float; most: None for no limit.
 
     Raises:
-        UsageError: none, not of this kind, or out of range; the message names the option.
+        UsageError: there is no number, or one is not of this kind or out of range; the message names the option.
     """
     try:
         found = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         found = []
-    if not found or not all(least <= one and (most is None or one <= most) for one in found):
-        what = "whole numbers from 1 on" if kind is int else "numbers from 0 to 1"
-        what += ", above 0" if kind is float and least > 0 else ""
+    if not found or not all(least <= value and (most is None or value <= most) for value in found):
+        what = "whole numbers of at least 1" if kind is int else "numbers from 0 to 1"
+        what = "numbers above 0 and up to 1" if kind is float and least > 0 else what
         raise UsageError(f"--{option} {text}: give {what}, separated by commas.")
     return list(dict.fromkeys(found))
 
 
 def names(option: str, text: str, known: Collection[str]) -> tuple[str, ...]:
-    """The names of a list separated by commas, each once.
+    """The distinct names of a list separated by commas.
 
     Raises:
-        UsageError: none, or one that is not known; the message names the option.
+        UsageError: there is no name, or one is not known; the message names the option.
     """
     found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     wrong = [name for name in found if name not in known]
     if wrong or not found:
-        raise UsageError(f"--{option} {text}: there are {', '.join(known)}.")
+        raise UsageError(f"--{option} {text}: choose from {', '.join(known)}.")
     return found

@@ -22,7 +22,7 @@ from surgeon.progress import Progress
 
 @dataclass(frozen=True)
 class LayerBenchmark:
-    """Layers with random weights by every method, on this machine."""
+    """Times of layers with random weights, computed by every method on this machine."""
 
     machine: Machine
     width: int
@@ -45,11 +45,11 @@ def bench_layer(
     """Time every method on every layer that the options ask for.
 
     Args:
-        activation: its name. mask: how experts are selected, as typed: names separated by commas. methods: likewise,
-            None for all. stage: called with what is done before.
+        activation: its name. mask: how experts are selected, as names separated by commas. methods: likewise; None for
+            all. stage: called with the name of each step before the timing.
 
     Raises:
-        UsageError: as `grid_of` and `device_of`; there is no such activation, mask or method.
+        UsageError: as `grid_of` and `device_of`; an activation, a mask or a method does not exist.
     """
     cases, chosen, device = _cases(layers, activation, mask), _methods(methods), device_of(timing)
     if device.type == "cpu" and not cpu.built():
@@ -64,7 +64,7 @@ def bench_layer(
 
 
 def _cases(layers: LayerOptions, activation: str, mask: str) -> list[Case]:
-    """The layers to time, those of one dtype and number of tokens together."""
+    """The layers to time. Those with the same dtype and number of tokens follow each other."""
     activation_of(activation)
     masks = cast("tuple[MaskKind, ...]", names("mask", mask, MASKS))
     grid = grid_of(layers)
@@ -75,7 +75,7 @@ def _cases(layers: LayerOptions, activation: str, mask: str) -> list[Case]:
 
 
 def _methods(typed: str | None) -> tuple[str, ...]:
-    """The methods to time, in the order of their table."""
+    """The methods to time, in the order of `METHODS`."""
     if typed is None:
         return tuple(METHODS)
     chosen = names("methods", typed.replace("-", "_"), METHODS)

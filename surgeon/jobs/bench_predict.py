@@ -1,4 +1,4 @@
-"""Predict what a GPU takes for a layer, by the model of its cost."""
+"""Predict how long a GPU takes for a layer, with the cost model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from surgeon.kernels.gpu_model.devices import Device, find_device, model_of
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a device should take, milliseconds, what bounds each, the ratio dense / ours, and the way ours goes."""
+    """Predicted times of dense and ours.
+
+    dense, ours: milliseconds. dense_bound, ours_bound: what limits them. gain: dense over ours. way: how ours is
+    computed.
+    """
 
     dtype: str
     tokens: int
@@ -32,7 +36,11 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Advice:
-    """For some tokens: the size to take at each share, None where dense wins, and by size the share it wins from."""
+    """Advice for one dtype and number of tokens.
+
+    best: the fastest expert size by share, None where dense is faster. break_even: by size, the share above which dense
+    is faster.
+    """
 
     dtype: str
     tokens: int
@@ -42,7 +50,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class LayerPrediction:
-    """What a device should take for a layer: a model, not a measurement."""
+    """Predicted times of a layer on a device, from a model and not measured."""
 
     device: Device
     width: int
@@ -54,10 +62,10 @@ class LayerPrediction:
 
 
 def bench_predict(name: str, layers: LayerOptions) -> LayerPrediction:
-    """Predict what a device, or the GPU of this machine ("cuda"), takes for the layers that the options ask for.
+    """Predict how long a device, or the GPU of this machine ("cuda"), takes for the layers that the options ask for.
 
     Raises:
-        UsageError: there is no such device, or no model of it; as `grid_of`.
+        UsageError: the device does not exist or has no model; as `grid_of`.
     """
     device = _this_gpu() if name == "cuda" else find_device(name)
     grid = grid_of(layers)
@@ -79,22 +87,22 @@ def _point(device: Device, shape: LayerShape, tokens: int, share: float, dtype: 
 
 
 def _advice(device: Device, grid: LayerGrid, tokens: int, dtype: str) -> Advice:
-    """Which of the sizes to take: they differ in nothing else."""
+    """Choose among the expert sizes; the layers differ in nothing else."""
     shape, sizes = grid.shapes[0], [shape.size for shape in grid.shapes]
     best = {
         share: best_size(device, shape.width, shape.hidden, tokens, share, dtype, sizes=sizes, gated=shape.gated).size
         for share in grid.shares
     }
-    return Advice(dtype, tokens, best, {one.size: break_even(device, one, tokens, dtype) for one in grid.shapes})
+    return Advice(dtype, tokens, best, {shape.size: break_even(device, shape, tokens, dtype) for shape in grid.shapes})
 
 
 def _this_gpu() -> Device:
     if not torch.cuda.is_available():
-        raise UsageError("cuda: torch finds no GPU here. surgeon bench predict list has those that need not be here.")
+        raise UsageError("cuda: torch finds no GPU. Give another device; to see them, run surgeon bench predict list.")
     found = model_of()
     if found is None:
         raise UsageError(
-            f"cuda: there is no model of {torch.cuda.get_device_name()}. "
-            "surgeon bench predict list has those there are."
+            f"cuda: there is no model of {torch.cuda.get_device_name()}. Give another device; to see them, run surgeon "
+            "bench predict list."
         )
     return found

@@ -1,7 +1,7 @@
-"""The whole story in two minutes: a small vision transformer on scikit-learn's digits, made cheaper.
+"""Every step in two minutes: make a small vision transformer for scikit-learn's digits cheaper.
 
-Train it, swap and sparsify its activations, split its feed-forward layers into experts with routers, lower them, and
-measure quality against cost.
+Train it, swap its activations and make them sparse, and split its feed-forward layers into experts with routers. Then
+lower them, and measure quality against cost.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ class DigitsViT(nn.Module):
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo made: the dense model's quality, the surgery, quality and cost at each tau, and where it is."""
+    """The result of the demo.
+
+    dense: quality of the dense model. points: quality and cost at each tau. directory: where the surgery was saved.
+    """
 
     dense: Quality
     surgery: Surgery
@@ -91,7 +94,7 @@ class Demo:
 
 
 def digits(seed: int = 0, batch_size: int = 64) -> Data:
-    """scikit-learn's 1,797 digits: 1,437 to train on, shuffled anew in every epoch, and 360 for evaluation."""
+    """scikit-learn's 1,797 digits: 1,437 to train on, shuffled in every epoch, and 360 for evaluation."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -122,7 +125,7 @@ def make_demo(
     """Train, rewrite, measure, and save to `directory` (replacing a surgery saved there before).
 
     Args:
-        quick: a twentieth of the training, to see that everything runs; the quality is then meaningless.
+        quick: do a twentieth of the training, to see that everything runs; the quality is then meaningless.
         progress, on_dense, on_pass: called during training, with the dense model's quality, and after every pass.
     """
     torch.manual_seed(seed)
@@ -170,9 +173,9 @@ def train(
     workdir: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> None:
-    """Train a dense model by the same loop that fits the passes; it ends in evaluation mode.
+    """Train a dense model with the loop that also fits the passes. It ends in evaluation mode.
 
-    workdir: where checkpoints are kept; training goes on from the last one there.
+    workdir: directory for checkpoints; training continues from the last checkpoint in it.
     """
     assert data.loss is not None
     task = data.loss

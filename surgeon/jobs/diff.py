@@ -28,9 +28,9 @@ class SiteSide:
 class Comparison:
     """Two models side by side.
 
-    names, costs: of both, each on its own example inputs. sites: by path, None where a model has no such site.
-    difference: largest difference of the outputs on the first model's example inputs, relative to the largest output;
-    None if they could not be compared, and `note` says why. nodes: what differs in the graphs, if asked for.
+    names, costs: of both models, each on its own example inputs. sites: by path, None where a model has no such site.
+    difference: largest difference of the outputs on the first model's example inputs, relative to the largest output.
+    It is None if they could not be compared, and `note` says why. nodes: differences of the graphs, if asked for.
     """
 
     names: tuple[str, str]
@@ -50,7 +50,7 @@ def compare_models(first: Opened, second: Opened, *, with_nodes: bool = False) -
         difference = relative_error(
             call_reproducibly(second.graph, args, kwargs), call_reproducibly(first.graph, args, kwargs)
         )
-    except Exception as error:  # whatever a graph raises for inputs that are not its own
+    except Exception as error:  # a graph may raise anything for inputs that are not its own
         note = f"The outputs cannot be compared on the first model's example inputs: {first_line(error)}."
     sides = _sides(first), _sides(second)
     return Comparison(

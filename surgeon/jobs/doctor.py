@@ -1,4 +1,4 @@
-"""Check what the toolkit needs on this machine, down to a tiny surgery from tracing to loading."""
+"""Check that this machine has what the toolkit needs, and run a tiny surgery from tracing to loading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LITTLE_SPACE = 1 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. state: "ok", "note" (nothing is missing) or "failed". advice: what to do."""
+    """The result of one check. state: "ok", "note" (a remark, not a problem) or "failed". advice: what to do."""
 
     name: str
     state: Literal["ok", "note", "failed"]
@@ -38,7 +38,7 @@ class Check:
 
 
 def examine(*, build: bool = False) -> list[Check]:
-    """Every check, in the order in which one would look. build: the native kernels, if they were not built yet."""
+    """Run every check, the most basic first. build: build the native kernels if they are not built yet."""
     checks: tuple[Callable[[], Check], ...] = (
         _python, _torch, _gpu, _packages, _triton, lambda: _kernels(build), _space, _temporary, _surgery,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def _torch() -> Check:
 
 def _gpu() -> Check:
     if not torch.cuda.is_available():
-        return Check("gpu", "note", "none that torch can use: everything runs on the CPU")
+        return Check("gpu", "note", "torch finds no GPU: everything runs on the CPU")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return Check("gpu", "ok", ", ".join(names))
 
@@ -76,15 +76,15 @@ def _packages() -> Check:
 
 def _triton() -> Check:
     if importlib.util.find_spec("triton") is None:
-        return Check("triton", "note", "not installed; only GPUs need it, where torch's slower kernels run instead")
+        return Check("triton", "note", "not installed; without it the slower torch backend runs on a GPU")
     return Check("triton", "ok", "installed; its kernels run on a GPU, unless SURGEON_GPU=torch is set")
 
 
 def _kernels(build: bool) -> Check:
-    """The native kernels for processors; built if they are not there and `build` says so."""
+    """Check the native kernels for CPUs, and build them if `build` is set and they are missing."""
     name = "cpu kernels"
     if not build and not cpu.built() and os.environ.get("SURGEON_CPU") != "torch":
-        advice = "Build them now: surgeon doctor --build. Else the first call of a lowered model does."
+        advice = "The first call of a lowered model builds them. To build them now: surgeon doctor --build."
         return Check(name, "note", "not built yet", advice)
     started, there = time.monotonic(), cpu.built()
     found = cpu.load()
@@ -97,7 +97,7 @@ def _kernels(build: bool) -> Check:
 def _space() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
     if free < _LITTLE_SPACE:
-        advice = "A result takes as much space as the model's weights: free some, or save elsewhere with -o."
+        advice = "A result takes as much space as the model's weights. Free some space, or save elsewhere with -o."
         return Check("disk", "failed", f"{free / 1e9:.1f} GB free in {Path.cwd()}", advice)
     return Check("disk", "ok", f"{free / 1e9:.0f} GB free in {Path.cwd()}")
 
@@ -107,7 +107,7 @@ def _temporary() -> Check:
         with tempfile.TemporaryFile() as file:
             file.write(b"surgeon")
     except OSError as error:
-        return Check("temporary files", "failed", str(error), "Set TMPDIR to a directory that can be written to.")
+        return Check("temporary files", "failed", str(error), "Set TMPDIR to a directory that you can write to.")
     return Check("temporary files", "ok", tempfile.gettempdir())
 
 
@@ -124,8 +124,8 @@ def _surgery() -> Check:
             again = load(surgery.save(Path(place) / "result"))
             with torch.no_grad():
                 difference = float((again(inputs) - model(inputs)).abs().max())
-    except Exception as error:  # whatever is broken on this machine
-        advice = "Reinstall torch and surgeon; if it stays, run again with --debug and report what it prints."
+    except Exception as error:  # a broken installation may raise anything
+        advice = "Reinstall torch and surgeon. If it still fails, run surgeon doctor --debug and report what it prints."
         reason = str(error).strip().splitlines() or [type(error).__name__]
         return Check(name, "failed", f"{type(error).__name__}: {reason[0]}", advice)
     took = f"trace, moeify, lower, save and load in {time.monotonic() - started:.1f} s"

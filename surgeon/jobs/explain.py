@@ -1,4 +1,4 @@
-"""What passes would change in a model, and why not the rest."""
+"""Find what passes would change in a model, and why they leave the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from surgeon.training.loop import RunSettings
 
 @dataclass(frozen=True)
 class Explanation:
-    """One pass: (path, description) of the sites it would change, and the other candidates."""
+    """What one pass would do.
+
+    matched: (path, description) of the sites that it would change. rejected: the other candidates.
+    """
 
     name: str
     looks_for: str
@@ -30,32 +33,32 @@ class Explanation:
 
 
 def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) -> list[Explanation]:
-    """For every pass, what it would do with each candidate in the graph that the passes before it would leave.
+    """Find what each pass would do with each candidate, in the graph as the passes before it would leave it.
 
     Args:
-        at: only candidates of this path, or under it, patterns with * allowed.
+        at: keep only candidates at this path or under it; patterns with * are allowed.
 
     Raises:
-        UsageError: passes in an order that cannot work; no candidate has this path.
+        UsageError: the order of the passes cannot work, or no candidate has this path.
     """
     Pipeline(passes).check(has_moes=bool(find_moes(opened.graph)), has_data=True)
     graph, found = adopt(opened.graph), []
-    for one in passes:
-        matched, rejected = one.explain(graph)
+    for pass_ in passes:
+        matched, rejected = pass_.explain(graph)
         found.append(
             Explanation(
-                one.name,
-                LOOKS_FOR[one.works_on],
+                pass_.name,
+                LOOKS_FOR[pass_.works_on],
                 [(site.path, site.describe) for site in matched],
                 rejected,
             )
         )
-        if matched and one is not passes[-1]:
+        if matched and pass_ is not passes[-1]:
             graph = adopt(graph)
-            one.run(graph, inputs=None, data=None, settings=RunSettings(verify="off", dry_run=True))
+            pass_.run(graph, inputs=None, data=None, settings=RunSettings(verify="off", dry_run=True))
     if at is None:
         return found
-    paths = [path for one in found for path in (*dict(one.matched), *(rejection.path for rejection in one.rejected))]
+    paths = [path for part in found for path in (*dict(part.matched), *(rejection.path for rejection in part.rejected))]
     chosen = {path for path in paths if path.startswith(f"{at}.") or matches([at], path)}
     if not chosen:
         near = difflib.get_close_matches(at, paths, n=3, cutoff=0.3)
@@ -63,10 +66,10 @@ def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) 
         raise UsageError(f"No candidate at '{at}': nothing there looks like a {found[0].looks_for}.{hint}")
     return [
         Explanation(
-            one.name,
-            one.looks_for,
-            [(path, what) for path, what in one.matched if path in chosen],
-            [rejection for rejection in one.rejected if rejection.path in chosen],
+            part.name,
+            part.looks_for,
+            [(path, what) for path, what in part.matched if path in chosen],
+            [rejection for rejection in part.rejected if rejection.path in chosen],
         )
-        for one in found
+        for part in found
     ]

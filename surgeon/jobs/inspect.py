@@ -1,4 +1,4 @@
-"""Look at a model without changing it: what its layers cost, and what a pass would do with them."""
+"""Look at a model without changing it: its sites and what they cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOOKS_FOR = {"ffn": "feed-forward layer", "linear": "standalone linear layer", "
 
 @dataclass(frozen=True)
 class Layer:
-    """A site: its shape, and its share of all the model's multiply-adds on the example inputs."""
+    """A site: its shape, and its share of the model's multiply-adds on the example inputs."""
 
     path: str
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class ExpertLayer(Layer):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `surgeon inspect` found. refused: (path, reason) of what looks like a feed-forward layer and is none.
+    """What `surgeon inspect` found. refused: (path, reason) of candidates that are not feed-forward layers.
 
     graph: lines of the graph as (module path, line), if asked for.
     """
@@ -71,7 +71,7 @@ class Inspection:
 
 
 def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
-    """The sites of a model and what they cost on the example inputs."""
+    """Find the sites of a model and what they cost on the example inputs."""
     graph, (args, kwargs) = opened.graph, as_args_kwargs(opened.inputs)
     cost, layers = measure(graph, args, kwargs)
     ffns, linears, refused = outside_experts(graph)
@@ -131,7 +131,7 @@ def outside_experts(graph: TracedGraph) -> tuple[list[FFN], list[LinearSite], li
 
 
 def _shapes(graph: TracedGraph, inputs: Any) -> dict[str, list[int]]:
-    """Shape of every example input, by the name that the model gives it."""
+    """The shape of each example input, by the name of the model's argument."""
     args, kwargs = as_args_kwargs(inputs)
     named = named_arguments(graph, args, kwargs)
     return {name: list(value.shape) for name, value in named.items() if isinstance(value, Tensor)}

@@ -1,4 +1,4 @@
-"""Open what a user names: load a model or a saved surgery, find example inputs, read data, trace it."""
+"""Open the model that a user names: load it, find example inputs, read data, and trace it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _KINDS = {
 class Opened:
     """A model that was loaded and traced.
 
-    spec: what the user typed. graph: in evaluation mode. inputs: the example inputs. notes: what loading and tracing
-    showed. record: of the surgery, if the model is an artifact. data: if it was asked for.
+    spec: what the user typed. graph: in evaluation mode. inputs: the example inputs. notes: from loading and tracing.
+    record: of the surgery, if the model is an artifact. data: if it was asked for.
     """
 
     spec: str
@@ -54,12 +54,12 @@ class Opened:
 
     @property
     def kind(self) -> str:
-        """What it was loaded from, in words."""
+        """The kind of file it was loaded from, in words."""
         return _KINDS[self.origin.kind]
 
     @property
     def task(self) -> str | None:
-        """What the data says the model is for, else what its class says."""
+        """The task that the data gives, else the task of the model's class."""
         info: TraceInfo = self.graph.meta["trace"]
         return (self.data.task if self.data is not None else None) or info.task
 
@@ -77,12 +77,12 @@ def open_model(
     """Load a model or a saved surgery, find example inputs, trace it, and read data for it.
 
     Args:
-        inputs: as `surgeon.models.given_inputs.inputs_from` takes; by default the model's own, and the data's first
-            rows for a model that has none.
-        task: the head of a Hugging Face model. stage: called with what is being done.
+        inputs: as `surgeon.models.given_inputs.inputs_from` takes them. By default the model's own, or the first rows
+            of the data for a model that has none.
+        task: chooses the head of a Hugging Face model. stage: called with the name of each step.
 
     Raises:
-        LoadError, TraceError, UsageError, DataError: as the parts do.
+        LoadError, TraceError, UsageError, DataError: as the steps raise them.
     """
     given = None if inputs is None else inputs_from(inputs)
     with stage(f"loading {spec}"):
@@ -138,7 +138,7 @@ def _read(
     seed: int,
     stage: Stage,
 ) -> Data | None:
-    """The data, if there is any; task and seed: where the options give none."""
+    """Read the data, if any is asked for. task, seed: used where the options give none."""
     if options is None:
         return None
     with stage(f"reading {options.spec}"):

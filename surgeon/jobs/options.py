@@ -1,4 +1,4 @@
-"""What can be asked of a command. Without torch, so that the command line can ask before anything is loaded."""
+"""Options of the jobs. This module does not import torch, so that the command line can read options quickly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """Which feed-forward layers a benchmark is about, as typed: lists separated by commas.
+    """The feed-forward layers of a benchmark, as typed: lists separated by commas.
 
     hidden: None for 4 · width.
     """
@@ -23,7 +23,7 @@ class LayerOptions:
 
 @dataclass(frozen=True)
 class TimingOptions:
-    """Where and how long a benchmark measures. device: None for a GPU if there is one."""
+    """Where and how long a benchmark measures. device: None for a GPU if available. seconds: per timed call."""
 
     threads: int = 1
     device: str | None = None
@@ -34,7 +34,7 @@ class TimingOptions:
 class DataOptions:
     """How to read data: the arguments of `surgeon.data.files.load_data` that the command line has.
 
-    seed: None stands for a saved surgery's own, so that the same part is held out again, and for 0 otherwise.
+    seed: None means the seed of the saved surgery, so that the same part is held out again, or else 0.
     """
 
     spec: str

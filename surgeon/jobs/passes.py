@@ -1,4 +1,4 @@
-"""What a pass says about itself: what it does, its options, and what it makes of a small model."""
+"""Describe a pass: what it does, its options, and what it changes in a small model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from surgeon.surgery.recipe import option_types
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a pass: what to type, and what it does."""
+    """An option of a pass: its name, type and default, and what it does."""
 
     name: str
     type: str
@@ -28,7 +28,7 @@ class Option:
 
 
 def describe(kind: type[Pass[Any]]) -> dict[str, Any]:
-    """What a pass says about itself, as plain values; its paragraphs are separated by empty lines."""
+    """Describe a pass with plain values. Paragraphs of the description are separated by empty lines."""
     paragraphs = [" ".join(part.split()) for part in inspect.cleandoc(kind.__doc__ or "").split("\n\n")]
     return {
         "name": kind.name,
@@ -44,7 +44,7 @@ def describe(kind: type[Pass[Any]]) -> dict[str, Any]:
 
 
 def options_of(kind: type[Pass[Any]]) -> list[Option]:
-    """The options of a pass, its own before those that it shares with others."""
+    """The options of a pass: its own first, then those that all passes share."""
     types, own = option_types(kind), list(vars(kind).get("__annotations__", {}))
     shared = ("only", "skip")
     fields = sorted(
@@ -59,7 +59,7 @@ def options_of(kind: type[Pass[Any]]) -> list[Option]:
 
 
 def _typed(kind: Any, limits: Limits) -> str:
-    """What to type: `integer at least 1`, `number from 0 to 1 or none`, or the choices."""
+    """The type in words: `integer at least 1`, `number from 0 to 1 or none`, or the choices."""
     if limits.choices:
         by_site = any(get_origin(part) is dict for part in get_args(kind))
         return "|".join(map(str, limits.choices)) + (" or PATTERN:...,..." if by_site else "")
@@ -98,7 +98,7 @@ class _Example(nn.Module):
 
 
 def example_of(kind: type[Pass[Any]]) -> PassDiff:
-    """What a pass makes of a small model, without data."""
+    """What a pass changes in a small model, without data."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, inputs = _Example().eval(), torch.randn(2, 4, 64)

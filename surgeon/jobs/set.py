@@ -1,4 +1,4 @@
-"""Set the knobs of a saved surgery, tau, selection rule and compensation, and store them in it."""
+"""Set tau, selection rule and compensation of a saved surgery, and store them in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from surgeon.surgery.record import read_record
 
 @dataclass(frozen=True)
 class LayerKnobs:
-    """What is set for one layer. compensated: whether the mean of what it skips is added."""
+    """The knobs of one layer. compensated: whether the mean output of skipped experts is added."""
 
     tau: float
     rule: str
@@ -30,7 +30,7 @@ class LayerKnobs:
 
 @dataclass(frozen=True)
 class KnobChange:
-    """What was set for one layer before, and what is now."""
+    """The knobs of one layer before and after."""
 
     before: LayerKnobs
     after: LayerKnobs
@@ -38,7 +38,10 @@ class KnobChange:
 
 @dataclass(frozen=True)
 class SetResult:
-    """What is set, by the path of a layer's experts, and where it was stored, None if nothing was asked for."""
+    """The knobs by the path of a layer's experts.
+
+    directory: where they were stored; None if nothing was to be set.
+    """
 
     model: str
     directory: Path | None
@@ -48,7 +51,7 @@ class SetResult:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be set: tau and rule by pattern, of which the first that fits counts; compensation for all layers."""
+    """What to set: tau and rule by pattern, of which the first match counts, and compensation for all layers."""
 
     taus: dict[str, float]
     rules: dict[str, str]
@@ -64,14 +67,14 @@ def parse_tau(text: str | None) -> dict[str, float]:
     """`"0.2"` → {"*": 0.2}; `"*.0.*:0.1,*:0.2"` → {"*.0.*": 0.1, "*": 0.2}.
 
     Raises:
-        UsageError: not numbers from 0 to 1, or not of this form.
+        UsageError: a value is not a number from 0 to 1, or the text does not have this form.
     """
     return {pattern: _tau(text, value) for pattern, value in _by_pattern("--tau", text).items()}
 
 
 def _tau(text: str | None, value: str) -> float:
-    """The number that stands for one layer in `text`."""
-    error = UsageError(f"--tau {text}: {value} is no number from 0 to 1. Write --tau 0.2 or '*.0.*:0.1,*:0.2'.")
+    """One value of `text` as a number."""
+    error = UsageError(f"--tau {text}: {value} is not a number from 0 to 1. Write --tau 0.2 or '*.0.*:0.1,*:0.2'.")
     try:
         tau = float(value)
     except ValueError:
@@ -85,7 +88,7 @@ def parse_rule(text: str | None) -> dict[str, str]:
     """`"top_k"` → {"*": "top_k"}; patterns as in `parse_tau`.
 
     Raises:
-        UsageError: there is no such rule, or not of this form.
+        UsageError: a rule does not exist, or the text does not have this form.
     """
     found = _by_pattern("--rule", text)
     for rule in found.values():
@@ -100,38 +103,38 @@ def _by_pattern(name: str, text: str | None) -> dict[str, str]:
 
 
 def check_wanted(directory: Path, wanted: Wanted, *, has_data: bool, out: Path | None) -> None:
-    """Refuse what cannot work before the surgery is loaded.
+    """Refuse options that cannot work, before the surgery is loaded.
 
     Raises:
-        UsageError: data without compensation or the other way round; a place without anything to store; a place that is
-            taken. LoadError: no saved surgery. SaveError: the place cannot be written to.
+        UsageError: compensation without data, or data without compensation; `out` without anything to store; `out` has
+            other content. LoadError: `directory` is not a saved surgery. SaveError: `out` cannot be written to.
     """
     if wanted.compensated and not has_data:
-        raise UsageError("--compensate takes the mean of what is skipped over some data: give it with --data.")
+        raise UsageError("--compensate measures the mean output of skipped experts on data. Give --data.")
     if has_data and not wanted.compensated:
-        raise UsageError("--data is read for --compensate only: tau and rule are set without data.")
+        raise UsageError("Only --compensate reads --data. Set tau and rule without it.")
     if out is not None and not wanted.anything:
-        raise UsageError("There is nothing to store with -o: give --tau, --rule or --compensate.")
+        raise UsageError("There is nothing to store with -o. Give --tau, --rule or --compensate.")
     read_record(directory)
     if out is not None:
         check_target(out, str(directory), overwrite=False)
 
 
 def set_wanted(opened: Opened, wanted: Wanted, *, samples: int = 512, out: Path | None = None) -> SetResult:
-    """Set what is wanted and store it; without anything wanted, only tell what is set.
+    """Set and store what is wanted. If nothing is, only return what is set.
 
     Args:
-        samples: of the training data, over which the mean of what is skipped is taken.
-        out: where the surgery goes then; by default it replaces the one that was opened.
+        samples: number of training samples on which the mean output of skipped experts is measured.
+        out: directory for the surgery; by default it replaces the one that was opened.
 
     Raises:
-        UsageError: the graph has no experts, a pattern names no layer, or compensation of experts that are not lowered.
+        UsageError: the graph has no experts, a pattern matches no layer, or experts to compensate are not lowered.
         SaveError: as `surgeon.surgery.artifact.save`.
     """
     graph = opened.graph
     before = _settings(graph)
     if not before:
-        raise UsageError("The graph has no experts to set anything for. Apply moeify first.")
+        raise UsageError("The graph has no experts, so there is nothing to set. Apply moeify first.")
     set_tau(graph, wanted.taus)
     set_rule(graph, wanted.rules)
     if wanted.compensated:
@@ -145,24 +148,24 @@ def set_wanted(opened: Opened, wanted: Wanted, *, samples: int = 512, out: Path 
 
 
 def compensation_notes(graph: TracedGraph, earlier: Sequence[str], *, wanted: bool) -> tuple[str, ...]:
-    """What the user may not expect: compensation that is gone, or had nothing to add.
+    """Warn the user of compensation that was dropped, or that added nothing.
 
     Args:
-        earlier: the layers that were compensated before. wanted: whether it was asked for now.
+        earlier: the layers that were compensated before. wanted: whether compensation was asked for now.
     """
     now = compensated(graph)
     if wanted:
         return (
             ()
             if now
-            else ("--compensate added nothing: no expert is skipped, or those that are give nothing on this data.",)
+            else ("--compensate added nothing: no expert is skipped, or the skipped ones output zero on this data.",)
         )
     dropped = set(earlier) - set(now)
     if not dropped:
         return ()
     return (
-        f"Compensation was dropped in {len(dropped)} of {len(find_moes(graph))} layers, which skip other experts now; "
-        "--compensate takes the mean anew.",
+        f"Compensation was dropped in {len(dropped)} of {len(find_moes(graph))} layers, which skip other experts now. "
+        "To measure it again, give --compensate.",
     )
 
 

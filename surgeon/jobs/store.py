@@ -1,4 +1,4 @@
-"""Where a surgery is stored: whether it can be, and putting it there."""
+"""Store a surgery: check the target directory, and save to it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from surgeon.surgery.record import RECORD, MeasuredQuality, earlier_passes, make
 
 
 def check_target(directory: Path, model: str | None = None, *, overwrite: bool) -> None:
-    """Find out before the work whether the result can be written.
+    """Check before the work that the result can be written.
 
     Raises:
-        UsageError: the directory is the model's own, or has content that is not to be replaced.
+        UsageError: the directory is the model's own, or has content that must not be replaced.
         SaveError: its parent cannot be written to.
     """
     where = directory.resolve()
@@ -27,32 +27,32 @@ def check_target(directory: Path, model: str | None = None, *, overwrite: bool) 
         raise UsageError(f"{directory} is a file. Give a directory for the result with -o.")
     if directory.is_dir() and any(directory.iterdir()):
         if not (directory / RECORD).exists():
-            raise UsageError(f"{directory} holds something else than a saved surgery. Give another one with -o.")
+            raise UsageError(f"{directory} is not empty and not a saved surgery. Give another directory with -o.")
         if not overwrite:
             raise UsageError(f"{directory} exists. Give another directory with -o, or replace it with --overwrite.")
     parent = next(parent for parent in where.parents if parent.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise SaveError(f"Cannot write {directory}: no permission to write to {parent}.")
+        raise SaveError(f"Cannot write {directory}: you have no permission to write to {parent}.")
 
 
 def store(opened: Opened, out: Path | None, quality: tuple[Quality, Quality] | None = None) -> Path:
-    """Save an opened surgery as it is now; returns where.
+    """Save an opened surgery as it is now. Returns its directory.
 
     Args:
-        out: where to; by default it replaces the one that was opened, whole or not at all.
-        quality: of the dense model and of the surgery as it is now, on the opened data, if it was measured.
+        out: the directory; by default the surgery that was opened is replaced, whole or not at all.
+        quality: of the dense model and of the surgery as it is now, on the opened data; None if it was not measured.
 
     Raises:
         SaveError: as `surgeon.surgery.artifact.save`.
     """
-    assert opened.record is not None, "what is stored again was loaded from a directory"
+    assert opened.record is not None, "only a surgery that was loaded from a directory is stored again"
     passes = earlier_passes(opened.graph)
     recipe = opened.record.recipe
     measured = None
     if quality is not None and opened.data is not None:
         measured = MeasuredQuality(*quality, opened.data.fingerprint)
     record = make_record(
-        opened.graph, [one.report for one in passes], origin=opened.origin, seed=recipe.seed, data=recipe.data,
+        opened.graph, [pass_.report for pass_ in passes], origin=opened.origin, seed=recipe.seed, data=recipe.data,
         quality=measured,
     )  # fmt: skip
     return save(

@@ -1,4 +1,4 @@
-"""Weigh a saved surgery's quality against its cost: measure both at several settings."""
+"""Measure a saved surgery's quality and cost at several settings."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Swept:
 
 
 def parse_taus(text: str | None) -> tuple[float, ...] | None:
-    """`"0.1,0.2"` → (0.0, 0.1, 0.2), None for those that suit the rules.
+    """`"0.1,0.2"` → (0.0, 0.1, 0.2); None for the values that suit the rules.
 
     Raises:
-        UsageError: not numbers from 0 to 1.
+        UsageError: a value is not a number from 0 to 1.
     """
     if text is None:
         return None
@@ -47,10 +47,10 @@ def parse_taus(text: str | None) -> tuple[float, ...] | None:
 
 
 def parse_rules(text: str | None) -> tuple[str, ...] | None:
-    """`"max,top_k"` → ("max", "top_k"), None for the surgery's own.
+    """`"max,top_k"` → ("max", "top_k"); None for the surgery's own.
 
     Raises:
-        UsageError: there is no such rule.
+        UsageError: a rule does not exist.
     """
     if text is None:
         return None
@@ -70,14 +70,14 @@ def sweep(
     dense: Opened | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Swept:
-    """Measure a model with experts at each setting, on the held-out part of its data or, without one, on all of it.
+    """Measure a model with experts at each setting, on the held-out data. If nothing is held out, use all of the data.
 
-    The setting that is stored in it is measured too.
+    The stored setting is measured too.
 
     Args:
         taus: by default those of `surgeon.measure.sweep.usual_taus`.
-        dense: the model before the surgery, to be measured beside it; else its quality is taken from the record, if it
-            was measured on the same data.
+        dense: the model before the surgery, to be measured as well. Without it, its quality is taken from the record if
+            it was measured on the same data.
 
     Raises:
         UsageError: the model has no experts; the task is unknown. DataError: there are no labels.
@@ -98,9 +98,9 @@ def sweep(
 
 
 def _among(opened: Opened, taus: Sequence[float] | None, rules: Sequence[str] | None) -> bool:
-    """Whether what is stored is one of these settings: one tau and one rule for all layers, both among them."""
+    """Whether the stored setting is among these: one tau and one rule for all layers, both in the lists."""
     own_taus, own_rules = set(get_tau(opened.graph).values()), set(get_rule(opened.graph).values())
-    # With own rules they stay, whatever they are. At 0 every expert runs, whatever the rule.
+    # Without given rules the stored ones are used. At tau 0 every expert runs, whatever the rule.
     if rules is not None and own_taus != {0.0} and (len(own_rules) > 1 or not own_rules <= set(rules)):
         return False
     if taus is None:
@@ -115,5 +115,5 @@ def _dense_layers(opened: Opened) -> dict[str, float]:
 def _task(opened: Opened) -> str:
     task = task_for(opened, eval_batches(opened))
     if task is None:
-        raise UsageError("What is the model for? Its quality cannot be measured without --task.")
+        raise UsageError("The model's task is not known, so its quality cannot be measured. Give it with --task.")
     return task

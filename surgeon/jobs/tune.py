@@ -1,4 +1,4 @@
-"""Find a tau for every layer that meets a budget, and store it."""
+"""Find and store the tau of each layer that meets a budget."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from surgeon.progress import Progress
 class TuningResult:
     """What tuning found, and where it was saved.
 
-    quality: on the held-out data, before (every expert) and after; None if it was not measured. notes: why
-    it was not, and what the user may not expect.
+    quality: on the held-out data, with every expert and with the tau found; None if it was not measured. notes: remarks
+    for the user.
     """
 
     model: str
@@ -47,14 +47,14 @@ class TuningResult:
 
 
 def check_tuning(budget: float, metric: Metric, *, has_dense: bool) -> None:
-    """Refuse what cannot work before anything is loaded.
+    """Refuse options that cannot work, before anything is loaded.
 
     Raises:
-        UsageError: as `surgeon.measure.tuning.check_budget`; "ms" without the dense model.
+        UsageError: as `surgeon.measure.tuning.check_budget`; the metric is "ms" and there is no dense model.
     """
     check_budget(budget)
     if metric == "ms" and not has_dense:
-        raise UsageError("--metric ms compares with the dense model's time: give it with --dense MODEL.")
+        raise UsageError("--metric ms compares with the time of the dense model. Give the model with --dense.")
 
 
 def tune(
@@ -71,10 +71,10 @@ def tune(
     """Find a tau for each layer within a budget, on training data, and store it in the surgery.
 
     Args:
-        budget: share of the dense model's cost. samples: of the training data, on which damage is measured.
-        compensated: also add the mean of what is skipped (`surgeon.measure.compensation`).
-        out: where the tuned surgery goes; by default it replaces the one that was opened.
-        dense: the model before the surgery, which "ms" needs as the yardstick.
+        budget: share of the dense model's cost. samples: number of training samples on which damage is measured.
+        compensated: also add the mean output of skipped experts (`surgeon.measure.compensation`).
+        out: directory for the tuned surgery; by default it replaces the one that was opened.
+        dense: the model before the surgery, whose time "ms" compares with.
 
     Raises:
         UsageError: as `check_tuning` and `surgeon.measure.tuning.tune`.
@@ -95,7 +95,7 @@ def tune(
     notes = [*other_data(opened), *compensation_notes(opened.graph, earlier, wanted=compensated)]
     if not any(tuned.taus.values()):
         notes.append(
-            f"Every expert fits a budget of {budget:.0%}: with tau 0 the model costs {tuned.cost:.1%} of the dense one."
+            f"A budget of {budget:.0%} allows every expert. At tau 0 the model costs {tuned.cost:.1%} of the dense one."
         )
     quality, before = _quality(opened, progress), recorded_quality(opened)
     if quality is None:
@@ -105,7 +105,7 @@ def tune(
 
 
 def _quality(opened: Opened, progress: Callable[[Progress], None] | None) -> tuple[Quality, Quality] | None:
-    """Quality with every expert and with what is set, None if it cannot be measured."""
+    """Quality with every expert and with the stored setting; None if it cannot be measured."""
     task = eval_task(opened)
     if task is None:
         return None

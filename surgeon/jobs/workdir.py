@@ -1,4 +1,7 @@
-"""Where a run keeps its checkpoints, with a note of what it is doing, so that only the same run goes on from them."""
+"""The directory where a run keeps its checkpoints.
+
+It also records what the run does, so that only the same run continues from them.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,26 @@ RECIPE = "recipe.json"
 
 
 class WorkDirectory:
-    """The directory `<result>.work` of one run. It is gone after success, and after a failure that left no checkpoint.
+    """The directory `<result>.work` of one run.
+
+    It is removed after success, and after a failure that left no checkpoint.
 
     Raises:
-        UsageError: an interrupted run is there and is neither to be resumed nor to be dropped; there is none to resume;
-            or the one that is there was another run.
-        SaveError: it cannot be written.
+        UsageError: it has an interrupted run, which is neither to be resumed nor to be dropped; there is no run to
+            resume; the interrupted run was another one; or the directory has other content.
+        SaveError: the directory cannot be written.
     """
 
     def __init__(self, result: Path, recipe: dict[str, Any], *, resume: bool, discard: bool) -> None:
         self.path = result.with_name(f"{result.name}.work")
         recipe = json.loads(json.dumps(recipe))
         if self.path.exists() and not (self.path / RECIPE).is_file():
-            raise UsageError(f"{self.path} is in the way: training would keep its checkpoints there. Move it away.")
+            raise UsageError(f"{self.path} is needed for checkpoints, but has other content. Move it away.")
         if resume:
             self._check_same(recipe)
         elif self.path.exists() and not discard:
             raise UsageError(
-                f"{self.path} holds the checkpoints of an interrupted run. --resume continues it, --overwrite drops it."
+                f"{self.path} has the checkpoints of an interrupted run. --resume continues it, --overwrite drops it."
             )
         else:
             try:
@@ -42,11 +47,11 @@ class WorkDirectory:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is something to go on from."""
+        """Whether there is a checkpoint to continue from."""
         return any(self.path.rglob("fit.json"))
 
     def close(self, *, done: bool) -> None:
-        """Remove the directory if the run is done or has nothing to go on from."""
+        """Remove the directory if the run is done or has no checkpoint."""
         if done or not self.has_checkpoint:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -61,7 +66,7 @@ class WorkDirectory:
         if differing:
             key = differing[0]
             raise UsageError(
-                f"The interrupted run in {self.path} was another one. Its {key}: {_short(before.get(key))}; "
+                f"The interrupted run in {self.path} differs from this one. Its {key}: {_short(before.get(key))}; "
                 f"now: {_short(recipe.get(key))}. Give the same options to resume it, or --overwrite to drop it."
             )
 

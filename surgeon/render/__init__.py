@@ -1,1 +1,1 @@
-"""How answers look, and the one place that prints (`surgeon.render.screen`)."""
+"""The views of the answers, and the only module that prints (`surgeon.render.screen`)."""

@@ -1,4 +1,4 @@
-"""How `surgeon apply` shows its result."""
+"""The view of the result of `surgeon apply`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from surgeon.text.summary import number, percent, seconds
 
 
 def applied_view(applied: Applied) -> RenderableType:
-    """What a run changed in all, where the result is, and what to do next. The passes were shown one by one."""
+    """Show what all passes changed together, where the result is, and what to do next.
+
+    Each pass was shown when it was done.
+    """
     before, after = applied.before, applied.after
     table = grid("left", "right", "right", "left", header=("", "before", "after", ""))
     add_numbers(table, "parameters", before.parameters, after.parameters)

@@ -1,4 +1,4 @@
-"""What the views of the benchmarks have in common."""
+"""Parts that the views of the benchmarks share."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from surgeon.text.summary import number
 
 
 def machine_name(machine: Machine) -> str:
-    """The GPU, or the processor and how many threads of it are used."""
+    """Name the GPU, or the processor and the number of threads."""
     return machine.gpu or f"{machine.processor}, {count(machine.threads, 'thread')}"
 
 
 def machine_lines(machine: Machine) -> list[RenderableType]:
-    """What was measured on, how fast that is at best, and what its times leave out."""
+    """Describe the machine, its measured limits, and how times were taken."""
     using = machine.torch if machine.gpu else f"{machine.torch}, {machine.instruction_set}"
     lines = [Text(f"{machine_name(machine)}; torch {using}; kernels: {machine.kernels}.")]
     if machine.bandwidth is not None:
         rates = ", ".join(f"{number(rate)}FLOP/s in {name}" for name, rate in machine.gemm.items())
-        lines.append(Text(f"Its limits, measured: {rates}; {number(machine.bandwidth)}B/s from memory."))
+        lines.append(Text(f"Measured limits: {rates}; {number(machine.bandwidth)}B/s from memory."))
     if machine.clock == "thread":
-        lines.append(Text("Times are the thread's own, without what other work took."))
+        lines.append(Text("Times are CPU times of the thread, without other work on the machine."))
     return list(lines)
 
 
 def factor(value: float | None) -> Text:
-    """How many times as fast: `1.60×`, green from 1 on; empty for None."""
+    """A speed-up such as `1.60×`, green from 1 on; empty for None."""
     if value is None:
         return Text("")
     return Text(f"{value:.2f}×", style="green" if value >= 1.0 else "red")
 
 
 def milliseconds(value: float | None) -> str:
-    """A time with three digits, below a millisecond with three decimals; empty for None."""
+    """A time with three digits, or with three decimals below a millisecond; empty for None."""
     if value is None:
         return ""
     digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3

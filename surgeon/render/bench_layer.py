@@ -1,4 +1,4 @@
-"""How `surgeon bench layer` shows its result."""
+"""The view of the result of `surgeon bench layer`."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ _NAMES = {
     "ours_dense": "ours,\nall on",
 }
 _LEGEND = (
-    "Milliseconds of a layer, the median, its weights not in a cache. dense / ours: the faster of dense and compiled. "
-    "ours, all on: every expert, never by the dense product; what it is over ours stands beside what it could be, "
-    "1 / share.",
-    "of limit: what the machine needs at least for the selected multiply-adds (a) or for reading the selected weights "
-    "(m), over ours. error: the largest of the column, from float64, relative to the largest output.",
+    "Times are medians in milliseconds for one layer, with its weights not in a cache. dense / ours: the faster of "
+    "dense and compiled, over ours. ours, all on: every expert runs, without the dense product. all on / ours stands "
+    "before its highest possible value, 1 / share.",
+    "of limit: the least time that the machine needs, over ours. The limit is arithmetic (a) for the selected "
+    "multiply-adds, or memory (m) for reading the selected weights. error: the largest difference in the column from "
+    "float64, relative to the largest output.",
 )
 
 
 def layer_view(found: LayerBenchmark) -> RenderableType:
-    """A block for each dtype, number of tokens, size and mask, with a row for each share."""
+    """Show a block for each dtype, number of tokens, size and mask, with a row for each share."""
     kind = f"{'gated ' if found.gated else ''}{found.activation}"
     layer = f"Layer {found.width} → {found.hidden} → {found.width}, {kind}, random weights."
     blocks: list[RenderableType] = [*machine_lines(found.machine), Text(layer)]
@@ -52,25 +53,25 @@ def layer_view(found: LayerBenchmark) -> RenderableType:
 
 
 def _calls(machine: Machine) -> list[str]:
-    """What a call is."""
+    """Say how a call is timed."""
     if machine.gpu is None:
         return [
-            "Caches are emptied and another layer is run before what is timed, as in a model. Up to 16 tokens are "
-            "timed through 8 layers one after another; the time is that of one."
+            "Before each timed call, caches are emptied and another layer is run, as in a model. Up to 16 tokens are "
+            "timed through 8 layers in sequence, and the time shown is that of one layer."
         ]
     waiting = ", ".join(name for name, method in METHODS.items() if method.waits)
     return [
-        f"Calls are replayed from CUDA graphs, but for those in which Python waits for the GPU: {waiting}. Without a "
+        f"Calls are replayed from CUDA graphs, except those in which Python waits for the GPU: {waiting}. Without a "
         "graph, small calls take as long as Python takes to start their kernels."
     ]
 
 
 def _slow_types(machine: Machine) -> list[str]:
-    """What to know where torch has no fast product for a half type, so that every method that uses it looks bad."""
+    """Warn where torch has no fast product for a half type, which makes every method that uses it slow."""
     rates = machine.gemm
     return [
-        f"torch multiplies {name} at {number(rate)}FLOP/s here, float32 at {number(rates['float32'])}FLOP/s. Its dense "
-        "layer is slow for that reason: compare ours with ours, all on. The limit is that of float32."
+        f"torch multiplies {name} at {number(rate)}FLOP/s here, and float32 at {number(rates['float32'])}FLOP/s. This "
+        "makes its dense layer slow: compare ours with ours, all on. The limit is that of float32."
         for name, rate in rates.items()
         if rate < rates["float32"] / 2
     ]
@@ -93,7 +94,7 @@ def _block(cells: Sequence[Cell]) -> RenderableType:
         table.add_row(*row)
     worst = (max((c.methods[name].error or 0.0 for c in cells), default=0.0) for name in names)
     table.add_row(dim("error"), *(dim(f"{error:.0e}") for error in worst))
-    reasons = {name: one.why for cell in cells for name, one in cell.methods.items() if one.why}
+    reasons = {name: timing.why for cell in cells for name, timing in cell.methods.items() if timing.why}
     return Group(table, *(indented(dim(f"{name} did not run: {why}"), 0) for name, why in reasons.items()))
 
 
@@ -106,7 +107,7 @@ def _short(value: float) -> str:
 
 
 def layer_plot(found: LayerBenchmark) -> Plot:
-    """A panel for each dtype, number of tokens, size and mask."""
+    """Plot a panel for each dtype, number of tokens, size and mask."""
     panels = []
     several = {cell.mask for cell in found.cells}
     columns = len({cell.size for cell in found.cells}) * len(several)

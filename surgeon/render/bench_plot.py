@@ -1,4 +1,4 @@
-"""Pictures of benchmarks: times against the selected share."""
+"""Plots of benchmarks: times against the selected share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """Milliseconds against the selected share: a line each. A value is None where a method did not run."""
+    """Milliseconds against the selected share, with a line for each method.
+
+    A value is None where the method did not run.
+    """
 
     title: str
     shares: Sequence[float]
@@ -49,14 +52,14 @@ class Plot:
     log: bool = True  # times of several orders of magnitude
 
     def draw(self, file: Path) -> None:
-        """Draw it to a `.png` file."""
+        """Draw the plot to a `.png` file."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         rows = -(-len(self.panels) // self.columns)
         size = (max(6.0, _WIDTH * self.columns), _HEIGHT * rows + 0.8)
         figure = Figure(figsize=size, layout="constrained")
-        # Of one row the times are comparable: only the experts differ.
+        # Times are comparable within a row: only the experts differ.
         grid = figure.subplots(rows, self.columns, squeeze=False, sharex=True, sharey="row")
         drawn: dict[str, Any] = {}
         for axes, panel in zip(grid.flat, self.panels, strict=True):

@@ -1,4 +1,4 @@
-"""How `surgeon bench predict` shows its result."""
+"""The view of the result of `surgeon bench predict`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from surgeon.text.layout import dim, grid, heading, sentences
 from surgeon.text.summary import number, percent
 
 _LEGEND = (
-    "Milliseconds of ours, how many times that is faster than dense, and what bounds it: a arithmetic, m memory, "
-    "c cache, s adding up, l launches. up to: the share above which dense is faster. way: how "
-    "ours is computed, see the assumptions.",
-    "At equal shares larger experts are rarely slower; smaller ones need a smaller share for the same quality, which "
-    "this does not know: compare across shares.",
+    "Each entry gives the milliseconds of ours, its speed-up over dense, and what bounds it: arithmetic (a), memory "
+    "(m), cache (c), sums (s) or launches (l). up to: the share above which dense is faster. way: how ours is "
+    "computed; see the assumptions.",
+    "At equal shares, larger experts are rarely slower. Smaller experts need a smaller share for the same quality, "
+    "which this model does not predict: compare across shares.",
 )
 
 
 def prediction_view(found: LayerPrediction) -> RenderableType:
-    """What is known of the device, a block for each dtype and number of tokens, and what was assumed."""
+    """Show the figures of the device, a block for each dtype and number of tokens, and the assumptions."""
     kind = ", gated" if found.gated else ""
     lines: list[RenderableType] = [
         Text("A model, not a measurement.", style="bold yellow"),
@@ -48,7 +48,7 @@ def prediction_view(found: LayerPrediction) -> RenderableType:
             way = row[shares[0]].way
             table.add_row(str(size), *(_prediction(row[share]) for share in shares), percent(limit), way)
         best = ("dense" if size is None else str(size) for size in advice.best.values())
-        table.add_row(dim("best"), *(Text(one, style="bold") for one in best), "", "")
+        table.add_row(dim("best"), *(Text(size, style="bold") for size in best), "", "")
         lines.append(table)
     return Group(
         *lines, Text(""), sentences(_LEGEND, indent=0), sentences(found.assumptions, indent=0, sign="assumed: ")
@@ -56,7 +56,7 @@ def prediction_view(found: LayerPrediction) -> RenderableType:
 
 
 def devices_view(devices: Iterable[Device]) -> RenderableType:
-    """Every figure of the devices, and where it is from."""
+    """Show every figure of the devices, with its source."""
     table = grid("left", "left", "right", "left", header=("device", "figure", "", "source"))
     for device in devices:
         rows = (
@@ -77,7 +77,7 @@ def _prediction(point: Predicted) -> Text:
 
 
 def prediction_plot(found: LayerPrediction) -> Plot:
-    """A panel for each dtype, number of tokens and size."""
+    """Plot a panel for each dtype, number of tokens and size."""
     panels = []
     for (dtype, tokens, size), group in groupby(found.points, lambda p: (p.dtype, p.tokens, p.size)):
         points = sorted(group, key=lambda point: point.share)

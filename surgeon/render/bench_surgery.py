@@ -1,4 +1,4 @@
-"""How `surgeon bench surgery` shows its result."""
+"""The view of the result of `surgeon bench surgery`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from surgeon.render.bench_plot import Panel, Plot
 from surgeon.text.layout import grid, heading, sentences
 from surgeon.text.summary import percent
 
-_LINEAR_UP_TO = 8  # between the shortest and the longest time of a surgery, so that every line can be told
+_LINEAR_UP_TO = 8  # longest over shortest time of a surgery, so that lines can be told apart
 
 
 def surgery_view(found: SurgeryBenchmark) -> RenderableType:
-    """The dense model, and a row for each tau."""
+    """Show the dense model, and a row for each tau."""
     times = found.times
     header = ("tau", "experts that ran", "ours", "ours, compiled", "torch", "gain")
     table = grid("left", "right", "right", "right", "right", "right", header=header)
@@ -36,15 +36,15 @@ def surgery_view(found: SurgeryBenchmark) -> RenderableType:
     if times.dense is not None:
         compiled = "" if times.compiled is None else f", compiled {milliseconds(times.compiled)} ms"
         lines.append(Text(f"dense model: {milliseconds(times.dense)} ms{compiled}"))
-    legend = "Milliseconds of a call, the median. torch: with the torch backend instead of the kernels."
-    legend += " gain: the faster of the dense models over the faster of ours." if times.dense is not None else ""
+    legend = "Times are medians in milliseconds for one call. torch: with the torch backend instead of the kernels."
+    legend += " gain: the faster of the dense times over the faster of ours." if times.dense is not None else ""
     return Group(*lines, table, sentences((legend, *found.notes), indent=0))
 
 
 def surgery_plot(found: SurgeryBenchmark) -> Plot:
-    """One panel: the dense model beside the settings, by the share of the experts that ran."""
+    """Plot one panel: the dense model and the settings, by the share of the experts that ran."""
     times = found.times
-    # What is stored may be one of the taus that were given: a share has one point.
+    # The stored tau may be among the given ones: each share gets one point.
     by_share = {setting.executed: setting for setting in times.settings}
     settings = [by_share[share] for share in sorted(by_share)]
     lines: dict[str, Sequence[float | None]] = {

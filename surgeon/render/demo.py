@@ -1,4 +1,4 @@
-"""How `surgeon demo` shows its result."""
+"""The view of the result of `surgeon demo`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from surgeon.render.sweep import sweep_view
 
 
 def demo_view(made: Demo) -> RenderableType:
-    """Quality against cost, and where the result is."""
+    """Show quality against cost, and where the result is."""
     before = made.surgery.reports[0].before
     return Group(
         sweep_view(made.points, Dense(None if before is None else before.multiply_adds, made.dense)),
-        Text.assemble("\nSaved to ", (str(made.directory), "bold"), ". Next, to see what was changed:"),
+        Text.assemble("\nSaved to ", (str(made.directory), "bold"), ". Next, to see what changed:"),
         Text(f"  surgeon diff {made.directory}", style="bold"),
     )

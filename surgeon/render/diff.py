@@ -1,4 +1,4 @@
-"""How `surgeon diff` shows two models side by side."""
+"""The view of two models that `surgeon diff` compares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgeon.text.summary import join_like, number, percent
 
 
 def comparison_view(found: Comparison, detail: Detail) -> RenderableType:
-    """Two models side by side."""
+    """Show two models side by side."""
     (first, second), (a, b) = found.names, found.costs
     table = grid("left", "right", "right", "left", header=("", first, second, ""))
     add_numbers(table, "parameters", a.parameters, b.parameters)

@@ -1,4 +1,4 @@
-"""How `surgeon doctor` shows its result."""
+"""The view of the result of `surgeon doctor`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgeon.text.layout import grid
 
 
 def doctor_view(checks: Sequence[Check]) -> RenderableType:
-    """What was checked and found, and what to do about what is wrong."""
+    """Show each check, what it found, and how to fix what is wrong."""
     signs = {"ok": Text("✓", style="green"), "note": Text("·", style="dim"), "failed": Text("✗", style="bold red")}
     table = grid("left", "left", "left")
     for check in checks:

@@ -1,4 +1,4 @@
-"""How `surgeon explain` shows its result."""
+"""The view of the result of `surgeon explain`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from surgeon.text.layout import MODEL, grid, heading, indented
 
 
 def explanation_view(passes: Sequence[Explanation]) -> RenderableType:
-    """For every pass, each candidate: changed, or why not."""
+    """Show for each pass which candidates it changes, and why it leaves the others."""
     lines: list[RenderableType] = []
-    for one in passes:
-        total = len(one.matched) + len(one.rejected)
+    for explanation in passes:
+        total = len(explanation.matched) + len(explanation.rejected)
         if not total:
-            lines += [heading(one.name, f"finds no {one.looks_for}"), Text("")]
+            lines += [heading(explanation.name, f"finds no {explanation.looks_for}"), Text("")]
             continue
-        lines.append(heading(one.name, f"changes {len(one.matched)} of {total} candidates"))
+        lines.append(heading(explanation.name, f"changes {len(explanation.matched)} of {total} candidates"))
         table = grid("left", "left", "left")
-        for path, what in one.matched:
+        for path, what in explanation.matched:
             table.add_row(Text("✓", style="green"), Text(path or MODEL, style="cyan"), what)
-        for rejection in one.rejected:
+        for rejection in explanation.rejected:
             reason = Text.assemble(rejection.reason, (f" [{rejection.code}]", "dim"))
             table.add_row(Text("✗", style="red"), Text(rejection.path or MODEL, style="cyan"), reason)
         lines += [indented(table), Text("")]

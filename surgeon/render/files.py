@@ -1,4 +1,4 @@
-"""Results as files: numbers as JSON, plots as PNG."""
+"""Write results to files: numbers as JSON, plots as PNG."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ def check_files(files: Sequence[Path] | None) -> None:
     """Refuse files that cannot be written, before anything is measured.
 
     Raises:
-        UsageError: neither .json nor .png. SaveError: there is no such directory, or no permission.
+        UsageError: the name ends neither in .json nor in .png.
+        SaveError: there is no such directory, no permission to write to it, or the file is a directory.
     """
     for file in files or ():
         if file.suffix not in (".json", ".png"):
-            raise UsageError(f"{file}: a table is written as .json, a plot as .png.")
-        if not os.access(file.parent, os.W_OK | os.X_OK) or file.is_dir():
-            raise SaveError(f"Cannot write {file}: there is no such directory, or no permission to write there.")
+            raise UsageError(f"Cannot write {file}: give a name that ends in .json, for numbers, or .png, for a plot.")
+        if not os.access(file.parent, os.W_OK | os.X_OK):
+            raise SaveError(f"Cannot write {file}: {file.parent} does not exist or cannot be written to.")
+        if file.is_dir():
+            raise SaveError(f"Cannot write {file}: it is a directory.")
 
 
 def write_result(result: object, file: Path, draw: Callable[[Path], None]) -> None:
-    """Write a result to a `.json` file, or let it be drawn to a `.png`.
+    """Write a result to a `.json` file, or draw it to a `.png` file.
 
     Raises:
         SaveError: the file cannot be written.

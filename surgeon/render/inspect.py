@@ -1,4 +1,4 @@
-"""How `surgeon inspect` shows its result."""
+"""The view of the result of `surgeon inspect`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgeon.text.summary import number, percent
 
 
 def inspection_view(found: Inspection) -> RenderableType:
-    """The sites of a model."""
+    """Show the sites of a model."""
     inputs = ", ".join(f"{name} {'×'.join(map(str, shape)) or 'scalar'}" for name, shape in found.inputs.items())
     lines: list[RenderableType] = [heading(found.model, found.kind + (f", {found.task}" if found.task else ""))]
     table = grid("left", "left")

@@ -1,4 +1,4 @@
-"""How costs and qualities look, which several commands show."""
+"""Parts of views that several commands share: costs and qualities."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from surgeon.text.summary import growth, number
 
 
 def add_numbers(table: Table, name: str, before: int, after: int) -> None:
-    """Add a row of two numbers and how much the second is more."""
+    """Add a row of two numbers and the relative change between them."""
     table.add_row(name, number(before), number(after), dim(growth(before, after)))
 
 
@@ -22,7 +22,7 @@ def quality_value(quality: Quality) -> str:
 
 
 def items_of(quality_name: str) -> str:
-    """What a quality is the mean of."""
+    """The items that a quality is averaged over."""
     return "samples" if quality_name == "accuracy" else "tokens"
 
 

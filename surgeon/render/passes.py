@@ -1,4 +1,4 @@
-"""How `surgeon passes` shows its result."""
+"""The view of the result of `surgeon passes`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from surgeon.text.summary import SiteGroup
 def passes_view(
     passes: Iterable[type[Pass[Any]]], recipes: Mapping[str, tuple[str, Any]], broken: Mapping[str, str]
 ) -> RenderableType:
-    """The list of passes and of recipes; broken: passes of other packages that cannot be used, and why."""
+    """List the passes and recipes.
+
+    broken: for each pass of another package that cannot be used, the reason.
+    """
     table = grid("left", "left", "left", "left", header=("pass", "output", "data", "what it does"))
     for kind in passes:
         data = "needed" if kind.needs_data else "to train" if kind.trains else ""
@@ -27,7 +30,7 @@ def passes_view(
     named = grid("left", "left", header=("recipe", "several passes with their options"))
     for name, (what, _) in recipes.items():
         named.add_row(Text(name, style="bold cyan"), what)
-    hint = "surgeon passes NAME shows a pass's options and an example; surgeon apply --recipe NAME runs a recipe."
+    hint = "surgeon passes NAME shows the options of a pass and an example. surgeon apply --recipe NAME runs a recipe."
     notes = sentences([f"The pass '{name}' cannot be used: {why}." for name, why in broken.items()], indent=0)
     return Group(table, Text(""), named, Text(""), notes, Text(hint, style="dim"))
 
@@ -35,7 +38,7 @@ def passes_view(
 def pass_help_view(
     kind: type[Pass[Any]], description: str, options: Sequence[Option], example: PassDiff
 ) -> RenderableType:
-    """One pass: what it does, needs and promises, its options, and what it makes of a small model."""
+    """Show what a pass does, what it needs and promises, its options, and an example on a small model."""
     table = grid("left", "left", "left", "left", header=("option", "type", "default", ""))
     for option in options:
         default = "" if option.default in (None, ()) else _typed(option.default)
@@ -67,19 +70,19 @@ def first_sentence(kind: type[Pass[Any]]) -> str:
 
 
 def _typed(value: Any) -> str:
-    """A value as it would be typed on the command line."""
+    """A value as it is typed on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def promise(kind: type[Pass[Any]]) -> str:
-    """What a pass does to the model's output, in a few words."""
+    """How a pass affects the model's output, in a few words."""
     if not kind.preserves:
         return "changes"
     return "stays" if kind().keeps_output(True) else "stays until trained"
 
 
 def pass_facts(kind: type[Pass[Any]]) -> list[tuple[str, str]]:
-    """What a pass works on, makes, needs and promises."""
+    """What a pass works on, what it makes, what it needs, and what it promises."""
     sites = {"ffn": "feed-forward layers", "linear": "standalone linear layers", "moe": "expert layers"}
     facts = [("works on", sites[kind.works_on])]
     if kind.makes is not None:

@@ -1,4 +1,4 @@
-"""The only place that prints: answers on stdout, progress and warnings on stderr, styled, plain or as JSON."""
+"""The only module that prints: answers on stdout, progress and warnings on stderr; styled, plain or as JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ _LINES_PER_FIT = 5
 
 
 def to_json(value: Any) -> Any:
-    """Plain JSON values: dataclasses become objects, paths strings, and numbers that are not finite null."""
+    """Convert to plain JSON values.
+
+    Dataclasses become objects, paths become strings, and numbers that are not finite become null.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: to_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -43,13 +46,13 @@ def to_json(value: Any) -> Any:
         return value.value if isinstance(value, Enum) else value
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"{type(value).__name__} has no place in JSON output")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 class Screen:
-    """Where a command writes. One per run.
+    """The output of a command; there is one screen per run.
 
-    mode: None takes "rich" if stdout is a terminal, else "plain". quiet: no progress. verbose: the log too.
+    mode: None means "rich" if stdout is a terminal, else "plain". quiet: show no progress. verbose: show the log too.
     """
 
     def __init__(self, mode: Mode | None = None, *, verbose: int = 0, quiet: bool = False) -> None:
@@ -65,7 +68,7 @@ class Screen:
     # --- answers
 
     def show(self, content: RenderableType) -> None:
-        """Print an answer, or a part of one, for people. Silent where JSON is asked for."""
+        """Print an answer, or a part of it, for people. In JSON mode nothing is printed."""
         if self.mode == "json":
             return
         with self._without_bars():
@@ -76,7 +79,7 @@ class Screen:
                 Console(highlight=False, emoji=False, force_terminal=True).print(content)
 
     def result(self, value: Any) -> None:
-        """Print the answer for programs, where JSON is asked for."""
+        """Print the answer for programs. Only JSON mode prints it."""
         if self.mode == "json":
             with self._without_bars():
                 self._write(json.dumps(to_json(value), indent=1, ensure_ascii=False))
@@ -92,7 +95,7 @@ class Screen:
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
-        """Say what is being done while it is done."""
+        """Show what is being done while it runs."""
         if self.quiet:
             yield
             return
@@ -108,7 +111,10 @@ class Screen:
             bars.remove_task(task)
 
     def progress(self, moment: Progress) -> None:
-        """Show how far long work is: a bar on a terminal, else a line now and then; the losses now and then on both."""
+        """Show the progress of long work: a bar on a terminal, else a line now and then.
+
+        Both show the losses now and then.
+        """
         if self.quiet:
             return
         values = "  ".join(
@@ -127,7 +133,7 @@ class Screen:
             self._print_error(Text(line, style="dim"))
 
     def _due(self, moment: Progress) -> bool:
-        """Whether to print a line: at the first and the last step, and at every fifth of the work or some seconds."""
+        """Whether to print a line: at the first and last step, after each fifth of the work, and every few seconds."""
         now = time.monotonic()
         if moment.what not in self._last_line:
             self._last_line[moment.what] = (now, 0)
@@ -144,7 +150,7 @@ class Screen:
 
     def _running(self) -> Bars:
         if self._bars is None:
-            # Answers go to stdout by themselves: were it redirected, they would end up on stderr.
+            # Answers go to stdout directly. Rich would redirect them to stderr.
             self._bars = Bars(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
@@ -160,7 +166,7 @@ class Screen:
 
     @contextlib.contextmanager
     def _without_bars(self) -> Iterator[None]:
-        """Bars are taken off the screen while something else is printed."""
+        """Take the bars off the screen while something else is printed."""
         if self._bars is None:
             yield
             return
@@ -180,16 +186,16 @@ class Screen:
     # --- warnings, the log, errors
 
     def warn(self, text: str) -> None:
-        """A warning, on stderr."""
+        """Print a warning on stderr."""
         self._print_error(Text.assemble(("warning: ", "yellow"), text))
 
     def say(self, text: str) -> None:
-        """A remark about what goes on, on stderr, unless quiet."""
+        """Print a remark on stderr, unless quiet."""
         if not self.quiet:
             self._print_error(Text(text))
 
     def error(self, text: str, *, kind: str, exit_code: int) -> None:
-        """An error: the text on stderr and, where JSON is asked for, `{"error": …}` on stdout."""
+        """Print an error on stderr, and in JSON mode also `{"error": …}` on stdout."""
         self.close()
         self._print_error(Text.assemble(("error: ", "bold red"), text))
         if self.mode == "json":
@@ -203,7 +209,7 @@ class Screen:
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
-        """Show the toolkit's log on stderr while a command runs: warnings always, the rest with -v."""
+        """Show the toolkit's log on stderr while a command runs: warnings always, the rest with --verbose."""
         handler = _Handler(self)
         handler.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(self.verbose, 2)])
         log = logging.getLogger("surgeon")
@@ -221,7 +227,7 @@ class Screen:
 
 
 class _Bar(BarColumn):
-    """A bar with how far and how long still; for work of unknown length, how long so far."""
+    """A bar with the steps done and the time left; for work of unknown length, the time so far."""
 
     def render(self, task: Task) -> Any:
         """The bar of one task."""

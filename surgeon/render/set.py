@@ -1,4 +1,4 @@
-"""How `surgeon set` shows its result."""
+"""The view of the result of `surgeon set`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from surgeon.text.layout import grid, sentences
 
 
 def set_view(found: SetResult) -> RenderableType:
-    """What is set for every layer, beside what was set before where that changed."""
+    """Show what is set for each layer, and the value before where it changed."""
     layers = found.layers.values()
     header = ["layer", "tau", "rule"]
-    if any(one.compensated for change in layers for one in (change.before, change.after)):
+    if any(knobs.compensated for change in layers for knobs in (change.before, change.after)):
         header.append("compensated")
     table = grid(*(["left"] * len(header)), header=header)  # type: ignore[arg-type]
     for path, change in found.layers.items():
         before, after = (
-            (f"{one.tau:.3g}", one.rule, "yes" if one.compensated else "no") for one in (change.before, change.after)
+            (f"{knobs.tau:.3g}", knobs.rule, "yes" if knobs.compensated else "no")
+            for knobs in (change.before, change.after)
         )
         cells = (new if old == new else f"{old} → {new}" for old, new in zip(before, after, strict=True))
         table.add_row(Text(path, style="cyan"), *list(cells)[: len(header) - 1])

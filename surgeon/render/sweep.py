@@ -1,4 +1,4 @@
-"""How `surgeon sweep` shows its result."""
+"""The view of the result of `surgeon sweep`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from surgeon.text.summary import number, percent
 
 
 def swept_view(swept: Swept) -> RenderableType:
-    """Quality and cost at every setting, and what to know of them."""
+    """Show quality and cost at every setting, and the notes on them."""
     return Group(sweep_view(swept.points, swept.dense), sentences(swept.notes, indent=0))
 
 
 def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
-    """Quality and cost at every setting, the dense model's and the oracle's beside them."""
+    """Show quality and cost at every setting, for the dense model, and with the oracle router."""
     first = points[0]
     name = first.quality.name
     several = len({point.rule for point in points}) > 1
@@ -65,12 +65,12 @@ def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
             _milliseconds(point),
         )
     measured = (
-        f"{name} on {first.quality.items} {items_of(name)}; converted layers: their multiply-adds, routers "
-        "included, of the dense layers'; multiply-adds: of the whole model, for the example inputs"
+        f"{name} on {first.quality.items} {items_of(name)}. converted layers: their multiply-adds, including routers, "
+        "as a share of the dense layers'. multiply-adds: of the whole model, for the example inputs."
     )
     lines: list[RenderableType] = [table, sentences([measured], indent=0)]
     if dense.quality is None:
-        lines.append(dim("The dense model's quality on this data is not known: give the model with --dense."))
+        lines.append(dim("The dense model's quality on this data is not known. Give the model with --dense."))
     return Group(*lines)
 
 

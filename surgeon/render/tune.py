@@ -1,4 +1,4 @@
-"""How `surgeon tune` shows its result."""
+"""The view of the result of `surgeon tune`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from surgeon.text.summary import percent
 
 
 def tuned_view(found: TuningResult) -> RenderableType:
-    """The tau of every layer, and what tuning gained over one tau for all."""
+    """Show the tau of each layer, and what tuning gained over one tau for all layers."""
     tuned = found.tuned
     table = grid("left", "right", "right", header=("layer", "tau", "experts that run"))
     for path, tau in tuned.taus.items():

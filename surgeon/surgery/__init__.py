@@ -1,1 +1,1 @@
-"""Passes over a model: the pipeline, its result, what it changed, and the directory it is saved to."""
+"""Run passes over a model: the pipeline, its result, what it changed, and the directory it is saved to."""

@@ -57,29 +57,29 @@ def save(
     origin: Origin,
     overwrite: bool = False,
 ) -> Path:
-    """Write a graph and what was done to it to `directory`, which must not exist or be empty unless `overwrite`.
+    """Write a graph and its record to `directory`, which must not exist or must be empty, unless `overwrite`.
 
     The saved program is compared with the graph on the example inputs before anything is put in place.
 
     Args:
         inputs: example inputs. record: see `surgeon.surgery.record.make_record`. diff: what every pass changed.
-        origin: whose configuration and tokenizer are written beside the graph.
+        origin: its configuration and tokenizer are written beside the graph.
 
     Raises:
         SaveError: the directory has other content, there is no space or no permission, or the graph cannot be exported.
-            Nothing half-written is left.
+            Nothing half-written is left behind.
         PassError: there are no example inputs, which export needs.
     """
     directory = Path(directory)
     if inputs is None:
-        raise PassError("A surgery is saved with its example inputs: pass them to Pipeline.run as inputs=…")
+        raise PassError("A surgery is saved with its example inputs. Pass them to Pipeline.run as inputs=…")
     if directory.exists() and not directory.is_dir():
         raise SaveError(f"{directory} is a file. Give a directory for the result.")
     if directory.is_dir() and any(directory.iterdir()):
         if not overwrite:
-            raise SaveError(f"{directory} exists and is not empty. Give another directory, or say to overwrite it.")
+            raise SaveError(f"{directory} exists and is not empty. Give another directory, or overwrite=True.")
         if not (directory / RECORD).exists():
-            raise SaveError(f"{directory} holds something else than a saved surgery, and is not overwritten.")
+            raise SaveError(f"{directory} is not empty and not a saved surgery. Give another directory.")
     program = _export(graph, *as_args_kwargs(inputs))
     with _written_whole(directory) as fresh:
         _check_space(graph, fresh)
@@ -88,7 +88,7 @@ def save(
             for part in (origin.config, origin.tokenizer, origin.processor):
                 if part is not None:
                     part.save_pretrained(fresh)
-        diffs = [asdict(one.graph) for one in diff.passes]
+        diffs = [asdict(pass_.graph) for pass_ in diff.passes]
         (fresh / DIFF).write_text(json.dumps(diffs), encoding="utf-8")
         write_record(replace(record, model_sha256=sha256_of([fresh / MODEL])), fresh)
     return directory
@@ -98,15 +98,15 @@ def load(directory: str | Path) -> TracedGraph:
     """Load a saved graph, in evaluation mode. `graph.meta["surgery"]` holds the record of what was done.
 
     Raises:
-        LoadError: no saved surgery, a damaged or truncated file, or one of another version.
+        LoadError: the directory is not a saved surgery, a file is damaged, or another version of surgeon wrote it.
     """
     directory = Path(directory)
     record = read_record(directory)
     model = directory / MODEL
     if not model.exists():
-        raise LoadError(f"{directory} has no {MODEL}: the saved surgery is incomplete.")
+        raise LoadError(f"{directory} has no {MODEL}, so the saved surgery is incomplete. Save it again.")
     if sha256_of([model]) != record.model_sha256:
-        raise LoadError(f"{model} is damaged or was changed: its hash is not the one that {RECORD} has. Save it again.")
+        raise LoadError(f"{model} is damaged or was changed: its hash differs from the one in {RECORD}. Save it again.")
     for name in record.output_modules:
         # Output classes register themselves when imported. Only transformers' own are ever imported by name.
         if name.startswith("transformers."):
@@ -119,8 +119,8 @@ def load(directory: str | Path) -> TracedGraph:
     try:
         graph.meta["earlier_passes"] = load_diff(directory).passes
     except LoadError as error:
-        # The model is whole; only the record of what was done to it is not.
-        log.warning("%s It is not carried on into surgeries that go on from here.", error)
+        # The model is intact; only the record of what was done to it is not.
+        log.warning("%s Results that start from this surgery will not include its diff.", error)
     return graph
 
 
@@ -128,12 +128,12 @@ def load_inputs(directory: str | Path) -> tuple[tuple[Any, ...], dict[str, Any]]
     """The example inputs of a saved surgery, as positional and keyword arguments.
 
     Raises:
-        LoadError: as `load`; the file holds none.
+        LoadError: as `load`, or the file has no example inputs.
     """
     read_record(Path(directory))
     program = read_program(Path(directory) / MODEL)
     if program.example_inputs is None:
-        raise LoadError(f"{Path(directory) / MODEL} holds no example inputs. Save it again.")
+        raise LoadError(f"{Path(directory) / MODEL} has no example inputs. Save the surgery again.")
     args, kwargs = program.example_inputs
     return tuple(args), dict(kwargs)
 
@@ -149,7 +149,7 @@ def load_diff(directory: str | Path) -> Diff:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path} is damaged: {error}") from error
+        raise LoadError(f"{path} is damaged: {error}.") from error
     graphs = parse(list[GraphDiff], content, path)
     if len(graphs) != len(reports):
         raise LoadError(f"{path} is damaged: it has {len(graphs)} passes and {RECORD} has {len(reports)}.")
@@ -178,14 +178,14 @@ def _export(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         graph.train(training)
     error_size = relative_error(actual, expected)
     if not error_size <= tolerance_for(expected, graph):
-        raise SaveError(f"The exported graph differs from the graph by {error_size:.1e} relative; nothing was saved.")
+        raise SaveError(f"The exported graph differs from the graph by {error_size:.1e}, relative. Nothing was saved.")
     return program
 
 
 def _at_least_two(
     graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs with a batch of 1 doubled where batch is dynamic: export fixes a dimension of size 1."""
+    """The inputs with a batch of 1 doubled where the batch is dynamic, since export fixes dimensions of size 1."""
     info: TraceInfo = graph.meta["trace"]
     flat = iter(info.dynamic)
 
@@ -201,7 +201,7 @@ def _at_least_two(
 
 
 def _dynamic_shapes(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any], info: TraceInfo) -> Any:
-    """The dynamic dimensions of the trace, in the structure of a call of the graph."""
+    """The dynamic dimensions of the trace, in the structure of the graph's arguments."""
     dynamic = iter(info.dynamic)
 
     def free(leaf: Any) -> Any:
@@ -223,7 +223,7 @@ def _check_space(graph: GraphModule, where: Path) -> None:
 
 @contextlib.contextmanager
 def _written_whole(directory: Path) -> Iterator[Path]:
-    """A new directory beside the target that takes its place when everything is written, and vanishes otherwise."""
+    """A new directory that replaces the target when everything is written, and is removed otherwise."""
     fresh: Path | None = None
     if directory.is_symlink():
         directory = directory.resolve()
@@ -247,7 +247,7 @@ def _written_whole(directory: Path) -> Iterator[Path]:
     except OSError as error:
         raise SaveError(f"Cannot write {directory}: {error.strerror or error}. Nothing was left behind.") from error
     except RuntimeError as error:
-        # torch's own file writer reports a full disk so.
+        # torch's own file writer reports a full disk in this way.
         raise SaveError(f"Cannot write {directory}: {error}. Nothing was left behind.") from error
     finally:
         if fresh is not None:

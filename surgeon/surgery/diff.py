@@ -11,12 +11,12 @@ from surgeon.text.plain import diff_text
 
 @dataclass(frozen=True)
 class Diff:
-    """The pass-by-pass difference between a model and its rewritten graph. `str()` gives it as plain text."""
+    """What each pass changed between a model and its rewritten graph. `str()` gives it as plain text."""
 
     passes: tuple[PassDiff, ...]
 
     def text(self, detail: Detail = "sites") -> str:
-        """As plain text: a line per site, only the totals ("stat"), or every node ("full")."""
+        """The diff as plain text: a line per site ("sites"), only the totals ("stat"), or every node ("full")."""
         return diff_text(self.passes, detail)
 
     def __str__(self) -> str:

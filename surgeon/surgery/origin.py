@@ -1,4 +1,4 @@
-"""Where a model came from."""
+"""The file or directory that a model came from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 class Origin:
     """Where a model came from, for the record and for the files that are saved beside it.
 
-    path, kind, sha256: of the input file or directory; None for a model made in Python. notes: what loading it showed.
+    path, kind, sha256: of the input file or directory; None for a model made in Python. notes: remarks from loading it.
     """
 
     path: str | None = None

@@ -53,12 +53,13 @@ class Pipeline:
         """Rewrite `model` (or a graph of ATen ops), which is itself left as it was.
 
         Args:
-            inputs: example inputs; found by themselves for Hugging Face models.
-            data: what to train on (see `surgeon.Data.of`); without it nothing is trained and the reports say so.
-            seed: of every random choice.
-            verify: compare outputs across every pass on the example inputs ("fast"), also on others ("full"), or not.
-            progress, on_pass: called during long work and after every pass.
-            workdir, resume: where training keeps checkpoints, and whether to continue from them.
+            inputs: example inputs; made automatically for Hugging Face models.
+            data: training data (see `surgeon.Data.of`); without it nothing is trained, and the reports say so.
+            seed: random seed.
+            verify: compare outputs before and after each pass: on the example inputs ("fast"), also on others ("full"),
+                or not at all ("off").
+            progress, on_pass: called during long work, and after each pass.
+            workdir, resume: directory for checkpoints, and whether to continue from them.
             dry_run: rewrite without training.
 
         Raises:
@@ -83,11 +84,11 @@ class Pipeline:
         surgery.fingerprint = given.fingerprint if given else None
         surgery.earlier = earlier_passes(graph)
         original = fork(graph).eval()
-        for number, one in enumerate(self.passes):
+        for number, pass_ in enumerate(self.passes):
             work = adopt(surgery.graph)
-            place = None if workdir is None else workdir / f"{number:02d}-{one.name}"
+            place = None if workdir is None else workdir / f"{number:02d}-{pass_.name}"
             step = RunSettings(seed, verify, progress, place, resume, dry_run, original)
-            report = one.run(work, inputs=inputs, data=given, settings=step)
+            report = pass_.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
             surgery.reports.append(report)
             surgery.snapshots.append(snapshot(work))
@@ -99,20 +100,20 @@ class Pipeline:
         """Check order and requirements, before anything runs.
 
         Raises:
-            UsageError: what is wrong and how to order the passes.
+            UsageError: the passes cannot run in this order, or data is missing; the message says what to do.
         """
         if not self.passes:
-            raise UsageError("No passes to run. `surgeon passes` lists them.")
+            raise UsageError("No passes to run. `surgeon passes` lists the available ones.")
         made = {"moe"} if has_moes else set()
-        for position, one in enumerate(self.passes):
-            early = next((p.name for p in self.passes[:position] if p.name in one.must_precede), None)
+        for position, pass_ in enumerate(self.passes):
+            early = next((p.name for p in self.passes[:position] if p.name in pass_.must_precede), None)
             if early is not None:
-                raise UsageError(f"{one.name} must run before {early}, which goes on from what it makes: swap them.")
-            if one.works_on == "moe" and "moe" not in made:
-                raise UsageError(f"{one.name} works on experts, and there are none: put moeify before it.")
-            if one.why_data and not has_data:
+                raise UsageError(f"{pass_.name} must run before {early}. Swap the two passes.")
+            if pass_.works_on == "moe" and "moe" not in made:
+                raise UsageError(f"{pass_.name} works on experts, but there are none. Put moeify before it.")
+            if pass_.why_data and not has_data:
                 raise UsageError(
-                    f"{one.name} needs data: {one.why_data}. Give --data, or --dry-run to see what would change."
+                    f"{pass_.name} needs data: {pass_.why_data}. Give --data, or --dry-run to see what would change."
                 )
-            if one.makes is not None:
-                made.add(one.makes)
+            if pass_.makes is not None:
+                made.add(pass_.makes)

@@ -1,4 +1,4 @@
-"""Passes by name: build them from what a user typed, and write down what was run so that it can be run again."""
+"""Passes by name: build passes from what a user typed, and define the recipes."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ D2DMOE: Steps = [
 ]
 RECIPES: dict[str, tuple[str, Steps]] = {
     "recommended": (
-        "Our choice: ReLU, 5% of the neurons active, distillation of answers and layers, clusters of what fires "
-        "together, routers from closed form on, fine-tuning with experts skipped. The learning rates suit a pretrained "
-        "transformer; a small model may want higher ones. Then surgeon tune.",
+        "Our choice: ReLU, 5% of the neurons active, distillation of outputs and layers, experts of neurons that fire "
+        "together, routers that start in closed form, fine-tuning with experts skipped. The learning rates suit a "
+        "pretrained transformer; a small model may need higher ones. Run surgeon tune afterwards.",
         [
             ("swap-activation", {}),
             ("sparsify", {"target": 0.05, "lr": 5e-5, "distill": 0.7, "distill_layers": 1.0}),
@@ -46,10 +46,10 @@ RECIPES: dict[str, tuple[str, Steps]] = {
             ("lower", {}),
         ],
     ),
-    "relufy": ("ReLU in place of the activation, and recovery training: what sparsity comes by itself.", RELUFY),
+    "relufy": ("ReLU in place of the activation, and recovery training, without a sparsity penalty.", RELUFY),
     "moefication": (
-        "MoEfication (arXiv 2110.01786) as D2DMoE compares with it: ReLU, clusters of weights, routers that classify, "
-        "a fixed number of experts; their published size, 24, is to be set with moeify.expert_size.",
+        "MoEfication (arXiv 2110.01786), as D2DMoE compares with it: ReLU, clusters of weights, routers that classify, "
+        "a fixed number of experts. Set the published expert size, 24, with moeify.expert_size.",
         [
             *RELUFY,
             (
@@ -68,13 +68,13 @@ RECIPES: dict[str, tuple[str, Steps]] = {
     ),
     "d2dmoe": (
         "D2DMoE (arXiv 2310.04361) as published: ReLU, square Hoyer with one weight for all layers, clusters of "
-        "weights, routers of width 128 that regress norms, experts above a share of the largest score; their published "
-        "sizes (24 for BERT, 4 for GPT-2, 6 for ViT-B) are to be set with moeify.expert_size.",
+        "weights, routers of width 128 that regress norms, experts above a share of the largest score. Set the "
+        "published expert sizes (24 for BERT, 4 for GPT-2, 6 for ViT-B) with moeify.expert_size.",
         D2DMOE,
     ),
     "d2dmoe-attention": (
-        "d2dmoe after attention projections became MLPs, from random weights; the published sizes of experts are to be "
-        "set as there. mlpify.skip leaves other linear layers (a pooler) alone.",
+        "d2dmoe after mlpify, which replaces attention projections by MLPs from random weights. Set the expert sizes "
+        "as for d2dmoe. mlpify.skip leaves other linear layers, such as a pooler, alone.",
         [("mlpify", {"init": "random", "error": "mse"}), *D2DMOE],
     ),
 }
@@ -84,7 +84,7 @@ def find_pass(name: str) -> type[Pass[Any]]:
     """The pass of this name.
 
     Raises:
-        UsageError: there is none; the message suggests the nearest name.
+        UsageError: there is no such pass; the message suggests the nearest name.
     """
     known = all_passes()
     if name in known:
@@ -95,9 +95,9 @@ def find_pass(name: str) -> type[Pass[Any]]:
 
 
 def build(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> list[Pass[Any]]:
-    """Passes from names and `{pass: {option: value}}`; values may be strings, as typed on a command line.
+    """Build passes from names and `{pass: {option: value}}`. Values may be strings, as typed on a command line.
 
-    A value for each site is typed as `*.0.*:8,*:4`.
+    Values that differ between sites are typed as `*.0.*:8,*:4`.
 
     Raises:
         UsageError: an unknown pass or option, a value of the wrong type, or options for a pass that is not run.
@@ -111,7 +111,7 @@ def build(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None 
 
 
 def with_options(kind: type[Pass[Any]], options: Mapping[str, Any]) -> Pass[Any]:
-    """A pass with options, whose values may be strings, as typed on a command line.
+    """Build a pass with options. Values may be strings, as typed on a command line.
 
     Raises:
         UsageError: an unknown option, or a value of the wrong type or out of range.
@@ -123,7 +123,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, str]]:
     """`["moeify.experts=16"]` → `{"moeify": {"experts": "16"}}`.
 
     Raises:
-        UsageError: not of the form pass.option=value.
+        UsageError: a setting does not have the form pass.option=value.
     """
     result: dict[str, dict[str, str]] = {}
     for setting in settings:
@@ -152,7 +152,7 @@ def _values(kind: type[Pass[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
                 value = tuple(part.strip() for part in value.split(",") if part.strip())
             elif value.lower() in ("none", "") and type(None) in typing.get_args(types[key]):
                 value = None
-            elif ":" in value and any(typing.get_origin(one) is dict for one in typing.get_args(types[key])):
+            elif ":" in value and any(typing.get_origin(part) is dict for part in typing.get_args(types[key])):
                 value = parse_by_site(f"{kind.name}.{key}=", value)
         try:
             values[key] = TypeAdapter(types[key]).validate_python(value)
@@ -163,12 +163,12 @@ def _values(kind: type[Pass[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_by_site(name: str, text: str) -> dict[str, str]:
-    """`"*.0.*:8,*:4"` → `{"*.0.*": "8", "*": "4"}`, in this order; of a pattern given twice the first counts.
+    """`"*.0.*:8,*:4"` → `{"*.0.*": "8", "*": "4"}`, in this order. If a pattern is given twice, the first value counts.
 
-    name: what it was given as, for the message.
+    name: of the option, for the message.
 
     Raises:
-        UsageError: not of this form.
+        UsageError: the text does not have this form.
     """
     values: dict[str, str] = {}
     for part in text.split(","):

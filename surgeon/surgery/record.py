@@ -1,6 +1,6 @@
-"""What was done to a model, as data: the content of `surgery.json`.
+"""The record of what was done to a model: the content of `surgery.json`.
 
-A record is written once, when a surgery is saved, and read once, when it is loaded; in between it is this dataclass.
+A record is written once, when a surgery is saved, and read once, when it is loaded. In memory it is a `Record`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Step:
-    """A pass by name, with those of its options that are not at their default."""
+    """The name of a pass, and its options that differ from the default."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What repeats a surgery. data: in words. fingerprint: of the data; None if there was none."""
+    """How to repeat a surgery. data: in words. fingerprint: of the data; None if there was no data."""
 
     passes: tuple[Step, ...]
     seed: int
@@ -74,7 +74,7 @@ class ExpertLayer:
 class MeasuredQuality:
     """Quality of the dense model and of the surgery, and the fingerprint of the data they were measured on.
 
-    after: None if the knobs have been set to other values since.
+    after: None if the knobs have since been set to other values.
     """
 
     before: Quality
@@ -86,10 +86,10 @@ class MeasuredQuality:
 class Record:
     """The content of `surgery.json`.
 
-    schema: the version of this form. versions: of the packages that wrote it. experts: layers with experts, in order.
-    projections: feed-forward layers that a pass put in place of linear ones, by path.
-    tau, rule: by the path of a layer's experts. compensated: the layers that add the mean of what they skip.
-    output_modules: that the program's inputs and outputs need before it can be loaded. model_sha256: of the program.
+    schema: version of the format. versions: of the packages that wrote it. experts: layers with experts, in order.
+    projections: paths of the feed-forward layers that replaced linear layers.
+    tau, rule: by the path of a layer's experts. compensated: the layers that add the mean output of skipped experts.
+    output_modules: modules to import before the program can be loaded. model_sha256: of the program.
     """
 
     schema: int
@@ -109,14 +109,14 @@ class Record:
 
 
 def record_of(graph: GraphModule) -> Record | None:
-    """The record that a loaded graph came with; None for a graph that was made here."""
+    """The record of a loaded graph; None for a graph that was not loaded."""
     found = graph.meta.get("surgery")
     assert found is None or isinstance(found, Record)
     return found
 
 
 def earlier_passes(graph: GraphModule) -> tuple[PassDiff, ...]:
-    """What the passes changed that a loaded graph had behind it; () for a graph that was made here."""
+    """What the passes changed before a graph was saved and loaded; () for a graph that was not loaded."""
     return tuple(graph.meta.get("earlier_passes", ()))
 
 
@@ -130,14 +130,14 @@ def make_record(
     fingerprint: str | None = None,
     quality: MeasuredQuality | None = None,
 ) -> Record:
-    """Describe a graph as it is now.
+    """Make the record of a graph as it is now.
 
-    Where it goes on from a saved surgery, the input is what that one started from.
+    If the graph comes from a saved surgery, the input in the record is that of the first surgery.
 
     Args:
         reports: of every pass, those of the saved surgery first.
         origin: of the model. seed, data, fingerprint: of this run.
-        quality: measured now; None if it was not, which keeps what the saved surgery has as far as it still holds.
+        quality: measured now. None keeps the saved surgery's quality, as far as it still holds.
     """
     first = record_of(graph)
     made = Record(
@@ -153,7 +153,7 @@ def make_record(
             tuple(Step(report.name, dict(report.options)) for report in reports),
             seed,
             data,
-            # Without data of its own, a surgery that goes on from another one keeps that one's.
+            # A surgery without data of its own keeps the fingerprint of the surgery it starts from.
             fingerprint or (None if first is None else first.recipe.fingerprint),
         ),
         trace=graph.meta["trace"],
@@ -173,7 +173,10 @@ def make_record(
 
 
 def _quality(now: Record, first: Record) -> MeasuredQuality | None:
-    """Quality of a surgery that goes on from another one: "before" is before that one, if the data is the same."""
+    """Quality of a surgery that starts from a saved one.
+
+    On the same data, "before" is from before the first surgery.
+    """
     if now.quality is None:
         same = (now.tau, now.rule, now.compensated) == (first.tau, first.rule, first.compensated)
         return first.quality if first.quality is None or same else replace(first.quality, after=None)
@@ -191,7 +194,7 @@ def read_record(directory: Path) -> Record:
     """Read `surgery.json`.
 
     Raises:
-        LoadError: it is missing or damaged, or another version of surgeon wrote it in another form.
+        LoadError: it is missing or damaged, or another version of surgeon wrote it in another format.
     """
     path = directory / RECORD
     try:
@@ -200,19 +203,19 @@ def read_record(directory: Path) -> Record:
     except FileNotFoundError:
         raise LoadError(f"{directory} is not a saved surgery: it has no {RECORD}.") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LoadError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise LoadError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         what = "Update surgeon to read it" if newer else "Run the surgery again, or use the version that wrote it"
-        raise LoadError(f"{path} has schema {schema!r}, and this version of surgeon reads schema {SCHEMA}. {what}.")
+        raise LoadError(f"{path} has schema {schema!r}, but this version of surgeon reads schema {SCHEMA}. {what}.")
     return parse(Record, content, path)
 
 
 def parse(kind: type[Kind], content: object, path: Path) -> Kind:
-    """Make a dataclass of the JSON values of a file that surgeon wrote.
+    """Convert the JSON values of a file that surgeon wrote to a dataclass.
 
     Raises:
-        LoadError: they do not fit; the message names the file and the first value that is missing or of a wrong type.
+        LoadError: the values do not fit; the message names the file, and the first value that is missing or wrong.
     """
     try:
         return validated(kind, content)
@@ -221,10 +224,10 @@ def parse(kind: type[Kind], content: object, path: Path) -> Kind:
 
 
 def validated(kind: type[Kind], content: object) -> Kind:
-    """Make a dataclass of JSON values.
+    """Convert JSON values to a dataclass.
 
     Raises:
-        ValueError: they do not fit; the message names the first value that is missing or of a wrong type.
+        ValueError: the values do not fit; the message names the first value that is missing or has a wrong type.
     """
     try:
         return TypeAdapter(kind).validate_python(content)

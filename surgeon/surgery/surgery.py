@@ -23,7 +23,7 @@ class Surgery:
     graph: the rewritten graph, called with the model's own arguments. reports: one per pass, in order.
     inputs: the example inputs it was verified with. snapshots: the graph before the first and after every pass.
     earlier: the passes that had been run before, if the graph came from a saved surgery. quality: of the model before
-    and after; None if it was not measured. data, fingerprint: what it was trained on, in words and as a hash.
+    and after; None if it was not measured. data, fingerprint: the training data, in words and as a hash.
     """
 
     graph: TracedGraph
@@ -38,7 +38,7 @@ class Surgery:
     fingerprint: str | None = None
 
     def diff(self) -> Diff:
-        """What each pass changed, those of an earlier surgery included; printable."""
+        """What each pass changed, including the passes of an earlier surgery. `print` shows it."""
         new = (
             PassDiff(report, compare(before, after))
             for report, before, after in zip(self.reports, self.snapshots, self.snapshots[1:], strict=False)
@@ -55,7 +55,7 @@ class Surgery:
         diff = self.diff()
         record = make_record(
             self.graph,
-            [one.report for one in diff.passes],
+            [pass_.report for pass_ in diff.passes],
             origin=self.origin,
             seed=self.seed,
             data=self.data,

@@ -1,4 +1,4 @@
-"""For authors of passes: the tests that every pass has to meet, and small models to try one on. Needs pytest."""
+"""For authors of passes: tests that every pass must meet, and small models to test a pass on. Needs pytest."""
 
 try:
     import pytest  # noqa: F401

@@ -1,4 +1,4 @@
-"""Small models that tests of passes run on: feed-forward layers of several kinds, and stacks of them."""
+"""Small models for tests of passes: feed-forward layers of several kinds, and stacks of them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Gated(nn.Module):
 
 
 class Fused(nn.Module):
-    """Gate and up in one matrix, the gate first."""
+    """A gated layer with gate and up in one matrix, the gate first."""
 
     def __init__(
         self, d_in: int = WIDTH, hidden: int = HIDDEN, act: Callable[[Tensor], Tensor] = F.silu, bias: bool = True
@@ -94,7 +94,7 @@ class StackLayer(nn.Module):
 
 
 class Stack(nn.Module):
-    """A classifier of vectors without attention, quick to trace and to save: [B, T, d] → [B, 3]."""
+    """A classifier of vectors without attention, fast to trace and to save: [B, T, d] → [B, 3]."""
 
     def __init__(self, *ffns: nn.Module) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def feed_forward(kind: str, dropout: float = 0.1) -> nn.Module:
 
 
 def stack(kind: str = "gelu", layers: int = 2) -> Stack:
-    """A `Stack` whose feed-forward layers are of one kind, or one and the same ("shared"), in evaluation mode."""
+    """A `Stack` in evaluation mode. Its feed-forward layers are of one kind, or a single layer ("shared")."""
     torch.manual_seed(0)
     if kind == "shared":
         return Stack(*[feed_forward("relu")] * layers).eval()
@@ -134,10 +134,10 @@ def stack(kind: str = "gelu", layers: int = 2) -> Stack:
 
 
 def vectors(batch: int = 3, length: int = 5, seed: int = 0) -> Inputs:
-    """Inputs of a `Stack`."""
+    """Inputs for a `Stack`."""
     return {"x": torch.randn(batch, length, WIDTH, generator=torch.Generator().manual_seed(seed))}
 
 
 def labelled_vectors(batches: int = 2) -> list[tuple[Inputs, Tensor]]:
-    """Training data of a `Stack`."""
+    """Training data for a `Stack`."""
     return [(vectors(8, seed=number), torch.arange(8) % CLASSES) for number in range(batches)]

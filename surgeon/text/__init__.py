@@ -1,1 +1,1 @@
-"""Reports as text, plain or for `rich`. Nothing here prints."""
+"""Turn reports into text, plain or for `rich`. Nothing in this package prints."""

@@ -1,4 +1,4 @@
-"""How the pass-by-pass diff looks, on a terminal and as plain text."""
+"""The view of the pass-by-pass diff, on a terminal and as plain text."""
 
 from __future__ import annotations
 
@@ -38,18 +38,21 @@ Detail = Literal["sites", "stat", "full"]
 
 
 def diff_view(passes: Sequence[PassDiff], detail: Detail) -> RenderableType:
-    """The pass-by-pass diff."""
+    """Show what each pass changed."""
     if detail == "stat":
-        return stat_view([one.report for one in passes])
+        return stat_view([pass_.report for pass_ in passes])
     blocks: list[RenderableType] = []
-    for one in passes:
-        blocks += [pass_view(one, detail), Text("")]
+    for pass_ in passes:
+        blocks += [pass_view(pass_, detail), Text("")]
     return Group(*blocks[:-1])
 
 
-def pass_view(one: PassDiff, detail: Detail, *, gap: bool = False) -> RenderableType:
-    """One pass: what it did to the whole, a line for each site, and why sites were left as they were."""
-    report = one.report
+def pass_view(pass_: PassDiff, detail: Detail, *, gap: bool = False) -> RenderableType:
+    """Show what one pass did to the model and to each site, and why it left sites unchanged.
+
+    gap: end with an empty line.
+    """
+    report = pass_.report
     lines: list[RenderableType] = [_pass_header(report)]
     if report.before is not None and report.after is not None:
         lines.append(_costs(report.before, report.after))
@@ -64,14 +67,14 @@ def pass_view(one: PassDiff, detail: Detail, *, gap: bool = False) -> Renderable
         lines.append(sites_view(groups))
     if report.rejected:
         lines.append(_refusals(report.rejected, detail))
-    if detail == "full" and one.graph:
-        lines.append(graph_diff_view(one.graph))
+    if detail == "full" and pass_.graph:
+        lines.append(graph_diff_view(pass_.graph))
     lines.append(sentences(report.notes))
     return Group(*lines, *([Text("")] if gap else []))
 
 
 def stat_view(reports: Sequence[PassReport]) -> RenderableType:
-    """Totals only, a line for each pass."""
+    """Show totals only, in a line for each pass."""
     columns: list[tuple[str, Literal["left", "right"], Callable[[PassReport], RenderableType]]] = [
         ("pass", "left", lambda report: Text(report.name, style="bold")),
         ("sites", "right", lambda report: f"{len(report.matched)}/{len(report.matched) + len(report.rejected)}"),
@@ -98,7 +101,7 @@ def _both(report: PassReport, what: Callable[[Cost], int]) -> str:
 
 
 def graph_diff_view(diff: GraphDiff) -> RenderableType:
-    """Every node and parameter that left or came, by module path."""
+    """Show every node and parameter that was removed or added, by module path."""
     lines: list[RenderableType] = []
     for path in sorted(diff.changes, key=natural):
         lines.append(Text(f"  {path or MODEL}", style="bold"))
@@ -143,7 +146,7 @@ def _training(report: PassReport, *, short: bool = False) -> Text:
     kind = all_passes().get(report.name)
     if kind is None or not report.matched:
         return Text("")
-    # Whether it was to train follows from its options; the note says that it was.
+    # Whether a pass trains depends on its options. This note is there only if it should have trained.
     untrained = kind.untrained in report.notes if kind.untrained else kind.needs_data
     return Text("none" if short else "not trained", style="yellow") if untrained else Text("")
 
@@ -180,7 +183,7 @@ def _costs(before: Cost, after: Cost) -> RenderableType:
 
 
 def sites_view(groups: Sequence[SiteGroup]) -> RenderableType:
-    """A line for each group of sites, or three where the terminal is too narrow for one."""
+    """Show a line for each group of sites, or three lines where the terminal is too narrow for one."""
     ran = any(group.change.executed is not None for group in groups)
     header = ["site", "was → is", "parameters", "mult-adds/token", "ran" if ran else ""]
     wide = grid("left", "left", "left", "left", "right", header=header)
@@ -201,17 +204,17 @@ def sites_view(groups: Sequence[SiteGroup]) -> RenderableType:
 
 
 def sparsity_view(sparsity: Mapping[str, tuple[Sparsity, Sparsity]], detail: Detail) -> RenderableType:
-    """How sparse the activations of each layer were before training and are after it, layers that look alike joined."""
+    """Show how sparse the activations of each layer are before and after training; like layers are joined."""
     parts: dict[str, Callable[[Sparsity], float]] = {
-        "active": lambda one: one.active,
-        "exactly zero": lambda one: one.zero,
+        "active": lambda sparse: sparse.active,
+        "exactly zero": lambda sparse: sparse.zero,
     }
     if detail == "full":
         parts = {
-            "exactly zero": lambda one: one.zero,
-            "below 1/10": lambda one: one.below_10th,
-            "below 1/100": lambda one: one.below_100th,
-            "below 1/1000": lambda one: one.below_1000th,
+            "exactly zero": lambda sparse: sparse.zero,
+            "below 1/10": lambda sparse: sparse.below_10th,
+            "below 1/100": lambda sparse: sparse.below_100th,
+            "below 1/1000": lambda sparse: sparse.below_1000th,
         }
     rows = [
         (path, tuple(_moved(share(old), share(new)) for share in parts.values()))
@@ -223,9 +226,9 @@ def sparsity_view(sparsity: Mapping[str, tuple[Sparsity, Sparsity]], detail: Det
     for label, count, place in joined:
         path = Text.assemble((label or MODEL, "cyan"), (f"  ×{count}" if count > 1 else "", "dim"))
         table.add_row(path, *rows[place][1])
-    below = "below: that part of" if detail == "full" else "active: above a hundredth of"
-    more = "" if detail == "full" else "; a tenth and a thousandth: surgeon diff --full"
-    return Group(table, dim(f"{below} the token's largest value; shares of the neurons, mean over tokens{more}"))
+    below = "below: relative to" if detail == "full" else "active: above a hundredth of"
+    more = "" if detail == "full" else " surgeon diff --full also shows a tenth and a thousandth."
+    return Group(table, dim(f"{below} the token's largest value. Shares of the neurons, mean over tokens.{more}"))
 
 
 def _moved(before: float, after: float) -> str:
@@ -235,7 +238,7 @@ def _moved(before: float, after: float) -> str:
 
 
 def _refusals(rejected: Sequence[Rejection], detail: Detail) -> RenderableType:
-    """Why sites were left as they were: each with its reason, or each reason once."""
+    """Show why sites were left unchanged: each site with its reason, or each reason once."""
     if detail == "full":
         lines = [(rejection.path or MODEL, rejection.reason) for rejection in rejected]
     else:

@@ -1,4 +1,4 @@
-"""The few forms that everything shown is made of: aligned tables, indented blocks, headings, notes."""
+"""The building blocks of all views: aligned tables, indented blocks, headings, notes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def grid(*columns: Literal["left", "right"], header: Sequence[str] = ()) -> Tabl
 
 
 def indented(content: RenderableType, by: int = 2) -> Padding:
-    """Moved to the right, where it wraps as well."""
+    """Content moved to the right, wrapped lines included."""
     return Padding(content, (0, 0, 0, by))
 
 
 class Fitting:
-    """The first of several forms that fits the width, else the last."""
+    """Shows the first of several forms that fits the width, else the last."""
 
     def __init__(self, *forms: RenderableType) -> None:
         self.forms = forms
@@ -47,12 +47,12 @@ def heading(text: str, note: str = "") -> Text:
 
 
 def sentences(notes: Iterable[str], *, indent: int = 2, sign: str = "note: ") -> Group:
-    """One paragraph each."""
+    """Notes with a paragraph for each."""
     return Group(*(indented(Text.assemble((sign, "yellow"), note), indent) for note in notes))
 
 
 def refused(path: str, reason: str) -> Text:
-    """A candidate that was left as it is, and why."""
+    """A candidate that was left unchanged, and why."""
     return Text.assemble(("refused ", "yellow"), (path, "cyan"), f": {reason}")
 
 

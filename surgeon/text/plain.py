@@ -1,4 +1,4 @@
-"""Views as plain text."""
+"""Turn views into plain text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from surgeon.passes.report import PassDiff
 from surgeon.text.diff import Detail, diff_view
 
-# Plain text is never wrapped or cut: what reads it does that better.
+# Plain text is never wrapped or cut, so that programs can read it line by line.
 UNBOUNDED = 10_000
 
 
@@ -20,7 +20,7 @@ def diff_text(passes: Sequence[PassDiff], detail: Detail = "sites") -> str:
 
 
 def plain_text(content: RenderableType, width: int = UNBOUNDED) -> str:
-    """What `content` looks like without colours, at most `width` wide."""
+    """Render `content` without colours, at most `width` characters wide."""
     stream = io.StringIO()
     console = Console(file=stream, width=width, color_system=None, force_terminal=False, highlight=False, emoji=False)
     console.print(content, soft_wrap=False)

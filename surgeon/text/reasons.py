@@ -1,4 +1,4 @@
-"""Why sites were refused, like reasons counted."""
+"""Count the reasons why sites were refused."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from dataclasses import dataclass
 
 from surgeon.sites.rejection import Rejection
 
-# What differs between two refusals for the same reason: names of nodes and modules.
+# Names of nodes and modules, which differ between refusals for the same reason.
 _PARTICULARS = re.compile(r"'[^']*'|\(\w*_\w*\)|\(\w+\d\)")
 
 
 @dataclass(frozen=True)
 class Reason:
-    """A reason for refusing sites: how often, in the words of the first, and the first's path."""
+    """A reason for refusing sites.
+
+    text: of the first refusal. count: number of refusals. first: path of the first refusal.
+    """
 
     text: str
     count: int
@@ -22,7 +25,7 @@ class Reason:
 
 
 def count_reasons(rejected: Iterable[Rejection]) -> list[Reason]:
-    """The reasons, the most common first; names of nodes and modules do not make a reason another one."""
+    """The reasons, the most common first. Reasons that differ only in names of nodes and modules count as the same."""
     groups: dict[tuple[str, str], list[Rejection]] = {}
     for rejection in rejected:
         groups.setdefault((rejection.code, _PARTICULARS.sub("", rejection.reason)), []).append(rejection)

@@ -1,4 +1,4 @@
-"""Say much in few lines: the sites of repeated layers joined, numbers and times rounded."""
+"""Shorten what is shown: join the sites of repeated layers, and round numbers and times."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class SiteGroup:
 
 
 def join_like(items: Iterable[tuple[str, Hashable]]) -> list[tuple[str, int, int]]:
-    """Join (path, look) pairs of one look whose paths differ in their last number only, in order of appearance.
+    """Join (path, look) pairs with the same look and with paths that differ only in their last number.
 
     Returns:
-        For each group its label, its size, and the place of its first member.
+        For each group its label, its size, and the index of its first member. Groups are in order of appearance.
     """
     groups: dict[Hashable, list[tuple[int, str]]] = {}
     for place, (path, look) in enumerate(items):
@@ -63,7 +63,7 @@ def join_paths(paths: Sequence[str]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits and a unit: 1180000 → `1.18 M`, 12400000000 → `12.4 G`; whole numbers below 1000 as they are."""
+    """A number with three digits and a unit: 1180000 → `1.18 M`. Whole numbers below 1000 stay as they are."""
     for size, unit in _UNITS:
         if abs(value) >= 0.9995 * size:
             return f"{_three_digits(value / size)} {unit}"
@@ -84,7 +84,7 @@ def change(before: float, after: float) -> str:
 
 
 def growth(before: float, after: float) -> str:
-    """Relative change with its sign, `+4.7%`; empty if there is none."""
+    """Relative change with its sign, such as `+4.7%`; empty if there is none."""
     if before == after or not before:
         return ""
     share = after / before - 1.0
@@ -92,7 +92,7 @@ def growth(before: float, after: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """`0.3 s`, `42 s`, `3 min 20 s`; whole seconds stay whole."""
+    """A time such as `0.3 s`, `42 s` or `3 min 20 s`. An int is shown without decimals."""
     if value < 9.95 and not isinstance(value, int):
         return f"{value:.1f} s"
     if value < 59.5:

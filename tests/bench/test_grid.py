@@ -168,7 +168,7 @@ def test_example_inputs_are_repeated() -> None:
     assert (kwargs["scale"], kwargs["flag"]) == (2.0, True)
     assert repeated(torch.ones(4, 2), 1)[0][0].shape == (1, 2)
     for wrong, batch in ((torch.tensor(1.0), 2), (torch.ones(2), 0)):
-        with pytest.raises(UsageError, match=f"{batch} samples cannot be made"):
+        with pytest.raises(UsageError, match=f"repeated to {batch} samples"):
             repeated(wrong, batch)
 
 
@@ -180,5 +180,5 @@ def test_example_inputs_are_made_longer_and_shorter() -> None:
     assert (kwargs["image"].shape, kwargs["size"].shape) == ((1, 4, 5), (3,))
     assert repeated(ids, 2, 2)[0][0].tolist() == [[0, 1], [3, 4]]
     for wrong, length in ((torch.ones(2), 2), (ids, 0)):
-        with pytest.raises(UsageError, match=f"{length} tokens cannot be made"):
+        with pytest.raises(UsageError, match=f"repeated to {length} tokens"):
             repeated(wrong, 1, length)

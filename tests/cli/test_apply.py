@@ -57,10 +57,10 @@ def test_tau_is_for_routers_that_were_fitted(run: Run, tmp_path: Path) -> None:
     """Those of a surgery without data were not; a dry run fits none and leaves tau alone."""
     refused = run("apply", "--passes", "lower", "masked", "--tau", "0.5", "-o", "out")
     assert refused.code == 2
-    assert "--tau needs routers that were fitted, and those of this surgery were not." in refused.err
+    assert "--tau needs fitted routers, but this surgery has none. Run moeify again, with --data." in refused.err
     dry = run("apply", "--passes", "moeify,lower", *NET, *DATA, "--tau", "0.5", "--dry-run")
     assert dry.code == 0, dry.err
-    assert "tau was not set: a dry run fits no routers." in dry.out
+    assert "tau was not set, because a dry run fits no routers." in dry.out
     assert "100% of the experts (" in dry.out
     assert left(tmp_path) == set()
     fitted = run("apply", "--passes", "moeify", "--set", "moeify.epochs=0", *NET, *DATA, "-o", "fitted")

@@ -27,7 +27,7 @@ from .harness import NET, Run, left
         ),
         (
             ("--passes", "moeify", *NET, "--set", "moeify.skip=*"),
-            "moeify changed nothing: no feed-forward layer is left by only= and skip=. See surgeon inspect.",
+            "moeify changed nothing: only= and skip= exclude every feed-forward layer. See surgeon inspect.",
         ),
         (
             ("--passes", "swap-activation", "nets:relu", "--inputs", "nets:inputs"),

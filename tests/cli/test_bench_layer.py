@@ -76,15 +76,15 @@ def test_chosen_methods_are_shown(run: Run) -> None:
         (("--tokens", "0"), "--tokens 0: give whole numbers from 1 on"),
         (("--share", "0.1,2"), "--share 0.1,2: give numbers from 0 to 1, above 0, separated by commas."),
         (("--share", "nan"), "--share nan: give numbers"),
-        (("--dtype", "int8"), "--dtype int8: there are float32, bfloat16, float16."),
-        (("--mask", "random"), "--mask random: there are uniform, skewed, clustered."),
-        (("--methods", "best"), "--methods best: there are dense, compiled, masked"),
+        (("--dtype", "int8"), "--dtype int8: choose from float32, bfloat16, float16."),
+        (("--mask", "random"), "--mask random: choose from uniform, skewed, clustered."),
+        (("--methods", "best"), "--methods best: choose from dense, compiled, masked"),
         (("--activation", "step"), "unknown activation 'step'"),
-        (("--threads", "0"), "--threads is at least 1"),
+        (("--threads", "0"), "--threads must be at least 1"),
         (("--seconds", "0"), "--seconds above 0"),
         (("--device", "tpu"), "--device tpu: give cpu or cuda."),
         (("--batch", "3"), "No such option: --batch"),
-        (("-o", "times.csv"), "times.csv: a table is written as .json, a plot as .png."),
+        (("-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json, for numbers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -98,4 +98,4 @@ def test_a_gpu_that_is_not_there_is_refused(run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = run("bench", "layer", "--device", "cuda")
     assert result.code == 2
-    assert "--device cuda: torch finds no GPU here. surgeon bench predict h100 predicts for one." in result.err
+    assert "--device cuda: torch finds no GPU. surgeon bench predict h100 predicts times without one." in result.err

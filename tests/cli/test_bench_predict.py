@@ -34,7 +34,7 @@ def test_times_are_predicted_for_the_gpu_of_this_machine(run: Run, monkeypatch: 
         memory_clock_rate=6_251_000, memory_bus_width=192, L2_cache_size=48 << 20,
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "cuda: torch finds no GPU here. surgeon bench predict list has those" in run(*args).err
+    assert "cuda: torch finds no GPU. Give another device;" in run(*args).err
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu.name)
@@ -43,7 +43,10 @@ def test_times_are_predicted_for_the_gpu_of_this_machine(run: Run, monkeypatch: 
     gpu.major = 7
     result = run(*args)
     assert result.code == 2
-    assert "cuda: there is no model of NVIDIA L4. surgeon bench predict list has those there are." in result.err
+    assert (
+        "cuda: there is no model of NVIDIA L4. Give another device; to see them, run surgeon bench predict list."
+        in result.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,10 +56,10 @@ def test_times_are_predicted_for_the_gpu_of_this_machine(run: Run, monkeypatch: 
         (("b99",), "No model of a device 'b99'. There are: h100, h200, a100."),
         (("h100", "--threads", "2"), "No such option: --threads"),
         (("h100", "--size", "100"), "Experts of 100 neurons do not divide a hidden width of 3072"),
-        (("h100", "--dtype", "int8"), "--dtype int8: there are float32, bfloat16, float16."),
-        (("h100", "-o", "times.csv"), "times.csv: a table is written as .json, a plot as .png."),
-        (("list", "-o", "list.json"), "predict list takes no options of a layer and writes no file"),
-        (("list", "--tokens", "3"), "predict list takes no options of a layer and writes no file"),
+        (("h100", "--dtype", "int8"), "--dtype int8: choose from float32, bfloat16, float16."),
+        (("h100", "-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json, for numbers"),
+        (("list", "-o", "list.json"), "predict list takes no layer options and writes no file"),
+        (("list", "--tokens", "3"), "predict list takes no layer options and writes no file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

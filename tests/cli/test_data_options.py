@@ -65,7 +65,7 @@ def test_an_option_of_the_command_itself_is_handed_to_both(spec: Any, seed: Any,
 @pytest.mark.parametrize(("name", "value"), [("text", "body"), ("label", "y"), ("limit", 3), ("batch_size", 4)])
 def test_what_says_how_to_read_data_needs_data(name: str, value: Any) -> None:
     flag = f"--{name.replace('_', '-')}"
-    with pytest.raises(UsageError, match=f"^{flag} says how to read data, and there is none: give --data"):
+    with pytest.raises(UsageError, match=f"^{flag} says how to read data. Give --data too"):
         with_data_options(may_have_data)("run", **USUAL | {"spec": None, name: value})
     with_data_options(may_have_data)("run", **USUAL | {"spec": "d.csv", name: value})
     assert got[1] == DataOptions("d.csv", **{name: value})

@@ -29,15 +29,15 @@ from .harness import NET, Run, left
         (("apply", "x", "--passes", "moeify", "--set", "moeify.experts=two"), "moeify.experts=two: "),
         (("apply", "x", "--passes", "moeify", "--set", "lower.only=a"), "'lower', which is not among the passes"),
         (("apply", "x", "--passes", "moeify,sparsify"), "sparsify must run before moeify"),
-        (("apply", "x", "--passes", "lower"), "lower works on experts, and there are none: put moeify before it."),
+        (("apply", "x", "--passes", "lower"), "lower works on experts, but there are none. Put moeify before it."),
         (("apply", "x", "--passes", "mlpify"), "mlpify needs data"),
-        (("apply", "x", "--passes", "moeify", "--tau", "1.5"), "--tau 1.5: tau is a number from 0, every expert"),
-        (("apply", "x", "--passes", "sparsify", "--tau", "0.5"), "--tau needs experts: put moeify among the passes."),
-        (("apply", "x", "--passes", "moeify", "--tau", "0.5"), "--tau needs routers that were fitted: give --data."),
+        (("apply", "x", "--passes", "moeify", "--tau", "1.5"), "--tau 1.5 is not a number from 0 to 1."),
+        (("apply", "x", "--passes", "sparsify", "--tau", "0.5"), "--tau needs experts. Add moeify to --passes."),
+        (("apply", "x", "--passes", "moeify", "--tau", "0.5"), "--tau needs fitted routers. Give --data to fit them."),
         (("apply", "x", "--passes", "moeify", "--set", "moeify.tau=0.5"), "moeify needs data: tau needs routers that"),
-        (("apply", "x", "--passes", "moeify", "--resume"), "--resume continues training, and this run trains nothing"),
+        (("apply", "x", "--passes", "moeify", "--resume"), "--resume continues training, but this run trains nothing"),
         (("apply", "x", "--passes", "moeify", "--recipe", "r"), "Give --recipe or --passes, not both."),
-        (("apply", "x", "--recipe", "nothing.json"), "--recipe nothing.json: there is no such file, nor a recipe"),
+        (("apply", "x", "--recipe", "nothing.json"), "--recipe nothing.json: there is no recipe and no file"),
         (("diff", "x", "--stat", "--full"), "Give --stat or --full, not both."),
         (("sweep", "x", "--data", "d", "--tau", "0,high"), "--tau 0,high: give numbers from 0 to 1"),
         (("sweep", "x", "--data", "d", "--tau", "2"), "--tau 2: give numbers from 0 to 1"),
@@ -71,7 +71,7 @@ def test_unexpected_errors_are_one_line_and_a_hint(run: Run, monkeypatch: pytest
     result = run("-q", "inspect", *NET)
     assert result.code == 4
     assert result.err.splitlines() == [
-        "error: RuntimeError: boom", "This is not an expected error. Run with --debug for the traceback."
+        "error: RuntimeError: boom", "This error was not expected. Run again with --debug to see the traceback."
     ]  # fmt: skip
     result = run("-q", "inspect", *NET, "--debug")
     assert result.code == 4

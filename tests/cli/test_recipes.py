@@ -82,7 +82,7 @@ def test_a_recipe_without_data_says_what_was_not_trained(run: Run) -> None:
 
 def test_wrong_recipes(run: Run) -> None:
     for args, words in (
-        (("--recipe", "d2d"), "There are: recommended, relufy, moefication, d2dmoe, d2dmoe-attention."),
+        (("--recipe", "d2d"), "Recipes: recommended, relufy, moefication, d2dmoe, d2dmoe-attention."),
         (("--recipe", "relufy", "--set", "moeify.experts=4"), "'moeify', which recipe relufy does not run."),
         (("--recipe", "relufy", "--set", "swap-activation.too=relu"), "has no option 'too'. Did you mean 'to'?"),
         (("--recipe", "relufy", "--passes", "lower"), "Give --recipe or --passes, not both."),
@@ -95,12 +95,21 @@ def test_wrong_recipes(run: Run) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{}", "holds no recipe: passes: field required."),
-        ("[]", "holds no recipe: "),
-        ("passes: lower", "holds no recipe: Expecting value: line 1 column 1 (char 0)."),
-        ('{"recipe": {"passes": [{"options": {}}], "seed": 0}}', "holds no recipe: passes.0.name: field required."),
-        ('{"passes": [{"name": "lower", "options": 3}], "seed": 0}', "holds no recipe: passes.0.options: input should"),
-        ('{"passes": [{"name": "lower"}], "seed": "x"}', "holds no recipe: seed: input should be a valid integer"),
+        ("{}", "is not a valid recipe: passes: field required."),
+        ("[]", "is not a valid recipe: "),
+        ("passes: lower", "is not a valid recipe: Expecting value: line 1 column 1 (char 0)."),
+        (
+            '{"recipe": {"passes": [{"options": {}}], "seed": 0}}',
+            "is not a valid recipe: passes.0.name: field",
+        ),
+        (
+            '{"passes": [{"name": "lower", "options": 3}], "seed": 0}',
+            "is not a valid recipe: passes.0.options: input",
+        ),
+        (
+            '{"passes": [{"name": "lower"}], "seed": "x"}',
+            "is not a valid recipe: seed: input should be a valid",
+        ),
         ('{"passes": [{"name": "lowr"}], "seed": 0}', "No pass 'lowr'. Did you mean 'lower'?"),
     ],
 )

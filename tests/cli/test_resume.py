@@ -36,14 +36,15 @@ def test_an_interrupted_run_can_be_resumed(run: Run, tmp_path: Path) -> None:
     stopped = run(*args)
     assert stopped.code == 130
     assert stopped.err.endswith(
-        f"error: interrupted; checkpoints are in gelu-surgery.work. Go on with:\n  surgeon {' '.join(args)} --resume\n"
+        "error: interrupted; checkpoints are in gelu-surgery.work. To continue, run:\n"
+        f"  surgeon {' '.join(args)} --resume\n"
     )
     assert left(tmp_path) == {"interrupt", "gelu-surgery.work"}
     (tmp_path / "interrupt").unlink()
 
     again = run("-q", *args)
     assert again.code == 2
-    assert "gelu-surgery.work holds the checkpoints of an interrupted run. --resume continues it" in again.err
+    assert "gelu-surgery.work has the checkpoints of an interrupted run. --resume continues it" in again.err
 
     resumed = run(*args, "--resume")
     assert resumed.code == 0, resumed.err
@@ -70,7 +71,7 @@ def test_only_the_same_run_is_resumed(tmp_path: Path) -> None:
     (work.path / "00-moeify").mkdir()
     (work.path / "00-moeify" / "fit.json").write_text("{}")
     assert WorkDirectory(result, recipe, resume=True, discard=True).has_checkpoint
-    with pytest.raises(UsageError, match=r"was another one\. Its seed: 0; now: 1\. Give the same options to resume it"):
+    with pytest.raises(UsageError, match=r"differs from this one\. Its seed: 0; now: 1\. Give the same options"):
         WorkDirectory(result, {**recipe, "seed": 1}, resume=True, discard=False)
     with pytest.raises(UsageError, match=r'Its passes: \[{"name": "moeify", .*; now: \[\]'):
         WorkDirectory(result, {**recipe, "passes": []}, resume=True, discard=False)
@@ -88,7 +89,7 @@ def test_only_the_same_run_is_resumed(tmp_path: Path) -> None:
 
 def test_work_is_not_kept_in_foreign_or_closed_places(tmp_path: Path) -> None:
     (tmp_path / "x.work").mkdir()
-    with pytest.raises(UsageError, match=r"x\.work is in the way"):
+    with pytest.raises(UsageError, match=r"x\.work is needed for checkpoints"):
         WorkDirectory(tmp_path / "x", {}, resume=False, discard=True)
     (tmp_path / "file").touch()
     with pytest.raises(SaveError, match="Cannot write"):

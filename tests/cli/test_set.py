@@ -114,7 +114,7 @@ def test_where_nothing_is_skipped_there_is_no_mean_to_add(run: Run, mine: str) -
     result = run("-q", "set", mine, "--compensate", *REVIEWS)
     assert result.code == 0, result.err
     assert (
-        "note: --compensate added nothing: no expert is skipped, or those that are give nothing on this data."
+        "note: --compensate added nothing: no expert is skipped, or the skipped ones output zero on this data."
         in result.out
     )
     assert recorded(Path(mine))["compensated"] == []
@@ -125,16 +125,16 @@ def test_where_nothing_is_skipped_there_is_no_mean_to_add(run: Run, mine: str) -
     [
         (("mine", "--tau", "*.layer.7:0.1"), 2, f"No layer '*.layer.7'. Layers with experts: {FIRST}, {SECOND}."),
         (("mine", "--tau", "0.5", "--rule", "pooler:max"), 2, f"No layer 'pooler'. Layers with experts: {FIRST}"),
-        (("mine", "--tau", "0.1,0.2"), 2, "--tau 0.1,0.2: 0.1,0.2 is no number from 0 to 1. Write --tau 0.2 or"),
-        (("mine", "--tau", "*:nan"), 2, "--tau *:nan: nan is no number from 0 to 1."),
-        (("mine", "--tau", "much"), 2, "--tau much: much is no number from 0 to 1."),
-        (("mine", "--tau", "*:1.5"), 2, "--tau *:1.5: 1.5 is no number from 0 to 1."),
+        (("mine", "--tau", "0.1,0.2"), 2, "--tau 0.1,0.2: 0.1,0.2 is not a number from 0 to 1. Write --tau 0.2 or"),
+        (("mine", "--tau", "*:nan"), 2, "--tau *:nan: nan is not a number from 0 to 1."),
+        (("mine", "--tau", "much"), 2, "--tau much: much is not a number from 0 to 1."),
+        (("mine", "--tau", "*:1.5"), 2, "--tau *:1.5: 1.5 is not a number from 0 to 1."),
         (("mine", "--tau", "a:0.5,b"), 2, "--tau a:0.5,b: write PATTERN:VALUE,PATTERN:VALUE"),
         (("mine", "--rule", "best"), 2, "No selection rule 'best'. There are: max, cumulative, energy, top_k."),
-        (("mine", "--compensate"), 2, "--compensate takes the mean of what is skipped over some data"),
-        (("mine", "--tau", "0.5", *REVIEWS), 2, "--data is read for --compensate only"),
-        (("mine", "--tau", "0.5", "--limit", "3"), 2, "--limit says how to read data, and there is none: give --data."),
-        (("mine", "-o", "other"), 2, "There is nothing to store with -o: give --tau, --rule or --compensate."),
+        (("mine", "--compensate"), 2, "--compensate measures the mean output of skipped experts on data"),
+        (("mine", "--tau", "0.5", *REVIEWS), 2, "Only --compensate reads --data."),
+        (("mine", "--tau", "0.5", "--limit", "3"), 2, "--limit says how to read data. Give --data too."),
+        (("mine", "-o", "other"), 2, "There is nothing to store with -o. Give --tau, --rule or --compensate."),
         (("mine", "--tau", "0.5", "-o", "masked"), 2, "masked exists. Give another directory with -o"),
         (("bert", "--tau", "0.5"), 3, "bert is not a saved surgery: it has no surgery.json."),
     ],

@@ -29,7 +29,7 @@ def test_sweep_measures_at_each_tau_and_all_experts_first(run: Run) -> None:
     assert (dense[0], dense[-1]) == ("dense", "100%")
     assert [row[0] for row in rows[:3]] == ["0", "0.5", "0.9"]
     assert " ".join(rows[3]).startswith("note: accuracy on 40 samples")
-    assert result.out.rstrip().endswith("is not known: give the model with --dense.")
+    assert result.out.rstrip().endswith("is not known. Give the model with --dense.")
 
 
 def test_the_oracle_is_measured_beside_the_routers(run: Run) -> None:
@@ -87,9 +87,9 @@ def test_tables_and_plots_are_written(run: Run, tmp_path: Path) -> None:
 def test_files_that_cannot_be_written_are_refused_before_the_work(run: Run, tmp_path: Path) -> None:
     (tmp_path / "dir.png").mkdir()
     for name, code, words in (
-        ("table.csv", 2, "table.csv: a table is written as .json, a plot as .png."),
-        ("nowhere/table.json", 4, "Cannot write nowhere/table.json: there is no such directory"),
-        ("dir.png", 4, "Cannot write dir.png"),
+        ("table.csv", 2, "Cannot write table.csv: give a name that ends in .json, for numbers, or .png, for a plot."),
+        ("nowhere/table.json", 4, "Cannot write nowhere/table.json: nowhere does not exist or cannot be written to"),
+        ("dir.png", 4, "Cannot write dir.png: it is a directory."),
     ):
         result = run("sweep", "does-not-exist", *REVIEWS, "-o", name)
         assert (result.code, result.out) == (code, "")

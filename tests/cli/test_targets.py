@@ -18,7 +18,7 @@ def test_targets_are_checked_before_the_work(run: Run, tmp_path: Path, shelf: Pa
     shutil.copytree(shelf / "masked", tmp_path / "done")
     for options, words in (
         (("-o", "file"), "file is a file."),
-        (("-o", "mine", "--overwrite"), "mine holds something else than a saved surgery."),
+        (("-o", "mine", "--overwrite"), "mine is not empty and not a saved surgery."),
         (("-o", "done"), "done exists. Give another directory with -o, or replace it with --overwrite."),
         (("-o", "bert/inside"), "bert/inside is the model itself, which is never changed."),
     ):
@@ -36,7 +36,7 @@ def test_a_directory_that_cannot_be_written_exits_with_4(run: Run, monkeypatch: 
     monkeypatch.setattr("surgeon.jobs.store.os.access", lambda *args: False)
     result = run("apply", "--passes", "moeify", *NET)
     assert (result.code, result.out) == (4, "")
-    assert re.match(r"error: Cannot write gelu-surgery: no permission to write to /", result.err)
+    assert re.match(r"error: Cannot write gelu-surgery: you have no permission to write to /", result.err)
 
 
 def test_the_demo_is_not_written_over_something_else(run: Run, tmp_path: Path) -> None:
@@ -44,4 +44,4 @@ def test_the_demo_is_not_written_over_something_else(run: Run, tmp_path: Path) -
     (tmp_path / "mine/notes.txt").write_text("x")
     result = run("demo", "mine")
     assert (result.code, result.out) == (2, "")
-    assert result.err.startswith("error: mine holds something else than a saved surgery.")
+    assert result.err.startswith("error: mine is not empty and not a saved surgery.")

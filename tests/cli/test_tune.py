@@ -121,11 +121,11 @@ def test_what_tuning_drops_and_what_it_cannot_add_is_said(run: Run, trained: Pat
     assert count
     args = ("-q", "tune", "added", *REVIEWS, "--output", "json")
     (dropped,) = run(*args, "--budget", "0.8", "-o", "dropped").json["notes"]
-    assert dropped.startswith(f"Compensation was dropped in {count} of 2 layers, which skip other experts now;")
+    assert dropped.startswith(f"Compensation was dropped in {count} of 2 layers, which skip other experts now.")
     assert recorded(Path("dropped"))["compensated"] == []
     nothing, fits = run(*args, "--budget", "1.5", "--compensate", "-o", "every").json["notes"]
-    assert nothing == "--compensate added nothing: no expert is skipped, or those that are give nothing on this data."
-    assert re.fullmatch(r"Every expert fits a budget of 150%: with tau 0 the model costs 1\d\d\.\d% .*", fits)
+    assert nothing == "--compensate added nothing: no expert is skipped, or the skipped ones output zero on this data."
+    assert re.fullmatch(r"A budget of 150% allows every expert\. At tau 0 the model costs 1\d\d\.\d% .*", fits)
 
 
 def test_what_was_held_out_is_held_out_again(run: Run, trained: Path) -> None:
@@ -139,7 +139,7 @@ def test_what_was_held_out_is_held_out_again(run: Run, trained: Path) -> None:
     assert (same["notes"], same["dense"]["quality"]) == ([], recorded(Path("third"))["quality"]["before"])
     assert [note.partition(":")[0] for note in other["notes"]] == [OTHER]
     shown = run(*sweep[:-2], "--limit", "30")
-    assert f"note: {OTHER}: what is held out now may have been trained on." in " ".join(shown.out.split())
+    assert f"note: {OTHER}: the surgery may have been trained on what is held out now." in " ".join(shown.out.split())
     tuned = run("-q", "tune", "third", *REVIEWS, "--budget", "1.5", "--seed", "4", "-o", "tuned", "--output", "json")
     assert OTHER in tuned.json["notes"][0]
     # The surgeries that go on from it, with data or without, know it too.
@@ -169,8 +169,11 @@ def test_what_cannot_be_done_exits_with_2_and_stores_nothing(run: Run, trained: 
         ((str(trained), "--budget", "0.01"), "A budget of 1% cannot be met: with hardly any experts"),
         ((str(trained), "--budget", "0"), "The budget is 0.0, but must be a positive share"),
         ((str(trained), "--budget", "40"), "The budget is 40, but is a share of the dense model's cost: 0.4"),
-        (("nowhere", "--budget", "0.5", "--metric", "ms"), "--metric ms compares with the dense model's time: give it"),
-        ((str(trained), "--budget", "0.5", "-o", "full"), "full holds something else than a saved surgery"),
+        (
+            ("nowhere", "--budget", "0.5", "--metric", "ms"),
+            "--metric ms compares with the time of the dense model.",
+        ),
+        ((str(trained), "--budget", "0.5", "-o", "full"), "full is not empty and not a saved surgery"),
         (("bert", "--budget", "0.5"), "The graph has no experts, so tau changes nothing. Apply moeify first."),
     ):
         result = run("-q", "tune", *args, *REVIEWS, *(() if "-o" in args else ("-o", "out")))

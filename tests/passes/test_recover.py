@@ -164,7 +164,7 @@ def test_lowered_experts_are_refused_with_the_reason(traces: Any) -> None:
 def test_it_needs_data_and_experts() -> None:
     with pytest.raises(UsageError, match=r"recover needs data: without training it is of no use\. Give --data"):
         Pipeline([Moeify(experts=4), Recover()]).run(stack("relu"), inputs=vectors())
-    with pytest.raises(UsageError, match="recover works on experts, and there are none: put moeify before it"):
+    with pytest.raises(UsageError, match=r"recover works on experts, but there are none\. Put moeify before it"):
         Pipeline([Recover()]).run(stack("relu"), inputs=vectors(), data=DATA)
     with pytest.raises(UsageError, match="recover must run before lower"):
         surgeon.Pipeline([Moeify(experts=4), Lower(), Recover()]).run(stack("relu"), inputs=vectors(), data=DATA)

@@ -65,9 +65,7 @@ def test_a_picture_has_dtypes_side_by_side_where_they_fit() -> None:
 def test_a_layer_says_what_it_ran_on() -> None:
     shown = lines(layer_view(LAYER))
     assert shown[0] == "AMD EPYC, 1 thread; torch 2.13.0+cpu, AVX2; kernels: native, avx2."
-    assert shown[1] == (
-        "Its limits, measured: 72.3 GFLOP/s in float32, 72.3 GFLOP/s in bfloat16; 11.2 GB/s from memory."
-    )
+    assert shown[1] == ("Measured limits: 72.3 GFLOP/s in float32, 72.3 GFLOP/s in bfloat16; 11.2 GB/s from memory.")
     assert shown[3] == "Layer 768 → 3072 → 768, relu, random weights."
 
 
@@ -75,7 +73,7 @@ def test_a_gpu_says_how_calls_are_started() -> None:
     machine = dataclasses.replace(MACHINE, device="cuda", gpu="NVIDIA H100 80GB HBM3", kernels="Triton 3.9.0")
     text = " ".join(plain_text(layer_view(dataclasses.replace(LAYER, machine=machine)), 1000).split())
     assert text.startswith("NVIDIA H100 80GB HBM3; torch 2.13.0+cpu; kernels: Triton 3.9.0.")
-    assert "but for those in which Python waits for the GPU: loop, grouped_mm, published, torch." in text
+    assert "except those in which Python waits for the GPU: loop, grouped_mm, published, torch." in text
     assert "8 layers" not in text
     assert "8 layers" in plain_text(layer_view(LAYER), 1000)
 
@@ -83,7 +81,7 @@ def test_a_gpu_says_how_calls_are_started() -> None:
 def test_a_slow_half_type_is_told() -> None:
     slow = dataclasses.replace(MACHINE, gemm={"float32": 72.3e9, "bfloat16": 8e9})
     last = lines(layer_view(dataclasses.replace(LAYER, machine=slow)), 1000)[-1]
-    assert last.startswith("note: torch multiplies bfloat16 at 8.00 GFLOP/s here, float32 at 72.3 GFLOP/s.")
+    assert last.startswith("note: torch multiplies bfloat16 at 8.00 GFLOP/s here, and float32 at 72.3 GFLOP/s.")
     assert "torch multiplies" not in plain_text(layer_view(LAYER))
 
 

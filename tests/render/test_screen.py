@@ -53,7 +53,7 @@ def test_json_stands_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_json_refuses_what_it_cannot_say() -> None:
-    with pytest.raises(TypeError, match="object has no place in JSON"):
+    with pytest.raises(TypeError, match="object cannot be written as JSON"):
         to_json({"x": object()})
 
 

@@ -55,7 +55,7 @@ def test_columns_that_say_nothing_are_left_out() -> None:
 def test_a_dense_model_of_unknown_quality_is_told_how_to_be_known() -> None:
     lines = plain_text(sweep_view(POINTS, Dense(4_290_000)), 160).splitlines()
     assert lines[1].split() == ["dense", "100%", "4.29", "M", "100%"]
-    assert lines[-1] == "The dense model's quality on this data is not known: give the model with --dense."
+    assert lines[-1] == "The dense model's quality on this data is not known. Give the model with --dense."
     assert "-0.05" in lines[3]  # then the first point is what the others are compared with
 
 

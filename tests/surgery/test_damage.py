@@ -45,7 +45,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         "is damaged or was changed",
     ),
     "model_empty": (lambda c: (c / MODEL).write_bytes(b""), "is damaged or was changed"),
-    "model_missing": (lambda c: (c / MODEL).unlink(), f"has no {MODEL}: the saved surgery is incomplete"),
+    "model_missing": (lambda c: (c / MODEL).unlink(), f"has no {MODEL}, so the saved surgery is incomplete"),
     "model_no_program": (retold, MODEL),
     "record_missing": (lambda c: (c / RECORD).unlink(), f"is not a saved surgery: it has no {RECORD}"),
     "record_truncated": (lambda c: (c / RECORD).write_text((c / RECORD).read_text()[:100]), "is damaged"),
@@ -55,7 +55,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "record_without_key": (lambda c: with_record(c, trace=...), "is damaged: trace: field required"),
     "record_with_wrong_type": (lambda c: with_record(c, trace={}), "is damaged: trace.form: field required"),
     "record_older": (lambda c: with_record(c, schema=1), r"has schema 1, .* Run the surgery again"),
-    "record_newer": (lambda c: with_record(c, schema=99), r"has schema 99, and .* reads schema 2\. Update surgeon"),
+    "record_newer": (lambda c: with_record(c, schema=99), r"has schema 99, but .* reads schema 2\. Update surgeon"),
 }
 
 

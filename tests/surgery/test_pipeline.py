@@ -28,10 +28,10 @@ SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER = (
     ("passes", "words"),
     [
         ([], "No passes to run"),
-        ([LOWER], "lower works on experts, and there are none: put moeify before it"),
-        ([LOWER, MOEIFY], "put moeify before it|moeify must run before lower"),
+        ([LOWER], "lower works on experts, but there are none. Put moeify before it"),
+        ([LOWER, MOEIFY], "Put moeify before it|moeify must run before lower"),
         ([MOEIFY, LOWER, MOEIFY], "moeify must run before lower"),
-        ([SPARSIFY, SWAP], "swap-activation must run before sparsify, which goes on from what it makes: swap them"),
+        ([SPARSIFY, SWAP], "swap-activation must run before sparsify. Swap the two passes"),
         ([MOEIFY, SPARSIFY], "sparsify must run before moeify"),
         ([MOEIFY, MLPIFY], "mlpify must run before moeify"),
         ([Sparsify(), MLPIFY], "mlpify must run before sparsify"),

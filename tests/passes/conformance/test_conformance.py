@@ -27,9 +27,9 @@ class TestMlpify(PassConformance):
     options = {"cost_factor": 0.5, "skip": ["blocks.0.*"]}  # noqa: RUF012
     applies_once = False
 
-    def test_its_own_linears_are_those_of_a_feed_forward_layer(self, one, graph) -> None:  # type: ignore[no-untyped-def]
-        one.apply(graph)
-        assert not [path for path in one.apply(graph, inputs=vectors()).matched if path.endswith((".fc1", ".fc2"))]
+    def test_its_own_linears_are_those_of_a_feed_forward_layer(self, pass_, graph) -> None:  # type: ignore[no-untyped-def]
+        pass_.apply(graph)
+        assert not [path for path in pass_.apply(graph, inputs=vectors()).matched if path.endswith((".fc1", ".fc2"))]
 
 
 class TestMoeify(PassConformance):
