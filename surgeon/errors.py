@@ -9,7 +9,7 @@ from typing import ClassVar
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line without a full stop; its class if it says nothing."""
+    """Return the first line of an error's message without a full stop, or its class name if it has no message."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")
 
@@ -21,13 +21,13 @@ class SurgeonError(Exception):
 
 
 class NothingChangedError(SurgeonError):
-    """A gate was not met: a pass changed nothing, or quality fell below the bar asked for."""
+    """A gate was not met: a pass changed nothing, or quality fell below the limit the user set."""
 
     exit_code = 1
 
 
 class UsageError(SurgeonError, ValueError):
-    """An option or an argument is wrong: unknown pass, experts that do not divide the width, wrong order of passes."""
+    """An option or an argument is wrong: an unknown pass, a bad number of experts, passes in the wrong order."""
 
     exit_code = 2
 
@@ -53,7 +53,7 @@ class PassError(SurgeonError):
 
 
 class VerificationError(PassError):
-    """A pass did not preserve what it claims to preserve. The message names pass, site and difference."""
+    """A pass changed what it claims to preserve. The message names the pass, the site and the difference."""
 
 
 class SaveError(SurgeonError):

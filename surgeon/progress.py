@@ -1,4 +1,4 @@
-"""How far a long piece of work is."""
+"""Progress of a long piece of work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """A moment of a long piece of work: what is done, how far it is, and the latest values worth showing."""
+    """One report on long work: its name, the steps done and in total, and the latest values to show."""
 
     what: str
     done: int

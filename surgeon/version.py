@@ -1,4 +1,4 @@
-"""The version, in its only place: pyproject.toml reads it here, so that it is known without an installation too."""
+"""The version number. pyproject.toml reads it from here, so it is also known without an installation."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What fitting and measuring read: batches, files of them, samples for each task, losses and padding."""
+"""Data for fitting and measuring: batches, files, samples for each task, losses and padding."""

@@ -1,4 +1,4 @@
-"""What fitting and evaluation read: batches, and the data they come from."""
+"""Batches for fitting and evaluation, and the data they come from."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from surgeon.errors import DataError
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of the model, `model(*batch.args, **batch.kwargs)`, and what it should have answered.
+    """The inputs of one call of the model, `model(*batch.args, **batch.kwargs)`, and their labels.
 
     args, kwargs: the model's inputs, tensors with the batch in dimension 0.
-    labels: the right answers in the form the task's loss expects (see `surgeon.data.losses`), or None.
+    labels: the labels in the form that the task's loss expects (see `surgeon.data.losses`), or None.
     """
 
     args: tuple[Tensor, ...] = ()
@@ -26,14 +26,14 @@ class Batch:
 
     @classmethod
     def from_any(cls, item: Any) -> Batch:
-        """Make a batch of what a loader gives.
+        """Make a batch from an item of a loader.
 
         Args:
-            item: a batch; a dict of keyword inputs, with the labels under "labels" if there are any; a tensor; or a
-                pair (inputs, labels) whose inputs are a tensor, a tuple of tensors or a dict.
+            item: a batch, a tensor, a dict of keyword inputs (with any labels under "labels"), or a pair (inputs,
+                labels) whose inputs are a tensor, a tuple of tensors or a dict.
 
         Raises:
-            DataError: anything else; the message says what was found.
+            DataError: the item is anything else. The message says what was found.
         """
         match item:
             case Batch():
@@ -63,7 +63,7 @@ class Batch:
     def _checked(cls, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any) -> Batch:
         named = {f"input {index}": value for index, value in enumerate(args)} | {repr(k): v for k, v in kwargs.items()}
         if not named:
-            raise DataError("A batch holds no input.")
+            raise DataError("A batch contains no input. Give at least one tensor besides the labels.")
         for name, value in (named | ({} if labels is None else {"labels": labels})).items():
             if not isinstance(value, Tensor):
                 raise DataError(f"A batch's {name} is a {type(value).__name__}, not a tensor.")
@@ -71,11 +71,11 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Samples in the batch: the first dimension of the first input."""
+        """Number of samples in the batch: the first dimension of the first input."""
         return len(next(iter((*self.args, *self.kwargs.values()))))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
-        """The batch on a device, its floating inputs cast to `dtype` if one is given. Labels keep their type."""
+        """Move the batch to a device, and cast floating inputs to `dtype` if given. Labels keep their dtype."""
 
         def move(value: Tensor) -> Tensor:
             return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
@@ -85,7 +85,7 @@ class Batch:
 
 
 def first_batches(items: Iterable[Any], samples: int) -> list[Batch]:
-    """The first batches, until there are so many samples."""
+    """Return the first batches, as many as it takes to reach this number of samples."""
     found: list[Batch] = []
     for item in items:
         found.append(Batch.from_any(item))
@@ -95,25 +95,25 @@ def first_batches(items: Iterable[Any], samples: int) -> list[Batch]:
 
 
 class Batches:
-    """Something that can be read again and again, each time as `Batch` objects."""
+    """Data that can be read repeatedly, each time as `Batch` objects."""
 
     def __init__(self, source: Iterable[Any]) -> None:
         """Wrap `source`.
 
         Raises:
-            DataError: `source` can be read once only, or is not made of batches.
+            DataError: `source` can be read only once, or does not consist of batches.
         """
         if isinstance(source, Iterator):
             raise DataError(
-                f"The data is a {type(source).__name__}, which can be read once; fitting reads it several times. Give "
-                "a list, a DataLoader, or an object whose __iter__ starts anew."
+                f"The data is a {type(source).__name__}, which can be read only once, but fitting reads it several "
+                "times. Give a list, a DataLoader, or an object whose __iter__ starts again from the beginning."
             )
         if isinstance(source, torch.utils.data.Dataset) or _is_hf_dataset(source):
             raise DataError(
                 f"The data is a {type(source).__name__} of single samples. Wrap it: DataLoader(data, batch_size=...)."
             )
         if isinstance(source, Mapping | Tensor | str | bytes) or not isinstance(source, Iterable):
-            raise DataError(f"The data is a {type(source).__name__}, not a list of batches, a DataLoader or the like.")
+            raise DataError(f"The data is a {type(source).__name__}, not a list of batches or a DataLoader.")
         self.source = source
 
     def __iter__(self) -> Iterator[Batch]:
@@ -122,10 +122,10 @@ class Batches:
             empty = False
             yield Batch.from_any(item)
         if empty:
-            raise DataError("The data gave no batch: it is empty, or can be read only once.")
+            raise DataError("The data gave no batch. It is empty, or it can be read only once.")
 
     def __len__(self) -> int:
-        """Number of batches. Raises TypeError where the source does not know it."""
+        """Return the number of batches. Raises TypeError if the source has no length."""
         if not isinstance(self.source, Sized):
             raise TypeError(f"{type(self.source).__name__} has no length")
         return len(self.source)

@@ -14,13 +14,13 @@ from surgeon.data.losses import Loss, task_loss
 class Data:
     """Data to fit on and, optionally, other data to measure quality on.
 
-    train, eval: batches that can be read again and again, in any form that `Batch.from_any` takes. Reading gives
-        `Batch` objects.
+    train, eval: batches that can be read repeatedly, in any form that `Batch.from_any` takes. Reading gives `Batch`
+        objects.
     task: one of `surgeon.models.tasks.TASKS`, or None if unknown.
     description: one line for people.
-    fingerprint: tells this data from other data in recipes. For files, a hash of their contents and of how they are
-        read; for Python objects only their type, as their contents cannot be hashed without reading them through.
-    loss: from the model's outputs and a batch to a scalar; by default the task's.
+    fingerprint: identifies this data in recipes. For files it is a hash of their contents and of how they are read. For
+        Python objects it is only their type, because hashing the contents would mean reading all of them.
+    loss: a function of the model's outputs and a batch that returns a scalar. The default is the task's loss.
     """
 
     train: Iterable[Any]
@@ -44,10 +44,10 @@ class Data:
 
     @classmethod
     def of(cls, obj: Any, *, loss: Loss | None = None, task: str | None = None) -> Data:
-        """Take data as it comes: `Data`, a DataLoader, or anything that gives batches each time it is iterated over.
+        """Make `Data` from `Data`, a DataLoader, or any object that gives batches each time it is iterated over.
 
         Raises:
-            DataError: it can be read once only, or does not give batches.
+            DataError: it can be read only once, or does not give batches.
             UsageError: there is no such task.
         """
         if not isinstance(obj, Data):

@@ -1,7 +1,7 @@
-"""Read data for fitting and evaluation from files, folders, or a function the user names.
+"""Read data for fitting and evaluation from files, folders, or a function that the user names.
 
-Everything is read into memory once. Order, held-out samples and masking depend on the seed alone, not on torch's global
-random state.
+All data is read into memory once. The order, the held-out samples and the masking depend only on the seed, not on
+torch's global random state.
 """
 
 from __future__ import annotations
@@ -57,32 +57,34 @@ def load_data(
 ) -> Data:
     """Read data and prepare it for a Hugging Face model.
 
-    A split named "train" is trained on and "validation" or "test" measured on; a single split is divided.
+    The model is fitted on the split "train" and measured on "validation" or "test". A single split is divided.
 
     Args:
-        spec: a file (JSON, JSONL, CSV, TSV, Parquet, or text with one sample per line), a folder that `datasets` can
-            read (such files, one folder of images per class, or a saved dataset), or `module:function`, called without
-            arguments for `Data`, batches, or a dataset.
+        spec: a file, a folder or `module:function`. A file is JSON, JSONL, CSV, TSV, Parquet, or text with one sample
+            per line. A folder is one that `datasets` can read: such files, one folder of images per class, or a saved
+            dataset. A function is called without arguments and returns `Data`, batches, or a dataset.
         tokenizer, processor, config: those of the model. Without a processor images are resized to the config's size
             and scaled to 0..1.
-        text: the column with the text or the image; two text columns, "premise,hypothesis", are read as pairs.
+        text: the column with the text or the image. Two text columns, "premise,hypothesis", are read as pairs.
         label: the column with the class: integers, or names looked up in `config.label2id`.
         task: "causal-lm", "masked-lm", "sequence-classification" or "image-classification"; by default the config's.
-        batch_size: samples (for causal-lm: chunks of `max_length` tokens) in a batch; the last one may be smaller.
-        max_length: tokens after which texts are cut. For causal-lm the texts are joined and cut into chunks.
-        seed: of the order (another one in each epoch), the division and the masking.
-        eval_fraction: share to hold out where there is one split only, 0 to hold out nothing.
-        limit: read at most so many rows of each split: the first ones for causal-lm, else random ones.
+        batch_size: samples (for causal-lm: chunks of `max_length` tokens) in a batch. The last batch may be smaller.
+        max_length: the number of tokens to which texts are truncated. For causal-lm the texts are joined and cut into
+            chunks of this length.
+        seed: seed of the order, which changes with each epoch, the division and the masking.
+        eval_fraction: share of a single split to hold out; 0 holds out nothing.
+        limit: the most rows to read from each split: the first ones for causal-lm, else random ones.
 
     Raises:
-        DataError: there is no such file, column or label; it holds nothing; labels are missing, not finite or out of
+        DataError: there is no such file, column or label, there is no data, or labels are missing, not finite or out of
             range.
-        UsageError: an option does not make sense, or the task needs a tokenizer that was not given.
+        UsageError: an option is out of range, or the task needs a tokenizer that was not given.
     """
     if batch_size < 1 or max_length < 2 or not 0 <= eval_fraction < 1 or (limit is not None and limit < 1):
         raise UsageError(
             f"Cannot read data with batch_size={batch_size}, max_length={max_length}, eval_fraction={eval_fraction}, "
-            f"limit={limit}: at least 1, 2, 0 (and below 1) and 1."
+            f"limit={limit}. batch_size and limit must be at least 1, max_length at least 2, and eval_fraction at "
+            "least 0 and below 1."
         )
     found, origin = _read(spec)
     task = task or (task_of(config) if config is not None else None)
@@ -90,8 +92,8 @@ def load_data(
         data = Data.of(found, task=task)
         return Data(data.train, data.eval, data.task, f"{spec}: {data.description}", f"python:{spec}", data.loss)
     if task not in SAMPLERS:
-        wrong = f"Not {task!r}. " if task else ""
-        raise UsageError(f"{spec}: which task is this data for? {wrong}Give one of {', '.join(SAMPLERS)}.")
+        wrong = f"files cannot be read for the task {task!r}" if task else "the task is unknown"
+        raise UsageError(f"{spec}: {wrong}. Give one of {', '.join(SAMPLERS)}.")
     splits = [_limited(split, limit, seed, in_order=task == "causal-lm") for split in _splits(found, spec)]
     options = SampleOptions(spec, tokenizer, processor, config, text, label, max_length)
     sampler: Sampler = SAMPLERS[task](options, splits)
@@ -99,7 +101,7 @@ def load_data(
     if len(parts) == 1:
         parts = _hold_out(parts[0], eval_fraction, seed)
     if not parts[0]:
-        raise DataError(f"{spec} holds nothing to train on.")
+        raise DataError(f"{spec} contains no samples to train on.")
     train, held = parts[0], parts[1] if len(parts) > 1 and parts[1] else None
     unit = "chunks of text" if task == "causal-lm" else "samples"
     description = f"{spec}: {len(train)} {unit} to train on, {len(held) if held is not None else 'none'} to evaluate on"
@@ -114,11 +116,12 @@ def load_data(
 
 
 class Loader:
-    """Batches of samples, in another order in each epoch if shuffled.
+    """Batches of samples, in a different order in each epoch if shuffled.
 
-    Order and masking of an epoch follow from the seed and the epoch's number; torch's DataLoader would draw from the
-    global random state as well. Without shuffling every pass is the same. Texts of like length go together, so that
-    little is padded: shuffled samples are sorted in windows of many batches, whose order is shuffled again.
+    The order and the masking of an epoch depend only on the seed and the epoch's number. torch's DataLoader would also
+    draw from the global random state. Without shuffling every epoch is the same. Texts of similar length share a batch,
+    so that there is little padding: samples are sorted by length within windows of many batches, and the batches are
+    shuffled again.
     """
 
     WINDOW = 50  # batches
@@ -158,17 +161,17 @@ class Loader:
 
 
 def _splits(found: Mapping[str, Any], spec: str) -> list[Any]:
-    """The split to train on and, if there is one, the split to evaluate on."""
+    """Return the split to train on and, if there is one, the split to evaluate on."""
     if len(found) == 1:
         return list(found.values())
     if "train" not in found:
-        raise DataError(f"{spec} has the splits {', '.join(found)}, and none is named 'train'.")
+        raise DataError(f"{spec} has the splits {', '.join(found)}, but none is named 'train'. Rename one of them.")
     held = next((found[name] for name in _EVALUATION if name in found), None)
     return [found["train"]] if held is None else [found["train"], held]
 
 
 def _limited(rows: Any, limit: int | None, seed: int, *, in_order: bool) -> Any:
-    """At most `limit` rows: the first, as lines of a text belong together, or random ones, as files may be sorted."""
+    """Return at most `limit` rows: the first, because lines of a text belong together, or random ones of a table."""
     if limit is None or limit >= len(rows):
         return rows
     if in_order:
@@ -181,7 +184,7 @@ def _hold_out(samples: Sequence[Any], fraction: float, seed: int) -> list[Sequen
     count = len(samples)
     held = max(1, round(count * fraction)) if fraction and count > 1 else 0
     if fraction and not held:
-        log.warning("There is too little data to hold some out: quality cannot be measured.")
+        log.warning("There is too little data to hold out a part, so quality cannot be measured.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return [[samples[i] for i in sorted(part)] for part in (order[held:], order[:held])]
 
@@ -190,7 +193,7 @@ def _hold_out(samples: Sequence[Any], fraction: float, seed: int) -> list[Sequen
 
 
 def _read(spec: str) -> tuple[Any, str]:
-    """What `spec` names, and a text that changes with it. Datasets come as a dict of splits, all else as it is."""
+    """Return what `spec` names, and a text that identifies it. Datasets are returned as a dict of splits."""
     path = Path(spec)
     if path.is_file():
         return {"train": _read_file(path)}, sha256_of([path])
@@ -200,14 +203,14 @@ def _read(spec: str) -> tuple[Any, str]:
             raise DataError(f"{spec} is an empty folder.")
         return _read_folder(path), sha256_of(files, path)
     if not is_spec(spec):
-        raise DataError(f"No file or folder '{spec}', and it is not module:function either. Data is not downloaded.")
+        raise DataError(f"No file or folder '{spec}', and it is not module:function. Data is not downloaded.")
     import datasets
 
     made = call_spec(spec, DataError)
     if isinstance(made, datasets.Dataset):
         made = {"train": made}
     elif isinstance(made, datasets.IterableDataset | datasets.IterableDatasetDict):
-        raise DataError(f"{spec} streams its dataset. Load it into memory (streaming=False).")
+        raise DataError(f"{spec} returns a streaming dataset. Load it into memory (streaming=False).")
     return made, f"python:{spec}"
 
 
@@ -215,7 +218,8 @@ def _read_file(path: Path) -> Any:
     import datasets
 
     if path.suffix not in _READERS:
-        raise DataError(f"{path.name}: cannot read {path.suffix or 'such'} files. Known: {', '.join(_READERS)}.")
+        kind = f"{path.suffix} files" if path.suffix else "a file without a suffix"
+        raise DataError(f"{path.name}: cannot read {kind}. Known: {', '.join(_READERS)}.")
     name, options = _READERS[path.suffix]
     if not path.stat().st_size:
         raise DataError(f"{path.name} is empty.")
@@ -236,7 +240,7 @@ def _read_folder(path: Path) -> Mapping[str, Any]:
 
 @contextlib.contextmanager
 def _quiet_datasets(origin: str) -> Iterator[str]:
-    """Silence `datasets`, give it a cache to throw away, and turn what it raises into a DataError."""
+    """Silence `datasets`, give it a temporary cache, and turn its exceptions into a DataError."""
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
@@ -247,8 +251,8 @@ def _quiet_datasets(origin: str) -> Iterator[str]:
             yield cache
     except Exception as error:
         reason = str(error.__cause__ or error).strip() or type(error).__name__
-        if "corresponds to no data" in reason:  # what `datasets` says of a file without rows
-            reason = "it holds no rows"
+        if "corresponds to no data" in reason:  # the message of `datasets` for a file without rows
+            reason = "it has no rows"
         raise DataError(f"{origin} cannot be read: {reason}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)

@@ -1,4 +1,4 @@
-"""What a model is trained for and how well it does: the loss and the quality of each task.
+"""The loss and the quality measure of each task.
 
 | task | labels | quality |
 | --- | --- | --- |
@@ -34,7 +34,7 @@ class Quality:
 
     name: "accuracy" (0 to 1) or "loss per token" (nats).
     value: the mean over `items`, which are samples for accuracy and predicted tokens for a language model. NaN logits
-        count as a wrong class, and make the loss NaN.
+        count as a wrong class, and they make the loss NaN.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Quality:
 
 
 def guessed_task(outputs: Any, labels: Tensor | None) -> str | None:
-    """The task that a model's answers and its labels look like: "classification", or None.
+    """Guess the task from a model's outputs and labels: "classification", or None.
 
     Args:
-        outputs: what the model gave for a batch, with logits [B, C] if it classifies.
-        labels: the batch's labels, integers [B] if it classifies.
+        outputs: the model's outputs for a batch. A classifier gives logits [B, C].
+        labels: the labels of the batch. A classifier has integers [B].
     """
     if labels is None or labels.is_floating_point() or labels.dim() != 1:
         return None
@@ -60,10 +60,10 @@ def guessed_task(outputs: Any, labels: Tensor | None) -> str | None:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits among a model's outputs: the tensor itself, `logits` of an object or a dict, or the first of a tuple.
+    """Return the logits: the output tensor itself, `logits` of an object or a dict, or the first item of a tuple.
 
     Raises:
-        UsageError: there are none.
+        UsageError: the outputs contain no logits.
     """
     found = outputs
     if isinstance(outputs, Mapping):
@@ -76,12 +76,13 @@ def logits_of(outputs: Any) -> Tensor:
         return found
     fields = f" with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
     raise UsageError(
-        f"The model's output is a {type(outputs).__name__}{fields}, which has no logits. Give Data a loss of its own."
+        f"The model's output is a {type(outputs).__name__}{fields}, which has no logits. Pass your own loss: "
+        "surgeon.Data(batches, loss=...)."
     )
 
 
 def task_loss(task: str) -> Loss:
-    """The loss that a task is trained with: mean cross entropy over samples, or over predicted tokens.
+    """Return the training loss of a task: mean cross entropy over samples, or over predicted tokens.
 
     Returns:
         A function of the model's outputs and the batch that returns a scalar, in float32.
@@ -112,11 +113,11 @@ class QualityMeter:
         """Count one batch.
 
         Raises:
-            DataError: the labels are missing or do not go with the logits.
+            DataError: the labels are missing or do not match the logits.
         """
         logits, labels = _aligned(outputs, batch, self.task)
         if TASKS[self.task].classifies:
-            # argmax takes NaN for the largest
+            # argmax treats NaN as the largest value.
             correct = (logits.argmax(-1) == labels) & ~logits.isnan().any(-1)
             self._total += int(correct.sum())
         else:
@@ -124,13 +125,13 @@ class QualityMeter:
         self._items += int((labels != IGNORED).sum())
 
     def result(self) -> Quality:
-        """The mean over everything added.
+        """Return the mean over everything added.
 
         Raises:
-            DataError: nothing was.
+            DataError: no labelled item was added.
         """
         if not self._items:
-            raise DataError("The evaluation data holds no labelled item, so there is no quality to measure.")
+            raise DataError("The evaluation data has no labelled item, so quality cannot be measured.")
         classifies = TASKS[self.task].classifies
         name = "accuracy" if classifies else "loss per token"
         return Quality(name, self._total / self._items, classifies, self._items)
@@ -143,12 +144,12 @@ def evaluate(
 
     Args:
         model: called as `model(*batch.args, **batch.kwargs)`. Its training mode is restored afterwards.
-        batches: each moved to `device`, by default the device of the model's first parameter.
+        batches: each batch is moved to `device`, by default the device of the model's first parameter.
         task: one of `TASKS`.
 
     Raises:
-        DataError: labels are missing or do not go with the model's logits; no batch.
-        UsageError: no such task; the model gives no logits.
+        DataError: labels are missing or do not match the model's logits, or there are no batches.
+        UsageError: there is no such task, or the model gives no logits.
     """
     meter = QualityMeter(task)
     if device is None:
@@ -174,18 +175,18 @@ def _known(task: str) -> None:
 
 
 def _aligned(outputs: Any, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
-    """Logits float32 `[N, C]` and labels int64 `[N]` that belong together, ignored ones marked with -100."""
+    """Return matching logits, float32 `[N, C]`, and labels, int64 `[N]`. Ignored labels are -100."""
     logits = logits_of(outputs)
     labels = batch.labels
     if labels is None and task == "causal-lm":
         labels = batch.kwargs.get("input_ids")
     if labels is None:
-        raise DataError(f"{task} needs labels, and the batch has none. Give (inputs, labels) or a 'labels' column.")
+        raise DataError(f"{task} needs labels, but the batch has none. Give (inputs, labels) or a 'labels' column.")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"{task} needs integer labels, not {labels.dtype}.")
     if logits.shape[:-1] != labels.shape or labels.dim() != (1 if TASKS[task].classifies else 2):
         raise DataError(
-            f"{task}: labels {tuple(labels.shape)} do not go with logits {tuple(logits.shape)}. "
+            f"{task}: labels {tuple(labels.shape)} do not match logits {tuple(logits.shape)}. "
             + (
                 "Expected [B] and [B, classes]."
                 if TASKS[task].classifies
@@ -199,10 +200,10 @@ def _aligned(outputs: Any, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
         logits, labels = logits[:, :-1], labels[:, 1:]
     classes = logits.shape[-1]
     logits, labels = logits.reshape(-1, classes).float(), labels.reshape(-1).long()
-    # On a GPU the check would wait for the device at every step; there the kernel itself stops with an assertion.
+    # On a GPU this check would wait for the device at every step. There the kernel itself asserts the range.
     if labels.device.type == "cpu" and labels.numel():
         kept = labels[labels != IGNORED]
         low, high = (int(kept.min()), int(kept.max())) if kept.numel() else (0, 0)
         if low < 0 or high >= classes:
-            raise DataError(f"{task}: labels run from {low} to {high}, and the model tells {classes} classes apart.")
+            raise DataError(f"{task}: labels range from {low} to {high}, but the model has {classes} classes.")
     return logits, labels

@@ -1,4 +1,4 @@
-"""Padding: which tokens of a batch are real, as far as the batch's masks tell."""
+"""Find the real tokens of a batch, which are not padding, from its masks."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ log = logging.getLogger("surgeon")
 
 
 def token_mask(batch: Batch, lead: Sequence[int]) -> Tensor | None:
-    """Which tokens are real, for values of leading dimensions `lead`: the batch's first mask of that shape.
+    """Return a mask of the real tokens, bool of shape `lead`, for values with the leading dimensions `lead`.
 
-    A mask is a keyword input [B, T] whose name ends in `attention_mask` (Hugging Face: 1 for a real token) or in
-    `key_padding_mask` (`torch.nn.Transformer`: True, or -inf, for padding). Any other padding counts as tokens, and so
-    does that of values which are not batch first, [T, B]: `warn_of_masks` says so.
+    It is the batch's first mask of that shape. A mask is a keyword input [B, T] whose name ends in `attention_mask`
+    (Hugging Face: 1 for a real token) or `key_padding_mask` (`torch.nn.Transformer`: True or -inf for padding). A mask
+    also fits values whose tokens were flattened. Padding without a mask counts as tokens, and so does padding in values
+    that are not batch first, [T, B]; `warn_of_masks` warns of both.
 
-    None if no mask fits, or if every token is real. A mask also fits values whose tokens were flattened.
+    Returns None if no mask fits, or if every token is real.
     """
     mask = next(iter(_fitting(_masks(batch), lead).values()), None)
     return None if mask is None or bool(mask.all()) else mask.reshape(tuple(lead))
 
 
 def real_tokens(batch: Batch, values: Tensor) -> Tensor:
-    """[..., d] → [N, d]: the values of the tokens that are not padding."""
+    """Return the values of the tokens that are not padding: [..., d] → [N, d]."""
     mask = token_mask(batch, values.shape[:-1])
     return values.flatten(0, -2) if mask is None else values[mask]
 
 
 def warn_of_masks(batch: Batch, leads: Iterable[Sequence[int]]) -> bool:
-    """Log where masks do not tell what is padding: none fits any of the values, or several fit and differ.
+    """Warn if the masks do not tell what is padding: no mask fits any of the values, or several fit and differ.
 
     Args:
-        leads: the leading dimensions of all values that are looked at.
+        leads: the leading dimensions of all values that are read.
 
     Returns:
-        Whether there was something to say of this batch.
+        Whether a warning was logged for this batch.
     """
     masks, shapes = _masks(batch), list(dict.fromkeys(map(tuple, leads)))
     fitting = {shape: _fitting(masks, shape) for shape in shapes}
     padded = {name: mask for name, mask in masks.items() if not bool(mask.all())}
-    # Values without a dimension of tokens (pooled ones, [B]) have no padding.
+    # Values without a token dimension, such as pooled values [B], have no padding.
     if padded and any(len(shape) > 1 for shape in shapes) and not any(fitting.values()):
         log.warning(
-            "Padding counts as tokens: %s, which fits no layer's input, %s. A mask is [batch, tokens], and what it "
-            "masks must be batch first (batch_first=True).",
+            "Padding counts as tokens: %s, which does not fit any layer's input, %s. A mask must be "
+            "[batch, tokens], and the inputs must be batch first (batch_first=True).",
             " and ".join(f"{name} is {list(mask.shape)}" for name, mask in padded.items()),
             " and ".join(str([*shape, "d"]).replace("'", "") for shape in shapes),
         )
@@ -57,8 +58,8 @@ def warn_of_masks(batch: Batch, leads: Iterable[Sequence[int]]) -> bool:
         different = [name for name in names[1:] if not found[name].equal(found[names[0]])]
         if different:
             log.warning(
-                "%s and %s both fit layers with inputs of %s and differ: %s says what is padding in all of them. Pad "
-                "the two to unequal lengths to keep them apart.",
+                "%s and %s differ, and both fit layers with inputs of %s. %s is used for all of these layers. Pad the "
+                "inputs to different lengths to tell the masks apart.",
                 names[0],
                 " and ".join(different),
                 list(shape),
@@ -69,7 +70,7 @@ def warn_of_masks(batch: Batch, leads: Iterable[Sequence[int]]) -> bool:
 
 
 def _masks(batch: Batch) -> dict[str, Tensor]:
-    """Every mask [B, T] by its name, True for a real token."""
+    """Return every mask [B, T] by its name, True for a real token."""
     return {
         name: value.bool() if name.endswith("attention_mask") else value == 0
         for name, value in batch.kwargs.items()
@@ -78,7 +79,7 @@ def _masks(batch: Batch) -> dict[str, Tensor]:
 
 
 def _fitting(masks: dict[str, Tensor], lead: Sequence[int]) -> dict[str, Tensor]:
-    """The masks that fit values of these leading dimensions, those of this very shape first."""
+    """Return the masks that fit values of these leading dimensions, those of exactly this shape first."""
     exact = {name: mask for name, mask in masks.items() if tuple(mask.shape) == tuple(lead)}
     flat = {name: mask for name, mask in masks.items() if list(lead) == [mask.numel()]}
     return exact | flat

@@ -1,4 +1,4 @@
-"""From the rows of a dataset to batches: one sampler per task says what a sample is and how samples become a batch."""
+"""Turn the rows of a dataset into batches. The sampler of a task defines a sample, and how samples form a batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LABEL = ("label", "labels", "target", "class", "category", "intent")
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What `surgeon.data.files.load_data` was told, as far as samplers need it."""
+    """The options of `surgeon.data.files.load_data` that samplers need."""
 
     spec: str
     tokenizer: Any | None = None
@@ -37,25 +37,25 @@ class SampleOptions:
 
 
 class Sampler(Protocol):
-    """Made with the options and all splits that will be used (classes must be known before the first sample)."""
+    """Makes samples and batches. It is built with all splits, because classes must be known before the first sample."""
 
     def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None: ...
 
     def samples(self, rows: Any) -> Sequence[Any]:
-        """The samples of a split."""
+        """Return the samples of a split."""
         ...
 
     def collate(self, samples: Sequence[Any], generator: torch.Generator) -> Batch:
-        """A batch of samples; whatever is random in it comes from `generator`."""
+        """Make a batch of samples. All its randomness comes from `generator`."""
         ...
 
     def lengths(self, samples: Sequence[Any]) -> Sequence[int] | None:
-        """About how long each sample is, if that differs, so that those of like length can go together."""
+        """Return the approximate length of each sample, so that a batch has similar lengths; None if all are equal."""
         ...
 
 
 class CausalSampler:
-    """Texts joined, an end-of-text token after each, and cut into chunks of `max_length`; a shorter rest is dropped."""
+    """Joins texts with an end-of-text token after each, and cuts them into chunks of `max_length`; drops the rest."""
 
     def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
         self.options = options
@@ -64,7 +64,7 @@ class CausalSampler:
         self.column = _column(splits[0], options.text, _TEXT, options.spec, "text")
 
     def samples(self, rows: Any) -> Sequence[Tensor]:
-        """Chunks of ids, int64 `[max_length]`; one shorter chunk if there is not enough text for a whole one."""
+        """Return chunks of ids, int64 `[max_length]`. If the text is too short for a chunk, it is one shorter chunk."""
         end = self.tokenizer.eos_token_id
         ids: list[int] = []
         for (text,) in _texts(rows, [self.column], self.options.spec):
@@ -79,7 +79,7 @@ class CausalSampler:
         return list(flat[: len(flat) // size * size].view(-1, size))
 
     def collate(self, samples: Sequence[Tensor], generator: torch.Generator) -> Batch:
-        """Ids as both input and labels, int64 `[B, T]`: the loss shifts them."""
+        """Use the ids, int64 `[B, T]`, as both inputs and labels. The loss shifts them."""
         ids = torch.stack(list(samples))
         make = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
         return Batch((), {name: make[name] for name in self.fields}, ids)
@@ -89,7 +89,7 @@ class CausalSampler:
 
 
 class MaskedSampler:
-    """Texts cut after `max_length` tokens; 15% of the tokens are to be predicted, drawn anew for each batch."""
+    """Truncates texts to `max_length` tokens. 15% of the tokens, drawn again for each batch, are to be predicted."""
 
     def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
         from transformers import DataCollatorForLanguageModeling
@@ -97,16 +97,16 @@ class MaskedSampler:
         self.options = options
         self.tokenizer = _tokenizer(options)
         if self.tokenizer.mask_token is None:
-            raise UsageError("masked-lm needs a tokenizer with a mask token, and the model's has none.")
+            raise UsageError("masked-lm needs a tokenizer with a mask token, but the model's tokenizer has none.")
         self.columns = _columns(splits[0], options)
         self.masker: Any = DataCollatorForLanguageModeling(self.tokenizer)
 
     def samples(self, rows: Any) -> Sequence[tuple[str, ...]]:
-        """Texts, or pairs of texts."""
+        """Return texts, or pairs of texts."""
         return _texts(rows, self.columns, self.options.spec)
 
     def collate(self, samples: Sequence[tuple[str, ...]], generator: torch.Generator) -> Batch:
-        """Ids and mask int64 `[B, T]`, padded to the longest; labels -100 except at the tokens to predict."""
+        """Make padded ids and mask, int64 `[B, T]`. Labels are -100 except at the tokens to predict."""
         encoded = _encode(samples, self.tokenizer, self.options)
         special = [
             self.tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True)
@@ -124,7 +124,7 @@ class MaskedSampler:
 
 
 class TextClassSampler:
-    """Texts or pairs of texts, cut after `max_length` tokens, with a class each."""
+    """Truncates texts or pairs of texts to `max_length` tokens. Each has a class."""
 
     def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
         self.options = options
@@ -133,12 +133,12 @@ class TextClassSampler:
         self.classes = Classes(options, splits)
 
     def samples(self, rows: Any) -> Sequence[tuple[tuple[str, ...], int]]:
-        """Texts with their classes."""
+        """Return texts with their classes."""
         labels = self.classes.labels(rows)
         return _texts(rows, self.columns, self.options.spec, labels)
 
     def collate(self, samples: Sequence[tuple[tuple[str, ...], int]], generator: torch.Generator) -> Batch:
-        """Ids and mask int64 `[B, T]`, padded to the longest; labels int64 `[B]`."""
+        """Make ids and mask, int64 `[B, T]`, padded to the longest text, and labels, int64 `[B]`."""
         encoded = _encode([text for text, _ in samples], self.tokenizer, self.options)
         return Batch((), encoded, torch.tensor([label for _, label in samples]))
 
@@ -148,7 +148,7 @@ class TextClassSampler:
 
 
 class ImageClassSampler:
-    """Images with a class each. They stay encoded until they are needed."""
+    """Reads images with their classes. Images are decoded when they are needed."""
 
     def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
         self.options = options
@@ -162,11 +162,11 @@ class ImageClassSampler:
         self.size = (size, size) if isinstance(size, int) or size is None else tuple(size)
 
     def samples(self, rows: Any) -> Sequence[tuple[Any, int, int]]:
-        """Rows, the number of a row, and its class."""
+        """Return (rows, row number, class) for each image."""
         return [(rows, index, label) for index, label in enumerate(self.classes.labels(rows))]
 
     def collate(self, samples: Sequence[tuple[Any, int, int]], generator: torch.Generator) -> Batch:
-        """Pixels float32 `[B, C, H, W]`, labels int64 `[B]`."""
+        """Make pixels, float32 `[B, C, H, W]`, and labels, int64 `[B]`."""
         images = [self._image(rows, index) for rows, index, _ in samples]
         if self.options.processor is not None:
             pixels = self.options.processor(images=images, return_tensors="pt")["pixel_values"]
@@ -183,7 +183,8 @@ class ImageClassSampler:
             raise DataError(f"{self.options.spec}: the image of row {index} cannot be read: {error}") from error
         if not isinstance(image, Image.Image):
             raise DataError(
-                f"{self.options.spec}: column '{self.column}' holds {type(image).__name__}, not images (row {index})."
+                f"{self.options.spec}, row {index}: column '{self.column}' contains {type(image).__name__} values, "
+                "not images."
             )
         return image.convert(self.mode)
 
@@ -207,13 +208,13 @@ SAMPLERS: dict[str, type[Sampler]] = {
 
 
 class Classes:
-    """Turns a label column into class numbers that are the model's own."""
+    """Converts a label column to the model's class numbers."""
 
     def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
         """Learn the classes.
 
         Raises:
-            DataError: no label column; names that the model does not know.
+            DataError: there is no label column, or the model does not know a class name.
         """
         self.spec = options.spec
         self.column = _column(splits[0], options.label, _LABEL, options.spec, "label")
@@ -221,7 +222,7 @@ class Classes:
         self.numbers = self._numbers(splits, getattr(options.config, "label2id", None) or {})
 
     def _numbers(self, splits: Sequence[Any], known: Mapping[str, int]) -> dict[str, int] | None:
-        """The number of each class name, or None if the column holds numbers."""
+        """Return the number of each class name, or None if the column contains numbers."""
         feature = splits[0].features[self.column]
         names = getattr(feature, "names", None)
         if names is None:
@@ -234,16 +235,16 @@ class Classes:
         if known and not all(name.startswith("LABEL_") for name in known):
             missing = [name for name in names if name not in known]
             raise DataError(
-                f"{self.spec}: the model has no class {', '.join(map(repr, missing[:3]))}; it has "
+                f"{self.spec}: the model has no class {', '.join(map(repr, missing[:3]))}. It has "
                 f"{', '.join(map(repr, list(known)[:6]))}{', ...' if len(known) > 6 else ''}."
             )
         return {name: number for number, name in enumerate(names)}
 
     def labels(self, rows: Any) -> list[int]:
-        """The class of each row.
+        """Return the class of each row.
 
         Raises:
-            DataError: a label is missing, not a class, or out of range; the message names the row.
+            DataError: a label is missing, not a class, or out of range. The message names the row.
         """
         names = getattr(rows.features[self.column], "names", None)
         return [self._label(value, index, names) for index, value in enumerate(rows[self.column])]
@@ -255,7 +256,7 @@ class Classes:
         if self.numbers is not None:
             name = names[value] if names is not None else value
             if name not in self.numbers:
-                raise DataError(f"{where} is not a class name like the others.")
+                raise DataError(f"{where} is not a class name, unlike the labels of other rows.")
             value = self.numbers[name]
         if isinstance(value, float):
             if not math.isfinite(value):
@@ -278,7 +279,7 @@ def _column(rows: Any, given: str | None, usual: Sequence[str], spec: str, what:
     found = [given] if given is not None else [name for name in usual if name in rows.column_names]
     if not found or found[0] not in rows.column_names:
         asked = f"column '{given}'" if given is not None else f"{what} column"
-        raise DataError(f"{spec} has no {asked}. It has: {', '.join(rows.column_names)}. Name the {what} column.")
+        raise DataError(f"{spec} has no {asked}. Its columns: {', '.join(rows.column_names)}. Name the {what} column.")
     return found[0]
 
 
@@ -290,12 +291,13 @@ def _columns(rows: Any, options: SampleOptions) -> list[str]:
 
 
 def _texts(rows: Any, columns: Sequence[str], spec: str, labels: Sequence[int] | None = None) -> list[Any]:
-    """Texts of the columns, with labels if given, without the rows that have an empty one."""
+    """Return the texts of the columns, with labels if given. Rows with an empty text are left out."""
     kept: list[Any] = []
     for index, texts in enumerate(zip(*(rows[column] for column in columns), strict=True)):
         wrong = next((text for text in texts if not isinstance(text, str | None)), None)
         if wrong is not None:
-            raise DataError(f"{spec}, row {index}: column '{columns[0]}' holds {type(wrong).__name__}, not text.")
+            kind = type(wrong).__name__
+            raise DataError(f"{spec}, row {index}: column '{columns[0]}' contains {kind} values, not text.")
         if all(text and not text.isspace() for text in texts):
             kept.append(texts if labels is None else (texts, labels[index]))
     skipped = len(rows) - len(kept)
@@ -307,20 +309,20 @@ def _texts(rows: Any, columns: Sequence[str], spec: str, labels: Sequence[int] |
 def _tokenizer(options: SampleOptions) -> Any:
     if options.tokenizer is None:
         raise UsageError(
-            f"{options.spec} is text, and the model has no tokenizer. Give token ids: --data module:function."
+            f"{options.spec} is text, but the model has no tokenizer. Give token ids with --data module:function."
         )
     return options.tokenizer
 
 
 def _encode(texts: Sequence[tuple[str, ...]], tokenizer: Any, options: SampleOptions) -> dict[str, Tensor]:
-    """Token ids and masks `[B, T]`, padded to the longest of the batch."""
+    """Make token ids and masks, `[B, T]`, padded to the longest text of the batch."""
     rows = tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=options.max_length)
     lengths = [len(row) for row in rows["input_ids"]]
     if 0 in lengths:
-        raise DataError(f"{options.spec}: the tokenizer makes no token of {texts[lengths.index(0)]!r}.")
+        raise DataError(f"{options.spec}: the tokenizer gives no token for {texts[lengths.index(0)]!r}.")
     if tokenizer.pad_token_id is None and len(set(lengths)) > 1:
         raise UsageError(
-            "The tokenizer has no padding token, and the texts differ in length. "
+            "The tokenizer has no padding token, but the texts differ in length. "
             "Set pad_token in tokenizer_config.json and pad_token_id in config.json."
         )
     kept = {name: rows[name] for name in token_fields(tokenizer, options.config)}
@@ -336,6 +338,6 @@ def _check_ids(ids: Tensor, options: SampleOptions) -> None:
     vocabulary = getattr(options.config, "vocab_size", None)
     if vocabulary is not None and int(ids.max()) >= vocabulary:
         raise UsageError(
-            f"The tokenizer gives id {int(ids.max())}, and the model has {vocabulary} embeddings: they do not belong "
-            "together."
+            f"The tokenizer gives id {int(ids.max())}, but the model has only {vocabulary} embeddings: they do not "
+            "belong together."
         )

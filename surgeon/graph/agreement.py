@@ -1,4 +1,4 @@
-"""Whether two ways of computing give the same: run both alike, and compare what comes out."""
+"""Compare two ways of computing the same: run both under the same conditions and compare their outputs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TOLERANCE: dict[torch.dtype, float] = {
 
 
 def call_reproducibly(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call without gradients and with a fixed random state, so that two runs of a noisy model agree."""
+    """Call the model without gradients and with a fixed random state, so that two runs of a noisy model agree."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    # The fused encoder layer zeroes padded positions, which no other form of the same model does.
+    # torch's fused encoder layer sets padded positions to zero. No other form of the same model does that.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -32,10 +32,10 @@ def call_reproducibly(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """Largest difference between two outputs of the same structure, relative to the largest expected value.
+    """Return the largest difference between two outputs, relative to the largest expected value.
 
-    Every floating-point tensor counts by itself and the worst one is returned; values of other types must be equal.
-    Infinite if structure, shape, or the places of NaN and infinity differ.
+    Each floating-point tensor is compared on its own, and the worst error is returned. Values of other types must be
+    equal. The error is infinite if structure, shape, or the positions of NaN and infinity differ.
     """
     left, right = pytree.tree_leaves(without_none(actual)), pytree.tree_leaves(without_none(expected))
     if len(left) != len(right):
@@ -44,7 +44,7 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def tolerance_for(outputs: Any, model: nn.Module | None = None) -> float:
-    """The accepted relative error for these outputs (of this model): the coarsest dtype among them decides."""
+    """Return the accepted relative error. The coarsest dtype among the outputs and the model's parameters decides."""
     dtypes = {leaf.dtype for leaf in pytree.tree_leaves(without_none(outputs)) if isinstance(leaf, Tensor)}
     if model is not None:
         dtypes |= {parameter.dtype for parameter in model.parameters()}
@@ -52,7 +52,7 @@ def tolerance_for(outputs: Any, model: nn.Module | None = None) -> float:
 
 
 def without_none(outputs: Any) -> Any:
-    """Model output classes as plain dicts: an export drops fields that are None."""
+    """Return output mappings as plain dicts without the fields that are None, because an export drops those."""
     if isinstance(outputs, Mapping):
         return {key: value for key, value in outputs.items() if value is not None}
     return outputs

@@ -1,6 +1,6 @@
 """How a graph is called: arguments by position and keyword, its flat inputs, and the trees of inputs and outputs.
 
-`torch.fx` keeps this in a private place, `Graph._codegen.pytree_info`, which no other file touches.
+`torch.fx` keeps this in the private attribute `Graph._codegen.pytree_info`. No other file touches it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 def as_args_kwargs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Split inputs into positional and keyword arguments of `forward`.
 
-    A tensor is one positional argument; a tuple or list holds positional ones; a mapping (a `BatchEncoding` too) holds
-    keyword ones; a pair of a tuple and a mapping is both, as it is.
+    A tensor is one positional argument. A tuple or list holds positional arguments. A mapping, such as a
+    `BatchEncoding`, holds keyword arguments. A pair of a tuple and a mapping gives both.
 
     Raises:
-        UsageError: for anything else.
+        UsageError: the inputs are anything else.
     """
     match inputs:
         case Tensor():
@@ -39,18 +39,18 @@ def as_args_kwargs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         case Mapping():
             return (), dict(inputs)
     raise UsageError(
-        f"Example inputs are a {type(inputs).__name__}, not a tensor, a tuple of positional inputs or a dict of "
-        "keyword inputs."
+        f"The example inputs are of type {type(inputs).__name__}. Give a tensor, a tuple of positional inputs or a "
+        "dict of keyword inputs."
     )
 
 
 def argument_names(graph: GraphModule) -> list[str]:
-    """The names of the graph's arguments, in order."""
+    """Return the names of the graph's arguments, in order."""
     return [name for name in _info(graph).orig_args if name != "self"]
 
 
 def named_arguments(graph: GraphModule, args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, in the graph's order.
+    """Return the arguments of a call by name, in the graph's order.
 
     Raises:
         TypeError: an argument is missing, unknown, or given twice.
@@ -63,7 +63,7 @@ def named_arguments(graph: GraphModule, args: Iterable[Any], kwargs: Mapping[str
 
 
 def flat_inputs(graph: GraphModule, args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The inputs of a call in the order of the graph's placeholders, whether given by position or by name.
+    """Return the inputs of a call in the order of the graph's placeholders.
 
     Raises:
         TypeError: as `named_arguments`.
@@ -79,24 +79,24 @@ def flat_inputs(graph: GraphModule, args: Iterable[Any], kwargs: Mapping[str, An
 
 
 def unflatten_output(graph: GraphModule, flat: Iterable[Any]) -> Any:
-    """What a call returns, of the values that the graph's output node holds."""
+    """Arrange the values that the graph's output node holds as a call returns them."""
     out_spec = _info(graph).out_spec
     return flat if out_spec is None else pytree.tree_unflatten(list(flat), out_spec)
 
 
 def return_as_is(graph: GraphModule) -> None:
-    """Let calls of the graph return what its output node holds, not arranged as the model's output."""
+    """Let calls of the graph return the values of its output node, without arranging them as the model's output."""
     codegen: Any = graph.graph._codegen
     codegen.pytree_info = codegen.pytree_info._replace(out_spec=None)
 
 
 def call_alike(graph: Graph, like: GraphModule) -> None:
-    """Let a new graph be called as another is and return what that returns; either can be changed without the other."""
+    """Give a new graph the calling convention of `like`. Each graph can change its own later."""
     graph.set_codegen(copy.copy(like.graph._codegen))
 
 
 def foreign_modules(graph: GraphModule) -> list[str]:
-    """The Python modules whose classes appear in the graph's inputs and outputs, in alphabetical order."""
+    """Return the Python modules whose classes appear in the graph's inputs and outputs, in alphabetical order."""
     found: set[str] = set()
     stack = [_info(graph).in_spec, _info(graph).out_spec]
     while stack:

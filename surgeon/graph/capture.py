@@ -1,4 +1,4 @@
-"""Read inner values of a graph."""
+"""Read intermediate values of a graph."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from surgeon.graph.walk import walk_users
 
 
 class Capture(nn.Module):
-    """A graph that also returns inner values, over the same parameters: calls give (output, {node name: value}).
+    """A graph that also returns intermediate values: a call gives (output, {node name: value}).
 
-    Without `keep_output` what the values do not need is cut off, and the output is None.
+    It shares the parameters of the original graph. Without `keep_output` the output is None, and nodes that the values
+    do not need are removed.
     """
 
     def __init__(self, graph: GraphModule, names: Iterable[str], *, keep_output: bool = False) -> None:
@@ -34,13 +35,13 @@ class Capture(nn.Module):
         self.graph.recompile()
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
-        """Call as the graph is called."""
+        """Run the graph with its own arguments."""
         output, values = self.graph(*args, **kwargs)
         return None if output is None else self._arranged(output), values
 
 
 def _before_changes(graph: GraphModule, node: Node) -> Node:
-    """The node, or a copy of its value if the graph later changes that in place (`x += y`, an in-place ReLU)."""
+    """Return the node, or a copy of its value if the graph later changes it in place (`x += y`, an in-place ReLU)."""
     base = node
     while carries_values(base):
         source = base.args[0]

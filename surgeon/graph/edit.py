@@ -1,4 +1,4 @@
-"""Small tools for rewriting a graph: add nodes with shapes and module paths, read inner values, own parameters."""
+"""Rewrite a graph: add nodes with shapes and module paths, replace values, and erase or merge nodes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from surgeon.graph.traced import TRAIN_VALUE, TracedGraph, aten, is_call, shape_
 
 
 def emit(graph: GraphModule, target: Any, *args: Any, path: str, name: str | None = None) -> Node:
-    """Add a `call_function` node at the graph's insertion point, with the shape its op gives and a module path.
+    """Add a `call_function` node at the graph's insertion point, and record its output shape and module path.
 
     Raises:
-        RuntimeError: the op refuses the shapes of its arguments.
+        RuntimeError: the op does not accept the shapes of its arguments.
     """
     node = graph.graph.create_node("call_function", target, args, name=name)
     mode = detect_fake_mode([source.meta.get("val") for source in node.all_input_nodes])
@@ -46,14 +46,14 @@ def get_attr(graph: GraphModule, target: str) -> Node:
 
 
 def set_path(node: Node, path: str) -> None:
-    """Record the module path a node belongs to, in the place where `torch.export` records it."""
+    """Record the module path that a node belongs to, in the same place as `torch.export` does."""
     node.meta["nn_module_stack"] = {path: (path, "torch.nn.Module")}
 
 
 def emit_dropout(graph: TracedGraph, value: Node, probability: float, *, path: str) -> Node:
-    """Add a dropout that follows the graph's training mode; `value` itself where there is nothing to drop.
+    """Add a dropout that follows the graph's training mode, and return its node.
 
-    A graph of evaluation form has no training mode, so it gets none.
+    Returns `value` itself if the probability is 0, or if the graph is in evaluation form and has no training mode.
     """
     if probability == 0.0 or graph.meta["trace"].form == "eval":
         return value
@@ -63,10 +63,10 @@ def emit_dropout(graph: TracedGraph, value: Node, probability: float, *, path: s
 
 
 def replace_value(old: Node, new: Node, x: Node, inside: Iterable[Node]) -> None:
-    """Let everything read `new` instead of `old`.
+    """Let all users of `old` read `new` instead.
 
-    Values inside the replaced part may still be asked for their size (never for their content); those questions go to
-    the part's input `x` where it has the same size.
+    Other nodes may still read the size of a value inside the replaced part, but never its content. These size nodes
+    read the part's input `x` instead, where it has the same size.
     """
     old.replace_all_uses_with(new)
     for node in inside:
@@ -80,7 +80,7 @@ def replace_value(old: Node, new: Node, x: Node, inside: Iterable[Node]) -> None
 
 
 def erase_unread(graph: GraphModule, nodes: Iterable[Node]) -> None:
-    """Erase those of the nodes that nothing reads, in-place ops included (dead-code elimination keeps those)."""
+    """Erase the given nodes that have no users, including in-place ops, which dead-code elimination keeps."""
     doomed = set(nodes)
     for node in reversed(list(graph.graph.nodes)):
         if node in doomed and not node.users:
@@ -88,7 +88,7 @@ def erase_unread(graph: GraphModule, nodes: Iterable[Node]) -> None:
 
 
 def merge_duplicates(graph: GraphModule, nodes: Iterable[Node]) -> None:
-    """Compute once what several of the nodes compute: the same op on the same values, reads of tied parameters too."""
+    """Merge nodes that apply the same op to the same values, and nodes that read the same tied parameter."""
     candidates = set(nodes)
     first: dict[Any, Node] = {}
     for node in list(graph.graph.nodes):

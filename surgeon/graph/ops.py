@@ -1,4 +1,4 @@
-"""What kind of computation a node is: value by value, a product, or something that mixes neurons or tokens."""
+"""Classify the ops of a graph: pointwise, matrix product, or an op that mixes neurons or tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAME_VALUE = {
     aten.type_as.default,
     aten.lift_fresh_copy.default,
 }
-# Ops that may compute a linear layer.
+# Matrix products that may compute a linear layer.
 MATMULS = {
     aten.linear.default,
     aten.addmm.default,
@@ -73,7 +73,7 @@ SHAPE_OPS = VIEWS | {
 # Pointwise ops that keep a linear map linear. Any other one counts as an activation.
 LINEAR_OPS = {"add", "sub", "rsub", "mul", "div", "neg", "positive"}
 CREATION_OPS = {"zeros_like", "ones_like", "full_like", "full", "zeros", "ones", "scalar_tensor"}
-# What may stand between two linears so that they are no feed-forward layer, and the words for it.
+# Ops that rule out a feed-forward layer when they stand between two linears, and how messages name them.
 _BARRIERS = {
     "norm": "a normalisation", "conv": "a convolution", "softmax": "a softmax", "mean": "a mean", "var": "a variance",
     "std": "a standard deviation", "amax": "a maximum", "argmax": "a maximum", "max": "a maximum", "min": "a minimum",
@@ -86,21 +86,21 @@ _BARRIERS = {
     "lstm": "a recurrent layer", "gru": "a recurrent layer", "fft": "a Fourier transform", "upsample": "a resizing",
     "unfold": "an unfolding", "prelu": "a learned activation", "layer_norm": "a normalisation",
 }  # fmt: skip
-# What a walk back from a linear layer ends at: values that were not made from another linear layer.
+# A walk back from a linear layer ends at these ops: no other linear layer stands before them.
 _SOURCES = {"embedding", "embedding_bag", "arange", "eye", "tril", "triu"}
 # Products of two computed values.
 PRODUCTS = MATMULS | {aten.scaled_dot_product_attention.default}
 
 
 def op_name(node: Node) -> str:
-    """`add` for `aten.add.Tensor`."""
+    """Return the short name of a node's op: `add` for `aten.add.Tensor`."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target.overloadpacket.__name__)
     return str(getattr(node.target, "__name__", node.target))
 
 
 def is_pointwise(node: Node) -> bool:
-    """Whether every value of the result comes from the values at the same place, or from none."""
+    """Whether each element of the result depends only on the elements at the same position, or on no input."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
         return False
@@ -111,13 +111,13 @@ def is_pointwise(node: Node) -> bool:
         return False
     if torch.Tag.pointwise in target.tags:
         return True
-    # Torch does not mark all of them. One that keeps its input's shape may be pointwise; running it tells.
+    # Torch does not tag every pointwise op. An op that keeps its input's shape may be pointwise: running it tells.
     keeps_shape = any(_same_shape(source, node) for source in node.all_input_nodes)
     return keeps_shape and target not in PRODUCTS and name not in _SOURCES and not _words(name)
 
 
 def barrier(node: Node) -> str | None:
-    """Words for a node that mixes neurons or tokens and so cannot stand inside a feed-forward layer."""
+    """Name an op that mixes neurons or tokens and so cannot stand inside a feed-forward layer; None for others."""
     if node.op != "call_function" or node.target in SHAPE_OPS or node.target in DROPOUTS:
         return None
     if not isinstance(node.target, torch._ops.OpOverload) or is_copy(node) or is_pointwise(node):
@@ -126,8 +126,8 @@ def barrier(node: Node) -> str | None:
     if name in _SOURCES:
         return None
     if node.target in SAME_VALUE:
-        return "a conversion to another kind of number"
-    return _words(name) or "an op that is not computed value by value"
+        return "a conversion to another number type"
+    return _words(name) or "an op that is not pointwise"
 
 
 def activates(node: Node) -> bool:
@@ -162,7 +162,7 @@ def is_copy(node: Node) -> bool:
 
 
 def carries_values(node: Node) -> bool:
-    """Whether the output is the first input in another shape, a part of it, a copy or a cast."""
+    """Whether the output is the first input in another shape, a part of it, a copy of it or a cast of it."""
     return node.op == "call_function" and (node.target in SHAPE_OPS or node.target in SAME_VALUE)
 
 

@@ -29,7 +29,7 @@ def own_parameters(graph: TracedGraph) -> None:
         if node.op == "call_module":
             module = graph.get_submodule(str(node.target))
             if id(module) not in replaced_modules:
-                # One memo: what modules share (a router's trunk) stays shared.
+                # All copies use one memo, so that what modules share (a router's trunk) stays shared.
                 replaced_modules[id(module)] = copy.deepcopy(module, memo)
             replace_attribute(graph, str(node.target), replaced_modules[id(module)])
     for name, tensor in [
@@ -46,7 +46,7 @@ def own_parameters(graph: TracedGraph) -> None:
 
 
 def adopt_changes(target: GraphModule, source: TracedGraph) -> None:
-    """Make `target` the rewritten `source`, in place: its graph, its parameters, its metadata."""
+    """Give `target` the graph, the parameters and the metadata of the rewritten `source`, in place."""
     target._parameters, target._buffers, target._modules = source._parameters, source._buffers, source._modules
     target.__dict__.update({name: value for name, value in source.__dict__.items() if name in ("training", "meta")})
     target.graph = source.graph

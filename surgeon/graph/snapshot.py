@@ -1,4 +1,4 @@
-"""What changed between two graphs: nodes by name, grouped by module path. Data only; `render` shows it."""
+"""Find what changed between two graphs: nodes by name, grouped by module path. `render` prints the result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgeon.graph.traced import module_path, shape_of
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A graph at one moment: every computing node by name as (module path, text), every parameter's shape by name."""
+    """A graph at one moment: each computing node by name as (module path, text), and each parameter's shape by name."""
 
     nodes: dict[str, tuple[str, str]]
     parameters: dict[str, tuple[int, ...]]
@@ -22,7 +22,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class GraphDiff:
-    """Lines that left and came, by module path, in graph order: `[("-", "relu = relu(linear)"), ("+", ...)]`."""
+    """Removed and added lines by module path, in graph order: `[("-", "relu = relu(linear)"), ("+", ...)]`."""
 
     changes: dict[str, list[tuple[str, str]]]
     parameters: list[tuple[str, str]]
@@ -32,7 +32,7 @@ class GraphDiff:
 
 
 def snapshot(graph: GraphModule) -> Snapshot:
-    """Take down a graph. Sizes, parameters' reads and the output are not listed: they change with every neighbour."""
+    """Record a graph. Sizes, parameter reads and the output are left out, because they change with every neighbour."""
     nodes = {
         node.name: (module_path(node), _text(node))
         for node in graph.graph.nodes
@@ -43,7 +43,7 @@ def snapshot(graph: GraphModule) -> Snapshot:
 
 
 def compare(before: Snapshot, after: Snapshot) -> GraphDiff:
-    """What differs. A node that kept its name but reads other values or is another op counts as removed and added."""
+    """Return the differences. A node that kept its name but changed its op or inputs counts as removed and added."""
     changes: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name, (path, text) in before.nodes.items():
         if after.nodes.get(name, ("", ""))[1] != text:
@@ -67,7 +67,7 @@ def compare(before: Snapshot, after: Snapshot) -> GraphDiff:
 
 
 def compare_unrelated(before: Snapshot, after: Snapshot) -> GraphDiff:
-    """The same for graphs that were traced apart: nodes are told apart by module path, op and order instead of name."""
+    """Compare graphs of separate traces. Module path, op and order identify a node here, not its name."""
 
     def renamed(taken: Snapshot) -> Snapshot:
         count: dict[tuple[str, str], int] = defaultdict(int)

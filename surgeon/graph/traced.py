@@ -1,7 +1,7 @@
-"""The one intermediate representation: a `torch.fx` graph of ATen ops, and the small vocabulary to talk about it.
+"""The intermediate representation, a `torch.fx` graph of ATen ops, and basic functions on it.
 
-A `TracedGraph` is an ordinary `torch.fx.GraphModule` that keeps the parameter names of the model it came from and whose
-`train()` and `eval()` work. Everything in the toolkit reads and rewrites this one form.
+A `TracedGraph` is an ordinary `torch.fx.GraphModule`. It keeps the parameter names of its model, and its `train()` and
+`eval()` work. The whole toolkit reads and rewrites this one form.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-# Where each op keeps what differs between training and evaluation, and its value in evaluation.
+# The argument of each op that differs between training and evaluation: (position, keyword, value in evaluation).
 _MODE_ARGUMENT: dict[Any, tuple[int, str, bool | float]] = {
     aten.dropout.default: (2, "train", False),
     aten.dropout_.default: (2, "train", False),
@@ -39,14 +39,14 @@ TRAIN_VALUE = "surgeon_train_value"
 class TracedGraph(GraphModule):
     """A model as a graph of ATen ops, called like the model itself.
 
-    `meta["trace"]` holds the `TraceInfo` of `surgeon.trace`. Node identity is the node's name: passes keep the names of
-    the nodes they do not touch.
+    `meta["trace"]` holds the `TraceInfo` of `surgeon.trace`. A node is identified by its name. Passes keep the names of
+    the nodes that they do not touch.
     """
 
     def train(self, mode: bool = True) -> TracedGraph:
         """Switch dropout, attention dropout and batch statistics, as `nn.Module.train` does for the model.
 
-        A graph of evaluation form (see `TraceInfo.form`) has nothing to switch: it always computes what `eval()` does.
+        A graph in evaluation form (see `TraceInfo.form`) has nothing to switch: it always computes as in `eval()`.
         """
         for module in self.modules():
             module.training = mode
@@ -70,7 +70,7 @@ def _switch(node: Node, mode: bool) -> bool:
     if node.op != "call_function" or node.target not in _MODE_ARGUMENT:
         return False
     if node.target is aten.batch_norm.default and node.args[3] is None:
-        return False  # no running statistics: a normalisation of weights, the same in both modes
+        return False  # without running statistics it normalises weights, which is the same in both modes
     position, keyword, eval_value = _MODE_ARGUMENT[node.target]
     positional = len(node.args) > position
     if not positional and keyword not in node.kwargs:
@@ -98,14 +98,14 @@ def is_switched_off(node: Node) -> bool:
 
 
 def nested_graphs(graph: GraphModule) -> Iterator[GraphModule]:
-    """The graph itself and the graphs of its higher-order ops (bodies run under `no_grad` or `autocast`)."""
+    """Iterate over the graph itself and the graphs of its higher-order ops (bodies under `no_grad` or `autocast`)."""
     return (module for module in graph.modules() if isinstance(module, GraphModule))
 
 
 def fork(graph: GraphModule) -> TracedGraph:
-    """A copy of the graph that shares every parameter, buffer and submodule with the original.
+    """Copy the graph, but share every parameter, buffer and submodule with the original.
 
-    Node names and metadata are kept. Rewriting the copy leaves the original as it was, and costs no weight memory.
+    The copy keeps node names and metadata. Rewriting it does not change the original and takes no memory for weights.
     """
     copied = Graph()
     output = copied.graph_copy(graph.graph, {}, return_output_node=True)
@@ -115,13 +115,13 @@ def fork(graph: GraphModule) -> TracedGraph:
     call_alike(copied, graph)
     result = TracedGraph(graph, copied)
     result.meta.update(graph.meta)
-    # nn.Module state, not graph state: the constructor starts in training mode.
+    # The constructor sets training mode. The flag is state of the module, not of the graph, so copy it.
     result.training = graph.training
     return result
 
 
 def move(graph: GraphModule, device: torch.device) -> None:
-    """Move a graph to a device in place: its tensors, and the nodes that make some where it was traced."""
+    """Move a graph to a device in place: its tensors, and the device arguments of nodes that create tensors."""
     graph.to(device)
     for module in nested_graphs(graph):
         for node in module.graph.nodes:
@@ -137,7 +137,7 @@ def move(graph: GraphModule, device: torch.device) -> None:
 
 
 def tidy(graph: GraphModule) -> None:
-    """Drop dead nodes and what only they used (parameters, submodules), then check and recompile the graph."""
+    """Remove dead nodes and the parameters and submodules that only they used. Then check and recompile the graph."""
     graph.graph.eliminate_dead_code()
     used = {node.target for node in graph.graph.nodes if node.op in ("get_attr", "call_module")}
     modules = {node.target for node in graph.graph.nodes if node.op == "call_module"} | {
@@ -153,7 +153,7 @@ def tidy(graph: GraphModule) -> None:
 
 
 def module_path(node: Node) -> str:
-    """Path of the innermost module of the model that this node came from; "" for the model itself."""
+    """Return the path of the innermost module that this node came from, or "" for the model itself."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
@@ -163,7 +163,7 @@ def module_path(node: Node) -> str:
 
 
 def common_path(paths: Iterable[str]) -> str:
-    """Longest dotted prefix shared by all paths: `a.b.fc1`, `a.b.fc2` → `a.b`."""
+    """Return the longest dotted prefix that all paths share: `a.b.fc1`, `a.b.fc2` → `a.b`."""
     split = [path.split(".") if path else [] for path in paths]
     shared: list[str] = []
     for parts in zip(*split, strict=False):
@@ -179,7 +179,7 @@ def is_call(node: object, *targets: Any) -> bool:
 
 
 def attribute(graph: GraphModule, target: str) -> Any:
-    """What a `get_attr` node of this target reads."""
+    """Return what a `get_attr` node with this target reads."""
     value: Any = graph
     for part in target.split("."):
         value = getattr(value, part)
@@ -187,7 +187,7 @@ def attribute(graph: GraphModule, target: str) -> Any:
 
 
 def tensor_of(graph: GraphModule, node: Node) -> Tensor | None:
-    """The tensor a `get_attr` node reads, or None for any other node."""
+    """Return the tensor that a `get_attr` node reads, or None for any other node."""
     if node.op != "get_attr":
         return None
     value = attribute(graph, str(node.target))
@@ -195,20 +195,20 @@ def tensor_of(graph: GraphModule, node: Node) -> Tensor | None:
 
 
 def tensor_key(tensor: Tensor) -> tuple[object, ...]:
-    """Identity of a tensor's memory. Tied parameters that were loaded from a file are two objects over one memory."""
+    """Identify a tensor's memory. Tied parameters loaded from a file are two objects over the same memory."""
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return (id(tensor),)
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 
 def shape_of(node: Node) -> tuple[int | torch.SymInt, ...] | None:
-    """Shape recorded at tracing (symbolic where dynamic); None if the node holds no tensor."""
+    """Return the shape recorded at tracing, symbolic where dynamic, or None if the node holds no tensor."""
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def retie(graph: GraphModule) -> None:
-    """Make parameters that share memory one object again, so that an optimizer steps them once."""
+    """Make parameters that share memory one object again, so that an optimizer updates them once."""
     seen: dict[tuple[object, ...], nn.Parameter] = {}
     for name, parameter in list(graph.named_parameters(remove_duplicate=False)):
         kept = seen.setdefault(tensor_key(parameter), parameter)
@@ -218,9 +218,9 @@ def retie(graph: GraphModule) -> None:
 
 
 def free_target(graph: GraphModule, path: str, name: str) -> str:
-    """`path.name` for a new submodule, or `path.name_1`, `path.name_2`, ... if that is taken.
+    """Return an unused path for a new submodule: `path.name`, or else `path.name_1`, `path.name_2`, ...
 
-    A path that is itself a parameter (a raw weight at the model's top) stands for the module that holds it.
+    If `path` is itself a parameter (a raw weight of the model), the path of the module that holds it is used.
     """
     while path and isinstance(attribute(graph, path) if _has(graph, path) else None, Tensor):
         path = path.rpartition(".")[0]
@@ -244,9 +244,9 @@ def _has(graph: GraphModule, target: str) -> bool:
 
 
 def to_networkx(graph: GraphModule) -> nx.DiGraph:
-    """The graph as a networkx digraph: one vertex per node, keyed by node name, an edge from producer to consumer.
+    """Convert the graph to a networkx digraph: one vertex per node, one edge from each producer to each consumer.
 
-    Vertices carry `op`, `target` (str), `path` (module path) and `shape`.
+    The node's name is the key of its vertex. Vertices carry `op`, `target` (str), `path` (module path) and `shape`.
     """
     import networkx as nx
 

@@ -1,4 +1,4 @@
-"""Walk over a graph, from a node to all that read it or to all that it reads."""
+"""Walk over a graph from a node, forward to its users or back to its inputs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch.fx import Node
 
 
 def walk_users(start: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
-    """Yield the users of `start`, and the users of every node met that `through` lets pass: each node once.
+    """Yield once each the users of `start`, and the users of every visited node for which `through` is true.
 
-    `start` is not among them. Depth first: of the users of a node the last one's own users come next, after all users
-    of the node. `through` is asked about a node after it was yielded, so it may depend on what the caller did with it.
+    `start` itself is not yielded. The order is depth first: after all users of a node come the users of the last of
+    them. `through` is called after a node was yielded, so it may depend on what the caller did with the node.
     """
     stack, seen = [start], {start}
     while stack:
@@ -24,10 +24,10 @@ def walk_users(start: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
 
 
 def walk_sources(start: Node, through: Callable[[Node], bool] = lambda _: True) -> Iterator[Node]:
-    """Yield `start`, and the inputs of every node met that `through` lets pass: each node once.
+    """Yield once each `start`, and the inputs of every visited node for which `through` is true.
 
-    Depth first: the last input of a node comes next, with all that it reads. `through` is asked about a node after it
-    was yielded, so it may depend on what the caller did with it.
+    The order is depth first: the last input of a node comes next, with everything it reads. `through` is called after a
+    node was yielded, so it may depend on what the caller did with the node.
     """
     stack, seen = [start], set()
     while stack:

@@ -1,1 +1,1 @@
-"""Where models come from: files, Hugging Face directories, Python functions, and example inputs for them."""
+"""Load models from files, Hugging Face directories and Python functions, and make example inputs for them."""

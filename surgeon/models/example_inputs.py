@@ -1,4 +1,4 @@
-"""Example inputs for tracing: the forms they have, and how they are made for a Hugging Face model."""
+"""Make example inputs for tracing a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surgeon.errors import UsageError
 log = logging.getLogger("surgeon")
 
 
-BATCH = 2  # a dimension of 1 would be taken for a constant by torch.export
+BATCH = 2  # torch.export treats a dimension of size 1 as a constant
 LENGTH = 8
 _SENTENCES = (
     "The cat sat on the mat and looked at the rain.",
@@ -31,25 +31,27 @@ def example_inputs(
 ) -> dict[str, Tensor]:
     """Make a batch of two that a Hugging Face model accepts, the same on every call.
 
-    Text is two sentences of unequal length, padded by the tokenizer, so that the mask matters; without a tokenizer it
-    is ids drawn from the vocabulary, special ones left out. Images, video and sound are noise in the shape that the
-    processor or the config asks for. A vision-language model that generates text is given text alone.
+    Text is two sentences of unequal length, padded by the tokenizer, so that the mask matters. Without a tokenizer the
+    ids are drawn from the vocabulary, except special tokens. Images, video and audio are noise in the shape that the
+    processor or the config asks for. A vision-language model that generates text gets text only.
 
     Args:
-        model: the model; `forward`'s signature and `main_input_name` say what it takes.
-        tokenizer, processor: those of the model, where it has them.
+        model: the model. Its `forward` signature and `main_input_name` say which inputs it takes.
+        tokenizer, processor: the model's tokenizer and processor, if it has them.
         config: the model's config, by default `model.config`.
 
     Returns:
         Keyword inputs on the CPU: ids and masks int64 `[2, length]`, floating tensors in the model's dtype.
 
     Raises:
-        UsageError: not a Hugging Face model, or one whose inputs cannot be made up; the message says what is missing.
+        UsageError: the model is not from Hugging Face, or its inputs cannot be generated. The message says why.
     """
     config = config if config is not None else getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
     if config is None or main is None:
-        raise UsageError(f"{type(model).__name__} is not a Hugging Face model: its inputs are unknown. {GIVE_INPUTS}")
+        raise UsageError(
+            f"{type(model).__name__} is not a Hugging Face model, so its inputs are unknown. {GIVE_INPUTS}"
+        )
     maker = _Maker(model, config, tokenizer, processor)
     parameters = maker.parameters
     wanted = [main] if isinstance(main, str) else list(main)
@@ -58,14 +60,16 @@ def example_inputs(
         wanted += [name for name in ("input_ids", "pixel_values", "input_features") if name in parameters]
     if _pads_by_id(model) and "input_ids" in wanted and maker.first("pad_token_id") is None:
         raise UsageError(
-            f"{type(model).__name__} looks for the last token before the padding, and its config has no pad_token_id: "
-            "it takes no batch. Set pad_token_id in config.json."
+            f"{type(model).__name__} needs pad_token_id to find the last token of each row, and its config has none. "
+            "Set pad_token_id in config.json."
         )
     inputs: dict[str, Tensor] = {}
     for name in dict.fromkeys(wanted):
         if name not in inputs:
             if name not in _MAKERS:
-                raise UsageError(f"{type(model).__name__} takes '{name}', which cannot be made up. {GIVE_INPUTS}")
+                raise UsageError(
+                    f"{type(model).__name__} takes the input '{name}', which cannot be generated. {GIVE_INPUTS}"
+                )
             inputs |= _MAKERS[name](maker)
     head = type(model).__name__
     derives_decoder = "ForSequenceClassification" in head or "ForQuestionAnswering" in head  # shifts the encoder's ids
@@ -77,10 +81,10 @@ def example_inputs(
 
 
 def token_fields(tokenizer: Any, config: Any | None) -> tuple[str, ...]:
-    """Which of the tokenizer's outputs a model is given.
+    """Return the names of the tokenizer's outputs that the model takes.
 
-    Token types are left out for a model without type embeddings: some tokenizers make them for every model, and GPT-2,
-    for one, would add the embedding of token 0 everywhere.
+    A model without type embeddings gets no token types. Some tokenizers make them for every model, and GPT-2, for
+    example, would add the embedding of token 0 to every position.
     """
     names = [name for name in tokenizer.model_input_names if name in ("input_ids", "attention_mask", "token_type_ids")]
     if not any(getattr(part, "type_vocab_size", 0) for part in _parts(config)):
@@ -90,7 +94,7 @@ def token_fields(tokenizer: Any, config: Any | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes inputs of one model. Every draw starts from the same seed."""
+    """Generates the inputs of a model. Every random draw starts from the same seed."""
 
     model: nn.Module
     config: Any
@@ -102,7 +106,7 @@ class _Maker:
         return inspect.signature(self.model.forward).parameters
 
     def first(self, *names: str) -> Any:
-        """The first of these settings that the config, or a config inside it, has."""
+        """Return the first of these settings that the config, or a config inside it, has."""
         values = (getattr(part, name, None) for part in _parts(self.config) for name in names)
         return next((value for value in values if value is not None), None)
 
@@ -110,8 +114,8 @@ class _Maker:
         value = self.first(*names)
         if value is None:
             raise UsageError(
-                f"{type(self.model).__name__}: the config has no {' or '.join(names)}, which its inputs depend on. "
-                f"{GIVE_INPUTS}"
+                f"{type(self.model).__name__}: the config has no {' or '.join(names)}, so the shape of the inputs is "
+                f"unknown. {GIVE_INPUTS}"
             )
         return value
 
@@ -131,7 +135,7 @@ class _Maker:
         return self.config.get_text_config(decoder=decoder) if hasattr(self.config, "get_text_config") else self.config
 
     def ids(self, length: int, *, decoder: bool = False) -> Tensor:
-        """Ordinary tokens, int64 `[2, length]`."""
+        """Draw ids of ordinary tokens, int64 `[2, length]`."""
         part = self.text_config(decoder)
         vocabulary = getattr(part, "vocab_size", None) or self.need("vocab_size")
         ordinary = torch.ones(vocabulary, dtype=torch.bool)
@@ -141,7 +145,7 @@ class _Maker:
         return choices[picks]
 
     def longest(self) -> int:
-        """How many tokens the model has positions for, some left for offsets that a few models add."""
+        """Return the most tokens that the model has positions for, without the offset that a few models add."""
         part = self.text_config(decoder=False)
         limits = (
             getattr(part, name, None) for name in ("max_position_embeddings", "n_positions", "max_target_positions")
@@ -161,7 +165,10 @@ class _Maker:
         rows = tokenizer(list(_SENTENCES), truncation=True, max_length=limit, add_special_tokens=True)
         lengths = [len(row) for row in rows["input_ids"]]
         if min(lengths) < min(4, limit):
-            log.warning("The tokenizer makes %d token(s) of a sentence; drawing example ids instead.", min(lengths))
+            log.warning(
+                "The tokenizer turns an example sentence into %d token(s). Random token ids are used instead.",
+                min(lengths),
+            )
             return None
         fields = token_fields(tokenizer, self.config)
         if tokenizer.pad_token_id is None:
@@ -171,13 +178,13 @@ class _Maker:
         vocabulary = getattr(self.text_config(decoder=False), "vocab_size", None)
         if vocabulary is not None and int(made["input_ids"].max()) >= vocabulary:
             raise UsageError(
-                f"The tokenizer gives id {int(made['input_ids'].max())}, and the model has {vocabulary} embeddings: "
-                f"they do not belong together. {GIVE_INPUTS}"
+                f"The tokenizer gives id {int(made['input_ids'].max())}, but the model has only {vocabulary} "
+                f"embeddings: they do not belong together. {GIVE_INPUTS}"
             )
         return made
 
     def drawn(self) -> dict[str, Tensor]:
-        """Ids without a tokenizer: the second row two shorter and padded if there is a padding id; the end marked."""
+        """Draw ids without a tokenizer. With a padding id the second row is two tokens shorter and padded."""
         part = self.text_config(decoder=False)
         ids = self.ids(min(LENGTH, self.longest()))
         mask = torch.ones_like(ids)
@@ -197,7 +204,7 @@ class _Maker:
         box = torch.stack([corner, corner, corner + limit // 4, corner + limit // 4], dim=-1)
         return {"bbox": box.expand(BATCH, -1, -1).contiguous()}
 
-    # --- images, video, sound
+    # --- images, video, audio
 
     def image(self) -> dict[str, Tensor]:
         made = self.processed_images()
@@ -206,7 +213,7 @@ class _Maker:
         height, width = _pair(self.first("image_size", "img_size", "crop_size", "input_size") or 64)
         channels = self.first("num_channels", "in_channels", "in_chans") or 3
         frames = self.first("num_frames", "frames_per_clip")
-        # Timesformer and X-CLIP take video and say "image"; of models for text, only those that compare take frames.
+        # Timesformer and X-CLIP take video but say "image". Text models take frames only if they compare modalities.
         if frames and ("text" not in _modalities(self.model) or "return_loss" in self.parameters):
             return {"pixel_values": self.noise(BATCH, frames, channels, height, width)}
         return {"pixel_values": self.noise(BATCH, channels, height, width)}
@@ -275,7 +282,7 @@ _MAKERS: dict[str, Callable[[_Maker], dict[str, Tensor]]] = {
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """A config and the configs inside it, the outer ones first."""
+    """Iterate over a config and the configs inside it, the outer ones first."""
     if config is None:
         return
     yield config
@@ -285,7 +292,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def _special_ids(*configs: Any) -> set[int]:
-    """All ids that a config names: `eos_token_id`, `image_token_index`, ..."""
+    """Return all ids that the configs name: `eos_token_id`, `image_token_index`, ..."""
     found: set[int] = set()
     for config in configs:
         for name, value in vars(config).items():

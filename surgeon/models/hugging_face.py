@@ -1,4 +1,4 @@
-"""Load what a Hugging Face directory holds, and say what of it is new, unused or broken."""
+"""Load a Hugging Face directory, and report weights that are new or unused and files that are damaged."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class Directory:
-    """What a directory held: its tokenizer and processor are None where it has none.
+    """The contents of a directory. The tokenizer and the processor are None if the directory has none.
 
-    files: those of the weights. notes: what a user should know about the model, one sentence each.
+    files: the weight files. notes: what a user should know about the model, one sentence each.
     """
 
     model: Any
@@ -42,13 +42,13 @@ class Directory:
 
 
 def load_directory(path: Path, task: str | None) -> Directory:
-    """Load a directory that has a `config.json`, without running code that it holds.
+    """Load a directory that has a `config.json`, without running code from it.
 
     Args:
         task: the head to load it with, one of `HEADS`; by default the one in its config.
 
     Raises:
-        LoadError: the directory is incomplete or damaged, or its class is not one of transformers.
+        LoadError: the directory is incomplete or damaged, or its class is not in transformers.
     """
     files = _weight_files(path)
     config = read_config(path)
@@ -59,7 +59,7 @@ def load_directory(path: Path, task: str | None) -> Directory:
             )
         except SurgeonError:
             raise
-        except Exception as error:  # transformers raises what it likes
+        except Exception as error:  # transformers raises exceptions of many types
             raise LoadError(f"{path} cannot be loaded: {first_line(error)}") from error
     notes = _loading_notes(path, model, info)
     tokenizer, tokenizer_notes = _part(path, _TOKENIZER_FILES, ("AutoTokenizer",))
@@ -68,7 +68,7 @@ def load_directory(path: Path, task: str | None) -> Directory:
 
 
 def companions(path: Path) -> tuple[Any | None, Any | None, Any | None]:
-    """The config, tokenizer and processor that were saved with a surgery, None where it has none."""
+    """Load the config, tokenizer and processor that were saved with a surgery. Each is None if it was not saved."""
     import transformers
 
     def part(file: str, loader: str) -> Any | None:
@@ -84,10 +84,10 @@ def companions(path: Path) -> tuple[Any | None, Any | None, Any | None]:
 
 
 def read_config(path: Path) -> Any:
-    """Read the config of a directory, or a `config.json` itself.
+    """Read a `config.json`, or the one in a directory.
 
     Raises:
-        LoadError: it is damaged, or of a model type that transformers does not have.
+        LoadError: the config is damaged, or transformers does not have its model type.
     """
     import transformers
 
@@ -95,11 +95,11 @@ def read_config(path: Path) -> Any:
         try:
             return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise LoadError(f"{path}: config.json cannot be read: {first_line(error)}") from error
+            raise LoadError(f"{path}: cannot read config.json: {first_line(error)}") from error
 
 
 def model_class(config: Any, task: str | None) -> Any:
-    """The class to load a config's weights with: the task's, the one the config names, or the one without a head.
+    """Return the class for a config's weights: the task's class, the class the config names, or `AutoModel`.
 
     Raises:
         LoadError: transformers has no class of the name in the config.
@@ -115,14 +115,14 @@ def model_class(config: Any, task: str | None) -> Any:
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise LoadError(
             f"config.json names the class {names[0]}, which transformers {transformers.__version__} does not have. "
-            "Code from model directories is never run: build the model in Python and give module:function."
+            "Code from model directories is never run. Build the model in Python and give module:function."
         )
     return found
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from writing warnings and progress bars; what matters is raised or noted instead."""
+    """Silence the warnings and progress bars of transformers. Errors and notes report what matters."""
     from transformers.utils import logging
 
     hf_logging: Any = logging  # not annotated
@@ -140,10 +140,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The weight files of a Hugging Face directory, each present and whole as far as its header tells."""
+    """Return the weight files of a Hugging Face directory. Each must exist and have a valid header."""
     name = next((name for name in _WEIGHT_FILES if (path / name).is_file()), None)
     if name is None:
-        raise LoadError(f"{path} has a config.json but no weights: none of {', '.join(_WEIGHT_FILES)}.")
+        raise LoadError(f"{path} has a config.json but no weights. It needs one of {', '.join(_WEIGHT_FILES)}.")
     files = [path / name]
     if name.endswith(".index.json"):
         try:
@@ -153,7 +153,7 @@ def _weight_files(path: Path) -> list[Path]:
         files = [path / shard for shard in shards]
     for file in files:
         if not file.is_file():
-            raise LoadError(f"{path} lacks the weight file {file.name}, which {name} lists.")
+            raise LoadError(f"The weight file {file.name}, which {name} lists, is missing from {path}.")
         if file.suffix == ".safetensors":
             check_safetensors(file)
         else:
@@ -162,27 +162,27 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _loading_notes(path: Path, model: Any, info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Say which weights are new or unused, and refuse a model whose body is not all there.
+    """Note which weights are new or unused, and refuse a model whose body is incomplete.
 
-    A new head is what a new task asks for, and checkpoints of language models often lack the pooler. Anything else that
-    is missing would be random weights in the middle of the model.
+    A new task needs a new head, and checkpoints of language models often have no pooler. Any other missing weight would
+    leave random weights inside the model.
     """
     missing = sorted(info["missing_keys"])
     prefix = model.base_model_prefix + "."
     headless = model.base_model is model
     body = [name for name in missing if (headless or name.startswith(prefix)) and "pooler" not in name]
     if body:
-        raise LoadError(f"{path}: the weights of {some(body)} are missing from the weight files.")
+        raise LoadError(f"{path}: the weight files are incomplete. They do not contain {some(body)}.")
     notes = []
     if missing:
         notes.append(f"{some(missing)} {'is' if len(missing) == 1 else 'are'} newly initialised.")
     if unused := sorted(info["unexpected_keys"]):
-        notes.append(f"{type(model).__name__} does not use {some(unused)} of the weight files.")
+        notes.append(f"{type(model).__name__} does not use {some(unused)} from the weight files.")
     return tuple(notes)
 
 
 def _part(path: Path, files: tuple[str, ...], loaders: tuple[str, ...]) -> tuple[Any | None, tuple[str, ...]]:
-    """Load the tokenizer or processor of a directory, with a note if its files are there but cannot be loaded."""
+    """Load the tokenizer or processor of a directory, with a note if its files exist but cannot be loaded."""
     import transformers
 
     present = [name for name in files if (path / name).is_file()]
@@ -196,10 +196,10 @@ def _part(path: Path, files: tuple[str, ...], loaders: tuple[str, ...]) -> tuple
                 return loader.from_pretrained(path, local_files_only=True, trust_remote_code=False), ()
             except Exception as error:
                 reason = reason or first_line(error)
-    return None, (f"{present[0]} is there but cannot be loaded: {reason}.",)
+    return None, (f"{present[0]} exists but cannot be loaded: {reason}.",)
 
 
 def some(names: list[str], limit: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
+    """Join the first names of a list, and say how many more there are."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""Load the model a user names on the command line, without downloading and without running code that a file holds."""
+"""Load the model that a user names, without downloading anything and without running code from a model file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from surgeon.models.weight_files import read_program, read_safetensors, read_tor
 
 Kind = Literal["hf", "pickle", "pt2", "state_dict", "artifact", "python"]
 
-# For a state dict whose config names no class, the one with the most similar names; of equals, the first.
+# Tried for a state dict whose config names no class. The class with the most similar names is used, or the first.
 _HEADS = (
     *("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
     *("AutoModelForSequenceClassification", "AutoModelForImageClassification", "AutoModel"),
@@ -35,14 +35,15 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model")
 class Source:
     """A loaded model and what came with it.
 
-    path: what the user gave.
-    kind: "hf" a Hugging Face directory; "pickle" a module written by `torch.save`; "pt2" an exported program;
-        "state_dict" weights filled into `arch`; "python" the return value of a function; "artifact" a directory written
-        by surgeon.
-    model: a module (an `ExportedProgram` for "pt2"), on the CPU; None for a saved surgery, which
+    path: the path or function that the user gave.
+    kind: "hf" is a Hugging Face directory, "pickle" a module written by `torch.save`, "pt2" an exported program,
+        "state_dict" weights loaded into `arch`, "python" the return value of a function, and "artifact" a directory
+        written by surgeon.
+    model: a module on the CPU (an `ExportedProgram` for "pt2"). None for a saved surgery, which
         `surgeon.surgery.artifact` loads.
-    tokenizer, processor, config: those of a Hugging Face model, None where it has none.
-    sha256: of the weight file; of names and hashes where there are several; of names and values where there is no file.
+    tokenizer, processor, config: those of a Hugging Face model, None if it has none.
+    sha256: the hash of the weight file. Of several files, it is the hash of their names and hashes. Without a file, it
+        is the hash of the parameters' names and values.
     notes: what a user should know about the model, one sentence each.
     """
 
@@ -61,19 +62,19 @@ def load_model(
 ) -> Source:
     """Load a model from a path, or from a function written `module:function` or `file.py:function`.
 
-    Nothing is downloaded, nothing under `path` is changed, and code held by a model file is never run unless
-    `trust_pickle` is set. Code the user names (`module:function`) is run.
+    Nothing is downloaded, and nothing under `path` is changed. Code in a model file is never run unless `trust_pickle`
+    is set. Code that the user names (`module:function`) is run.
 
     Args:
         path: a Hugging Face directory, a directory written by surgeon, a `.pt2`, `.pt`, `.pth`, `.bin` or
             `.safetensors` file, or a function without arguments that returns a module.
         trust_pickle: unpickle whole modules, which runs the code they name.
-        arch: what a state dict belongs to: a Hugging Face directory or `config.json`, a transformers model type such as
-            "gpt2" (its default sizes), or `module:function`.
+        arch: the architecture of a state dict: a Hugging Face directory or `config.json`, a transformers model type
+            such as "gpt2" (with its default sizes), or `module:function`.
         task: the head to load a Hugging Face model with, one of `HEADS`; by default the one in its config.
 
     Raises:
-        LoadError: the path is missing, damaged, not a model, or would run code; the message says what to try.
+        LoadError: the path is missing, damaged, not a model, or would run code. The message says what to try.
     """
     if task is not None and task not in HEADS:
         raise LoadError(f"No task '{task}'. Known: {', '.join(HEADS)}.")
@@ -82,7 +83,7 @@ def load_model(
         if is_spec(text):
             return _from_function(text)
         raise LoadError(
-            f"No file or directory '{text}'. Models are not downloaded: give the directory of one on disk, "
+            f"No file or directory '{text}'. Models are not downloaded automatically. Give a directory on disk, "
             f"for example after `hf download {text} --local-dir {path.name or 'model'}`."
         )
     try:
@@ -97,15 +98,14 @@ def check_finite(model: nn.Module | ExportedProgram) -> None:
     """Refuse a model with NaN or infinite weights.
 
     Raises:
-        LoadError: names the first such parameter, how many of its values are affected, and how many parameters are.
+        LoadError: a weight is not finite. The message names the first such parameter and counts the affected ones.
     """
     bad = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if bad:
         name, first = bad[0]
         raise LoadError(
-            f"{name} has {int((~first.isfinite()).sum())} of {first.numel()} values that are NaN or infinite; "
-            f"parameters affected: {len(bad)}. "
-            "The weights are damaged, or the training that made them diverged."
+            f"{int((~first.isfinite()).sum())} of the {first.numel()} values of {name} are NaN or infinite. "
+            f"Parameters affected: {len(bad)}. The file is damaged, or the training diverged."
         )
 
 
@@ -134,8 +134,8 @@ def _from_file(path: Path, trust_pickle: bool, arch: str | None, task: str | Non
             content = read_torch_file(path, trust_pickle=trust_pickle)
         case suffix:
             raise LoadError(
-                f"{path.name}: cannot load {suffix or 'such'} files. A model is a directory with config.json, a .pt2, "
-                ".pt, .pth, .bin or .safetensors file, or module:function."
+                f"{path.name}: cannot load {f'{suffix} files' if suffix else 'a file without a suffix'}. A model is a "
+                "directory with config.json, a .pt2, .pt, .pth, .bin or .safetensors file, or module:function."
             )
     if isinstance(content, nn.Module):
         config = getattr(content, "config", None)
@@ -144,8 +144,10 @@ def _from_file(path: Path, trust_pickle: bool, arch: str | None, task: str | Non
         return _from_state_dict(path, content, arch, task, ())
     for key in _WRAPPERS:
         if isinstance(content, Mapping) and _is_state_dict(content.get(key)):
-            return _from_state_dict(path, content[key], arch, task, (f"The weights are those under '{key}'.",))
-    raise LoadError(f"{path.name} holds a {type(content).__name__}, neither a module nor a state dict.")
+            return _from_state_dict(path, content[key], arch, task, (f"The weights were read from the key '{key}'.",))
+    raise LoadError(
+        f"{path.name} contains an object of type {type(content).__name__}. A model file holds a module or a state dict."
+    )
 
 
 def _from_function(spec: str) -> Source:
@@ -180,7 +182,7 @@ def _from_state_dict(
     for prefix in ("module.", "_orig_mod."):  # added by DistributedDataParallel and torch.compile
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-            notes = (*notes, f"The prefix '{prefix}' was dropped from the weights' names.")
+            notes = (*notes, f"The prefix '{prefix}' was removed from the names of the weights.")
     skeleton, build = _from_arch(arch, state, task)
     _check_fit(skeleton, state, path, arch)
     model = build()
@@ -194,7 +196,7 @@ def _from_state_dict(
 
 
 def _from_arch(arch: str, state: Mapping[str, Tensor], task: str | None) -> tuple[nn.Module, Callable[[], nn.Module]]:
-    """The module that `arch` names, without values, and a function that builds it with values."""
+    """Return the module that `arch` names, without values, and a function that builds it with values."""
     import transformers
 
     if is_spec(arch):
@@ -221,11 +223,11 @@ def _from_arch(arch: str, state: Mapping[str, Tensor], task: str | None) -> tupl
     with quiet_transformers():
         for head in heads:
             make = head.from_config if hasattr(head, "from_config") else head._from_config
-            # A model type has some of the heads only, and transformers says so with ValueError.
+            # A model type has only some of the heads. For the others transformers raises ValueError.
             with contextlib.suppress(ValueError), torch.device("meta"):
                 fitting[make] = make(config)
     if not fitting:
-        raise LoadError(f"--arch {arch}: transformers has no {heads[0].__name__} for it.")
+        raise LoadError(f"--arch {arch}: transformers has no {heads[0].__name__} for this architecture.")
     best = min(fitting, key=lambda make: len(fitting[make].state_dict().keys() ^ state.keys()))
 
     def build() -> nn.Module:
@@ -237,14 +239,14 @@ def _from_arch(arch: str, state: Mapping[str, Tensor], task: str | None) -> tupl
 
 
 def _check_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
-    """Refuse weights that do not fill `model`. A name may be missing if it is tied to one that is there."""
+    """Refuse weights that do not fill `model`. A name may be missing if it is tied to a name that is present."""
     own = model.state_dict(keep_vars=True)
     loaded = {id(own[name]) for name in own.keys() & state.keys()}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     problems = {
         "missing": [name for name, value in own.items() if name not in state and id(value) not in loaded],
         "unexpected": [n for n in state if n not in own and not any(re.search(p, n) for p in ignored)],
-        "of another shape": [
+        "of the wrong shape": [
             f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
             for n in state
             if n in own and state[n].shape != own[n].shape

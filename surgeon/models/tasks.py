@@ -1,4 +1,4 @@
-"""What models are made for: one table of tasks, and how a model's class tells its own."""
+"""The table of tasks, and how to find a model's task from its class."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Task:
     """A task by its name on the command line.
 
     auto_class: the transformers class that loads a model with the task's head; None if there is none.
-    endings: of the names of the classes that are made for it.
-    classifies: whether it gives one class for each sample; else one token for each position.
+    endings: the endings of the names of classes made for this task.
+    classifies: whether the model predicts one class for each sample, rather than one token for each position.
     """
 
     auto_class: str | None
@@ -32,10 +32,10 @@ HEADS = {name: task.auto_class for name, task in TASKS.items() if task.auto_clas
 
 
 def task_of(model: Any) -> str | None:
-    """The task a model was made for, or None if its class does not tell.
+    """Return the task that a model was made for, or None if its class does not tell.
 
     Args:
-        model: a Hugging Face model or its config, which names its class; or any module.
+        model: a Hugging Face model, its config, which names the model's class, or any other module.
     """
     config = getattr(model, "config", model)
     names = [type(model).__name__, *(getattr(config, "architectures", None) or ())]

@@ -28,26 +28,26 @@ def is_spec(text: str) -> bool:
 def call_spec(spec: str, error: type[SurgeonError]) -> Any:
     """Call the function that `spec` names, without arguments, and return what it returns.
 
-    Modules are looked for where Python looks, then in the current directory; a file's own directory is searched for
-    what it imports. A file is run once per process.
+    Modules are searched on Python's path, then in the current directory. For a file, its own directory is searched
+    instead of the current one. A file is run once per process.
 
     Raises:
-        error: the module or the function cannot be found, or either raised.
+        error: the module or the function cannot be found or raises an exception.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
-        raise error(f"'{spec}' is not module:function or file.py:function.")
+        raise error(f"'{spec}' is neither module:function nor file.py:function.")
     module, name = match["module"], match["name"]
     folder = Path(module).parent if module.endswith(".py") else Path()
     with _importable(folder.resolve()):
         try:
             loaded = _run_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
         except FileNotFoundError as cause:
-            raise error(f"{spec}: there is no file {module}.") from cause
+            raise error(f"{spec}: the file {module} does not exist.") from cause
         except ModuleNotFoundError as cause:
             raise error(
                 f"{spec}: the Python module '{cause.name}' cannot be imported. "
-                "Make it importable, for example with PYTHONPATH=. in front of the command."
+                "Make it importable, for example with PYTHONPATH=. before the command."
             ) from cause
         except Exception as cause:
             raise error(f"{spec}: importing {module} raised {type(cause).__name__}: {cause}") from cause
@@ -89,7 +89,7 @@ def _run_file(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Search `folder` last while user code runs, so that it cannot hide an installed package."""
+    """Add `folder` at the end of Python's path while user code runs, so that it cannot hide an installed package."""
     entry = str(folder)
     sys.path.append(entry)
     try:

@@ -1,8 +1,8 @@
-"""Read weight files without running the code they may hold.
+"""Read weight files without running code that they may contain.
 
-`torch.save` files are pickles, and unpickling can run anything. A `.pt2` archive is mostly plain data, yet its reader
-also unpickles what the archive marks as pickled. Every reader here looks first and refuses, unless the caller trusts
-the file.
+`torch.save` files are pickles, and unpickling can run any code. A `.pt2` archive is mostly plain data, but its reader
+also unpickles the parts that the archive marks as pickled. Every reader here inspects the file first and refuses
+pickled code, unless the caller trusts the file.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _TRUST = "If you trust it: --trust-pickle."
 def sha256_of(paths: Iterable[Path], root: Path | None = None) -> str:
     """Hash files without reading them into memory at once.
 
-    One file gives what `sha256sum` prints; several give the hash over their names and hashes, sorted by name. Names are
-    relative to `root`, or without their folders.
+    For one file the result is what `sha256sum` prints. For several files it is the hash of their names and hashes,
+    sorted by name. Names are relative to `root`; without a root they have no folder.
     """
     digests = {}
     for path in paths:
@@ -50,23 +50,23 @@ def read_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
     """Return what `torch.save` wrote to `path`, with all tensors on the CPU.
 
     Raises:
-        LoadError: not a `torch.save` file, damaged or cut short; TorchScript; pickled code without `trust_pickle`; a
-            class in it that cannot be imported.
+        LoadError: the file was not written by `torch.save`, is damaged or truncated, is TorchScript, contains pickled
+            code (without `trust_pickle`), or names a class that cannot be imported.
     """
     check_torch_file(path, trust_pickle=trust_pickle)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks about pickle protocols, nothing a user can act on
+            warnings.simplefilter("ignore")  # about pickle protocols: a user cannot act on these
             return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
     except ModuleNotFoundError as error:
         raise LoadError(
             f"{path.name} needs the Python module '{error.name}', which cannot be imported. "
-            "Make it importable, for example with PYTHONPATH=. in front of the command."
+            "Make it importable, for example with PYTHONPATH=. before the command."
         ) from error
     except AttributeError as error:
         raise LoadError(
-            f"{path.name} names a class that is not where it was when the file was written: {error}. A class written "
-            "from a script or a notebook is known as '__main__' only: define it in a module and write the file again."
+            f"{path.name} refers to a class that cannot be found: {error}. A class defined in a script or a notebook "
+            "is saved under '__main__'. Define it in a module and save the file again."
         ) from error
     except pickle.UnpicklingError as error:
         if trust_pickle:
@@ -77,26 +77,26 @@ def read_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
 
 
 def check_torch_file(path: Path, *, trust_pickle: bool = False) -> None:
-    """Refuse a file that `torch.save` did not write or that would run code, as far as can be told without loading it.
+    """Refuse a file that `torch.save` did not write or that would run code, without loading it.
 
     Raises:
-        LoadError: as in `read_torch_file`. Pickled code in the format from before torch 1.6 is only found by loading.
+        LoadError: as in `read_torch_file`. Pickled code in the format used before torch 1.6 is only found by loading.
     """
     if not path.stat().st_size:
         raise LoadError(f"{path.name} is empty.")
     if not zipfile.is_zipfile(path):
         if not _has_legacy_magic(path):
-            raise _damaged(path, "no torch.save header")
+            raise _damaged(path, "it has no torch.save header")
         return
     with zipfile.ZipFile(path) as archive:
         records = {name.partition("/")[2] for name in archive.namelist()}
     if "constants.pkl" in records:
         raise LoadError(
-            f"{path.name} is a TorchScript archive, which has no Python modules to trace. "
+            f"{path.name} is a TorchScript archive, which contains no Python modules to trace. "
             "Give the model it was made from, or a torch.export program (.pt2)."
         )
     if "data.pkl" not in records:
-        raise _damaged(path, "a zip archive without data.pkl")
+        raise _damaged(path, "the zip archive has no data.pkl")
     if trust_pickle:
         return
     names = _unsafe_globals(path)
@@ -109,7 +109,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a `.safetensors` file, on the CPU.
 
     Raises:
-        LoadError: damaged or cut short.
+        LoadError: the file is damaged or truncated.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -117,7 +117,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise LoadError(f"{path.name} is damaged or cut short: {error}") from error
+        raise LoadError(f"{path.name} is damaged or truncated: {error}") from error
     return tensors
 
 
@@ -125,7 +125,7 @@ def check_safetensors(path: Path) -> None:
     """Read the header of a `.safetensors` file and compare it with the file's length.
 
     Raises:
-        LoadError: damaged or cut short.
+        LoadError: the file is damaged or truncated.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -133,18 +133,18 @@ def check_safetensors(path: Path) -> None:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        raise LoadError(f"{path.name} is damaged or cut short: {error}") from error
+        raise LoadError(f"{path.name} is damaged or truncated: {error}") from error
 
 
 def read_program(path: Path, *, trust_pickle: bool = False) -> torch.export.ExportedProgram:
     """Load a `.pt2` file written by `torch.export.save`.
 
-    The operator of rewritten graphs and the output classes of transformers are registered first: a program that uses
-    them cannot be read without.
+    The operators of rewritten graphs and the output classes of transformers are registered first. A program that uses
+    them cannot be read otherwise.
 
     Raises:
-        LoadError: damaged or cut short; not a `torch.export` archive; holds pickled code without `trust_pickle`; uses
-            an operator nobody has registered.
+        LoadError: the file is damaged or truncated, is not a `torch.export` archive, contains pickled code (without
+            `trust_pickle`), or uses an operator that is not registered.
     """
 
     import transformers.modeling_outputs  # noqa: F401  registers the output classes with pytree
@@ -161,12 +161,12 @@ def read_program(path: Path, *, trust_pickle: bool = False) -> torch.export.Expo
 
 
 def _check_program(path: Path) -> None:
-    """Refuse an archive whose reader would unpickle anything but tensors, or load a compiled library.
+    """Refuse an archive if reading it would unpickle anything but tensors, or load a compiled library.
 
-    `torch.export.load` unpickles the example inputs, weights and constants marked `use_pickle`, opaque constants, and
-    all of the layout from before torch 2.8. Names that a zip reader could resolve in two ways are refused: torch reads
-    the archive with another library than this check. The program itself is not examined: a graph may call any operator
-    torch can name.
+    `torch.export.load` unpickles example inputs, opaque constants, weights and constants marked `use_pickle`, and all
+    parts of the layout used before torch 2.8. Names that a zip reader could resolve in two ways are refused, because
+    torch and this check read the archive with different libraries. The program itself is not examined: a graph may call
+    any operator that torch can name.
     """
     from torch.export.pt2_archive.constants import AOTINDUCTOR_DIR, CONSTANTS_DIR, OPAQUE_OBJ_FILENAME_PREFIX
 
@@ -177,12 +177,12 @@ def _check_program(path: Path) -> None:
             records = {name.partition("/")[2]: name for name in names}
             if "archive_format" not in records or len(roots) != 1 or len(set(names)) != len(names):
                 raise LoadError(
-                    f"{path.name} is not a torch.export archive that torch {torch.__version__} writes. "
+                    f"{path.name} is not a torch.export archive in the format of torch {torch.__version__}. "
                     "Export the model again with torch.export.save."
                 )
             if any(record.startswith(AOTINDUCTOR_DIR) for record in records):
                 raise LoadError(
-                    f"{path.name} holds compiled code(AOTInductor). Give the exported program it was compiled from."
+                    f"{path.name} holds compiled code (AOTInductor). Give the exported program it was compiled from."
                 )
             pickled = {record for record in records if record.endswith(".pt")}
             pickled |= {record for record in records if record.startswith(CONSTANTS_DIR + OPAQUE_OBJ_FILENAME_PREFIX)}
@@ -196,14 +196,14 @@ def _check_program(path: Path) -> None:
                 if content and _unsafe_globals(io.BytesIO(content)) != []:
                     raise LoadError(f"{path.name} holds pickled code ({record}), which loading would run. {_TRUST}")
     except (zipfile.BadZipFile, KeyError, TypeError, AttributeError, ValueError, EOFError) as error:
-        raise LoadError(f"{path.name} is damaged or cut short: {first_line(error)}") from error
+        raise LoadError(f"{path.name} is damaged or truncated: {first_line(error)}") from error
 
 
 def _unsafe_globals(file: Path | io.BytesIO) -> list[str] | None:
-    """Names in a `torch.save` archive that its restricted reader would refuse; None if that cannot be told."""
+    """Return the names in a `torch.save` archive that torch's restricted reader would refuse; None if unknown."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # an opcode or a layout that the disassembler does not know
+    except Exception:  # an unknown opcode or layout
         return None
 
 
@@ -219,12 +219,12 @@ def _has_legacy_magic(path: Path) -> bool:
 
 def _damaged(path: Path, reason: object) -> LoadError:
     text = first_line(reason) if isinstance(reason, Exception) else reason
-    return LoadError(f"{path.name} was not written by torch.save, or is damaged or cut short: {text}.")
+    return LoadError(f"{path.name} was not written by torch.save, or is damaged or truncated: {text}.")
 
 
 @contextmanager
 def _errors_only(*loggers: str) -> Iterator[None]:
-    """Keep torch from printing the traceback of an error that is raised anyway."""
+    """Stop torch from printing the traceback of an error that is raised anyway."""
     before = {name: logging.getLogger(name).level for name in loggers}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""A router in closed form: some of the layer's own neurons as features, and ridge regression from them to the norms."""
+"""Fit routers in closed form: ridge regression to the experts' norms, with some of the layer's neurons as features."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from torch import Tensor
 from surgeon.kernels.experts import Experts
 from surgeon.moe.router import Labels, Objective, Router, target
 
-# Neurons among which forward selection chooses: its cost grows with their square.
+# Forward selection chooses among this many neurons. Its cost grows with their square.
 _CANDIDATES = 2048
-
-
-# Of the ridge regression, relative to the mean square of the features.
+# Strength of the ridge regression, relative to the mean square of the features.
 _RIDGE = 1e-3
 
 
@@ -26,15 +24,17 @@ def fit_closed_form(
     objective: Objective,
     labels: Labels = "output",
 ) -> None:
-    """Set the weights of routers that share a trunk without training: neurons as features, then ridge regression.
+    """Set the weights of routers that share a trunk, without training.
 
-    The trunk becomes those neurons of the layers that together explain the targets best, chosen one after the other
-    (forward selection by a pivoted Cholesky factorisation), with a ReLU; fc2 is the ridge solution.
+    The trunk becomes the neurons of the layers that together explain the targets best, followed by a ReLU. Forward
+    selection by a pivoted Cholesky factorisation chooses them one after the other. fc2 is the solution of a ridge
+    regression on these features.
 
     Args:
-        routers: with biases and ReLU; all with the same fc1. layers: (weights, activation) of each, in the same order.
-        x: [N, d_in] inputs of the layers; some thousands.
-        objective, labels: what to predict.
+        routers: routers with biases, a ReLU and a shared fc1.
+        x: inputs of the layers, [N, d_in], a few thousand tokens.
+        layers: (weights, activation) of each layer, in the order of the routers.
+        objective, labels: what the routers should predict (see `surgeon.moe.router.target`).
     """
     trunk = routers[0].fc1
     assert trunk is not None
@@ -44,7 +44,7 @@ def fit_closed_form(
     bias = torch.cat([offset for _, offset in candidates])
     features = F.relu(F.linear(x, rows, bias)).double()
     wanted = [target(objective, x, experts, activation, labels) for experts, activation in layers]
-    # Of equal weight, whatever the scale of a layer's targets.
+    # Scale the targets, so that every layer has the same weight.
     scaled = torch.cat([(w - w.mean(0)) / w.std().clamp_min(1e-12) for w in wanted], dim=1).double()
     chosen = _forward_selection(features - features.mean(0), scaled, trunk.out_features)
     with torch.no_grad():
@@ -60,14 +60,14 @@ def fit_closed_form(
 
 
 def _first_linear(experts: Experts) -> tuple[Tensor, Tensor]:
-    """Rows [h, d_in] and biases [h] of the linear whose output is activated."""
+    """Return the rows [h, d_in] and biases [h] of the linear whose output is activated."""
     weight, bias = (experts.w1, experts.b1) if experts.gate is None else (experts.gate, experts.b_gate)
     rows = weight.detach().flatten(0, 1)
     return rows, rows.new_zeros(len(rows)) if bias is None else bias.detach().flatten()
 
 
 def _forward_selection(features: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Indices of `count` columns of `features` [N, m] that together explain `labels` [N, k] best; all centred."""
+    """Choose `count` columns of `features` [N, m] that explain `labels` [N, k] best, both centred; returns indices."""
     candidates = torch.arange(features.shape[1], device=features.device)
     if len(candidates) > _CANDIDATES:
         gain = (features.t() @ labels).square().sum(1) / features.square().sum(0).clamp_min(1e-12)
@@ -79,7 +79,7 @@ def _forward_selection(features: Tensor, labels: Tensor, count: int) -> Tensor:
     free = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     for _ in range(min(count, len(gram))):
         remaining = gram.diagonal()
-        # A column that the chosen ones nearly span is noise divided by almost nothing.
+        # A column that the chosen columns nearly span has only rounding errors left. Do not choose it.
         usable = free & (remaining > 1e-6 * scale)
         gain = torch.where(usable, cross.square().sum(1) / remaining.clamp_min(1e-12), -1.0)
         best = int(gain.argmax())
@@ -90,7 +90,7 @@ def _forward_selection(features: Tensor, labels: Tensor, count: int) -> Tensor:
         column = gram[best] / remaining[best]
         cross = cross - torch.outer(column, cross[best])
         gram = gram - torch.outer(column, gram[best])
-    # Fewer neurons than asked for: the rest of the trunk repeats the first, and the ridge shares its weight out. Where
-    # not one neuron ever fires it does not matter which are taken.
+    # If fewer neurons are usable than asked for, repeat them to fill the trunk. The ridge regression then divides the
+    # weight among the copies. If no neuron is ever active, any choice will do.
     chosen = chosen or [0]
     return candidates[(chosen * (count // len(chosen) + 1))[:count]]

@@ -24,17 +24,18 @@ def balanced_clusters(
 ) -> Tensor:
     """Group the rows of `features` into clusters of exactly n / clusters rows each, close together in L2 distance.
 
-    K-means gives the first centroids. Then rows are assigned to centroids with room for n / clusters rows each,
-    greedily, those first that would lose most by not getting their nearest centroid (their regret); the centroids move
-    to the means, and so on. The best of these assignments is returned. This is the balanced k-means split of
-    MoEfication (arXiv 2110.01786, expert construction), which D2DMoE (arXiv 2310.04361, expert clustering) uses too;
-    they solve the assignment exactly, at a much higher cost.
+    K-means gives the first centroids. Then the rows are assigned greedily to centroids, which take n / clusters rows
+    each. Rows go first that would lose most without their nearest centroid (their regret). The centroids move to the
+    means, and the assignment is repeated. The best assignment is returned.
+
+    This is the balanced k-means split of MoEfication (arXiv 2110.01786, expert construction), which D2DMoE (arXiv
+    2310.04361, expert clustering) uses too. They solve the assignment exactly, at a much higher cost.
 
     Args:
-        features: [n, d], finite, any floating dtype; rows are compared as they are, so scale or normalise them before.
-        clusters: how many, a divisor of n.
-        seed: same seed, features and library versions: same labels.
-        refinements: how often to reassign; it ends earlier when nothing changes.
+        features: [n, d], finite, any floating dtype. Rows are compared without scaling, so normalise them before.
+        clusters: the number of clusters, a divisor of n.
+        seed: the same seed, features and library versions give the same labels.
+        refinements: the most assignments to make. It stops earlier when nothing changes.
 
     Returns:
         Labels in [0, clusters), int64 [n], on the CPU.
@@ -46,21 +47,21 @@ def balanced_clusters(
     n = len(points)
     if clusters < 1 or n % clusters:
         raise UsageError(
-            f"{n} rows cannot be split into {clusters} clusters of equal size; "
-            f"the nearest numbers that divide {n}: {', '.join(map(str, nearest_divisors(n, clusters)))}"
+            f"{n} rows cannot be split into {clusters} clusters of equal size. "
+            f"The nearest divisors of {n}: {', '.join(map(str, nearest_divisors(n, clusters)))}."
         )
     if refinements < 1:
-        raise UsageError(f"refinements must be at least 1, got {refinements}")
+        raise UsageError(f"refinements is {refinements}, but must be at least 1.")
     if clusters == 1:
         return torch.zeros(n, dtype=torch.int64)
     if clusters == n:
         return torch.arange(n)
 
-    # Before threads are limited: that holds for the libraries that are loaded by then.
+    # Import before threads are limited: the limit only affects libraries that are already loaded.
     from sklearn.cluster import KMeans
 
     best_score, best_labels = -np.inf, np.empty(0, dtype=np.int64)
-    # One thread: with more, the order of summation and with it the labels would depend on timing.
+    # Use one thread. With more, the order of summation, and so the labels, would depend on timing.
     with threadpool_limits(limits=1):
         kmeans = KMeans(clusters, n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=seed)
         centroids = _fitted_centroids(kmeans, points)
@@ -81,12 +82,12 @@ def balanced_clusters(
 
 
 def nearest_divisors(n: int, k: int) -> tuple[int, ...]:
-    """Return the divisors of `n` nearest to `k`: the largest below and the smallest above it, or `k` if it is one.
+    """Return the divisors of `n` nearest to `k`: the largest below and the smallest above, or `k` if it divides `n`.
 
-    `nearest_divisors(3072, 13)` is `(12, 16)`. There is only one for `k` outside [1, n].
+    `nearest_divisors(3072, 13)` is `(12, 16)`. There is only one if `k` is outside [1, n].
     """
     if n < 1:
-        raise UsageError(f"only positive numbers have divisors here, got {n}")
+        raise UsageError(f"n is {n}, but must be positive to have divisors.")
     divisors = [divisor for divisor in range(1, n + 1) if n % divisor == 0]
     if k in divisors:
         return (k,)
@@ -96,12 +97,12 @@ def nearest_divisors(n: int, k: int) -> tuple[int, ...]:
 
 
 def _as_points(features: NDArray[np.floating] | Tensor) -> NDArray[np.float32]:
-    """`features` in fp32, moved to mean zero, which changes no distance and loses fewer digits."""
+    """Convert `features` to float32 with mean zero. This keeps all distances and loses fewer digits."""
     array = features.detach().float().cpu().numpy() if isinstance(features, Tensor) else np.asarray(features)
     if array.ndim != 2 or 0 in array.shape:
-        raise UsageError(f"features must be a matrix [n, d], got shape {array.shape}")
+        raise UsageError(f"features has shape {array.shape}, but must be a matrix [n, d].")
     if not np.isfinite(array).all():
-        raise UsageError("features contain NaN or infinity")
+        raise UsageError("features contains NaN or infinity. All values must be finite.")
     centred: NDArray[np.float32] = (array - array.mean(0, dtype=np.float64)).astype(np.float32)
     return centred
 
@@ -110,16 +111,16 @@ def _fitted_centroids(kmeans: KMeans, points: NDArray[np.float32]) -> NDArray[np
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
-        # Fewer distinct rows than clusters is fine here: the assignment fills every cluster.
+        # There may be fewer distinct rows than clusters: the assignment fills every cluster anyway.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        # Two OpenMP runtimes in one process: not ours to solve, and harmless with one thread.
+        # Two OpenMP runtimes in one process are harmless with one thread.
         warnings.filterwarnings("ignore", message=".*OpenMP.*", category=RuntimeWarning)
         centroids: NDArray[np.float32] = kmeans.fit(points).cluster_centers_
     return centroids
 
 
 def _assign(distances: NDArray[np.float32], capacity: int) -> NDArray[np.int64]:
-    """Assign each row to a column, at most `capacity` rows per column, in order of regret, each to the best left."""
+    """Assign each row, in order of regret, to its best column that has fewer than `capacity` rows."""
     preferences = np.argsort(distances, axis=1, kind="stable")
     nearest_two = np.take_along_axis(distances, preferences[:, :2], axis=1)
     regret = nearest_two[:, 1] - nearest_two[:, 0]

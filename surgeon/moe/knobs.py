@@ -1,4 +1,4 @@
-"""The knobs that are set after training: tau, the selection rule, and compensation."""
+"""The settings that can be changed after training: tau, the selection rule, and compensation."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from surgeon.graph.patterns import first_fit, matches
 from surgeon.kernels.selection import check_rule
 from surgeon.moe.site import MoESite, find_moes
 
-# Buffer of a layer's module that holds the mean output of what it skips, see `surgeon.measure.compensation`.
+# Buffer of a layer's module that holds the mean output of the experts it skips, see `surgeon.measure.compensation`.
 SKIPPED_MEAN = "skipped_mean"
 
 Value = TypeVar("Value")
 
 
 def set_tau(graph: GraphModule, tau: float | Mapping[str, float], path: str | None = None) -> list[str]:
-    """Set the knob of every layer's selection rule; larger is cheaper, 0 runs all experts.
+    """Set tau, the threshold of each layer's selection rule. A larger tau is cheaper, and 0 runs all experts.
 
-    For the rule "max" it is the share of the largest score below which an expert is skipped (D2DMoE, section 3.4); see
-    `surgeon.kernels.selection` for the others. Takes effect at the next call, in every form of the graph, and needs no
-    retraining.
+    For the rule "max", an expert is skipped if its score is below tau times the largest score (D2DMoE, section 3.4).
+    `surgeon.kernels.selection` describes the other rules. The change takes effect at the next call, in every form of
+    the graph, and needs no retraining.
 
     Args:
-        tau: one value in [0, 1], or values by path, of which the first that fits a layer counts. Layers that none fits
-            keep what they have.
-        path: which layers: the path of the feed-forward layer or of its experts, or a pattern with `*`. All by default.
+        tau: a value in [0, 1], or values by path pattern. The first pattern that matches a layer counts. Layers without
+            a match keep their tau.
+        path: the path of a feed-forward layer or of its experts, or a pattern with `*`. The default is all layers.
 
     Returns:
         The paths of the experts that were set, in the graph's order.
 
     Raises:
-        UsageError: tau is outside [0, 1], the graph has no experts, or a path is that of no layer.
+        UsageError: tau is outside [0, 1], the graph has no experts, or no layer has the path.
     """
     wanted = tau if isinstance(tau, Mapping) else {path or "*": tau}
     for value in wanted.values():
         if not 0.0 <= value <= 1.0:
-            raise UsageError(f"tau is {value}, but it is a share: give a value from 0 to 1.")
+            raise UsageError(f"tau is {value}, but must be from 0 to 1.")
     chosen = _chosen(graph, wanted)
     with torch.no_grad():
         for site, value in chosen:
@@ -53,15 +53,16 @@ def set_tau(graph: GraphModule, tau: float | Mapping[str, float], path: str | No
 
 
 def get_tau(graph: GraphModule) -> dict[str, float]:
-    """The tau of every layer, by the path of its experts."""
+    """Return the tau of every layer, by the path of its experts."""
     return {site.path: float(site.tau) for site in find_moes(graph)}
 
 
 def set_rule(graph: GraphModule, rule: str | Mapping[str, str], path: str | None = None) -> list[str]:
-    """Set the rule by which scores and tau select experts, without retraining.
+    """Set the rule that selects experts from scores and tau. It needs no retraining.
 
     Args:
-        rule: one of `surgeon.kernels.selection.RULES`, or rules by path. path: as in `set_tau`.
+        rule: one of `surgeon.kernels.selection.RULES`, or rules by path pattern.
+        path: as in `set_tau`.
 
     Returns:
         The paths of the experts that were set, in the graph's order.
@@ -84,25 +85,25 @@ def set_rule(graph: GraphModule, rule: str | Mapping[str, str], path: str | None
                 threshold = node.args[2]
                 assert isinstance(threshold, Node)
                 threshold.update_arg(2, value)
-    if changed:  # a graph that is as it was keeps what `torch.compile` made of it
+    if changed:  # an unchanged graph keeps its `torch.compile` cache
         graph.recompile()
     return [site.path for site, _ in chosen]
 
 
 def get_rule(graph: GraphModule) -> dict[str, str]:
-    """The selection rule of every layer, by the path of its experts."""
+    """Return the selection rule of every layer, by the path of its experts."""
     return {site.path: site.rule for site in find_moes(graph)}
 
 
 def compensated(graph: GraphModule) -> list[str]:
-    """The layers that add the mean of what they skip (`surgeon.measure.compensation`), by the path of their experts."""
-    # A mean that no longer holds is set to zero.
+    """Return the layers that add the mean of what they skip (`surgeon.measure.compensation`), as paths of experts."""
+    # A mean that is no longer valid is set to zero.
     return [path for path, mean in get_knobs(graph).means.items() if bool(mean.any())]
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """All that can be set after training, by layer: tau, rule, and the mean of what is skipped where it is added."""
+    """The settings that can be changed after training, by layer: tau, rule, and the mean of what is skipped."""
 
     taus: dict[str, float]
     rules: dict[str, str]
@@ -110,14 +111,14 @@ class Knobs:
 
 
 def get_knobs(graph: GraphModule) -> Knobs:
-    """The knobs as they are now."""
+    """Return the present settings."""
     means = {site.path: getattr(graph.get_submodule(site.path), SKIPPED_MEAN, None) for site in find_moes(graph)}
     kept = {path: mean.clone() for path, mean in means.items() if isinstance(mean, Tensor)}
     return Knobs(get_tau(graph), get_rule(graph), kept)
 
 
 def set_knobs(graph: GraphModule, knobs: Knobs) -> None:
-    """Put all of them back."""
+    """Restore all settings."""
     set_tau(graph, knobs.taus)
     set_rule(graph, knobs.rules)
     with torch.no_grad():
@@ -126,7 +127,7 @@ def set_knobs(graph: GraphModule, knobs: Knobs) -> None:
 
 
 def _reset_compensation(graph: GraphModule, site: MoESite) -> None:
-    """Other experts are skipped from now on, so the mean of what was skipped is no longer added."""
+    """Set the mean of what is skipped to zero, because other experts are skipped from now on."""
     mean = getattr(graph.get_submodule(site.path), SKIPPED_MEAN, None)
     if mean is not None:
         with torch.no_grad():
@@ -134,14 +135,14 @@ def _reset_compensation(graph: GraphModule, site: MoESite) -> None:
 
 
 def _chosen(graph: GraphModule, wanted: Mapping[str, Value]) -> list[tuple[MoESite, Value]]:
-    """Every layer that a pattern fits, with the value of the first that does.
+    """Return every layer that a pattern matches, with the value of the first such pattern.
 
     Raises:
-        UsageError: the graph has no experts, or a pattern fits no layer.
+        UsageError: the graph has no experts, or a pattern matches no layer.
     """
     sites = find_moes(graph)
     if not sites:
-        raise UsageError("The graph has no experts to set anything for. Apply moeify first.")
+        raise UsageError("The graph has no experts, so there is nothing to set. Apply moeify first.")
     for pattern in wanted:
         if not any(matches([pattern], *_names(site)) for site in sites):
             raise UsageError(f"No layer '{pattern}'. Layers with experts: {', '.join(site.path for site in sites)}.")
@@ -149,5 +150,5 @@ def _chosen(graph: GraphModule, wanted: Mapping[str, Value]) -> list[tuple[MoESi
 
 
 def _names(site: MoESite) -> tuple[str, str]:
-    """The path of the experts, and that of the feed-forward layer they came from."""
+    """Return the path of the experts and the path of the feed-forward layer they came from."""
     return site.path, site.path.rpartition(".")[0]

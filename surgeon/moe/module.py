@@ -1,7 +1,7 @@
-"""A feed-forward layer as a mixture of experts: the module, where it stands in a graph, and the knob tau.
+"""A feed-forward layer as a mixture of experts: the module that passes put into a graph.
 
-Before `lower`, a site is one `call_module` node of an `MoE`. After it, the router's ops and one
-`surgeon::dynamic_k_ffn` node stand in the graph. A saved graph holds ops in both cases.
+Before `lower`, a layer is one `call_module` node of an `MoE`. After `lower`, the graph has the router's ops and one
+`surgeon::dynamic_k_ffn` node instead. A saved graph has ops in both cases.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from surgeon.sites.ffn import FFNWeights
 class MoE(nn.Module):
     """A feed-forward layer split into experts of equal size, in ordinary trainable torch code.
 
-    Every expert is computed and those that the rule leaves out at tau are masked out, so this module costs what the
-    dense layer does; `lower` replaces it by an op that skips them. With tau = 0 every expert counts and the output is
-    the dense layer's. The rule, one of `kernels.selection.RULES`, is "max" at first: left out is what scores below tau
-    times the token's largest score.
+    The module computes every expert and masks out those that the rule does not select at tau, so it costs as much as
+    the dense layer. `lower` replaces it by an op that skips these experts. With tau = 0 every expert counts, and the
+    output is the dense layer's. The rule is one of `kernels.selection.RULES`. It starts as "max", which skips experts
+    whose score is below tau times the token's largest score.
 
-    The first `shared` experts always run and the router scores the others.
+    The first `shared` experts always run, and the router scores the others.
 
     Parameters (E experts of s neurons): w1 [E, s, d_in], b1 [E, s], gate [E, s, d_in], b_gate [E, s], w2 [E, s, d_out],
-    b2 [d_out]; those that the dense layer lacks are None. Buffer tau: a scalar in [0, 1].
+    b2 [d_out]. Those that the dense layer does not have are None. Buffer tau: a scalar in [0, 1].
     """
 
     tau: Tensor
@@ -37,9 +37,9 @@ class MoE(nn.Module):
     def __init__(
         self, weights: FFNWeights, labels: Tensor, experts: int, activation: str, router: Router, *, shared: int = 0
     ) -> None:
-        """Split the weights by `labels` [h]: neuron i belongs to expert labels[i]; every expert has h / experts.
+        """Split the weights by `labels` [h]: neuron i belongs to expert labels[i]. Each expert has h / experts neurons.
 
-        router: scores the experts from `shared` on; those before it always run.
+        router: scores the experts after the first `shared`, which always run.
         """
         super().__init__()
         order = torch.argsort(labels, stable=True)
@@ -48,7 +48,7 @@ class MoE(nn.Module):
         def rows(value: Tensor | None) -> nn.Parameter | None:
             if value is None:
                 return None
-            # Copies: the model that was traced keeps its own weights.
+            # Copy the weights, because the traced model keeps its own.
             split = value.detach()[order.to(value.device)].reshape(experts, hidden // experts, *value.shape[1:])
             return nn.Parameter(split.contiguous())
 
@@ -73,18 +73,18 @@ class MoE(nn.Module):
         return self.weights.after(self.shared)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [..., d_in] → [..., d_out]."""
+        """Compute the layer: x [..., d_in] → [..., d_out]."""
         scores, threshold = self.route(x)
         return masked_ffn(  # type: ignore[no-any-return]
             x, scores, threshold, self.w1, self.b1, self.gate, self.b_gate, self.w2, self.b2, self.activation
         )
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [..., E] and the threshold [...] below which an expert is skipped; x [..., d_in]."""
+        """Return scores [..., E] and the threshold [...] below which an expert is skipped, for x [..., d_in]."""
         return self.select(lambda op, *args: op(*args), self.router(x), self.tau)
 
     def select(self, step: Step, scores: Any, tau: Any) -> tuple[Any, Any]:
-        """From the router's scores to those of all experts and the threshold, run or written into a graph by `step`."""
+        """Return the scores of all experts and the threshold. `step` runs the ops or adds them to a graph."""
         threshold = step(selection_threshold, scores, tau, self.rule)
         if self.shared:
             scores = step(aten.constant_pad_nd.default, scores, [self.shared, 0], float("inf"))

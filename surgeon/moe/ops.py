@@ -1,4 +1,4 @@
-"""The operators by which experts stand in a graph, as nodes name them. Importing this registers them."""
+"""The custom ops of experts, as targets of graph nodes. Importing this module registers them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Routers: predict from a layer's input how large every expert's output will be, and learn to.
+"""Routers, which predict from a layer's input how large the output of each expert will be.
 
-What a router should predict (`Objective`), what it is penalised with, and a closed-form fit that needs no training:
-some of the layer's own neurons as features, and ridge regression from them to the experts' norms.
+This module defines what a router should predict (`Objective`) and its loss. `surgeon.moe.closed_form` fits routers
+without training.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Labels = Literal["output", "hidden"]
 Output = Literal["abs", "relu", "softplus", "exp", "sigmoid"]
 Step = Callable[..., Any]
 
-# Below this share of the token's largest norm, differences do not matter for "log".
+# For "log", differences below this share of the token's largest norm do not matter.
 _LOG_FLOOR = 0.01
 
 _HIDDEN = {"relu": aten.relu.default, "tanh": aten.tanh.default}
-# Each output as an op and its further arguments.
+# Each output function as an op and its further arguments.
 _OUTPUT: dict[Output, tuple[Any, ...]] = {
     "abs": (aten.abs.default,),
     "relu": (aten.relu.default,),
-    # Close to a ReLU on targets from 0 to 1, but above zero down to -2, where float32 ends: equal scores could not be
-    # told apart by a rule.
+    # Close to a ReLU on targets from 0 to 1, but positive down to -2, where float32 underflows. Scores that are all
+    # zero would be equal, and a rule could not rank them.
     "softplus": (aten.softplus.default, 50.0),
     "exp": (aten.exp.default,),
     "sigmoid": (aten.sigmoid.default,),
@@ -43,7 +43,8 @@ _OUTPUT: dict[Output, tuple[Any, ...]] = {
 class Goal:
     """What a router learns to predict.
 
-    labels: the norms of what the objective speaks of. underestimate: weight of the errors of scores that are too low.
+    objective: the quantity to predict, see `target`. labels: whether norms are of the experts' outputs or of their
+    hidden activations. underestimate: weight of the errors of scores that are too low.
     """
 
     objective: Objective = "relative"
@@ -51,17 +52,17 @@ class Goal:
     underestimate: float = 1.0
 
     def loss(self, router: Router, x: Tensor, experts: Experts, activation: str) -> Tensor:
-        """How far the router is from it on inputs x [N, d_in] of the experts it scores: a scalar."""
+        """Return the router's loss on inputs x [N, d_in] of the experts that it scores, a scalar."""
         return self.error(router, x, self.wanted(x, experts, activation))
 
     def wanted(self, x: Tensor, experts: Experts, activation: str) -> Tensor:
-        """What a router should say to inputs x [N, d_in] of these experts: [N, E], without gradients."""
+        """Return the target of a router for inputs x [N, d_in] of these experts: [N, E], without gradients."""
         with torch.no_grad():
             return target(self.objective, x, experts, activation, self.labels)
 
     def error(self, router: Router, x: Tensor, wanted: Tensor) -> Tensor:
-        """How far the router is from what was wanted on x: a scalar."""
-        # Cross entropy wants logits: scores that are exactly 0 or 1 have no gradient.
+        """Return the router's loss on x against the target `wanted`, a scalar."""
+        # Cross entropy takes logits, because scores of exactly 0 or 1 have no gradient.
         given = router.logits(x) if self.objective == "activation" else router(x)
         return router_loss(self.objective, given, wanted, self.underestimate)
 
@@ -69,10 +70,10 @@ class Goal:
 class Router(nn.Module):
     """Scores experts: r(x) = |W_b relu(W_a x)| (D2DMoE, section 3.3), x [..., d_in] → [..., experts], never negative.
 
-    hidden: "relu", or "tanh" as in MoEfication. output: "abs" as published, "relu" or "softplus" of a regression, or
-    "exp" and "sigmoid" as objectives need.
-    fc1, the trunk, may be shared by the routers of several layers that read the same input; a router of one linear
-    layer, |W x|, has none. goal: what every pass that trains the router trains it for.
+    hidden: "relu", or "tanh" as in MoEfication. output: "abs" as published, "relu" or "softplus" for a regression,
+    "exp" for the objective "log", and "sigmoid" for "activation". goal: what passes train the router for.
+    fc1 is the trunk. The routers of several layers that read the same input may share it. A router with one linear
+    layer, |W x|, has no trunk.
     """
 
     fc1: nn.Linear | None
@@ -89,7 +90,10 @@ class Router(nn.Module):
         goal: Goal | None = None,
         like: Tensor | None = None,
     ) -> None:
-        """Make a router with random weights, of the device and dtype of `like`; width None: of one linear layer."""
+        """Make a router with random weights, on the device and in the dtype of `like`.
+
+        width: the width of the trunk, or None for a router with one linear layer.
+        """
         super().__init__()
         device, dtype = (None, None) if like is None else (like.device, like.dtype)
         options: Any = {"bias": bias, "device": device, "dtype": dtype}
@@ -106,8 +110,8 @@ class Router(nn.Module):
         """Score by the product of x and the mean of an expert's normalised weight rows (MoEfication's "param centre").
 
         Args:
-            rows: [experts, s, d_in]. Of two layers the second becomes the identity, so the first is as wide as there
-                are experts.
+            rows: [experts, s, d_in]. In a router with two layers, the first must be as wide as the number of experts,
+                and the second becomes the identity.
         """
         with torch.no_grad():
             self.first.weight.copy_(F.normalize(rows.float(), dim=-1).mean(1))
@@ -119,11 +123,11 @@ class Router(nn.Module):
         return self.steps(lambda op, *args: op(*args), x, lambda name: self.get_parameter(name))  # type: ignore[no-any-return]
 
     def logits(self, x: Tensor) -> Tensor:
-        """What goes into the last op: the scores before abs, relu, softplus, exp or sigmoid."""
+        """Return the scores before the last op (abs, relu, softplus, exp or sigmoid)."""
         return self._logits(lambda op, *args: op(*args), x, lambda name: self.get_parameter(name))  # type: ignore[no-any-return]
 
     def steps(self, step: Step, x: Any, parameter: Callable[[str], Any]) -> Any:
-        """The router as a sequence of ATen ops, run or written into a graph by `step(op, *args)`."""
+        """Go through the router as a sequence of ATen ops. `step(op, *args)` runs each op or adds it to a graph."""
         op, *arguments = _OUTPUT[self.output]
         return step(op, self._logits(step, x, parameter), *arguments)
 
@@ -138,22 +142,22 @@ class Router(nn.Module):
 
 
 def expert_norms(x: Tensor, experts: Experts, activation: str, labels: Labels = "output") -> Tensor:
-    """The L2 norm of every expert's output, b2 left out (D2DMoE, section 3.3): x [N, d_in] → [N, E], float32.
+    """Return the L2 norm of every expert's output without b2 (D2DMoE, section 3.3): x [N, d_in] → [N, E], float32.
 
-    Or that of its hidden activations, if `labels` says so. Through the Gram matrix of each expert's output weights,
-    ‖h W2‖² = h (W2 W2ᵀ) hᵀ, so that no [E, N, d_out] is ever held.
+    With `labels` "hidden" it is the norm of the expert's hidden activations. The norm of the output is computed with
+    the Gram matrix of the output weights, ‖h W2‖² = h (W2 W2ᵀ) hᵀ, so that no tensor [E, N, d_out] is needed.
     """
     h = _hidden(x, experts, activation)
     return h.norm(dim=-1) if labels == "hidden" else _norms(h, experts.w2)
 
 
 def activation_sums(x: Tensor, experts: Experts, activation: str) -> Tensor:
-    """The sum of every expert's activations without those below zero, MoEfication's label: [N, d_in] → [N, E]."""
+    """Return the sum of each expert's positive activations, the label of MoEfication: [N, d_in] → [N, E]."""
     return _hidden(x, experts, activation).clamp_min(0.0).sum(-1)
 
 
 def _hidden(x: Tensor, experts: Experts, activation: str) -> Tensor:
-    """The hidden activations by expert: [N, d_in] → [N, E, s], float32."""
+    """Compute the hidden activations by expert: [N, d_in] → [N, E, s], float32."""
     h = hidden(x, experts.flat(), ACTIVATIONS[activation]).float()
     return h.view(len(h), *experts.w1.shape[:2])
 
@@ -168,11 +172,12 @@ def _norms(h: Tensor, w2: Tensor) -> Tensor:
 
 
 def target(objective: Objective, x: Tensor, experts: Experts, activation: str, labels: Labels = "output") -> Tensor:
-    """What the router's last linear should give for "log", and its scores for the others: [N, d_in] → [N, E].
+    """Return what the router should predict: its logits for "log", its scores for other objectives. [N, d_in] → [N, E].
 
-    norm: the norms of the experts' outputs (D2DMoE), or of what `labels` says. relative: those over the token's
-    largest, which is all that the rules compare. log: the logarithm of that. activation: sums of activations over the
-    largest in x (MoEfication).
+    norm: the norms of the experts' outputs (D2DMoE), or of their hidden activations if `labels` is "hidden".
+    relative: these norms divided by the token's largest, because the rules compare nothing else.
+    log: the logarithm of the relative norms.
+    activation: the sums of activations divided by the largest sum in x (MoEfication).
     """
     if objective == "activation":
         sums = activation_sums(x, experts, activation)
@@ -185,10 +190,10 @@ def target(objective: Objective, x: Tensor, experts: Experts, activation: str, l
 
 
 def router_loss(objective: Objective, scores: Tensor, wanted: Tensor, underestimate: float = 1.0) -> Tensor:
-    """How wrong scores are, a scalar: mean squared error, or binary cross entropy for "activation".
+    """Return the loss of the scores, a scalar: mean squared error, or binary cross entropy for "activation".
 
-    scores: for "activation" the logits, whose sigmoid the scores are: one that is certain and wrong has a gradient.
-    underestimate: weight of the errors of experts whose score is too low; above 1, experts are skipped more cautiously.
+    scores: for "activation", the logits before the sigmoid, so that a saturated wrong score still has a gradient.
+    underestimate: weight of the errors of experts whose score is too low. Above 1, experts are skipped more cautiously.
     """
     scores = scores.float()
     if objective == "activation":

@@ -1,4 +1,4 @@
-"""A converted feed-forward layer as it stands in a graph: where it is, in which form, and what it costs."""
+"""A converted feed-forward layer in a graph: its place, its form and its cost."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
 class MoESite:
     """A converted feed-forward layer in a graph.
 
-    path: the module path of the expert weights, `encoder.layer.0.moe`. nodes: every execution of it.
+    path: the module path of the expert weights, `encoder.layer.0.moe`. nodes: every execution of the layer.
     form: "module" (one `call_module` node), "masked" (reference op) or "dynamic" (the op that skips experts).
-    shared: how many of the experts always run. router_parameters: weights of the matrices that score the rest; a trunk
-    that several layers share counts for the first of them. rule: one of `kernels.selection.RULES`.
+    shared: the number of experts that always run. rule: one of `kernels.selection.RULES`.
+    router_parameters: the number of weights in the router's matrices. A trunk that several layers share is counted for
+    the first of them.
     """
 
     path: str
@@ -58,18 +59,18 @@ class MoESite:
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds for one token when every expert runs, router included (it has one weight per multiply-add)."""
+        """Multiply-adds for one token when every expert runs. The router is included: one multiply-add per weight."""
         return self.experts * self.expert_multiply_adds + self.router_parameters
 
     @property
     def describe(self) -> str:
-        """`48 experts × 32`, `1 expert × 8`, and how many of them always run."""
+        """`48 experts × 32`, `1 expert × 8`, and the number of experts that always run."""
         always = f", {self.shared} of them always on" if self.shared else ""
         return f"{self.experts} expert{'s' * (self.experts != 1)} × {self.w1.shape[1]}{always}"
 
 
 def find_moes(graph: GraphModule) -> list[MoESite]:
-    """Every mixture of experts in the graph, in topological order."""
+    """Return every mixture of experts in the graph, in topological order."""
     found: dict[str, list[Node]] = {}
     forms: dict[str, Literal["module", "masked", "dynamic"]] = {}
     for node in graph.graph.nodes:
@@ -114,7 +115,7 @@ def _site(
 
 
 def router_nodes(node: Node) -> list[Node]:
-    """The nodes between the input and the scores of an expert layer in op form, parameters included."""
+    """Return the nodes between the input and the scores of an expert layer in op form, including parameters."""
     x, scores = node.args[0], node.args[1]
     assert isinstance(scores, Node)
 

@@ -1,4 +1,4 @@
-"""Which neurons of a feed-forward layer make up which expert."""
+"""Split the neurons of a feed-forward layer into experts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ Split = Literal["auto", "weights", "activations", "random"]
 def split_neurons(
     weights: FFNWeights, activation: str, experts: int, *, split: Split, shared: int, x: Tensor | None, seed: int
 ) -> Tensor:
-    """The expert of every neuron, int64 [h]; the first `shared` experts are those of the most active neurons.
+    """Return the expert of every neuron, int64 [h]. The first `shared` experts get the most active neurons.
 
     Args:
-        experts: how many, a divisor of h. split: what makes neurons alike (see `Moeify.split`).
-        x: inputs of the layer [N, d_in]; None if there is no data, and weights are compared where activations would be.
-        seed: of the clusters, or of the random split.
+        experts: the number of experts, a divisor of h.
+        split: how neurons are grouped (see `Moeify.split`).
+        shared: the number of experts that always run.
+        x: inputs of the layer, [N, d_in]. Without data (None), weights are compared instead of activations.
+        seed: seed of the clustering or of the random split.
     """
     neurons = len(weights.w1)
     size = neurons // experts
@@ -46,7 +48,7 @@ def split_neurons(
         if active is not None and split != "weights":
             features = F.normalize(active[routed], dim=1)
         else:
-            # Rows of the linear whose output is sparse, at unit length, without the bias.
+            # Compare the normalised rows of the linear whose output is sparse, without the bias.
             rows = weights.w1 if weights.gate is None else weights.gate
             features = F.normalize(rows.detach().float()[routed], dim=1)
         found = balanced_clusters(features, count, seed=seed)
@@ -57,7 +59,7 @@ def split_neurons(
 
 
 def _output_sizes(weights: FFNWeights, activation: str, x: Tensor) -> Tensor:
-    """How large every neuron's share of the output is on every token, [h, N]: |activation| times the norm of its w2."""
+    """Return the size of each neuron's output on each token, [h, N]: |activation| times the norm of its row of w2."""
     with torch.no_grad():
         experts = Experts(weights.w1, weights.b1, weights.gate, weights.b_gate, weights.w2)
         a = hidden(x, experts, ACTIVATIONS[activation]).float()

@@ -1,7 +1,7 @@
-"""Which layers' routers share a trunk: replaced projections of one attention that read the same input.
+"""Find layers whose routers share a trunk: replaced projections of the same attention that read the same input.
 
-In an encoder-decoder model the keys and values of every decoder layer read the encoder's output. One small trunk cannot
-know the neurons of them all, so layers must also belong to the same attention.
+In an encoder-decoder model the keys and values of every decoder layer read the encoder's output. A small trunk cannot
+represent the neurons of all these layers, so layers must also belong to the same attention.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from surgeon.sites.linear import find_linears
 
 
 def trunk_groups(graph: GraphModule, sites: Sequence[FFN]) -> list[list[FFN]]:
-    """The sites in groups that share a trunk; all that are not replaced projections stand alone."""
+    """Group the sites that share a trunk. A site that is not a replaced projection has a group of its own."""
     order = {node: place for place, node in enumerate(graph.graph.nodes)}
     linears = {linear.core for linear in find_linears(graph)[0]}
     linears |= {node for moe in find_moes(graph) for node in moe.nodes}
@@ -36,7 +36,7 @@ def trunk_groups(graph: GraphModule, sites: Sequence[FFN]) -> list[list[FFN]]:
 
 
 def trunk_of(graph: GraphModule, site: FFN, group: Sequence[str]) -> nn.Linear | None:
-    """The trunk of a group, given by paths, if a site of it has a router already; other runs' are not touched."""
+    """Return the trunk of a group, given by its paths, if a site of the group already has a router; else None."""
     for node in site.calls[0].x.users:
         if node.op == "call_module" and str(node.target).rpartition(".")[0] in group:
             module = graph.get_submodule(str(node.target))
@@ -46,10 +46,10 @@ def trunk_of(graph: GraphModule, site: FFN, group: Sequence[str]) -> nn.Linear |
 
 
 def _meeting_point(output: Node, linears: set[Node], order: Mapping[Node, int]) -> Node | None:
-    """The first linear layer that the values go into: for queries, keys and values, what mixes the heads."""
+    """Return the first linear layer that reads the values. For queries, keys and values it mixes the heads."""
 
     def through(user: Node) -> bool:
-        # A size says nothing about where values go.
+        # Do not follow sizes: they carry no values.
         return user not in linears and not isinstance(user.meta.get("val"), int | torch.SymInt)
 
     found = (user for user in walk_users(output, through) if user in linears)

@@ -1,4 +1,4 @@
-"""The places a pass can operate on: feed-forward layers, standalone linear layers, and candidates that were refused."""
+"""A feed-forward layer as a site: where it is executed, its weights and its activation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from surgeon.sites.nonlinearity import HALVES, Halves, Nonlinearity, half, other
 
 _MaybeTensor = TypeVar("_MaybeTensor", bound=Tensor | None)
 
-# Where a graph's metadata has the layers that a pass put in place of linear ones.
+# Key in a graph's metadata for the layers that a pass put in place of linear layers.
 _PROJECTIONS = "projections"
 
 
 class IdentityModule(nn.Module):
-    """A module that a pass puts in, returns its input, and is looked through where layers are searched for."""
+    """A module that a pass inserts and that returns its input. The search for layers looks through it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """X as it is."""
@@ -27,13 +27,13 @@ class IdentityModule(nn.Module):
 
 
 def mark_projection(graph: GraphModule, path: str) -> None:
-    """Remember that the feed-forward layer at `path` stands in for a linear layer, in this graph and its forks."""
-    # A new tuple: forks share what is in their metadata.
+    """Record that the feed-forward layer at `path` replaces a linear layer, in this graph and its later forks."""
+    # Make a new tuple, because forks share the values of their metadata.
     graph.meta[_PROJECTIONS] = (*projections(graph), path)
 
 
 def projections(graph: GraphModule) -> tuple[str, ...]:
-    """The paths that were marked, those included whose layer has become something else since."""
+    """Return all marked paths, including those whose layer was replaced again later."""
     return tuple(graph.meta.get(_PROJECTIONS, ()))
 
 
@@ -41,7 +41,7 @@ def projections(graph: GraphModule) -> tuple[str, ...]:
 class LayerCall:
     """One execution of a feed-forward layer: x → first linears → cone → second linear.
 
-    first: (gate, up) if gated with two linears, else the single first linear.
+    first: (gate, up) if the layer is gated by two linears, else the single first linear.
     """
 
     first: tuple[Linear, ...]
@@ -61,9 +61,9 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """A feed-forward layer's weights with one row per neuron, h the hidden width.
+    """A feed-forward layer's weights with one row per neuron. h is the hidden width.
 
-    w1 [h, d_in], b1 [h] | None: the linear whose output is not activated if gated, the first linear otherwise.
+    w1 [h, d_in], b1 [h] | None: the up linear of a gated layer, whose output is not activated; else the first linear.
     gate [h, d_in] | None, b_gate [h] | None: the activated linear of a gated layer.
     w2 [h, d_out], b2 [d_out] | None. Scales found between the linears are folded in.
     """
@@ -80,9 +80,8 @@ class FFNWeights:
 class FFN:
     """A feed-forward layer: down(act(first x)), or down(act(gate x) · (up x)) if gated.
 
-    calls: every execution; several if the model uses the same weights at several places (ALBERT).
-    fused: which half of the single first linear is the gate, if it computes gate and up together.
-    dropout: the largest dropout probability between the linears.
+    calls: every execution; several if the model uses the same weights in several places (ALBERT).
+    hidden: the hidden width. dropout: the largest dropout probability between the linears.
     is_projection: whether a pass put it in place of a linear layer, such as an attention projection.
     """
 
@@ -105,7 +104,7 @@ class FFN:
 
     @property
     def fused(self) -> Halves | None:
-        """Which outputs of the single first linear are the gate; None if gate and up are two layers."""
+        """Which outputs of the single first linear are the gate; None if gate and up are separate layers."""
         return self.nonlinearity.fused
 
     @property
@@ -130,19 +129,19 @@ class FFN:
         return f"{kind} {self.d_in}→{self.hidden}→{self.d_out} {self.activation}"
 
     def parameters(self, graph: GraphModule) -> int:
-        """Numbers in the weights and biases."""
+        """Count the numbers in the weights and biases."""
         found = self.weights(graph)
         return sum(value.numel() for value in vars(found).values() if value is not None)
 
     def activations(self, z: Tensor) -> Tensor:
-        """The activated values, [..., h], of what the first linear gives (the gate's in a gated layer)."""
+        """Apply the activation to the output of the first linear, or of the gate in a gated layer; returns [..., h]."""
         found = self.nonlinearity
         if found.fused is not None:
             z = z[..., HALVES[found.fused](self.hidden)]
         return ACTIVATIONS[found.activation].fn(z * found.input_scale)
 
     def weights(self, graph: GraphModule) -> FFNWeights:
-        """The weights, one row per neuron (views of the parameters where nothing is folded in)."""
+        """Return the weights with one row per neuron. They are views of the parameters where no scale is folded in."""
         first, down, found = self.calls[0].first, self.calls[0].down, self.nonlinearity
         w2 = down.weight_rows(graph).t()
         if found.output_scale != 1.0:

@@ -1,7 +1,8 @@
-"""Recognise a linear layer in a graph, however it is spelled.
+"""Recognise linear layers in a graph, however they are written.
 
-`F.linear`, `addmm` and `mm` between views (GPT-2's Conv1D), `matmul` or `einsum` with a raw parameter, a transposed
-weight, a bias added afterwards: each becomes one `Linear` that names its input, its output and its parameters.
+A linear layer may be `F.linear`, `addmm` or `mm` between views (GPT-2's Conv1D), or `matmul` or `einsum` with a raw
+parameter. Its weight may be transposed and its bias added afterwards. Each becomes one `Linear` that names its input,
+its output and its parameters.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _TRANSPOSES = {
 class Linear:
     """An affine map of the last dimension: output [..., out_features] = input [..., in_features] · Wᵀ + bias.
 
-    weight, bias: the `get_attr` nodes of the parameters. unflattens: the input is made a matrix for the multiplication
-    and the output gets the leading dimensions back. transposed: the stored weight is [in_features, out_features].
-    nodes: every node that belongs to the layer alone, from the multiplication `core` to the output.
+    weight, bias: the `get_attr` nodes of the parameters. transposed: the stored weight is [in_features, out_features].
+    unflattens: the input is flattened to a matrix for the multiplication, and the output gets the leading dimensions
+    back. nodes: every node that belongs only to this layer, from the multiplication `core` to the output.
     """
 
     output: Node
@@ -48,7 +49,7 @@ class Linear:
 
     @property
     def input(self) -> Node:
-        """The input, read off the graph as it is now: what it was made by may have been rewritten since."""
+        """The input, read from the graph as it is now, because the node that computes it may have been replaced."""
         x = _first_operand(self.core)
         if not self.unflattens:
             return x
@@ -79,7 +80,7 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class OpaqueLinear:
-    """A multiplication that looks like a linear layer but whose weight is no parameter; `why` says what it is."""
+    """A product that looks like a linear layer, but whose weight or bias is not a parameter. `why` gives the reason."""
 
     input: Node
     output: Node
@@ -93,14 +94,14 @@ class OpaqueLinear:
 
 
 def find_linears(graph: GraphModule) -> tuple[list[Linear], list[OpaqueLinear]]:
-    """Every linear layer of the graph in topological order, and those whose weight is computed."""
+    """Return every linear layer of the graph in topological order, and those whose weight or bias is computed."""
     linears: list[Linear] = []
     opaque: list[OpaqueLinear] = []
     expert_layers = tuple(f"{path}." for path in _expert_layers(graph))
     for node in graph.graph.nodes:
         match = _linear_at(graph, node)
         if isinstance(match, Linear):
-            # A router is two linears with a ReLU between, and no layer of the model.
+            # The linears of a router are not layers of the model.
             if not str(match.weight.target).startswith(expert_layers):
                 linears.append(match)
         elif match is not None:
@@ -109,7 +110,7 @@ def find_linears(graph: GraphModule) -> tuple[list[Linear], list[OpaqueLinear]]:
 
 
 def _expert_layers(graph: GraphModule) -> list[str]:
-    """Paths of the expert layers that stand in the graph as ops: the modules that hold the ops' weights."""
+    """Return the paths of the expert layers in op form: the paths of the modules that hold the ops' weights."""
     ops = [
         node
         for node in graph.graph.nodes
@@ -131,7 +132,7 @@ def _linear_at(graph: GraphModule, core: Node) -> Linear | OpaqueLinear | None:
         weight_shape = shape_of(weight_node)
         computed = weight_shape is not None and len(weight_shape) == 2 and core.target is aten.linear.default
         if computed and _from_parameters_only(weight_node):
-            why = f"its weight is computed in the graph (by {weight_node.name}), not a parameter"
+            why = f"its weight is computed in the graph (by {weight_node.name}) and is not a parameter"
             return OpaqueLinear(x, core, why, frozenset({core}))
         return None
     weight, flipped, chain = stored
@@ -142,7 +143,8 @@ def _linear_at(graph: GraphModule, core: Node) -> Linear | OpaqueLinear | None:
     if bias is not None:
         bias = _bias(graph, bias)
         if bias is None:
-            return OpaqueLinear(x, core, "its bias is computed in the graph, not a parameter", frozenset({core}))
+            why = "its bias is computed in the graph and is not a parameter"
+            return OpaqueLinear(x, core, why, frozenset({core}))
     transposed = weight_is_in_out != flipped
     in_features, out_features = tensor.shape if transposed else tensor.shape[::-1]
     nodes = {core, *chain}
@@ -179,7 +181,7 @@ def _linear_at(graph: GraphModule, core: Node) -> Linear | OpaqueLinear | None:
 
 
 def _operands(core: Node) -> tuple[Node, Node, Node | None, bool] | None:
-    """(input, weight, bias, weight is [in, out]) of a multiplication, or None if it is no affine map."""
+    """Return (input, weight, bias, weight is [in, out]) of a multiplication, or None if it is not an affine map."""
     args: tuple[Any, ...] = core.args
     if core.target is aten.linear.default:
         bias = args[2] if len(args) > 2 else core.kwargs.get("bias")
@@ -196,7 +198,7 @@ def _operands(core: Node) -> tuple[Node, Node, Node | None, bool] | None:
 
 
 def _einsum_operands(args: tuple[Any, ...]) -> tuple[Node, Node, Node | None, bool] | None:
-    """`...d,df->...f` and its spellings: the input's last letter is summed, the weight's other letter is new."""
+    """Read `...d,df->...f` in any spelling: the input's last letter is summed, and the weight's other letter is new."""
     equation, operands = args[0], args[1]
     left, arrow, result = str(equation).replace(" ", "").replace("...", "@").partition("->")
     terms = left.split(",")
@@ -218,7 +220,7 @@ def _einsum_operands(args: tuple[Any, ...]) -> tuple[Node, Node, Node | None, bo
 
 
 def _parameter(graph: GraphModule, node: Node) -> tuple[Node, bool, list[Node]] | None:
-    """The `get_attr` node behind transposes and copies: (node, odd number of transposes, nodes in between)."""
+    """Find the `get_attr` node behind transposes and copies: (node, odd number of transposes, nodes in between)."""
     flipped = False
     chain: list[Node] = []
     while node.op == "call_function":
@@ -235,7 +237,7 @@ def _parameter(graph: GraphModule, node: Node) -> tuple[Node, bool, list[Node]] 
 
 
 def _same_type(graph: GraphModule, node: Node) -> bool:
-    """Whether the node copies its input in the same dtype; a weight that is stored in another one is a computed one."""
+    """Whether the node copies its input in the same dtype. A weight cast to another dtype counts as computed."""
     source = node.args[0]
     if node.target not in SAME_VALUE or not isinstance(source, Node):
         return False
@@ -283,7 +285,7 @@ def _only_user(node: Node) -> Node | None:
 
 
 def _before_flattening(core: Node, x: Node) -> Node:
-    """The input before it was viewed as a matrix, for multiplications that only take matrices."""
+    """Return the input before it was viewed as a matrix, for multiplications that only take matrices."""
     if core.target not in (aten.addmm.default, aten.mm.default) or x.target not in VIEWS:
         return x
     source = x.args[0]
@@ -313,7 +315,7 @@ def _same_leading(output: Node, x: Node) -> bool:
 
 
 def _added_bias(graph: GraphModule, node: Node, product: Node, out_features: int) -> Node | None:
-    """The parameter that `node` adds to the product as a bias, or None if it is another addition."""
+    """Return the parameter that `node` adds to the product as a bias, or None if it is another addition."""
     if not is_call(node, aten.add.Tensor, aten.add_.Tensor) or node.kwargs.get("alpha", 1) != 1:
         return None
     others = [arg for arg in node.args if arg is not product]

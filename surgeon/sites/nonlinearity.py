@@ -1,8 +1,8 @@
-"""Name what happens between two linear layers by running it on numbers.
+"""Identify the activation between two linear layers by running it on numbers.
 
-A GELU may be one op or eight, a gate may be split off by `chunk`, by slices or by `view` and `unbind`. Instead of one
-pattern per spelling, the nodes between the linears are run in float64 on a spread of values and compared with the known
-activation functions.
+A GELU may be one op or eight, and a gate may be split off by `chunk`, by slices or by `view` and `unbind`. There is no
+pattern for each spelling. Instead the nodes between the linears are run in float64 on a range of values, and the
+results are compared with the known activation functions.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _ATOL, _RTOL = 1e-5, 1e-5
 
 
 def half(rows: Tensor, which: Halves) -> Tensor:
-    """The rows [2h, ...] → [h, ...] of one half of a fused linear layer."""
+    """Return the rows of one half of a fused linear layer, [2h, ...] → [h, ...]."""
     return rows[HALVES[which](rows.shape[0] // 2)]
 
 
 def other_half(rows: Tensor, which: Halves) -> Tensor:
-    """The rows [2h, ...] → [h, ...] that `half` leaves."""
+    """Return the rows of the other half, [2h, ...] → [h, ...]."""
     return half(rows, OTHER[which])
 
 
@@ -61,9 +61,9 @@ class Cone:
 
 @dataclass(frozen=True)
 class Nonlinearity:
-    """hidden = output_scale · act(input_scale · z), or that times `up` if gated.
+    """hidden = output_scale · act(input_scale · z), multiplied by `up` if gated.
 
-    gate_leaf: which leaf carries z. fused: the half of that leaf that is z, if one leaf carries z and up.
+    gate_leaf: the index of the leaf that holds z. fused: the half of that leaf that is z, if it holds both z and up.
     """
 
     activation: str
@@ -75,7 +75,7 @@ class Nonlinearity:
 
 
 def identify(graph: GraphModule, cone: Cone) -> Nonlinearity | Rejection:
-    """Name what the cone computes, or say why it cannot be part of a feed-forward layer."""
+    """Identify what the cone computes, or say why it cannot be part of a feed-forward layer."""
     widths = [leaf.out_features for leaf in cone.leaves]
     try:
         if widths == [cone.width]:
@@ -154,7 +154,7 @@ def _gated(graph: GraphModule, cone: Cone) -> Nonlinearity | Rejection:
 def _gate(
     run: Callable[[Tensor, Tensor], Tensor], z: Tensor, up: Tensor, scales: set[float]
 ) -> tuple[str, float, float] | None:
-    """Name act if run(z, up) == act(z) · up."""
+    """Return (activation, input scale, output scale) if run(z, up) == act(z) · up, else None."""
     y = run(z, up)
     gate = run(z, torch.ones_like(up))
     if not _close(y, gate * up):
@@ -163,7 +163,7 @@ def _gate(
 
 
 def _name(z: Tensor, y: Tensor, scales: set[float]) -> tuple[str, float, float] | None:
-    """(activation, input scale, output scale) with y == output scale · act(input scale · z)."""
+    """Return (activation, input scale, output scale) with y == output scale · act(input scale · z), else None."""
     if not bool(torch.isfinite(y).all()):
         return None
     known = [(name, activation.fn) for name, activation in ACTIVATIONS.items()]
@@ -189,7 +189,7 @@ def _unknown(run: Callable[[float], Tensor]) -> Rejection:
 
 
 def _scales(cone: Cone) -> set[float]:
-    """Numbers the cone multiplies or divides by: the candidates for a scale in front of the activation."""
+    """Return the numbers that the cone multiplies or divides by: the candidates for a scale before the activation."""
     scales: set[float] = set()
     for node in cone.nodes:
         if node.target in (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
@@ -203,9 +203,9 @@ def _scales(cone: Cone) -> set[float]:
 
 
 def _spread(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Values of both signs, dense around zero, past every kink of the known activations, and some up to 10⁴.
+    """Draw values of both signs, dense around zero and beyond every kink of the known activations, some up to 10⁴.
 
-    The large ones tell a ReLU from one that is clamped at 7 or 100.
+    The large values distinguish a ReLU from a ReLU that is clamped at 7 or 100.
     """
     generator = torch.Generator().manual_seed(seed)
     values = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1).pow(3) * 8
@@ -213,7 +213,7 @@ def _spread(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def _probe_shape(cone: Cone, leaf: int) -> tuple[int, ...]:
-    """A short vector if the cone is purely pointwise, else the leaf's real shape."""
+    """Return the shape of a short vector if the cone is purely pointwise, else the leaf's real shape."""
     if any(node.target in SHAPE_OPS for node in cone.nodes):
         return _full_shape(cone, leaf)
     return (769,)
@@ -227,7 +227,7 @@ def _full_shape(cone: Cone, leaf: int) -> tuple[int, ...]:
 
 
 def _substitution(cone: Cone) -> dict[sympy.Symbol, int]:
-    """Small distinct numbers for the dynamic sizes."""
+    """Choose small distinct numbers for the dynamic sizes."""
     symbols: set[sympy.Symbol] = set()
     for leaf in cone.leaves:
         for size in shape_of(leaf.output) or ():
@@ -241,14 +241,16 @@ def _number(size: Any, substitution: Mapping[sympy.Symbol, int]) -> int:
     if isinstance(size, torch.SymInt):
         value = size.node.expr.xreplace(substitution) if hasattr(size.node.expr, "xreplace") else size.node.expr
         if getattr(value, "free_symbols", None):
-            raise _NotElementwise("depends-on-data", "the shape between the linears depends on data")
+            raise _NotElementwise("depends-on-data", "the shape between the linears depends on the data")
         return int(value)
     return int(size)
 
 
 def _run(graph: GraphModule, cone: Cone, values: list[Tensor]) -> Tensor:
-    """Run the cone in float64; dropout and dtype conversions do nothing. The result has the first value's leading
-    dimensions and the cone's width."""
+    """Run the cone in float64, where dropout and dtype conversions do nothing.
+
+    The result has the first value's leading dimensions and the cone's width.
+    """
     environment: dict[Node, Any] = {leaf.output: value.clone() for leaf, value in zip(cone.leaves, values, strict=True)}
     substitution = _substitution(cone)
 

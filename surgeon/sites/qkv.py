@@ -1,7 +1,7 @@
-"""Which parts the outputs of a fused projection are cut into: queries, keys and values computed by one linear layer.
+"""Find the parts of a fused projection, where one linear layer computes queries, keys and values.
 
-The layer's outputs are numbered and sent through the nodes that read them (chunk, split, slices, view and unbind), and
-what arrives says which outputs belong together, however the cut is spelled.
+The layer's output columns are numbered, and the numbers are sent through the nodes that read them (chunk, split,
+slices, view and unbind). The numbers in each result show which columns belong together, however the split is written.
 """
 
 from __future__ import annotations
@@ -17,35 +17,37 @@ from surgeon.errors import first_line
 from surgeon.graph.ops import SAME_VALUE, SHAPE_OPS
 from surgeon.graph.traced import aten, is_call, shape_of
 
-# Stands for every dynamic size; divisible by what sizes are usually divided by.
+# Stands for every dynamic size. It is divisible by 2 and 4, because models divide sizes by these.
 _SIZE = 4
-_CUTS = SHAPE_OPS - {aten.glu.default}  # it computes
+_CUTS = SHAPE_OPS - {aten.glu.default}  # glu changes values
 
 
 def fused_parts(output: Node) -> list[range] | str | None:
-    """The ranges of the last dimension that a linear layer's output [..., d_out] is cut into, two or more, in order.
+    """Find the ranges of the last dimension that a linear layer's output [..., d_out] is split into.
 
-    A fused layer stores its parts one after the other, [q; k; v], or interleaved, [q₁; k₁; v₁; q₂; ...] head by head.
-    Only the former can be told apart as ranges. For the others the result is a reason in words; None if something reads
-    the output as a whole.
+    A fused layer stores its parts one after the other, [q; k; v], or interleaved by head, [q₁; k₁; v₁; q₂; ...].
+
+    Returns:
+        Two or more ranges in order, if the parts lie one after the other. A reason in words, if they do not or cannot
+        be followed. None if a node reads the output as a whole.
     """
     try:
         pieces = _pieces(output)
-    except Exception as error:  # the ops' own refusals are of many types
-        return f"how the outputs are used could not be followed ({first_line(error)})"
+    except Exception as error:  # ops raise exceptions of many types
+        return f"the ops that split the outputs cannot be followed ({first_line(error)})"
     if not pieces:
         return None
     if any(piece[-1] - piece[0] + 1 != len(piece) for piece in pieces):
-        return "the outputs are interleaved, not stored one part after the other"
+        return "the parts of the output are interleaved instead of one after the other"
     ranges = [range(piece[0], piece[-1] + 1) for piece in sorted(pieces)]
     ends = [0, *(part.stop for part in ranges)]
     if [part.start for part in ranges] != ends[:-1] or ends[-1] != _width(output):
-        return "the parts that the outputs are cut into overlap or leave some out"
+        return "the parts of the output overlap or do not cover all of it"
     return ranges
 
 
 def _pieces(output: Node) -> set[tuple[int, ...]]:
-    """The columns in each value that holds some of them but not all; empty if all of them are used at once."""
+    """Return the columns in each value that holds only some of them; empty if a node uses all of them at once."""
     shape, width = shape_of(output), _width(output)
     assert shape is not None
     numbered = torch.arange(width).expand([_number(size) for size in shape]).contiguous()

@@ -1,6 +1,6 @@
-"""Candidates that were refused, as values: a stable code, where it stands, and the words for the user.
+"""Refused candidates as values: a stable code, the place in the model, and the reason in words.
 
-Programs read the code, people read the reason. Nothing in the toolkit branches on the words.
+Programs read the code, and people read the reason. The toolkit never branches on the words of a reason.
 """
 
 from __future__ import annotations
@@ -12,43 +12,43 @@ CODES = {
     "no-activation": "There is nothing to make sparse: two linear layers in a row.",
     "unknown-activation": "Add the activation to surgeon.kernels.activations.ACTIVATIONS, or use a known one.",
     "not-gated": "A gated layer multiplies activation(gate) by up, and nothing else.",
-    "widths-differ": "The activation has to keep its width, or halve it in a gated layer.",
+    "widths-differ": "The activation must keep the width, or halve it in a gated layer.",
     "too-many-linears": "A feed-forward layer starts from one linear layer, or from two if it is gated.",
     "different-inputs": "Let gate and up read the same value.",
-    "barrier": "Neurons do not stay apart. Move the named op in front of the first linear or behind the second one.",
+    "barrier": "Move the named op before the first linear layer or after the second one.",
     "parameter-between": "Fold the parameter into one of the linear layers.",
-    "value-from-outside": "The layer depends on more than its input. Add the value outside of it.",
-    "escapes": "Another part of the model reads the hidden values, so they are all needed.",
-    "tokens-reshaped": "Each token has to go through the layer by itself.",
-    "changes-shape": "Move the change of shape out of the layer.",
-    "depends-on-data": "Make the shape between the linear layers follow from the input's shape.",
-    "cannot-run": "What stands between the linear layers could not be tried on numbers. The reason names the op.",
-    "unreadable-linear": "The product is not one of an input and a weight. The reason says what it is.",
+    "value-from-outside": "The layer depends on more than its input. Use this value outside the layer.",
+    "escapes": "The layer stays dense, because another part of the model reads its hidden values.",
+    "tokens-reshaped": "Each token must pass through the layer independently of the others.",
+    "changes-shape": "Move the reshaping out of the layer.",
+    "depends-on-data": "Make the shape between the linear layers depend only on the input's shape.",
+    "cannot-run": "The ops between the linear layers fail on test values. The reason shows the error.",
+    "unreadable-linear": "Store the weight and the bias as parameters. The reason says which one is computed.",
     "weight-is-shared": "Untie the weight, or leave the layer dense.",
     "one-weight-twice": "Untie the two weights of the layer.",
     "different-activations": "Give the places that share the weights one activation.",
-    "shares-a-linear": "The linear layer belongs to the other feed-forward layer.",
+    "shares-a-linear": "A linear layer can belong to one feed-forward layer only.",
     "constant": "Compute the value once and store it.",
     "pooler": "It is a pooler or a classifier head, which is small and runs once per sample.",
     "head": "It computes the model's output and stays as it is.",
     # Found by passes.
-    "already-done": "Nothing is left to do for it.",
-    "no-value": "Give the option a pattern that fits the site, or `*` as the last one.",
+    "already-done": "Nothing is left to do.",
+    "no-value": "Give the option a pattern that matches the site, or add `*` as the last pattern.",
     "width-does-not-divide": "Choose one of the sizes that the reason names.",
-    "nothing-to-route": "Give the layer more experts, or fewer that always run.",
+    "nothing-to-route": "Use more experts, or fewer experts that always run.",
     "too-narrow": "Raise cost_factor, or leave the layer alone with `skip`.",
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",
     "in-op-form": "Run the pass before `lower`.",
 }
-"""Every code of the built-in passes, and what to do about it. `docs/refusals.md` explains them."""
+"""Each code of the built-in passes, with advice. `docs/refusals.md` explains them."""
 
 
 @dataclass(frozen=True)
 class Rejection:
     """A candidate that was refused, and the first condition that failed.
 
-    code: stable, for programs; one of `CODES`, or a third-party pass's own. reason: in words, for the user.
-    path: of the site; filled in by the pass that asked. node: the name of the graph's node that the reason is about.
+    code: a stable code for programs: one of `CODES`, or a third-party pass's own. reason: the reason in words.
+    path: the path of the site, filled in by the pass that asked. node: the name of the node that the reason is about.
     """
 
     code: str

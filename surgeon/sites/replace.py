@@ -1,4 +1,4 @@
-"""Let a module compute what a site computed."""
+"""Replace an execution of a feed-forward layer by a call of a module."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from surgeon.sites.ffn import LayerCall
 
 
 def replace_call(graph: GraphModule, call: LayerCall, target: str) -> str:
-    """Let the module at `target` compute one execution of a feed-forward layer; returns the new node's name."""
+    """Replace one execution of a feed-forward layer by the module at `target`; returns the new node's name."""
     old = call.output
-    # Where the input was read first: if it is changed in place later, the module still sees it as the layer did.
+    # Insert the module where the layer first read its input, in case the input is changed in place later.
     first_read = min(call.first, key=lambda linear: list(graph.graph.nodes).index(linear.core)).core
     with graph.graph.inserting_before(first_read):
         node = graph.graph.call_module(target, (call.x,))
@@ -24,7 +24,7 @@ def replace_call(graph: GraphModule, call: LayerCall, target: str) -> str:
         node.meta["val"] = call.x.meta["val"].new_empty((*x_shape[:-1], shape[-1]), dtype=old.meta["val"].dtype)
         new = node
         if len(shape) != len(x_shape):
-            # The layer flattened its tokens on the way.
+            # The layer flattened its tokens.
             new = emit(graph, aten.reshape.default, node, [-1, shape[-1]], path=path)
     inside = {n for linear in (*call.first, call.down) for n in linear.nodes} | set(call.cone)
     replace_value(old, new, call.x, inside)

@@ -1,8 +1,8 @@
-"""Find the places a pass can operate on: feed-forward layers and standalone linear layers.
+"""Find the sites that a pass can operate on: feed-forward layers and standalone linear layers.
 
-From every linear layer the search walks back through what is computed value by value, to the one or two linear layers
-that it comes from. It then asks what the nodes in between compute (`surgeon.sites.nonlinearity`). Every candidate that
-is refused comes with the first condition that failed, in words a person can act on.
+From every linear layer the search walks back through pointwise ops to the one or two linear layers before it. Then
+`surgeon.sites.nonlinearity` identifies what the nodes in between compute. A refused candidate comes with the first
+condition that failed.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.nonlinearity import Cone, identify
 from surgeon.sites.rejection import Rejection
 
-# They leave no neuron near zero.
+# Poolers and classifier heads use these. They leave no neuron near zero.
 _SATURATING = {"tanh", "sigmoid", "softsign", "hardtanh"}
-# Far enough to see that a normalisation or a convolution stands between two linears.
+# Most nodes that a walk back visits. It is enough to find a normalisation or a convolution between two linears.
 _MAX_WALK = 400
 
 
 def find_ffns(graph: GraphModule) -> tuple[list[FFN], list[Rejection]]:
-    """Every feed-forward layer of the graph in topological order, and every candidate that is none, with the reason."""
+    """Return the feed-forward layers of the graph in topological order, and the refused candidates with reasons."""
     return _Search(graph).run()
 
 
 def find_linear_sites(graph: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
-    """Every linear layer that is part of no feed-forward layer and no output head, grouped by weight."""
+    """Return the linear layers outside feed-forward layers, grouped by weight, and the refused candidates."""
     linears, _ = find_linears(graph)
     ffns, _ = find_ffns(graph)
     in_ffn = {part.output for ffn in ffns for call in ffn.calls for part in (*call.first, call.down)}
@@ -75,7 +75,7 @@ def find_linear_sites(graph: GraphModule) -> tuple[list[LinearSite], list[Reject
 
 
 class WeightUses:
-    """Who reads each tensor of the graph, whatever names it goes by."""
+    """The nodes that read each tensor of the graph, under all names of the tensor."""
 
     def __init__(self, graph: GraphModule) -> None:
         self._graph = graph
@@ -85,18 +85,18 @@ class WeightUses:
                 self._users[self.key(node)].extend(node.users)
 
     def key(self, node: Node) -> tuple[object, ...]:
-        """Identity of the memory that a `get_attr` node reads."""
+        """Identify the memory that a `get_attr` node reads."""
         tensor = tensor_of(self._graph, node)
         assert tensor is not None
         return tensor_key(tensor)
 
     def outside(self, weight: Node, inside: set[Node]) -> Node | None:
-        """A node that reads the weight and is not inside, or None."""
+        """Return a node that reads the weight and is not in `inside`, or None."""
         return next((user for user in self._users[self.key(weight)] if user not in inside), None)
 
 
 def _is_head(linear: Linear) -> bool:
-    """Whether the output leaves the graph without passing another multiplication."""
+    """Whether the output reaches the graph's output through nothing but views, copies and casts."""
     return any(user.op == "output" for user in walk_users(linear.output, carries_values))
 
 
@@ -106,7 +106,7 @@ def _user_name(node: Node) -> str:
 
 @dataclass
 class _Walk:
-    """What was met walking back from a second linear."""
+    """The nodes found on a walk back from a second linear."""
 
     nodes: set[Node] = field(default_factory=set)
     leaves: list[Linear] = field(default_factory=list)
@@ -129,7 +129,7 @@ class _Walk:
 
     @property
     def barrier_nodes(self) -> set[Node]:
-        """The nodes that bar and are no activations."""
+        """The barrier nodes, except those that also act as activations."""
         return {node for node, _ in self.barriers if not activates(node)}
 
 
@@ -163,7 +163,7 @@ class _Search:
                     )
                 elif call.x not in from_inputs:
                     site = self._reject(
-                        down, call.first, "constant", "it computes a constant: nothing of the input reaches it"
+                        down, call.first, "constant", "it computes a constant: it does not depend on the model's input"
                     )
             if isinstance(site, Rejection):
                 self.rejections.append(site)
@@ -182,10 +182,10 @@ class _Search:
         return reached
 
     def _candidate(self, down: Linear | OpaqueLinear) -> FFN | Rejection | None:
-        """The site that ends in `down`; a rejection if it looks like one; None if it does not."""
+        """Return the site that ends in `down`, a rejection if it only looks like a site, or None if it does not."""
         walk = self._walk(down.input)
         if walk.leaves and walk.barriers and walk.outside:
-            # The first linear's own input, if it comes in again between the two, is a value from outside.
+            # The first linear's own input, if it is read again between the two, is a value from outside.
             walk = self._walk(down.input, stops={leaf.input for leaf in walk.leaves})
         if walk.attention or not walk.leaves or (walk.barriers and walk.outside):
             return None
@@ -204,7 +204,7 @@ class _Search:
             )
         if walk.outside:
             node = walk.outside[0]
-            what = f"a value from outside, of {_user_name(node)} ({op_name(node)}), enters between the linears"
+            what = f"a value from outside, computed by {_user_name(node)} ({op_name(node)}), enters between the linears"
             return self._reject(down, leaves, "value-from-outside", what, node)
         if isinstance(down, OpaqueLinear):
             return self._reject(down, leaves, "unreadable-linear", f"the second linear: {down.why}")
@@ -231,7 +231,7 @@ class _Search:
             return self._reject(down, leaves, "different-inputs", "gate and up read different inputs")
         if not _keeps_tokens(leaves[0].input, down.output):
             return self._reject(
-                down, leaves, "tokens-reshaped", "the tokens are put into another shape between the linears"
+                down, leaves, "tokens-reshaped", "the leading (token) dimensions change between the linears"
             )
         first = leaves[0]
         if found.activation in _SATURATING and not found.gated and down.in_features <= first.in_features:
@@ -245,7 +245,7 @@ class _Search:
     def _walk(self, start: Node, stops: Set[Node] = frozenset()) -> _Walk:
         """Walk back from a second linear's input to the linears it comes from, and no further than `stops`."""
         walk = _Walk()
-        # On through what is put into `walk.nodes`.
+        # The walk continues through the nodes that are added to `walk.nodes`.
         tensors = (node for node in walk_sources(start, walk.nodes.__contains__) if _is_tensor(node))
         for node in islice(tensors, _MAX_WALK):
             if node in stops:
@@ -270,7 +270,7 @@ class _Search:
         return walk
 
     def _constant(self, walk: _Walk, node: Node) -> None:
-        """A parameter between the linears, unless it is a plain number in a buffer."""
+        """Record a parameter between the linears, unless it is a single number in a buffer."""
         tensor = tensor_of(self.graph, node)
         if tensor is None or isinstance(tensor, torch.nn.Parameter) or tensor.numel() != 1:
             walk.parameters.append(node)
@@ -284,7 +284,7 @@ class _Search:
         return target in SHAPE_OPS or target in DROPOUTS or is_copy(node) or is_pointwise(node)
 
     def _escape(self, cone: Cone, down: Linear) -> tuple[Node, Node] | None:
-        """(value, user) if a value between input and output is read by anything else."""
+        """Return (value, user) if a node outside the layer reads a value between its input and its output."""
         inside = set(cone.nodes).union(*(leaf.nodes for leaf in cone.leaves))
         for node in sorted(inside, key=self.order.__getitem__):
             for user in node.users:
@@ -293,7 +293,7 @@ class _Search:
         return None
 
     def _group(self, found: list[FFN]) -> list[FFN]:
-        """Join the executions of shared weights into one site; refuse weights that others use as well."""
+        """Join executions that share weights into one site, and refuse weights that other nodes use as well."""
         groups: dict[tuple[object, ...], list[FFN]] = defaultdict(list)
         for ffn in found:
             call = ffn.calls[0]
@@ -318,7 +318,7 @@ class _Search:
                 what = "two of its linears share one weight"
                 self.rejections.extend(Rejection("one-weight-twice", what, member.path) for member in members)
             elif len({member.nonlinearity for member in members}) > 1:
-                what = "its weights are used at several places with different activations"
+                what = "its weights are used in several places with different activations"
                 self.rejections.extend(Rejection("different-activations", what, member.path) for member in members)
             else:
                 sites.append(replace(members[0], calls=calls))
@@ -346,7 +346,7 @@ def _ffn_path(leaves: Iterable[Linear], down: Linear | OpaqueLinear) -> str:
 
 
 def _with_unique_paths(sites: list[FFN]) -> list[FFN]:
-    """Two sites under one module are told apart by their first linear."""
+    """Name sites that lie under the same module by their first linear."""
     count = Counter(site.path for site in sites)
     return [replace(site, path=site.calls[0].first[0].path) if count[site.path] > 1 else site for site in sites]
 

@@ -1,1 +1,1 @@
-"""From a model to a graph of ATen ops that computes the same, in training and in evaluation."""
+"""Trace a model into a graph of ATen ops that computes the same, in training and in evaluation."""

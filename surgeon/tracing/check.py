@@ -1,4 +1,4 @@
-"""Whether a traced graph computes what its model computes, on the example inputs and at another batch size."""
+"""Check that a traced graph computes what its model computes, on the example inputs and at another batch size."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from surgeon.tracing.dynamic_sizes import grow_batch
 
 
 def run_reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the model gives on the example inputs.
+    """Return the model's output on the example inputs.
 
     Raises:
-        TraceError: it fails on them.
+        TraceError: the model fails on the example inputs.
     """
     try:
         return call_reproducibly(model, args, kwargs)
@@ -31,17 +31,17 @@ def run_reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def disagreement(
     graph: TracedGraph, reference: Any, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[str | None, float]:
-    """Why the graph is not the model (None if it is), and the error on the example inputs."""
+    """Return why the graph differs from the model (None if it agrees), and the relative error on the example inputs."""
     graph.eval()
     try:
         error = relative_error(call_reproducibly(graph, args, kwargs), reference)
     except Exception as failure:
-        return f"the graph fails where the model runs: {brief(failure)}", float("inf")
+        return f"the graph fails on inputs that the model accepts: {brief(failure)}", float("inf")
     tolerance = tolerance_for(reference, model)
     if not error <= tolerance:
         random = sorted({str(node.target) for node in graph.graph.nodes if is_random(node)})
         hint = f" (random ops: {', '.join(random)})" if random else ""
-        return f"the graph's output differs from the model's by {error:.1e} relative{hint}", error
+        return f"the graph's output differs from the model's by a relative error of {error:.1e}{hint}", error
     grown = grow_batch(graph, args, kwargs)
     if grown is None:
         return None, error
@@ -54,12 +54,15 @@ def disagreement(
     except Exception as failure:
         return f"the graph fails at another batch size: {brief(failure)}", error
     if not other <= tolerance:
-        return f"the graph's output differs from the model's by {other:.1e} relative at another batch size", error
+        return (
+            f"at another batch size the graph's output differs from the model's by a relative error of {other:.1e}",
+            error,
+        )
     return None, error
 
 
 def is_random(node: Node) -> bool:
-    """Whether the node draws random numbers as it stands, which a dropout that is switched off does not."""
+    """Whether the node draws random numbers in its present mode. A dropout that is switched off does not."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
@@ -67,6 +70,6 @@ def is_random(node: Node) -> bool:
 
 
 def brief(error: BaseException) -> str:
-    """An error in one line: its class and the start of what it says."""
+    """Return an error in one line: its class and the start of its message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else type(error).__name__

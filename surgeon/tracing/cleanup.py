@@ -1,4 +1,4 @@
-"""Make an exported graph the plain computation of its model: first names, no guards, no assertions, no dead nodes."""
+"""Clean up an exported graph: use the first name of each tensor, and remove guards, assertions and dead nodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgeon.graph.traced import TracedGraph, aten, attribute, is_call, nested_g
 
 
 def use_first_names(graph: TracedGraph, model: nn.Module) -> None:
-    """Read a tensor that the model holds under several names by the first of them, as `named_parameters` does."""
+    """Read a tensor that has several names in the model by the first of them, as `named_parameters` does."""
     names = {id(t): name for name, t in reversed([*model.named_parameters(), *model.named_buffers()])}
     for node in graph.graph.nodes:
         tensor = tensor_of(graph, node)
@@ -40,7 +40,7 @@ def use_first_names(graph: TracedGraph, model: nn.Module) -> None:
 
 
 def _inline_no_autocast(graph: TracedGraph) -> None:
-    """Put the body of a region that switches autocast off into the graph: there is no autocast to switch off."""
+    """Inline the body of each region that switches autocast off, because the graph runs without autocast."""
     for node in list(graph.graph.nodes):
         if not is_call(node, torch.ops.higher_order.wrap_with_autocast) or node.args[2] is not False:
             continue
@@ -61,7 +61,7 @@ def _inline_no_autocast(graph: TracedGraph) -> None:
 
 
 def clean(graph: TracedGraph) -> None:
-    """Remove what is not computation: assertions on metadata, guards, dead nodes."""
+    """Remove nodes that compute nothing: assertions on metadata, guards and dead nodes."""
     _inline_no_autocast(graph)
     for part in nested_graphs(graph):
         for node in list(part.graph.nodes):
@@ -74,7 +74,7 @@ def clean(graph: TracedGraph) -> None:
 
 
 def _counts_batches(node: Node) -> bool:
-    """Batch normalisation counting its batches: it would go on in evaluation, and nothing reads the count."""
+    """Whether the node counts the batches of a batch normalisation. It would count in evaluation too, to no use."""
     if not is_call(node, aten.add_.Tensor) or node.users:
         return False
     source = node.args[0]
@@ -82,7 +82,7 @@ def _counts_batches(node: Node) -> bool:
 
 
 def changed_buffers(graph: GraphModule) -> list[str]:
-    """Parameters and buffers that the graph changes in place when it runs (batch statistics aside)."""
+    """Return the parameters and buffers that the graph changes in place when it runs, except batch statistics."""
     changed = []
     for part in nested_graphs(graph):
         for node in part.graph.nodes:

@@ -1,4 +1,4 @@
-"""Sizes that may change from call to call: those left free in an export, those free in its graph, and other batches."""
+"""Sizes that may change from call to call: which an export leaves free, which its graph has, and larger batches."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from surgeon.graph.agreement import call_reproducibly, without_none
 
 
 def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The `dynamic_shapes` of an export: batch and sequence dimensions are free, all others fixed.
+    """Return the `dynamic_shapes` of an export: batch and sequence dimensions are free, all others fixed.
 
-    The first dimension of every tensor is free; so is the second of token ids, masks and other integer or boolean
-    tensors, and of three-dimensional float tensors (embeddings). Export fixes those that the model needs fixed.
+    The first dimension of every tensor is free. The second is free for integer and boolean tensors (token ids, masks)
+    and for three-dimensional float tensors (embeddings). Export fixes the dimensions that the model needs fixed.
     """
 
     def free(value: object) -> dict[int, Any] | None:
@@ -32,7 +32,7 @@ def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def dynamic_dims(graph: GraphModule) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """For each input tensor of a graph, by its place in the inputs, the dimensions that are free."""
+    """Return (name, free dimensions) for each input tensor of a graph, in the order of the inputs."""
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     return tuple(
         (node.name, tuple(dim for dim, size in enumerate(value.shape) if not _is_fixed(size)))
@@ -44,7 +44,12 @@ def dynamic_dims(graph: GraphModule) -> tuple[tuple[str, tuple[int, ...]], ...]:
 def tile_single_batch(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """Inputs of batch 1, doubled: export treats a dimension of size 1 as fixed. Unchanged if the model refuses."""
+    """Double inputs with a batch size of 1, because export treats a dimension of size 1 as fixed.
+
+    Returns:
+        The positional inputs, the keyword inputs, and whether they were doubled. The inputs are unchanged if the model
+        does not accept the larger batch.
+    """
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim() > 0]
     if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
         return args, kwargs, False
@@ -65,7 +70,7 @@ def tile_single_batch(
 def grow_batch(
     graph: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The inputs with one more row in every tensor whose first dimension is dynamic; None if none is."""
+    """Return the inputs with one more row in every tensor whose first dimension is dynamic; None if there is none."""
     shapes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     leaves = pytree.tree_leaves((args, kwargs))
     if len(shapes) != len(leaves):

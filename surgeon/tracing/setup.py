@@ -1,4 +1,4 @@
-"""What is set on a model while it is exported, and put back afterwards: its signature, its modes, its caches."""
+"""Change a model's signature, modes and caches during an export, and restore them afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Let `forward` name every input it is given: export cannot say which dimensions of a `**kwargs` are dynamic."""
+    """Give `forward` a named parameter for every input, because export has no dynamic dimensions for `**kwargs`."""
     signature = inspect.signature(model.forward)
     bound = signature.bind(*args, **kwargs).arguments
     kinds = {signature.parameters[name].kind for name in bound}
@@ -40,7 +40,7 @@ def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 @contextlib.contextmanager
 def keep_modes(model: nn.Module) -> Iterator[None]:
-    """Restore every module's own training flag: a user may have frozen some of them."""
+    """Restore the training flag of every module afterwards. A user may have set some of them to evaluation."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -51,7 +51,7 @@ def keep_modes(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
-    """Switch key-value caches off in every config of the model; encoder-decoders hold several."""
+    """Switch key-value caches off in every config of the model. Encoder-decoder models have several."""
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if hasattr(config, "use_cache")}
     saved = [(config, config.use_cache) for config in configs.values()]

@@ -1,8 +1,8 @@
-"""Trace a model into a `TracedGraph`, and prove that the graph computes what the model computes.
+"""Trace a model into a `TracedGraph`, and check that the graph computes what the model computes.
 
-The graph is taken in training form where possible: only that form records dropout, and `graph.train()` can then switch
-it on for fine-tuning. A model whose training form cannot be traced, or does not turn back into its evaluation form
-(random depth, noise), is traced in evaluation form instead, and the graph's `TraceInfo.notes` says so.
+The model is traced in training form where possible. Only that form contains dropout, and `graph.train()` can switch it
+on for fine-tuning. Some models cannot be traced in training form, or stay random in evaluation (random depth, noise).
+They are traced in evaluation form, and the graph's `TraceInfo.notes` says so.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Form = Literal["train", "eval"]
 class TraceInfo:
     """How a graph was traced.
 
-    form: "train" if dropout can be switched on, "eval" if the graph only knows evaluation.
-    dynamic: for each input tensor, by its place in the inputs, the dimensions that may change from call to call.
-    notes: what the user should know (a form or a dimension that could not be kept), one sentence each.
-    max_error: largest difference from the model on the example inputs, relative to its largest output; None if the
+    form: "train" if dropout can be switched on, "eval" if the graph only computes evaluation.
+    dynamic: (name, dimensions that may change from call to call) of each input tensor, in the order of the inputs.
+    notes: what the user should know, such as a dimension that is fixed, in full sentences.
+    max_error: the largest difference from the model on the example inputs, relative to its largest output. None if the
         graph was not made from a model.
-    task: what the model was made for, one of `surgeon.models.tasks.TASKS`; None if its class does not tell.
+    task: the model's task, one of `surgeon.models.tasks.TASKS`, or None if its class does not tell.
     """
 
     form: Form
@@ -59,12 +59,12 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     """Trace `model` into a graph of ATen ops that shares the model's parameters.
 
     Args:
-        model: any module that `torch.export` can trace. It is left as it was, training mode included.
+        model: any module that `torch.export` can trace. It is not changed, and its training mode is restored.
         inputs: example inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. Batch and sequence
-            dimensions become dynamic, all others keep the example's size.
+            dimensions become dynamic. All others keep the example's size.
 
     Returns:
-        The graph, called as the model is called in the example, in the model's own training mode.
+        The graph. It is called as the model is called in the example, and is in the model's training mode.
 
     Raises:
         TraceError: the model cannot be traced, or no trace agrees with it. The message says what was tried.
@@ -93,30 +93,33 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
             if problem is None:
                 notes = _notes(graph, form, failures, tiled)
                 if asks_for_cache:
-                    notes = (*notes, "use_cache was taken for False: a graph keeps no key-value cache.")
+                    notes = (*notes, "use_cache=True was ignored, because a graph keeps no key-value cache.")
                 graph.meta["trace"] = TraceInfo(form, dynamic_dims(graph), notes, error_size, task_of(model))
                 graph.train(model_training)
                 return graph
             failures.append(_Failure(form, front_end.__name__.strip("_"), problem))
     raise TraceError(
-        f"{type(model).__name__} cannot be traced into a graph that computes what it computes. Tried:\n"
+        f"{type(model).__name__} cannot be traced into a graph with the same outputs. Attempts:\n"
         + "\n".join(f"  - {failure}" for failure in _distinct(failures))
-        + "\nOther example inputs, or a smaller part of the model, may trace."
+        + "\nTry other example inputs, or trace a smaller part of the model."
     )
 
 
 def _refuse_keywords(model: nn.Module) -> None:
-    """torch.fx writes a graph as Python, which cannot say `self.w.in`."""
+    """Refuse names that are Python keywords: torch.fx writes a graph as Python code, where `self.w.in` is invalid."""
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     for name in names:
         word = next((part for part in name.split(".") if keyword.iskeyword(part)), None)
         if word is not None:
-            raise TraceError(f"'{name}': torch.fx cannot write a name that holds Python's keyword '{word}'. Rename it.")
+            raise TraceError(
+                f"The name '{name}' contains the Python keyword '{word}', which torch.fx does not allow. Rename the "
+                "parameter or buffer."
+            )
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """An attempt to trace that failed: in which form, by which front end, and why."""
+    """A failed attempt to trace: the form, the front end and the reason."""
 
     form: Form
     front_end: str
@@ -124,7 +127,7 @@ class _Failure:
 
 
 def _distinct(failures: list[_Failure]) -> list[str]:
-    """Every reason once, behind all the attempts that met it."""
+    """List every reason once, after the attempts that failed for it."""
     attempts: dict[str, list[str]] = {}
     for failure in failures:
         attempts.setdefault(failure.reason, []).append(f"{failure.form} form, {failure.front_end}")
@@ -132,7 +135,7 @@ def _distinct(failures: list[_Failure]) -> list[str]:
 
 
 def adopt(graph: GraphModule) -> TracedGraph:
-    """A `TracedGraph` of a graph module that holds ATen ops already (from `torch.export`), sharing its parameters."""
+    """Make a `TracedGraph` from a graph module of ATen ops (from `torch.export`). The two share their parameters."""
     if isinstance(graph, TracedGraph):
         return fork(graph)
     traced = fork(graph)
@@ -143,9 +146,9 @@ def adopt(graph: GraphModule) -> TracedGraph:
 
 
 def from_program(program: ExportedProgram, info: TraceInfo | None = None) -> TracedGraph:
-    """The graph of an exported program, in evaluation mode. Tied parameters are one object again.
+    """Return the graph of an exported program, in evaluation mode. Tied parameters are one object again.
 
-    info: how it was traced, if that is known; otherwise its form is read off the graph.
+    info: how the program was traced, if that is known. Otherwise the form is derived from the graph.
     """
     graph = program.module(check_guards=False)
     assert isinstance(graph, GraphModule)
@@ -157,7 +160,7 @@ def from_program(program: ExportedProgram, info: TraceInfo | None = None) -> Tra
 
 
 def is_aten_graph(graph: GraphModule) -> bool:
-    """Whether the graph holds ATen ops with recorded shapes, as `torch.export` makes them."""
+    """Whether the graph consists of ATen ops with recorded shapes, as `torch.export` makes them."""
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
     return (
         bool(calls)
@@ -193,7 +196,7 @@ def _transformers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _attempts(model: nn.Module) -> Iterator[tuple[Form, FrontEnd]]:
-    """Ways to trace, best first."""
+    """Yield the ways to trace a model, the best first."""
     yield "train", _dynamic
     yield "eval", _dynamic
     if any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
@@ -206,10 +209,10 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], form: Form, front_end: FrontEnd
 ) -> TracedGraph:
     model.train(form == "train")
-    # A failed export leaves marks on the very tensors it was given, which make the next one fail.
+    # A failed export leaves attributes on its input tensors that make the next export fail, so give it copies.
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     try:
-        # Without gradients a model's own no_grad regions (rotary embeddings) stay part of the one graph.
+        # With gradients off, the model's own no_grad regions (rotary embeddings) do not become separate graphs.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             exported = front_end(model, args, kwargs).module(check_guards=False)
     finally:
@@ -220,14 +223,14 @@ def _export(
     clean(graph)
     graph.meta["trace"] = TraceInfo(form)
     if form == "train" and (changed := changed_buffers(graph)):
-        raise TraceError(f"it changes its own state when it runs ({changed[0]})")
+        raise TraceError(f"the model changes its own state when it runs ({changed[0]})")
     if form == "train" and (random := [node for node in graph.eval().graph.nodes if is_random(node)]):
-        raise TraceError(f"it stays random in evaluation ({random[0].target})")
+        raise TraceError(f"the model stays random in evaluation ({random[0].target})")
     return graph.train(form == "train")
 
 
 def _form_of(graph: GraphModule) -> Form:
-    """Training form if any node is set to what only training does."""
+    """Return the form of a graph: training form if any node is set to its training value."""
     before = TracedGraph.eval(fork(graph))
     changed = any(
         a.args != b.args and a.op == "call_function" and b.meta.keys() - a.meta.keys()
@@ -241,20 +244,20 @@ def _notes(graph: TracedGraph, form: Form, failures: list[_Failure], tiled: bool
     if form == "eval":
         why = next((failure.reason for failure in failures if failure.form == "train"), "")
         notes.append(
-            "Traced in evaluation form: dropout and other training-time randomness are off during fine-tuning. "
-            f"The training form was refused ({why})."
+            "The graph is in evaluation form, so dropout and other random training behaviour stay off in fine-tuning. "
+            f"The model cannot be traced in training form ({why})."
         )
     fixed = [name for name, dims in dynamic_dims(graph) if 0 not in dims]
     if fixed:
-        notes.append(f"Batch size is fixed at the example's for: {', '.join(fixed)}.")
+        notes.append(f"Batch size is fixed at the example's size for: {', '.join(fixed)}.")
     if tiled:
-        notes.append("The example batch of 1 was doubled for tracing, since a dimension of 1 would be fixed.")
+        notes.append("The example batch of 1 was doubled, because a dimension of size 1 would be traced as fixed.")
     return tuple(notes)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep export's own warnings out of the user's terminal; what matters of them is in the notes and errors."""
+    """Keep the warnings of an export out of the user's terminal. The notes and errors report what matters."""
     loggers = [
         logging.getLogger(name)
         for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "transformers.exporters")
@@ -263,7 +266,7 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        # Export prints the graph it got so far when a model branches on its data.
+        # Export prints the partial graph to stderr when a model branches on its data.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield

@@ -1,1 +1,1 @@
-"""What passes train with: the one loop, fine-tuning, distillation, penalties, routers, activations on data."""
+"""Training for passes: the training loop, fine-tuning, distillation, penalties, routers, and activations on data."""

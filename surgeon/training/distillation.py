@@ -1,4 +1,4 @@
-"""What a graph should keep of the model it was made from: its answers, and what its layers are given."""
+"""Distillation: keep the outputs and the layer inputs of a graph close to those of its original model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ log = logging.getLogger("surgeon")
 
 
 class Teacher:
-    """The model before the first pass, beside which another graph of it is trained."""
+    """The model before the first pass, which a rewritten graph is trained to imitate."""
 
     def __init__(self, original: GraphModule, layers: tuple[str, ...] = ()) -> None:
-        """Take the model in evaluation mode.
+        """Wrap the original model, which must be in evaluation mode.
 
         layers: names of the nodes whose values `layer_error` compares, see `layer_inputs`.
         """
@@ -35,14 +35,14 @@ class Teacher:
         self._model = Capture(original, layers, keep_output=True)
 
     def __call__(self, batch: Batch) -> tuple[object, dict[str, Tensor]]:
-        """The model's output, and the values of the layers by name, without gradients."""
+        """Return the model's output and the values of the layers by name, without gradients."""
         return call_reproducibly(self._model, batch.args, dict(batch.kwargs))  # type: ignore[no-any-return]
 
     def layer_error(self, batch: Batch, expected: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
-        """Squared error of the layers' inputs over real tokens, relative to their square; mean over layers, a scalar.
+        """Return the squared error of the layers' inputs over real tokens, relative to their squared size, a scalar.
 
-        Every layer counts alike, whatever the size of its input (the hidden-state distillation of TinyBERT, arXiv
-        1909.10351, with widths that agree).
+        It is the mean over layers, so every layer counts the same, whatever the size of its input. This is the
+        hidden-state distillation of TinyBERT (arXiv 1909.10351) for equal widths.
         """
         errors = []
         for name in self._layers:
@@ -52,7 +52,7 @@ class Teacher:
 
 
 def divergence(expected: object, outputs: object, batch: Batch) -> Tensor:
-    """KL(expected ‖ outputs) of the distributions that logits stand for, in nats; mean over samples or real tokens."""
+    """Return KL(expected ‖ outputs) of the softmax distributions, in nats, as the mean over samples or real tokens."""
     want, got = logits_of(expected), logits_of(outputs)
     if got.dim() > 2:
         want, got = real_tokens(batch, want), real_tokens(batch, got)
@@ -60,13 +60,13 @@ def divergence(expected: object, outputs: object, batch: Batch) -> Tensor:
 
 
 def layer_inputs(original: GraphModule, graph: GraphModule) -> tuple[str, ...]:
-    """Names of the nodes that are a layer's input in the graph, and are there in the model it was made from too.
+    """Return the names of the nodes that are inputs of layers in the graph and also exist in the original model.
 
-    Layers are the feed-forward layers, replaced projections and experts. An input of the whole model is left out, as it
-    cannot differ; any other that was not there before is left out with a warning.
+    Layers are the feed-forward layers, replaced projections and experts. Inputs of the whole model are left out,
+    because they cannot differ. Other inputs that the original model does not have are left out with a warning.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such node.
     """
     known = {node.name: node for node in original.graph.nodes}
     inputs = {site.path: [call.x for call in site.calls] for site in find_ffns(graph)[0]}
@@ -81,17 +81,17 @@ def layer_inputs(original: GraphModule, graph: GraphModule) -> tuple[str, ...]:
                 found[node.name] = None
     if not found:
         raise UsageError(
-            "distill_layers compares the inputs of layers with those before the passes, and there is no layer whose "
-            "input was computed there as well. Use distill, which compares the model's answers."
+            "distill_layers compares the inputs of layers before and after the passes, but no layer's input existed "
+            "before the passes. Use distill, which compares the model's outputs."
         )
     if missing:
         log.warning(
-            "distill_layers leaves out %s: what goes into it was not there before the passes.",
+            "distill_layers leaves out %s, because its input did not exist before the passes.",
             " and ".join(dict.fromkeys(missing)),
         )
     return tuple(found)
 
 
 def _same(node: Node, other: Node) -> bool:
-    """Whether two nodes of one name are the same step, and not one that was named after another was erased."""
+    """Whether two nodes with the same name are the same operation. A new node may reuse the name of an erased one."""
     return (node.op, node.target, shape_of(node)) == (other.op, other.target, shape_of(other))

@@ -1,4 +1,4 @@
-"""Fine-tune a graph for its task while something else is wanted of it too: sparse activations, a teacher's answers."""
+"""Fine-tune a graph for its task with additional losses, such as sparse activations or distillation from a teacher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from surgeon.graph.traced import TracedGraph
 from surgeon.training.distillation import Teacher, divergence, layer_inputs
 from surgeon.training.loop import FitReport, RunSettings, Stateful, TrainingPlan, fit, loss_of
 
-# From the watched values and the share of the training that is done: what to add to the loss, and what to show.
+# Maps the batch, the watched values and the completed share of training to an extra loss and values to show.
 Penalise = Callable[[Batch, dict[str, Tensor], float], tuple[Tensor, dict[str, float]]]
 
 
@@ -35,15 +35,15 @@ def finetune(
     own_rates: Mapping[str, float] | None = None,
     stateful: Sequence[Stateful] = (),
 ) -> FitReport:
-    """Train all parameters of the graph, which gets copies of its own; returns with the graph's mode as it was.
+    """Train all parameters of the graph, after giving it its own copies. The graph's mode does not change.
 
     Args:
-        key, label: of the fit, as in `surgeon.training.loop.fit`.
-        watched: names of nodes whose values `penalise` gets.
-        distill: weight of the divergence from the model before the first pass, `settings.original`; the task's loss has
-            the rest.
-        distill_layers: weight, beside these, of how far the layers' inputs are from those in that model.
-        own_rates: learning rates of those parameters, by name, that get another one than the plan's.
+        key, label: name and display name of the fit, as in `surgeon.training.loop.fit`.
+        watched: names of nodes whose values are passed to `penalise`.
+        distill: weight of the divergence from the model before the first pass, `settings.original`. The task loss gets
+            the weight 1 - distill.
+        distill_layers: weight of the distance of the layers' inputs from those in that model. It is added to the rest.
+        own_rates: learning rates, by parameter name, for parameters that do not use the plan's rate.
 
     Raises:
         UsageError: every parameter is frozen, the task is unknown, or there is no model to distill from.
@@ -53,7 +53,9 @@ def finetune(
     own_parameters(graph)
     parameters = [parameter for parameter in graph.parameters() if parameter.requires_grad]
     if not parameters:
-        raise UsageError(f"{label}: every parameter of the model is frozen (requires_grad is False).")
+        raise UsageError(
+            f"{label}: every parameter of the model is frozen. Set requires_grad to True for those to train."
+        )
     original, teacher = settings.original, None
     layers: tuple[str, ...] = ()
     if distill or distill_layers:

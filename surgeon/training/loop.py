@@ -1,6 +1,7 @@
-"""The one training loop: every pass that learns something describes its loss and runs it here.
+"""The training loop. Every pass that trains something defines its loss and runs it here.
 
-Built on accelerate (device, accumulation, checkpoints). A fit writes checkpoints and can be continued from the last.
+The loop uses accelerate for devices, gradient accumulation and checkpoints. A fit writes checkpoints and can resume
+from the last one.
 """
 
 from __future__ import annotations
@@ -37,27 +38,30 @@ log = logging.getLogger("surgeon")
 Schedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["float32", "bfloat16"]
 CHECKPOINT_SECONDS = 60.0
-# A loss of a batch: (loss, named values worth showing), given the batch and the share of the fit that is done.
+# Maps a batch and the completed share of the fit to (loss, named values to show).
 BatchLoss = Callable[[Batch, float], tuple[Tensor, dict[str, float]]]
 
 
 class Stateful(Protocol):
-    """Something whose state can be kept in a checkpoint."""
+    """An object whose state can be saved in a checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state."""
+        """Return the state."""
 
     def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Go back to a state."""
+        """Restore a state."""
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run of passes has in common.
+    """The settings of a run of passes.
 
-    seed: of every random choice. verify: "off", "fast" (the example inputs) or "full" (also other inputs and sizes).
-    progress: called during long work. workdir: where fits keep checkpoints; None for none. resume: continue from them.
-    dry_run: rewrite, but fit nothing. original: the graph before the first pass, in evaluation mode, to distill from.
+    seed: the seed of every random choice.
+    verify: "off", "fast" (check on the example inputs) or "full" (check on other inputs and sizes too).
+    progress: a function that is called during long work, or None.
+    workdir: the folder for the checkpoints of fits, or None to write none. resume: whether to continue from them.
+    dry_run: rewrite the graph, but do not fit anything.
+    original: the graph before the first pass, in evaluation mode, to distill from.
     """
 
     seed: int = 0
@@ -73,10 +77,11 @@ class RunSettings:
 class TrainingPlan:
     """How to optimise: AdamW for `epochs` over the data, or for `steps` of the optimiser if given.
 
-    schedule: of the learning rate, after the share `warmup` of the steps in which it rises linearly from 0.
-    clip: largest gradient norm. accumulate: batches for one step, with the mean of their gradients.
-    precision: "bfloat16" computes the loss in mixed precision; the parameters keep their type.
-    beta2: AdamW's second beta; the first is 0.9.
+    lr: the learning rate. warmup: the share of the steps in which it rises linearly from 0.
+    schedule: the schedule of the learning rate after the warmup.
+    clip: the largest gradient norm. accumulate: the number of batches per step. Their gradients are averaged.
+    precision: "bfloat16" computes the loss in mixed precision, while the parameters keep their dtype.
+    beta2: AdamW's second beta. The first is 0.9.
     """
 
     epochs: float
@@ -91,7 +96,7 @@ class TrainingPlan:
     beta2: float = 0.999
 
     def total_steps(self, data: Data) -> int:
-        """Optimiser steps of the whole fit.
+        """Return the number of optimiser steps of the whole fit.
 
         Raises:
             DataError: neither `steps` nor the length of the data is known.
@@ -100,11 +105,11 @@ class TrainingPlan:
             return self.steps
         length = _length(data)
         if length is None:
-            raise DataError("The data has no length: say how long to train, with the pass's option `steps`.")
+            raise DataError("The data has no length. Set the length of the training with the pass's option `steps`.")
         return max(1, round(self.epochs * length / self.accumulate))
 
     def rate(self, done: float) -> float:
-        """The learning rate when the share `done` of the fit is over, relative to `lr`."""
+        """Return the learning rate after the share `done` of the fit, relative to `lr`."""
         if done < self.warmup:
             return done / self.warmup
         done = (done - self.warmup) / (1.0 - self.warmup)
@@ -127,19 +132,19 @@ def fit(
     own_rates: Mapping[nn.Parameter, float] | None = None,
     stateful: Sequence[Stateful] = (),
 ) -> FitReport:
-    """Optimise the parameters and leave everything else as it is.
+    """Optimise the parameters and change nothing else.
 
     Args:
-        loss: of one batch, called `plan.accumulate` times for every step.
-        key: what the fit is among those of one `settings.workdir`, where its checkpoints are the folder of this name:
-            under another key, an interrupted fit is not gone on with.
-        label: what people are shown, the key by default.
-        own_rates: learning rates of those parameters that get another one than the plan's.
-        stateful: what else changes in the course of the fit and belongs into its checkpoints.
+        loss: the loss of a batch, called `plan.accumulate` times for every step.
+        key: the name of the fit. Its checkpoints are in the folder of this name in `settings.workdir`, so a resumed run
+            must use the same key.
+        label: the name shown to people, by default the key.
+        own_rates: learning rates for parameters that do not use the plan's rate.
+        stateful: other objects that change during the fit and are saved in its checkpoints.
 
     Raises:
         PassError: the loss is not finite.
-        KeyboardInterrupt: interrupted; a checkpoint was written if there is a workdir.
+        KeyboardInterrupt: the fit was interrupted. A checkpoint was written if there is a workdir.
     """
     from accelerate import Accelerator
 
@@ -149,7 +154,7 @@ def fit(
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         step_scheduler_with_optimizer=False,
-        gradient_accumulation_steps=plan.accumulate,  # what `backward` divides by
+        gradient_accumulation_steps=plan.accumulate,  # `backward` divides the loss by this
     )
     trained = nn.ParameterList(parameters)
     frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
@@ -213,10 +218,10 @@ def fit(
 
 
 def start_alike(graph: GraphModule, made: Sequence[str], settings: RunSettings) -> None:
-    """Let a resumed fit start from the very modules `made`, by path, that the interrupted one started from.
+    """Let a resumed fit start from the same values of the modules `made` (paths) as the interrupted fit.
 
-    What rewriting puts in may depend on data that come in another order the next time (which neurons an expert has),
-    and a checkpoint of what was fitted to it would then belong to something else.
+    The modules that rewriting makes may depend on the data, for example on which neurons form an expert. The data may
+    come in another order the next time, and then a checkpoint would not match the new modules.
     """
     if settings.workdir is None or not made:
         return
@@ -239,10 +244,13 @@ def start_alike(graph: GraphModule, made: Sequence[str], settings: RunSettings) 
 
 
 def loss_of(graph: GraphModule, data: Data) -> Loss:
-    """The task loss for this data: its own, its task's, the model's task's, or classification where labels look so.
+    """Return the loss for this data.
+
+    It is the data's own loss or the loss of the model's task. If the task is unknown but the labels look like classes,
+    it is the loss of classification.
 
     Raises:
-        UsageError: none of them is known.
+        UsageError: none of these is known.
     """
     if data.loss is not None:
         return data.loss
@@ -253,14 +261,14 @@ def loss_of(graph: GraphModule, data: Data) -> Loss:
         task = guessed_task(call_reproducibly(graph, batch.args, batch.kwargs), batch.labels)
     if task is None:
         raise UsageError(
-            "What should be learned? The model's class does not tell and its labels do not look like classes. Give "
+            "The task is unknown: the model's class does not tell it, and the labels do not look like classes. Give "
             "--task, or surgeon.Data(batches, loss=…) in Python."
         )
     return task_loss(task)
 
 
 def _batches(data: Data, skip: int, total: int) -> Iterator[Batch]:
-    """Batches of epoch after epoch. The first `skip` are drawn and dropped, so that a resumed fit sees the rest."""
+    """Yield the batches of all epochs. The first `skip` are read and dropped, so that a resumed fit sees the rest."""
     position = 0
     while position < total:
         before = position
@@ -287,12 +295,12 @@ def _length(data: Data) -> int | None:
 
 
 def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """Mixed precision, or nothing. Not accelerate's, which is set once for the whole process."""
+    """Return a context of mixed precision, or an empty one. accelerate sets its own once for the whole process."""
     return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)
 
 
 def _remember(stateful: Sequence[Stateful], device: torch.device) -> Callable[[], None]:
-    """Remember what changes while a step is computed; the function returned puts it back."""
+    """Save the states that change while a step is computed. The returned function restores them."""
     states = [copy.deepcopy(kept.state_dict()) for kept in stateful]
     cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
@@ -311,7 +319,7 @@ def _format(values: dict[str, float]) -> str:
 
 
 class _Checkpoint:
-    """The state of one fit on disk: written beside, then moved into place, so that it is whole or absent."""
+    """The state of a fit on disk. It is written to a new folder and then renamed, so that it is never incomplete."""
 
     def __init__(self, accelerator: Any, kept: Sequence[Stateful], settings: RunSettings, key: str) -> None:
         self._accelerator = accelerator
@@ -340,9 +348,10 @@ class _Checkpoint:
 class FitReport:
     """How a pass was fitted.
 
-    steps: of the optimiser. epochs: times through the data, None if its length is unknown. losses: (step, values) at
-    the start, at the end and in between. resumed_at: the step at which an interrupted fit went on, 0 if it was not.
-    sparsity: of the activations of each layer that was made sparse, by path, before and after.
+    steps: the number of optimiser steps. epochs: the number of passes over the data, None if its length is unknown.
+    losses: (step, values) at the start, at the end and in between.
+    resumed_at: the step at which an interrupted fit was resumed, or 0.
+    sparsity: for each layer that was made sparse, by path, the sparsity of its activations before and after.
     """
 
     steps: int
@@ -354,7 +363,7 @@ class FitReport:
 
     @classmethod
     def merged(cls, fits: Sequence[FitReport]) -> FitReport:
-        """Fits by one plan that ran one after the other: what they took together, and the means of their losses."""
+        """Merge the reports of fits that ran one after the other with the same plan: sums, and means of the losses."""
         epochs = [fit.epochs for fit in fits if fit.epochs is not None]
         losses = []
         for moment in zip(*(fit.losses for fit in fits), strict=True):

@@ -1,4 +1,4 @@
-"""Look at what a graph computes inside, on a few thousand tokens of real data."""
+"""Collect intermediate values of a graph on a few thousand tokens of real data."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def collect(
     tokens: int,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Tensor]:
-    """The values of inner nodes on the first batches of the training data, padding left out, in evaluation mode.
+    """Collect the values of inner nodes on the first batches of the training data, in evaluation mode, without padding.
 
     Args:
-        names: of nodes whose values are [..., d]; each may have its own number of tokens.
-        tokens: when every node has so many, it is enough; less if the data ends.
+        names: names of nodes whose values are [..., d]. Nodes may have different numbers of tokens.
+        tokens: the number of tokens to collect for every node. There are fewer if the data ends first.
 
     Returns:
-        By name, [N, d] with N at most `tokens`.
+        The values by name, [N, d] with N at most `tokens`.
     """
     names = list(dict.fromkeys(names))
     inner = Capture(graph, names).eval()
@@ -68,13 +68,13 @@ def collect_calls(
     tokens: int,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[Key, Tensor]:
-    """The values of several nodes as one, such as the inputs of a layer that is executed several times.
+    """Collect the values of several nodes under one key, such as the inputs of a layer that is executed several times.
 
     Args:
-        names: of nodes whose values are [..., d], for every key; each gives an equal part of its key's tokens.
+        names: for every key, names of nodes whose values are [..., d]. Each node gives an equal part of the tokens.
 
     Returns:
-        By key, [N, d] with N at most `tokens`.
+        The values by key, [N, d] with N at most `tokens`.
     """
     values = collect(
         graph, (name for group in names.values() for name in group), data, tokens=tokens, progress=progress
@@ -87,7 +87,7 @@ def collect_calls(
 
 
 def layer_sparsity(graph: GraphModule, sites: Iterable[FFN], data: Data) -> dict[str, Sparsity]:
-    """How sparse the activations of feed-forward layers are, by path, all executions of a layer together."""
+    """Measure how sparse the activations of feed-forward layers are, by path, over all executions of a layer."""
     sites = list(sites)
     names = {site.path: [call.first[0].output.name for call in site.calls] for site in sites}
     values = collect_calls(graph, names, data, tokens=SPARSITY_TOKENS)

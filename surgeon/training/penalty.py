@@ -1,4 +1,4 @@
-"""How sparse activations are, to be measured and to be penalised."""
+"""Measures and penalties of activation sparsity."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ _EPSILON = 1e-15
 
 
 def square_hoyer(a: Tensor) -> Tensor:
-    """(Σ|a|)² / (Σa² + 1e-15) over the last dimension, [..., h] → [...] float32: from 1 to h, 0 if all are zero.
+    """Compute (Σ|a|)² / (Σa² + 1e-15) over the last dimension: [..., h] → [...] float32.
 
-    The square Hoyer measure of D2DMoE, section 3.1: 1 for one active neuron, h if all are equally active.
+    This is the square Hoyer measure of D2DMoE, section 3.1. It is 1 for one active neuron, h if all are equally active,
+    and 0 if all are zero.
     """
     a = a.float()
     return a.abs().sum(-1).square() / (a.square().sum(-1) + _EPSILON)
 
 
 def l1(a: Tensor) -> Tensor:
-    """Σ|a| over the last dimension, [..., h] → [...] float32."""
+    """Compute Σ|a| over the last dimension: [..., h] → [...] float32."""
     return a.float().abs().sum(-1)
 
 
@@ -35,19 +36,20 @@ PENALTY_NAMES: dict[Penalty, str] = {"hoyer": "square Hoyer", "l1": "L1"}
 
 
 def penalised_values(z: Tensor, activation: str, displacement: float) -> Tensor:
-    """The non-negative values that should be sparse, given what goes into an activation, [..., h] → [..., h].
+    """Return the non-negative values that should be sparse, for the pre-activations z: [..., h] → [..., h].
 
-    A ReLU's output as it is. For an activation that leaves no zeros (GELU, SiLU) the pre-activation, shifted to
-    max(z, D) − D in float32: values below the displacement D, where the activation is near zero, cost nothing.
+    For a ReLU this is its output. For an activation without exact zeros (GELU, SiLU) it is the pre-activation shifted
+    to max(z, D) − D, in float32. Values below the displacement D, where the activation is near zero, cost nothing.
     """
     known = ACTIVATIONS[activation]
     return known.fn(z) if known.leaves_zeros else z.float().clamp_min(displacement) - displacement
 
 
 def alpha_at(schedule: AlphaSchedule, alpha: float, done: float) -> float:
-    """The penalty's weight when the share `done` of the training is over.
+    """Return the penalty's weight after the share `done` of the training.
 
-    constant: alpha. linear: from 0 to alpha over the whole training. linear_warmup: over its first half, then alpha.
+    constant: always alpha. linear: rises from 0 to alpha over the whole training. linear_warmup: rises from 0 to alpha
+    over the first half, then stays at alpha.
     """
     if schedule == "linear":
         return alpha * done
@@ -58,9 +60,10 @@ def alpha_at(schedule: AlphaSchedule, alpha: float, done: float) -> float:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """How sparse a layer's activations are: mean shares of the neurons, over tokens.
+    """How sparse a layer's activations are: shares of the neurons, as means over tokens.
 
-    zero: exactly zero. below_10th, below_100th, below_1000th: zero, or smaller than that part of the token's largest.
+    zero: the share that is exactly zero. below_10th, below_100th, below_1000th: the share that is zero or smaller than
+    this part of the token's largest activation.
     """
 
     zero: float
@@ -73,39 +76,42 @@ class Sparsity:
         """Measure activations [N, h]."""
         size = a.detach().float().abs()
         largest = size.amax(-1, keepdim=True)
-        # A token whose values are all zero has no neuron that is active.
+        # If all values of a token are zero, none of its neurons is active.
         zero = size == 0
         parts = (float(((size < largest / part) | zero).float().mean()) for part in (10, 100, 1000))
         return cls(float(zero.float().mean()), *parts)
 
     @property
     def active(self) -> float:
-        """Share of the neurons above a hundredth of the token's largest."""
+        """Share of the neurons above a hundredth of the token's largest activation."""
         return 1.0 - self.below_100th
 
 
 def active_share(a: Tensor) -> Tensor:
-    """Share of neurons that are above a hundredth of the token's largest, [..., h] → [...]."""
+    """Return the share of neurons above a hundredth of the token's largest activation: [..., h] → [...]."""
     size = a.abs()
     return (size > 0.01 * size.amax(-1, keepdim=True)).float().mean(-1)
 
 
 class AlphaControl:
-    """Finds the weight of each layer's penalty so that its share of active neurons becomes what is wanted.
+    """Controls the weight of each layer's penalty so that its share of active neurons reaches a target.
 
-    The goal falls geometrically from where the layer starts to the target over the first part of the training. A layer
-    above its goal gets more weight, one below it less: proportional and integral control in the logarithm.
+    Over the first part of the training, the goal falls geometrically from the layer's initial share to the target. A
+    layer above its goal gets more weight, and a layer below it gets less. This is proportional and integral control of
+    the logarithm.
     """
 
-    _RAMP = 0.6  # part of the training in which the goal falls
+    _RAMP = 0.6  # share of the training in which the goal falls
     _PROPORTIONAL, _INTEGRAL = 2.0, 0.1
     _SMOOTHING = 0.9
-    _LIMITS = (-18.0, 2.0)  # of the logarithm
+    _LIMITS = (-18.0, 2.0)  # limits of the logarithm of the weight
 
     def __init__(self, targets: Sequence[float | None], start: float, *, per_step: int = 1) -> None:
-        """Control one layer to each of `targets`, in (0, 1], from the weight `start` on; with None the weight is 0.
+        """Start the control of one layer per target.
 
-        per_step: how often it observes in one optimiser step; together they count as one observation.
+        targets: the wanted share of active neurons of each layer, in (0, 1]. With None the layer's weight is always 0.
+        start: the initial weight.
+        per_step: the number of observations per optimiser step. Together they count as one observation.
         """
         layers = len(targets)
         self._keep, self._gain = self._SMOOTHING ** (1 / per_step), self._INTEGRAL / per_step
@@ -117,7 +123,7 @@ class AlphaControl:
         self._proportional = torch.zeros(layers)
 
     def observe(self, active: Tensor, done: float) -> None:
-        """Take in the layers' active shares [layers] at the share `done` of the training."""
+        """Record the layers' shares of active neurons, [layers], after the share `done` of the training."""
         value = active.detach().cpu().float().clamp_min(1e-4).log()
         if self._first is None:
             self._first, self._smooth = value, value
@@ -128,15 +134,15 @@ class AlphaControl:
         self._proportional = self._PROPORTIONAL * error
 
     def state_dict(self) -> dict[str, Tensor | None]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {"first": self._first, "smooth": self._smooth, "integral": self._integral, "last": self._proportional}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         self._first, self._smooth = state["first"], state["smooth"]
         self._integral, self._proportional = state["integral"], state["last"]
 
     @property
     def alphas(self) -> Tensor:
-        """The weights now, [layers]."""
+        """The present weights, [layers]."""
         return (self._integral + self._proportional).exp() * self._aimed

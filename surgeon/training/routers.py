@@ -1,4 +1,4 @@
-"""Fit the routers of expert layers on the inputs that the layers get: in closed form, or by training."""
+"""Fit the routers of expert layers on the inputs of these layers, in closed form or by training."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from surgeon.moe.module import MoE
 from surgeon.training.loop import FitReport, Precision, RunSettings, TrainingPlan, computing_in, fit
 from surgeon.training.observe import collect_calls
 
-# Tokens that routers are fitted on in closed form, and that are held while they are trained, and the most floats then.
+# The number of tokens for closed-form fits and for each part of the data held in training, and the most floats held.
 _TOKENS, _MOST_HELD = 16384, 1 << 27
 
 Inputs: TypeAlias = Mapping[MoE, Sequence[str]]
-"""Expert layers with the names of the nodes that hold their inputs, one for every call."""
+"""Expert layers, each with the names of the nodes that are its inputs, one name for every call."""
 
 
 def by_trunk(layers: Iterable[MoE]) -> list[list[MoE]]:
-    """The layers, those together whose routers share a trunk."""
+    """Group the layers whose routers share a trunk."""
     groups: dict[int, list[MoE]] = defaultdict(list)
     for moe in layers:
         groups[id(moe.router.first.weight)].append(moe)
@@ -41,7 +41,7 @@ def fit_from_neurons(graph: TracedGraph, inputs: Inputs, data: Data, settings: R
     A layer that is executed several times is fitted on the inputs of all its executions.
 
     Args:
-        graph: what the inputs are read from.
+        graph: the graph that the inputs are read from.
     """
     groups = by_trunk(inputs)
     names = {place: [name for moe in group for name in inputs[moe]] for place, group in enumerate(groups)}
@@ -68,15 +68,15 @@ def train_routers(
     label: str | None = None,
     exposed: bool = False,
 ) -> FitReport:
-    """Train the routers, and nothing else, for their goals.
+    """Train the routers for their goals, and change nothing else.
 
-    The model runs over the data once, however many epochs the routers take: what their layers are given is held for
-    some thousands of tokens at a time, in about 512 MB and a batch.
+    The model runs over the data once, however many epochs the routers are trained. The inputs of their layers are held
+    in memory for a few thousand tokens at a time, which takes about 512 MB and a batch.
 
     Args:
-        graph: what the inputs are read from. It is run in evaluation mode, as far as the inputs need.
-        exposed: the routers act in `graph`, so what their layers are given changes: nothing is held.
-        key, label: of the fit, as in `surgeon.training.loop.fit`.
+        graph: the graph that the inputs are read from. It is run in evaluation mode, as far as the inputs need.
+        exposed: whether the routers act in `graph`. Then the inputs of their layers change, and none are held.
+        key, label: name and display name of the fit, as in `surgeon.training.loop.fit`.
 
     Raises:
         PassError: the loss is not finite.
@@ -91,7 +91,7 @@ def train_routers(
 
     routers = list(dict.fromkeys(parameter for moe in layers for parameter in moe.router.parameters()))
     times = 1 if exposed else int(plan.epochs)
-    if plan.steps is not None:  # all the data, if there are steps enough
+    if plan.steps is not None:  # use all the data, if there are enough steps
         length = len(data.train) if isinstance(data.train, Sized) else plan.steps
         times = min(times, plan.steps * plan.accumulate // max(1, length))
     held = _Held(graph, inputs, data, times, 0 if exposed else _TOKENS, settings.seed, plan.precision)
@@ -99,10 +99,10 @@ def train_routers(
 
 
 class _Held:
-    """Batches of what the layers are given and of what their routers should say to it, both of each layer in turn.
+    """Batches of the layers' inputs and the targets of their routers: (inputs, targets) of each layer in turn.
 
-    A part of the data is held at a time, of at least so many tokens if there are as many, and gone through `times`
-    before the next, its tokens in another order every time. The length is that of the data, of one time.
+    A part of the data with at least `tokens` tokens, if there are enough, is held at a time. It is read `times` times
+    before the next part, each time in a different order. The length is that of the data, read once.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class _Held:
             del values  # before the next part is read
 
     def _parts(self) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
-        """The data in parts: from how many batches, and of each layer inputs and what routers should say to them."""
+        """Yield the data in parts: the number of batches, and for each layer its inputs and the router's targets."""
         device = next(iter(self._inputs)).tau.device
         batches = iter(self._data.train)
         while True:
@@ -159,7 +159,7 @@ class _Held:
 
 @contextmanager
 def running_at(tau: float, layers: Iterable[MoE]) -> Iterator[None]:
-    """Let layers run at a tau for a while; their own is put back."""
+    """Run the layers at a given tau inside the context, and restore their own tau afterwards."""
     own = {moe: moe.tau.clone() for moe in layers}
     for moe in own:
         moe.tau.fill_(tau)

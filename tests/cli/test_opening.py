@@ -29,7 +29,7 @@ def test_models_that_cannot_be_loaded_or_traced_exit_with_3(run: Run, tmp_path: 
         (["weights.pt"], "weights.pt is a state dict, not a model. Give --arch gpt2."),
         (["module.pt"], "module.pt holds pickled code, which loading would run. If you trust it: --trust-pickle."),
         (["cut.pt2"], "cut.pt2"),
-        (["nan"], "that are NaN or infinite"),
+        (["nan"], "are NaN or infinite"),
         (["damaged"], "is damaged or was changed"),
         (["nets:nothing"], "nets has no 'nothing'"),
         (["nets:branches", "--inputs", "nets:inputs"], "Branches cannot be traced"),

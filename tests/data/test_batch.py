@@ -41,7 +41,7 @@ def test_batch_forms() -> None:
         ((torch.ones(1),) * 3, "A batch is a tuple of Tensor, Tensor, Tensor"),
         ({"x": ["a"]}, "A batch's 'x' is a list, not a tensor"),
         ((torch.ones(1), [1]), "A batch's labels is a list, not a tensor"),
-        ({"labels": torch.ones(1)}, "A batch holds no input"),
+        ({"labels": torch.ones(1)}, "A batch contains no input"),
     ],
 )
 def test_what_is_no_batch(item: Any, message: str) -> None:

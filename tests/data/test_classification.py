@@ -57,7 +57,7 @@ def test_label_forms(tmp_path: Path, tokenizer: Any, config: Any) -> None:
     config.id2label = {0: "z", 1: "y", 2: "x"}
     config.label2id = {"z": 0, "y": 1, "x": 2}
     assert label_data(tmp_path, ["x", "y"], tokenizer, config) == [1, 2]
-    with pytest.raises(DataError, match=r"the model has no class 'w'; it has 'z', 'y', 'x'\."):
+    with pytest.raises(DataError, match=r"the model has no class 'w'. It has 'z', 'y', 'x'\."):
         label_data(tmp_path, ["x", "w"], tokenizer, config)
 
 
@@ -80,13 +80,13 @@ def test_wrong_labels(tmp_path: Path, tokenizer: Any, config: Any, labels: list[
 
 def test_missing_columns(tmp_path: Path, tokenizer: Any, config: Any) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"words": "a", "kind": 0}])
-    with pytest.raises(DataError, match=r"has no text column. It has: words, kind. Name the text column"):
+    with pytest.raises(DataError, match=r"has no text column. Its columns: words, kind. Name the text column"):
         load_data(path, tokenizer=tokenizer, config=config)
-    with pytest.raises(DataError, match=r"has no label column. It has: words, kind. Name the label column"):
+    with pytest.raises(DataError, match=r"has no label column. Its columns: words, kind. Name the label column"):
         load_data(path, tokenizer=tokenizer, config=config, text="words")
-    with pytest.raises(DataError, match=r"has no column 'sort'. It has: words, kind"):
+    with pytest.raises(DataError, match=r"has no column 'sort'. Its columns: words, kind"):
         load_data(path, tokenizer=tokenizer, config=config, text="words", label="sort")
-    with pytest.raises(DataError, match=r"row 0: column 'kind' holds int, not text"):
+    with pytest.raises(DataError, match=r"row 0: column 'kind' contains int values, not text"):
         load_data(path, tokenizer=tokenizer, config=config, text="kind", label="kind")
 
 
@@ -95,11 +95,11 @@ def test_tokenizer_troubles(tmp_path: Path, tokenizer: Any, config: Any) -> None
     with pytest.raises(UsageError, match="the model has no tokenizer"):
         load_data(path, config=config)
     config.vocab_size = 6
-    with pytest.raises(UsageError, match=r"the model has 6 embeddings: they do not belong together"):
+    with pytest.raises(UsageError, match=r"the model has only 6 embeddings: they do not belong together"):
         list(load_data(path, tokenizer=tokenizer, config=config).train)
     config.vocab_size = 10
     tokenizer.pad_token = None
-    with pytest.raises(UsageError, match="no padding token, and the texts differ in length"):
+    with pytest.raises(UsageError, match="no padding token, but the texts differ in length"):
         list(load_data(path, tokenizer=tokenizer, config=config).train)
     same = write_lines(tmp_path / "b.jsonl", rows(1) * 4)
     assert [batch.size for batch in load_data(same, tokenizer=tokenizer, config=config, eval_fraction=0).train] == [4]

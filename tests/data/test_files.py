@@ -103,7 +103,7 @@ def test_splits(tmp_path: Path, tokenizer: Any, config: Any) -> None:
     assert sum(batch.size for batch in data.train) == 6
     assert sum(batch.size for batch in data.eval) == 4
     (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(DataError, match=r"has the splits .*, and none is named 'train'"):
+    with pytest.raises(DataError, match=r"has the splits .*, but none is named 'train'"):
         load_data(str(tmp_path), tokenizer=tokenizer, config=config)
 
 
@@ -112,7 +112,7 @@ def test_one_sample_cannot_be_divided(
 ) -> None:
     path = write_lines(tmp_path / "a.jsonl", rows(1))
     assert load_data(path, tokenizer=tokenizer, config=config).eval is None
-    assert "too little data to hold some out" in caplog.text
+    assert "too little data to hold out a part" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_one_sample_cannot_be_divided(
     [
         ("a.jsonl", "", r"a.jsonl is empty"),
         ("a.jsonl", "{{{", r"a.jsonl cannot be read"),
-        ("a.csv", "text,label\n", r"a.csv cannot be read: it holds no rows"),
+        ("a.csv", "text,label\n", r"a.csv cannot be read: it has no rows"),
         ("a.parquet", "junk", r"a.parquet cannot be read"),
         ("a.xlsx", "junk", r"a.xlsx: cannot read .xlsx files. Known: .json"),
     ],
@@ -149,7 +149,7 @@ def test_options_out_of_range(tmp_path: Path) -> None:
 
 def test_task_must_be_known(tmp_path: Path, config: Any) -> None:
     path = write_lines(tmp_path / "a.jsonl", rows(2))
-    with pytest.raises(UsageError, match=r"which task is this data for\? Give one of causal-lm"):
+    with pytest.raises(UsageError, match=r"the task is unknown. Give one of causal-lm"):
         load_data(path)
-    with pytest.raises(UsageError, match="which task is this data for\\? Not 'poetry'"):
+    with pytest.raises(UsageError, match="files cannot be read for the task 'poetry'"):
         load_data(path, config=config, task="poetry")

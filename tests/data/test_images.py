@@ -63,7 +63,7 @@ def test_images_that_cannot_be_used(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs an image processor, or a config with an image_size"):
         load_data(str(images), task="image-classification")
     path = write_lines(tmp_path / "a.jsonl", [{"image": "cat.png", "label": 0}])
-    with pytest.raises(DataError, match=r"column 'image' holds str, not images \(row 0\)"):
+    with pytest.raises(DataError, match=r"row 0: column 'image' contains str values, not images"):
         list(load_data(path, config=vit(), eval_fraction=0).train)
     (images / "cat" / "0.png").write_bytes(b"\x89PNG junk")
     with pytest.raises(DataError, match="the image of row 0 cannot be read"):

@@ -117,15 +117,15 @@ def test_labels_that_do_not_fit(task: str) -> None:
         loss(logits, Batch((logits,), {}, labels))
 
     attempt(fitting)
-    with pytest.raises(DataError, match=f"{task} needs labels, and the batch has none"):
+    with pytest.raises(DataError, match=f"{task} needs labels, but the batch has none"):
         attempt(None)
     with pytest.raises(DataError, match=r"needs integer labels, not torch.float32"):
         attempt(fitting.float())
-    with pytest.raises(DataError, match=r"do not go with logits"):
+    with pytest.raises(DataError, match=r"do not match logits"):
         attempt(fitting[:1])
-    with pytest.raises(DataError, match="labels run from 0 to 3, and the model tells 3 classes apart"):
+    with pytest.raises(DataError, match="labels range from 0 to 3, but the model has 3 classes"):
         attempt(torch.where(torch.arange(fitting.numel()).view(fitting.shape) == fitting.numel() - 1, 3, 0))
-    with pytest.raises(DataError, match="labels run from -1 to -1"):
+    with pytest.raises(DataError, match="labels range from -1 to -1"):
         attempt(fitting - 1)
 
 

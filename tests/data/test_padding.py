@@ -65,12 +65,12 @@ LONGER = torch.tensor([[1, 1, 1], [1, 1, 0]])
         (
             batch(src_key_padding_mask=MASK == 0),
             [(3, 2), (2,)],
-            "Padding counts as tokens: src_key_padding_mask is [2, 3], which fits no layer's input, [3, 2, d] and",
+            "Padding counts as tokens: src_key_padding_mask is [2, 3], which does not fit any layer's input, [3, 2, d]",
         ),
         (
             batch(attention_mask=MASK, decoder_attention_mask=LONGER),
             [(2, 3)],
-            "attention_mask and decoder_attention_mask both fit layers with inputs of [2, 3] and differ: attention",
+            "attention_mask and decoder_attention_mask differ, and both fit layers with inputs of [2, 3]. attention",
         ),
         (
             batch(attention_mask=MASK, decoder_attention_mask=LONGER),

@@ -46,8 +46,8 @@ def test_data_of_data() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ((x for x in [torch.ones(1)]), "is a generator, which can be read once"),
-        (iter([torch.ones(1)]), "is a list_iterator, which can be read once"),
+        ((x for x in [torch.ones(1)]), "is a generator, which can be read only once"),
+        (iter([torch.ones(1)]), "is a list_iterator, which can be read only once"),
         (TensorDataset(torch.ones(1)), r"is a TensorDataset of single samples. Wrap it: DataLoader"),
         (datasets.Dataset.from_dict({"x": [1]}), r"is a Dataset of single samples"),
         ({"x": torch.ones(1)}, "is a dict, not a list of batches"),
@@ -118,8 +118,8 @@ def test_data_from_functions(functions: None, tokenizer: Any, config: Any) -> No
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("stream", "my_data:stream streams its dataset"),
-        ("generator", "is a generator, which can be read once"),
+        ("stream", "my_data:stream returns a streaming dataset"),
+        ("generator", "is a generator, which can be read only once"),
         ("broken", "my_data:broken raised ValueError: no luck"),
         ("missing", "has no 'missing'"),
     ],

@@ -57,5 +57,5 @@ def test_as_args_kwargs() -> None:
     assert as_args_kwargs(((x,), {"a": x})) == ((x,), {"a": x})
     assert as_args_kwargs((x, {"a": x})) == ((x, {"a": x}), {})
     assert as_args_kwargs(hf.BatchEncoding({"a": x})) == ((), {"a": x})
-    with pytest.raises(UsageError, match="Example inputs are a int"):
+    with pytest.raises(UsageError, match="example inputs are of type int"):
         as_args_kwargs(3)

@@ -42,4 +42,4 @@ def test_a_conversion_to_another_kind_of_number_is_no_copy(dtype: torch.dtype, c
     graph = surgeon.trace(Function(lambda m, x: x.to(dtype) * 2), X)
     (node,) = (node for node in graph.graph.nodes if op_name(node) in ("to", "_to_copy"))
     assert is_copy(node) is copy
-    assert barrier(node) == (None if copy else "a conversion to another kind of number")
+    assert barrier(node) == (None if copy else "a conversion to another number type")

@@ -159,7 +159,7 @@ def test_floating_inputs_take_the_models_precision() -> None:
 
 def test_classifier_without_padding_id() -> None:
     model = build("gpt2 classifier", pad_token_id=None)
-    with pytest.raises(UsageError, match=r"has no pad_token_id: it takes no batch. Set pad_token_id in config.json"):
+    with pytest.raises(UsageError, match=r"its config has none. Set pad_token_id in config.json"):
         example_inputs(model)
 
 
@@ -171,7 +171,7 @@ def test_not_a_hugging_face_model() -> None:
 def test_input_that_cannot_be_made_up() -> None:
     model = build("bert")
     model.main_input_name = "quanta"
-    with pytest.raises(UsageError, match="BertModel takes 'quanta', which cannot be made up"):
+    with pytest.raises(UsageError, match="BertModel takes the input 'quanta', which cannot be generated"):
         example_inputs(model)
 
 
@@ -229,7 +229,7 @@ def test_token_types_go_to_models_that_have_them() -> None:
 
 
 def test_tokenizer_of_another_model() -> None:
-    with pytest.raises(UsageError, match=r"gives id \d+, and the model has 6 embeddings: they do not belong together"):
+    with pytest.raises(UsageError, match=r"gives id \d+, but the model has only 6 embeddings: they do not belong"):
         example_inputs(build("bert", vocab_size=6), tokenizer=tokenizer())
 
 
@@ -237,7 +237,7 @@ def test_tokenizer_that_makes_nothing_of_a_sentence(caplog: pytest.LogCaptureFix
     raw = Tokenizer(models.WordLevel({"[UNK]": 0, "xyz": 1}, unk_token="[UNK]"))
     single = hf.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", pad_token="[UNK]")
     assert example_inputs(build("bert"), tokenizer=single)["input_ids"].shape == (2, 8)
-    assert "drawing example ids instead" in caplog.text
+    assert "Random token ids are used instead" in caplog.text
 
 
 def test_image_processor_decides_the_size() -> None:
@@ -282,11 +282,11 @@ def test_inputs_from_a_function(functions: None) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("my_inputs:number", "my_inputs:number gives a int, not a tensor"),
+        ("my_inputs:number", "my_inputs:number gives a value of type int, not a tensor"),
         ("my_inputs:nothing", "my_inputs:nothing gives no tensor"),
         ("my_inputs:broken", "my_inputs:broken raised RuntimeError"),
         ("my_inputs:missing", "has no 'missing'"),
-        ("missing.npy", "No file 'missing.npy', and it is not module:function either"),
+        ("missing.npy", "'missing.npy' is neither a file nor module:function"),
         ("my_inputs.py", "cannot read inputs from .py files"),
     ],
 )
@@ -310,7 +310,7 @@ def test_inputs_from_files(tmp_path: Path) -> None:
 
 def test_input_files_that_are_not_tensors(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "a.pt")
-    with pytest.raises(UsageError, match=r"a.pt holds pickled code.*Inputs are plain tensors"):
+    with pytest.raises(UsageError, match=r"a.pt holds pickled code.*Save the inputs as a tensor"):
         inputs_from(str(tmp_path / "a.pt"))
     np.save(tmp_path / "b.npy", np.array([{"a": 1}], dtype=object))
     with pytest.raises(UsageError, match=r"b.npy cannot be read as arrays of numbers"):
@@ -329,5 +329,5 @@ def test_inputs_of_program() -> None:
     assert torch.equal(args[0], torch.ones(2, 3))
     assert kwargs == {}
     program._example_inputs = None
-    with pytest.raises(UsageError, match=r"holds no example inputs.*--inputs"):
+    with pytest.raises(UsageError, match=r"contains no example inputs.*--inputs"):
         inputs_of_program(program)

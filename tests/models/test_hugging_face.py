@@ -74,18 +74,18 @@ def test_tokenizer_that_cannot_be_loaded_is_noted(bert: Path) -> None:
     (bert / "tokenizer.json").write_text("{")
     source = load_model(bert)
     assert source.tokenizer is None
-    assert source.notes[0].startswith("tokenizer.json is there but cannot be loaded")
+    assert source.notes[0].startswith("tokenizer.json exists but cannot be loaded")
 
 
 def test_missing_weights(bert: Path) -> None:
     (bert / "model.safetensors").unlink()
-    with pytest.raises(LoadError, match=r"has a config.json but no weights: none of model.safetensors"):
+    with pytest.raises(LoadError, match=r"has a config.json but no weights. It needs one of model.safetensors"):
         load_model(bert)
 
 
 def test_truncated_weights(bert: Path) -> None:
     halve(bert / "model.safetensors")
-    with pytest.raises(LoadError, match=r"^model.safetensors is damaged or cut short"):
+    with pytest.raises(LoadError, match=r"^model.safetensors is damaged or truncated"):
         load_model(bert)
 
 
@@ -94,7 +94,8 @@ def test_missing_shard(tmp_path: Path) -> None:
     assert load_model(tmp_path).kind == "hf"
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(LoadError, match=rf"lacks the weight file {shard.name}, which model.safetensors.index.json"):
+    listed = rf"The weight file {shard.name}, which model.safetensors.index.json lists, is missing"
+    with pytest.raises(LoadError, match=listed):
         load_model(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(LoadError, match="does not list the weight files"):
@@ -105,7 +106,7 @@ def test_body_that_is_not_all_there(bert: Path) -> None:
     weights = load_file(bert / "model.safetensors")
     del weights["bert.encoder.layer.1.output.dense.weight"]
     save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LoadError, match=r"bert.encoder.layer.1.output.dense.weight are missing"):
+    with pytest.raises(LoadError, match=r"They do not contain bert.encoder.layer.1.output.dense.weight"):
         load_model(bert)
 
 
@@ -121,7 +122,7 @@ def test_weights_of_another_size(bert: Path) -> None:
     [
         ({"architectures": ["NoSuchModel"]}, "names the class NoSuchModel.*never run"),
         ({"architectures": ["pipeline"]}, "names the class pipeline"),
-        ({"model_type": "nosuchtype"}, "config.json cannot be read.*nosuchtype"),
+        ({"model_type": "nosuchtype"}, "cannot read config.json.*nosuchtype"),
     ],
 )
 def test_unknown_class(bert: Path, change: dict[str, object], message: str) -> None:

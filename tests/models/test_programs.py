@@ -54,7 +54,7 @@ def test_program_with_keyword_inputs_and_an_output_class(tmp_path: Path, gpt2: n
 
 def test_truncated_program(program: Path, capfd: pytest.CaptureFixture[str]) -> None:
     halve(program)
-    with pytest.raises(LoadError, match=r"model.pt2 is damaged or cut short"):
+    with pytest.raises(LoadError, match=r"model.pt2 is damaged or truncated"):
         load_model(program)
     with pytest.raises(LoadError, match=r"model.pt2 cannot be loaded as a torch.export program"):
         load_model(program, trust_pickle=True)

@@ -40,5 +40,5 @@ def test_check_finite(net: nn.Module) -> None:
     with torch.no_grad():
         net.linear.weight[0, :2] = torch.tensor([float("nan"), float("inf")])
         net.linear.bias[0] = float("nan")
-    with pytest.raises(LoadError, match=r"linear.weight has 2 of 12 values .* parameters affected: 2"):
+    with pytest.raises(LoadError, match=r"2 of the 12 values of linear.weight are .* Parameters affected: 2"):
         check_finite(net)

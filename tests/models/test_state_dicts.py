@@ -50,8 +50,8 @@ def test_state_dict_of_a_function_wrapped_and_in_half_precision(tmp_path: Path, 
     source = load_model(tmp_path / "model.pt", arch="mynet:build")
     assert source.model.linear.weight.dtype == torch.float16
     assert source.notes == (
-        "The weights are those under 'state_dict'.",
-        "The prefix 'module.' was dropped from the weights' names.",
+        "The weights were read from the key 'state_dict'.",
+        "The prefix 'module.' was removed from the names of the weights.",
     )
 
 
@@ -62,7 +62,7 @@ def test_state_dict_that_does_not_fit(tmp_path: Path, net: nn.Module) -> None:
     message = str(error.value)
     assert "1 missing: linear.bias" in message
     assert "1 unexpected: head" in message
-    assert "1 of another shape: linear.weight (4, 5) instead of (4, 3)" in message
+    assert "1 of the wrong shape: linear.weight (4, 5) instead of (4, 3)" in message
 
 
 def test_state_dict_of_an_unknown_architecture(tmp_path: Path, net: nn.Module) -> None:
@@ -86,5 +86,5 @@ def test_architecture_by_model_type(tmp_path: Path, net: nn.Module) -> None:
 def test_damaged_safetensors(tmp_path: Path) -> None:
     save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
     halve(tmp_path / "model.safetensors")
-    with pytest.raises(LoadError, match="damaged or cut short"):
+    with pytest.raises(LoadError, match="damaged or truncated"):
         load_model(tmp_path / "model.safetensors", arch="gpt2")

@@ -51,7 +51,7 @@ def test_file_imports_its_neighbour(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("nosuchmodule:build", "the Python module 'nosuchmodule' cannot be imported.*PYTHONPATH=."),
-        ("nosuchfile.py:build", r"there is no file nosuchfile.py"),
+        ("nosuchfile.py:build", r"the file nosuchfile.py does not exist"),
         ("mynet:bild", r"mynet has no 'bild'. Did you mean 'build'\?"),
         ("mynet:constant", "'constant' is a int, not a function"),
         ("mynet:broken", "mynet:broken raised RuntimeError: no luck"),
@@ -71,5 +71,5 @@ def test_file_that_fails(tmp_path: Path) -> None:
 
 
 def test_malformed_spec() -> None:
-    with pytest.raises(LoadError, match="'a b' is not module:function"):
+    with pytest.raises(LoadError, match="'a b' is neither module:function"):
         call_spec("a b", LoadError)

@@ -72,9 +72,9 @@ def test_accepts_half_precision_and_gradients() -> None:
 @pytest.mark.parametrize(
     ("features", "clusters", "message"),
     [
-        (np.zeros((3072, 1)), 13, "nearest numbers that divide 3072: 12, 16"),
-        (np.zeros((4, 1)), 0, "nearest numbers that divide 4: 1"),
-        (np.zeros((4, 1)), 8, "nearest numbers that divide 4: 4"),
+        (np.zeros((3072, 1)), 13, "nearest divisors of 3072: 12, 16"),
+        (np.zeros((4, 1)), 0, "nearest divisors of 4: 1"),
+        (np.zeros((4, 1)), 8, "nearest divisors of 4: 4"),
         (np.zeros(4), 2, "must be a matrix"),
         (np.full((4, 1), np.nan), 2, "NaN"),
     ],

@@ -98,7 +98,7 @@ def test_wrong_tau(graph: Any, tau: Any, path: str | None, words: str) -> None:
 
 
 def test_tau_without_experts(traces: Any) -> None:
-    with pytest.raises(UsageError, match=r"The graph has no experts to set anything for\. Apply moeify first"):
+    with pytest.raises(UsageError, match=r"The graph has no experts, so there is nothing to set\. Apply moeify first"):
         set_tau(traces("stack:gelu"), 0.5)
     assert get_tau(traces("stack:gelu")) == {}
 
@@ -110,6 +110,6 @@ def test_a_mapping_with_a_wrong_entry_changes_nothing(graph: Any) -> None:
 
 
 def test_rules_need_experts(traces: Any) -> None:
-    with pytest.raises(UsageError, match=r"no experts to set anything for\. Apply moeify first"):
+    with pytest.raises(UsageError, match=r"no experts, so there is nothing to set\. Apply moeify first"):
         set_rule(traces("stack:relu"), "max")
     assert get_rule(traces("stack:relu")) == {}

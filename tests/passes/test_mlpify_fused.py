@@ -160,7 +160,7 @@ def called_twice(m: Any, x: Tensor) -> Tensor:
     return attend(*m.qkv(x.sin()).chunk(3, -1)).sum(-1, keepdim=True) * attend(q, k, v)
 
 
-INTERLEAVED = "the outputs are interleaved, not stored one part after the other"
+INTERLEAVED = "the parts of the output are interleaved instead of one after the other"
 WHOLE: dict[str, tuple[nn.Module, str | None]] = {
     "heads": (
         Function(lambda m, x: attend(*m.qkv(x).unflatten(-1, (2, 24)).transpose(1, 2).chunk(3, -1)), qkv=(16, 48)),
@@ -172,7 +172,7 @@ WHOLE: dict[str, tuple[nn.Module, str | None]] = {
     ),
     "four": (Function(gated, qkv=(16, 64)), "the outputs are cut into 4 parts"),
     "overlapping": (
-        Function(overlapping, qkv=(16, 48)), "the parts that the outputs are cut into overlap or leave some out",
+        Function(overlapping, qkv=(16, 48)), "the parts of the output overlap or do not cover all of it",
     ),
     "twice": (Function(called_twice, qkv=(16, 48)), "its calls cut the outputs in different ways"),
     "clamped": (Function(lambda m, x: attend(*m.qkv(x).clamp(-1, 1).chunk(3, -1)), qkv=(16, 48)), None),
@@ -201,4 +201,4 @@ def test_a_use_that_cannot_be_followed_has_a_reason(fused: Any) -> None:
     graph, _ = fused()
     cut = next(node for node in graph.graph.nodes if node.target is aten.chunk.default)
     cut.update_arg(2, 7)
-    assert re.match(r"how the outputs are used could not be followed \(.*\)$", str(fused_parts(cut.args[0])))
+    assert re.match(r"the ops that split the outputs cannot be followed \(.*\)$", str(fused_parts(cut.args[0])))

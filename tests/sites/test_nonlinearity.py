@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[int, int, Between, str]] = {
     "shifted": (1, H, lambda h: F.relu(h - 1.0), "not a known activation: f(-1) = 0, f(0) = 0, f(1) = 0"),
     "leaky_relu_of_other_slope": (1, H, lambda h: F.leaky_relu(h, 0.3), "not a known activation: f(-1) = -0.3"),
     "rounded": (1, H, lambda h: F.relu(h.round()), "not a known activation"),
-    "truncated": (1, H, lambda h: F.relu(h.to(torch.int32).float()), "a conversion to another kind of number (to)"),
+    "truncated": (1, H, lambda h: F.relu(h.to(torch.int32).float()), "a conversion to another number type (to)"),
     "halves_added": (1, 2 * H, lambda h: F.relu(h[..., :H]) + h[..., H:], "the two halves of the first linear do not"),
     "halves_both_activated": (1, 2 * H, lambda h: F.relu(h[..., :H]) * F.relu(h[..., H:]), "the two halves"),
     "half_unused": (1, 2 * H, lambda h: F.relu(h[..., :H]), "the two halves of the first linear do not combine"),
@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[int, int, Between, str]] = {
         1, H, lambda h: F.relu(h.unsqueeze(1) * h.unsqueeze(2)), "the values change shape between the linears",
     ),
     "bits": (
-        1, H, lambda h: F.relu(h.to(torch.int32).bitwise_and(3).float()), "a conversion to another kind of number (to)",
+        1, H, lambda h: F.relu(h.to(torch.int32).bitwise_and(3).float()), "a conversion to another number type (to)",
     ),
     "tokens_mixed": (1, H, lambda h: F.relu(h) * h.flip(1), ""),
     "neurons_mixed": (1, H, lambda h: F.relu(h).flip(-1), ""),

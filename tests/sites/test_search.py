@@ -92,11 +92,11 @@ REJECTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "roll": (pair(lambda m, h: F.relu(h).roll(1, 1)), "a shift (roll) stands"),
     "gather": (pair(lambda m, h: F.relu(h).gather(-1, m.order.expand_as(h)), order=torch.arange(H)), "stands"),
     "reversal": (pair(lambda m, h: F.relu(h).flip(-1)), "a reversal (flip) stands"),
-    "other_token_shape": (pair(lambda m, h: F.relu(h).unsqueeze(1)), "the tokens are put into another shape"),
-    "whole_numbers": (pair(lambda m, h: F.relu(h.long().float())), "a conversion to another kind of number (to)"),
+    "other_token_shape": (pair(lambda m, h: F.relu(h).unsqueeze(1)), "the leading (token) dimensions change"),
+    "whole_numbers": (pair(lambda m, h: F.relu(h.long().float())), "a conversion to another number type (to)"),
     "not_by_value": (
         lambda: Function(lambda m, x: m.down(F.relu(torch.cdist(m.up(x), m.up(x)))), up=(D, H), down=(5, D)),
-        "an op that is not computed value by value (cdist) stands",
+        "an op that is not pointwise (cdist) stands",
     ),
     "sort": (pair(lambda m, h: F.relu(h).sort(-1).values), "a sort (sort) stands"),
     "noise": (pair(lambda m, h: F.relu(h) * torch.rand_like(h)), "noise (rand_like) stands"),
@@ -104,7 +104,7 @@ REJECTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "learned_offset": (pair(lambda m, h: F.relu(h * 2 + m.offset), offset=w(1)), "a learned parameter"),
     "outside": (
         lambda: Function(lambda m, x: m.down(F.relu(m.up(x)) * x[..., :1]), up=(D, H), down=(H, D)),
-        "a value from outside, of ",
+        "a value from outside, computed by ",
     ),
     "first_computed": (
         lambda: Function(
@@ -138,14 +138,14 @@ REJECTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Function(two_behind_one, up=(D, H), mid=(H, H), down=(H, D)), "it shares a linear with the FFN at '",
     ),
     "constant": (
-        lambda: Function(constant, table=w(5, D), up=(D, H), down=(H, D)), "nothing of the input reaches it",
+        lambda: Function(constant, table=w(5, D), up=(D, H), down=(H, D)), "it does not depend on the model's input",
     ),
     "weight_elsewhere": (
         lambda: Function(weight_elsewhere, up=(D, H), down=(H, D)), "'weight_elsewhere.up.weight' is also used",
     ),
     "tied_transposed": (lambda: Function(tied_transposed, w=w(H, D)), "two of its linears share one weight"),
     "other_activation": (
-        lambda: Function(other_activation, up=(D, H), down=(H, D)), "at several places with different activations",
+        lambda: Function(other_activation, up=(D, H), down=(H, D)), "in several places with different activations",
     ),
     "unknown_function": (pair(lambda m, h: torch.cos(h)), "not a known activation"),
 }  # fmt: skip
