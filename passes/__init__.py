@@ -1,6 +1,6 @@
-"""The passes: one a file, with what all of them share in `contract`, `base`, `options` and `verification`.
+"""The passes. Each has a file of its own; all of them share `contract`, `base`, `options` and `verification`.
 
-`registry` finds them, those of other packages too.
+`registry` finds the passes, including those of other packages.
 """
 
 from surgeon.passes.base import Pass

@@ -1,4 +1,4 @@
-"""How each activation that a pass can put in is written in ATen ops."""
+"""Write the activations that a pass can put into a graph as ATen ops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from surgeon.graph.traced import aten
 Emit = Callable[..., Node]
 
 
-# How each target activation is written in ATen ops.
+# Each target activation and how to emit it.
 TARGETS: dict[str, Callable[[Emit, Node], Node]] = {
     "relu": lambda step, z: step(aten.relu.default, z),
     "relu2": lambda step, z: step(aten.square.default, step(aten.relu.default, z)),

@@ -1,4 +1,4 @@
-"""What the pipeline does with a pass: explain, match, rewrite, fit, verify, report. A failing pass changes nothing."""
+"""Run a pass: explain, match, rewrite, fit, verify and report. A pass that fails changes nothing."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from surgeon.training.loop import FitReport, RunSettings, start_alike
 
 @dataclass(frozen=True, kw_only=True)
 class Pass(Contract[Site, Seen]):
-    """A pass that can be run. What its author writes is in `surgeon.passes.contract.Contract`."""
+    """A pass that can be run. `surgeon.passes.contract.Contract` describes what its author writes."""
 
     def explain(self, graph: GraphModule) -> tuple[list[Site], list[Rejection]]:
-        """The sites this pass would change, and every other candidate with the first condition that failed.
+        """Find the sites that this pass would change. Reject the other candidates with the first condition that failed.
 
         Raises:
-            UsageError: `only` or `skip` names no candidate at all.
+            UsageError: a pattern of `only` or `skip` matches no candidate.
         """
         sites, rejected = self.find(graph)
         paths = _paths(sites, rejected)
@@ -56,20 +56,20 @@ class Pass(Contract[Site, Seen]):
     def apply(
         self, graph: GraphModule, *, inputs: Any = None, data: Any = None, settings: RunSettings | None = None
     ) -> PassReport:
-        """Run this pass on a graph of ATen ops, in place; if anything fails the graph stays as it was.
+        """Run this pass on a graph of ATen ops, in place. If anything fails, the graph stays as it was.
 
         Args:
             graph: from `surgeon.trace` or `torch.export`. Its parameters may be shared with a model: they are never
-                changed, training works on copies.
-            inputs: example inputs for verification; without them nothing is measured and the report says so.
-            data: what to train on, anything `Data.of` takes.
+                changed, because training works on copies.
+            inputs: example inputs for verification. Without them nothing is measured, and the report says so.
+            data: training data of any kind that `Data.of` takes.
 
         Raises:
             PassError, VerificationError: the message names pass, site and difference.
             UsageError: an option does not fit the graph.
         """
         if not is_aten_graph(graph):
-            raise UsageError(f"{self.name} works on a graph of ATen ops: pass the model through surgeon.trace first.")
+            raise UsageError(f"{self.name} works on a graph of ATen ops. Pass the model through surgeon.trace first.")
         work = adopt(graph)
         report = self.run(
             work, inputs=inputs, data=None if data is None else Data.of(data), settings=settings or RunSettings()
@@ -78,7 +78,7 @@ class Pass(Contract[Site, Seen]):
         return report
 
     def run(self, graph: TracedGraph, *, inputs: Any, data: Data | None, settings: RunSettings) -> PassReport:
-        """The body of `apply` on a graph that may be left half-changed on failure (the pipeline gives a copy)."""
+        """Run on a graph that may be left half-changed if something fails; the pipeline gives a copy."""
         started = time.monotonic()
         before = adopt(graph)
         matched, rejected = self.explain(graph)
@@ -114,7 +114,7 @@ class Pass(Contract[Site, Seen]):
         )
 
     def options(self) -> dict[str, Any]:
-        """The options as plain values, those at their default left out."""
+        """The options as plain values, without those that have their default."""
         return {
             field.name: list(value) if isinstance(value, tuple) else value
             for field in dataclasses.fields(self)
@@ -164,7 +164,7 @@ class Pass(Contract[Site, Seen]):
         except SurgeonError:
             raise
         except Exception as error:
-            raise PassError(f"{self.name} failed while it was fitted: {_words(error)}") from error
+            raise PassError(f"{self.name} failed during training: {_words(error)}") from error
 
     def _chosen(self, path: str) -> bool:
         return (not self.only or matches(self.only, path)) and not matches(self.skip, path)

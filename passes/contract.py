@@ -1,6 +1,6 @@
-"""What the author of a pass writes: what it works on, what it promises, and how one site is rewritten.
+"""The contract of a pass. Its author says what it works on and what it promises, and how it rewrites a site.
 
-`surgeon.passes.base.Pass` adds what the pipeline does with it. `docs/passes.md` shows a whole pass.
+`surgeon.passes.base.Pass` adds what the pipeline does with a pass. `docs/passes.md` shows a complete one.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from surgeon.training.loop import FitReport, RunSettings
 
 Site = TypeVar("Site", bound=FFN | LinearSite | MoESite)
 Seen = TypeVar("Seen", default=Any)
-"""What a pass has to know of a site beyond the site itself; most need nothing and are given None."""
+"""What a pass has to know about a site beyond the site itself. Most passes need nothing more and get None."""
 SiteKind = Literal["ffn", "linear", "moe"]
 
 
 @dataclass(frozen=True)
 class FitContext(Generic[Site]):
-    """What a pass trains with, once it has rewritten its sites.
+    """What a pass trains with after it has rewritten its sites.
 
-    graph: the rewritten graph. before: the graph as it was before the pass. changes: every rewritten site, as it is in
-    `before`, with what was made of it. data: to train on.
+    graph: the rewritten graph. before: the graph before the pass. changes: every rewritten site, as it is in `before`,
+    with its change. data: the training data.
     """
 
     graph: TracedGraph
@@ -47,21 +47,21 @@ class FitContext(Generic[Site]):
 
 @dataclass(frozen=True, kw_only=True)
 class Contract(ABC, Generic[Site, Seen]):
-    """One rewriting of a graph. Its fields are its options, its docstring is its help.
+    """A way to rewrite a graph. The fields of a subclass are its options, and its docstring is its help.
 
     A subclass says what it works on and what it promises:
-        name: as on the command line.
-        works_on: the kind of site; "moe" can only exist after a pass that `makes` it.
-        makes: the kind of site it leaves behind, if another than it took.
-        must_precede: passes that cannot run before this one, by name.
-        preserves: whether the graph computes the same before and after, up to rounding. It is checked.
+        name: its name on the command line.
+        works_on: the kind of site. "moe" sites exist only after a pass that `makes` them.
+        makes: the kind of site that it leaves behind, if that is not the kind that it works on.
+        must_precede: names of passes that cannot run before this one.
+        preserves: whether the output stays the same, up to rounding. This is checked.
         needs_data: whether it is useless without data. trains: whether it fits something when it has data.
-        untrained: a note for the user where nothing was fitted.
-        wrong_options: codes of rejections that mean an option fits no site: if nothing matches, the first of them is
-            an error in the options.
+        untrained: a note for the user if nothing was fitted.
+        wrong_options: codes of rejections which mean that an option fits no site. If no site matches, the first
+            rejection with such a code is raised as an error in the options.
 
-    It has to define `rewrite`. The rest is for passes that choose among sites (`match`), look at the data first
-    (`observe`), train (`fit`) or have something to say at the end (`finish`).
+    A subclass has to define `rewrite`. It may also choose among sites (`match`), look at the data first (`observe`),
+    train (`fit`), and return notes at the end (`finish`).
     """
 
     name: ClassVar[str]
@@ -74,14 +74,16 @@ class Contract(ABC, Generic[Site, Seen]):
     untrained: ClassVar[str] = ""
     wrong_options: ClassVar[frozenset[str]] = frozenset()
 
-    only: tuple[str, ...] = option((), "Paths of the sites to change, patterns with * allowed. All by default.")
-    skip: tuple[str, ...] = option((), "Paths of the sites to leave as they are, patterns with * allowed.")
+    only: tuple[str, ...] = option(
+        (), "Paths of the sites to change. Patterns with * are allowed. By default all sites."
+    )
+    skip: tuple[str, ...] = option((), "Paths of the sites to leave unchanged. Patterns with * are allowed.")
 
     def __post_init__(self) -> None:
         check_values(self)
 
     def find(self, graph: GraphModule) -> tuple[Sequence[Site], list[Rejection]]:
-        """All candidates of the kind that it works on, and what was refused already while looking for them."""
+        """Find all candidates of the kind that the pass works on, and what the search itself rejected."""
         if self.works_on == "ffn":
             return cast("tuple[list[Site], list[Rejection]]", find_ffns(graph))
         if self.works_on == "linear":
@@ -89,37 +91,37 @@ class Contract(ABC, Generic[Site, Seen]):
         return cast("list[Site]", find_moes(graph)), []
 
     def match(self, graph: GraphModule, site: Site) -> Rejection | None:
-        """Why this site cannot be changed; None if it can."""
+        """Say why this site cannot be changed, or return None if it can."""
         return None
 
     def observe(
         self, graph: TracedGraph, sites: Sequence[Site], data: Data | None, settings: RunSettings
     ) -> Mapping[str, Seen]:
-        """What rewriting needs to know beyond each site itself, by path: of the other sites, or of the data.
+        """Collect, by path, what rewriting a site needs to know about the other sites or about the data.
 
         Raises:
-            UsageError: the options need data, and there is none.
+            UsageError: the options need data, but there is none.
         """
         return {}
 
     @abstractmethod
     def rewrite(self, graph: TracedGraph, site: Site, seen: Seen) -> SiteChange:
-        """Change one site in place, given what `observe` said of it (None where it said nothing)."""
+        """Rewrite one site in place. `seen` is what `observe` returned for it, None if nothing."""
 
     def fit(self, context: FitContext[Site]) -> FitReport | None:
-        """Train what the rewritten graph needs, in place; None if there is nothing to train."""
+        """Train the rewritten graph in place. Return None if there is nothing to train."""
         return None
 
     def finish(
         self, graph: TracedGraph, sites: Sequence[Site], changes: Sequence[SiteChange], fit: FitReport | None
     ) -> tuple[str, ...]:
-        """Last touches after verification, given what `fit` reported if it ran; returns notes for the user."""
+        """Make last changes after verification and return notes for the user. `fit`: what `fit` returned, if it ran."""
         return ()
 
     @property
     def why_data(self) -> str:
-        """Why this run cannot do without data to fit on, "" if it can."""
-        return "without training it is of no use" if self.needs_data else ""
+        """Why this run needs data to fit on; "" if it does not."""
+        return "it is useless without training" if self.needs_data else ""
 
     @property
     def will_fit(self) -> bool:
@@ -127,5 +129,5 @@ class Contract(ABC, Generic[Site, Seen]):
         return self.trains
 
     def keeps_output(self, fitted: bool) -> bool:
-        """Whether this run promises the same output as before; fitted: whether something was trained."""
+        """Whether this run promises the same output as before. `fitted`: whether something was trained."""
         return self.preserves

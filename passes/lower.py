@@ -1,4 +1,4 @@
-"""Replace each mixture of experts by ops that run only the experts a token needs."""
+"""Replace each mixture of experts by ops that run only the experts that a token needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Lower(Pass[MoESite]):
     preserves: ClassVar[bool] = True
 
     def match(self, graph: GraphModule, site: MoESite) -> Rejection | None:
-        return Rejection("already-done", "it is lowered already") if site.form == "dynamic" else None
+        return Rejection("already-done", "it is already lowered") if site.form == "dynamic" else None
 
     def rewrite(self, graph: TracedGraph, site: MoESite, seen: None) -> SiteChange:
         names = [self._lower(graph, site, node) for node in site.nodes]

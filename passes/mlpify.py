@@ -43,7 +43,7 @@ from surgeon.training.penalty import (
 Kind = Literal["plain", "residual"]
 Start = Literal["svd", "random"]
 Error = Literal["relative", "mse"]
-# Names of the MLPs that stand in for one, two and three parts of a layer.
+# Names of the MLPs that replace a layer as a whole, in two parts and in three.
 _NAMES = {
     1: ["projection_mlp"],
     2: [f"projection_mlp_{part}" for part in "01"],
@@ -51,18 +51,18 @@ _NAMES = {
 }
 _MOST_PARTS = max(_NAMES)
 _ERROR_NAMES: dict[Error, str] = {"relative": "unexplained variance", "mse": "mean squared error"}
-# What wider hidden layers are a multiple of.
+# Wider hidden layers have a multiple of this many neurons.
 _MULTIPLE = 8
-# A single neuron passes nothing on of one sign.
+# A single neuron passes on values of one sign only.
 _FEWEST = 2
-# Batches whose outputs the start is computed from.
+# How many batches the initial weights are computed from.
 _START_BATCHES = 16
 # E|z|³ / E z⁴ of a standard normal z: the factor that brings z·|z| nearest to z.
 _SQUARE_TO_LINEAR = 0.532
 
 
 class ReplacementMLP(nn.Module):
-    """Linear(d_in, h) → activation → Linear(h, d_out), in place of Linear(d_in, d_out) or of some of its outputs."""
+    """A Linear(d_in, h) → activation → Linear(h, d_out) that replaces Linear(d_in, d_out) or some of its outputs."""
 
     def __init__(
         self,
@@ -76,9 +76,10 @@ class ReplacementMLP(nn.Module):
         bias: bool,
         residual: bool = False,
     ) -> None:
-        """Stand in for the outputs `part` of the layer whose weight is called `imitates`.
+        """Replace the outputs `part` of the layer whose weight is called `imitates`.
 
-        bias: of the second linear, the first has one. residual: the input is added to the output.
+        bias: whether the second linear has a bias; the first always has one. residual: whether the input is added to
+        the output.
         """
         super().__init__()
         self.fc1 = nn.Linear(d_in, hidden, device=like.device, dtype=like.dtype)
@@ -87,22 +88,22 @@ class ReplacementMLP(nn.Module):
         self.activation, self.residual = activation, residual
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """X [..., d_in] → (output [..., d_out], what goes into the activation [..., h])."""
+        """Map x [..., d_in] to the output [..., d_out] and the pre-activations [..., h]."""
         z = self.fc1(x)
         output = self.fc2(ACTIVATIONS[self.activation].fn(z))
         return x + output if self.residual else output, z
 
     @torch.no_grad()
     def start_from(self, rows: Tensor, bias: Tensor | None, mean: Tensor, second_moment: Tensor) -> None:
-        """Compute the best linear map through h/2 directions: two neurons ±z for each, as act(z) − act(−z) = z.
+        """Start from the best linear map through h/2 directions: two neurons ±z for each, as act(z) − act(−z) = z.
 
-        The directions are the principal components of what the layer gives on the data: the truncated SVD of its
-        weight times the square root of the inputs' covariance. With relu2, for which the identity does not hold, the
-        start comes as near as z·|z| comes to z.
+        The directions are the principal components of the layer's outputs on the data. They are the truncated SVD of
+        its weight times the square root of the inputs' covariance. The identity does not hold for relu2: there the
+        start is as close as z·|z| is to z.
 
         Args:
-            rows, bias: the layer, [d_out, d_in] and [d_out]; less the identity if residual.
-            mean, second_moment: of its outputs, [d_out] and [d_out, d_out].
+            rows, bias: the layer's weight [d_out, d_in], minus the identity if residual, and its bias [d_out].
+            mean, second_moment: of the layer's outputs, [d_out] and [d_out, d_out].
         """
         centre = torch.zeros_like(mean) if self.fc2.bias is None else mean
         offset = -centre if bias is None else bias - centre
@@ -132,11 +133,14 @@ class ReplacementMLP(nn.Module):
 class Mlpify(TrainedPass[LinearSite]):
     """Replace standalone linear layers (attention projections) by MLPs of equal cost that imitate them (D2DMoE, 3.5).
 
-    Every linear layer outside feed-forward layers is one, except the head: with `skip` others (a pooler) stay.
-    Queries, keys and values computed by one layer get an MLP each. An MLP's hidden width is cost_factor times
-    (d_in·d_out + d_out) / (d_in + d_out + 1), from 16 on to a multiple of 8; its first linear always has a bias. Every
-    replacement is trained on the inputs and outputs of the layer it replaces, for itself and without dropout, which
-    only acts in the graph's training mode.
+    The pass replaces every linear layer outside feed-forward layers, except the head. Use `skip` to keep others, such
+    as a pooler. If one layer computes queries, keys and values, each of them gets its own MLP.
+
+    An MLP's hidden width is cost_factor times (d_in·d_out + d_out) / (d_in + d_out + 1). Widths of 16 or more are
+    rounded to a multiple of 8. The first linear always has a bias.
+
+    Each replacement is trained separately, on the inputs and outputs of the layer that it replaces. This training uses
+    no dropout: dropout only acts in the graph's training mode.
     """
 
     name: ClassVar[str] = "mlpify"
@@ -146,53 +150,57 @@ class Mlpify(TrainedPass[LinearSite]):
     preserves: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
 
-    kind: Kind = option("plain", "plain, or residual: the input is added, where input and output are equally wide.")
+    kind: Kind = option("plain", "plain, or residual: add the input to the output. Both must be equally wide.")
     activation: str = option("relu", "Activation of the replacement.", choices=TARGETS)
     cost_factor: float = option(
-        1.0, "Cost of the replacement relative to the layer's, which sets its hidden width.", above=0
+        1.0, "Cost of the replacement relative to that of the layer. It sets the hidden width.", above=0
     )
-    split_fused: bool = option(True, "Give queries, keys and values that one layer computes an MLP each.")
+    split_fused: bool = option(True, "If one layer computes queries, keys and values, give each of them its own MLP.")
     dropout: float = option(
         0.0, "Dropout probability after the activation and after the second linear.", least=0, below=1
     )
-    init: Start = option("svd", "Start from the best linear map of that width on the data (svd), or random.")
+    init: Start = option("svd", "Initial weights: the best linear map of that width on the data (svd), or random.")
     error: Error = option(
         "relative",
-        "What imitation minimises: relative (mean squared error over the variance of the layer's outputs, so that "
-        "layers with small outputs count alike), or mse (as published).",
+        "Error that training minimises. relative: mean squared error divided by the variance of the layer's outputs, "
+        "so that all layers count equally. mse: mean squared error (as published).",
     )
-    penalty: Penalty = option("hoyer", "Penalty on the hidden values beside the error: hoyer or l1, as in sparsify.")
+    penalty: Penalty = option(
+        "hoyer", "Sparsity penalty on the hidden values, added to the error: hoyer or l1, as in sparsify."
+    )
     alpha: float = option(1e-3, "Weight of the penalty.", least=0)
     alpha_schedule: AlphaSchedule = option(
-        "linear", "The weight over time: constant, linear or linear_warmup, as in sparsify."
+        "linear", "How the weight changes over time: constant, linear or linear_warmup, as in sparsify."
     )
-    displacement: float = option(-10.0, "D: pre-activations below it count as zero where the activation leaves none.")
-    epochs: float = option(3.0, "How often imitation goes through the data.", least=0)
+    displacement: float = option(
+        -10.0, "D: for activations that are never exactly zero, pre-activations below D count as zero."
+    )
+    epochs: float = option(3.0, "Number of training epochs.", least=0)
     lr: float = option(1e-3, "Learning rate of AdamW for the replacements.", above=0)
 
     def match(self, graph: GraphModule, site: LinearSite) -> Rejection | None:
         for part in self._parts(site):
             if self.kind == "residual" and site.d_in != len(part):
-                what = f"a residual needs an output as wide as the input, and this is {site.d_in}→{len(part)}"
+                what = f"a residual needs an output as wide as the input, but this is {site.d_in}→{len(part)}"
                 return Rejection("residual-width", what)
             width = self.hidden_width(site.d_in, len(part))
             if width < _FEWEST:
-                found = "one neuron" if width else "no neuron"
-                what = f"a replacement of equal cost for {site.d_in}→{len(part)} has {found}"
+                found = "only one neuron" if width else "no neurons"
+                what = f"a replacement of equal cost for {site.d_in}→{len(part)} would have {found}"
                 return Rejection("too-narrow", what)
         return None
 
     def hidden_width(self, d_in: int, d_out: int) -> int:
-        """The width at which the replacement costs what the layer does, biases counted: d_in = d_out = 768 → 384.
+        """Return the hidden width for the wanted cost, biases included: 384 for d_in = d_out = 768 and cost_factor 1.
 
-        To the nearest multiple of 8, from 16 on, so that it can be split into experts.
+        Widths of 16 or more are rounded to a multiple of 8, so that the replacement can be split into experts.
         """
         width = self.cost_factor * (d_in * d_out + d_out) / (d_in + d_out + 1)
         return round(width) if width < 2 * _MULTIPLE else _MULTIPLE * round(width / _MULTIPLE)
 
     def _parts(self, site: LinearSite) -> list[range]:
-        """The outputs that get an MLP of their own: all of them together, or the parts of a fused layer."""
-        # A layer that is not wider than its input is one projection, however its outputs are cut (into rotated halves).
+        """The ranges of outputs that get their own MLP: one range of all outputs, or the parts of a fused layer."""
+        # A layer that is not wider than its input is one projection, even if its outputs are split into rotated halves.
         if self.split_fused and site.d_out > site.d_in:
             first, *others = (fused_parts(call.output) for call in site.calls)
             if isinstance(first, list) and len(first) <= _MOST_PARTS and all(other == first for other in others):
@@ -254,10 +262,10 @@ class Mlpify(TrainedPass[LinearSite]):
         return emit(graph, aten.add.Tensor, x, value, path=target) if module.residual else value
 
     def fit(self, context: FitContext[LinearSite]) -> FitReport | None:
-        """Imitate every layer on the inputs it has in the model as it was: the error, plus the penalty.
+        """Train the replacements to imitate their layers on the inputs of the original model: error plus penalty.
 
-        The paper takes the plain mean squared error. Divided by the variance of the layer's outputs it weighs every
-        layer alike, where otherwise those with small outputs (usually o) are drowned by the others and the penalty.
+        The paper takes the plain mean squared error. Dividing it by the variance of the layer's outputs gives all
+        layers equal weight. Otherwise the other layers and the penalty drown those with small outputs (usually o).
         """
         before, data = context.before, context.data
         pairs = list(_pairs(context.graph, [site for site, _ in context.changes]))
@@ -304,7 +312,7 @@ class Mlpify(TrainedPass[LinearSite]):
     ) -> tuple[str, ...]:
         notes = []
         if changes and self.dropout and graph.meta["trace"].form == "eval":
-            notes.append("No dropout was put in: the graph is of evaluation form, which has no training mode.")
+            notes.append("No dropout was added: the graph was traced in evaluation form, which has no training mode.")
         nodes = {node.name: node for node in graph.graph.nodes}
         whole: dict[str, list[str]] = defaultdict(list)
         for site, change in zip(sites, changes, strict=True):
@@ -313,19 +321,19 @@ class Mlpify(TrainedPass[LinearSite]):
                 whole[reason].append(site.path)
         for reason, paths in whole.items():
             where = f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else paths[0]
-            notes.append(f"{where}: one MLP for the whole layer, as {reason}.")
+            notes.append(f"{where}: one MLP replaces the whole layer, because {reason}.")
         return tuple(notes)
 
     def _why_whole(self, site: LinearSite, output: Node) -> str | None:
-        """Why a layer whose outputs are cut into parts got one MLP for all of them; `output` is what it gives now."""
+        """Why one MLP replaced a layer whose outputs are split into parts. `output`: the node that now gives them."""
         if not self.split_fused or site.d_out <= site.d_in or output.target is aten.cat.default:
             return None
         found = fused_parts(output)
         if not isinstance(found, list):
             return found
         if len(found) > _MOST_PARTS:
-            return f"the outputs are cut into {len(found)} parts"
-        return "its calls cut the outputs in different ways"
+            return f"the outputs are split into {len(found)} parts"
+        return "its calls split the outputs in different ways"
 
 
 def _describe(modules: Sequence[ReplacementMLP]) -> str:
@@ -337,7 +345,7 @@ def _describe(modules: Sequence[ReplacementMLP]) -> str:
 
 
 def _pairs(graph: TracedGraph, sites: Sequence[LinearSite]) -> Iterator[tuple[ReplacementMLP, Linear]]:
-    """Every replacement with every call of the layer it stands in for."""
+    """Pair every replacement with every call of the layer that it replaces."""
     modules = [module for module in graph.modules() if isinstance(module, ReplacementMLP)]
     for site in sites:
         for module in modules:
@@ -346,14 +354,14 @@ def _pairs(graph: TracedGraph, sites: Sequence[LinearSite]) -> Iterator[tuple[Re
 
 
 def _target(values: Mapping[str, Tensor], module: ReplacementMLP, call: Linear) -> Tensor:
-    """What the replacement should give, [N, d_out] float32."""
+    """The outputs that the replacement should learn, [N, d_out] float32."""
     return values[call.output.name][:, module.part.start : module.part.stop].float()
 
 
 def _start(
     graph: TracedGraph, pairs: Sequence[tuple[ReplacementMLP, Linear]], batches: Iterable[Mapping[str, Tensor]]
 ) -> None:
-    """Start every replacement from the layer's outputs on the batches."""
+    """Set the initial weights of every replacement from its layer's outputs on the batches."""
     tokens: dict[ReplacementMLP, int] = defaultdict(int)
     sums: dict[ReplacementMLP, Tensor] = {}
     squares: dict[ReplacementMLP, Tensor] = {}

@@ -1,7 +1,8 @@
 """Split each feed-forward layer into experts with a router that predicts the size of every expert's output.
 
-Balanced clusters of neurons become experts (D2DMoE, section 3.2, after MoEfication); the router regresses the norms of
-the experts' outputs (section 3.3); at run time a rule selects by the scores and tau (3.4, see `kernels.selection`).
+Balanced clusters of neurons become experts (D2DMoE, section 3.2, after MoEfication). The router regresses the norms of
+the experts' outputs (section 3.3). At run time a rule selects experts by the scores and tau (section 3.4, see
+`kernels.selection`).
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ RouterOutput = Literal["auto", "abs", "relu", "softplus"]
 
 # Expert size aimed at when neither `experts` nor `expert_size` is given.
 _USUAL_SIZE = 32
-# Share of the multiply-adds of what it routes that a router may cost when its width is not given, and its limits.
+# If no width is given, a router may cost this share of the multiply-adds that it routes; its width is within limits.
 _ROUTER_SHARE, _NARROWEST, _WIDEST = 0.025, 8, 128
-# Tokens that neurons are compared on.
+# How many tokens neurons are compared on.
 _SPLIT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What is known of a site before it is rewritten.
+    """What is known about a site before it is rewritten.
 
-    router_width: of its router's trunk, None if it has none. x: inputs [N, d_in] if there is data. group: paths of
-    the sites with which it shares the trunk, itself included.
+    router_width: the width of its router's trunk, None if it has none. x: its inputs [N, d_in], if there is data.
+    group: paths of the sites that share the trunk, itself included.
     """
 
     router_width: int | None
@@ -68,7 +69,7 @@ class _Seen:
 class Moeify(TrainedPass[FFN, _Seen]):
     """Split each FFN into experts of equal size and train a router for it (D2DMoE, sections 3.2 to 3.4).
 
-    With every expert running (tau = 0, the default) the output stays what it was, trained or not.
+    With tau = 0, the default, every expert runs and the output is unchanged, whether the routers are trained or not.
     """
 
     name: ClassVar[str] = "moeify"
@@ -80,115 +81,141 @@ class Moeify(TrainedPass[FFN, _Seen]):
     wrong_options: ClassVar[frozenset[str]] = frozenset({"width-does-not-divide"})
     for_training: ClassVar[frozenset[str]] = frozenset({"exposure", "underestimate"})
     untrained: ClassVar[str] = (
-        "The routers were not trained: every expert runs and the output is unchanged. To make it cheaper, run again "
-        "with --data, then set tau."
+        "The routers were not trained: every expert runs and the output is unchanged. To make the model cheaper, run "
+        "again with --data, then set tau."
     )
 
     experts: PerSite[int] | None = option(
-        None, "Experts in each layer; must divide its width. By default about 32 neurons each.", least=1
+        None,
+        "Number of experts in each layer. It must divide the hidden width. By default experts have about 32 neurons.",
+        least=1,
     )
-    expert_size: PerSite[int] | None = option(None, "Neurons in each expert, instead of their number.", least=1)
+    expert_size: PerSite[int] | None = option(
+        None, "Number of neurons in each expert, instead of the number of experts.", least=1
+    )
     split: Split = option(
         "auto",
-        "What makes neurons alike: weights (their rows, as published; balanced by our own assignment, not by the exact "
-        "solver), activations (what fires together, on data), or random. auto: activations with data, else weights.",
+        "How neurons are grouped. weights: by similar weight rows (as published, but balanced by our own assignment "
+        "instead of the exact solver). activations: by neurons that fire together on the data. random: at random. "
+        "auto: activations with data, otherwise weights.",
     )
     shared: int = option(
         0,
-        "Experts that always run, made of the neurons that are active most often (with data): whose share of the "
-        "output is above a tenth of the token's largest. tau · E of top_k counts routed experts only.",
+        "Number of experts that always run (needs data). They get the neurons that are active most often. A neuron is "
+        "active if its share of the output is above a tenth of the token's largest. E in rule=top_k counts routed "
+        "experts only.",
         least=0,
     )
     router: RouterKind = option(
         "neurons",
-        "neurons: closed form, from the layer's own neurons, then trained unless epochs is 0. trained: from random "
-        "weights (as published: with objective=norm, split=weights, router_width=128, share_trunk=false). centres: "
-        "from the means of the experts' normalised weight rows (MoEfication, with objective=activation), then trained "
-        "unless epochs is 0.",
+        "How the router starts before it is trained. neurons: closed form, from the layer's own neurons. trained: "
+        "random weights (as published, with objective=norm, split=weights, router_width=128, share_trunk=false). "
+        "centres: the means of the experts' normalised weight rows (MoEfication, with objective=activation). neurons "
+        "and centres also work with epochs=0.",
     )
     router_depth: int = option(
-        2, "Linear layers of the router: 2, or 1, which has no width and no trunk to share.", choices=(1, 2)
+        2,
+        "Number of linear layers in the router: 2 or 1. A single layer has no hidden width and no trunk to share.",
+        choices=(1, 2),
     )
     router_width: int | None = option(
-        None, "Hidden width of the router. By default what costs 2.5% of what it routes, 8 to 128.", least=1
+        None,
+        "Hidden width of the router. By default the router costs 2.5% of what it routes, with a width from 8 to 128.",
+        least=1,
     )
     router_output: RouterOutput = option(
         "auto",
-        "What keeps the scores from being negative, with router=trained and objective=norm or relative: abs (as "
-        "published; auto), relu or softplus.",
+        "Function that makes the scores non-negative: abs (as published), relu or softplus. It can be set only with "
+        "router=trained and objective=norm or relative, where auto is abs.",
     )
     share_trunk: bool = option(
-        True, "One trunk for the routers of an attention's replaced projections that read the same input."
+        True, "Share one trunk among the routers of an attention's replaced projections that read the same input."
     )
     objective: Objective = option(
         "relative",
-        "What the router predicts: relative (norms of the experts' outputs, to the token's largest); with "
-        "router=trained also norm (as published), log (of relative, with a floor of 1% of the largest) or activation "
-        "(sums, cross entropy: MoEfication; router=centres needs it).",
+        "What the router predicts. relative: norms of the experts' outputs, relative to the token's largest. norm: the "
+        "norms themselves (as published). log: the logarithm of relative, with a floor of 1% of the largest. "
+        "activation: sums of activations, by cross entropy (MoEfication). router=neurons needs relative, and "
+        "router=centres needs activation.",
     )
     labels: Labels = option(
-        "output", "What the norms are of: output, an expert's outputs (as published), or hidden, its activations."
+        "output",
+        "Norms to predict: those of an expert's outputs (output, as published) or of its activations (hidden).",
     )
     layer_by_layer: bool = option(
         False,
-        "Fit the routers of one layer after another, which needs less memory and runs the model more often.",
+        "Fit the routers of one layer after another. This needs less memory and runs the model more often.",
     )
-    underestimate: float = option(1.0, "Weight of the errors of scores that are too low.", above=0)
+    underestimate: float = option(
+        1.0, "Weight of errors where the score is too low. Other errors have weight 1.", above=0
+    )
     exposure: float = option(
         0.0,
-        "tau at which the model runs while its routers are trained; 0: the dense model. With router=neurons only the "
-        "training after the closed form sees those inputs.",
+        "The model's tau while its routers are trained. 0 is the dense model. With router=neurons it applies only to "
+        "the training after the closed form.",
         least=0,
         most=1,
     )
     rule: str = option(
         "max",
-        "How scores and tau select: max (an expert is skipped below tau times the largest score), cumulative (the "
-        "smallest that sum to less than tau of all), energy (likewise for squares, tau²), top_k (the smallest tau · E "
-        "of E).",
+        "How scores and tau select experts. max: skip scores below tau times the largest. cumulative: skip the "
+        "smallest scores whose sum is less than tau of the total. energy: the same with squared scores and tau². "
+        "top_k: skip the smallest tau · E of E scores.",
         choices=RULES,
     )
     tau: float = option(
-        0.0, "Set after fitting (needs data): 0 runs every expert, larger is cheaper; see rule.", least=0, most=1
+        0.0,
+        "tau to set after fitting (needs data). 0 runs every expert, and larger values are cheaper. See rule.",
+        least=0,
+        most=1,
     )
     epochs: float = option(
-        8.0, "How often router training goes through the data, with one run of the model; 0 trains nothing.", least=0
+        8.0, "Number of epochs to train the routers. The model runs over the data once. 0 trains nothing.", least=0
     )
     lr: float = option(1e-3, "Learning rate of AdamW for the routers.", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.optimises and self.router == "trained":
-            raise UsageError("moeify: epochs is 0, which leaves a router random unless router is neurons or centres.")
+            raise UsageError(
+                "moeify: epochs is 0, so router=trained would stay random. Set epochs above 0 or choose another router."
+            )
         if self.experts is not None and self.expert_size is not None:
             raise UsageError("moeify: give experts or expert_size, not both.")
         if self.underestimate != 1.0 and self.objective == "activation":
             raise UsageError(
-                "moeify: underestimate weighs errors of regression, and the objective activation has none."
+                "moeify: underestimate weights the errors of a regression, but objective=activation is not one. "
+                "Drop one of them."
             )
         if self.router == "neurons" and self.objective != "relative":
-            raise UsageError(f"moeify: the objective {self.objective} needs router=trained.")
+            raise UsageError(f"moeify: objective={self.objective} needs router=trained.")
         if self.router == "centres" and self.objective != "activation":
-            raise UsageError("moeify: router=centres scores by activations: it needs objective=activation.")
+            raise UsageError("moeify: router=centres needs objective=activation, because it scores by activations.")
         if self.objective == "activation" and self.labels != "output":
-            raise UsageError("moeify: labels says whose norms are predicted, and objective=activation predicts sums.")
+            raise UsageError(
+                "moeify: labels chooses norms to predict, but objective=activation predicts sums. Drop one of them."
+            )
         if self.router_depth == 1 and self.router == "neurons":
-            raise UsageError("moeify: router=neurons has two layers, as neurons are its features; take router=trained.")
+            raise UsageError("moeify: router=neurons has two layers. For router_depth=1 choose router=trained.")
         if self.router_output != "auto" and (self.router != "trained" or self.objective not in ("norm", "relative")):
             raise UsageError(
-                "moeify: router_output can be chosen with router=trained and objective=norm or relative; what the "
-                "others give needs an output of its own."
+                "moeify: router_output can be set only with router=trained and objective=norm or relative. All other "
+                "choices fix it."
             )
         if self.router_width is not None and (self.router_depth == 1 or self.router == "centres"):
-            what = "a router of one layer has none" if self.router_depth == 1 else "centres make it that of the experts"
+            what = (
+                "a router of one layer has no hidden width"
+                if self.router_depth == 1
+                else "router=centres sets it itself"
+            )
             raise UsageError(f"moeify: router_width is {self.router_width}, but {what}.")
 
     def match(self, graph: GraphModule, site: FFN) -> Rejection | None:
         experts, size = for_site(self.experts, site.path), for_site(self.expert_size, site.path)
         if experts is not None and site.hidden % experts:
-            return _indivisible(site, experts, "experts")
+            return _indivisible(site, experts, f"{experts} equal experts")
         if size is not None and site.hidden % size:
-            return _indivisible(site, size, "neurons each")
+            return _indivisible(site, size, f"experts of {size} neurons")
         if self.shared >= self._experts(site):
             what = f"{self.shared} of its {self._experts(site)} experts would always run, which leaves none to route"
             return Rejection("nothing-to-route", what)
@@ -202,16 +229,18 @@ class Moeify(TrainedPass[FFN, _Seen]):
         self, graph: TracedGraph, sites: Sequence[FFN], data: Data | None, settings: RunSettings
     ) -> Mapping[str, _Seen]:
         if self.why_data and data is None and not settings.dry_run:
-            raise UsageError(f"moeify: {self.why_data}, and there is no data. Give it, or set tau later.")
+            raise UsageError(f"moeify: {self.why_data}, but there is no data. Give data, or set tau later.")
         looks = self.split in ("auto", "activations") or self.shared
         inputs: dict[str, Tensor] = {}
         if looks and data is not None and sites:
             names = {site.path: [call.x.name for call in site.calls] for site in sites}
             inputs = collect_calls(graph, names, data, tokens=_SPLIT_TOKENS, progress=settings.progress)
         elif looks and sites and (self.split == "activations" or self.shared) and not settings.dry_run:
-            raise UsageError("moeify: split=activations and shared need data to see which neurons are active.")
+            raise UsageError(
+                "moeify: split=activations and shared need data to see which neurons are active. Give data."
+            )
         return {
-            site.path: _Seen(self._width(group), inputs.get(site.path), tuple(one.path for one in group))
+            site.path: _Seen(self._width(group), inputs.get(site.path), tuple(member.path for member in group))
             for group in (trunk_groups(graph, sites) if self._shares_trunks else [[site] for site in sites])
             for site in group
         }
@@ -267,7 +296,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
         if not self.optimises:
             return FitReport(0, 0.0, 0.0, ())
         if self.exposure:
-            # Not the inputs in the model as it was, but those in the model as it will run.
+            # The inputs come from the sparse model instead of the original one.
             graph = context.graph
             inputs = dict(zip(paths, (_read(graph, change.made[0]) for _, change in context.changes), strict=True))
         with running_at(self.exposure, paths):
@@ -293,7 +322,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
         if changes and self.tau and fit is not None:  # a dry run has no routers to skip by
             set_tau(graph, {change.made[0]: self.tau for change in changes})
         if any(site.dropout for site in sites):
-            notes.append("Dropout between the linears is not carried into the experts; it matters in training only.")
+            notes.append("The experts drop the dropout between the linear layers. It only matters in training.")
         modules = [graph.get_submodule(change.made[0]) for change in changes]
         single = [
             change.path
@@ -315,7 +344,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
         return tuple(notes)
 
     def _parts(self, layers: Mapping[MoE, str]) -> list[tuple[str, str, list[MoE]]]:
-        """The layers, given with their paths, whose routers are fitted together: (key of the fit, label, layers)."""
+        """Group the layers, given with their paths, that are fitted together: (key of the fit, label, layers)."""
         if not self.layer_by_layer:
             return [("moeify-routers", "moeify routers", list(layers))]
         parts = []
@@ -337,7 +366,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
 
     @property
     def _shares_trunks(self) -> bool:
-        # Centres are a layer's own.
+        # Every layer has its own centres.
         return self.share_trunk and self.router_depth == 2 and self.router != "centres"
 
     def _width(self, group: Sequence[FFN]) -> int | None:
@@ -355,7 +384,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
 
     def _router(self, site: FFN, weights: FFNWeights, experts: int, width: int | None) -> Router:
         neurons = self.router == "neurons"
-        # A regression from neurons goes below zero where an expert is silent, and abs would call it small.
+        # A regression from neurons goes below zero where an expert is silent, and abs would make that a positive score.
         own: dict[str, Output] = {"log": "exp", "activation": "sigmoid"}
         usual: Output = "softplus" if neurons else own.get(self.objective, "abs")
         return Router(
@@ -378,5 +407,5 @@ def _read(graph: TracedGraph, path: str) -> list[str]:
 
 def _indivisible(site: FFN, number: int, what: str) -> Rejection:
     nearest = ", ".join(map(str, nearest_divisors(site.hidden, number)))
-    words = f"{site.hidden} neurons do not divide by {number} {what}. Nearest: {nearest}."
+    words = f"{site.hidden} neurons do not divide into {what}. Nearest: {nearest}."
     return Rejection("width-does-not-divide", words)

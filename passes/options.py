@@ -1,4 +1,4 @@
-"""Options of passes: how a field of a pass is declared, what values it takes, and values that differ between sites."""
+"""Declare the options of passes, check their values, and look up values that differ between sites."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from surgeon.graph.patterns import first_fit, matches
 
 Value = TypeVar("Value")
 PerSite: TypeAlias = Value | dict[str, Value]
-"""An option with one value for every site, or values by path, patterns with * allowed; the first that fits counts."""
+"""An option with one value for all sites, or values by path. Patterns with * are allowed; the first match counts."""
 
 
 def for_site(value: PerSite[Value] | None, path: str) -> Value | None:
-    """The value of an option for one site, None if it has none."""
+    """Return the value of an option for one site, or None if it has none."""
     return first_fit(value, path) if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The values that an option takes: numbers within bounds, or one of some choices. None: no such bound."""
+    """The values that an option accepts: numbers within bounds, or one of several choices. None: no such bound."""
 
     least: float | None = None
     most: float | None = None
@@ -33,7 +33,7 @@ class Limits:
     choices: tuple[Any, ...] = ()
 
     def allow(self, value: Any) -> bool:
-        """Whether the value is one of them; NaN never is within bounds."""
+        """Whether the value is accepted. NaN is never within bounds."""
         if self.choices:
             return value in self.choices
         return (
@@ -44,7 +44,7 @@ class Limits:
         )
 
     def __str__(self) -> str:
-        """`at least 1`, `from 0 to 1`, `above 0 and below 1`, `one of max, top_k`; "" if anything goes."""
+        """`at least 1`, `from 0 to 1`, `above 0 and below 1`, `one of max, top_k`; "" if every value is accepted."""
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
         if self.least is not None and self.most is not None:
@@ -63,15 +63,15 @@ def option(
     below: float | None = None,
     choices: Collection[Any] = (),
 ) -> Any:
-    """A field of a pass that is also its command-line option.
+    """Declare a field of a pass that is also a command-line option.
 
-    The bounds hold for every number in it, of a value for each site too; None always passes. A field whose type is a
-    `Literal` needs no choices.
+    The bounds apply to every number in the value, also if it differs between sites. None is always accepted. A field
+    whose type is a `Literal` needs no choices.
 
     Args:
         help: one or more sentences for `surgeon passes NAME`.
-        least, most: bounds that are themselves allowed. above, below: bounds that are not.
-        choices: the values there are.
+        least, most: bounds that are themselves accepted. above, below: bounds that are not.
+        choices: the accepted values.
     """
     limits = Limits(least, most, above, below, tuple(choices))
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
@@ -95,14 +95,14 @@ def _literals(hint: Any) -> tuple[Any, ...]:
     return next((found for part in typing.get_args(hint) if (found := _literals(part))), ())
 
 
-def check_values(one: Any) -> None:
+def check_values(instance: Any) -> None:
     """Refuse a pass with an option that is outside its limits.
 
     Raises:
-        UsageError: with the pass, the option, its value and what it takes.
+        UsageError: names the pass, the option, its value and the accepted values.
     """
-    for name, limits in limits_of(cast("Hashable", type(one))).items():
-        given = getattr(one, name)
+    for name, limits in limits_of(cast("Hashable", type(instance))).items():
+        given = getattr(instance, name)
         for value in given.values() if isinstance(given, dict) else [given]:
             if value is None or isinstance(value, tuple):
                 continue
@@ -112,17 +112,17 @@ def check_values(one: Any) -> None:
                 allowed = False
             if not allowed:
                 shown = f"'{value}'" if isinstance(value, str) else value
-                raise UsageError(f"{one.name}: {name} is {shown}, but must be {limits}.")
+                raise UsageError(f"{instance.name}: {name} is {shown}, but must be {limits}.")
 
 
 def check_patterns(option: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
-    """Refuse an option with a pattern that none of the paths fits.
+    """Refuse an option with a pattern that matches none of the paths.
 
     Raises:
-        UsageError: with the pattern and the paths there are.
+        UsageError: names the pattern and the paths.
     """
     paths = list(paths)
     for pattern in patterns:
         if not any(matches([pattern], path) for path in paths):
             there = ", ".join(filter(None, paths))
-            raise UsageError(f"{option}: no site is called '{pattern}'. There are: {there}.")
+            raise UsageError(f"{option}: no site matches '{pattern}'. There are: {there}.")

@@ -1,4 +1,4 @@
-"""Fine-tune a model as it will run: with the experts skipped that tau leaves out, and routers that follow."""
+"""Fine-tune a model as it will run: with experts skipped by tau, and with routers that adapt."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from surgeon.training.loop import FitReport, RunSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Recover(FineTunedPass[MoESite, str]):
-    """Fine-tune with experts skipped, so that those that run make up for those that do not.
+    """Fine-tune with experts skipped, so that the experts that run make up for the others.
 
-    Every batch draws a tau up to the given one. Selection itself gets no gradient; the routers go on learning what
-    moeify fitted them to, from the changing experts and on the inputs that the sparse model gives them. Not part of
-    D2DMoE.
+    Every batch runs at a random tau, at most the given one. The selection itself gets no gradient. The routers continue
+    to learn what moeify fitted them to predict. They learn it from the changing experts, on the inputs in the sparse
+    model. This pass is not part of D2DMoE.
     """
 
     name: ClassVar[str] = "recover"
@@ -41,13 +41,13 @@ class Recover(FineTunedPass[MoESite, str]):
     preserves: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
 
-    tau: float = option(0.3, "The largest tau that the model is trained at; its own tau stays.", least=0, most=1)
-    router_weight: float = option(0.1, "Weight of the routers' loss beside the model's.", least=0)
-    lr: float = option(2e-5, "Learning rate of AdamW for all parameters but the routers'.", above=0)
+    tau: float = option(0.3, "Largest tau during training. The model's own tau stays as it is.", least=0, most=1)
+    router_weight: float = option(0.1, "Weight of the routers' loss, added to the model's loss.", least=0)
+    lr: float = option(2e-5, "Learning rate of AdamW for all parameters except the routers'.", above=0)
     router_lr: float = option(
-        1e-3, "Learning rate of AdamW for the routers, which have to follow the experts.", above=0
+        1e-3, "Learning rate of AdamW for the routers, which have to adapt to the experts.", above=0
     )
-    epochs: float = option(1.0, "How often fine-tuning goes through the data.", least=0)
+    epochs: float = option(1.0, "Number of fine-tuning epochs.", least=0)
 
     def keeps_output(self, fitted: bool) -> bool:
         return not fitted
@@ -55,22 +55,22 @@ class Recover(FineTunedPass[MoESite, str]):
     def match(self, graph: GraphModule, site: MoESite) -> Rejection | None:
         if site.form == "module":
             return None
-        return Rejection("in-op-form", "it stands in the graph as ops: recover runs right after moeify")
+        return Rejection("in-op-form", "it is already in the graph as ops: run recover right after moeify")
 
     def observe(
         self, graph: TracedGraph, sites: Sequence[MoESite], data: Data | None, settings: RunSettings
     ) -> Mapping[str, str]:
-        without = "to be fine-tuned" if settings.dry_run else "as it was: there is no data to train it on"
+        without = "to be fine-tuned" if settings.dry_run else "unchanged: there is no data to train it on"
         return dict.fromkeys((site.path for site in sites), without if data is None else "fine-tuned")
 
     def rewrite(self, graph: TracedGraph, site: MoESite, seen: str) -> SiteChange:
-        """Say what becomes of the site: nothing is put in, and only `fit` changes anything."""
+        """Describe what happens to the site. Nothing is inserted: only `fit` changes anything."""
         count = sum(parameter.numel() for parameter in graph.get_submodule(site.path).parameters())
         cost, name = site.multiply_adds, site.nodes[-1].name
         return SiteChange(site.path, site.describe, seen, (count, count), (cost, cost), (name, name))
 
     def fit(self, context: FitContext[MoESite]) -> FitReport | None:
-        """Train all parameters for the task, at a tau drawn anew for every batch; the layers' own tau is put back."""
+        """Train all parameters for the task, at a new random tau for every batch. Then restore the layers' own tau."""
         graph = context.graph
         # `finetune` does so too, but after the first tau is drawn, which must not be set in the graph this came from.
         own_parameters(graph)
@@ -114,13 +114,13 @@ class Recover(FineTunedPass[MoESite, str]):
 
 
 class _DrawnTau:
-    """The tau that the layers run at, drawn at the end of every batch for the next one: checkpoints have to keep it."""
+    """A random tau, drawn at the end of each batch for the next one. Therefore checkpoints have to keep it."""
 
     def __init__(self, layers: Callable[[], Iterable[MoE]], largest: float, seed: int) -> None:
         self._layers, self._largest, self._seed, self._tau = layers, largest, seed, 0.0
 
     def draw(self, done: float) -> None:
-        """Draw anew, from the seed and the share of the training that is done."""
+        """Draw again, from the seed and the share of the training that is done."""
         generator = torch.Generator().manual_seed(self._seed + int((1.0 + done) * 1e9))
         self._set(self._largest * float(torch.rand((), generator=generator)))
 
@@ -129,7 +129,7 @@ class _DrawnTau:
         return {"tau": self._tau}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self._set(state["tau"])
 
     def _set(self, tau: float) -> None:

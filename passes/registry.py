@@ -1,6 +1,6 @@
-"""Every pass by name: those of this folder, and those that other packages offer.
+"""Find every pass by name, in this folder and in other packages.
 
-A package offers a pass by an entry point in the group `surgeon.passes`:
+A package offers a pass through an entry point in the group `surgeon.passes`:
 
     [project.entry-points."surgeon.passes"]
     clip-hidden = "my_package:ClipHidden"
@@ -25,12 +25,12 @@ GROUP = "surgeon.passes"
 
 
 def all_passes() -> Mapping[str, type[Pass[Any, Any]]]:
-    """Every pass by name, in the order in which they usually run."""
+    """Return every pass by name, in the order in which they usually run."""
     return _found()[0]
 
 
 def broken_passes() -> Mapping[str, str]:
-    """Passes of other packages that cannot be used, by the name of their entry point, and why."""
+    """Return why passes of other packages cannot be used, by the name of their entry point."""
     return _found()[1]
 
 
@@ -65,7 +65,7 @@ def _load(point: EntryPoint) -> type[Pass[Any, Any]] | str:
         found = point.load()
     except Exception as error:  # code of others, which may raise anything
         return f"{point.value} cannot be imported ({type(error).__name__}: {first_line(error)})"
-    return found if _is_pass(found) else f"{point.value} is not a pass: it has no name, or lacks a method"
+    return found if _is_pass(found) else f"{point.value} is not a pass: it has no name, or a method is missing"
 
 
 def _is_pass(kind: object) -> bool:
@@ -73,7 +73,7 @@ def _is_pass(kind: object) -> bool:
 
 
 def _ordered(passes: Mapping[str, type[Pass[Any, Any]]]) -> dict[str, type[Pass[Any, Any]]]:
-    """The passes so that each comes before those that it must precede, and experts are made before they are used."""
+    """Sort the passes. Each comes before those that it must precede, and experts are made before they are used."""
     before: dict[str, set[str]] = {name: set() for name in passes}
     for name, kind in passes.items():
         for later in kind.must_precede & passes.keys():

@@ -1,4 +1,4 @@
-"""What a pass did, as data: for the diff, for the saved artifact, and for programs."""
+"""Record what a pass did, for the diff, for the saved artifact, and for programs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from surgeon.training.loop import FitReport
 class SiteChange:
     """One rewritten site.
 
-    parameters, multiply_adds: (before, after), the multiply-adds for one token and every expert running.
+    parameters, multiply_adds: (before, after), the multiply-adds for one token if every expert runs.
     executed: share of the site's expert multiply-adds that ran on the example inputs, None without experts.
     made: paths of the modules that the pass put in.
-    output: names of the node that gave the site's output before and of the one that gives it after.
+    output: names of the nodes that compute the site's output before and after.
     """
 
     path: str
@@ -37,9 +37,9 @@ class SiteChange:
 
     @classmethod
     def same_cost(cls, graph: TracedGraph, site: FFN, after: str, *, made: tuple[str, ...] = ()) -> SiteChange:
-        """The change of a feed-forward layer that keeps its weights and the node that gives its output.
+        """Describe the change of a feed-forward layer that keeps its weights and its output node.
 
-        after: what it is now, in words.
+        after: what the layer is now, in words.
         """
         count, cost, output = site.parameters(graph), site.multiply_adds, site.calls[-1].output.name
         return cls(site.path, site.describe, after, (count, count), (cost, cost), (output, output), made)
@@ -49,10 +49,10 @@ class SiteChange:
 class PassReport:
     """What one pass did.
 
-    matched: paths of the rewritten sites. rejected: the candidates left as they were.
+    matched: paths of the rewritten sites. rejected: the candidates that were left unchanged.
     max_error: largest difference of the graph's outputs across the pass, relative to the largest output; None if it
-    was not measured. preserved: whether the pass claims that nothing changes (then max_error is within tolerance).
-    notes: what the user should know, one sentence each. fit: None if nothing was trained.
+    was not measured. preserved: whether the pass promises the same output (then max_error is within tolerance).
+    notes: what the user should know. fit: None if nothing was trained.
     """
 
     name: str
@@ -69,26 +69,26 @@ class PassReport:
     fit: FitReport | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the report as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PassReport:
-        """The report that `to_json` wrote."""
+        """Read the report that `to_json` wrote."""
         return TypeAdapter(cls).validate_python(values)
 
 
 def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
-    """What every layer with experts replaced: multiply-adds for one token before all passes, by the experts' path.
+    """Return what every expert layer cost before all passes, as multiply-adds for one token, by the experts' path.
 
-    Where a layer was replaced by one of another cost before it was split, the first one counts; the parts of a fused
-    layer have shares of it in proportion to what replaced them.
+    If a layer was replaced by one of another cost before it was split, the original one counts. The parts of a fused
+    layer share its cost in proportion to the costs of their replacements.
 
     Args:
         reports: of all passes, in order.
     """
     found: dict[str, float] = {}
-    # Of what a pass made: the multiply-adds before all passes, over its own.
+    # For each module that a pass made: the multiply-adds before all passes, divided by its own.
     ratios: dict[str, float] = {}
     for change in (site for report in reports for site in report.sites):
         before, after = change.multiply_adds
@@ -102,7 +102,7 @@ def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class PassDiff:
-    """One pass: its report, and what it changed in the graph."""
+    """The report of one pass, and what the pass changed in the graph."""
 
     report: PassReport
     graph: GraphDiff

@@ -1,7 +1,7 @@
 """Make activations sparse: put a tap on every FFN and fine-tune with a penalty on how many neurons are active.
 
-The penalty is the square Hoyer measure or L1 (D2DMoE, section 3.1), with one weight for all layers, or with a weight
-for each that is adapted until the wanted share of its neurons is active.
+The penalty is the square Hoyer measure or L1 (D2DMoE, section 3.1). Either all layers share one weight, or the weight
+of each layer is adapted until the target share of its neurons is active.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MISSED = 1.2
 
 
 class SparsityTap(IdentityModule):
-    """Marks the values that go into an activation, and says how far from sparse they are. Returns its input."""
+    """Mark the values that go into an activation, and measure how sparse they are. The tap returns its input."""
 
     def __init__(
         self,
@@ -61,18 +61,18 @@ class SparsityTap(IdentityModule):
         *,
         projection: bool,
     ) -> None:
-        """Tap a layer of `hidden` neurons; `projection`: it stands in for an attention projection (see mlpify)."""
+        """Tap a layer of `hidden` neurons. `projection`: whether it replaces an attention projection (see mlpify)."""
         super().__init__()
         self.projection = projection
         self.activation, self.gate_half, self.hidden, self.scale = activation, gate_half, hidden, scale
         self.displacement = displacement
 
     def penalised(self, z: Tensor) -> Tensor:
-        """The non-negative values that should be sparse, [..., h], of what goes through the tap."""
+        """Return the non-negative values that should be sparse, [..., h], for the input z of the tap."""
         return penalised_values(self._input(z), self.activation, self.displacement)
 
     def activations(self, z: Tensor) -> Tensor:
-        """The activation's values, [..., h], the gate's in a gated layer."""
+        """Return the activation's values, [..., h]; in a gated layer, those of the gate."""
         return ACTIVATIONS[self.activation].fn(self._input(z))
 
     def _input(self, z: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ class SparsityTap(IdentityModule):
 class Sparsify(FineTunedPass[FFN]):
     """Put a sparsity tap on each FFN's activation and fine-tune for task and sparsity (D2DMoE, section 3.1).
 
-    The square Hoyer measure of a token is (Σ|a|)² / Σa². Here a is a ReLU's output; before a GELU or SiLU it is
-    max(z, D) − D; in a gated layer it is that of the gate. Feed-forward layers and replaced projections are averaged
-    apart, with the same weight.
+    The square Hoyer measure of a token is (Σ|a|)² / Σa². For a ReLU, a is its output. For a GELU or SiLU, a is
+    max(z, D) − D, where z is its input. In a gated layer, a is that of the gate. Feed-forward layers and
+    replaced projections are averaged separately, with the same weight.
 
-    Without data the taps are put in and nothing is trained: the output is unchanged.
+    Without data the pass inserts the taps and trains nothing: the output is unchanged.
     """
 
     name: ClassVar[str] = "sparsify"
@@ -103,41 +103,45 @@ class Sparsify(FineTunedPass[FFN]):
 
     penalty: Penalty = option(
         "hoyer",
-        "hoyer (square Hoyer measure) or l1 (sum), of a ReLU's outputs or of GELU's and SiLU's shifted inputs.",
+        "Sparsity penalty: hoyer (square Hoyer measure) or l1 (sum). It applies to the outputs of a ReLU, or to the "
+        "shifted inputs of a GELU or SiLU.",
     )
     alpha: float = option(
-        1e-3, "Weight of the sparsity penalty beside the task loss; with a target, its first value.", least=0
+        1e-3, "Weight of the sparsity penalty, added to the task loss. With a target it is the initial weight.", least=0
     )
     alpha_schedule: AlphaSchedule = option(
         "linear",
-        "The weight over time: constant; linear: from 0 to alpha over the whole training; linear_warmup: from 0 to "
-        "alpha over the first half, then constant.",
+        "How the weight changes over time. constant: always alpha. linear: from 0 to alpha over the whole training. "
+        "linear_warmup: from 0 to alpha over the first half, then constant.",
     )
     target: PerSite[float] | None = option(
         None,
-        "Share of neurons that should be active (above a hundredth of the token's largest); finds the weight for each "
-        "layer, instead of alpha_schedule. Layers that no pattern fits are not penalised.",
+        "Share of neurons that should be active. A neuron is active if its value is above a hundredth of the token's "
+        "largest. The weight of each layer then adapts automatically, instead of by alpha_schedule. Layers that match "
+        "no pattern are not penalised.",
         above=0,
         below=1,
     )
-    displacement: float = option(-10.0, "D: pre-activations below it count as zero where the activation leaves none.")
-    epochs: float = option(3.0, "How often fine-tuning goes through the data.", least=0)
+    displacement: float = option(
+        -10.0, "D: for activations that are never exactly zero, pre-activations below D count as zero."
+    )
+    epochs: float = option(3.0, "Number of fine-tuning epochs.", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target is not None and self.alpha_schedule != type(self).alpha_schedule:
             raise UsageError(
-                "sparsify: a target finds the weight over time by itself, so alpha_schedule would be ignored. "
+                "sparsify: with a target the weight adapts automatically, so alpha_schedule would be ignored. "
                 "Give one of them."
             )
         if self.target is not None and self.alpha == 0:
-            raise UsageError("sparsify: with a target, alpha is where its search starts and must be positive.")
+            raise UsageError("sparsify: with a target, alpha is the initial weight and must be above 0.")
 
     def keeps_output(self, fitted: bool) -> bool:
         return not fitted
 
     def match(self, graph: GraphModule, site: FFN) -> Rejection | None:
-        return Rejection("already-done", "it has a sparsity tap already") if _tapped(graph, site) else None
+        return Rejection("already-done", "it already has a sparsity tap") if _tapped(graph, site) else None
 
     def rewrite(self, graph: TracedGraph, site: FFN, seen: None) -> SiteChange:
         found = site.nonlinearity
@@ -172,7 +176,7 @@ class Sparsify(FineTunedPass[FFN]):
                 tap = graph.get_submodule(str(node.target))
                 assert isinstance(tap, SparsityTap)
                 taps[node.name], paths[node.name] = tap, sites[node.target]
-        # Feed-forward layers and replaced projections are averaged apart, both with the same weight.
+        # Feed-forward layers and replaced projections are averaged separately, with the same weight.
         groups = Counter(tap.projection for tap in taps.values())
         shares = torch.tensor([1.0 / groups[tap.projection] for tap in taps.values()])
         control = self._control(list(paths.values()))
@@ -231,8 +235,8 @@ class Sparsify(FineTunedPass[FFN]):
         path, (active, goal) = max(missed.items(), key=lambda item: item[1][0] / item[1][1])
         aimed = sum(goal is not None for goal in wanted.values())
         return (
-            f"{len(missed)} of {aimed} layers missed the target, most of all {path} with {active:.1%} of its neurons "
-            f"active instead of {goal:.1%}: train longer (epochs), faster (lr), or start from a larger alpha.",
+            f"{len(missed)} of {aimed} layers missed the target. The worst is {path} with {active:.1%} of its neurons "
+            f"active instead of {goal:.1%}. Train longer (epochs), raise lr, or start from a larger alpha.",
         )
 
     def _control(self, paths: Sequence[str]) -> AlphaControl | None:

@@ -26,9 +26,9 @@ from surgeon.training.observe import layer_sparsity
 
 @dataclass(frozen=True, kw_only=True)
 class SwapActivation(FineTunedPass[FFN]):
-    """Replace each FFN's activation by ReLU, the gate's in a gated FFN (D2DMoE, section 3.1).
+    """Replace each FFN's activation by ReLU; in a gated FFN, that of the gate (D2DMoE, section 3.1).
 
-    This changes what the model computes: fine-tune afterwards, here with epochs above 0, or with sparsify.
+    This changes the output of the model. Fine-tune it afterwards: set epochs above 0 here, or run sparsify.
     """
 
     name: ClassVar[str] = "swap-activation"
@@ -37,12 +37,12 @@ class SwapActivation(FineTunedPass[FFN]):
     preserves: ClassVar[bool] = False
     optional: ClassVar[bool] = True
     untrained: ClassVar[str] = (
-        "Nothing was fine-tuned: the model has not recovered from its new activation. It does with epochs above 0 and "
-        "--data, or in a sparsify that follows."
+        "Nothing was fine-tuned, so the model has not recovered from its new activation. Set epochs above 0 and give "
+        "--data, or run sparsify afterwards."
     )
 
     to: PerSite[str] = option("relu", "The new activation.", choices=TARGETS)
-    epochs: float = option(0.0, "How often recovery training, if any, goes through the data.", least=0)
+    epochs: float = option(0.0, "Number of fine-tuning epochs. 0 trains nothing.", least=0)
 
     @property
     def will_fit(self) -> bool:
@@ -51,13 +51,13 @@ class SwapActivation(FineTunedPass[FFN]):
     def match(self, graph: GraphModule, site: FFN) -> Rejection | None:
         to = for_site(self.to, site.path)
         if to is None:
-            return Rejection("no-value", "to names no activation for it")
+            return Rejection("no-value", "the option to has no activation for this site")
         if site.activation == to:
-            return Rejection("already-done", f"its activation is {to} already")
+            return Rejection("already-done", f"its activation is already {to}")
         for call in site.calls:
             hidden, first = shape_of(call.down.input), shape_of(call.first[0].output)
             if hidden is None or first is None or len(hidden) != len(first):
-                return Rejection("changes-shape", "its values change shape between the linears")
+                return Rejection("changes-shape", "its values change shape between the linear layers")
         return None
 
     def rewrite(self, graph: TracedGraph, site: FFN, seen: None) -> SiteChange:
@@ -89,7 +89,7 @@ class SwapActivation(FineTunedPass[FFN]):
         return dataclasses.replace(report, sparsity={path: (before[path], after[path]) for path in before})
 
     def _swap(self, graph: TracedGraph, site: FFN, call: LayerCall, to: str) -> None:
-        """Write the cone anew in its plainest form: act(scale · z) · up · scale, then dropout."""
+        """Rewrite the cone in its simplest form: act(scale · z) · up · scale, then dropout."""
         found, old = site.nonlinearity, call.down.input
         reader = next(iter(node for node in old.users if node in call.down.nodes))
         with graph.graph.inserting_before(reader):

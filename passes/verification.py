@@ -1,4 +1,4 @@
-"""Whether a pass kept what it promised: costs on both sides and the difference between the outputs."""
+"""Check whether a pass kept its promise: measure the costs before and after it, and compare the outputs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TRIALS = 3  # other inputs, with verify="full"
 
 @dataclass(frozen=True)
 class Verified:
-    """What was measured of a graph before and after a pass.
+    """What was measured on a graph before and after a pass.
 
     before, after: costs of a call on the example inputs. max_error: the largest difference of the outputs, relative to
-    the largest; None if it was not measured. layers: what every expert layer ran, by the path of its experts.
+    the largest; None if it was not measured. layers: what ran in every expert layer, by the path of its experts.
     """
 
     before: Cost | None
@@ -35,7 +35,7 @@ class Verified:
     layers: Mapping[str, LayerRun]
 
     def share(self, path: str) -> float | None:
-        """The share of the experts that ran at a site, given by its own path or by that of its experts."""
+        """Return the share of the experts that ran at a site. `path`: of the site or of its experts."""
         found = (layer for moe, layer in self.layers.items() if path in (moe, moe.rpartition(".")[0]))
         return next((layer.share for layer in found), None)
 
@@ -96,15 +96,15 @@ def _compare(
     if preserved and not error <= tolerance:
         where = _first_difference(before, after, changes, args, kwargs, tolerance)
         raise VerificationError(
-            f"{name} must not change what the graph computes, but the output differs by {error:.1e} relative "
-            f"(accepted: {tolerance:.0e}){where}. The graph is as it was before {name}."
+            f"{name} must not change the output, but the relative difference is {error:.1e} "
+            f"(tolerance: {tolerance:.0e}){where}. The graph is as it was before {name}."
         )
     if not preserved and not all(
         bool(torch.isfinite(leaf).all())
         for leaf, old in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True)
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and bool(torch.isfinite(old).all())
     ):
-        raise VerificationError(f"{name} leaves values that are not finite. The graph is as it was before.")
+        raise VerificationError(f"{name} makes outputs that are not finite. The graph is as it was before {name}.")
     return error
 
 
@@ -127,7 +127,7 @@ def _first_difference(
 
 
 def _other_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], trial: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example inputs with rows in another order and, where they are real numbers, other values."""
+    """The example inputs with their rows in another order; floating-point values also get noise."""
     generator = torch.Generator().manual_seed(trial)
 
     def change(leaf: Any) -> Any:

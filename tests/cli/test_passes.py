@@ -75,7 +75,7 @@ def test_explain_says_which_value_does_not_fit(run: Run) -> None:
     assert one["matched"] == []
     (rejected,) = one["rejected"]
     assert (rejected["path"], rejected["code"]) == ("blocks.1.mlp", "width-does-not-divide")
-    assert rejected["reason"] == "64 neurons do not divide by 5 experts. Nearest: 4, 8."
+    assert rejected["reason"] == "64 neurons do not divide into 5 equal experts. Nearest: 4, 8."
 
 
 def test_explain_says_where_there_is_no_candidate(run: Run) -> None:

@@ -75,7 +75,7 @@ def test_recipes_run(run: Run, name: str) -> None:
 def test_a_recipe_without_data_says_what_was_not_trained(run: Run) -> None:
     result = run("-q", "apply", "--recipe", "moefication", "bert", "-o", "out")
     assert result.code == 0, result.err
-    assert "note: Nothing was fine-tuned: the model has not recovered from its new activation." in result.out
+    assert "note: Nothing was fine-tuned, so the model has not recovered from its new activation." in result.out
     assert "note: The routers were not trained" in result.out
     assert result.out.count("not trained  ") == 2
 

@@ -89,7 +89,7 @@ def test_twice_is_refused_with_the_reason(traces: Any) -> None:
     code = graph.code
     report = Lower().apply(graph)
     assert not report.matched
-    assert {rejection.reason for rejection in report.rejected} == {"it is lowered already"}
+    assert {rejection.reason for rejection in report.rejected} == {"it is already lowered"}
     assert graph.code == code
 
 

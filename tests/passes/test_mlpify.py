@@ -138,7 +138,7 @@ def test_a_graph_without_a_training_mode_gets_no_dropout() -> None:
     graph, _ = one_layer()
     graph.meta["trace"] = dataclasses.replace(graph.meta["trace"], form="eval")
     report = Mlpify(dropout=0.5).apply(graph)
-    assert any(note.startswith("No dropout was put in") for note in report.notes)
+    assert any(note.startswith("No dropout was added") for note in report.notes)
     assert not [node for node in graph.graph.nodes if node.target is aten.dropout.default]
 
 
@@ -163,7 +163,7 @@ def test_wrong_options(option: Any, words: str) -> None:
 def test_too_small_a_layer_is_refused() -> None:
     graph, _ = one_layer()
     report = Mlpify(cost_factor=0.01).apply(graph)
-    assert reasons(report) == [("a", "a replacement of equal cost for 6→6 has no neuron")]
+    assert reasons(report) == [("a", "a replacement of equal cost for 6→6 would have no neurons")]
 
 
 @pytest.mark.parametrize("init", ["svd", "random"])
@@ -175,7 +175,7 @@ def test_a_layer_with_one_output_is_refused_and_those_beside_it_are_not(init: An
     graph = surgeon.trace(model, x)
     report = Mlpify(init=init, steps=1).apply(graph, inputs=x, data=[x])
     assert report.matched == ["mix"]
-    assert reasons(report) == [("score", "a replacement of equal cost for 64→1 has one neuron")]
+    assert reasons(report) == [("score", "a replacement of equal cost for 64→1 would have only one neuron")]
     again = Mlpify(init=init, steps=1, cost_factor=2.0, only=("score",)).apply(graph, inputs=x, data=[x])
     assert [site.after for site in again.sites] == ["MLP 64→2→1 relu"]
 
@@ -183,7 +183,7 @@ def test_a_layer_with_one_output_is_refused_and_those_beside_it_are_not(init: An
 def test_a_residual_needs_equal_widths() -> None:
     graph, _ = one_layer(6, 8)
     report = Mlpify(kind="residual").apply(graph)
-    assert reasons(report) == [("a", "a residual needs an output as wide as the input, and this is 6→8")]
+    assert reasons(report) == [("a", "a residual needs an output as wide as the input, but this is 6→8")]
     graph, x = one_layer()
     report = Mlpify(kind="residual", steps=1).apply(graph, inputs=x, data=[x])
     assert report.sites[0].after == "MLP 6→3→6 relu + input"

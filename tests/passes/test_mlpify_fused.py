@@ -139,7 +139,7 @@ def test_a_residual_goes_to_every_part(fused: Any) -> None:
     want = graph(x)
     report = Mlpify(kind="residual", cost_factor=5.0, alpha=0.0, steps=1, lr=1e-9).apply(graph, data=[x])
     assert reasons(report) == [
-        ("grouped.qkv", "a residual needs an output as wide as the input, and this is 16→8"),
+        ("grouped.qkv", "a residual needs an output as wide as the input, but this is 16→8"),
     ]
     assert {site.path: site.after for site in report.sites}["chunk.qkv"] == "3 MLPs 16→40→16 relu + input"
     assert torch.allclose(graph(x)["timm"], want["timm"], atol=1e-4)
@@ -170,11 +170,11 @@ WHOLE: dict[str, tuple[nn.Module, str | None]] = {
         Function(lambda m, x: attend(*m.qkv(x).unflatten(-1, (16, 3)).unbind(-1)), qkv=(16, 48)),
         INTERLEAVED,
     ),
-    "four": (Function(gated, qkv=(16, 64)), "the outputs are cut into 4 parts"),
+    "four": (Function(gated, qkv=(16, 64)), "the outputs are split into 4 parts"),
     "overlapping": (
         Function(overlapping, qkv=(16, 48)), "the parts of the output overlap or do not cover all of it",
     ),
-    "twice": (Function(called_twice, qkv=(16, 48)), "its calls cut the outputs in different ways"),
+    "twice": (Function(called_twice, qkv=(16, 48)), "its calls split the outputs in different ways"),
     "clamped": (Function(lambda m, x: attend(*m.qkv(x).clamp(-1, 1).chunk(3, -1)), qkv=(16, 48)), None),
     "halves": (Function(lambda m, x: attend(*m.qkv(x).chunk(2, -1), x), qkv=(16, 16)), None),
 }  # fmt: skip
@@ -192,7 +192,7 @@ def test_what_is_not_cut_into_ranges_gets_one_mlp() -> None:
             reasons.setdefault(reason, []).append(name)
     more = {1: "", 2: " and 1 more"}
     assert list(report.notes) == [
-        f"{names[0]}.qkv{more[len(names)]}: one MLP for the whole layer, as {reason}."
+        f"{names[0]}.qkv{more[len(names)]}: one MLP replaces the whole layer, because {reason}."
         for reason, names in reasons.items()
     ]
 

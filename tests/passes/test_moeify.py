@@ -130,9 +130,9 @@ def test_usual_size_is_about_32(hidden: int, experts: int) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"experts": 13}, "32 neurons do not divide by 13 experts. Nearest: 8, 16."),
-        ({"expert_size": 5}, "32 neurons do not divide by 5 neurons each. Nearest: 4, 8."),
-        ({"experts": 64}, "32 neurons do not divide by 64 experts. Nearest: 32."),
+        ({"experts": 13}, "32 neurons do not divide into 13 equal experts. Nearest: 8, 16."),
+        ({"expert_size": 5}, "32 neurons do not divide into experts of 5 neurons. Nearest: 4, 8."),
+        ({"experts": 64}, "32 neurons do not divide into 64 equal experts. Nearest: 32."),
     ],
 )
 def test_experts_that_do_not_divide_any_layer(traces: Any, options: Any, words: str) -> None:
@@ -149,7 +149,7 @@ def test_experts_that_do_not_divide_some_layers_leave_those() -> None:
     model = nn.Sequential(Wrapped(Plain(hidden=32)), Wrapped(Plain(hidden=33))).eval()
     report = Moeify(experts=8).apply(surgeon.trace(model, X), inputs=X)
     assert report.matched == ["0.ffn"]
-    assert ("1.ffn", "33 neurons do not divide by 8 experts. Nearest: 3, 11.") in reasons(report)
+    assert ("1.ffn", "33 neurons do not divide into 8 equal experts. Nearest: 3, 11.") in reasons(report)
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -158,11 +158,11 @@ def test_experts_that_do_not_divide_some_layers_leave_those() -> None:
     ({"expert_size": -1}, "expert_size is -1"),
     ({"router_width": 0}, "router_width is 0"),
     ({"tau": 1.5}, "tau is 1.5, but must be from 0 to 1"),
-    ({"epochs": 0, "exposure": 0.2}, "exposure is for training, and epochs is 0"),
-    ({"epochs": 0, "underestimate": 2.0}, "underestimate is for training, and epochs is 0"),
-    ({"epochs": 0, "lr": 1e-2}, "lr is for training, and epochs is 0"),
+    ({"epochs": 0, "exposure": 0.2}, "exposure only has an effect in training, but epochs is 0"),
+    ({"epochs": 0, "underestimate": 2.0}, "underestimate only has an effect in training, but epochs is 0"),
+    ({"epochs": 0, "lr": 1e-2}, "lr only has an effect in training, but epochs is 0"),
     ({"epochs": 0, "schedule": "never"}, "schedule is 'never'"),
-    ({"router": "trained", "objective": "activation", "underestimate": 2.0}, "underestimate weighs errors of regress"),
+    ({"router": "trained", "objective": "activation", "underestimate": 2.0}, "underestimate weights the errors of a"),
 ])  # fmt: skip
 def test_wrong_options(options: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
@@ -186,7 +186,7 @@ def test_tau_is_set_after_all_is_verified(traces: Any) -> None:
 
 
 def test_tau_needs_fitted_routers(traces: Any) -> None:
-    with pytest.raises(UsageError, match="tau needs routers that were fitted, and there is no data"):
+    with pytest.raises(UsageError, match="tau needs routers that were fitted, but there is no data"):
         Moeify(experts=4, tau=0.5).apply(traces("stack:relu"), inputs=vectors())
     graph = traces("stack:relu")
     Moeify(experts=4, tau=0.5).apply(graph, data=labelled_vectors(1), settings=RunSettings(dry_run=True))

@@ -153,14 +153,14 @@ def test_a_value_that_fits_no_site_there_is_refused_there() -> None:
     graph = surgeon.trace(model, X)
     report = Moeify(expert_size={"0.*": 8, "1.*": 5}).apply(graph, inputs=X)
     assert report.matched == ["0.ffn"]
-    assert ("1.ffn", "32 neurons do not divide by 5 neurons each. Nearest: 4, 8.") in reasons(report)
+    assert ("1.ffn", "32 neurons do not divide into experts of 5 neurons. Nearest: 4, 8.") in reasons(report)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"epochs": 0, "router": "trained"}, "epochs is 0, which leaves a router random unless router is neurons or"),
+    ({"epochs": 0, "router": "trained"}, "epochs is 0, so router=trained would stay random"),
     ({"experts": {"*": 4}, "expert_size": 4}, "give experts or expert_size, not both"),
     ({"experts": {"a": 4, "b": 0}}, "experts is 0, but must be at least 1"),
     ({"shared": -1}, "shared is -1, but must be at least 0"),
@@ -170,18 +170,18 @@ def test_a_value_that_fits_no_site_there_is_refused_there() -> None:
     ({"split": "even"}, "split is 'even', but must be one of auto, weights, activations, random"),
     ({"router": "none"}, "router is 'none', but must be one of trained, neurons, centres"),
     ({"objective": "size"}, "objective is 'size', but must be one of norm, relative, log, activation"),
-    ({"router": "neurons", "objective": "log"}, "the objective log needs router=trained"),
-    ({"router": "neurons", "objective": "activation"}, "the objective activation needs router=trained"),
-    ({"router": "centres"}, "router=centres scores by activations: it needs objective=activation"),
+    ({"router": "neurons", "objective": "log"}, "objective=log needs router=trained"),
+    ({"router": "neurons", "objective": "activation"}, "objective=activation needs router=trained"),
+    ({"router": "centres"}, "router=centres needs objective=activation, because it scores by activations"),
     ({"router_depth": 3}, "router_depth is 3, but must be one of 1, 2"),
     ({"router_depth": 1}, "router=neurons has two layers"),
     ({"router_depth": 1, "router": "trained", "router_width": 8}, "router_width is 8, but a router of one"),
-    ({"router": "centres", "objective": "activation", "router_width": 8}, "router_width is 8, but centres"),
+    ({"router": "centres", "objective": "activation", "router_width": 8}, "router_width is 8, but router=centres sets"),
     ({"router_output": "exp"}, "router_output is 'exp', but must be one of auto, abs, relu, softplus"),
-    ({"router_output": "relu"}, "router_output can be chosen with router=trained and objective=norm or relative"),
-    ({"router": "trained", "objective": "log", "router_output": "abs"}, "router_output can be chosen with"),
+    ({"router_output": "relu"}, "router_output can be set only with router=trained and objective=norm or relative"),
+    ({"router": "trained", "objective": "log", "router_output": "abs"}, "router_output can be set only with"),
     ({"labels": "input"}, "labels is 'input', but must be one of output, hidden"),
-    ({"router": "trained", "objective": "activation", "labels": "hidden"}, "labels says whose norms are predicted"),
+    ({"router": "trained", "objective": "activation", "labels": "hidden"}, "labels chooses norms to predict"),
 ])  # fmt: skip
 def test_wrong_options(options: Any, words: str) -> None:
     with pytest.raises(UsageError, match=f"moeify: {words}"):

@@ -32,7 +32,7 @@ def test_a_pattern_that_names_no_site_is_refused(traces: Any, one: Any, name: st
         one.apply(graph, inputs=vectors())
     chosen = one.only == ("*.1.*",)
     there = "blocks.1.ffn" if chosen else "blocks.0.ffn, blocks.1.ffn"
-    assert str(error.value) == f"{name}: no site is called '{pattern}'. There are: {there}."
+    assert str(error.value) == f"{name}: no site matches '{pattern}'. There are: {there}."
     assert graph.code == code
 
 
@@ -52,10 +52,10 @@ def test_a_pattern_may_name_a_candidate_that_the_other_leaves_out(traces: Any) -
     """Both are compared with all candidates, those that are refused included."""
     graph = traces("stack:relu")
     one = SwapActivation(only=("blocks.0.*", "blocks.1.*"), skip=("blocks.1.ffn",))
-    assert reasons(one.apply(graph, inputs=vectors())) == [("blocks.0.ffn", "its activation is relu already")]
+    assert reasons(one.apply(graph, inputs=vectors())) == [("blocks.0.ffn", "its activation is already relu")]
 
 
 def test_explaining_refuses_it_too_and_a_graph_without_candidates_does_not(traces: Any) -> None:
-    with pytest.raises(UsageError, match=r"moeify\.skip: no site is called 'head'"):
+    with pytest.raises(UsageError, match=r"moeify\.skip: no site matches 'head'"):
         Moeify(skip=("head",)).explain(traces("stack:gelu"))
     assert Lower(skip=("blocks.0.*",)).explain(traces("stack:gelu")) == ([], [])

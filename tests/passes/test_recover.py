@@ -158,11 +158,11 @@ def test_lowered_experts_are_refused_with_the_reason(traces: Any) -> None:
     Lower(only=("blocks.1.*",)).apply(graph)
     matched, rejected = Recover().explain(graph)
     assert [site.path for site in matched] == ["blocks.0.ffn.moe"]
-    assert [one.reason for one in rejected] == ["it stands in the graph as ops: recover runs right after moeify"]
+    assert [one.reason for one in rejected] == ["it is already in the graph as ops: run recover right after moeify"]
 
 
 def test_it_needs_data_and_experts() -> None:
-    with pytest.raises(UsageError, match=r"recover needs data: without training it is of no use\. Give --data"):
+    with pytest.raises(UsageError, match=r"recover needs data: it is useless without training\. Give --data"):
         Pipeline([Moeify(experts=4), Recover()]).run(stack("relu"), inputs=vectors())
     with pytest.raises(UsageError, match=r"recover works on experts, but there are none\. Put moeify before it"):
         Pipeline([Recover()]).run(stack("relu"), inputs=vectors(), data=DATA)
@@ -172,7 +172,7 @@ def test_it_needs_data_and_experts() -> None:
 
 @pytest.mark.parametrize(("data", "dry_run", "after"), [
     (DATA, False, "fine-tuned"),
-    (None, False, "as it was: there is no data to train it on"),
+    (None, False, "unchanged: there is no data to train it on"),
     (DATA, True, "to be fine-tuned"),
     (None, True, "to be fine-tuned"),
 ])  # fmt: skip

@@ -119,7 +119,7 @@ def test_tapped_layers_are_still_found_and_not_tapped_twice(traces: Any) -> None
     assert [(site.path, site.describe) for site in find_ffns(graph)[0]] == before
     again = Sparsify().apply(graph)
     assert not again.matched
-    assert {rejection.reason for rejection in again.rejected} == {"it has a sparsity tap already"}
+    assert {rejection.reason for rejection in again.rejected} == {"it already has a sparsity tap"}
 
 
 @pytest.mark.parametrize("penalty", ["hoyer", "l1"])

@@ -94,9 +94,9 @@ def test_a_target_that_was_missed_is_named(traces: Any) -> None:
         return Sparsify(lr=3e-3, **options).apply(traces("stack:relu"), inputs=vectors(), data=DATA).notes
 
     (missed,) = note(steps=1, target={"*.0.*": 0.01, "*": 0.9})
-    assert re.match(r"1 of 2 layers missed the target, most of all blocks.0.ffn with \d\d\.\d% .* of 1\.0%: ", missed)
+    assert re.match(r"1 of 2 layers missed the target. The worst is blocks.0.ffn with \d\d\.\d% .* of 1\.0%\. ", missed)
     (both,) = note(steps=1, target={"*.0.*": 0.1, "*": 0.01})
-    assert "2 of 2 layers missed the target, most of all blocks.1.ffn" in both
+    assert "2 of 2 layers missed the target. The worst is blocks.1.ffn" in both
     assert note(steps=1, target=0.9) == ()
     assert note(steps=1) == ()
 
@@ -231,8 +231,8 @@ def test_a_run_with_targets_can_be_resumed(tmp_path: Path, accumulate: int, done
     ({"penalty": "l2"}, "penalty is 'l2', but must be one of hoyer, l1"),
     ({"target": 0.0}, "target is 0.0, but must be above 0 and below 1"),
     ({"target": {"a": 0.5, "b": 1.5}}, "target is 1.5, but must be above 0 and below 1"),
-    ({"target": 0.1, "alpha_schedule": "constant"}, "a target finds the weight over time by itself"),
-    ({"target": 0.1, "alpha": 0.0}, "with a target, alpha is where its search starts and must be positive"),
+    ({"target": 0.1, "alpha_schedule": "constant"}, "with a target the weight adapts automatically"),
+    ({"target": 0.1, "alpha": 0.0}, "with a target, alpha is the initial weight and must be above 0"),
     ({"distill": 1.5}, "distill is 1.5, but must be from 0 to 1"),
     ({"distill": -0.5}, "distill is -0.5"),
 ])  # fmt: skip

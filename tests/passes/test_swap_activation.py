@@ -137,7 +137,7 @@ def test_other_targets(traces: Any, to: str) -> None:
     report = SwapActivation(to=to).apply(graph)
     if to == "relu":
         assert not report.matched
-        assert {rejection.reason for rejection in report.rejected} == {"its activation is relu already"}
+        assert {rejection.reason for rejection in report.rejected} == {"its activation is already relu"}
     else:
         assert {site.activation for site in find_ffns(graph)[0]} == {to}
 
@@ -154,7 +154,7 @@ def test_chosen_sites_only(traces: Any) -> None:
     assert [site.activation for site in find_ffns(graph)[0]] == ["gelu", "relu"]
     report = SwapActivation(skip=("blocks.0.ffn",)).apply(graph)
     assert report.matched == []
-    assert reasons(report) == [("blocks.1.ffn", "its activation is relu already")]
+    assert reasons(report) == [("blocks.1.ffn", "its activation is already relu")]
 
 
 def test_shared_weights_are_swapped_at_every_execution(traces: Any) -> None:
@@ -170,7 +170,7 @@ def test_changing_shape_is_refused() -> None:
         Function(lambda m, x: m.down(F.gelu(m.up(x)).flatten(0, 1)).view(x.shape), up=(WIDTH, 32), down=(32, WIDTH)), X
     )
     report = SwapActivation().apply(graph)
-    assert reasons(report) == [("up", "its values change shape between the linears")]
+    assert reasons(report) == [("up", "its values change shape between the linear layers")]
 
 
 def test_parameters_and_costs_stay(traces: Any) -> None:
@@ -200,7 +200,7 @@ def test_each_site_gets_its_own_activation(traces: Any) -> None:
 def test_a_site_without_a_value_is_left(traces: Any) -> None:
     report = SwapActivation(to={"*.0.*": "relu"}).apply(traces("stack:gelu"), inputs=vectors())
     assert report.matched == ["blocks.0.ffn"]
-    assert reasons(report) == [("blocks.1.ffn", "to names no activation for it")]
+    assert reasons(report) == [("blocks.1.ffn", "the option to has no activation for this site")]
 
 
 def test_nothing_is_trained_unless_asked_for(traces: Any) -> None:
@@ -268,12 +268,12 @@ def test_recovery_brings_the_answers_back() -> None:
     ({"epochs": 1.0, "lr": 0.0}, "lr is 0.0, but must be above 0"),
     ({"to": {"*": "relu", "a": "tanh"}}, "to is 'tanh', but must be one of relu, relu2, gelu, silu"),
     ({"distill": 2.0, "steps": 1}, "distill is 2.0, but must be from 0 to 1"),
-    ({"distill": 0.5}, "distill is for training, and epochs is 0"),
-    ({"lr": 1e-3}, "lr is for training, and epochs is 0"),
-    ({"warmup": 0.1}, "warmup is for training, and epochs is 0"),
-    ({"accumulate": 2}, "accumulate is for training, and epochs is 0"),
-    ({"precision": "bfloat16"}, "precision is for training, and epochs is 0"),
-    ({"epochs": 0, "clip": None}, "clip is for training, and epochs is 0"),
+    ({"distill": 0.5}, "distill only has an effect in training, but epochs is 0"),
+    ({"lr": 1e-3}, "lr only has an effect in training, but epochs is 0"),
+    ({"warmup": 0.1}, "warmup only has an effect in training, but epochs is 0"),
+    ({"accumulate": 2}, "accumulate only has an effect in training, but epochs is 0"),
+    ({"precision": "bfloat16"}, "precision only has an effect in training, but epochs is 0"),
+    ({"epochs": 0, "clip": None}, "clip only has an effect in training, but epochs is 0"),
 ])  # fmt: skip
 def test_wrong_options(options: Any, words: str) -> None:
     with pytest.raises(UsageError, match=f"swap-activation: {words}"):

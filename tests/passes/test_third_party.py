@@ -64,7 +64,7 @@ def test_the_command_line_knows_it(package: Path) -> None:
     assert "clip-hidden" in [one["name"] for one in known["passes"]]
     assert known["broken"] == {
         "missing": "no_such_module:Nothing cannot be imported (ModuleNotFoundError: No module named 'no_such_module')",
-        "number": "math:pi is not a pass: it has no name, or lacks a method",
+        "number": "math:pi is not a pass: it has no name, or a method is missing",
         "lower": "there is another pass called lower",
     }
     listed = run(package, "-m", "surgeon", "passes").stdout

@@ -126,7 +126,7 @@ def test_verification_failure_names_pass_site_and_difference(traces: Any, monkey
         return change
 
     monkeypatch.setattr(Moeify, "rewrite", wrong)
-    with pytest.raises(VerificationError, match=r"moeify must not change.*accepted: 1e-04.*blocks\.1\.ffn"):
+    with pytest.raises(VerificationError, match=r"moeify must not change.*tolerance: 1e-04.*blocks\.1\.ffn"):
         Pipeline([MOEIFY]).run(traces("stack:relu"), inputs=vectors())
     surgery = Pipeline([MOEIFY]).run(traces("stack:relu"), inputs=vectors(), verify="off")
     assert surgery.reports[0].max_error is None
