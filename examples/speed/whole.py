@@ -94,7 +94,7 @@ def main() -> None:
         for batch, length in case.calls:
             to = args.results / f"{case.model}-{batch}x{length}"
             shape = ("--batch", batch, "--length", length, "--tau", TAUS[args.device], "--device", args.device)
-            run("bench", made, "--dense", model, *shape, "-o", f"{to}.json", "-o", f"{to}.png")
+            run("bench", "surgery", made, "--dense", model, *shape, "-o", f"{to}.json", "-o", f"{to}.png")
 
 
 if __name__ == "__main__":
