@@ -1,1 +1,1 @@
-"""The traced graph: what it is, how it is called, read, edited, compared, and who owns its parameters."""
+"""The traced graph: its definition, how to call, read, edit and compare it, and who owns its parameters."""

@@ -1,1 +1,1 @@
-"""Cost and quality: multiply-adds of a call, sweeps over tau, a tau for each layer, compensation."""
+"""Measure cost and quality: multiply-adds of a call, sweeps over tau, a tau for each layer, and compensation."""

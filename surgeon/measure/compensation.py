@@ -1,7 +1,7 @@
-"""Make up for what is skipped: add the mean output of the skipped experts, one vector for each layer.
+"""Compensate for skipped experts: add their mean output, one vector per layer.
 
-y = Σ selected f_e(x) + b2 + E[Σ skipped f_e(x)], the mean over tokens of real data at the tau that is set. It costs one
-addition of vectors for each call and layer, and goes when tau is set anew, which makes other experts skipped.
+y = Σ selected f_e(x) + b2 + E[Σ skipped f_e(x)], where the mean is over tokens of real data at the present tau. This
+costs one vector addition per call and layer. It is removed when tau changes, because other experts are skipped then.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from surgeon.moe.site import MoESite, find_moes
 
 
 def compensate(graph: TracedGraph, batches: Iterable[Any]) -> list[str]:
-    """Add to every layer the mean of what it skips at its present tau, padding not counted.
+    """Add to every layer the mean output of the experts that it skips at its present tau. Padding is not counted.
 
     Args:
-        graph: with lowered experts; it gets one buffer for each layer.
-        batches: some hundred samples, in any form that `Batch.from_any` takes.
+        graph: a graph with lowered experts. It gets one buffer for each layer.
+        batches: a few hundred samples, in any form that `Batch.from_any` takes.
 
     Returns:
         The paths of the layers.
 
     Raises:
-        UsageError: the graph has no experts, or they are not lowered. DataError: there are no batches.
+        UsageError: the graph has no experts, or they are not lowered.
+        DataError: there are no batches.
     """
     sites = find_moes(graph)
     if not sites:
         raise UsageError("The graph has no experts, so nothing is skipped. Apply moeify first.")
     if any(site.form == "module" for site in sites):
-        raise UsageError("Compensation works on lowered experts: apply lower first.")
+        raise UsageError("Compensation needs lowered experts. Apply lower first.")
     rest = iter(batches)
     first = next(rest, None)
     if first is None:
-        raise DataError("There is no data to take the mean of what is skipped over: the batches are empty.")
+        raise DataError("There is no data to compute the mean of what is skipped: no batches were given.")
     for site in sites:
         _buffer(graph, site).zero_()
     sums: dict[str, Tensor] = {}
@@ -70,7 +71,7 @@ def compensate(graph: TracedGraph, batches: Iterable[Any]) -> list[str]:
 
 
 def _buffer(graph: TracedGraph, site: MoESite) -> Tensor:
-    """The layer's vector [d_out]; put into the graph if it is not there yet."""
+    """Return the layer's vector [d_out], after adding it to the graph if needed."""
     module = graph.get_submodule(site.path)
     if hasattr(module, SKIPPED_MEAN):
         return getattr(module, SKIPPED_MEAN)  # type: ignore[no-any-return]

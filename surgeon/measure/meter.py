@@ -1,4 +1,4 @@
-"""Count what a graph costs: parameters, multiply-adds, and the share of the experts that really ran."""
+"""Count the cost of a graph: parameters, multiply-adds, and the share of the experts that ran."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _attention_flops(
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
-# Attention as it runs on CPUs, for which torch has no formula.
+# The attention op on CPUs. torch's counter has no formula for it.
 _ALSO_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
@@ -40,8 +40,8 @@ _ALSO_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _at
 class LayerRun:
     """What one expert layer ran.
 
-    pairs, ran: expert-token pairs in all, and those that ran. per_pair: multiply-adds of one of them.
-    tokens: how many there were. per_token: multiply-adds of the router for one of them. seconds: spent on the experts.
+    pairs, ran: the number of expert-token pairs, and how many of them ran. per_pair: multiply-adds per pair.
+    tokens: the number of tokens. per_token: multiply-adds of the router per token. seconds: time spent in the experts.
     """
 
     pairs: int = 0
@@ -58,26 +58,25 @@ class LayerRun:
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds if every pair had run."""
+        """Multiply-adds if every pair ran."""
         return self.pairs * self.per_pair
 
 
 def parameter_count(graph: GraphModule) -> int:
-    """Numbers in the graph's parameters; memory shared under several names counts once."""
+    """Count the numbers in the graph's parameters. Parameters that share memory count once."""
     return sum({tensor_key(parameter): parameter.numel() for parameter in graph.parameters()}.values())
 
 
 def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Cost, dict[str, LayerRun]]:
-    """The cost of one call, and what each expert layer ran in it, by path.
+    """Measure the cost of one call, and what each expert layer ran in it, by path.
 
-    One multiply-add is two of the operations that `torch.utils.flop_counter` counts. The graph is run once, in the mode
-    it is in.
+    `torch.utils.flop_counter` counts one multiply-add as two operations. The graph is run once, in its present mode.
     """
     meter = ExpertMeter(graph)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
         meter.call(args, kwargs)
     counted = counter.get_total_flops() // 2
-    # The masked form computes what it then drops, and the count has it; the dynamic form never does.
+    # The module and masked forms compute all experts, so the count includes skipped ones. The dynamic form skips them.
     dropped = dict.fromkeys(("module", "masked", "dynamic"), 0)
     for site in meter.sites.values():
         layer = meter.layers[site.path]
@@ -94,9 +93,9 @@ def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 
 def clock(device: torch.device) -> float:
-    """Seconds from an arbitrary start, read when the device has done everything it was given.
+    """Return the seconds since an arbitrary start, after the device has finished all its work.
 
-    A GPU works behind Python: without waiting, the time of a call would be that of handing it over.
+    A GPU works asynchronously. Without waiting, only the time to launch a call would be measured.
     """
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and device.type == accelerator.type:
@@ -105,14 +104,16 @@ def clock(device: torch.device) -> float:
 
 
 def token_load(graph: GraphModule, inputs: Any) -> Tensor:
-    """How much of its experts each token runs, from 0 to 1: Σ cost of those that ran / Σ cost of all, over the layers.
+    """Measure how much of the experts each token runs, from 0 to 1: Σ cost of those that ran / Σ cost of all.
+
+    The sums are over the layers (D2DMoE, load maps of its section on spatial load).
 
     Args:
-        inputs: of one call: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        inputs: the inputs of one call: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
 
     Returns:
-        float32, in the leading shape that most expert layers have, [B, T] for a transformer, padding included; layers
-        of another shape (a pooler's) are left out (D2DMoE, load maps of its section on spatial load).
+        float32 in the leading shape that most expert layers have, [B, T] for a transformer, with padding. Layers with
+        another shape, such as a pooler, are left out.
 
     Raises:
         UsageError: the graph has no experts.
@@ -132,15 +133,16 @@ def token_load(graph: GraphModule, inputs: Any) -> Tensor:
 
 
 class ExpertMeter(Interpreter):
-    """Runs a graph and counts, at every expert layer, the expert-token pairs that ran; adds up over calls.
+    """Runs a graph and counts the expert-token pairs that ran in every expert layer. Counts add up over calls.
 
-    token_mask: given the leading dimensions of a layer's tokens, which of them count (True); None counts all.
-    on_selection: called with every layer and what it selects, bool [..., E].
-    on_tokens: called with every layer, its inputs [N, d_in] and what it selects, bool [N, E], of the tokens that count.
+    token_mask: a function from the leading dimensions of a layer's tokens to a mask that is True for tokens that count.
+        None counts all tokens.
+    on_selection: called with each layer and its selected experts, bool [..., E].
+    on_tokens: called with each layer, the inputs [N, d_in] of tokens that count and their selected experts, [N, E].
     """
 
     def __init__(self, graph: GraphModule, *, oracle: bool = False) -> None:
-        """Prepare to run `graph`; with `oracle`, selection is by the true norms of the experts' outputs."""
+        """Prepare to run `graph`. With `oracle`, the true norms of the experts' outputs replace the router's scores."""
         super().__init__(graph)
         self.oracle = oracle
         self.sites: dict[str, MoESite] = {site.path: site for site in find_moes(graph)}
@@ -154,18 +156,18 @@ class ExpertMeter(Interpreter):
         self._site_of: dict[Node, MoESite] = {node: site for site in self.sites.values() for node in site.nodes}
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call the graph with its own arguments; returns its output."""
+        """Call the graph with its own arguments and return its output."""
         assert isinstance(self.module, GraphModule)
         flat = self.run(*flat_inputs(self.module, args, kwargs), enable_io_processing=False)
         return unflatten_output(self.module, flat)
 
     def run_node(self, n: Node) -> Any:
-        """Run one node, after looking at what a router selected if it is an expert layer."""
+        """Run one node. If it is an expert layer, count the selected experts first."""
         site = self._site_of.get(n)
         if site is None:
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
-        # Looking costs nothing that should be counted.
+        # The flop counter must not count what the meter itself computes.
         with _disable_current_modes(), torch.no_grad():
             scores, threshold = self._selection(site, n, args)
             self._count(site, args[0], scores, threshold)
@@ -210,11 +212,11 @@ class ExpertMeter(Interpreter):
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call of the graph on the example inputs costs.
+    """The cost of one call of the graph on the example inputs.
 
-    parameters: numbers in the graph, tied ones once. multiply_adds: with every expert running.
-    executed: share of the experts' multiply-adds that ran, None without experts.
-    executed_multiply_adds: what ran (routers, attention and head included).
+    parameters: the number of parameters, tied ones counted once. multiply_adds: multiply-adds if every expert runs.
+    executed_multiply_adds: multiply-adds that ran, including routers, attention and head.
+    executed: the share of the experts' multiply-adds that ran, None without experts.
     """
 
     parameters: int

@@ -1,4 +1,4 @@
-"""Quality against cost: one graph at several settings of its selection, the oracle router beside the trained ones."""
+"""Measure quality against cost of a graph at several values of tau, with its own routers or the oracle router."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ from surgeon.progress import Progress
 
 RouterChoice = Literal["own", "oracle"]
 _USUAL_TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
-# For top_k tau is the share of the experts that is skipped.
+# For the rule top_k, tau is the share of the experts that is skipped.
 _TOP_K_TAUS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting: quality on the data, and cost.
+    """The quality and the cost at one setting.
 
-    tau: None for the values that the graph came with, of tau and of the rule. router: "own", or "oracle" for the true
-    norms of the experts' outputs, which no router can beat by much.
-    executed: share of the experts' multiply-adds that ran, padding not counted. layers: multiply-adds of the converted
-    layers, their routers included, over those of the dense layers they replaced. multiply_adds: of one call on the
-    example inputs at that share, everything included. relative: those over the dense model's, None if that is unknown.
-    milliseconds: of one call on the first batch, None if it was not timed. shares: of its experts that ran, by layer.
+    tau: the value of tau, or None for the graph's own values of tau and rule. rule: the selection rule.
+    router: "own", or "oracle" for the true norms of the experts' outputs, which no router can beat by much.
+    quality: the quality on the data.
+    executed: the share of the experts' multiply-adds that ran, without padding.
+    layers: multiply-adds of the converted layers and their routers, over those of the dense layers they replaced.
+    multiply_adds: multiply-adds of one whole call on the example inputs at that share.
+    relative: multiply_adds over the dense model's, None if those are unknown.
+    milliseconds: the time of one call on the first batch, None if it was not timed.
+    shares: the share of its experts that each layer ran, by path.
     """
 
     tau: float | None
@@ -56,9 +59,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model beside its surgery. multiply_adds: of one call on the example inputs.
+    """The cost and the quality of the dense model, for comparison.
 
-    quality: on the same data, None if it is unknown. milliseconds: of a call on the first batch, None if not timed.
+    multiply_adds: multiply-adds of one call on the example inputs, None if they are unknown.
+    quality: the quality on the same data, None if it is unknown.
+    milliseconds: the time of one call on the first batch, None if it was not timed.
     """
 
     multiply_adds: int | None
@@ -81,17 +86,20 @@ def sweep(
     dense_layers: Mapping[str, float] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Point]:
-    """Measure quality and cost at each tau, on all batches; the graph's own tau and rule are restored afterwards.
+    """Measure quality and cost at each tau, on all batches. The graph's own tau and rule are restored afterwards.
 
     Args:
-        taus: by default `usual_taus` of each rule. None among them stands for the values that the graph has, its rules
-            too, and is measured once whatever the rules; stored: measure those as well.
-        inputs: example inputs on which multiply-adds are counted. dense_multiply_adds: the dense model's on the same.
-        dense_layers: what the dense layers cost, by the path of their experts (see
-            `surgeon.passes.report.dense_layers`). By default what all the experts cost, which differs where layers
-            were replaced at another cost before.
-        rules: of `surgeon.kernels.selection.RULES`; by default the graph's own. routers: "own", "oracle", or both.
-        timed: also time calls, all settings in turn.
+        taus: values of tau, by default `usual_taus` of each rule. None stands for the graph's own tau and rule, and is
+            measured once for all rules.
+        inputs: example inputs on which multiply-adds are counted.
+        stored: also measure the graph's own tau and rule.
+        rules: names from `surgeon.kernels.selection.RULES`, by default the graph's own rules.
+        routers: "own", "oracle", or both.
+        timed: also time calls, taking turns between the settings.
+        dense_multiply_adds: the multiply-adds of the dense model on the example inputs.
+        dense_layers: the cost of the dense layers, by the path of their experts (see
+            `surgeon.passes.report.dense_layers`). The default is the cost of all experts, which differs if a layer was
+            first replaced by one with another cost.
 
     Raises:
         UsageError: the graph has no experts, there is no such rule, or a tau is outside [0, 1].
@@ -147,14 +155,14 @@ def sweep(
 
 
 def usual_taus(graph: GraphModule, rule: str | None = None) -> tuple[float, ...]:
-    """The values of tau that are swept by default, with this rule or with the graph's own."""
+    """Return the default values of tau for this rule, or for the graph's own rules."""
     rules = set(get_rule(graph).values()) if rule is None else {rule}
     return _TOP_K_TAUS if rules == {"top_k"} else _USUAL_TAUS
 
 
 @contextmanager
 def knobs_restored(graph: GraphModule) -> Iterator[Knobs]:
-    """The graph in evaluation mode; gives its knobs, and puts mode and knobs back at the end."""
+    """Set evaluation mode and give the graph's settings. Restore the mode and the settings at the end."""
     knobs, training = get_knobs(graph), graph.training
     graph.eval()
     try:
@@ -165,7 +173,7 @@ def knobs_restored(graph: GraphModule) -> Iterator[Knobs]:
 
 
 def run_batches(meter: ExpertMeter, batches: Iterable[Batch]) -> Iterable[tuple[Batch, Any]]:
-    """Every batch, on the graph's device, with the output for it; the meter counts the tokens that are not padding."""
+    """Yield each batch, moved to the graph's device, with its output. The meter counts all tokens except padding."""
     device = _device_of(meter.module)
     with torch.no_grad():
         for batch in (given.to(device) for given in batches):
@@ -178,15 +186,15 @@ def _device_of(graph: nn.Module) -> torch.device:
 
 
 def executed_share(layers: Mapping[str, LayerRun]) -> float:
-    """Share of the experts' multiply-adds that ran."""
+    """Return the share of the experts' multiply-adds that ran."""
     everything = sum(layer.multiply_adds for layer in layers.values())
     return sum(layer.ran * layer.per_pair for layer in layers.values()) / everything if everything else 1.0
 
 
 def layers_share(layers: Mapping[str, LayerRun], dense: Mapping[str, float] | None = None) -> float:
-    """Multiply-adds of the converted layers that ran, routers included, over those of the dense layers they replaced.
+    """Return the executed multiply-adds of the converted layers and routers over those of the replaced dense layers.
 
-    dense: multiply-adds of those for one token, by path; what all experts of a layer cost where it is not given.
+    dense: multiply-adds of the dense layers per token, by path. The default for a layer is the cost of all its experts.
     """
     dense = dense or {}
     everything = sum(
@@ -197,7 +205,7 @@ def layers_share(layers: Mapping[str, LayerRun], dense: Mapping[str, float] | No
 
 
 class _Counter:
-    """The multiply-adds of one call on the example inputs, given what share of each layer runs on real data."""
+    """Counts the multiply-adds of one call on the example inputs, given the share of each layer that runs."""
 
     def __init__(self, graph: GraphModule, inputs: Any) -> None:
         args, kwargs = as_args_kwargs(inputs)
@@ -211,7 +219,7 @@ class _Counter:
 def time_settings(
     graph: GraphModule, batch: Batch, choices: Sequence[Callable[[], None]], repeats: int = _REPEATS
 ) -> list[float]:
-    """Median milliseconds of a call with each choice made before it, all choices in turn, again and again."""
+    """Return the median milliseconds of a call for each choice. The choices take turns, and this is repeated."""
     times: list[list[float]] = [[] for _ in choices]
     device = _device_of(graph)
     batch = batch.to(device)

@@ -1,11 +1,12 @@
-"""Spend a budget where it hurts least: a tau for each layer, by measured damage per cost saved.
+"""Distribute a budget over the layers: find a tau for each layer from the measured damage per cost saved.
 
-Start from the one tau for all layers that meets the budget. Then give each layer a bit more and a bit less than it has,
-measure what that does to the output, and move cost from the layers that miss it least to those that need it most;
-again, as long as the output gets nearer to what it is with every expert running.
+The search starts from the single tau that meets the budget. It then gives each layer slightly more and slightly less,
+and measures the effect on the output. Cost is moved from the layers that need it least to those that need it most. This
+is repeated as long as the output gets closer to the output with every expert.
 
-Damage is the mean divergence KL(every expert ‖ selected experts) between the model's answers, in nats. For a language
-model, whose answers are as wide as its vocabulary, the mean is over evenly spaced tokens, as many as `_KEPT` allows.
+Damage is the mean divergence KL(every expert ‖ selected experts) between the model's output distributions, in nats. The
+outputs of a language model are as wide as its vocabulary. Their mean is over evenly spaced tokens, as many as `_KEPT`
+allows.
 """
 
 from __future__ import annotations
@@ -36,24 +37,25 @@ from surgeon.progress import Progress
 
 Metric = Literal["flops", "ms"]
 
-# One tau for all layers: where damage and cost are measured first.
+# Values of a single tau for all layers, at which damage and cost are measured first.
 _UNIFORM_TAUS = (0.0, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
-# Shares of the experts a layer is tried with, relative to what it has, at first and in later rounds.
+# Shares of the experts to try for a layer, relative to its present share, in the first and in later rounds.
 _TRIALS, _FINER = (0.6, 0.8, 1.25, 1.6), (0.8, 1.25)
 _ROUNDS = 3
-# Times the dense model's cost. With every expert a surgery costs a little more than the dense model.
+# In units of the dense model's cost. With every expert a converted model costs slightly more than the dense model.
 _LARGEST_BUDGET = 2.0
-# Numbers kept of the answers with every expert running: a quarter of a GiB. GPT-2's for 512 texts would take 13 GiB.
+# Most numbers to keep of the outputs with every expert: 256 MiB. All outputs of GPT-2 for 512 texts would take 13 GiB.
 _KEPT = 2**26
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tau for each layer and what it costs.
+    """A tau for each layer, and its cost and damage.
 
-    cost, uniform_cost: of the chosen values and of the best single tau, over the dense model's. damage,
-    uniform_damage: of the output, in nats. uniform: that single tau. shares: of the experts that run, by layer.
-    rounds: how often cost was moved.
+    taus: the chosen values, by layer. shares: the share of the experts that run, by layer.
+    cost, damage: the cost relative to the dense model, and the damage to the output in nats.
+    uniform, uniform_cost, uniform_damage: the best single tau for all layers, and its cost and damage.
+    rounds: how often cost was moved between layers.
     """
 
     taus: dict[str, float]
@@ -79,11 +81,12 @@ def tune(
     """Find a tau for each layer so that the model costs at most `budget`, and set them.
 
     Args:
-        budget: share of the dense model's cost, everything included.
-        batches, inputs, dense, metric, progress: as in `Tuner`, which is for several budgets.
+        budget: the cost of the whole model, as a share of the dense model's cost.
+        batches, inputs, dense, metric, progress: as in `Tuner`, which serves several budgets.
 
     Raises:
-        UsageError: the graph has no experts; as `check_budget`; no tau is cheap enough, and the message says what is.
+        UsageError: the graph has no experts, `check_budget` refuses the budget, or no tau meets it. The message says
+            what can be reached.
         DataError: there are no batches.
     """
     check_budget(budget)
@@ -91,7 +94,7 @@ def tune(
 
 
 def check_budget(budget: float) -> None:
-    """Refuse what can be no share of the dense model's cost.
+    """Refuse a budget that cannot be a share of the dense model's cost.
 
     Raises:
         UsageError: the budget is not positive, or so large that it must be a percentage or an absolute number.
@@ -99,12 +102,14 @@ def check_budget(budget: float) -> None:
     if not budget > 0.0:
         raise UsageError(f"The budget is {budget}, but must be a positive share of the dense model's cost.")
     if budget > _LARGEST_BUDGET:
-        raise UsageError(f"The budget is {budget:g}, but is a share of the dense model's cost: 0.4 stands for 40%.")
+        raise UsageError(
+            f"The budget is {budget:g}, but must be a share of the dense model's cost: 0.4 stands for 40%."
+        )
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """What one choice of tau gave. shares: of the experts that ran, by layer."""
+    """The result of one choice of taus. shares: the share of the experts that ran, by layer."""
 
     taus: dict[str, float]
     shares: dict[str, float]
@@ -113,9 +118,9 @@ class _Trial:
 
 
 class Tuner:
-    """Finds a tau for each layer for one budget after another, over the same measurements.
+    """Finds a tau for each layer, for one or several budgets, with the same measurements.
 
-    One tau for all layers is measured when it is made.
+    The constructor measures the graph at single values of tau for all layers.
     """
 
     def __init__(
@@ -128,37 +133,39 @@ class Tuner:
         metric: Metric = "flops",
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        """Measure the graph at one tau for all layers.
+        """Measure the graph at single values of tau for all layers.
 
         Args:
-            batches: what damage and executed shares are measured on; a few hundred samples, in any form that
-                `Batch.from_any` takes. Labels are not used.
-                Executed shares count all tokens that are not padding; damage is the mean over every n-th of each batch
-                where the answers to all would be more than 2²⁶ numbers, so that about so many are kept.
+            batches: the data for measuring damage and executed shares: a few hundred samples, in any form that
+                `Batch.from_any` takes. Labels are not used. Executed shares count all tokens except padding. If all
+                outputs together have more than 2²⁶ numbers, damage is the mean over every n-th token of each batch, so
+                that about 2²⁶ numbers are kept.
             inputs: example inputs on which multiply-adds are counted.
             dense: the dense model's cost: its multiply-adds on the example inputs, or for "ms" its milliseconds on the
-                first batch; by default that of this graph with every expert running.
-            metric: "flops" counts multiply-adds, "ms" measures time on this machine, of calls on the first batch.
+                first batch. The default is the cost of this graph with every expert running.
+            metric: "flops" counts multiply-adds, "ms" measures the time of calls on the first batch, on this machine.
+            progress: called after every trial, or None.
 
         Raises:
-            UsageError: the graph has no experts. DataError: there are no batches, or nothing in them but padding.
+            UsageError: the graph has no experts.
+            DataError: there are no batches, or they contain only padding.
         """
         if not find_moes(graph):
             raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
         self._graph, self._metric, self._progress = graph, metric, progress
         self._batches = [Batch.from_any(item) for item in batches]
         if not self._batches:
-            raise DataError("There is no data to tune on: the batches are empty.")
+            raise DataError("There is no data to tune on: no batches were given.")
         self._layers = [site.path for site in find_moes(graph)]
         self._done, self._total = 0, 0
         with knobs_restored(graph):
             self._prepare(inputs, dense)
 
     def tune(self, budget: float) -> Tuned:
-        """Find the values for a budget, a share of the dense model's cost, and set them.
+        """Find and set a tau for each layer, so that the model costs at most `budget` of the dense model's cost.
 
         Raises:
-            UsageError: as `check_budget`; no tau is cheap enough, and the message says what is.
+            UsageError: `check_budget` refuses the budget, or no tau meets it. The message says what can be reached.
         """
         check_budget(budget)
         self._expect(6 + len(self._layers) * (len(_TRIALS) + (_ROUNDS - 1) * len(_FINER)) + 2 * _ROUNDS)
@@ -179,7 +186,7 @@ class Tuner:
         meter = ExpertMeter(graph)
         numbers = sum(_logits(outputs, batch).numel() for batch, outputs in run_batches(meter, batches))
         if not numbers:
-            raise DataError("There is no data to tune on: the batches hold padding only.")
+            raise DataError("There is no data to tune on: the batches contain only padding.")
         self._every = max(1, math.ceil(numbers / _KEPT))
         self._expected = [self._log_probabilities(outputs, batch) for batch, outputs in run_batches(meter, batches)]
         self._full = {path: float(layer.multiply_adds) for path, layer in layers.items()}
@@ -195,13 +202,13 @@ class Tuner:
         least = self._uniform_trials[-1]
         if least.cost > budget:
             raise UsageError(
-                f"A budget of {budget:.0%} cannot be met: with hardly any experts (tau {_UNIFORM_TAUS[-1]:g}) the "
-                f"model still costs {least.cost:.1%} of the dense one. What is left is never "
-                "skipped: layers that are not converted, routers, and at least one expert in each layer."
+                f"A budget of {budget:.0%} cannot be met. With the fewest experts (tau {_UNIFORM_TAUS[-1]:g}) the "
+                f"model still costs {least.cost:.1%} of the dense model. Layers that are not converted, routers and at "
+                "least one expert per layer always run. Raise the budget."
             )
         uniform = self._uniform(budget)
         best, rounds = uniform, 0
-        # Where every expert fits, there is nothing to move.
+        # If the budget allows every expert, there is nothing to move.
         for number in range(_ROUNDS if any(uniform.taus.values()) else 0):
             moved = self._move(best, budget, _FINER if number else _TRIALS)
             if moved is None:
@@ -213,7 +220,7 @@ class Tuner:
         )  # fmt: skip
 
     def _uniform(self, budget: float) -> _Trial:
-        """The smallest single tau that meets the budget, by bisection."""
+        """Find the smallest single tau that meets the budget, by bisection."""
         high = next(index for index, trial in enumerate(self._uniform_trials) if trial.cost <= budget)
         found = self._uniform_trials[high]
         low_tau, high_tau = _UNIFORM_TAUS[max(0, high - 1)], _UNIFORM_TAUS[high]
@@ -227,7 +234,7 @@ class Tuner:
         return found
 
     def _move(self, base: _Trial, budget: float, factors: Sequence[float]) -> _Trial | None:
-        """Move cost between layers; None if no move brings the output nearer."""
+        """Move cost between layers; None if no move reduces the damage."""
         options: dict[str, list[tuple[float, float, float]]] = {}
         for path in self._layers:
             have = base.shares[path]
@@ -248,7 +255,7 @@ class Tuner:
         return None
 
     def _within(self, taus: dict[str, float], budget: float) -> _Trial:
-        """The choice itself, or scaled until it meets the budget: the layers run on each other's approximations."""
+        """Try the taus, and scale the shares until the budget is met. It can be missed, because layers interact."""
         trial = self._try(taus)
         for _ in range(4):
             if trial.cost <= budget:
@@ -272,23 +279,23 @@ class Tuner:
         return _Trial(taus, shares, damage / count, cost / self._dense)
 
     def _log_probabilities(self, outputs: object, batch: Batch) -> Tensor:
-        """[N, C] of the samples, or of every so many-th token."""
+        """Return log-probabilities [N, C] of the samples, or of every `self._every`-th token."""
         return _logits(outputs, batch)[:: self._every].float().log_softmax(-1)
 
     def _cost_of(self, path: str, share: float) -> float:
-        """What a layer costs at this share of its experts, in the units of the metric."""
+        """Return the cost of a layer at this share of its experts, in the units of the metric."""
         if self._metric == "flops":
             return self._full[path] * share
         grid, times = self._times[path]
         return float(np.interp(share, grid, times))
 
     def _tau(self, path: str, share: float) -> float:
-        """The tau at which this layer runs this share of its experts."""
+        """Return the tau at which this layer runs this share of its experts."""
         shares, taus = self._curves[path]
         return float(np.clip(np.interp(share, shares, taus), 0.0, 1.0))
 
     def _measure_time(self, dense: float | None) -> None:
-        """Time each layer at several settings on the first batch; the rest of the model is what remains."""
+        """Time each layer at several taus on the first batch. The remaining time is that of the rest of the model."""
         batch = self._batches[0]
         found: dict[str, list[tuple[float, float]]] = {path: [] for path in self._layers}
         set_tau(self._graph, 0.0)
@@ -310,10 +317,12 @@ class Tuner:
 
 
 def _allocate(options: Mapping[str, Sequence[tuple[float, float, float]]], limit: float) -> dict[str, float]:
-    """The share of each layer that minimises total damage with total cost within `limit`.
+    """Choose the share of each layer that minimises total damage with a total cost of at most `limit`.
 
-    options: (cost, damage, share) of the choices of each layer; costs in any unit. By a price on cost, at which every
-    layer takes what is best. That changes at few prices only, so all that matter can be tried.
+    The choice is made with a price on cost (a Lagrange multiplier): at each price, every layer takes its best option.
+    The options change at only a few prices, so it is enough to try one price between each two of them.
+
+    options: (cost, damage, share) of the choices of each layer. Costs may have any unit.
     """
 
     def best(price: float) -> dict[str, tuple[float, float, float]]:
@@ -322,7 +331,7 @@ def _allocate(options: Mapping[str, Sequence[tuple[float, float, float]]], limit
             for path, choices in options.items()
         }
 
-    # Where a layer would as soon have the cheaper of two choices.
+    # Prices at which a layer has two equally good options.
     turns = sorted(
         {
             (less[1] - more[1]) / (more[0] - less[0])
@@ -331,14 +340,14 @@ def _allocate(options: Mapping[str, Sequence[tuple[float, float, float]]], limit
             if less[0] < more[0] and less[1] > more[1]
         }
     )
-    # Free, between two of them, and dearer than any: the dearer, the less the best choices cost.
+    # Zero, the middle of each two of them, and more than the highest. A higher price gives a lower total cost.
     prices = [0.0, *(0.5 * (low + high) for low, high in pairwise(turns)), 2.0 * turns[-1]] if turns else [0.0]
     place = bisect_left(prices, True, key=lambda price: sum(cost for cost, _, _ in best(price).values()) <= limit)
     return {path: choice[2] for path, choice in best(prices[min(place, len(prices) - 1)]).items()}
 
 
 def _monotone(points: Iterable[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Points (x, y) as arrays with x strictly rising, for interpolation."""
+    """Sort points (x, y) into arrays with x strictly increasing, for interpolation."""
     ordered: dict[float, float] = {}
     for x, y in sorted(points):
         ordered.setdefault(x, y)
@@ -346,6 +355,6 @@ def _monotone(points: Iterable[tuple[float, float]]) -> tuple[np.ndarray, np.nda
 
 
 def _logits(outputs: object, batch: Batch) -> Tensor:
-    """[N, C] of the samples, or of the tokens that are not padding."""
+    """Return logits [N, C] of the samples, or of the tokens that are not padding."""
     logits = logits_of(outputs)
     return real_tokens(batch, logits) if logits.dim() > 2 else logits

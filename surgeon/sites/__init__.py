@@ -1,1 +1,1 @@
-"""The places in a graph that a pass can change: linear layers and feed-forward layers, and how they are found."""
+"""The sites in a graph that a pass can change, linear layers and feed-forward layers, and the search for them."""

@@ -22,7 +22,7 @@ class IdentityModule(nn.Module):
     """A module that a pass inserts and that returns its input. The search for layers looks through it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X as it is."""
+        """Return x unchanged."""
         return x
 
 

@@ -108,7 +108,7 @@ def test_without_data_nothing_is_changed() -> None:
     surgeon.set_tau(graph, 0.7)
     surgeon.compensate(graph, DATA)
     want = graph(**vectors())
-    with pytest.raises(DataError, match="the batches are empty"):
+    with pytest.raises(DataError, match="no batches were given"):
         surgeon.compensate(graph, [])
     assert torch.equal(graph(**vectors()), want)
 
@@ -118,5 +118,5 @@ def test_what_it_needs(traces: Any) -> None:
         surgeon.compensate(traces("stack:relu"), DATA)
     graph = traces("stack:relu")
     Moeify(experts=4).apply(graph)
-    with pytest.raises(UsageError, match="apply lower first"):
+    with pytest.raises(UsageError, match="Apply lower first"):
         surgeon.compensate(graph, DATA)

@@ -124,7 +124,7 @@ def test_without_the_dense_cost_the_graph_with_all_experts_is_the_yardstick(grap
 
 def test_a_budget_that_cannot_be_met_is_refused_with_what_can(graph: TracedGraph, dense: int) -> None:
     set_tau(graph, 0.25)
-    words = r"A budget of 5% cannot be met: with hardly any experts .* still costs \d+\.\d% of the dense one"
+    words = r"A budget of 5% cannot be met. With the fewest experts .* still costs \d+\.\d% of the dense model"
     with pytest.raises(UsageError, match=words):
         tune(graph, BATCHES, 0.05, inputs=INPUTS, dense=dense)
     assert set(get_tau(graph).values()) == {0.25}
@@ -149,7 +149,7 @@ def test_budgets_are_positive(graph: TracedGraph, budget: float) -> None:
 
 def test_a_percentage_is_no_budget(graph: TracedGraph) -> None:
     for call in (tune, lambda *args, inputs: Tuner(graph, BATCHES, inputs=inputs).tune(40)):
-        with pytest.raises(UsageError, match=r"The budget is 40, but is a share .*: 0\.4 stands for 40%"):
+        with pytest.raises(UsageError, match=r"The budget is 40, but must be a share .*: 0\.4 stands for 40%"):
             call(graph, BATCHES, 40, inputs=INPUTS)
 
 
@@ -177,7 +177,7 @@ def test_time_can_be_the_budget(
 
 def test_a_budget_in_time_that_cannot_be_met_is_refused(graph: TracedGraph, monkeypatch: pytest.MonkeyPatch) -> None:
     replace_clock(monkeypatch)
-    with pytest.raises(UsageError, match=r"A budget of 39% cannot be met: .* the model still costs 4\d\.\d% of"):
+    with pytest.raises(UsageError, match=r"A budget of 39% cannot be met. .* the model still costs 4\d\.\d% of"):
         tune(graph, BATCHES, 0.39, inputs=INPUTS, dense=DENSE, metric="ms")
 
 
@@ -197,7 +197,7 @@ def test_batches_are_moved_to_the_graph(graph: TracedGraph) -> None:
 
 
 def test_tuning_needs_data(graph: TracedGraph) -> None:
-    with pytest.raises(DataError, match="There is no data to tune on: the batches are empty"):
+    with pytest.raises(DataError, match="There is no data to tune on: no batches were given"):
         tune(graph, [], 0.5, inputs=INPUTS)
 
 

@@ -83,7 +83,7 @@ def test_sparsity_of_activations_that_carry_gradients() -> None:
 def test_reports_bring_sparsity_back_from_json() -> None:
     pair = Sparsity(0.1, 0.4, 0.3, 0.2), Sparsity(0.9, 0.99, 0.97, 0.95)
     fit = FitReport(3, 1.0, 2.0, ((1, {"task loss": 0.5}),), 2, {"h.0.mlp": pair})
-    report = PassReport("sparsify", {"target": {"*": 0.1}}, ["h.0.mlp"], [], fit=fit)
+    report = PassReport("sparsify", {"target": {"*": 0.1}}, ["h.0.mlp"], (), fit=fit)
     assert PassReport.from_json(json.loads(json.dumps(report.to_json()))) == report
     old = report.to_json()
     del old["fit"]["sparsity"]  # as earlier versions wrote it
