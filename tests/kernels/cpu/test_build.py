@@ -153,7 +153,7 @@ def test_an_instruction_set_can_be_chosen_and_must_exist(monkeypatch: pytest.Mon
     assert call(Path(cache), SURGEON_CPU="portable").stdout.split() == ["1536.0", "portable"]
     done = call(Path(cache), SURGEON_CPU="sse9")
     assert done.returncode != 0
-    assert "SURGEON_CPU=sse9: this processor has" in done.stderr
+    assert "SURGEON_CPU=sse9: this CPU has" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64 (apt install qemu-user)")
