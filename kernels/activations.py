@@ -1,4 +1,4 @@
-"""The activation functions an FFN may have: one table, used by the operators and by whoever names an activation."""
+"""The table of the activation functions that an FFN may have. All code that names an activation uses it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Activation:
             kernels call it because autograd records nothing inside an operator.
         leaves_zeros: whether the function is exactly zero on a whole half-line, as ReLU is, so that counting zeros
             measures sparsity.
-        fn_: `fn`, written over `z`, where PyTorch has that.
+        fn_: `fn` in place, written over `z`, if PyTorch has that.
     """
 
     fn: Callable[[Tensor], Tensor]
@@ -37,7 +37,7 @@ class Activation:
     fn_: Callable[[Tensor], Tensor] | None = None
 
     def in_place(self, z: Tensor) -> Tensor:
-        """Return `fn(z)`, written over `z`: memory that is in the cache, where a new result's is not."""
+        """Return `fn(z)`, written over `z`. That memory is in the cache; a new result's would not be."""
         return z.copy_(self.fn(z)) if self.fn_ is None else self.fn_(z)
 
 

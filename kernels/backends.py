@@ -1,9 +1,9 @@
-"""What a backend of the operators offers, and which backends there are.
+"""The interface of the operators' backends, and the search for them.
 
 A backend is a folder beside this file with a module `backend` whose `BACKEND` is a `Backend`. Nothing else names it:
-the folders are looked through once, at the first call. So a new one is a folder here and its test in tests/kernels/.
-A backend may also, once it has taken a call, put kernels of its own into PyTorch's dispatcher, as cpu does: those are
-then reached without coming here.
+the first call searches the folders, once. So a new backend is a folder here and its test in tests/kernels/.
+After it has taken a call, a backend may also register kernels of its own with PyTorch's dispatcher, as cpu does. Later
+calls then reach those directly.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ class Backend:
     """One way to compute the operators.
 
     Attributes:
-        takes: `takes(call)`: whether `forward` and `backward` are to compute this call. Asked at every call, so quick.
+        takes: `takes(call)`: whether `forward` and `backward` are to compute this call. It is asked at every call, so
+            it must be quick.
         forward: `forward(call)`: Σ over the selected experts of h_e w2_e, plus b2, as a new contiguous tensor
             [N, d_out] in the dtype of `x`. Sums over experts are accumulated in fp32 at least.
         backward: `backward(call, grad, need_x, need_weights)`: the gradients for `grad` [N, d_out], in the shapes and
             dtypes of their inputs, None where not needed. b2 is None in this call: its gradient is not asked for.
             None: the next backend that takes the call computes them.
-        sorted_threshold: `sorted_threshold(scores, tau, rule)`: what `surgeon.kernels.selection` says of
-            `surgeon::sorted_threshold`, or None for scores that it does not take. None: it takes none.
+        sorted_threshold: `sorted_threshold(scores, tau, rule)`: the result of `surgeon::sorted_threshold` (see
+            `surgeon.kernels.selection`), or None for scores that it does not take. None: it takes no scores.
     """
 
     takes: Callable[[Call], bool]
@@ -66,7 +67,7 @@ class Backend:
 
 @cache
 def backends() -> tuple[Backend, ...]:
-    """All there are, in the order in which they are asked: that of their names, and the general one last."""
+    """Return all backends in the order in which they are asked: sorted by name, with the general one last."""
     folders = {module.name for module in pkgutil.iter_modules(surgeon.kernels.__path__) if module.ispkg}
     modules = (f"{surgeon.kernels.__name__}.{name}.backend" for name in [*sorted(folders - {GENERAL}), GENERAL])
     return tuple(import_module(name).BACKEND for name in modules if find_spec(name) is not None)
@@ -74,5 +75,5 @@ def backends() -> tuple[Backend, ...]:
 
 @cache
 def say_once(kernels: str, why: str) -> None:
-    """Warn that the torch backend runs instead of others, and why; once in a process for each reason."""
+    """Warn that the torch backend runs instead of `kernels`, and why. Each reason is given once per process."""
     log.warning("The torch backend runs instead of %s: %s.", kernels, why)

@@ -1,6 +1,6 @@
-"""The operators a rewritten FFN runs. Importing this module registers them; `torch.export.load` needs that first.
+"""The operators that a rewritten FFN runs. Importing this module registers them; `torch.export.load` needs that first.
 
-The rule that makes thresholds, `surgeon::selection_threshold` (see `selection`), is registered along with them.
+The operator that makes thresholds, `surgeon::selection_threshold` (see `selection`), is registered along with them.
 `surgeon::dynamic_k_ffn` computes only the experts each token selected. `surgeon::masked_ffn` is its reference twin:
 it computes every expert and masks, in ordinary differentiable PyTorch. Both have the same arguments:
 
@@ -15,16 +15,16 @@ it computes every expert and masks, in ordinary differentiable PyTorch. Both hav
     b2         [d_out] or None
     activation a name of `surgeon.kernels.activations.ACTIVATIONS`
 
-and give [..., d_out], in the dtype of `x`, which the weights share:
+and return [..., d_out], in the dtype of `x`, which the weights share:
 
     h_e = act(x w1_eᵀ + b1_e), or act(x gate_eᵀ + b_gate_e) · (x w1_eᵀ + b1_e) if gated
     y   = Σ over selected experts e of h_e w2_e, plus b2
 
 Expert outputs are added with weight 1, so with every expert selected this is the dense FFN (D2DMoE, arXiv 2310.04361).
 An expert runs for a token unless its score is below the token's threshold (`experts.selected`); a token that
-selects nothing gives b2. The row of w2 of a neuron whose h is exactly zero may not be read, so what is infinite there
-does not become NaN. Selection is a step function: `scores` and `threshold` get no gradient. Under autocast `x` and the
-weights are cast, scores and threshold are not. `torch.func` transforms (grad, vmap) work with `masked_ffn` only:
+selects nothing gives b2. If h of a neuron is exactly zero, its row of w2 may be left unread, so infinite values there
+do not become NaN. Selection is a step function: `scores` and `threshold` get no gradient. Under autocast `x` and the
+weights are cast, but scores and threshold are not. `torch.func` transforms (grad, vmap) work with `masked_ffn` only:
 PyTorch does not let them through custom operators. Wrong shapes, dtypes, devices or names raise `UsageError`.
 """
 
@@ -56,7 +56,7 @@ _SIGNATURE = (
 
 
 class _Arguments(NamedTuple):
-    """Of the operators, as the module describes them."""
+    """The arguments of the operators, as the module describes them."""
 
     x: Tensor
     scores: Tensor
@@ -75,14 +75,14 @@ class _Arguments(NamedTuple):
 
     @property
     def call(self) -> Call:
-        """With tokens in one dimension."""
+        """The call with its tokens in one dimension."""
         x, scores, threshold, *_, b2, activation = self
         rows = x.reshape(-1, x.shape[-1]), scores.reshape(-1, scores.shape[-1]), threshold.reshape(-1)
         return Call(*rows, self.experts, b2, activation)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the result."""
+        """The shape of the result."""
         return (*self.x.shape[:-1], self.w2.shape[2])
 
 
@@ -121,7 +121,7 @@ def _dynamic_k_ffn_backward(
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, b1, gate, b_gate and w2; an empty tensor for one not needed or not there."""
+    """Return the gradients of x, w1, b1, gate, b_gate and w2: an empty tensor for each that is not needed or absent."""
     args = _Arguments(x, scores, threshold, w1, b1, gate, b_gate, w2, None, activation)
     call, grad = args.call, grad.reshape(-1, grad.shape[-1])
     backward = next(backend.backward for backend in backends() if backend.backward and backend.takes(call))
@@ -165,7 +165,7 @@ _library.define("dynamic_k_ffn_torch" + _SIGNATURE)  # type: ignore[no-untyped-c
 
 
 def _dynamic_k_ffn_torch(*given: Any) -> Tensor:
-    # Here the native kernels hand on what they do not take: dtypes and activations they do not have, wrong arguments.
+    # The native kernels hand on what they do not take: dtypes and activations that they do not have, wrong arguments.
     args = _check(*given)
     call = args.call
     native.say_if_unknown(call)
@@ -186,7 +186,7 @@ _library.impl("masked_ffn", _masked_ffn, "CompositeImplicitAutograd")  # type: i
 
 
 def _autocast_rule(device_type: str) -> Callable[..., Tensor]:
-    """PyTorch's own rule would cast scores and threshold too, and select other experts."""
+    """Return a rule that leaves scores and threshold alone. PyTorch's own would cast them and select other experts."""
 
     def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
@@ -217,7 +217,7 @@ masked_ffn = torch.ops.surgeon.masked_ffn
 
 
 def _check(*given: Any, same_dtype: bool = True) -> _Arguments:
-    """The arguments by name; raises `UsageError` unless they are as the module describes."""
+    """Return the arguments by name. Raise `UsageError` unless they are as the module describes."""
     args = _Arguments(*given)
     x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation = args
     find_activation(activation)
@@ -246,7 +246,7 @@ def _check(*given: Any, same_dtype: bool = True) -> _Arguments:
 
 
 def _check_one(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, dtype: torch.dtype) -> None:
-    # What nearly always holds, first: a call takes as long as some products do. Sizes of other tensors may be symbolic.
+    # The usual case comes first, because the other checks are slow. Sizes of other types of tensors may be symbolic.
     fits = tensor.device == x.device and tensor.dtype == dtype and dtype.is_floating_point
     if fits and type(tensor) in (Tensor, torch.nn.Parameter) and tensor.shape == shape:
         return
@@ -294,7 +294,7 @@ def _backward_flops(
     need_weights: bool,
     **_: Any,
 ) -> int:
-    """As the forward, for recomputing the hidden activations, their gradient, and the gradients needed."""
+    """Count like the forward: the hidden activations again, their gradient, and the gradients that are needed."""
     into_hidden = (1 if gate is None else 2) * w1.shape[2]
     out_of_hidden = w2.shape[2]
     per_neuron = into_hidden + out_of_hidden + need_x * into_hidden + need_weights * (into_hidden + out_of_hidden)

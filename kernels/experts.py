@@ -1,4 +1,4 @@
-"""The weights of a layer's experts, and the algebra on them that every backend and the toolkit share."""
+"""The weights of a layer's experts, and the operations on them that all backends and the toolkit share."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Experts(NamedTuple):
     w2: Tensor
 
     def flat(self) -> Experts:
-        """All experts as one of E·s neurons: a view if the weights are contiguous."""
+        """Return all experts as one of E·s neurons: views if the weights are contiguous."""
         return Experts(*(None if t is None else t.flatten(0, 1) for t in self))  # type: ignore[arg-type]
 
     def after(self, first: int) -> Experts:
-        """The experts from `first` on: views."""
+        """Return the experts from `first` on, as views."""
         return Experts(*(None if t is None else t[first:] for t in self))  # type: ignore[arg-type]
 
     def take(self, chosen: Tensor) -> Experts:
-        """Copies of the experts `chosen` [n]."""
+        """Return copies of the experts `chosen` [n]."""
         return Experts(*(None if t is None else t.index_select(0, chosen) for t in self))  # type: ignore[arg-type]
 
     def one(self, which: int | slice) -> Experts:
-        """One expert, or of a layer that is `flat` a run of neurons: views. Written out, as it is called most often."""
+        """Return views of one expert, or of a run of neurons in a `flat` layer. Written out, as calls are frequent."""
         w1, b1, gate, b_gate, w2 = self
         return Experts(
             w1[which],
@@ -47,14 +47,14 @@ class Experts(NamedTuple):
         )
 
     def to(self, dtype: torch.dtype) -> Experts:
-        """The weights in `dtype`: themselves if they have it already."""
+        """Return the weights in `dtype`; unchanged if they already have it."""
         if self.w1.dtype == dtype:
             return self
         return Experts(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
 
 
 class Gradients(NamedTuple):
-    """Gradients of the inputs of the same name; None where not asked for or where there is no such input."""
+    """The gradients of the inputs of the same name. None if not asked for, or if the input is absent."""
 
     x: Tensor | None
     w1: Tensor | None
@@ -84,6 +84,6 @@ def hidden(x: Tensor, experts: Experts, act: Activation) -> Tensor:
 
 
 def keep_selected(h: Tensor, mask: Tensor) -> Tensor:
-    """Zero what `mask` [..., E] does not select in `h` [..., E·s]; by filling, which removes NaN as well."""
+    """Set to zero what `mask` [..., E] does not select in `h` [..., E·s]. Filling removes NaN as well."""
     experts = mask.shape[-1]
     return h.view(*mask.shape, h.shape[-1] // experts).masked_fill(~mask.unsqueeze(-1), 0).view(h.shape)

@@ -1,7 +1,7 @@
-"""Which experts a token needs: rules that turn its scores and the knob tau into one threshold per token.
+"""The rules that select a token's experts: they turn its scores and the knob tau into one threshold per token.
 
-`surgeon::selection_threshold(scores, tau, rule)` takes scores [..., E], not negative, and tau, a scalar tensor in
-[0, 1], and gives the threshold [...], float32 or wider. An expert runs unless its score is below it
+`surgeon::selection_threshold(scores, tau, rule)` takes non-negative scores [..., E] and tau, a scalar tensor in [0, 1].
+It returns the threshold [...], in float32 or wider. An expert runs unless its score is below the threshold
 (`experts.selected`). In every rule a larger tau is cheaper, tau = 0 runs every expert, and at least one runs:
 
 | rule | an expert is skipped if | source |
@@ -11,12 +11,12 @@
 | energy | the same for squared scores and tau² (orthogonal outputs would then differ by a share tau of their norm) | |
 | top_k | it is among the tau · E smallest, rounded down | MoEfication (arXiv 2110.01786) |
 
-All but `max` have to go through a token's scores in their order: `surgeon::sorted_threshold`, which the native kernels
-and those for GPUs compute without sorting. Where torch sorts, with hundreds of experts and many tokens, that takes a
-good part of the time that skipping them saves.
+All rules except `max` go through a token's scores in ascending order: `surgeon::sorted_threshold`. The native kernels
+and those for GPUs compute it without sorting. Torch sorts: with hundreds of experts and many tokens, this takes a good
+part of the time that skipping experts saves.
 
-E counts the experts that are scored; those that always run are not among them. Experts with equal scores run or are
-skipped together. The code of D2DMoE's authors calls 1 − tau its tau.
+E counts the experts that are scored, without those that always run. Experts with equal scores run or are skipped
+together. The tau in the code of D2DMoE's authors is 1 − tau here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def check_rule(rule: str) -> None:
     """Refuse a rule that does not exist.
 
     Raises:
-        UsageError: with the rules there are.
+        UsageError: lists the rules that exist.
     """
     if rule not in RULES:
         raise UsageError(f"No selection rule '{rule}'. There are: {', '.join(RULES)}.")
@@ -95,7 +95,7 @@ def _(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
 @torch.library.register_vmap("surgeon::sorted_threshold", lib=_library)  # type: ignore[untyped-decorator]
 def _(info: object, in_dims: tuple[int | None, ...], scores: Tensor, tau: Tensor, rule: str) -> tuple[Tensor, int]:
     if in_dims[1] is not None:
-        raise UsageError("surgeon::sorted_threshold: tau cannot differ between the calls that vmap stands for.")
+        raise UsageError("surgeon::sorted_threshold: vmap cannot map over tau. Give all calls the same tau.")
     return torch.ops.surgeon.sorted_threshold(scores.movedim(in_dims[0] or 0, 0), tau, rule), 0
 
 

@@ -1,7 +1,7 @@
-"""The native kernels of the dynamic-k FFN for processors: C++, built on this machine when they are first needed.
+"""The native kernels of the dynamic-k FFN for CPUs, in C++ that is built on this machine when it is first needed.
 
-`ready()` is what `backend` asks at the operator's first call on a processor: it builds and loads the library, once in a
-process, or says why it cannot, once, and the torch backend runs. `SURGEON_CPU=torch` switches the native kernels off;
+`backend` calls `ready()` at the operator's first call on a CPU. It builds and loads the library, once per process. If
+that fails, it says why once, and the torch backend runs. `SURGEON_CPU=torch` switches the native kernels off.
 `SURGEON_CPU=avx2` and the like choose an instruction set.
 """
 
@@ -30,7 +30,7 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class State:
-    """What became of the native kernels. path: the library, None if they do not run; why: the reason then."""
+    """The state of the native kernels. path: the library, None if they do not run. why: the reason if they do not."""
 
     path: Path | None
     why: str = ""
@@ -49,7 +49,7 @@ _may_build = True
 
 
 def ready() -> bool:
-    """Whether the native kernels run; the first call loads them, and builds them if they were never built."""
+    """Return whether the native kernels run. The first call loads them, and builds them if they were never built."""
     if _state is None and (_may_build or built()):
         load()
     return loaded()
@@ -62,7 +62,7 @@ def loaded() -> bool:
 
 @contextlib.contextmanager
 def without_building() -> Iterator[None]:
-    """Let the torch backend run, silently, where the native kernels would have to be built first."""
+    """Let the torch backend run, without a warning, if the native kernels would have to be built first."""
     global _may_build
     _may_build = False
     try:
@@ -72,10 +72,10 @@ def without_building() -> Iterator[None]:
 
 
 def load() -> State:
-    """Load the library, building it first if this machine has none; what a process was told once stays so.
+    """Load the library, and build it first if this machine has none. The result holds for the rest of the process.
 
     Raises:
-        UsageError: `SURGEON_CPU` names something that this processor does not have.
+        UsageError: `SURGEON_CPU` names an instruction set that this CPU does not have.
     """
     global _state
     with _lock:
@@ -94,13 +94,13 @@ def _load() -> State:
         log.warning("The torch backend runs instead of the native kernels: %s", error)
         return State(None, str(error))
     if not hasattr(torch.ops.surgeon, "dynamic_k_ffn"):
-        # The library would define the operators, and Python could not define them any more.
+        # The library would define the operators, and Python could then no longer define them.
         raise RuntimeError("Import surgeon.kernels.dynamic_k before the native kernels are loaded.")
     torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     if wanted:
         known = torch.ops.surgeon.cpu_instruction_sets()
         if wanted not in known:
-            raise UsageError(f"SURGEON_CPU={wanted}: this processor has {', '.join(known)}; or torch.")
+            raise UsageError(f"SURGEON_CPU={wanted}: this CPU has {', '.join(known)}. Choose one of them, or torch.")
         torch.ops.surgeon.cpu_use_instruction_set(wanted)
     crossover.load(path.parent)
     return State(path)

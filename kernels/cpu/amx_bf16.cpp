@@ -1,4 +1,4 @@
-// For processors with AMX's products of bfloat16, beside all that `avx512_bf16.cpp` needs.
+// The kernels for CPUs with AMX's products of bfloat16 and everything that `avx512_bf16.cpp` needs.
 #include "layer.h"
 
 #if defined(__x86_64__)

@@ -1,4 +1,4 @@
-// For processors with AVX2 and FMA.
+// The kernels for CPUs with AVX2 and FMA.
 #include "layer.h"
 
 #if defined(__x86_64__)

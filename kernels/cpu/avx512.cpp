@@ -1,4 +1,4 @@
-// For processors with AVX-512 (F, BW, DQ, VL).
+// The kernels for CPUs with AVX-512 (F, BW, DQ, VL).
 #include "layer.h"
 
 #if defined(__x86_64__)

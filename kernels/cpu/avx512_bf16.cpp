@@ -1,4 +1,4 @@
-// For processors with AVX-512 and its dot product of bfloat16.
+// The kernels for CPUs with AVX-512 and its dot product of bfloat16.
 #include "layer.h"
 
 #if defined(__x86_64__)

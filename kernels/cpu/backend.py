@@ -1,7 +1,7 @@
-"""The native kernels as a backend: for the first call on a processor, which loads them.
+"""The native kernels as a backend. It takes the first call on a CPU, which loads the kernels.
 
-Once they are loaded they stand in PyTorch's dispatcher, which takes calls on a processor to them without coming here.
-What they do not have, they hand on to `surgeon::dynamic_k_ffn_torch`; gradients are the other backends'.
+Loaded kernels are in PyTorch's dispatcher, which sends later calls on a CPU to them directly. What they do not support,
+they hand on to `surgeon::dynamic_k_ffn_torch`. Other backends compute the gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BACKEND = Backend(_takes, _forward)
 
 
 def say_if_unknown(call: Call) -> None:
-    """Warn, once for each, of an activation that keeps the native kernels from a call they would otherwise take."""
+    """Warn if the native kernels do not take a call because of its activation, once for each activation."""
     if call.x.device.type == "cpu" and loaded() and call.activation not in _activations():
         known = ", ".join(_activations())
         say_once("the native kernels", f"they know the activations {known}, not {call.activation}")

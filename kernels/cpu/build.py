@@ -1,4 +1,4 @@
-"""Build the native kernels, once for each version of their text, of torch and of the compiler."""
+"""Build the native kernels, once for each version of their source, of torch and of the compiler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BuildError(Exception):
 
 
 def directory() -> Path:
-    """Where what was built is kept: below `SURGEON_CACHE`, by default `~/.cache/surgeon`."""
+    """Return the directory of the built library, below `SURGEON_CACHE`, by default `~/.cache/surgeon`."""
     root = (
         os.environ.get("SURGEON_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "surgeon"
     )
@@ -36,23 +36,23 @@ def directory() -> Path:
 
 
 def sources() -> list[Path]:
-    """The files to compile."""
+    """Return the files to compile."""
     return sorted(Path(__file__).parent.glob("*.cpp"))
 
 
 def built() -> bool:
-    """Whether the library is there."""
+    """Whether the library was built."""
     return _path().is_file()
 
 
 def library() -> Path:
-    """The built library; builds it if it is not there. Other processes that want it meanwhile wait.
+    """Return the built library, and build it first if necessary. Other processes that want it wait meanwhile.
 
-    It is built in a directory of its own and moved into place, so it is whole or absent; a build that was killed leaves
-    nothing that another one waits for.
+    It is built in a directory of its own and moved into place, so it is either complete or absent. A build that was
+    killed does not block the next one.
 
     Raises:
-        BuildError: there is no compiler or no ninja, it fails, or nothing can be written.
+        BuildError: the compiler or ninja is missing, the build fails, or the directory cannot be written.
     """
     made = _path()
     if made.is_file():
@@ -103,13 +103,13 @@ def _compile(scratch: Path) -> None:
 
 def _check_tools() -> None:
     if platform.system() != "Linux":
-        raise BuildError(f"they are built on Linux only, and this is {platform.system()}.")
+        raise BuildError(f"they can be built on Linux only, but this is {platform.system()}.")
     if shutil.which(_command()[0]) is None:
         raise BuildError(f"there is no C++ compiler ({_compiler()}). Install one (apt install g++), or set CXX.")
     from torch.utils import cpp_extension
 
     if not cpp_extension.is_ninja_available():
-        raise BuildError("there is no ninja. Install it: pip install ninja.")
+        raise BuildError("ninja is not installed. Install it: pip install ninja.")
 
 
 def _compiler() -> str:
@@ -118,7 +118,7 @@ def _compiler() -> str:
 
 
 def _command() -> list[str]:
-    """Its words. What is not written as a shell has it is one word, and no program."""
+    """The words of that command. Text that a shell could not split is one word, which names no program."""
     try:
         return shlex.split(_compiler())
     except ValueError:
@@ -127,7 +127,7 @@ def _command() -> list[str]:
 
 @cache
 def _fingerprint() -> str:
-    """Changes with everything that the library depends on."""
+    """A hash of everything that the library depends on."""
     found = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.*")):
         if file.suffix in (".cpp", ".h", ".inc"):

@@ -1,10 +1,12 @@
-"""From which share of the experts on the dense product is faster: measured on this machine, and kept.
+"""Measure from which share of the experts on the dense product is faster on this machine, and store the result.
 
-For a grid of tokens and expert sizes a layer is run by both ways with a share of the experts. The kernels' time grows
-with the pairs of tokens and experts, the dense product's does not, so they cross at about that share times dense time /
-kernels' time. If that is less than the share that was run it is run in turn, since some of the kernels' time is for
-every expert, whatever selects it. For few tokens reading the weights is what takes time, which does not grow so: then
-every expert is tried too, and layers follow each other, too many for the caches, as in a model.
+For a grid of tokens and expert sizes, a layer is run both ways with a share of the experts. The kernels' time grows
+with the number of (token, expert) pairs, but the dense product's does not. So both take equal time at about that share
+times dense time / kernels' time. If the result is smaller than the share that was run, it is run as well, because some
+of the kernels' time is spent on every expert, however few tokens select it.
+
+With few tokens, reading the weights takes most of the time, which does not grow in this way. Then every expert is tried
+too, and several layers run in turn, too many for the caches, as in a model.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ TOKENS, NEURONS = (1, 8, 64, 512, 2048), (4, 8, 16, 32, 64, 128)
 # As in models: the dense product of a smaller layer runs at another rate.
 _WIDTH, _HIDDEN = 768, 2048
 _LAYERS, _FEW_TOKENS = 8, 64
-_ROUNDS, _CLEAR, _LONG = 5, 1.5, 0.5  # a round that takes so many seconds is enough
+_ROUNDS, _CLEAR, _LONG = 5, 1.5, 0.5  # a round that takes this many seconds is enough
 _SHARE = 0.5
 _FILE = "crossover.json"
-_DENSE_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # what torch's libraries heed
+_DENSE_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # torch's libraries read these
 
 
 def load(directory: Path) -> None:
-    """Tell the kernels what was measured on this machine; measure it if it was not."""
+    """Give the kernels the results that were measured on this machine. Measure them first if necessary."""
     path, key = directory / _FILE, _measured_on()
     try:
         known = json.loads(path.read_text())
@@ -48,7 +50,7 @@ def load(directory: Path) -> None:
 
 
 def measure() -> Iterator[tuple[bool, int, int, float]]:
-    """(bfloat16 or not, tokens, neurons of an expert, share of the experts from which on dense is faster)."""
+    """Yield (bfloat16 or not, tokens, neurons of an expert, share of the experts from which on dense is faster)."""
     grid = [(half, tokens, neurons) for half in (False, True) for tokens in TOKENS for neurons in NEURONS]
     weights: dict[bool, Tensor] = {}
     for half, tokens, neurons in grid:
@@ -72,7 +74,7 @@ def _measured_on() -> str:
 
 
 def _measured(weights: Tensor, tokens: int, neurons: int, share: float) -> float:
-    """From which share of the experts on dense is faster, by running `share` of them; more than 1 if it never is."""
+    """The share of the experts from which on dense is faster, from a run of `share`; above 1 if dense never is."""
     return share * _dense_over_ours(_layers(weights, tokens, neurons, share), share)
 
 
@@ -98,9 +100,9 @@ def _layers(weights: Tensor, tokens: int, neurons: int, share: float) -> Callabl
 
 
 def _dense_over_ours(call: Callable[[], None], share: float) -> float:
-    """How many times as long the dense product takes, on one thread and of the thread's own time.
+    """How many times as long the dense product takes as the kernels, in CPU time of one thread.
 
-    Both are called in turn and the median of their ratios is taken, so that other work counts as little as can be.
+    Both are called in turn and the median of their ratios is taken, so that other work disturbs the result little.
     """
     ratios = []
     with torch.inference_mode(), threads(1):
@@ -119,7 +121,7 @@ def _dense_over_ours(call: Callable[[], None], share: float) -> float:
 
 @contextlib.contextmanager
 def taking(way: str) -> Iterator[None]:
-    """Let all calls go to the "kernels" or to the "dense" product for a while, whatever is faster."""
+    """Send all calls to the "kernels" or to the "dense" product within the context, whichever is faster."""
     torch.ops.surgeon.cpu_take_way(way)
     try:
         yield
@@ -129,7 +131,7 @@ def taking(way: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads for a while."""
+    """Let torch use `count` threads within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -139,7 +141,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def processor() -> str:
-    """The processor's model."""
+    """Return the name of the CPU model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
-// surgeon::dynamic_k_ffn on processors: which way a call takes, the work of every thread, and the registration.
+// surgeon::dynamic_k_ffn on CPUs: the choice of the way for a call, the work of every thread, and the registration.
 //
-// What the operator computes is described in `surgeon.kernels.dynamic_k`. Loaded into a process without Python, this
-// library also declares the operator, so that a compiled model that uses it runs there.
+// `surgeon.kernels.dynamic_k` describes what the operator computes. In a process without Python, this library also
+// declares the operator, so that a compiled model that uses it runs there.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>

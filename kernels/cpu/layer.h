@@ -1,4 +1,4 @@
-// What the processor-specific kernels are given, and the functions each instruction set offers.
+// The arguments of the kernels for each instruction set, and the functions that each instruction set offers.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// For every processor: vectors of 16 bytes, which each has in some form.
+// The kernels for every CPU. They use vectors of 16 bytes, which every CPU has in some form.
 #include "layer.h"
 
 #define SURGEON_VECTOR_BYTES 16

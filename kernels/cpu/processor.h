@@ -1,4 +1,4 @@
-// What suits this processor: the instruction set, and the share of the experts above which dense products are faster.
+// Choices for this CPU: the instruction set, and the share of the experts above which dense products are faster.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -71,7 +71,7 @@ inline void use_instruction_set(std::string name) {
       chosen.store(kernels, std::memory_order_release);
       return;
     }
-  TORCH_CHECK_VALUE(false, "surgeon: this processor has no instruction set '", name, "'");
+  TORCH_CHECK_VALUE(false, "surgeon: this CPU does not have the instruction set '", name, "'");
 }
 
 // --- where everything at once is faster ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Which tokens selected which experts.
+// Record which tokens selected which experts.
 #pragma once
 
 #include <ATen/ATen.h>

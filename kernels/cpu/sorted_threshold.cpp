@@ -1,4 +1,4 @@
-// surgeon::sorted_threshold on processors, see `surgeon.kernels.selection`.
+// surgeon::sorted_threshold on CPUs. `surgeon.kernels.selection` describes what it computes.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>

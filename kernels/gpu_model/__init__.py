@@ -1,1 +1,1 @@
-"""What a layer should take on a GPU: a model of its time by bytes and FLOPs, and what is known of each device."""
+"""A model of a layer's time on a GPU, from bytes and FLOPs, and the known numbers of each device."""

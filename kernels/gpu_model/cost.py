@@ -1,20 +1,24 @@
-"""How long a dense and a dynamic-k FFN should take on a GPU, from bytes and FLOPs: a model, not a measurement.
+"""Model the time of a dense and a dynamic-k FFN on a GPU, from bytes and FLOPs. This is not a measurement.
 
-A layer takes as long as the slowest of its arithmetic, its traffic to memory and its traffic to the L2 cache, plus the
-time to add up what experts give to one token, plus what each of its kernels takes at least. Rates come from the
+A layer takes as long as the slowest of its arithmetic, its traffic to memory and its traffic to the L2 cache. The time
+to add up the experts' outputs for each token and the minimum time of each kernel are added to this. Rates come from the
 vendors' publications (`devices`). fp32 is multiplied in full precision, PyTorch's default, without tensor cores.
 
-What no vendor publishes is assumed (`ASSUMPTIONS` says it to users), so that times on one H100 are met: the shares of
-these rates that kernels reach, and the least time of a kernel. The dense layer is favoured: its products lose nothing
-to odd sizes or the cache. Ours pays for padding (an expert to 16, 32, 64, ... neurons, its tokens to tiles of rows),
-for reading the weights of an expert again for every tile, for gathering rows, for the hidden values of experts that are
-not fused, and for adding up: atomically in the L2 cache where the fp32 output fits there, else by writing what every
-pair of token and expert gives and reading it again. What does not fit in half of the cache goes to memory. Experts are
-selected independently with the same probability, scores are given, and the router's cost is not in it. What kernels are
-launched: `surgeon.kernels.triton`.
+Vendors do not publish which share of these rates kernels reach, nor the minimum time of a kernel. These numbers are
+assumed, so that the model meets times on one H100 (`ASSUMPTIONS` says so to users). The model favours the dense layer:
+its products lose nothing to odd sizes or the cache. Ours pays for:
 
-Of three ways to compute the layer (`Way`), the one is taken that should be fastest where a fifth is selected
-(`fastest_way`): how much is selected is known on the device only, and too late.
+- padding: an expert to 16, 32, 64, ... neurons, and its tokens to tiles of rows;
+- reading the weights of an expert again for every tile, and gathering rows;
+- the hidden values of experts that are not fused;
+- adding up: atomically in the L2 cache if the fp32 output fits there, otherwise by writing the output of every pair of
+  token and expert and reading it again.
+
+What does not fit in half of the cache goes to memory. Experts are selected independently with the same probability.
+Scores are given, and the router's cost is not included. `surgeon.kernels.triton` says which kernels are launched.
+
+There are three ways to compute the layer (`Way`). `fastest_way` takes the one that should be fastest if a fifth of the
+experts is selected, because only the device knows how many are, and too late.
 """
 
 from __future__ import annotations
@@ -29,8 +33,9 @@ from surgeon.kernels.gpu_model.devices import Device
 
 Bound = Literal["arithmetic", "memory", "cache", "sums", "launches"]
 Way = Literal["experts", "spread", "masked"]
-"""How the layer is computed: both products expert by expert; the first one, and the second densely over hidden values
-that are zero where no expert ran; or both densely, with a mask between them."""
+"""How the layer is computed. experts: both products expert by expert. spread: the first one expert by expert, and the
+second one densely over hidden values, which are zero if their expert did not run. masked: both products densely, with a
+mask between them."""
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DENSE_EFFICIENCY = 0.7
@@ -39,32 +44,33 @@ _MEMORY_EFFICIENCY = 0.9
 _CACHE_EFFICIENCY = 0.6
 _GATHER_EFFICIENCY = 0.65  # of the cache's bandwidth, for rows of x
 _ATOMIC_EFFICIENCY = 0.22  # of the cache's bandwidth
-_PARTIAL_EFFICIENCY = 0.57  # of the memory's bandwidth, for what pairs give: rows here and there
+_PARTIAL_EFFICIENCY = 0.57  # of the memory's bandwidth, for the pairs' outputs: scattered rows
 _LAUNCH = 5e-6  # seconds
-_FEW_TOKENS = 16  # up to so many one kernel does it, without a plan
+_FEW_TOKENS = 16  # up to this many tokens, one kernel does it without a plan
 _PLAN_LAUNCHES = 4
-_USUAL_SHARE = 0.2  # the host does not know how much is selected
+_USUAL_SHARE = 0.2  # the host does not know how many experts are selected
 _SCORE = 4  # bytes: scores, places in the plan and sums are all of 4
-_NARROWEST = {"float32": 64, "bfloat16": 16, "float16": 16}  # neurons in a tile: fewer take as long
+_NARROWEST = {"float32": 64, "bfloat16": 16, "float16": 16}  # neurons in a tile: fewer take equally long
 _WIDEST = 128  # more take several tiles
 
 ASSUMPTIONS = (
-    f"Dense products reach {_DENSE_EFFICIENCY:.0%} of the arithmetic rate, those by expert "
-    f"{_EXPERT_EFFICIENCY['bfloat16']:.0%}, in float32 {_EXPERT_EFFICIENCY['float32']:.0%}; kernels reach "
-    f"{_MEMORY_EFFICIENCY:.0%} of the bandwidth of memory and "
-    f"{_CACHE_EFFICIENCY:.0%} of that of L2, atomic additions {_ATOMIC_EFFICIENCY:.0%} of the latter and gathered rows "
-    f"{_GATHER_EFFICIENCY:.0%}. In float32 fewer than {_NARROWEST['float32']} neurons take as long as so many. All "
-    "this was set to meet times on one H100, and is the same for other devices.",
-    f"Ours is computed as it is fastest with {_USUAL_SHARE:.0%} of the experts selected: both products expert by "
+    f"Dense products reach {_DENSE_EFFICIENCY:.0%} of the arithmetic rate. Products by expert reach "
+    f"{_EXPERT_EFFICIENCY['bfloat16']:.0%}, in float32 {_EXPERT_EFFICIENCY['float32']:.0%}. Kernels reach "
+    f"{_MEMORY_EFFICIENCY:.0%} of the memory bandwidth and {_CACHE_EFFICIENCY:.0%} of the L2 bandwidth. Of the latter, "
+    f"atomic additions reach {_ATOMIC_EFFICIENCY:.0%} and gathered rows {_GATHER_EFFICIENCY:.0%}. In float32 fewer "
+    f"than {_NARROWEST['float32']} neurons take as long as {_NARROWEST['float32']}. All these numbers were set to meet "
+    "times on one H100, and are the same for other devices.",
+    f"Ours takes the way that is fastest with {_USUAL_SHARE:.0%} of the experts selected: both products expert by "
     "expert, or the second one densely (spread), or both densely with a mask between them (masked).",
-    f"A kernel takes {_LAUNCH * 1e6:.0f} µs at least, as in a CUDA graph; the dense layer has one kernel a matrix and "
-    "one for the activation, as has ours if masked; else ours has one with up to 16 tokens and five with more, and one "
-    "or two for the output.",
+    f"A kernel takes at least {_LAUNCH * 1e6:.0f} µs, as in a CUDA graph. The dense layer has one kernel per matrix "
+    "and one for the activation, and so has ours if masked. Otherwise ours has one kernel with up to 16 tokens and "
+    "five with more, and one or two for the output.",
     "The cache never limits the dense layer. Ours pays for padding to 16, 32, 64, ... neurons and to tiles of tokens, "
-    "gathered rows, weights read again for every tile, and adding up what experts give: in the cache, or in memory.",
-    "Tokens select experts independently, all equally likely. Scores are given: the router is not counted.",
+    "for gathered rows, for weights read again for every tile, and for adding up the experts' outputs in the cache or "
+    "in memory.",
+    "Tokens select experts independently, and all are equally likely. Scores are given: the router is not counted.",
 )
-"""What the model takes for granted, one sentence or two each, for users."""
+"""The assumptions of the model, in words for users."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         if min(self.width, self.hidden, self.size) < 1:
-            raise UsageError("A layer's width, hidden width and expert size are at least 1.")
+            raise UsageError("A layer's width, hidden width and expert size must be at least 1.")
         if self.hidden % self.size:
             raise UsageError(
                 f"Experts of {self.size} neurons do not divide a hidden width of {self.hidden}: "
@@ -91,23 +97,23 @@ class LayerShape:
 
     @property
     def experts(self) -> int:
-        """How many experts there are."""
+        """The number of experts."""
         return self.hidden // self.size
 
     @property
     def matrices(self) -> int:
-        """Weight matrices of the dense layer."""
+        """The number of weight matrices in the dense layer."""
         return 3 if self.gated else 2
 
     @property
     def weights(self) -> int:
-        """Numbers in all matrices; as many multiply-adds for one token if every expert runs."""
+        """The number of weights, which is also that of multiply-adds for one token if every expert runs."""
         return self.matrices * self.width * self.hidden
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one call, and which of `parts`, the seconds that each thing alone would take, is the longest."""
+    """The seconds of one call. parts: the seconds that each thing alone would take. bound: the longest of them."""
 
     seconds: float
     bound: Bound
@@ -117,7 +123,7 @@ class Estimate:
     def of(
         cls, arithmetic: float, memory: float, cache: float, sums: float, launches: float, then: float = 0.0
     ) -> Estimate:
-        """From the seconds of each. The longest of the first three counts, and sums, launches and what comes `then`."""
+        """Make an estimate from seconds: the longest of the first three, plus sums, launches and what comes `then`."""
         parts: dict[Bound, float] = {
             "arithmetic": arithmetic + then, "memory": memory, "cache": cache, "sums": sums, "launches": launches,
         }  # fmt: skip
@@ -127,7 +133,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the dense layer and ours should take at one share. ratio: dense / ours, above 1 where ours is faster."""
+    """The predicted times of the dense layer and of ours at one share, and the way that ours takes."""
 
     share: float
     dense: Estimate
@@ -136,17 +142,17 @@ class Prediction:
 
     @property
     def ratio(self) -> float:
-        """How many times faster ours should be."""
+        """Dense time / our time: above 1 if ours is faster."""
         return self.dense.seconds / self.ours.seconds
 
 
 def predict(
     device: Device, layer: LayerShape, tokens: int, share: float, dtype: str = "bfloat16", *, way: Way | None = None
 ) -> Prediction:
-    """What one call on `tokens` tokens should take if each selects `share` of the experts.
+    """Predict the time of one call on `tokens` tokens if each of them selects `share` of the experts.
 
     Args:
-        way: None for the one that is taken, `fastest_way`, which knows nothing of `share`.
+        way: None for `fastest_way`, which does not know `share`.
 
     Raises:
         UsageError: a dtype other than float32, bfloat16 and float16, fewer than 1 token, a share outside (0, 1].
@@ -154,7 +160,10 @@ def predict(
     if dtype not in _BYTES:
         raise UsageError(f"No model of {dtype}. There are: {', '.join(_BYTES)}.")
     if tokens < 1 or not 0.0 < share <= 1.0:
-        raise UsageError(f"{tokens} tokens that select {share:g} of the experts: give at least 1, and a share up to 1.")
+        raise UsageError(
+            f"There is no prediction for {tokens} tokens that select {share:g} of the experts. Give at least 1 token, "
+            "and a share above 0 and at most 1."
+        )
     way = way or fastest_way(device, layer, tokens, dtype)
     ours = _WAYS[way](device, layer, tokens, share, dtype)
     return Prediction(share, _dense(device, layer, tokens, dtype), ours, way)
@@ -163,7 +172,7 @@ def predict(
 def fastest_way(
     device: Device, layer: LayerShape, tokens: int, dtype: str = "bfloat16", share: float = _USUAL_SHARE
 ) -> Way:
-    """How ours should take least time at a share. At equal times: the way that computes least.
+    """Return the way that should be fastest at a share. Of equally fast ways it is the one that computes least.
 
     Raises:
         UsageError: as `predict`.
@@ -172,7 +181,7 @@ def fastest_way(
 
 
 def break_even(device: Device, layer: LayerShape, tokens: int, dtype: str = "bfloat16") -> float:
-    """The share of experts up to which ours should not be slower than dense: 0.0 for never, 1.0 for always."""
+    """Return the share of experts up to which ours should not be slower than dense: 0.0 for never, 1.0 for always."""
 
     def gains(share: float) -> bool:
         return predict(device, layer, tokens, share, dtype).ratio >= 1.0
@@ -182,7 +191,7 @@ def break_even(device: Device, layer: LayerShape, tokens: int, dtype: str = "bfl
         return 1.0
     if not gains(low):
         return 0.0
-    while high - low > 1e-4:  # ours takes longer, the more is selected
+    while high - low > 1e-4:  # ours takes longer if more is selected
         middle = (low + high) / 2
         low, high = (middle, high) if gains(middle) else (low, middle)
     return low
@@ -190,7 +199,7 @@ def break_even(device: Device, layer: LayerShape, tokens: int, dtype: str = "bfl
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest size of experts, and every candidate's prediction by size. size: None where dense is fastest."""
+    """The fastest size of experts, None if dense is fastest, and the prediction for every candidate size."""
 
     size: int | None
     predictions: Mapping[int, Prediction]
@@ -207,12 +216,12 @@ def best_size(
     sizes: Sequence[int] = (8, 16, 32, 64, 128, 256),
     gated: bool = False,
 ) -> Choice:
-    """The size of experts with which a call should take least.
+    """Find the size of experts with which a call should be fastest.
 
     Args:
-        share: of the experts that are selected; by size if it differs, as it does at equal quality: smaller experts
-            need a smaller share.
-        sizes: the candidates; of the default ones, those that divide `hidden`. At equal times the larger is taken.
+        share: the share of the experts that are selected, or one for each size. At equal quality it differs: smaller
+            experts need a smaller share.
+        sizes: the candidates; those that do not divide `hidden` are left out. Of equally fast ones the larger is taken.
 
     Raises:
         UsageError: none of them divides `hidden`, or as `predict`.
@@ -302,12 +311,12 @@ def _spread(device: Device, layer: LayerShape, tokens: int, share: float, dtype:
 
 
 def _masked(device: Device, layer: LayerShape, tokens: int, share: float, dtype: str) -> Estimate:
-    """The dense layer, whose activation passes over the hidden values once more than its estimate has it."""
+    """The dense layer, whose activation goes through the hidden values once more than in its own estimate."""
     dense = _dense(device, layer, tokens, dtype)
     hidden = tokens * layer.hidden * _BYTES[dtype]
     read = share * (layer.matrices - 1) * hidden
     traffic = (hidden + read) * _misses(device, hidden) + tokens * layer.experts * _SCORE
-    # The pass is a kernel of its own: nothing else goes on meanwhile.
+    # This is a kernel of its own: nothing else runs at the same time.
     return Estimate.of(
         dense.parts["arithmetic"], dense.parts["memory"], 0.0, _memory(device, traffic), dense.parts["launches"]
     )
@@ -318,22 +327,22 @@ _WAYS: Mapping[Way, Callable[[Device, LayerShape, int, float, str], Estimate]] =
     "spread": _spread,
     "masked": _masked,
 }
-"""From the one that computes least to the one that computes most."""
+"""All ways, from the one that computes least to the one that computes most."""
 
 
 def _work(
     device: Device, layer: LayerShape, tokens: int, share: float, dtype: str, *, few: bool = True
 ) -> tuple[float, float, int]:
-    """The share of the experts that some token selects, tiles of their tokens, and the rows of each."""
+    """The share of the experts that any token selects, the number of tiles of their tokens, and the rows of a tile."""
     used = 1.0 - (1.0 - share) ** tokens
     rows = _rows(device, tokens, dtype, few=few)
-    # Of every expert's last tile half is empty, more or less; with every token in it, its tokens are known.
+    # About half of every expert's last tile is empty. An expert that runs for every token has a known number of tiles.
     tiles = layer.experts * min(max(used, tokens * share / rows + used / 2), math.ceil(tokens / rows))
     return used, tiles, rows
 
 
 def _blocks(layer: LayerShape) -> int:
-    """How often rows of x are read for an expert, whose neurons take several tiles, half as wide if gated."""
+    """How often rows of x are read for an expert: its neurons may take several tiles, half as wide if gated."""
     return math.ceil(layer.size / (_WIDEST // (layer.matrices - 1)))
 
 
@@ -342,12 +351,12 @@ def _memory(device: Device, traffic: float) -> float:
 
 
 def _misses(device: Device, held: float) -> float:
-    """The share of the accesses to a tensor of so many bytes that go to memory: what half of the cache cannot hold."""
+    """The share of accesses to a tensor of `held` bytes that go to memory: what half of the cache cannot hold."""
     return max(0.0, 1.0 - device.cache_size / 2 / held) if held else 0.0
 
 
 def _rows(device: Device, tokens: int, dtype: str, *, few: bool = True) -> int:
-    """Tokens in a tile: as `surgeon.kernels.triton.tiles` chooses. `few`: one token is not multiplied by tiles."""
+    """Tokens in a tile, as in `surgeon.kernels.triton.tiles`. `few`: a single token is multiplied without tiles."""
     if tokens == 1 and few:
         return 1
     most = device.rows if dtype != "float32" or device.hopper else device.rows // 2
@@ -356,14 +365,14 @@ def _rows(device: Device, tokens: int, dtype: str, *, few: bool = True) -> int:
 
 
 def _most_fused(device: Device, gated: bool, dtype: str) -> int:
-    """Neurons of an expert that one kernel computes whole, as in `surgeon.kernels.triton.tiles`."""
+    """The most neurons of an expert that one fused kernel computes, as in `surgeon.kernels.triton.tiles`."""
     if dtype == "float32":
         return 0 if device.hopper else _WIDEST // (4 if gated else 2)
     return _WIDEST // (2 if gated else 1)
 
 
 def _padded(size: int, tokens: int, dtype: str, *, few: bool = True) -> int:
-    """Neurons that are computed for an expert, as in `surgeon.kernels.triton.tiles`; `few`: unlike many if they are."""
+    """Neurons computed for an expert, as in `surgeon.kernels.triton.tiles`. `few`: few tokens have their own tiles."""
     if tokens == 1 and few:
         return size
     few = few and tokens <= _FEW_TOKENS

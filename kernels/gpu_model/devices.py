@@ -1,4 +1,4 @@
-"""GPUs that `cost_model` knows: some by what their vendors publish, other ones of NVIDIA's by what torch says of them.
+"""GPUs that the cost model knows: some from what NVIDIA publishes, its other GPUs from what torch reports.
 
 | device | bf16, fp16 | fp32 | memory | L2 cache | source |
 | --- | --- | --- | --- | --- | --- |
@@ -6,11 +6,12 @@
 | H200 SXM5 141 GB | 989 TFLOP/s | 67 TFLOP/s | 4.8 TB/s | 50 MB, 9.0 TB/s | data sheet; cache as the H100 |
 | A100 SXM4 80 GB | 312 TFLOP/s | 19.5 TFLOP/s | 2.039 TB/s | 40 MB, 7.2 TB/s | data sheet; cache: white paper |
 
-Data sheets give twice the bf16 rate for 2:4 sparse weights; here it is the dense one. The A100's white paper gives
-5,120 bytes a clock for reads of L2, at 1.41 GHz; the H100's gives only the size, so it is given the same at 1.755 GHz.
+Data sheets give twice the bf16 rate for 2:4 sparse weights; the table has the dense rate. The A100's white paper gives
+5,120 bytes a clock for reads of L2, at 1.41 GHz. The H100's gives only the size, so the H100 is given the same number
+of bytes at 1.755 GHz.
 
-Of other NVIDIA GPUs torch gives multiprocessors, clocks and the width of the memory. How much a multiprocessor computes
-in a clock depends on the compute capability (FLOP, dense, summed up in fp32):
+For other NVIDIA GPUs torch reports multiprocessors, clocks and the width of the memory bus. How much a multiprocessor
+computes in a clock depends on the compute capability (FLOP, dense, summed up in fp32):
 
 | capability | bf16, fp16 | fp32 | source |
 | --- | --- | --- | --- |
@@ -20,9 +21,10 @@ in a clock depends on the compute capability (FLOP, dense, summed up in fp32):
 | 10.0, 10.3 | 8,192 | 256 | from the 2.25 PFLOP/s of a B200 |
 | 12.0, 12.1 | 1,024; GeForce 512 | 256 | RTX Blackwell white paper |
 
-Rates that follow lie within 15% of those that data sheets give: clocks are the highest possible ones. The bandwidth of
-L2 is not to be had: 8.0 and the data-centre GPUs after it are given the A100's bytes in a clock, or what as many of its
-multiprocessors have if there are fewer; others 20 for each, which is a guess.
+The resulting rates lie within 15% of those in data sheets, because torch reports the highest possible clocks. The
+bandwidth of L2 is not available. GPUs of capability 8.0 and the data-centre GPUs after it are given the A100's bytes in
+a clock, or proportionally fewer if they have fewer multiprocessors. Other GPUs are given 20 bytes for each
+multiprocessor, which is a guess.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ from surgeon.errors import UsageError
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU. rates: FLOP/s by dtype. memory, cache: bytes a second. cache_size: of L2, bytes.
+    """A GPU. rates: FLOP/s by dtype. memory, cache: bytes per second. cache_size: bytes of L2.
 
-    gpu: what torch calls it. rows: most tokens in a tile, in half types. source: where rates and memory are from;
-    cache_sources: where the cache's size and its bandwidth are.
+    gpu: its name in torch. rows: the most tokens in a tile, in half types. source: where rates and memory bandwidth
+    come from. cache_sources: where the cache's size and bandwidth come from.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Device:
 
     @property
     def hopper(self) -> bool:
-        """Whether it has the tiles that were chosen on an H100."""
+        """Whether it uses the tiles that were chosen on an H100."""
         return self.rows == 128
 
 
@@ -89,7 +91,7 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device:
-    """The device called `name`, in any case.
+    """Return the device called `name`, in upper or lower case.
 
     Raises:
         UsageError: there is no such device.
@@ -101,7 +103,7 @@ def find_device(name: str) -> Device:
 
 
 class Properties(Protocol):
-    """What `torch.cuda.get_device_properties` gives. Clocks in kHz, the bus in bits, the cache in bytes."""
+    """What `torch.cuda.get_device_properties` returns. Clocks are in kHz, the bus in bits and the cache in bytes."""
 
     name: str
     major: int
@@ -129,7 +131,7 @@ _CACHE_OF_ONE = 20.0  # bytes in a clock for a multiprocessor
 
 
 def model_of(gpu: torch.device | int | None = None) -> Device | None:
-    """The model of a GPU of this machine, by default the current one; None where there is none, as for all of AMD's.
+    """Return the model of a GPU of this machine, by default the current one. None if it has no model, as all of AMD's.
 
     Raises:
         RuntimeError, AssertionError: torch finds no GPU.
@@ -138,9 +140,9 @@ def model_of(gpu: torch.device | int | None = None) -> Device | None:
 
 
 def find_gpu(found: Properties) -> Device | None:
-    """The model of a GPU of NVIDIA's: of `DEVICES` if it is one of them, else by its properties.
+    """Return the model of an NVIDIA GPU: from `DEVICES` if it is one of them, otherwise from its properties.
 
-    None if torch does not say enough or the compute capability is not in the table.
+    None if torch does not report enough, or if the compute capability is not in the table.
     """
     for device in DEVICES.values():
         if device.gpu == found.name:
@@ -163,6 +165,6 @@ def find_gpu(found: Properties) -> Device | None:
         cache=1e3 * clock * cache,
         cache_size=float(found.L2_cache_size),
         rows=128 if central and capability > (8, 0) else 64,
-        source="by its clocks, as torch has them",
-        cache_sources=("by torch", "assumed by its clocks"),
+        source="from its clocks, as torch reports them",
+        cache_sources=("reported by torch", "assumed from its clocks"),
     )

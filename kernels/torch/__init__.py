@@ -1,1 +1,1 @@
-"""The dynamic-k FFN in torch code: for any device, forward and backward."""
+"""The dynamic-k FFN in torch code, forward and backward, for any device."""

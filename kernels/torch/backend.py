@@ -1,11 +1,11 @@
 """The dynamic-k FFN in plain torch: forward and backward that compute only the selected experts.
 
-There are five ways through. *By expert*: gather the tokens that selected an expert, run it, add the rows back.
-*In runs*: where all tokens selected the same, as one token does, experts that follow each other are run where they are.
-*By neuron*: for few tokens, read the weights of each token's selected neurons where they are, as a sparse product.
-*Together*: copy the experts that any token selected and run those as one layer, with the pairs that are not selected
-masked. *Dense*: the same with every expert, where nothing is copied. `torch_plan.plan` takes what should be cheapest,
-so selecting much costs about what the dense FFN costs. All give the same result up to rounding.
+There are five ways to compute it. *By expert*: gather the tokens that selected an expert, run it, add the rows back.
+*In runs*: if all tokens selected the same experts, as a single token does, run consecutive experts without a copy.
+*By neuron*: for few tokens, read the weights of each token's selected neurons in place, as a sparse product.
+*Together*: copy the experts that any token selected and run them as one layer, with a mask for the pairs that are not
+selected. *Dense*: the same with every expert and without a copy. `torch_plan.plan` takes the way that should be
+cheapest, so selecting many experts costs about as much as the dense FFN. All ways give the same result up to rounding.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from surgeon.kernels.backends import Backend, Call
 from surgeon.kernels.experts import Experts, Gradients, selected
 from surgeon.kernels.torch import plan as torch_plan
 
-# So many bytes of the inputs, or of the products, each thread of a CPU holds at once, so that they stay in its cache;
-# but at least so many rows, as products of fewer are slow.
+# Each CPU thread holds this many bytes of the inputs or products at once, so that they stay in its cache. It takes at
+# least this many rows, because products of fewer rows are slow.
 _CACHED_BYTES, _LEAST_ROWS = 400_000, 128
 
 
@@ -79,27 +79,27 @@ def backward(
     grad_x = torch.zeros_like(x, dtype=_accumulator(x.dtype), memory_format=torch.contiguous_format) if need_x else None
     grads = Experts(*(None if t is None or not need_weights else t.new_zeros(t.shape) for t in experts))  # type: ignore[arg-type]
 
-    def run(one: Experts, grad_one: Experts | None, rows: Tensor | None, keep: Tensor | None) -> None:
+    def run(part: Experts, grad_part: Experts | None, rows: Tensor | None, keep: Tensor | None) -> None:
         inputs, grad_out = _take(source, rows), _take(grad, rows)
-        up = F.linear(inputs, one.w1, one.b1)
-        grad_h = F.linear(grad_out, one.w2)
+        up = F.linear(inputs, part.w1, part.b1)
+        grad_h = F.linear(grad_out, part.w2)
         if keep is not None:
             _clear(grad_h, keep)
-        z = None if one.gate is None else F.linear(inputs, one.gate, one.b_gate)
+        z = None if part.gate is None else F.linear(inputs, part.gate, part.b_gate)
         if z is None:
             h, grad_z, grad_up = act.fn(up), None, act.backward(grad_h, up)
         else:
             a = act.fn(z)
             h, grad_z, grad_up = a * up, act.backward(grad_h * up, z), grad_h * a
         if grad_x is not None:
-            _add_product(grad_x, rows, grad_up, one.w1)
-            if grad_z is not None and one.gate is not None:
-                _add_product(grad_x, rows, grad_z, one.gate)
-        if grad_one is not None:
+            _add_product(grad_x, rows, grad_up, part.w1)
+            if grad_z is not None and part.gate is not None:
+                _add_product(grad_x, rows, grad_z, part.gate)
+        if grad_part is not None:
             if keep is not None:
                 _clear(h, keep)
-            grad_one.w2.copy_(torch.mm(h.t(), grad_out))
-            for target, bias, g in ((grad_one.w1, grad_one.b1, grad_up), (grad_one.gate, grad_one.b_gate, grad_z)):
+            grad_part.w2.copy_(torch.mm(h.t(), grad_out))
+            for target, bias, g in ((grad_part.w1, grad_part.b1, grad_up), (grad_part.gate, grad_part.b_gate, grad_z)):
                 if target is not None and g is not None:
                     target.copy_(torch.mm(g.t(), inputs))
                 if bias is not None and g is not None:
@@ -123,11 +123,11 @@ def _add_experts(out: Tensor, x: Tensor, way: torch_plan.ByExpert, experts: Expe
     parts = [
         (expert, part)
         for expert, rows in way.rows.items()
-        # As large as each other: a small rest would be multiplied slowly.
+        # Parts of equal size: a small rest would be multiplied slowly.
         for part in ((None,) if rows is None else rows.tensor_split(-(-len(rows) // most)))
     ]
     sizes = [len(x) if part is None else len(part) for _, part in parts]
-    # What is used again and again stays in the cache.
+    # These buffers are reused, so they stay in the cache.
     neurons = experts.w1.shape[1]
     gathered, product = x.new_empty(most, x.shape[1]), x.new_empty(most, out.shape[1])
     gates = None if experts.gate is None else x.new_empty(max(sizes, default=0), neurons)
@@ -143,7 +143,7 @@ def _add_experts(out: Tensor, x: Tensor, way: torch_plan.ByExpert, experts: Expe
 def _hidden(
     x: Tensor, experts: Experts, act: Activation, out: Tensor | None = None, gates: Tensor | None = None
 ) -> Tensor:
-    """`hidden` in less memory: in `out` [n, m], if given, and its gates in `gates`, of n rows or more."""
+    """Compute `hidden` in less memory: in `out` [n, m], if given, with the gates in `gates`, of n rows or more."""
 
     def linear(weight: Tensor, bias: Tensor | None, into: Tensor | None) -> Tensor:
         if into is None:
@@ -161,21 +161,21 @@ def _hidden(
 def _add_runs(out: Tensor, x: Tensor, runs: list[slice], experts: Experts, act: Activation) -> None:
     """Add Σ over the neurons in `runs` of h w2 to `out` [N, d_out]. experts: flat."""
     for run in runs:
-        one = experts.one(run).to(x.dtype)
-        _add_product(out, None, _hidden(x, one, act), one.w2)
+        neurons = experts.one(run).to(x.dtype)
+        _add_product(out, None, _hidden(x, neurons, act), neurons.w2)
 
 
 def _clear(h: Tensor, mask: Tensor) -> None:
-    """Zero in place, NaN as well, what `mask` [N, E] does not select in `h` [N, E·s].
+    """Set to zero in place, NaN included, what `mask` [N, E] does not select in `h` [N, E·s].
 
-    By its bits: several times faster on a CPU than filling, or choosing, under a mask that is broadcast.
+    This works on the bits. On a CPU it is several times faster than filling or choosing with a mask that is broadcast.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[h.element_size()]
     h.view(*mask.shape, -1).view(bits).bitwise_and_(mask.to(bits).neg_().unsqueeze(-1))
 
 
 def _by_neuron(x: Tensor, way: torch_plan.ByNeuron, experts: Experts, act: Activation) -> Tensor:
-    """Σ over the neurons of `way` of h w2, [N, d_out]: sparse products, which copy no weights but biases.
+    """Return Σ over the neurons of `way` of h w2, [N, d_out], by sparse products, which copy no weights except biases.
 
     experts: flat.
     """
@@ -195,14 +195,14 @@ def _by_neuron(x: Tensor, way: torch_plan.ByNeuron, experts: Experts, act: Activ
 
 
 def _take(source: Tensor, rows: Tensor | None, into: Tensor | None = None) -> Tensor:
-    """The rows, or all; `into`, which has at least as many, is overwritten with them where they are copied."""
+    """Return the given rows, or all. If rows are copied, they are written to `into`, which has at least as many."""
     if rows is None:
         return source
     return torch.index_select(source, 0, rows, out=None if into is None else into[: len(rows)])
 
 
 def _add_product(out: Tensor, rows: Tensor | None, a: Tensor, b: Tensor, into: Tensor | None = None) -> None:
-    """Add `a @ b` to `rows` of `out`, or to all; it may be wider. `into` [at least len(a), d] may be overwritten."""
+    """Add `a @ b` to `rows` of `out`, or to all; its dtype may be wider. `into` [≥ len(a), d] may be overwritten."""
     if rows is not None:
         product = torch.mm(a, b, out=None if into is None else into[: len(a)])
         out.index_add_(0, rows, product.to(out.dtype))

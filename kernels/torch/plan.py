@@ -1,4 +1,4 @@
-"""The cheapest way through the dynamic-k FFN in plain torch, by what is selected and the sizes of the experts."""
+"""Choose the cheapest way to compute the dynamic-k FFN in plain torch, by what is selected and the experts' sizes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _COPY_COST = 45  # copying them besides
 _FEW_COST, _FEW_MOST = 5, 40  # of one neuron for each of few tokens, and for all of them at most
 _ROW_COST = 45  # gathering the row of one token and adding it back to the output, for one expert
 _PAIR_COST = 37  # of one neuron for one token, where nothing is shared between tokens
-# Of calls, to be divided by the number of weights of a neuron:
+# Costs of calls, to be divided by the number of weights of a neuron:
 _EXPERT_COST = 2_500_000  # those for one more expert
 _RUN_COST = 1_100_000  # for one more run
 _SPARSE_COST = 23_000_000  # of a sparse product
-# Where a processor multiplies half types: how many times faster it does, and how many times as much of fp32's products
-# copies, rows and calls then cost.
+# For CPUs that multiply half types: how much faster than fp32 their products are, and by what factors the costs of
+# copies, rows and calls change, relative to products in fp32.
 _HALF_SPEED, _HALF_COPY, _HALF_ROW, _HALF_CALL = 5, 0.5, 1.7, 8
 
-# Up to so many tokens neurons may be run one by one: the fewer, the less they share.
+# Up to this many tokens, neurons may be run one by one: the fewer tokens, the less they share.
 _FEW_TOKENS = 16
 
 
@@ -42,15 +42,15 @@ class Together(NamedTuple):
 
 
 class InRuns(NamedTuple):
-    """The neurons of the experts that all tokens selected, numbered over all experts, as few slices as they make."""
+    """The neurons of the experts that all tokens selected, numbered over all experts, in as few slices as possible."""
 
     runs: list[slice]
 
 
 class ByNeuron(NamedTuple):
-    """For every token the neurons of the experts it selected, numbered over all experts, as a sparse matrix has them.
+    """The neurons of the experts that each token selected, numbered over all experts, as in a sparse matrix.
 
-    columns [pairs·s]: neurons, of one token after another. ends [N + 1]: where the tokens begin and end in them.
+    columns [pairs·s]: the neurons of one token after another. ends [N + 1]: where each token begins and ends in them.
     """
 
     columns: Tensor
@@ -58,7 +58,7 @@ class ByNeuron(NamedTuple):
 
 
 class ByExpert(NamedTuple):
-    """For each expert that is used the tokens that selected it [n], None if all did.
+    """For each expert that is used, the tokens [n] that selected it, or None if all did.
 
     most: the largest n.
     """
@@ -70,12 +70,12 @@ class ByExpert(NamedTuple):
 def plan(
     mask: Tensor, experts: Experts, *, forward: bool = True, sparse: bool = False
 ) -> Together | InRuns | ByExpert | ByNeuron:
-    """Choose the cheapest way through the selected pairs of `mask` [N, E].
+    """Choose the cheapest way to compute the selected pairs of `mask` [N, E].
 
-    forward: whether experts may be copied or joined. sparse: whether there are sparse products of their dtype.
+    forward: whether experts may be copied or joined. sparse: whether their dtype has sparse products.
     """
     (tokens, count), neurons = mask.shape, experts.w1.shape[1]
-    # Of one token the mask itself says how many.
+    # For a single token the mask itself holds the counts.
     counts: list[int] = (mask[0] if tokens == 1 else mask.sum(0, dtype=torch.int32)).tolist()
     pairs = sum(counts)
     if pairs == tokens * count:
@@ -115,7 +115,7 @@ def plan(
         case "neuron":
             _sparse_products()
             index = mask.reshape(-1).nonzero()
-            # Of each expert that runs the neurons, one token after the other.
+            # The neurons of each expert that runs, one token after the other.
             columns = (index.remainder_(count) * neurons + torch.arange(neurons, device=mask.device)).view(-1)
             ends = F.pad(mask.sum(1).cumsum(0), (1, 0)) * neurons
             return ByNeuron(columns, ends)
@@ -137,7 +137,7 @@ def _runs(chosen: list[int], neurons: int) -> list[slice]:
 
 @cache
 def _sparse_products() -> None:
-    """Let PyTorch say, unheard, that its sparse matrices are in beta, which it says once in a process."""
+    """Suppress PyTorch's warning that its sparse matrices are in beta, which it gives once per process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.zeros(1, 1).to_sparse_csr()

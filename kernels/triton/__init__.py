@@ -1,27 +1,33 @@
-"""The Triton kernels of the dynamic-k FFN, for NVIDIA and AMD graphics processors.
+"""The Triton kernels of the dynamic-k FFN, for NVIDIA and AMD GPUs.
 
-`backend` says which calls they take and imports no Triton; `host` computes them. The operators take them on a GPU
+`backend` says which calls they take and does not import Triton; `host` computes them. The operators use them on a GPU
 unless `SURGEON_GPU=torch` is set.
 
-There are three ways. *Expert by expert*, only what is selected is computed: `plan` sorts the selected (token, expert)
-pairs by expert on the device, without the host waiting for their number. The forward pass multiplies tiles of them,
-whose rows of x are gathered, and adds up what the pairs of a token give. Where the output in fp32 fits in half of the
-L2 cache it adds to it atomically, in one kernel, or in two with the hidden values in memory: where one would leave
-processors idle, or an expert has more neurons than it can hold (128; half if gated; in fp32 half, none on an H100).
-Where it does not fit, and where `torch.use_deterministic_algorithms` asks for it, every pair's output is written,
-rounded to the dtype of x, and added up in fp32 in a fixed order. Up to 16 tokens are decoded: one kernel, no plan.
+There are three ways to compute the layer.
 
-What a pair costs to add up does not depend on how few neurons it has, so small experts lose more there than they save.
-*Spread*, the hidden values of the pairs that run are computed likewise and put in their places among zeros; the second
-product is torch's, of the dense layer. *Masked*, both products are, and one kernel between them computes the activation
-of what is selected and clears the rest: not slower than the dense layer, nor faster.
+*Expert by expert*: only what is selected is computed. `plan` sorts the selected (token, expert) pairs by expert on the
+device, so the host does not wait for their number. The forward pass gathers rows of x, multiplies tiles of them, and
+adds up the outputs of each token's pairs. If the fp32 output fits in half of the L2 cache, the additions are atomic.
+This takes one kernel, or two with the hidden values in memory. It takes two if one would leave multiprocessors idle, or
+if an expert has more neurons than one can hold (128; half if gated; in fp32 half, none on an H100). If the output does
+not fit, or if `torch.use_deterministic_algorithms` asks for it, the output of every pair is written, rounded to the
+dtype of x. These outputs are then added up in fp32 in a fixed order. Up to 16 tokens are decoded: one kernel, no plan.
 
-`fastest_way` chooses by `cost_model`, on GPUs that `devices` has a model of: NVIDIA's. `SURGEON_GPU=triton` asks for
-expert by expert in any case.
-The backward pass computes hidden values anew. Where the forward pass goes expert by expert it does, too, and its
-gradient of x is added up likewise. Elsewhere it is masked: products of the dense layer, and between them one kernel.
+*Spread*: adding up a pair costs the same however few neurons it has, so small experts lose more there than they save.
+This way computes the hidden values of the pairs that run as above, and writes them to their places among zeros. The
+second product is torch's product of the dense layer.
 
-Thresholds of the rules that go through a token's scores in their order are found without sorting, one program a token.
+*Masked*: both products are torch's. One kernel between them computes the activation of what is selected and clears the
+rest. This is neither slower nor faster than the dense layer.
+
+`fastest_way` chooses by `cost_model`, on GPUs that `devices` has a model of: NVIDIA's. `SURGEON_GPU=triton` always goes
+expert by expert.
+
+The backward pass computes the hidden values again. It goes expert by expert if the forward pass does, and adds up the
+gradient of x in the same way. Otherwise it is masked: products of the dense layer, with one kernel between them.
+
+Rules that go through a token's scores in ascending order find their thresholds without sorting, with one program per
+token.
 
 | kernels launched | plan | then |
 | --- | --- | --- |
@@ -34,27 +40,30 @@ Thresholds of the rules that go through a token's scores in their order are foun
 | backward, masked | 0 | 1, beside torch's products |
 | thresholds | 0 | 1 |
 
-Besides, PyTorch fills the fp32 output with the bias, and converts it if x is of a half type: one launch each. If
+In addition, PyTorch fills the fp32 output with the bias, and converts it if x has a half type: one launch each. If
 spread, it fills the hidden values with zeros.
 
-Memory, which must be had for every pair because the host does not know how many run: 4 bytes per pair for the plan, 8
-if ordered; one hidden value in the dtype of x per neuron and token for the forward in two kernels, as in the dense
-FFN, and two or three (gated) for the backward. What pairs give takes up to 512 MiB (`host.PARTIAL_BYTES`) if ordered:
-it goes through ranges of columns, and of tokens where 128 columns of all are too much.
+Memory is allocated for every pair, because the host does not know how many run. The plan takes 4 bytes per pair, 8 if
+ordered. The forward in two kernels takes one hidden value in the dtype of x per neuron and token, as the dense FFN
+does. The backward takes two, or three if gated. If ordered, the outputs of the pairs take up to 512 MiB
+(`host.PARTIAL_BYTES`): they are computed in ranges of columns, and in ranges of tokens if 128 columns of all tokens are
+too much.
 
-Reproducible: plan, ordered forward, ordered gradient of x, gradients of the weights. Atomic sums change in their last
-bits from run to run.
+The plan, the ordered forward, the ordered gradient of x and the gradients of the weights are reproducible. Atomic sums
+change in their last bits from run to run.
 
-Verified on an NVIDIA H100 with torch 2.11 and Triton 3.6 (`tests/kernels/triton/test_hardware.py`): fp32, TF32, fp16
-and bf16 against float64, all ways and backward, with drawn and with real sizes; thresholds; several thousand experts;
-more than 2³¹ elements; NaN in one row; the same bits twice where that is promised; capture in a CUDA graph, so that
-nothing waits for the host; `torch.compile`. Tile sizes for such chips were chosen there by time (examples/speed has the
-results).
+All this was verified on an NVIDIA H100 with torch 2.11 and Triton 3.6 (`tests/kernels/triton/test_hardware.py`):
 
-Not verified on hardware: every other chip. The tests compare all kernels with a float64 reference in Triton's
-interpreter and compile them for sm_80, sm_90, sm_100 and gfx942, reading off registers, spills, shared memory and
-instructions. That says nothing of speed on sm_80, sm_100 and gfx942, whose tile sizes are estimates, nor of races
-there.
+- fp32, TF32, fp16 and bf16 against float64, all ways and backward, with drawn and with real sizes;
+- thresholds, several thousand experts, more than 2³¹ elements, and NaN in one row;
+- the same bits twice where that is promised;
+- capture in a CUDA graph, so that nothing waits for the host, and `torch.compile`.
 
-Below 16 neurons, tiles are padded to 16, which `tl.dot` needs, and the padding is computed.
+Tile sizes for such chips were chosen there by time (examples/speed has the results).
+
+No other chip was verified on hardware. The tests compare all kernels with a float64 reference in Triton's interpreter.
+They also compile them for sm_80, sm_90, sm_100 and gfx942, and read registers, spills, shared memory and instructions.
+That says nothing about races or speed on sm_80, sm_100 and gfx942, whose tile sizes are estimates.
+
+Tiles of fewer than 16 neurons are padded to 16, which `tl.dot` needs, and the padding is computed.
 """

@@ -1,8 +1,8 @@
-"""Kernels of the backward pass over tiles of a plan, with the arguments that `forward_kernels` describes.
+"""The kernels of the backward pass over tiles of a plan, with the arguments that `forward_kernels` describes.
 
-First hidden values anew and the gradients of the pre-activations, per pair, into memory. From these
-`forward_kernels.combine` adds up the gradient of x, and `grad_weight` those of the weights, one program owning each
-block of a weight, without atomics. Or, with dense products before and after it, `grad_mask` in their stead.
+First `grad_hidden` writes the hidden values again and the gradients of the pre-activations, for each pair. From these
+`forward_kernels.combine` adds up the gradient of x, and `grad_weight` the gradients of the weights. There one program
+owns each block of a weight, so no atomics are needed. With dense products, `grad_mask` between them replaces all this.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -53,10 +53,10 @@ def grad_mask(
     grad_h, up, z, scores, threshold, E,
     ACTIVATION: tl.constexpr, COMPARE: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What `grad_hidden` writes, of dense products, in their place: [N, E · S], 0 where an expert does not run.
+    """Compute what `grad_hidden` writes, in place of dense products [N, E · S]; 0 where an expert does not run.
 
-    up = x w1ᵀ + b1 becomes h, grad_h becomes its gradient, and z = x gateᵀ + b_gate, unless None, becomes its own. A
-    program for each token and block of COLUMNS. What does not run is not read.
+    up = x w1ᵀ + b1 becomes h, and grad_h becomes the gradient of up. z = x gateᵀ + b_gate, unless None, becomes its own
+    gradient. There is one program for each token and block of COLUMNS. Neurons that do not run are not read.
     """
     token = tl.program_id(0).to(tl.int64)
     at, known, on = neurons_of(token, scores, threshold, E, COMPARE, S, COLUMNS)
@@ -80,8 +80,8 @@ def grad_weight(
 ):  # fmt: skip
     """grad_w[e] = Σ over the pairs of expert e of factor[slot] ⊗ rows[token]; grad_b[e] = Σ factor[slot], unless None.
 
-    factor [slots, s], rows [N, d], grad_w [E, s, d], grad_b [E, s]. A program for each expert and block of its weight;
-    experts without a pair get zeros.
+    factor [slots, s], rows [N, d], grad_w [E, s, d], grad_b [E, s]. There is one program for each expert and block of
+    its weight. Experts without a pair get zeros.
     """
     column_blocks = tl.cdiv(d, COLUMNS)
     neuron_blocks = tl.cdiv(s, NEURONS)

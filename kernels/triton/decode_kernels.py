@@ -1,7 +1,7 @@
-"""Kernels for a handful of tokens: one launch without a plan, a program for each expert and block of its neurons.
+"""The kernels for a few tokens. One launch without a plan runs one program for each expert and block of its neurons.
 
-A program whose expert no token selected ends at once, so only the selected weights are read, each once for all tokens.
-Results are added to out [N, d_out], fp32, atomically.
+If no token selected its expert, a program ends at once. So only the selected weights are read, each once for all
+tokens. Results are added to out [N, d_out], fp32, atomically.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -17,7 +17,7 @@ from surgeon.kernels.triton.forward_kernels import add_ffn
 from surgeon.kernels.triton.plan import runs
 
 MOST_TOKENS = 16
-"""The rows of the smallest tile that tensor cores multiply."""
+"""As many as the rows of the smallest tile that tensor cores multiply."""
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def decode_tokens(
     ACTIVATION: tl.constexpr, COMPARE: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Up to ROWS tokens, by matrix products."""
+    """Compute up to ROWS tokens by matrix products."""
     blocks = tl.cdiv(s, NEURONS)
     expert = (tl.program_id(0) // blocks).to(tl.int64)
     neuron = (tl.program_id(0) % blocks) * NEURONS + tl.arange(0, NEURONS)
@@ -47,7 +47,7 @@ def decode_one(
     x, scores, threshold, w1, b1, gate, b_gate, w2, out, s, d_in, d_out,
     ACTIVATION: tl.constexpr, COMPARE: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One token, by multiply-adds: the weights are read once and used once, so tensor cores would not help."""
+    """Compute one token by multiply-adds: each weight is read once and used once, so tensor cores would not help."""
     blocks = tl.cdiv(s, NEURONS)
     expert = (tl.program_id(0) // blocks).to(tl.int64)
     if runs(tl.load(scores + expert), tl.load(threshold), COMPARE):

@@ -1,6 +1,6 @@
-"""Activation functions and their vector-Jacobian products, for use inside kernels; everything is fp32.
+"""Activation functions and their vector-Jacobian products, for use inside kernels. Everything is fp32.
 
-They follow `surgeon.kernels.activations`, also in what they do with NaN: `where` keeps it, a maximum would not.
+They follow `surgeon.kernels.activations`, also for NaN: `where` keeps it, but a maximum would not.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu2", "identity")
-"""What `activate` and `activate_backward` know. All are 0 at 0, so neurons that only pad a tile give nothing."""
+"""The activations of `activate` and `activate_backward`. All are 0 at 0, so neurons that pad a tile add nothing."""
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gated_activation(up, z, gate, ACTIVATION: tl.constexpr):
-    """act(z) · up, or act(up) if `gate` is None: nothing else about `gate` matters."""
+    """act(z) · up, or act(up) if `gate` is None. Nothing else about `gate` matters."""
     if gate is not None:
         h = activate(z, ACTIVATION) * up
     else:
@@ -74,7 +74,7 @@ def activate_backward(grad, z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gated_backward(grad, up, z, gate, ACTIVATION: tl.constexpr):
-    """The gradients of `up` and `z` in `gated_activation`; if `gate` is None that of `z` is meaningless."""
+    """The gradients of `up` and `z` in `gated_activation`. If `gate` is None, that of `z` is meaningless."""
     if gate is not None:
         up_gradient = grad * activate(z, ACTIVATION)
         z_gradient = activate_backward(grad * up, z, ACTIVATION)

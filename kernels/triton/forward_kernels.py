@@ -1,8 +1,8 @@
-"""Kernels of the forward pass: over tiles of a plan, fused or split in two with the hidden values in memory, or a mask.
+"""The kernels of the forward pass: fused, split in two with the hidden values in memory, or a mask over dense values.
 
-Programs share out the tiles of a `Plan`: program p takes items p, p + programs, … until the count found on the device.
-All offsets into tensors are 64-bit. Rows of a tile that belong to no pair are loaded as zero and never stored, so what
-one token holds, NaN included, reaches no other.
+Programs share the tiles of a `Plan`: program p takes items p, p + programs, … until the count found on the device.
+All offsets into tensors are 64-bit. Rows of a tile that belong to no pair are loaded as zero and never stored, so the
+values of one token, NaN included, reach no other.
 
 Arguments that every kernel has: `start`, `first_tile`, `expert_of_tile` and `token_of_slot` from the plan; `s` neurons
 per expert; PRECISION and UPCAST from `launch`; tile sizes ROWS × NEURONS for hidden values, DEPTH along the sum that
@@ -23,7 +23,7 @@ from surgeon.kernels.triton.plan import runs
 
 @triton.jit
 def rows_of(tile, start, first_tile, expert_of_tile, token_of_slot, ROWS: tl.constexpr):
-    """The expert of a tile, and for its rows: the slot, whether there is a pair, and the token."""
+    """Return the expert of a tile, and for each of its rows the slot, whether there is a pair, and the token."""
     expert = tl.load(expert_of_tile + tile).to(tl.int64)
     slot = tl.load(start + expert) + (tile - tl.load(first_tile + expert)) * ROWS + tl.arange(0, ROWS)
     there = slot < tl.load(start + expert + 1)
@@ -36,7 +36,7 @@ def project(
     x_row, there, w1, b1, gate, b_gate, expert, neuron, s, d_in,
     ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """x w1ᵀ + b1, and x gateᵀ + b_gate or zeros: fp32 [ROWS, NEURONS]. `x_row` points to the rows of x [ROWS]."""
+    """Return x w1ᵀ + b1, and x gateᵀ + b_gate or zeros: fp32 [ROWS, NEURONS]. `x_row` [ROWS] points to rows of x."""
     known = neuron < s
     w_row = expert * s + neuron
     up = tl.zeros((ROWS, NEURONS), tl.float32)
@@ -70,7 +70,7 @@ def add_ffn(
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add what some neurons of an expert give for the tokens that are `there` to out [N, d_out], fp32, atomically."""
+    """Add the outputs of some neurons of an expert for tokens that are `there` to out [N, d_out], fp32, atomically."""
     up, z = project(
         x + token * d_in, there, w1, b1, gate, b_gate, expert, neuron, s, d_in,
         ROWS, NEURONS, DEPTH, PRECISION, UPCAST,
@@ -141,10 +141,10 @@ def combine(
     ORDERED: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """h w, plus h_gate w_gate if given: h [slots, s], w [E, s, d]. An item is a tile and a block of COLUMNS.
+    """Compute h w, plus h_gate w_gate if given: h [slots, s], w [E, s, d]. An item is a tile and a block of COLUMNS.
 
-    Of `width` columns of w from `first_column` on. Add it to out [N, d], fp32, atomically; or, if ORDERED, write it to
-    out [slots, width].
+    This takes `width` columns of w from `first_column` on. It adds the result to out [N, d], fp32, atomically. If
+    ORDERED, it writes the result to out [slots, width].
     """
     blocks = tl.cdiv(width, COLUMNS)
     for item in range(tl.program_id(0).to(tl.int64), tl.load(first_tile + E) * blocks, tl.num_programs(0)):
@@ -181,7 +181,7 @@ def combine(
 
 @triton.jit
 def neurons_of(token, scores, threshold, E, COMPARE: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of a block of a token's neurons: the places in [N, E · S], which there are, and which of them run."""
+    """Return, for a block of a token's neurons, their places in [N, E · S], which of them exist, and which run."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     known = column < E * S
     score = tl.load(scores + token * E + column // S, mask=known, other=0.0)
@@ -194,9 +194,9 @@ def mask(
     h, z, scores, threshold, E,
     ACTIVATION: tl.constexpr, COMPARE: tl.constexpr, S: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """h = act(h), or act(z) · h if z is given, in place, and 0 where the expert of a neuron does not run: [N, E · S].
+    """Set h to act(h), or act(z) · h if z is given, in place, and to 0 if a neuron's expert does not run: [N, E · S].
 
-    A program for each token and block of COLUMNS. What does not run is not read.
+    There is one program for each token and block of COLUMNS. Neurons that do not run are not read.
     """
     token = tl.program_id(0).to(tl.int64)
     at, known, on = neurons_of(token, scores, threshold, E, COMPARE, S, COLUMNS)
@@ -212,9 +212,9 @@ def mask(
 def reduce(
     partial, slot_of_pair, bias, out, E, d, first_column, width, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """out[n] = bias + Σ over the experts of token n of partial[slot], in an order that depends on nothing but E.
+    """out[n] = bias + Σ over the experts of token n of partial[slot], in an order that depends only on E.
 
-    Of `width` columns of out [N, d] from `first_column` on; partial [slots, width].
+    This writes `width` columns of out [N, d] from `first_column` on; partial [slots, width].
     """
     token = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,4 +1,4 @@
-"""Forward, backward and thresholds from the kernels: which are launched, with which sizes and buffers."""
+"""Compute forward, backward and thresholds: choose the kernels with their sizes and buffers, and launch them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from surgeon.kernels.triton import tiles as _tiles
 from surgeon.kernels.triton.plan import Plan
 
 PARTIAL_BYTES = 512 * 2**20
-"""What the outputs of all pairs that wait to be added up may take; how many there will be is not known to the host."""
+"""The most bytes for outputs of pairs that are not yet added up. The host does not know how many there will be."""
 
-_LEAST_COLUMNS = 128  # of those outputs at a time
+_LEAST_COLUMNS = 128  # of these outputs at a time
 
 
 class _Hidden(NamedTuple):
-    """For every slot [slots, s]: gradients of x w1ᵀ + b1 and of x gateᵀ + b_gate, and hidden values."""
+    """For every slot [slots, s]: the gradients of x w1ᵀ + b1 and of x gateᵀ + b_gate, and the hidden values."""
 
     up: Tensor
     gate: Tensor | None
@@ -48,9 +48,9 @@ def forward(
 ) -> Tensor:
     """Return Σ over selected experts of h_e w2_e, plus b2: a new contiguous tensor [N, d_out] in the dtype of `x`.
 
-    Only for arguments that `backend.supports` has no objection to. Sums over experts are accumulated in fp32; hidden
-    values are rounded to the dtype of `x` between the two products, as they are in the dense FFN. fp32 is multiplied in
-    TF32 if PyTorch may (`torch.backends.cuda.matmul`).
+    It only takes arguments for which `backend.supports` returns None. Sums over experts are accumulated in fp32. Hidden
+    values are rounded to the dtype of `x` between the two products, as in the dense FFN. fp32 is multiplied in TF32 if
+    PyTorch may (`torch.backends.cuda.matmul`).
 
     Args:
         x: [N, d_in].
@@ -59,8 +59,8 @@ def forward(
         experts: the weights, same dtype as `x`.
         b2: [d_out] or None.
         activation: one of `elementwise.ACTIVATIONS`.
-        way: what of it is computed expert by expert, and what densely.
-        ordered: add up experts in a fixed order, so that equal inputs give equal bits; dense products do anyway.
+        way: what is computed expert by expert, and what densely.
+        ordered: add up experts in a fixed order, so that equal inputs give equal bits. Dense products always do.
     """
     x, scores, threshold = x.contiguous(), scores.contiguous(), threshold.contiguous()
     experts, chip = _contiguous(experts), launch.chip(x.device)
@@ -109,8 +109,9 @@ def backward(
 ) -> Gradients:
     """Return the gradients of `x` and the weights for `grad`, the gradient of the output [N, d_out].
 
-    Arguments are those of `forward`, which need not be called first; what is not needed is None. Every `way` but expert
-    by expert is masked. `ordered` is about the gradient of `x`: those of the weights are reproducible anyway.
+    The arguments are those of `forward`, which need not be called first. Gradients that are not needed are None. Every
+    `way` except expert by expert is masked. `ordered` concerns the gradient of `x`: those of the weights are always
+    reproducible.
     """
     grad, x, scores, threshold = (t.contiguous() for t in (grad, x, scores, threshold))
     experts = _contiguous(experts)
@@ -120,7 +121,7 @@ def backward(
     grad_x = torch.empty_like(x) if need_x else None
     grads = None
     if need_weights:
-        # Without a token nothing is launched; otherwise every element is written.
+        # Without tokens nothing is launched; otherwise every element is written.
         new = torch.zeros_like if x.shape[0] == 0 else torch.empty_like
         grads = Experts(*(None if t is None else new(t) for t in experts))  # type: ignore[arg-type]
     parts = list(_parts(scores, x.shape[1], x.element_size())) if need_x and ordered else []
@@ -147,7 +148,7 @@ def backward(
 
 
 def sorted_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
-    """`surgeon::sorted_threshold` without sorting, where `backend.sorts`.
+    """Compute `surgeon::sorted_threshold` without sorting, for scores that `backend.sorts` accepts.
 
     Args:
         scores: [..., E], float32, not negative.
@@ -172,7 +173,7 @@ def _rows(x: Tensor) -> int:
 
 
 def _parts(scores: Tensor, width: int, size: int) -> Iterator[slice]:
-    """Ranges of tokens of which a few columns for every pair would fit into `PARTIAL_BYTES`; size: bytes of each."""
+    """Ranges of tokens for which a few columns of every pair fit into `PARTIAL_BYTES`. `size`: bytes per element."""
     tokens, experts = scores.shape
     step = max(_decode.MOST_TOKENS, PARTIAL_BYTES // (experts * min(width, _LEAST_COLUMNS) * size))
     return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
@@ -210,7 +211,7 @@ def _fused_into(out: Tensor, x: Tensor, plan: Plan, experts: Experts, activation
 
 
 def _hidden(x: Tensor, plan: Plan, experts: Experts, activation: str, *, spread: bool = False) -> Tensor:
-    """The hidden values [slots, s], or if `spread` [N, E, s] with zeros: as much memory as in the dense FFN."""
+    """The hidden values [slots, s], or [N, E, s] with zeros if `spread`: as much memory as in the dense FFN."""
     (count, neurons, d_in), chip = experts.w1.shape, launch.chip(x.device)
     products = 1 if experts.gate is None else 2
     sizes = _tiles.hidden(chip, x.dtype, plan.rows, neurons, products=products, spread=spread)
@@ -273,7 +274,7 @@ def _masked_backward(
 def _mask(
     kernel: Any, tensors: tuple[Tensor | None, ...], scores: Tensor, threshold: Tensor, neurons: int, activation: str
 ) -> None:
-    """Run a kernel over the hidden values [N, E · s] of all tokens, in the first of `tensors` and others."""
+    """Run a kernel over the hidden values [N, E · s] of all tokens. The first of `tensors` holds them."""
     tokens, count = scores.shape
     sizes = _tiles.mask(count * neurons)
     launch.launch(
@@ -319,7 +320,7 @@ def _add_products(plan: Plan, products: list[tuple[Tensor, Tensor]], out: Tensor
 def _combine(
     plan: Plan, products: list[tuple[Tensor, Tensor]], out: Tensor, first: int, width: int, *, ordered: bool
 ) -> None:
-    """Some columns of Σ h w: added to the rows of the tokens, or written to those of the slots if ordered."""
+    """Compute some columns of Σ h w. Add them to the rows of the tokens, or if ordered write them to the slots'."""
     (h, w), (h_gate, w_gate) = products[0], products[1] if len(products) > 1 else (None, None)
     (count, neurons, d), chip = w.shape, launch.chip(h.device)
     sizes = _tiles.combine(chip, h.dtype, plan.rows, neurons, products=len(products), ordered=ordered)
@@ -336,7 +337,7 @@ def _combine(
 def _ordered_sum(plan: Plan, products: list[tuple[Tensor, Tensor]], bias: Tensor | None, out: Tensor) -> None:
     """Write the sum over the pairs of each token, plus a bias, to `out`, always in the same order.
 
-    What each pair adds is rounded to the dtype of `out`; as many columns at a time as there is room for.
+    The output of each pair is rounded to the dtype of `out`. Each step takes as many columns as there is room for.
     """
     (tokens, d), count, slots = out.shape, products[0][1].shape[0], plan.token_of_slot.shape[0]
     room = PARTIAL_BYTES // (slots * out.element_size()) // _LEAST_COLUMNS * _LEAST_COLUMNS
@@ -356,7 +357,7 @@ def _ordered_sum(plan: Plan, products: list[tuple[Tensor, Tensor]], bias: Tensor
 
 
 def _grad_weight(plan: Plan, factor: Tensor | None, rows: Tensor, grad_w: Tensor | None, grad_b: Tensor | None) -> None:
-    """Write Σ factor ⊗ rows over the pairs of each expert; nothing for the gate of an FFN that has none."""
+    """Write Σ factor ⊗ rows over the pairs of each expert. An FFN without a gate writes nothing for it."""
     if factor is None or grad_w is None:
         return
     count, neurons, d = grad_w.shape

@@ -1,4 +1,4 @@
-"""The one place that starts kernels, and what it needs to know about the chip and the process."""
+"""Start kernels, here and nowhere else, and describe the chip and the process for that."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 class Chip(NamedTuple):
-    """What tile sizes depend on.
+    """The properties of a chip that tile sizes depend on.
 
     Attributes:
         backend: "cuda" for NVIDIA, "hip" for AMD.
@@ -32,18 +32,18 @@ class Chip(NamedTuple):
 
     @property
     def hopper(self) -> bool:
-        """Whether it is a data-centre chip of NVIDIA's from the H100 on, which have warp-group matrix products."""
+        """Whether it is an NVIDIA data-centre chip, H100 or later: these have warp-group matrix products."""
         return self.backend == "cuda" and self.capability >= 90 and self.roomy
 
     @property
     def roomy(self) -> bool:
-        """Whether shared memory is that of a data-centre NVIDIA chip: others have about 100 KiB, AMD's 64 KiB."""
+        """Whether it has the shared memory of an NVIDIA data-centre chip: others have about 100 KiB, AMD's 64 KiB."""
         return self.backend == "cuda" and self.shared_memory > 160 * 1024
 
 
 @cache
 def chip(device: torch.device) -> Chip:
-    """The chip behind a device; a made-up small one where kernels are interpreted."""
+    """Return the chip of a device, or a small made-up one if kernels are interpreted."""
     if device.type != "cuda":
         return Chip("cuda", 80, 3, 99 * 1024, 1 << 20)
     found: Any = torch.cuda.get_device_properties(device)
@@ -56,7 +56,7 @@ def chip(device: torch.device) -> Chip:
 
 
 def precision(dtype: torch.dtype, backend: str) -> str:
-    """How `tl.dot` multiplies: TF32 only for fp32, on NVIDIA, and where PyTorch's own products may use it."""
+    """Say how `tl.dot` multiplies. TF32 is only for fp32 on NVIDIA, if PyTorch's own products may use it."""
     if dtype != torch.float32 or backend != "cuda":
         return "ieee"
     # This attribute, unlike `allow_tf32`, can be read whichever of PyTorch's two interfaces has set it.
@@ -64,7 +64,7 @@ def precision(dtype: torch.dtype, backend: str) -> str:
 
 
 def upcasts(dtype: torch.dtype) -> bool:
-    """Whether loaded values are made fp32 at once.
+    """Whether loaded values are converted to fp32 at once.
 
     The interpreter keeps bf16 as bare 16-bit integers and calculates with those.
     """

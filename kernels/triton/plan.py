@@ -1,11 +1,11 @@
-"""The plan: the (token, expert) pairs that run, sorted by expert and cut into tiles of rows, made on the device.
+"""Plan on the device which (token, expert) pairs run, sorted by expert and split into tiles of rows.
 
 Pairs get *slots*, numbered by expert and, within one, by token. A tile is up to `rows` consecutive slots of one expert.
-How many pairs there are is known to the device only: the host launches a fixed number of programs, which share out
-as many tiles as they find, and never waits. Nothing here is atomic, so a plan is the same every time.
+Only the device knows how many pairs there are. The host launches a fixed number of programs, which share the tiles that
+they find, and never waits. Nothing here is atomic, so a plan is the same every time.
 
-Four launches: count the pairs of each block of tokens and expert; sum over the blocks before; sum over the experts
-before; fill in the lists. Buffers are of the size that selecting everything would need, 4 bytes per score.
+There are four launches: count the pairs of each expert in each block of tokens; sum over the preceding blocks; sum over
+the preceding experts; fill in the lists. Buffers have the size that selecting everything would need, 4 bytes per score.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -30,13 +30,13 @@ _SCORES, _BLOCKS, _SCAN = 2048, 32, 1024
 
 
 class Plan(NamedTuple):
-    """What the kernels that multiply need to know.
+    """The plan that the kernels for the products follow.
 
     Attributes:
         start: [E + 1] int64, the first slot of each expert; the last entry is the number of pairs.
-        first_tile: [E + 1] int64, likewise for tiles.
-        expert_of_tile: int32, for each tile.
-        token_of_slot: int32, for each slot.
+        first_tile: [E + 1] int64, the same for tiles.
+        expert_of_tile: int32, one expert for each tile.
+        token_of_slot: int32, one token for each slot.
         slot_of_pair: [N, E] int32, -1 for a pair that does not run; None unless asked for.
         rows: the most rows of a tile.
     """
@@ -49,14 +49,14 @@ class Plan(NamedTuple):
     rows: int
 
     def tiles(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The arguments of kernels that go through tiles."""
+        """The plan as arguments for kernels that go through tiles."""
         return self.start, self.first_tile, self.expert_of_tile, self.token_of_slot
 
 
 def plan(scores: Tensor, threshold: Tensor, rows: int, *, slot_of_pair: bool = False) -> Plan:
     """Plan the pairs of `scores` [N, E] that are not below `threshold` [N], in tiles of `rows`; no synchronisation.
 
-    `slot_of_pair` numbers slots in 32 bits: only for N · E below 2³¹.
+    `slot_of_pair` numbers slots in 32 bits, so it needs N · E below 2³¹.
     """
     (tokens, experts), device = scores.shape, scores.device
     wide = min(64, max(16, triton.next_power_of_2(experts)))
@@ -95,13 +95,13 @@ def plan(scores: Tensor, threshold: Tensor, rows: int, *, slot_of_pair: bool = F
 
 
 def comparison_type(scores: Tensor, threshold: Tensor) -> tl.dtype:
-    """The type in which PyTorch's comparison of the two is exact as well."""
+    """Return the type in which the comparison of the two is exact, as PyTorch's is."""
     return tl.float64 if torch.float64 in (scores.dtype, threshold.dtype) else tl.float32
 
 
 @triton.jit
 def runs(score, least, COMPARE: tl.constexpr):
-    """The selection rule, as `experts.selected`: ties run and NaN runs."""
+    """The selection rule of `experts.selected`: ties run and NaN runs."""
     return ~(score.to(COMPARE) < least.to(COMPARE))
 
 
@@ -142,7 +142,7 @@ def _add_blocks(counts, total, blocks, E, BLOCKS: tl.constexpr, EXPERTS: tl.cons
 
 @triton.jit
 def _add_experts(total, start, first_tile, E, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Where each expert's slots and tiles begin, and behind the last expert how many there are. One program."""
+    """Write where each expert's slots and tiles begin, and at the end how many there are. This is one program."""
     slots = tl.full((), 0, tl.int64)
     tiles = tl.full((), 0, tl.int64)
     for first in range(0, E, EXPERTS):
@@ -162,7 +162,7 @@ def _fill(
     scores, threshold, counts, start, first_tile, expert_of_tile, token_of_slot, slot_of_pair, N, E,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, COMPARE: tl.constexpr,
 ):  # fmt: skip
-    """The lists of a `Plan`."""
+    """Fill in the lists of a `Plan`."""
     block = tl.program_id(0)
     token = block * TOKENS + tl.arange(0, TOKENS)
     expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
@@ -173,7 +173,7 @@ def _fill(
     slot = tl.load(start + expert, mask=known, other=0)[None, :] + position
     pair = on > 0
     tl.store(token_of_slot + slot, tl.broadcast_to(token[:, None], (TOKENS, EXPERTS)), mask=pair)
-    # Whoever gets the first row of a tile says whose tile it is.
+    # The pair in the first row of a tile writes the tile's expert.
     tile = tl.load(first_tile + expert, mask=known, other=0)[None, :] + position // ROWS
     opens = pair & (position % ROWS == 0)
     tl.store(expert_of_tile + tile, tl.broadcast_to(expert[None, :], (TOKENS, EXPERTS)), mask=opens)

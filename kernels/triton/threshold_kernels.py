@@ -1,4 +1,4 @@
-"""The kernel for thresholds of rules that go through a token's scores from the smallest on, without sorting them."""
+"""The kernel for the rules that go through a token's scores in ascending order. It does not sort them."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def amount_up_to(keys, amounts, most):
-    """The sum of the amounts whose keys are not above `most`: of numbers in float64, rounded to float32."""
+    """Return the sum of the amounts whose keys are at most `most`, added in float64 and rounded to float32."""
     return tl.sum(tl.where(keys <= most, amounts, 0.0), 0).to(tl.float32)
 
 
@@ -19,8 +19,9 @@ def amount_up_to(keys, amounts, most):
 def sorted_threshold(scores, tau, out, E, RULE: tl.constexpr, COLUMNS: tl.constexpr):
     """out[n] = the threshold for row n of scores [N, E], float32: `surgeon.kernels.selection` says what the rules are.
 
-    A program for each row. Floats are put in the order of whole numbers, NaN last; those between the smallest and the
-    largest score are halved until one is left, the first up to which more than what may be skipped is found.
+    There is one program for each row. Floats are mapped to integers in the same order, with NaN last. A binary search
+    over the floats from the smallest to the largest score finds the first one up to which more than may be skipped is
+    found.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -34,8 +35,8 @@ def sorted_threshold(scores, tau, out, E, RULE: tl.constexpr, COLUMNS: tl.conste
     share = tl.load(tau)
     if RULE == "top_k":
         amounts = known.to(tl.float64)
-        # The epsilon: a share may be a little less than what it stands for. One more than may be skipped is wanted; if
-        # there are not so many, the largest score is what is left.
+        # The epsilon: a share may be a little less than what it stands for. The search is for one more than may be
+        # skipped; if there are not that many, it ends at the largest score.
         limit = tl.floor(share * E + 1e-4) + 1
     else:
         if RULE == "energy":

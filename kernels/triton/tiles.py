@@ -1,9 +1,9 @@
-"""Tile sizes, warps and pipeline stages: small tables by chip, dtype and number of neurons, with the reasons.
+"""Choose tile sizes, warps and pipeline stages by chip, dtype and number of neurons, from small tables with reasons.
 
-Those of `Chip.hopper` were chosen among several dozen by time on an H100; the others are estimates. What bounds them is
-what the compiler reports for a kernel (`tests/kernels/triton/test_compiled.py` compiles the table for every target): no
-register may spill, shared memory must fit, and `tl.dot` needs at least 16 along each axis. There is no autotuning: it
-runs a kernel several times on the same output, which the kernels here add to.
+The sizes for `Chip.hopper` were chosen among several dozen by time on an H100; the others are estimates. They are bound
+by what the compiler reports for a kernel: no register may spill, shared memory must fit, and `tl.dot` needs at least 16
+along each axis. `tests/kernels/triton/test_compiled.py` compiles the table for every target. There is no autotuning,
+because it runs a kernel several times on the same output, and the kernels here add to their output.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import triton
 from surgeon.kernels.triton.launch import Chip
 
 _FUSED_NEURONS = 128
-_EXPECTED_SHARE = 4  # one in so many pairs is taken to be selected: the host does not know
+_EXPECTED_SHARE = 4  # one in this many pairs is assumed to be selected: the host does not know
 
 
 class Tiles(NamedTuple):
-    """Sizes of a kernel's tile and how it is run.
+    """The sizes of a kernel's tile, and how the kernel is run.
 
     Attributes:
         rows: tokens.
         neurons: hidden values.
-        depth: elements of the sum that gives hidden values which are loaded at a time.
-        columns: elements of the output which are computed at a time.
+        depth: how many elements of the sum for a hidden value are loaded at a time.
+        columns: how many elements of the output are computed at a time.
         warps: warps that share a tile; more of them spread the accumulators over more registers.
         stages: loads in flight, each of which takes shared memory.
     """
@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
     stages: int
 
     def constants(self, *names: Literal["rows", "neurons", "depth", "columns"]) -> dict[str, int]:
-        """Those of the sizes that a kernel has, by the names they have there, and how it is run."""
+        """Return the sizes that a kernel takes, by its names for them, and how it is run."""
         return {name.upper(): getattr(self, name) for name in names} | {"warps": self.warps, "stages": self.stages}
 
 
@@ -49,10 +49,11 @@ def _padded(size: int, most: int) -> int:
 
 
 def rows(chip: Chip, dtype: torch.dtype, tokens: int) -> int:
-    """Rows of a tile, for all kernels that follow one plan.
+    """Return the rows of a tile, for all kernels that follow one plan.
 
-    As many as there are to be expected for one expert, since the rest of a tile is computed for nothing; at most what
-    the accumulators of the largest tile leave registers for. fp32 is multiplied from registers, half as many rows.
+    A tile has as many rows as one expert should get, because the rest of a tile is computed for nothing. The
+    accumulators of the largest tile limit this by their registers. fp32 is multiplied from registers, so it has half as
+    many rows.
     """
     most = 64
     if chip.hopper:
@@ -63,10 +64,10 @@ def rows(chip: Chip, dtype: torch.dtype, tokens: int) -> int:
 
 
 def most_fused(chip: Chip, dtype: torch.dtype, *, gated: bool) -> int:
-    """Up to how many neurons an expert's hidden values stay on the chip, in registers.
+    """Return the most neurons for which an expert's hidden values stay on the chip, in registers.
 
-    Half as many if gated, which takes two accumulators, and half as many in fp32, which holds what they are multiplied
-    with in registers too: with the tiles that are fastest on a `Chip.hopper`, none are left.
+    Gated layers have half as many, because they take two accumulators. fp32 has half as many, because it holds the
+    factors in registers too. With the tiles that are fastest on a `Chip.hopper`, fp32 has no registers left.
     """
     if dtype == torch.float32 and chip.hopper:
         return 0
@@ -76,32 +77,32 @@ def most_fused(chip: Chip, dtype: torch.dtype, *, gated: bool) -> int:
 def fuses(chip: Chip, dtype: torch.dtype, tokens: int, experts: int, neurons: int, rows: int, *, gated: bool) -> bool:
     """Whether the forward that adds atomically is one kernel rather than two.
 
-    One tile is one program's work in the fused kernel. With few tiles the chip would starve, and the two kernels cut
-    the work along neurons and columns too, for the price of writing and reading hidden values.
+    In the fused kernel one tile is the work of one program, so few tiles would leave the chip idle. The two kernels
+    also divide the work along neurons and columns, but they have to write and read the hidden values.
     """
     tiles = experts * triton.cdiv(triton.cdiv(tokens, _EXPECTED_SHARE), rows)
     return neurons <= most_fused(chip, dtype, gated=gated) and 2 * tiles >= chip.processors
 
 
 def adds_atomically(chip: Chip, tokens: int, columns: int) -> bool:
-    """Whether pairs add what they give to the output itself, rather than leave it to be added up.
+    """Whether pairs add their outputs atomically, rather than write them to be added up later.
 
-    Atomic additions are made in the L2 cache. Where the output stays there, they are faster on an H100 than writing
-    every pair's output and reading it again; where it does not, they are slower.
+    Atomic additions are made in the L2 cache. If the output stays there, they are faster on an H100 than writing every
+    pair's output and reading it again. If it does not, they are slower.
     """
     return 2 * 4 * tokens * columns <= chip.cache
 
 
 def programs(chip: Chip, tiles: Tiles) -> int:
-    """How many programs share out a plan's tiles: sixteen warps for each processor.
+    """Return how many programs share a plan's tiles: sixteen warps for each multiprocessor.
 
-    Where registers or shared memory let fewer run at a time, the others take their share afterwards.
+    If registers or shared memory let fewer run at a time, the others take their share afterwards.
     """
     return chip.processors * (2 if tiles.warps >= 8 else 4)
 
 
 def fused(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, gated: bool) -> Tiles:
-    """Of `forward_kernels.fused`: accumulators of rows × neurons (twice if gated) and then rows × columns."""
+    """Sizes for `forward_kernels.fused`: accumulators of rows × neurons (two if gated), then of rows × columns."""
     wide = _padded(neurons, most_fused(chip, dtype, gated=gated))
     columns = 32 if chip.backend == "hip" or gated else 64
     warps = _warps(chip, dtype, rows * max(wide, columns))
@@ -109,10 +110,10 @@ def fused(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, gated: boo
 
 
 def hidden(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products: int, spread: bool = False) -> Tiles:
-    """Of `forward_kernels.hidden` and `backward_kernels.grad_hidden`: 1 to 3 `products` of rows × neurons.
+    """Sizes for `forward_kernels.hidden` and `backward_kernels.grad_hidden`: 1 to 3 `products` of rows × neurons.
 
-    The more accumulators, the narrower each; in fp32 half as wide, since what is multiplied is in registers too. Where
-    they are `spread`, addresses take some more registers.
+    With more accumulators each is narrower. In fp32 they are half as wide, because the factors are in registers too. If
+    `spread`, addresses take some more registers.
     """
     most = {1: 128, 2: 64, 3: 32}[products]
     wide = _padded(neurons, most // 2 if dtype == torch.float32 else most)
@@ -123,11 +124,11 @@ def hidden(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products:
 
 
 def combine(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products: int, ordered: bool) -> Tiles:
-    """Of `forward_kernels.combine`, whose sum goes over the neurons of an expert: often one step.
+    """Sizes for `forward_kernels.combine`. Its sum goes over the neurons of an expert, often in one step.
 
     Atomic additions take more registers than stores, so their tiles are narrower on a `Chip.hopper`. Two products load
     twice as much, so fewer loads are in flight and tiles are narrower. Without tensor cores a whole step of the sum is
-    in registers: a short one in fp32.
+    in registers, so steps are short in fp32.
     """
     if chip.hopper and products == 1:
         columns = 64 if dtype == torch.float32 else 256 if ordered else 128
@@ -140,36 +141,36 @@ def combine(chip: Chip, dtype: torch.dtype, rows: int, neurons: int, *, products
 
 
 def reduce(width: int) -> Tiles:
-    """Of `forward_kernels.reduce`: rows are experts of a token, most of which have nothing to add.
+    """Sizes for `forward_kernels.reduce`. Rows are experts of a token, most of which have nothing to add.
 
-    One warp, so that many tokens are read at a time: with four it takes much longer on an H100.
+    One warp per program lets many tokens be read at a time. With four warps it takes much longer on an H100.
     """
     return Tiles(8, 0, 0, min(256, triton.next_power_of_2(width)), 1, 2)
 
 
 def mask(width: int) -> Tiles:
-    """Of `forward_kernels.mask`: a part of a token's hidden values, of which a thread reads 16 bytes in half types."""
+    """Sizes for `forward_kernels.mask`: a part of a token's hidden values. A thread reads 16 bytes in half types."""
     return Tiles(1, 0, 0, min(1024, triton.next_power_of_2(width)), 4, 1)
 
 
 def scores(count: int) -> Tiles:
-    """Of `threshold_kernels.sorted_threshold`: all scores of a token. Few warps have less to tell each other."""
+    """Sizes for `threshold_kernels.sorted_threshold`: all scores of a token. Few warps communicate less."""
     columns = triton.next_power_of_2(count)
     return Tiles(1, 0, 0, columns, min(8, max(1, columns // 256)), 1)
 
 
 def grad_weight(chip: Chip, dtype: torch.dtype, neurons: int) -> Tiles:
-    """Of `backward_kernels.grad_weight`: an accumulator of neurons × columns and a sum over the pairs of an expert."""
+    """Sizes for `backward_kernels.grad_weight`: an accumulator of neurons × columns, summed over an expert's pairs."""
     wide = _padded(neurons, 64)
     columns = 64 if dtype == torch.float32 else 128
     return Tiles(_depth(chip, dtype), wide, 0, columns, _warps(chip, dtype, wide * columns), _stages(chip))
 
 
 def decode(chip: Chip, dtype: torch.dtype, tokens: int, neurons: int, *, gated: bool) -> Tiles:
-    """Of the kernels in `decode_kernels`: few neurons a program, so that a few selected experts still occupy the chip.
+    """Sizes for `decode_kernels`: few neurons per program, so that a few selected experts still occupy the chip.
 
-    For one token 16 neurons, or 8 of two weights, each read in a long stretch, to keep memory busy; the fewer neurons,
-    the more additions to the output, one of each program to every element.
+    For one token this is 16 neurons, or 8 of two weights, each read in a long stretch to keep memory busy. Fewer
+    neurons mean more additions to the output, because each program adds to every element.
     """
     if tokens == 1:
         few = min(8 if gated else 16, triton.next_power_of_2(neurons))
@@ -179,16 +180,16 @@ def decode(chip: Chip, dtype: torch.dtype, tokens: int, neurons: int, *, gated: 
 
 
 def _warps(chip: Chip, dtype: torch.dtype, elements: int) -> int:
-    """Eight warps from 32 elements a thread of four on: beside its value, one has a 64-bit address.
+    """Return 8 warps if 4 would have 32 or more elements per thread, since each also has a 64-bit address; else 4.
 
-    In fp32 on NVIDIA from 8 on: without tensor cores, what is multiplied is in registers too.
+    In fp32 on NVIDIA the limit is 8 elements: without tensor cores, the factors are in registers too.
     """
     most = 8 if dtype == torch.float32 and chip.backend == "cuda" else 32
     return 8 if elements >= most * 128 else 4
 
 
 def _depth(chip: Chip, dtype: torch.dtype) -> int:
-    """What is multiplied at a time along a sum. It waits in shared memory, and in part in registers."""
+    """How many elements along a sum are multiplied at a time. They wait in shared memory, and partly in registers."""
     return 64 if chip.roomy and dtype != torch.float32 else 32
 
 

@@ -71,7 +71,7 @@ def test_chosen_methods_are_shown(run: Run) -> None:
             "Experts of 100 neurons do not divide a hidden width of 3072: 72 neurons would be left over. "
             "Give another --size. Nearest: 96, 128.",
         ),
-        (("--width", "0"), "A layer's width, hidden width and expert size are at least 1."),
+        (("--width", "0"), "A layer's width, hidden width and expert size must be at least 1."),
         (("--size", "6.5"), "--size 6.5: give whole numbers from 1 on, separated by commas."),
         (("--tokens", "0"), "--tokens 0: give whole numbers from 1 on"),
         (("--share", "0.1,2"), "--share 0.1,2: give numbers from 0 to 1, above 0, separated by commas."),

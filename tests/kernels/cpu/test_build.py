@@ -152,7 +152,7 @@ def test_an_instruction_set_can_be_chosen_and_must_exist(monkeypatch: pytest.Mon
     assert call(Path(cache), SURGEON_CPU="portable").stdout.split() == ["1536.0", "portable"]
     done = call(Path(cache), SURGEON_CPU="sse9")
     assert done.returncode != 0
-    assert "SURGEON_CPU=sse9: this processor has" in done.stderr
+    assert "SURGEON_CPU=sse9: this CPU has" in done.stderr
 
 
 def test_loaded_before_the_operators_are_there_says_what_to_import() -> None:

@@ -185,7 +185,7 @@ def test_what_is_not_known_is_refused() -> None:
         (lambda: LayerShape(768, 0, 1), "at least 1"),
         (lambda: predict(H100, BERT, 1, 0.5, "int8"), "No model of int8. There are: float32, bfloat16, float16."),
         (lambda: predict(H100, BERT, 0, 0.5), "0 tokens that select 0.5"),
-        (lambda: predict(H100, BERT, 1, 1.5), "give at least 1, and a share up to 1"),
+        (lambda: predict(H100, BERT, 1, 1.5), "Give at least 1 token, and a share above 0 and at most 1"),
         (lambda: best_size(H100, 768, 3072, 1, 0.5, sizes=(7,)), "None of the sizes 7 divides"),
     ):
         with pytest.raises(UsageError, match=words.replace("(", r"\(")):
