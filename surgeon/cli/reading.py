@@ -79,9 +79,7 @@ def check_no_pass(model: str) -> None:
     from surgeon.passes.registry import all_passes
 
     if model in all_passes() and not Path(model).exists():
-        raise UsageError(
-            f"'{model}' is a pass, not a model. To see the options of the pass, run surgeon passes {model}."
-        )
+        raise UsageError(f"'{model}' is a pass, not a model. To see its options, run surgeon passes {model}.")
 
 
 def build(names: str | None, settings: list[str] | None) -> list[Pass[Any]]:

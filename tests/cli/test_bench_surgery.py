@@ -64,7 +64,7 @@ def test_experts_that_are_still_masked_are_skipped_all_the_same(run: Run) -> Non
     assert result.code == 0, result.err
     assert "as stored" in result.out
     assert "3 samples" in result.out
-    assert "give the model before the surgery with --dense" in result.out
+    assert "The dense model was not timed. To compare with it, give it with --dense." in result.out
     assert "gain" in result.out
 
 
