@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from surgeon.graph.snapshot import GraphDiff
 from surgeon.measure.meter import Cost
 from surgeon.passes.registry import all_passes
-from surgeon.passes.report import PassReport
+from surgeon.passes.report import PassDiff, PassReport
 from surgeon.sites.rejection import Rejection
 from surgeon.text.layout import MODEL, Fitting, dim, grid, indented, refused, sentences
 from surgeon.text.reasons import count_reasons
@@ -28,11 +29,6 @@ from surgeon.text.summary import (
 )
 from surgeon.training.loop import FitReport
 from surgeon.training.penalty import Sparsity
-
-if TYPE_CHECKING:
-    from surgeon.graph.snapshot import GraphDiff
-    from surgeon.passes.registry import all_passes
-from surgeon.passes.report import PassDiff
 
 Detail = Literal["sites", "stat", "full"]
 

@@ -52,9 +52,10 @@ def test_a_pass_is_shown_with_options_and_a_living_example(name: str) -> None:
 
 def test_options_are_described_in_words() -> None:
     options = {one["name"]: one for one in run_surgeon("-q", "passes", "moeify", "--output", "json").json["options"]}
-    assert options["experts"]["type"] == "integer or PATTERN:integer,... or none"
+    assert options["experts"]["type"] == "integer at least 1 or PATTERN:integer,... or none"
     assert options["experts"]["default"] is None
     assert options["schedule"]["type"] == "constant|linear|cosine"
+    assert options["tau"]["type"] == "number from 0 to 1"
     assert options["only"]["type"] == "list"
     assert next(iter(options)) == "experts"
 
