@@ -101,3 +101,22 @@ class Traces:
 def traces() -> Traces:
     """See `Traces`."""
     return Traces()
+
+
+@pytest.fixture(scope="session")
+def sharp() -> tuple[TracedGraph, list[Any]]:
+    """A stack in which it matters which experts run: groups of neurons that listen to one input each.
+
+    The graph and its data. All tests share them: change nothing.
+    """
+    model = small_models.stack("relu")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for block in model.blocks:
+            listens = torch.eye(small_models.WIDTH)[torch.arange(small_models.HIDDEN) // 4]
+            block.ffn.fc1.weight.copy_(
+                2 * listens + 0.05 * torch.randn(block.ffn.fc1.weight.shape, generator=generator)
+            )
+            block.ffn.fc1.bias.fill_(-1.0)
+    data = [(small_models.vectors(16, 8, seed=number), torch.arange(16) % 3) for number in range(4)]
+    return trace(model.eval(), small_models.vectors()), data

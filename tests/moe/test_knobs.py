@@ -11,21 +11,9 @@ import surgeon
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
 from surgeon.moe.knobs import get_knobs, get_rule, get_tau, set_knobs, set_rule, set_tau
-from surgeon.moe.site import find_moes
-from surgeon.passes import Lower, Moeify
 from tests.small_models import vectors
 
 FIRST, SECOND = "blocks.0.ffn.moe", "blocks.1.ffn.moe"
-
-
-@pytest.fixture(params=["module", "dynamic"])
-def graph(request: pytest.FixtureRequest, traces: Any) -> Any:
-    made = traces("stack:gelu")
-    Moeify(experts=4, router_width=8).apply(made)
-    if request.param == "dynamic":
-        Lower().apply(made)
-    assert {site.form for site in find_moes(made)} == {request.param}
-    return made
 
 
 def test_of_several_patterns_the_first_that_fits_counts(graph: Any) -> None:

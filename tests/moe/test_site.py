@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from surgeon.moe.site import find_moes
-from surgeon.passes import Lower, Moeify
-
-
-@pytest.fixture(params=["module", "dynamic"])
-def graph(request: pytest.FixtureRequest, traces: Any) -> Any:
-    made = traces("stack:gelu")
-    Moeify(experts=4, router_width=8).apply(made)
-    if request.param == "dynamic":
-        Lower().apply(made)
-    assert {site.form for site in find_moes(made)} == {request.param}
-    return made
 
 
 def test_sites(graph: Any) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import surgeon
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.graph.ownership import own_parameters
@@ -20,7 +19,7 @@ from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify
 from surgeon.training.observe import collect
 from tests.passes.experts import layer
-from tests.small_models import HIDDEN, WIDTH, vectors
+from tests.small_models import WIDTH, vectors
 
 
 @pytest.mark.parametrize(("experts", "hidden", "width"), [
@@ -53,22 +52,6 @@ def share_of_norms(graph: TracedGraph, data: list[Any], tau: float) -> float:
             kept += float((norms * (scores >= threshold.unsqueeze(-1))).sum())
             total += float(norms.sum())
     return kept / total
-
-
-@pytest.fixture(scope="module")
-def sharp() -> tuple[TracedGraph, list[Any]]:
-    """A stack in which it matters which experts run: groups of neurons that listen to one input each."""
-    from tests.small_models import stack
-
-    model = stack("relu")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for block in model.blocks:
-            listens = torch.eye(WIDTH)[torch.arange(HIDDEN) // 4]
-            block.ffn.fc1.weight.copy_(2 * listens + 0.05 * torch.randn(HIDDEN, WIDTH, generator=generator))
-            block.ffn.fc1.bias.fill_(-1.0)
-    data = [(vectors(16, 8, seed=number), torch.arange(16) % 3) for number in range(4)]
-    return surgeon.trace(model.eval(), vectors()), data
 
 
 def converted(sharp: tuple[TracedGraph, list[Any]], **options: Any) -> TracedGraph:

@@ -10,32 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import surgeon
 from surgeon.data.data import Data
-from surgeon.graph.traced import TracedGraph, fork
+from surgeon.graph.traced import fork
 from surgeon.moe.router import Goal, Router
 from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify
 from surgeon.training.loop import Precision
 from surgeon.training.observe import collect
 from tests.passes.experts import layer
-from tests.small_models import HIDDEN, WIDTH, vectors
-
-
-@pytest.fixture(scope="module")
-def sharp() -> tuple[TracedGraph, list[Any]]:
-    """A stack in which it matters which experts run: groups of neurons that listen to one input each."""
-    from tests.small_models import stack
-
-    model = stack("relu")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for block in model.blocks:
-            listens = torch.eye(WIDTH)[torch.arange(HIDDEN) // 4]
-            block.ffn.fc1.weight.copy_(2 * listens + 0.05 * torch.randn(HIDDEN, WIDTH, generator=generator))
-            block.ffn.fc1.bias.fill_(-1.0)
-    data = [(vectors(16, 8, seed=number), torch.arange(16) % 3) for number in range(4)]
-    return surgeon.trace(model.eval(), vectors()), data
+from tests.small_models import WIDTH
 
 
 class Counted(list[Any]):
