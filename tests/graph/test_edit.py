@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import surgeon
@@ -14,16 +11,7 @@ from surgeon.graph.edit import emit, erase_unread, get_attr, set_path
 from surgeon.graph.traced import aten, module_path, shape_of
 from tests.small_models import Function
 
-X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
-
-
-def small() -> Any:
-    torch.manual_seed(0)
-    return surgeon.trace(Function(lambda m, x: m.b(F.relu(m.a(x))), a=(6, 8), b=(8, 6)), X)
-
-
-def node(graph: Any, name: str) -> Any:
-    return next(n for n in graph.graph.nodes if n.name == name)
+from .small import X, node, small
 
 
 def test_emitted_node_has_shape_and_path() -> None:

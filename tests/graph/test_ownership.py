@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import surgeon
@@ -13,18 +12,9 @@ from surgeon.graph.ownership import adopt_changes, own_parameters, replace_attri
 from surgeon.graph.traced import aten, fork, tidy
 from surgeon.moe.module import MoE
 from surgeon.passes import Moeify
-from tests.small_models import Function, stack, vectors
+from tests.small_models import stack, vectors
 
-X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
-
-
-def small() -> Any:
-    torch.manual_seed(0)
-    return surgeon.trace(Function(lambda m, x: m.b(F.relu(m.a(x))), a=(6, 8), b=(8, 6)), X)
-
-
-def node(graph: Any, name: str) -> Any:
-    return next(n for n in graph.graph.nodes if n.name == name)
+from .small import X, node, small
 
 
 def test_own_parameters_shares_nothing_and_keeps_ties_and_names() -> None:
