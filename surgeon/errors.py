@@ -36,6 +36,10 @@ class DataError(UsageError):
     """The data given cannot be read or does not have what the task needs (a missing column, no labels, ...)."""
 
 
+class SizeError(UsageError):
+    """An input of a graph has a size at which the graph is not known to compute what its model computes."""
+
+
 class LoadError(SurgeonError):
     """A model or an artifact cannot be loaded: not a model, pickled code, damaged or truncated files."""
 

@@ -1,12 +1,13 @@
-"""How a graph is called: arguments by position and keyword, its flat inputs, and the trees of inputs and outputs.
+"""How a graph is called: arguments by position and keyword, flat inputs and their sizes, trees of inputs and outputs.
 
-`torch.fx` keeps this in the private attribute `Graph._codegen.pytree_info`. No other file touches it.
+`torch.fx` keeps this in the private attribute `Graph._codegen`. No other file touches it.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,12 @@ from torch.fx import Graph, GraphModule
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
+from torch.fx.graph import _PyTreeCodeGen
+
 from surgeon.errors import UsageError
+from surgeon.graph.sizes import Sizes, check_sizes, prepare_check
+
+_FRAMES = 8  # from the caller of torch.export's wrapper to the code generator, with room
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -67,15 +73,94 @@ def flat_inputs(graph: GraphModule, args: Iterable[Any], kwargs: Mapping[str, An
 
     Raises:
         TypeError: as `named_arguments`.
+        SizeError: the graph does not take these sizes.
     """
     in_spec = _info(graph).in_spec
     positional = in_spec.child(0).num_children
     given = list(named_arguments(graph, args, kwargs).items())
-    return list(
+    flat = list(
         fx_pytree.tree_flatten_spec(
             (tuple(value for _, value in given[:positional]), dict(given[positional:])), in_spec
         )
     )
+    codegen = graph.graph._codegen
+    if isinstance(codegen, _CheckedCodeGen) and flat:
+        check_sizes(codegen.sizes, *flat)
+    return flat
+
+
+def check_calls(graph: GraphModule, sizes: Sizes) -> None:
+    """Let the graph compare the inputs of every call with `sizes`, also after it was copied, compiled or exported.
+
+    Copies of the graph (`call_alike`) do the same.
+    """
+    graph.graph.set_codegen(_CheckedCodeGen(_info(graph), str(sizes)))
+    graph.recompile()
+
+
+class _CheckedCodeGen(_PyTreeCodeGen):
+    """Writes the check of sizes into `forward`, and makes it where the nodes of the graph are run one by one."""
+
+    def __init__(self, info: Any, sizes: str) -> None:
+        super().__init__(info)
+        self.sizes = sizes
+        prepare_check(sizes)
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        return [*super().additional_globals(), ("check_sizes", check_sizes)]
+
+    def gen_fn_def(
+        self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
+    ) -> str:
+        names = [name.partition(":")[0].partition("#")[0].strip() for name in free_vars]
+        definition = super().gen_fn_def(free_vars, maybe_return_annotation, expanded_def=expanded_def)
+        return f"{definition}\n    check_sizes({self.sizes!r}, {', '.join(names)})" if names else definition
+
+    def process_inputs(self, *inputs: Any) -> Any:
+        """Called by `torch.export`, which runs the nodes of a graph and not its `forward`."""
+        flat = super().process_inputs(*inputs)
+        _refuse_other_order(self.pytree_info.in_spec, inputs)
+        if flat:
+            check_sizes(self.sizes, *flat)
+        return flat
+
+
+def _refuse_other_order(in_spec: Any, inputs: tuple[Any, ...]) -> None:
+    """Refuse an export with keyword inputs in another order than the graph's, which would swap them in silence.
+
+    torch.export (2.13) hands their values on in the caller's order, without the names. The names are still in the frame
+    of the caller: a dict called `kwargs` that holds these very values.
+    """
+    if in_spec.type is not tuple or in_spec.num_children != 2 or in_spec.child(1).type is not dict:
+        return
+    wanted = list(in_spec.child(1).context)
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame is None or not wanted:
+            return
+        given = frame.f_locals.get("kwargs")
+        if isinstance(given, dict) and set(given) == set(wanted):
+            values = inputs[len(inputs) - len(given) :]
+            if all(a is b for a, b in zip(given.values(), values, strict=True)) and list(given) != wanted:
+                raise UsageError(
+                    f"torch.export ties keyword inputs to a graph by their order. Give them in the order of the graph: "
+                    f"{', '.join(wanted)}."
+                )
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def input_paths(graph: GraphModule) -> list[tuple[Any, ...]]:
+    """Return the path in the named arguments of every flat input, as keys of pytree: the name, then keys and indices."""
+    in_spec = _info(graph).in_spec
+    args, kwargs = unflatten_inputs(graph, range(in_spec.num_leaves))
+    named = dict(zip(argument_names(graph), [*args, *kwargs.values()], strict=True))
+    return [path for path, _ in pytree.tree_flatten_with_path(named)[0]]
+
+
+def unflatten_inputs(graph: GraphModule, flat: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arrange flat inputs as positional and keyword arguments of a call, as the graph was traced with them."""
+    args, kwargs = pytree.tree_unflatten(list(flat), _info(graph).in_spec)
+    return args, kwargs
 
 
 def unflatten_output(graph: GraphModule, flat: Iterable[Any]) -> Any:

@@ -40,6 +40,7 @@ from surgeon.sites.ffn import mark_projection
 from surgeon.surgery.diff import Diff
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import RECORD, Record, parse, read_record, write_record
+from surgeon.tracing.setup import copied
 from surgeon.tracing.trace import TraceInfo, from_program, quiet
 
 log = logging.getLogger("surgeon")
@@ -157,7 +158,8 @@ def load_diff(directory: str | Path) -> Diff:
 
 
 def _export(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    args, kwargs = _at_least_two(graph, args, kwargs)
+    # Inputs that are one and the same tensor would become one input.
+    args, kwargs = copied(_at_least_two(graph, args, kwargs))
     training = graph.training
     info: TraceInfo = graph.meta["trace"]
     graph.train()

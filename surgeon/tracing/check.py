@@ -1,31 +1,56 @@
-"""Check that a traced graph computes what its model computes, on the example inputs and at another batch size."""
+"""Check that a traced graph computes what its model computes, on the example inputs and at other sizes."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from surgeon.errors import TraceError
 from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
+from surgeon.graph.calls import flat_inputs, unflatten_inputs
+from surgeon.graph.sizes import Sizes
 from surgeon.graph.traced import TracedGraph, is_switched_off
-from surgeon.tracing.dynamic_sizes import grow_batch
+from surgeon.tracing.declared import declared_sizes
+from surgeon.tracing.narrowing import Outcome, narrowed
+from surgeon.tracing.setup import copied, run_alone
 
 
-def run_reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the model's output on the example inputs.
+def run_reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Return the model's output on the example inputs, and the places in these that it writes to.
 
     Raises:
         TraceError: the model fails on the example inputs.
     """
+    given = copied((args, kwargs))
+    before = _places(model, args, kwargs)
     try:
-        return call_reproducibly(model, args, kwargs)
+        output = run_alone(model, *given, copy=False)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} fails on the example inputs, before any tracing: {brief(error)}"
         ) from error
+    after = _places(model, *given)
+    changed = [place for place in after if place not in before or not _same(after[place], before[place])]
+    return output, [*changed, *(place for place in before if place not in after)]
+
+
+def _places(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of inputs by their places, such as "batch['x']"."""
+    named = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    leaves = pytree.tree_flatten_with_path(named)[0]
+    return {f"{path[0].key}{pytree.keystr(path[1:])}": leaf for path, leaf in leaves}
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(torch.equal(a, b) or (a.isnan() & b.isnan() | (a == b)).all())
+    return type(a) is type(b)
 
 
 def disagreement(
@@ -33,32 +58,42 @@ def disagreement(
 ) -> tuple[str | None, float]:
     """Return why the graph differs from the model (None if it agrees), and the relative error on the example inputs."""
     graph.eval()
+    args, kwargs = copied((args, kwargs))
     try:
         error = relative_error(call_reproducibly(graph, args, kwargs), reference)
     except Exception as failure:
         return f"the graph fails on inputs that the model accepts: {brief(failure)}", float("inf")
-    tolerance = tolerance_for(reference, model)
-    if not error <= tolerance:
+    if not error <= tolerance_for(reference, model):
         random = sorted({str(node.target) for node in graph.graph.nodes if is_random(node)})
         hint = f" (random ops: {', '.join(random)})" if random else ""
         return f"the graph's output differs from the model's by a relative error of {error:.1e}{hint}", error
-    grown = grow_batch(graph, args, kwargs)
-    if grown is None:
-        return None, error
-    try:
-        expected = call_reproducibly(model, *grown)
-    except Exception:
-        return None, error  # the model itself does not take another batch size
-    try:
-        other = relative_error(call_reproducibly(graph, *grown), expected)
-    except Exception as failure:
-        return f"the graph fails at another batch size: {brief(failure)}", error
-    if not other <= tolerance:
-        return (
-            f"at another batch size the graph's output differs from the model's by a relative error of {other:.1e}",
-            error,
-        )
     return None, error
+
+
+def narrow_sizes(
+    graph: TracedGraph, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Sizes, list[str]]:
+    """Return the sizes at which the graph computes what the model computes, and the faults it has at others.
+
+    See `surgeon.tracing.narrowing.narrowed`.
+    """
+    graph.eval()
+
+    def run(leaves: Sequence[Any]) -> Outcome:
+        given = unflatten_inputs(graph, leaves)
+        try:
+            expected = run_alone(model, *given)
+        except Exception:
+            return Outcome(False)
+        try:
+            error = relative_error(call_reproducibly(graph, *copied(given)), expected)
+        except Exception as failure:
+            return Outcome(False, f"the graph fails, and the model does not ({brief(failure)})")
+        if not error <= tolerance_for(expected, model):
+            return Outcome(False, f"the graph differs from the model by a relative error of {error:.1e}")
+        return Outcome(True)
+
+    return narrowed(declared_sizes(graph), flat_inputs(graph, args, kwargs), run)
 
 
 def is_random(node: Node) -> bool:

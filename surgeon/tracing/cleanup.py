@@ -1,8 +1,9 @@
-"""Clean up an exported graph: use the first name of each tensor, and remove guards, assertions and dead nodes."""
+"""Clean up an exported graph: first names of tensors, copies of inputs that are written, no guards and dead nodes."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -83,16 +84,40 @@ def _counts_batches(node: Node) -> bool:
 
 def changed_buffers(graph: GraphModule) -> list[str]:
     """Return the parameters and buffers that the graph changes in place when it runs, except batch statistics."""
-    changed = []
-    for part in nested_graphs(graph):
-        for node in part.graph.nodes:
-            schema = getattr(node.target, "_schema", None)
-            if schema is None or not schema.is_mutable or node.target is aten.batch_norm.default:
-                continue
-            for argument, value in zip(schema.arguments, node.args, strict=False):
-                while isinstance(value, Node) and value.op == "call_function" and value.target in VIEWS:
-                    value = value.args[0]
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and isinstance(value, Node) and tensor_of(part, value) is not None:
-                    changed.append(str(value.target))
-    return changed
+    return [
+        str(node.target)
+        for part in nested_graphs(graph)
+        for node in _written(part)
+        if tensor_of(part, node) is not None
+    ]
+
+
+def copy_written_inputs(graph: TracedGraph) -> list[str]:
+    """Let the graph work on copies of the inputs that it changes in place, so that a caller's tensors stay as they are.
+
+    Returns:
+        The names of these inputs.
+    """
+    written = [node for node in dict.fromkeys(_written(graph)) if node.op == "placeholder"]
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1:]
+    for node in written:
+        with graph.graph.inserting_after(last[0]):
+            copy = graph.graph.call_function(aten.clone.default, (node,))
+        copy.meta = {key: value for key, value in node.meta.items() if key == "val"}
+        node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+    if written:
+        graph.recompile()
+    return [node.name for node in written]
+
+
+def _written(part: GraphModule) -> Iterator[Node]:
+    """Yield the nodes whose value is changed in place, also through a view, except batch statistics."""
+    for node in part.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or node.target is aten.batch_norm.default:
+            continue
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            while isinstance(value, Node) and value.op == "call_function" and value.target in VIEWS:
+                value = value.args[0]
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
+                yield value

@@ -1,17 +1,19 @@
-"""Sizes that may change from call to call: which an export leaves free, which its graph has, and larger batches."""
+"""Which sizes an export leaves free, and larger batches."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from surgeon.graph.agreement import call_reproducibly, without_none
+from surgeon.graph.agreement import without_none
+from surgeon.graph.sizes import Sizes
+from surgeon.tracing.setup import run_alone
 
 
 def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -22,23 +24,29 @@ def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """
 
     def free(value: object) -> dict[int, Any] | None:
-        if not isinstance(value, Tensor):
-            return None
-        sequence = value.dim() >= 2 and (not value.is_floating_point() or value.dim() == 3)
-        return {dim: Dim.AUTO for dim in range(min(value.dim(), 2 if sequence else 1)) if value.shape[dim] > 1}
+        return dict.fromkeys(_free_dims(value), Dim.AUTO) if isinstance(value, Tensor) else None
 
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     return {name: pytree.tree_map(free, value) for name, value in bound.items()}
 
 
-def dynamic_dims(graph: GraphModule) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return (name, free dimensions) for each input tensor of a graph, in the order of the inputs."""
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    return tuple(
-        (node.name, tuple(dim for dim, size in enumerate(value.shape) if not _is_fixed(size)))
-        for node in placeholders
-        if isinstance(value := node.meta.get("val"), Tensor)
-    )
+def fixed_dims(sizes: Sizes, leaves: Sequence[Any]) -> list[str]:
+    """Return the batch and sequence dimensions that are fixed after all, such as "x[1] = 8".
+
+    sizes: of the graph. leaves: the flat inputs of the example.
+    """
+    return [
+        f"{given.name}[{dim}] = {given.shape[dim]}"
+        for given, leaf in zip(sizes.inputs, leaves, strict=True)
+        if isinstance(leaf, Tensor) and given.shape is not None
+        for dim in _free_dims(leaf)
+        if isinstance(given.shape[dim], int)
+    ]
+
+
+def _free_dims(value: Tensor) -> list[int]:
+    sequence = value.dim() >= 2 and (not value.is_floating_point() or value.dim() == 3)
+    return [dim for dim in range(min(value.dim(), 2 if sequence else 1)) if value.shape[dim] > 1]
 
 
 def tile_single_batch(
@@ -57,7 +65,7 @@ def tile_single_batch(
         Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, (args, kwargs)
     )
     try:
-        plain, tiled = call_reproducibly(model, args, kwargs), call_reproducibly(model, tiled_args, tiled_kwargs)
+        plain, tiled = run_alone(model, args, kwargs), run_alone(model, tiled_args, tiled_kwargs)
     except Exception:
         return args, kwargs, False
     grew = any(
@@ -65,24 +73,3 @@ def tile_single_batch(
         for a, b in zip(pytree.tree_leaves(without_none(plain)), pytree.tree_leaves(without_none(tiled)), strict=False)
     )
     return (tiled_args, tiled_kwargs, True) if grew else (args, kwargs, False)
-
-
-def grow_batch(
-    graph: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return the inputs with one more row in every tensor whose first dimension is dynamic; None if there is none."""
-    shapes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    leaves = pytree.tree_leaves((args, kwargs))
-    if len(shapes) != len(leaves):
-        return None
-    grows = [isinstance(shape, Tensor) and shape.dim() > 0 and not _is_fixed(shape.shape[0]) for shape in shapes]
-    rows = {leaf.shape[0] for leaf, grow in zip(leaves, grows, strict=True) if grow}
-    if len(rows) != 1:
-        return None
-    it = iter(grows)
-    more = pytree.tree_map(lambda leaf: torch.cat([leaf, leaf[:1]]) if next(it) else leaf, (args, kwargs))
-    return more[0], more[1]
-
-
-def _is_fixed(size: int | torch.SymInt) -> bool:
-    return isinstance(size, int) or not size.node.expr.free_symbols

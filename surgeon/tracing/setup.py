@@ -1,4 +1,4 @@
-"""Change a model's signature, modes and caches during an export, and restore them afterwards."""
+"""Change a model's signature, modes and caches during an export, and leave model and inputs as they were."""
 
 from __future__ import annotations
 
@@ -7,27 +7,39 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from surgeon.graph.agreement import call_reproducibly
+
+
+def copied(inputs: Any) -> Any:
+    """Return inputs in new containers with copies of the tensors, each its own: a model may write into them."""
+    return pytree.tree_map_only(Tensor, torch.clone, inputs)
 
 
 @contextlib.contextmanager
-def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Give `forward` a named parameter for every input, because export has no dynamic dimensions for `**kwargs`."""
+def plain_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Give `forward` a named parameter for every input, and containers of its own.
+
+    Export has no dynamic dimensions for `**kwargs`, and takes what a model adds to a dict for one of its inputs.
+    """
     signature = inspect.signature(model.forward)
     bound = signature.bind(*args, **kwargs).arguments
     kinds = {signature.parameters[name].kind for name in bound}
-    if not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}:
-        yield
-        return
     original, own = model.forward, "forward" in vars(model)
-    names = [name for name in bound if signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL]
-    names = [*names, *(f"input_{index}" for index in range(len(args)))][: len(args)]
-    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in (*names, *kwargs)]
+    if kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}:
+        names = [name for name in bound if signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL]
+        names = [*names, *(f"input_{index}" for index in range(len(args)))][: len(args)]
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in (*names, *kwargs)]
+        signature = inspect.Signature(parameters)
 
     def forward(*given: Any, **named: Any) -> Any:
+        given, named = pytree.tree_map(lambda leaf: leaf, (given, named))
         return original(*given, **named)
 
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     model.forward = forward
     try:
         yield
@@ -39,14 +51,43 @@ def plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 @contextlib.contextmanager
-def keep_modes(model: nn.Module) -> Iterator[None]:
-    """Restore the training flag of every module afterwards. A user may have set some of them to evaluation."""
-    modes = [(module, module.training) for module in model.modules()]
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore everything that a model may change in itself when it runs.
+
+    That is the attributes of its modules and of their configs, with the training flag and submodules among them (BigBird
+    replaces its attention when an input is short), what is in their dicts and lists, and the values of its buffers.
+    """
+    modules = list(model.modules())
+    holders: list[Any] = [*modules, *{id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}.values()]
+    attributes = [(vars(holder), dict(vars(holder))) for holder in holders if hasattr(holder, "__dict__")]
+    containers = [
+        (value, type(value)(value))
+        for _, saved in attributes
+        for value in saved.values()
+        if type(value) in (dict, list, set)
+    ]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for now, saved in attributes:
+            now.clear()
+            now.update(saved)
+        for value, content in containers:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+        for buffer, version, content in buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(content)
+
+
+def run_alone(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, copy: bool = True) -> Any:
+    """Return the model's output. The model stays as it is, so that every call is like the first; so do copied inputs."""
+    if copy:
+        args, kwargs = copied((args, kwargs))
+    with unchanged(model):
+        return call_reproducibly(model, args, kwargs)
 
 
 @contextlib.contextmanager

@@ -12,24 +12,26 @@ import io
 import keyword
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from surgeon.errors import TraceError
-from surgeon.graph.calls import as_args_kwargs
+from surgeon.graph.calls import as_args_kwargs, check_calls, flat_inputs
+from surgeon.graph.sizes import Sizes
 from surgeon.graph.traced import TracedGraph, fork, retie
 from surgeon.models.tasks import task_of
-from surgeon.tracing.check import brief, disagreement, is_random, run_reference
-from surgeon.tracing.cleanup import changed_buffers, clean, use_first_names
-from surgeon.tracing.dynamic_sizes import dynamic_dims, dynamic_shapes, tile_single_batch
-from surgeon.tracing.setup import keep_modes, plain_signature, without_caches
+from surgeon.tracing.check import brief, disagreement, is_random, narrow_sizes, run_reference
+from surgeon.tracing.cleanup import changed_buffers, clean, copy_written_inputs, use_first_names
+from surgeon.tracing.declared import declared_sizes
+from surgeon.tracing.dynamic_sizes import dynamic_shapes, fixed_dims, tile_single_batch
+from surgeon.tracing.narrowing import free_dims
+from surgeon.tracing.setup import copied, plain_forward, unchanged, without_caches
 
 log = logging.getLogger("surgeon")
 
@@ -42,6 +44,7 @@ class TraceInfo:
 
     form: "train" if dropout can be switched on, "eval" if the graph only computes evaluation.
     dynamic: (name, dimensions that may change from call to call) of each input tensor, in the order of the inputs.
+    sizes: the sizes the graph holds for, as `surgeon.graph.sizes.Sizes` writes them. Calls with others are refused.
     notes: what the user should know, such as a dimension that is fixed, in full sentences.
     max_error: the largest difference from the model on the example inputs, relative to its largest output. None if the
         graph was not made from a model.
@@ -50,6 +53,7 @@ class TraceInfo:
 
     form: Form
     dynamic: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    sizes: str = ""
     notes: tuple[str, ...] = ()
     max_error: float | None = None
     task: str | None = None
@@ -77,32 +81,77 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     asks_for_cache = bool(kwargs.get("use_cache"))
     if asks_for_cache:
         kwargs = {**kwargs, "use_cache": False}
-    with quiet(), without_caches(model), keep_modes(model):
+    attempts: list[_Attempt] = []
+    failures: list[_Failure] = []
+    with quiet(), unchanged(model), without_caches(model):
         model.eval()
         args, kwargs, tiled = tile_single_batch(model, args, kwargs)
-        reference = run_reference(model, args, kwargs)
-        failures: list[_Failure] = []
+        reference, written = run_reference(model, args, kwargs)
         for form, front_end in _attempts(model):
-            try:
-                graph = _export(model, args, kwargs, form, front_end)
-            except Exception as error:
-                failures.append(_Failure(form, front_end.__name__.strip("_"), brief(error)))
-                log.debug("trace attempt failed", exc_info=True)
+            if attempts and front_end is _static:
+                break
+            made = _attempt(model, args, kwargs, reference, form, front_end)
+            if isinstance(made, _Failure):
+                failures.append(made)
                 continue
-            problem, error_size = disagreement(graph, reference, model, args, kwargs)
-            if problem is None:
-                notes = _notes(graph, form, failures, tiled)
-                if asks_for_cache:
-                    notes = (*notes, "use_cache=True was ignored, because a graph keeps no key-value cache.")
-                graph.meta["trace"] = TraceInfo(form, dynamic_dims(graph), notes, error_size, task_of(model))
-                graph.train(model_training)
-                return graph
-            failures.append(_Failure(form, front_end.__name__.strip("_"), problem))
-    raise TraceError(
-        f"{type(model).__name__} cannot be traced into a graph with the same outputs. Attempts:\n"
-        + "\n".join(f"  - {failure}" for failure in _distinct(failures))
-        + "\nTry other example inputs, or trace a smaller part of the model."
+            attempts.append(made)
+            if not made.faults:
+                break
+    if not attempts:
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced into a graph with the same outputs. Attempts:\n"
+            + "\n".join(f"  - {failure}" for failure in _distinct(failures))
+            + "\nTry other example inputs, or trace a smaller part of the model."
+        )
+    best = max(attempts, key=lambda attempt: len(attempt.sizes.axes))  # the first of those with the most free sizes
+    notes = [*_notes(model, best, failures, tiled)]
+    graph, sizes = best.graph, best.sizes
+    if written:
+        notes.append(
+            f"The model writes into its inputs ({', '.join(written)}). The graph leaves the caller's inputs as they are, "
+            "and returns what the model returns."
+        )
+    if asks_for_cache:
+        notes.append("use_cache=True was ignored, because a graph keeps no key-value cache.")
+        sizes = sizes.without_check("use_cache")
+    graph.meta["trace"] = TraceInfo(
+        best.form, tuple(free_dims(sizes)), str(sizes), tuple(notes), best.error, task_of(model)
     )
+    check_calls(graph, sizes)
+    graph.train(model_training)
+    return graph
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A graph that agrees with the model on the example inputs, and the sizes at which it does.
+
+    error: on the example inputs. faults: at other sizes, in sentences. leaves: the flat example inputs.
+    """
+
+    graph: TracedGraph
+    form: Form
+    error: float
+    sizes: Sizes
+    faults: list[str]
+    leaves: list[Any]
+
+
+def _attempt(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reference: Any, form: Form, front_end: FrontEnd
+) -> _Attempt | _Failure:
+    name = front_end.__name__.strip("_")
+    try:
+        with unchanged(model):
+            graph = _export(model, args, kwargs, form, front_end)
+    except Exception as error:
+        log.debug("trace attempt failed", exc_info=True)
+        return _Failure(form, name, brief(error))
+    problem, error_size = disagreement(graph, reference, model, args, kwargs)
+    if problem is not None:
+        return _Failure(form, name, problem)
+    sizes, faults = narrow_sizes(graph, model, args, kwargs)
+    return _Attempt(graph, form, error_size, sizes, faults, flat_inputs(graph, args, kwargs))
 
 
 def _refuse_keywords(model: nn.Module) -> None:
@@ -134,14 +183,20 @@ def _distinct(failures: list[_Failure]) -> list[str]:
     return [f"{' and '.join(made)}: {reason}" for reason, made in attempts.items()]
 
 
-def adopt(graph: GraphModule) -> TracedGraph:
-    """Make a `TracedGraph` from a graph module of ATen ops (from `torch.export`). The two share their parameters."""
+def adopt(graph: GraphModule, guards: Sequence[str] = ()) -> TracedGraph:
+    """Make a `TracedGraph` from a graph module of ATen ops (from `torch.export`). The two share their parameters.
+
+    guards: of the program that the graph comes from, see `declared_sizes`.
+    """
     if isinstance(graph, TracedGraph):
         return fork(graph)
     traced = fork(graph)
     clean(traced)
+    copy_written_inputs(traced)
     if "trace" not in traced.meta:
-        traced.meta["trace"] = TraceInfo(_form_of(traced), dynamic_dims(traced))
+        sizes = declared_sizes(traced, guards)
+        traced.meta["trace"] = TraceInfo(_form_of(traced), tuple(free_dims(sizes)), str(sizes))
+    check_calls(traced, Sizes.parse(traced.meta["trace"].sizes))
     return traced
 
 
@@ -149,14 +204,16 @@ def from_program(program: ExportedProgram, info: TraceInfo | None = None) -> Tra
     """Return the graph of an exported program, in evaluation mode. Tied parameters are one object again.
 
     info: how the program was traced, if that is known. Otherwise the form is derived from the graph.
+
+    Raises:
+        ValueError: `info` has sizes that cannot be read or are not those of this program.
     """
     graph = program.module(check_guards=False)
     assert isinstance(graph, GraphModule)
     retie(graph)
     if info is not None:
         graph.meta["trace"] = info
-    traced = adopt(graph)
-    return traced.eval()
+    return adopt(graph, program._guards_code).eval()
 
 
 def is_aten_graph(graph: GraphModule) -> bool:
@@ -176,13 +233,14 @@ FrontEnd = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], ExportedProgra
 
 
 def _dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    with plain_signature(model, args, kwargs):
+    with plain_forward(model, args, kwargs):
         shapes = dynamic_shapes(model, args, kwargs)
         return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
 
 
 def _static(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    return torch.export.export(model, args, kwargs, strict=False)
+    with plain_forward(model, args, kwargs):
+        return torch.export.export(model, args, kwargs, strict=False)
 
 
 def _transformers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -210,7 +268,7 @@ def _export(
 ) -> TracedGraph:
     model.train(form == "train")
     # A failed export leaves attributes on its input tensors that make the next export fail, so give it copies.
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    args, kwargs = copied((args, kwargs))
     try:
         # With gradients off, the model's own no_grad regions (rotary embeddings) do not become separate graphs.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -221,6 +279,7 @@ def _export(
     graph = fork(exported)
     use_first_names(graph, model)
     clean(graph)
+    copy_written_inputs(graph)
     graph.meta["trace"] = TraceInfo(form)
     if form == "train" and (changed := changed_buffers(graph)):
         raise TraceError(f"the model changes its own state when it runs ({changed[0]})")
@@ -239,20 +298,26 @@ def _form_of(graph: GraphModule) -> Form:
     return "train" if changed else "eval"
 
 
-def _notes(graph: TracedGraph, form: Form, failures: list[_Failure], tiled: bool) -> tuple[str, ...]:
-    notes = []
-    if form == "eval":
+def _notes(model: nn.Module, made: _Attempt, failures: list[_Failure], tiled: bool) -> Iterator[str]:
+    if made.form == "eval":
         why = next((failure.reason for failure in failures if failure.form == "train"), "")
-        notes.append(
+        yield (
             "The graph is in evaluation form, so dropout and other random training behaviour stay off in fine-tuning. "
             f"The model cannot be traced in training form ({why})."
         )
-    fixed = [name for name, dims in dynamic_dims(graph) if 0 not in dims]
-    if fixed:
-        notes.append(f"Batch size is fixed at the example's size for: {', '.join(fixed)}.")
+    dims = dict(free_dims(made.sizes))
+    if fixed := [name for name, free in dims.items() if 0 not in free]:
+        yield f"Batch size is fixed at the example's size for: {', '.join(fixed)}."
+    if fixed := [place for place in fixed_dims(made.sizes, made.leaves) if "[0]" not in place]:
+        yield f"The graph takes inputs of the example's length only: {', '.join(fixed)}."
+    yield from made.faults
     if tiled:
-        notes.append("The example batch of 1 was doubled, because a dimension of size 1 would be traced as fixed.")
-    return tuple(notes)
+        yield "The example batch of 1 was doubled, because a dimension of size 1 would be traced as fixed."
+    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        yield (
+            "torch's fused encoder layer, which the model uses without gradients, sets padded positions to zero. The "
+            "graph computes what the model computes with gradients, so padded positions differ."
+        )
 
 
 @contextlib.contextmanager
@@ -260,7 +325,7 @@ def quiet() -> Iterator[None]:
     """Keep the warnings of an export out of the user's terminal. The notes and errors report what matters."""
     loggers = [
         logging.getLogger(name)
-        for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "transformers.exporters")
+        for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "transformers")
     ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

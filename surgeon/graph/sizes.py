@@ -1,0 +1,393 @@
+"""The sizes of inputs at which a graph computes what its model computes, and the check of every call against them.
+
+Python code that depends on a size (`if x.shape[1] > 16`) runs once, while a graph is traced. Its result is frozen in
+the graph, which is wrong at sizes where the model would take another path. So a graph carries the sizes it holds for:
+
+    input_ids[batch, tokens], mask[batch, tokens], flag == True, 1 <= batch, 4 <= tokens <= 512, tokens % 4 == 0
+
+`check_sizes` compares the inputs of a call with them. It costs about a microsecond, and `torch.compile` and
+`torch.export` read through it.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.fx import Proxy
+from torch.fx.node import has_side_effect
+
+from surgeon.errors import SizeError
+
+Constant = bool | int | float | str | None
+
+_OPERATORS = (
+    *(ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.And, ast.Or, ast.Not),
+    *(ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE),
+)
+_LONGEST = 2000
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A size that may change from call to call: from `least` to `most` (None: no limit), in multiples of `multiple`."""
+
+    least: int = 1
+    most: int | None = None
+    multiple: int = 1
+
+    def __contains__(self, size: int) -> bool:
+        return self.least <= size <= (math.inf if self.most is None else self.most) and size % self.multiple == 0
+
+    def __str__(self) -> str:
+        """The sizes in words, such as "4 to 512, multiples of 4"."""
+        text = f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+        return text + (f", multiples of {self.multiple}" if self.multiple > 1 else "")
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a graph.
+
+    shape: of a tensor: numbers, names of axes, and expressions in names of axes; None for any other input.
+    constant: the value that any other input had when the graph was traced, frozen in the graph. It is checked if
+        `checked`; objects of other kinds than numbers and texts are not.
+    """
+
+    name: str
+    shape: tuple[int | str, ...] | None = None
+    constant: Constant = None
+    checked: bool = False
+
+    def __str__(self) -> str:
+        if self.shape is not None:
+            return f"{self.name}[{', '.join(map(str, self.shape)) or '()'}]"
+        return f"{self.name} == {self.constant!r}" if self.checked else self.name
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes a graph holds for.
+
+    inputs: in the order of the graph's placeholders. axes: by name. rules: further conditions on axes, in Python.
+    traced: the size of each axis in the example inputs.
+    """
+
+    inputs: tuple[Input, ...] = ()
+    axes: Mapping[str, Axis] = field(default_factory=dict)
+    rules: tuple[str, ...] = ()
+    traced: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """One line that `parse` reads. It is the tuple of Python expressions shown at the top of this file."""
+        ranges = []
+        for name, axis in self.axes.items():
+            ranges.append(f"{axis.least} <= {name}" + ("" if axis.most is None else f" <= {axis.most}"))
+            ranges += [f"{name} % {axis.multiple} == 0"] if axis.multiple > 1 else []
+        traced = [f"traced({', '.join(f'{name}={size}' for name, size in self.traced.items())})"] if self.traced else []
+        return ", ".join([*map(str, self.inputs), *ranges, *self.rules, *traced])
+
+    @classmethod
+    def parse(cls, text: str) -> Sizes:
+        """Read what `str` wrote. Nothing of the text is run.
+
+        Raises:
+            ValueError: the text does not have this form.
+        """
+        return _parse(text)
+
+    def without_check(self, name: str) -> Sizes:
+        """The same sizes, with any value accepted for the input `name`, which is no tensor."""
+        inputs = (replace(given, checked=False, constant=None) if given.name == name else given for given in self.inputs)
+        return replace(self, inputs=tuple(inputs))
+
+    def axes_in_words(self) -> str:
+        """Every axis with its sizes, such as "batch: 1 or more; tokens: 2 to 512"."""
+        return "; ".join([*(f"{name}: {axis}" for name, axis in self.axes.items()), *self.rules])
+
+    def violation(self, values: Sequence[Any]) -> str | None:
+        """Return what is wrong with the inputs of a call, in words; None if nothing is."""
+        found: dict[str, tuple[int, str]] = {}
+        later: list[tuple[str, int, str]] = []
+        for given, value in zip(self.inputs, values, strict=True):
+            if given.shape is None:
+                if given.checked and not _same_constant(value, given.constant):
+                    return f"{given.name} is {value!r}, but the graph was traced with {given.constant!r}"
+                continue
+            if not isinstance(value, Tensor):
+                return f"{given.name} is {_article(value)}, but the graph was traced with a tensor"
+            shape = list(value.shape)
+            if len(shape) != len(given.shape):
+                return f"{given.name} has {len(shape)} dimensions {shape}, but the graph was traced with {given}"
+            for dim, (size, wanted) in enumerate(zip(shape, given.shape, strict=True)):
+                where = f"dimension {dim} of {given.name} {shape}"
+                if isinstance(wanted, int):
+                    if size != wanted:
+                        return f"{where} is {size}, but the graph only takes {wanted}"
+                elif wanted not in self.axes:
+                    later.append((wanted, size, where))
+                elif found.setdefault(wanted, (size, where))[0] != size:
+                    return f"{where} is {size}, but {wanted} is {found[wanted][0]} in {found[wanted][1]}"
+        for name, (size, where) in found.items():
+            if size not in self.axes[name]:
+                return f"{where} is {size}, but the graph takes {name}: {self.axes[name]}"
+        sizes = {name: size for name, (size, _) in found.items()}
+        for expression, size, where in later:
+            if (wanted := evaluate(expression, sizes)) != size:
+                return f"{where} is {size}, but {expression} is {wanted}"
+        broken = next((rule for rule in self.rules if not evaluate(rule, sizes)), None)
+        return None if broken is None else f"the sizes {sizes} break the condition {broken}"
+
+    def allow(self, sizes: Mapping[str, int]) -> bool:
+        """Whether these sizes of all axes are within ranges and rules."""
+        return all(size in self.axes[name] for name, size in sizes.items()) and all(
+            evaluate(rule, sizes) for rule in self.rules
+        )
+
+
+def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+    """Compute an expression in names of axes. `check_expression` must have accepted it."""
+    try:
+        return int(eval(compile(expression, "<sizes>", "eval"), {"__builtins__": {"min": min, "max": max}}, dict(sizes)))
+    except ZeroDivisionError:
+        return 0
+
+
+def names_in(expression: str) -> set[str]:
+    """Return the axes that an expression is about."""
+    return {node.id for node in ast.walk(_tree(expression)) if isinstance(node, ast.Name)} - {"min", "max"}
+
+
+def substitute(expression: str, replacements: Mapping[str, str]) -> str:
+    """Return an expression with axes replaced by other expressions."""
+
+    class Replace(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:  # noqa: N802  (ast's own name)
+            return _tree(replacements[node.id]) if node.id in replacements else node
+
+    return ast.unparse(Replace().visit(_tree(expression)))
+
+
+def check_expression(text: str, names: Iterable[str]) -> None:
+    """Refuse an expression that is anything but arithmetic and comparisons of whole numbers and `names`.
+
+    Raises:
+        ValueError: it is.
+    """
+    if len(text) > _LONGEST:
+        raise ValueError(f"'{text[:40]}…' is too long")
+    _check_tree(_tree(text), set(names), text)
+
+
+def check_sizes(sizes: str, *inputs: Any) -> Any:
+    """Refuse inputs of a call at whose sizes the graph does not hold.
+
+    Args:
+        sizes: see `Sizes`. inputs: the flat inputs of the call.
+
+    Raises:
+        SizeError: the message names the input, the dimension, and the sizes that the graph takes.
+    """
+    if isinstance(inputs[0], Proxy):  # a graph that is traced symbolically, by pickle for one, keeps the check
+        return inputs[0].tracer.create_proxy("call_function", check_sizes, (sizes, *inputs), {})
+    (_CHECKS.get(sizes) or prepare_check(sizes))(*inputs)
+    return None
+
+
+has_side_effect(check_sizes)
+
+_CHECKS: dict[str, Callable[..., None]] = {}
+
+
+def prepare_check(sizes: str) -> Callable[..., None]:
+    """Compile the check for `sizes`, once.
+
+    Raises:
+        ValueError: `sizes` cannot be read.
+    """
+    if sizes not in _CHECKS:
+        _CHECKS[sizes] = _compiled(Sizes.parse(sizes))
+    return _CHECKS[sizes]
+
+
+def _compiled(sizes: Sizes) -> Callable[..., None]:
+    """A function of the flat inputs that evaluates one condition, and explains it only if it is false."""
+    arguments = [f"i{index}" for index in range(len(sizes.inputs))]
+    shapes: dict[tuple[int | str, ...], str] = {}
+    lines, terms, places, derived = [], [], {}, []
+    for argument, given in zip(arguments, sizes.inputs, strict=True):
+        if given.shape is None:
+            if given.checked:
+                terms.append(f"same({argument}, {given.constant!r})")
+            continue
+        lines.append(f"        {argument}s = {argument}.shape")
+        if given.shape in shapes:
+            terms.append(f"{argument}s == {shapes[given.shape]}")
+            continue
+        shapes[given.shape] = f"{argument}s"
+        terms.append(f"len({argument}s) == {len(given.shape)}")
+        for dim, wanted in enumerate(given.shape):
+            place = f"{argument}s[{dim}]"
+            if isinstance(wanted, str) and wanted in sizes.axes and wanted not in places:
+                places[wanted] = place
+            elif isinstance(wanted, str) and wanted not in sizes.axes:
+                derived.append(f"{place} == {{{wanted}}}")
+            else:
+                terms.append(f"{place} == {places.get(str(wanted), wanted)}")
+    for name, axis in sizes.axes.items():
+        most = "" if axis.most is None else f" <= {axis.most}"
+        if axis.least > 0 or most:
+            terms.append(f"{axis.least} <= {places[name]}{most}")
+        if axis.multiple > 1:
+            terms.append(f"{places[name]} % {axis.multiple} == 0")
+    for term in derived:
+        place, _, expression = term.partition(" == ")
+        terms.append(f"{place} == ({substitute(expression[1:-1], places)})")
+    terms += [f"({substitute(rule, places)})" for rule in sizes.rules]
+    source = f"""
+def check({", ".join(arguments)}):
+    try:
+        pass
+{chr(10).join(lines)}
+    except AttributeError:  # not a tensor
+        refuse(sizes, ({"".join(f"{argument}, " for argument in arguments)}))
+    if not ({" and ".join(terms) or "True"}):
+        if is_compiling():
+            raise SizeError(in_short)
+        refuse(sizes, ({"".join(f"{argument}, " for argument in arguments)}))
+"""
+    namespace: dict[str, Any] = {
+        "refuse": _refuse,
+        "sizes": sizes,
+        "same": _same_constant,
+        "is_compiling": is_compiling,
+        "SizeError": SizeError,
+        "in_short": f"Wrong sizes. {_wanted(sizes)}",  # a compiler cannot follow how the full text is made
+    }
+    exec(source, namespace)
+    check: Callable[..., None] = namespace["check"]
+    return check
+
+
+def _refuse(sizes: Sizes, inputs: Sequence[Any]) -> None:
+    raise SizeError(f"Wrong sizes: {sizes.violation(inputs)}. {_wanted(sizes)}")
+
+
+def _wanted(sizes: Sizes) -> str:
+    traced = ", ".join(f"{name} {size}" for name, size in sizes.traced.items())
+    return (
+        f"The graph takes {', '.join(map(str, sizes.inputs))}"
+        + (f" with {words}" if (words := sizes.axes_in_words()) else "")
+        + (f". It was traced with {traced}" if traced else "")
+        + ". Elsewhere the model may compute something else than the graph. Bring the inputs to these sizes (pad, "
+        "truncate or split them), or trace the model with example inputs of the sizes you need."
+    )
+
+
+def _same_constant(value: Any, constant: Constant) -> bool:
+    """Whether a value is the one that is frozen in the graph. 1 and True count as the same, as in Python."""
+    return value is constant or (not isinstance(value, Tensor) and constant is not None and bool(value == constant))
+
+
+def _article(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _tree(text: str) -> ast.expr:
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"'{text[:40]}' is no expression") from error
+
+
+def _check_tree(tree: ast.expr, names: set[str], text: str) -> None:
+    for node in ast.walk(tree):
+        allowed = (
+            isinstance(node, (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Load, *_OPERATORS))
+            or (isinstance(node, ast.Name) and (node.id in names or node.id in ("min", "max")))
+            or (isinstance(node, ast.Constant) and type(node.value) in (int, bool) and abs(node.value) < 2**63)
+            or (isinstance(node, ast.Call) and ast.unparse(node.func) in ("min", "max") and not node.keywords)
+        )
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):  # a small power, which cannot grow large
+            allowed = isinstance(node.right, ast.Constant) and node.right.value in (2, 3)
+        if not allowed:
+            raise ValueError(f"'{ast.unparse(node)}' is not allowed in '{text[:40]}'")
+
+
+def _parse(text: str) -> Sizes:
+    tree = _tree(f"({text},)") if text else ast.Tuple([])
+    if not isinstance(tree, ast.Tuple):
+        raise ValueError(f"'{text[:40]}' is not a list of sizes")
+    inputs: list[Input] = []
+    conditions: list[ast.expr] = []
+    traced: dict[str, int] = {}
+    for part in tree.elts:
+        match part:
+            case ast.Subscript(value=ast.Name(id=name)):
+                inputs.append(Input(name, tuple(map(_size, _items(part.slice)))))
+            case ast.Name(id=name):
+                inputs.append(Input(name))
+            case ast.Call(func=ast.Name(id="traced"), args=[], keywords=keywords):
+                traced = {str(word.arg): _whole(word.value) for word in keywords}
+            case ast.Compare(left=ast.Name(id=name), ops=[ast.Eq()], comparators=[value]) if not conditions:
+                inputs.append(Input(name, None, ast.literal_eval(value), True))
+            case _:
+                conditions.append(part)
+    axes, rules = _ranges(conditions)
+    for given in inputs:
+        for size in given.shape or ():
+            if isinstance(size, str):
+                check_expression(size, axes)
+        if given.checked and not isinstance(given.constant, Constant):
+            raise ValueError(f"{given.name} is no constant")
+    used = {size for given in inputs for size in given.shape or ()}
+    if missing := [name for name in axes if name not in used]:
+        raise ValueError(f"no input has the axis '{missing[0]}'")
+    for rule in rules:
+        check_expression(rule, axes)
+    return Sizes(tuple(inputs), axes, tuple(rules), traced)
+
+
+def _ranges(conditions: Iterable[ast.expr]) -> tuple[dict[str, Axis], list[str]]:
+    """Split conditions into the ranges of axes, which come first for each of them, and other rules."""
+    axes: dict[str, Axis] = {}
+    rules = []
+    for part in conditions:
+        match part:
+            case ast.Compare(left=least, ops=[ast.LtE()], comparators=[ast.Name(id=name)]) if name not in axes:
+                axes[name] = Axis(_whole(least))
+            case ast.Compare(
+                left=least, ops=[ast.LtE(), ast.LtE()], comparators=[ast.Name(id=name), most]
+            ) if name not in axes:
+                axes[name] = Axis(_whole(least), _whole(most))
+            case ast.Compare(
+                left=ast.BinOp(left=ast.Name(id=name), op=ast.Mod(), right=ast.Constant(value=int(multiple))),
+                ops=[ast.Eq()],
+                comparators=[ast.Constant(value=0)],
+            ) if name in axes and axes[name].multiple == 1 and multiple > 1:
+                axes[name] = Axis(axes[name].least, axes[name].most, multiple)
+            case _:
+                rules.append(ast.unparse(part))
+    return axes, rules
+
+
+def _items(node: ast.expr) -> list[ast.expr]:
+    return node.elts if isinstance(node, ast.Tuple) else [node]
+
+
+def _size(node: ast.expr) -> int | str:
+    return _whole(node) if isinstance(node, ast.Constant) else ast.unparse(node)
+
+
+def _whole(node: ast.expr) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    raise ValueError(f"'{ast.unparse(node)}' is not a whole number")

@@ -1,0 +1,196 @@
+"""Read from an exported graph at which sizes torch.export knows it to hold: ranges, equal sizes, and other conditions."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
+
+from surgeon.graph.calls import input_paths
+from surgeon.graph.sizes import Axis, Input, Sizes, check_expression, evaluate, names_in
+
+_ROLES = ("batch", "tokens")
+_FAR = 130  # conditions are tried up to this size, and on this many combinations of several sizes
+_COMBINATIONS = 3000
+
+
+def declared_sizes(graph: GraphModule, guards: Sequence[str] = ()) -> Sizes:
+    """Return the sizes that the export of a graph found it to hold for.
+
+    Export takes one path through the Python code of a model. Whatever it had to know about a size for that is a
+    condition of the graph. A condition that cannot be written down fixes the sizes it is about.
+
+    Args:
+        guards: the conditions of a program that was loaded from a file, in torch's own notation, such as
+            "L['x'].size()[1] <= 16". A graph that was just exported has them in its symbols.
+    """
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    values = {node.name: node.meta.get("val") for node in placeholders}
+    names = _axis_names(values)
+    environment = _environment(values)
+    conditions = [] if environment is None else _conditions(environment, names)
+    if guards:
+        paths = [f"L{pytree.keystr(path)}" for path in input_paths(graph)]  # as torch writes them: L['batch']['x']
+        conditions += [_of_guard(guard, paths, values, names) for guard in guards]
+    fixed = {name for text, about in conditions if text is None for name in about}
+    inputs = tuple(_input(name, value, names, fixed) for name, value in values.items())
+    used = {size for given in inputs for size in given.shape or ()}
+    names = {symbol: name for symbol, name in names.items() if name in used}
+    axes = {name: _range(environment, symbol) for symbol, name in names.items()}
+    traced = {name: _hint(environment, symbol) for symbol, name in names.items()}
+    sizes = Sizes(inputs, axes, (), {name: size for name, size in traced.items() if size is not None})
+    return _with_rules(sizes, [(text, about) for text, about in conditions if text is not None and about <= axes.keys()])
+
+
+def _axis_names(values: Mapping[str, Any]) -> dict[sympy.Symbol, str]:
+    """Name every symbol that is itself the size of an input: "batch" and "tokens", or more of these by their input."""
+    names: dict[sympy.Symbol, str] = {}
+    for name, value in values.items():
+        for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if isinstance(size, torch.SymInt) and (symbol := size.node.expr).is_Symbol and symbol not in names:
+                role = _ROLES[dim] if dim < len(_ROLES) else f"dim{dim}"
+                names[symbol] = role if role not in names.values() else f"{name}_{role}"
+    return names
+
+
+def _environment(values: Mapping[str, Any]) -> Any | None:
+    shapes = (value.shape for value in values.values() if isinstance(value, Tensor))
+    return next((size.node.shape_env for shape in shapes for size in shape if isinstance(size, torch.SymInt)), None)
+
+
+def _input(name: str, value: Any, names: Mapping[sympy.Symbol, str], fixed: set[str]) -> Input:
+    if isinstance(value, Tensor):
+        return Input(name, tuple(_size(size, names, fixed) for size in value.shape))
+    plain = value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+    return Input(name, None, value, True) if plain else Input(name)
+
+
+def _size(size: int | torch.SymInt, names: Mapping[sympy.Symbol, str], fixed: set[str]) -> int | str:
+    if isinstance(size, int) or not size.node.expr.free_symbols:
+        return int(size)
+    text = _text(size.node.expr, names)
+    if text is None or any(name in fixed for name in _names_in(size.node.expr, names)):
+        return int(size.node.hint)
+    return text
+
+
+def _names_in(expression: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> list[str]:
+    return [names[symbol] for symbol in expression.free_symbols if symbol in names]
+
+
+def _text(expression: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> str | None:
+    """The expression in Python; None if it is about other things than the named sizes, or is more than arithmetic."""
+    if not expression.free_symbols <= names.keys():
+        return None
+    text = PythonPrinter().doprint(
+        expression.xreplace({symbol: sympy.Symbol(names[symbol]) for symbol in expression.free_symbols})
+    )
+    try:
+        check_expression(text, names.values())
+    except ValueError:
+        return None
+    return text
+
+
+Condition = tuple[str | None, set[str]]
+"""A condition in Python, None if it cannot be written down, and the axes it is about."""
+
+
+def _conditions(environment: Any, names: Mapping[sympy.Symbol, str]) -> list[Condition]:
+    """What the export had to know. Sizes that it found equal are one symbol."""
+    found = (environment.replace(guard.expr) for guard in environment.guards)
+    return [
+        (_text(expression, names), {names[symbol] for symbol in expression.free_symbols if symbol in names})
+        for expression in found
+        if expression.free_symbols & names.keys()
+    ]
+
+
+def _of_guard(
+    guard: str, paths: Sequence[str], values: Mapping[str, Any], names: Mapping[sympy.Symbol, str]
+) -> Condition:
+    """A condition of a program from a file, with sizes of inputs replaced by numbers and names of axes."""
+    about: set[str] = set()
+    shapes = dict(zip(paths, values.values(), strict=True))
+
+    class Replace(ast.NodeTransformer):
+        def visit_Subscript(self, node: ast.Subscript) -> ast.expr:  # noqa: N802  (ast's own name)
+            match node:
+                case ast.Subscript(
+                    value=ast.Call(func=ast.Attribute(value=place, attr="size"), args=[]), slice=ast.Constant(value=dim)
+                ):
+                    size = shapes[ast.unparse(place)].shape[dim]
+                    text = str(size) if isinstance(size, int) else _text(size.node.expr, names)
+                    about.update([] if isinstance(size, int) else _names_in(size.node.expr, names))
+                    return ast.parse(f"({text})", mode="eval").body
+            return node
+
+    try:
+        text = ast.unparse(Replace().visit(ast.parse(guard.strip(), mode="eval").body))
+        check_expression(text, names.values())
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, SyntaxError, RecursionError):
+        return None, about or set(names.values())
+    return text, about
+
+
+def _range(environment: Any, symbol: sympy.Symbol) -> Axis:
+    """The range of a size. Export reasons as if sizes were at least 2, but its programs also take 1."""
+    found = environment.var_to_range.get(symbol)
+    if found is None:
+        return Axis()
+    least, most = found.lower, found.upper
+    return Axis(
+        int(least) if least.is_Integer and least > 2 else 1,
+        int(most) if most.is_Integer and most < 2**31 else None,
+    )
+
+
+def _hint(environment: Any, symbol: sympy.Symbol) -> int | None:
+    value = environment.backed_var_to_val.get(symbol)
+    return None if value is None else int(value)
+
+
+def _with_rules(sizes: Sizes, conditions: Iterable[tuple[str, set[str]]]) -> Sizes:
+    """Add the conditions that say more than the ranges do."""
+    axes, rules = dict(sizes.axes), []
+    for text, about in conditions:
+        if len(about) == 1:
+            (name,) = about
+            multiple = _multiple(text, name, axes[name])
+            if multiple is not None:
+                axes[name] = replace(axes[name], multiple=math.lcm(axes[name].multiple, multiple))
+                continue
+        if not always(text, axes):
+            rules.append(text)
+    return replace(sizes, axes=axes, rules=tuple(dict.fromkeys(rules)))
+
+
+def _multiple(rule: str, name: str, axis: Axis) -> int | None:
+    """The number whose multiples are the sizes that satisfy the rule; None if they are not such a set."""
+    tried = range(max(1, axis.least), 1 + min(4 * _FAR, axis.most or 4 * _FAR))
+    allowed = [size for size in tried if evaluate(rule, {name: size})]
+    step = allowed[1] - allowed[0] if len(allowed) > 1 else 0
+    return step if step > 1 and allowed == [size for size in tried if size % step == 0] else None
+
+
+def always(rule: str, axes: Mapping[str, Axis]) -> bool:
+    """Whether a condition holds at all sizes within the ranges, as far as it can be tried."""
+    about = sorted(names_in(rule))
+    each = max(3, int(_COMBINATIONS ** (1 / len(about)))) if about else 1
+    tried = []
+    for name in about:
+        axis = axes[name]
+        last = _FAR * axis.multiple if axis.most is None else min(axis.most, _FAR * axis.multiple)
+        sizes = [size for size in range(axis.least, last + 1) if size in axis]
+        tried.append(sizes[:each] + sizes[each :: max(1, len(sizes) // each)])
+    return all(evaluate(rule, dict(zip(about, sizes, strict=True))) for sizes in itertools.product(*tried))
