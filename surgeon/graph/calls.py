@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 from torch.fx import _pytree as fx_pytree
-from torch.utils import _pytree as pytree
-
 from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
 
 from surgeon.errors import UsageError
 from surgeon.graph.sizes import Sizes, check_sizes, prepare_check
@@ -109,9 +108,7 @@ class _CheckedCodeGen(_PyTreeCodeGen):
     def additional_globals(self) -> list[tuple[str, Any]]:
         return [*super().additional_globals(), ("check_sizes", check_sizes)]
 
-    def gen_fn_def(
-        self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
-    ) -> str:
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
         names = [name.partition(":")[0].partition("#")[0].strip() for name in free_vars]
         definition = super().gen_fn_def(free_vars, maybe_return_annotation, expanded_def=expanded_def)
         return f"{definition}\n    check_sizes({self.sizes!r}, {', '.join(names)})" if names else definition
@@ -150,7 +147,7 @@ def _refuse_other_order(in_spec: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def input_paths(graph: GraphModule) -> list[tuple[Any, ...]]:
-    """Return the path in the named arguments of every flat input, as keys of pytree: the name, then keys and indices."""
+    """Return the path of every flat input in the named arguments, as keys of pytree: a name, then keys and indices."""
     in_spec = _info(graph).in_spec
     args, kwargs = unflatten_inputs(graph, range(in_spec.num_leaves))
     named = dict(zip(argument_names(graph), [*args, *kwargs.values()], strict=True))

@@ -103,7 +103,7 @@ class Sizes:
 
     def without_check(self, name: str) -> Sizes:
         """The same sizes, with any value accepted for the input `name`, which is no tensor."""
-        inputs = (replace(given, checked=False, constant=None) if given.name == name else given for given in self.inputs)
+        inputs = (Input(name) if given.name == name else given for given in self.inputs)
         return replace(self, inputs=tuple(inputs))
 
     def axes_in_words(self) -> str:
@@ -153,7 +153,7 @@ class Sizes:
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
     """Compute an expression in names of axes. `check_expression` must have accepted it."""
     try:
-        return int(eval(compile(expression, "<sizes>", "eval"), {"__builtins__": {"min": min, "max": max}}, dict(sizes)))
+        return int(eval(expression, {"__builtins__": {"min": min, "max": max}}, dict(sizes)))
     except ZeroDivisionError:
         return 0
 
@@ -167,7 +167,7 @@ def substitute(expression: str, replacements: Mapping[str, str]) -> str:
     """Return an expression with axes replaced by other expressions."""
 
     class Replace(ast.NodeTransformer):
-        def visit_Name(self, node: ast.Name) -> ast.expr:  # noqa: N802  (ast's own name)
+        def visit_Name(self, node: ast.Name) -> ast.expr:
             return _tree(replacements[node.id]) if node.id in replacements else node
 
     return ast.unparse(Replace().visit(_tree(expression)))
@@ -313,7 +313,7 @@ def _check_tree(tree: ast.expr, names: set[str], text: str) -> None:
         allowed = (
             isinstance(node, (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Load, *_OPERATORS))
             or (isinstance(node, ast.Name) and (node.id in names or node.id in ("min", "max")))
-            or (isinstance(node, ast.Constant) and type(node.value) in (int, bool) and abs(node.value) < 2**63)
+            or (isinstance(node, ast.Constant) and isinstance(node.value, int) and -(2**63) < node.value < 2**63)
             or (isinstance(node, ast.Call) and ast.unparse(node.func) in ("min", "max") and not node.keywords)
         )
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):  # a small power, which cannot grow large
@@ -364,9 +364,9 @@ def _ranges(conditions: Iterable[ast.expr]) -> tuple[dict[str, Axis], list[str]]
         match part:
             case ast.Compare(left=least, ops=[ast.LtE()], comparators=[ast.Name(id=name)]) if name not in axes:
                 axes[name] = Axis(_whole(least))
-            case ast.Compare(
-                left=least, ops=[ast.LtE(), ast.LtE()], comparators=[ast.Name(id=name), most]
-            ) if name not in axes:
+            case ast.Compare(left=least, ops=[ast.LtE(), ast.LtE()], comparators=[ast.Name(id=name), most]) if (
+                name not in axes
+            ):
                 axes[name] = Axis(_whole(least), _whole(most))
             case ast.Compare(
                 left=ast.BinOp(left=ast.Name(id=name), op=ast.Mod(), right=ast.Constant(value=int(multiple))),

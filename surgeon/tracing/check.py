@@ -18,23 +18,30 @@ from surgeon.graph.sizes import Sizes
 from surgeon.graph.traced import TracedGraph, is_switched_off
 from surgeon.tracing.declared import declared_sizes
 from surgeon.tracing.narrowing import Outcome, narrowed
-from surgeon.tracing.setup import copied, run_alone
+from surgeon.tracing.setup import copied, run_alone, unchanged
 
 
 def run_reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
     """Return the model's output on the example inputs, and the places in these that it writes to.
 
     Raises:
-        TraceError: the model fails on the example inputs.
+        TraceError: the model fails on the example inputs, or a second call with them gives another output.
     """
     given = copied((args, kwargs))
     before = _places(model, args, kwargs)
     try:
-        output = run_alone(model, *given, copy=False)
+        with unchanged(model):
+            output = call_reproducibly(model, *given)
+            again = call_reproducibly(model, *copied((args, kwargs)))
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} fails on the example inputs, before any tracing: {brief(error)}"
         ) from error
+    if not relative_error(again, output) <= tolerance_for(output, model):
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced: it changes its own state, so that a second call with the same "
+            "inputs computes something else. A graph would repeat the first call."
+        )
     after = _places(model, *given)
     changed = [place for place in after if place not in before or not _same(after[place], before[place])]
     return output, [*changed, *(place for place in before if place not in after)]
@@ -44,7 +51,7 @@ def _places(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """The leaves of inputs by their places, such as "batch['x']"."""
     named = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     leaves = pytree.tree_flatten_with_path(named)[0]
-    return {f"{path[0].key}{pytree.keystr(path[1:])}": leaf for path, leaf in leaves}
+    return {pytree.keystr(path).replace("']", "", 1).removeprefix("['"): leaf for path, leaf in leaves}
 
 
 def _same(a: object, b: object) -> bool:

@@ -104,7 +104,8 @@ def copy_written_inputs(graph: TracedGraph) -> list[str]:
         with graph.graph.inserting_after(last[0]):
             copy = graph.graph.call_function(aten.clone.default, (node,))
         copy.meta = {key: value for key, value in node.meta.items() if key == "val"}
-        node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+        for user in [user for user in node.users if user is not copy]:
+            user.replace_input_with(node, copy)
     if written:
         graph.recompile()
     return [node.name for node in written]

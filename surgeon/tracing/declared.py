@@ -1,4 +1,4 @@
-"""Read from an exported graph at which sizes torch.export knows it to hold: ranges, equal sizes, and other conditions."""
+"""Read from an exported graph at which sizes torch.export knows it to hold: ranges, equal sizes, other conditions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from surgeon.graph.calls import input_paths
-from surgeon.graph.sizes import Axis, Input, Sizes, check_expression, evaluate, names_in
+from surgeon.graph.sizes import Axis, Input, Sizes, check_expression, evaluate, names_in, substitute
 
 _ROLES = ("batch", "tokens")
 _FAR = 130  # conditions are tried up to this size, and on this many combinations of several sizes
@@ -49,12 +48,14 @@ def declared_sizes(graph: GraphModule, guards: Sequence[str] = ()) -> Sizes:
     axes = {name: _range(environment, symbol) for symbol, name in names.items()}
     traced = {name: _hint(environment, symbol) for symbol, name in names.items()}
     sizes = Sizes(inputs, axes, (), {name: size for name, size in traced.items() if size is not None})
-    return _with_rules(sizes, [(text, about) for text, about in conditions if text is not None and about <= axes.keys()])
+    return _with_rules(
+        sizes, [(text, about) for text, about in conditions if text is not None and about <= axes.keys()]
+    )
 
 
-def _axis_names(values: Mapping[str, Any]) -> dict[sympy.Symbol, str]:
+def _axis_names(values: Mapping[str, Any]) -> dict[Any, str]:
     """Name every symbol that is itself the size of an input: "batch" and "tokens", or more of these by their input."""
-    names: dict[sympy.Symbol, str] = {}
+    names: dict[Any, str] = {}
     for name, value in values.items():
         for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
             if isinstance(size, torch.SymInt) and (symbol := size.node.expr).is_Symbol and symbol not in names:
@@ -68,15 +69,15 @@ def _environment(values: Mapping[str, Any]) -> Any | None:
     return next((size.node.shape_env for shape in shapes for size in shape if isinstance(size, torch.SymInt)), None)
 
 
-def _input(name: str, value: Any, names: Mapping[sympy.Symbol, str], fixed: set[str]) -> Input:
+def _input(name: str, value: Any, names: Mapping[Any, str], fixed: set[str]) -> Input:
     if isinstance(value, Tensor):
         return Input(name, tuple(_size(size, names, fixed) for size in value.shape))
     plain = value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
     return Input(name, None, value, True) if plain else Input(name)
 
 
-def _size(size: int | torch.SymInt, names: Mapping[sympy.Symbol, str], fixed: set[str]) -> int | str:
-    if isinstance(size, int) or not size.node.expr.free_symbols:
+def _size(size: Any, names: Mapping[Any, str], fixed: set[str]) -> int | str:
+    if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols:
         return int(size)
     text = _text(size.node.expr, names)
     if text is None or any(name in fixed for name in _names_in(size.node.expr, names)):
@@ -84,29 +85,28 @@ def _size(size: int | torch.SymInt, names: Mapping[sympy.Symbol, str], fixed: se
     return text
 
 
-def _names_in(expression: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> list[str]:
+def _names_in(expression: Any, names: Mapping[Any, str]) -> list[str]:
     return [names[symbol] for symbol in expression.free_symbols if symbol in names]
 
 
-def _text(expression: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> str | None:
+def _text(expression: Any, names: Mapping[Any, str]) -> str | None:
     """The expression in Python; None if it is about other things than the named sizes, or is more than arithmetic."""
     if not expression.free_symbols <= names.keys():
         return None
-    text = PythonPrinter().doprint(
-        expression.xreplace({symbol: sympy.Symbol(names[symbol]) for symbol in expression.free_symbols})
-    )
+    symbols = {str(symbol): names[symbol] for symbol in expression.free_symbols}
+    text = str(PythonPrinter().doprint(expression))
     try:
-        check_expression(text, names.values())
+        check_expression(text, symbols)
     except ValueError:
         return None
-    return text
+    return substitute(text, symbols)
 
 
 Condition = tuple[str | None, set[str]]
 """A condition in Python, None if it cannot be written down, and the axes it is about."""
 
 
-def _conditions(environment: Any, names: Mapping[sympy.Symbol, str]) -> list[Condition]:
+def _conditions(environment: Any, names: Mapping[Any, str]) -> list[Condition]:
     """What the export had to know. Sizes that it found equal are one symbol."""
     found = (environment.replace(guard.expr) for guard in environment.guards)
     return [
@@ -116,15 +116,13 @@ def _conditions(environment: Any, names: Mapping[sympy.Symbol, str]) -> list[Con
     ]
 
 
-def _of_guard(
-    guard: str, paths: Sequence[str], values: Mapping[str, Any], names: Mapping[sympy.Symbol, str]
-) -> Condition:
+def _of_guard(guard: str, paths: Sequence[str], values: Mapping[str, Any], names: Mapping[Any, str]) -> Condition:
     """A condition of a program from a file, with sizes of inputs replaced by numbers and names of axes."""
     about: set[str] = set()
     shapes = dict(zip(paths, values.values(), strict=True))
 
     class Replace(ast.NodeTransformer):
-        def visit_Subscript(self, node: ast.Subscript) -> ast.expr:  # noqa: N802  (ast's own name)
+        def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
             match node:
                 case ast.Subscript(
                     value=ast.Call(func=ast.Attribute(value=place, attr="size"), args=[]), slice=ast.Constant(value=dim)
@@ -143,7 +141,7 @@ def _of_guard(
     return text, about
 
 
-def _range(environment: Any, symbol: sympy.Symbol) -> Axis:
+def _range(environment: Any, symbol: Any) -> Axis:
     """The range of a size. Export reasons as if sizes were at least 2, but its programs also take 1."""
     found = environment.var_to_range.get(symbol)
     if found is None:
@@ -155,7 +153,7 @@ def _range(environment: Any, symbol: sympy.Symbol) -> Axis:
     )
 
 
-def _hint(environment: Any, symbol: sympy.Symbol) -> int | None:
+def _hint(environment: Any, symbol: Any) -> int | None:
     value = environment.backed_var_to_val.get(symbol)
     return None if value is None else int(value)
 

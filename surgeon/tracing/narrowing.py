@@ -1,7 +1,7 @@
 """Try a traced graph at other sizes than the example's, against its model, and narrow its sizes to those that agree.
 
-What torch.export knows of sizes is not enough: a model that reads a size as a Python number (`int(x.shape[1])`, a loop, a
-table, a custom op) leaves no condition behind, and sizes of 0 and 1 are never looked at.
+What torch.export knows of sizes is not enough: a model that reads a size as a Python number (a table, a custom op)
+leaves no condition behind, and sizes of 0 and 1 are never looked at.
 """
 
 from __future__ import annotations

@@ -54,11 +54,12 @@ def plain_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore everything that a model may change in itself when it runs.
 
-    That is the attributes of its modules and of their configs, with the training flag and submodules among them (BigBird
-    replaces its attention when an input is short), what is in their dicts and lists, and the values of its buffers.
+    That is the attributes of its modules and of their configs (the training flag, submodules: BigBird replaces its
+    attention when an input is short), what is in their dicts and lists, and the values of its buffers.
     """
     modules = list(model.modules())
-    holders: list[Any] = [*modules, *{id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}.values()]
+    configs = [getattr(module, "config", None) for module in modules]
+    holders = {id(holder): holder for holder in (*modules, *configs) if holder is not None}.values()
     attributes = [(vars(holder), dict(vars(holder))) for holder in holders if hasattr(holder, "__dict__")]
     containers = [
         (value, type(value)(value))
@@ -82,10 +83,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(content)
 
 
-def run_alone(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, copy: bool = True) -> Any:
-    """Return the model's output. The model stays as it is, so that every call is like the first; so do copied inputs."""
-    if copy:
-        args, kwargs = copied((args, kwargs))
+def run_alone(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the model's output. The model and its inputs stay as they are, so that every call is like the first."""
+    args, kwargs = copied((args, kwargs))
     with unchanged(model):
         return call_reproducibly(model, args, kwargs)
 

@@ -108,8 +108,8 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     graph, sizes = best.graph, best.sizes
     if written:
         notes.append(
-            f"The model writes into its inputs ({', '.join(written)}). The graph leaves the caller's inputs as they are, "
-            "and returns what the model returns."
+            f"The model writes into its inputs ({', '.join(written)}). The graph leaves the caller's inputs as they "
+            "are, and returns what the model returns."
         )
     if asks_for_cache:
         notes.append("use_cache=True was ignored, because a graph keeps no key-value cache.")

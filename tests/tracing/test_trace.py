@@ -289,38 +289,14 @@ class CountsCalls(nn.Module):
         return self.fc(x) * self.calls
 
 
-class OtherAtLargeBatch(nn.Module):
-    """A Python branch on the batch size that tracing cannot see: the size is read as a plain number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.fc(x)
-        return y * 2 if len(x.detach().tolist() if not torch.compiler.is_exporting() else [0, 0, 0]) > 3 else y
-
-
 class Fails(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise ValueError("no such thing")
 
 
 def test_state_that_changes_between_calls_is_refused() -> None:
-    with pytest.raises(TraceError, match="CountsCalls cannot be traced") as error:
+    with pytest.raises(TraceError, match=r"CountsCalls cannot be traced: .* changes its own state"):
         surgeon.trace(CountsCalls(), torch.randn(3, 4))
-    assert "differs from the model's by" in str(error.value)
-    assert "train form" in str(error.value)
-    assert "eval form" in str(error.value)
-
-
-def test_what_is_wrong_at_another_batch_size_keeps_the_examples() -> None:
-    model = OtherAtLargeBatch()
-    graph = surgeon.trace(model, torch.randn(3, 4))
-    assert info(graph).dynamic == (("x", ()),)
-    assert any("Batch size is fixed" in note for note in info(graph).notes)
-    x = torch.randn(3, 4)
-    assert torch.equal(graph(x), model(x))
 
 
 def test_failing_model_is_reported_before_tracing() -> None:

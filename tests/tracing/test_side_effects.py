@@ -1,0 +1,87 @@
+"""Models that write: into their inputs, which stay the caller's, and into themselves, which stay as they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import surgeon
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+
+def test_a_dict_that_is_filled_in_is_no_input() -> None:
+    class Fills(Base):
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            batch["y"] = self.fc(batch.pop("x"))
+            return batch
+
+    batch = {"x": torch.randn(2, 4), "kept": torch.randn(2)}
+    graph = surgeon.trace(Fills(), (batch,))
+    assert list(batch) == ["x", "kept"]
+    assert [name for name, _ in graph.meta["trace"].dynamic] == ["batch_x", "batch_kept"]
+    assert any("writes into its inputs (batch['y'], batch['x'])" in note for note in graph.meta["trace"].notes)
+    mine = {"x": torch.randn(5, 4), "kept": torch.randn(5)}
+    found = graph(mine)
+    assert list(mine) == ["x", "kept"]
+    assert list(found) == ["kept", "y"]
+
+
+def test_tensors_of_the_caller_stay() -> None:
+    class Overwrites(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            x += 1
+            x[:, 0].mul_(2)
+            return self.fc(x)
+
+    model, example = Overwrites().eval(), torch.randn(3, 4)
+    before = example.clone()
+    graph = surgeon.trace(model, example)
+    assert torch.equal(example, before)
+    x = torch.randn(5, 4)
+    mine = x.clone()
+    assert torch.equal(graph(mine), model(x.clone()))
+    assert torch.equal(mine, x)
+    assert any("writes into its inputs (x)" in note for note in graph.meta["trace"].notes)
+
+
+def test_a_tensor_given_twice_is_two_inputs() -> None:
+    class Product(Base):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.fc(a) * b
+
+    model, x = Product().eval(), torch.randn(2, 4)
+    graph = surgeon.trace(model, {"a": x, "b": x})
+    a, b = torch.randn(3, 4), torch.randn(3, 4)
+    assert torch.equal(graph(a=a, b=b), model(a, b))
+
+
+def test_the_model_stays_as_it_was() -> None:
+    class Switches(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kind, self.seen = "sparse", []
+            self.register_buffer("largest", torch.zeros(()))
+            self.long: nn.Module | None = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] < 100 and self.kind == "sparse":
+                self.kind, self.long = "full", None
+            self.seen.append(1)
+            return self.fc(x)
+
+    model = Switches()
+    state: dict[str, Any] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    surgeon.trace(model, torch.randn(2, 4))
+    assert model.kind == "sparse"
+    assert model.long is not None
+    assert model.seen == []
+    assert model.training
+    assert "forward" not in vars(model)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
