@@ -10,6 +10,7 @@ from torch import Tensor
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import as_args_kwargs, named_arguments
 from surgeon.graph.capture import Capture
+from surgeon.graph.sizes import Sizes
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import TracedGraph
 from surgeon.jobs.open_model import Opened
@@ -51,15 +52,26 @@ class ExpertLayer(Layer):
 
 
 @dataclass(frozen=True)
+class Takes:
+    """What a graph can be called with. sizes: such as "2 to 512, multiples of 4". rules: between sizes."""
+
+    inputs: list[str]
+    sizes: dict[str, str]
+    rules: list[str]
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What `surgeon inspect` found. refused: (path, reason) of candidates that are not feed-forward layers.
 
+    takes: the inputs with their shapes, such as "input_ids[batch, tokens]", and the range of each size in these.
     graph: lines of the graph as (module path, line), if asked for.
     """
 
     model: str
     kind: str
     inputs: dict[str, list[int]]
+    takes: Takes
     task: str | None
     cost: Cost
     ffns: list[FFNLayer]
@@ -85,6 +97,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
         opened.spec,
         opened.kind,
         _shapes(graph, opened.inputs),
+        _takes(graph),
         opened.task,
         cost,
         [
@@ -127,6 +140,15 @@ def outside_experts(graph: TracedGraph) -> tuple[list[FFN], list[LinearSite], li
         [ffn for ffn in ffns if not ffn.path.startswith(routers)],
         [linear for linear in linears if not linear.path.startswith(routers)],
         [rejection for rejection in refused if not rejection.path.startswith(routers)],
+    )
+
+
+def _takes(graph: TracedGraph) -> Takes:
+    sizes = Sizes.parse(graph.meta["trace"].sizes)
+    return Takes(
+        [str(given) for given in sizes.inputs],
+        {name: str(axis) for name, axis in sizes.axes.items()},
+        list(sizes.rules),
     )
 
 

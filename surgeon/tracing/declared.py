@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,8 +65,8 @@ def _axis_names(values: Mapping[str, Any]) -> dict[Any, str]:
 
 
 def _environment(values: Mapping[str, Any]) -> Any | None:
-    shapes = (value.shape for value in values.values() if isinstance(value, Tensor))
-    return next((size.node.shape_env for shape in shapes for size in shape if isinstance(size, torch.SymInt)), None)
+    sizes: Iterator[Any] = (size for value in values.values() if isinstance(value, Tensor) for size in value.shape)
+    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
 
 
 def _input(name: str, value: Any, names: Mapping[Any, str], fixed: set[str]) -> Input:
@@ -77,7 +77,7 @@ def _input(name: str, value: Any, names: Mapping[Any, str], fixed: set[str]) -> 
 
 
 def _size(size: Any, names: Mapping[Any, str], fixed: set[str]) -> int | str:
-    if not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols:
+    if isinstance(size, int) or not size.node.expr.free_symbols:
         return int(size)
     text = _text(size.node.expr, names)
     if text is None or any(name in fixed for name in _names_in(size.node.expr, names)):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -313,7 +313,9 @@ def _notes(model: nn.Module, made: _Attempt, failures: list[_Failure], tiled: bo
     yield from made.faults
     if tiled:
         yield "The example batch of 1 was doubled, because a dimension of size 1 would be traced as fixed."
-    if any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+    # A mask, or ids that a mask can be made from. Without one nothing is padded.
+    masked = any(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in made.leaves)
+    if masked and any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
         yield (
             "torch's fused encoder layer, which the model uses without gradients, sets padded positions to zero. The "
             "graph computes what the model computes with gradients, so padded positions differ."

@@ -85,3 +85,23 @@ def test_the_model_stays_as_it_was() -> None:
     assert model.training
     assert "forward" not in vars(model)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_padded_rows_of_the_fused_encoder_are_noted() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    model, x = Padded().eval(), torch.randn(2, 5, 8)
+    padding = torch.arange(5).expand(2, 5) > torch.tensor([[4], [2]])
+    graph = surgeon.trace(model, (x, padding)).eval()
+    assert any("sets padded positions to zero" in note for note in graph.meta["trace"].notes)
+    with torch.no_grad():
+        fused, plain = model(x, padding), graph(x, padding)
+    assert torch.allclose(fused[~padding], plain[~padding], atol=1e-5)
+    assert torch.equal(fused[padding], torch.zeros_like(fused[padding]))
+    assert surgeon.trace(model, x).meta["trace"].notes == ()
