@@ -315,10 +315,10 @@ def _notes(model: nn.Module, made: _Attempt, failures: list[_Failure], tiled: bo
         yield "The example batch of 1 was doubled, because a dimension of size 1 would be traced as fixed."
     # A mask, or ids that a mask can be made from. Without one nothing is padded.
     masked = any(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in made.leaves)
-    if masked and any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+    if masked and any(isinstance(module, nn.TransformerEncoder) for module in model.modules()):
         yield (
-            "torch's fused encoder layer, which the model uses without gradients, sets padded positions to zero. The "
-            "graph computes what the model computes with gradients, so padded positions differ."
+            "nn.TransformerEncoder sets padded positions to zero when it runs without gradients. The graph computes "
+            "what it computes with gradients, so padded positions differ."
         )
 
 

@@ -91,7 +91,7 @@ def test_padded_rows_of_the_fused_encoder_are_noted() -> None:
     class Padded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
 
         def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
             return self.encoder(x, src_key_padding_mask=padding)
