@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +88,7 @@ def test_the_model_stays_as_it_was() -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
 def test_padded_rows_of_the_fused_encoder_are_noted() -> None:
     class Padded(nn.Module):
         def __init__(self) -> None:
