@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from surgeon.graph.agreement import call_reproducibly
+
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)  # hooks of a module are an OrderedDict
 
 
 def copied(inputs: Any) -> Any:
@@ -62,10 +67,10 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     holders = {id(holder): holder for holder in (*modules, *configs) if holder is not None}.values()
     attributes = [(vars(holder), dict(vars(holder))) for holder in holders if hasattr(holder, "__dict__")]
     containers = [
-        (value, type(value)(value))
+        (value, copy.copy(value))
         for _, saved in attributes
         for value in saved.values()
-        if type(value) in (dict, list, set)
+        if type(value) in _CONTAINERS
     ]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     try:
@@ -76,7 +81,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             now.update(saved)
         for value, content in containers:
             value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+            value.extend(content) if isinstance(value, list | deque) else value.update(content)
         for buffer, version, content in buffers:
             if buffer._version != version:
                 with torch.no_grad():

@@ -67,7 +67,7 @@ def test_the_model_stays_as_it_was() -> None:
     class Switches(Base):
         def __init__(self) -> None:
             super().__init__()
-            self.kind, self.seen = "sparse", []
+            self.kind, self.seen, self.hooked = "sparse", [], False
             self.register_buffer("largest", torch.zeros(()))
             self.long: nn.Module | None = nn.Linear(4, 4)
 
@@ -75,6 +75,9 @@ def test_the_model_stays_as_it_was() -> None:
             if x.shape[0] < 100 and self.kind == "sparse":
                 self.kind, self.long = "full", None
             self.seen.append(1)
+            if not self.hooked:  # as transformers does to collect hidden states
+                self.hooked = True
+                self.fc.register_forward_hook(lambda module, args, output: output * 2)
             return self.fc(x)
 
     model = Switches()
@@ -83,6 +86,7 @@ def test_the_model_stays_as_it_was() -> None:
     assert model.kind == "sparse"
     assert model.long is not None
     assert model.seen == []
+    assert not model.fc._forward_hooks
     assert model.training
     assert "forward" not in vars(model)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
