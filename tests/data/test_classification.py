@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -42,40 +41,6 @@ def test_rows_without_text_are_left_out_and_said(
     data = load_data(path, tokenizer=tokenizer, config=config, eval_fraction=0)
     assert sum(batch.size for batch in data.train) == 3
     assert "2 of 5 rows have no text and are left out" in caplog.text
-
-
-def label_data(tmp_path: Path, labels: list[Any], tokenizer: Any, config: Any) -> list[int]:
-    path = write_lines(tmp_path / "a.jsonl", [{"text": "a", "label": label} for label in labels])
-    data = load_data(path, tokenizer=tokenizer, config=config, eval_fraction=0)
-    return sorted(label for batch in data.train for label in batch.labels.tolist())
-
-
-def test_label_forms(tmp_path: Path, tokenizer: Any, config: Any) -> None:
-    assert label_data(tmp_path, ["x", "y", "z", "x"], tokenizer, config) == [0, 0, 1, 2]
-    assert label_data(tmp_path, [1.0, 2.0], tokenizer, config) == [1, 2]
-    assert label_data(tmp_path, [True, False], tokenizer, config) == [0, 1]
-    config.id2label = {0: "z", 1: "y", 2: "x"}
-    config.label2id = {"z": 0, "y": 1, "x": 2}
-    assert label_data(tmp_path, ["x", "y"], tokenizer, config) == [1, 2]
-    with pytest.raises(DataError, match=r"the model has no class 'w'. It has 'z', 'y', 'x'\."):
-        label_data(tmp_path, ["x", "w"], tokenizer, config)
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([0, 3], r"row 1: label 3 is class 3, out of range: 0 to 2"),
-        ([0, -1], r"row 1: label -1 is class -1, out of range"),
-        ([0.0, 0.5], r"row 1: label 0.5 is not a class. Regression is not supported"),
-        ([0.0, math.nan], r"row 1: label nan is not finite"),
-        ([0, None], r"row 1: label None: the row has no label"),
-        ([[0], [1]], r"row 0: label \[0\] is a list, not a class"),
-        (["a", "b", "c", "d"], r"row 3: label 'd' is class 3, out of range"),
-    ],
-)
-def test_wrong_labels(tmp_path: Path, tokenizer: Any, config: Any, labels: list[Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        label_data(tmp_path, labels, tokenizer, config)
 
 
 def test_missing_columns(tmp_path: Path, tokenizer: Any, config: Any) -> None:
