@@ -1,8 +1,8 @@
 """Read a file of rows. A cell of text stays the text that the file holds.
 
 Libraries guess: pandas takes "NA", "None" and "null" for missing, "007" for a number, and the first cell of a row that
-is too long for its index. Arrow takes a column of dates for points in time. Nothing is guessed here, so that all formats
-of one table give the same rows.
+is too long for its index. Arrow takes a column of dates for points in time. Nothing is guessed here, so that a table is
+the same in all formats.
 """
 
 from __future__ import annotations
