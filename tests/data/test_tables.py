@@ -47,11 +47,9 @@ def test_rows_of_folders_are_read_alike(tmp_path: Path, tokenizer: Any, config: 
     (tmp_path / "train.csv").write_text("text,label\na,None\na b,NA\n")
     (tmp_path / "test.csv").write_text("text,label\na b,NA\n")
     data = load_data(str(tmp_path), tokenizer=tokenizer, config=config)
-    rows = [
-        (batch.kwargs["attention_mask"].sum(1) - 3, batch.labels) for part in (data.train, data.eval) for batch in part
-    ]
-    assert sum(len(labels) for _, labels in rows) == 3
-    assert all(lengths.tolist() == labels.tolist() for lengths, labels in rows)
+    batches = [*data.train, *data.eval]
+    assert sum(batch.size for batch in batches) == 3
+    assert all((batch.kwargs["attention_mask"].sum(1) - 3).tolist() == batch.labels.tolist() for batch in batches)
 
 
 def test_lines_of_text(tmp_path: Path) -> None:
@@ -78,9 +76,9 @@ DEEP = "[" * 100_000 + "]" * 100_000
         (
             "a.txt",
             "a\nb\xe9\n",
-            r"not UTF-8. Line 2 holds the byte 0xe9 at position 3 .* iconv -f latin1 -t utf-8 a.txt",
+            r"not UTF-8. Line 2 has the byte 0xe9 at position 3 .* iconv -f latin1 -t utf-8 a.txt",
         ),
-        ("a.jsonl", '{"text": "\xe9"}\n', r"not UTF-8. Line 1 holds the byte 0xe9 at position 10"),
+        ("a.jsonl", '{"text": "\xe9"}\n', r"not UTF-8. Line 1 has the byte 0xe9 at position 10"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": }\n', r"line 3: Expecting value"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', r"row 1 is a list, not an object of named columns"),
         ("a.jsonl", '{"text": ' + DEEP + "}\n", r"line 1: values are nested too deeply"),
@@ -97,5 +95,5 @@ def test_damage_is_named(tmp_path: Path, name: str, content: str, message: str) 
 
 def test_other_encodings(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,1\n", encoding="utf-16")
-    with pytest.raises(DataError, match="iconv -f utf-16 -t utf-8 a.csv"):
+    with pytest.raises(DataError, match=r"iconv -f utf-16 -t utf-8 a\.csv"):
         read(tmp_path / "a.csv")
