@@ -9,9 +9,16 @@ from typing import ClassVar
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message without a full stop, or its class name if it has no message."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    """Return the first line of an error's message without a full stop, or its class name if it has no message.
+
+    A line that ends in a colon only announces the next one, which is added. The message of a `KeyError` and the like is
+    only a value or a fragment, so the name of the class stands before it.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    text = " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1]).rstrip(".")
+    if isinstance(error, LookupError | AttributeError | TypeError) or not text:
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text
 
 
 class SurgeonError(Exception):

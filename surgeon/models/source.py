@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from surgeon.errors import LoadError
-from surgeon.models.hugging_face import load_directory, model_class, quiet_transformers, read_config, some
+from surgeon.models.hugging_face import (
+    load_directory,
+    model_class,
+    quiet_transformers,
+    read_config,
+    refuse_adapter,
+    some,
+)
 from surgeon.models.tasks import HEADS
 from surgeon.models.user_function import call_spec, is_spec
 from surgeon.models.weight_files import read_program, read_safetensors, read_torch_file, sha256_of
@@ -116,6 +123,7 @@ def _from_directory(path: Path, task: str | None) -> Source:
     if (path / "surgery.json").is_file():
         weights = [file for file in [path / "model.pt2"] if file.is_file()]
         return Source(path, "artifact", None, None, None, None, sha256_of(weights))
+    refuse_adapter(path)
     if not (path / "config.json").is_file():
         raise LoadError(f"{path} is not a model directory: it has neither config.json (Hugging Face) nor surgery.json.")
     made = load_directory(path, task)
