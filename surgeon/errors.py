@@ -5,6 +5,7 @@ An error says what, where, why, and what to try. `SurgeonError` is never raised 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -19,6 +20,12 @@ def first_line(error: Exception) -> str:
     if isinstance(error, LookupError | AttributeError | TypeError) or not text:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """Join the first names of a list, and say how many more there are."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class SurgeonError(Exception):

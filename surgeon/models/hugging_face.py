@@ -6,14 +6,17 @@ import contextlib
 import difflib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgeon.errors import LoadError, SurgeonError, first_line
+from torch import Tensor
+
+from surgeon.errors import LoadError, SurgeonError, first_line, some
 from surgeon.models.tasks import HEADS
-from surgeon.models.weight_files import check_safetensors, check_torch_file
+from surgeon.models.weight_files import check_safetensors, check_torch_file, read_safetensors, read_torch_file
+from surgeon.models.weight_names import best_fit
 
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -67,7 +70,8 @@ def load_directory(path: Path, task: str | None) -> Directory:
             raise
         except Exception as error:  # transformers raises exceptions of many types
             raise LoadError(f"{path} cannot be loaded as its config.json says: {first_line(error)}.") from error
-    notes = _loading_notes(path, model, info)
+    unwrapped = _unwrap(files, model, info)
+    notes = (*unwrapped, *_loading_notes(path, model, info))
     tokenizer, tokenizer_notes = _part(path, _TOKENIZER_FILES, ("AutoTokenizer",))
     processor, processor_notes = _part(path, _PROCESSOR_FILES, ("AutoImageProcessor", "AutoFeatureExtractor"))
     return Directory(model, tokenizer, processor, files, (*notes, *tokenizer_notes, *processor_notes))
@@ -238,6 +242,28 @@ def _read_json(path: Path) -> Any:
         raise LoadError(f"{path.parent}: cannot read {path.name}: it is not JSON: {first_line(error)}.") from error
 
 
+def _body(model: Any, names: Iterable[str]) -> list[str]:
+    """Return the names that belong to the body of a model, without its head and pooler, sorted."""
+    prefix = model.base_model_prefix + "."
+    headless = model.base_model is model
+    return sorted(n for n in names if (headless or n.startswith(prefix)) and "pooler" not in n)
+
+
+def _unwrap(files: list[Path], model: Any, info: dict[str, Any]) -> tuple[str, ...]:
+    """Load weights that were saved from inside a wrapper, which transformers does not recognise. Corrects `info`."""
+    if not info["unexpected_keys"] or not _body(model, info["missing_keys"]):
+        return ()
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= read_safetensors(file) if file.suffix == ".safetensors" else read_torch_file(file)
+    fit = best_fit(state, model)
+    if fit.problems:
+        return ()
+    model.load_state_dict(fit.state, strict=False)
+    info.update(missing_keys=set(), unexpected_keys=set())
+    return fit.notes
+
+
 def _loading_notes(path: Path, model: Any, info: Mapping[str, Any]) -> tuple[str, ...]:
     """Note which weights are new or unused, and refuse a model with weights of another shape or an incomplete body.
 
@@ -254,10 +280,7 @@ def _loading_notes(path: Path, model: Any, info: Mapping[str, Any]) -> tuple[str
             "Give the config.json that was saved with these weights."
         )
     missing = sorted(info["missing_keys"])
-    prefix = model.base_model_prefix + "."
-    headless = model.base_model is model
-    body = [name for name in missing if (headless or name.startswith(prefix)) and "pooler" not in name]
-    if body:
+    if body := _body(model, missing):
         raise LoadError(f"{path}: the weight files are incomplete. They do not contain {some(body)}.")
     notes = []
     if missing:
@@ -283,9 +306,3 @@ def _part(path: Path, files: tuple[str, ...], loaders: tuple[str, ...]) -> tuple
             except Exception as error:
                 reason = reason or first_line(error)
     return None, (f"{present[0]} exists but cannot be loaded: {reason}.",)
-
-
-def some(names: list[str], limit: int = 3) -> str:
-    """Join the first names of a list, and say how many more there are."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

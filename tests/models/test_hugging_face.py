@@ -116,6 +116,22 @@ def change(folder: Path, **settings: object) -> None:
     (folder / "config.json").write_text(json.dumps(config | settings))
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model._orig_mod."])
+@pytest.mark.parametrize("pickled", [True, False])
+def test_weights_of_a_wrapped_model(bert: Path, prefix: str, pickled: bool) -> None:
+    weights = load_file(bert / "model.safetensors")
+    wrapped = {prefix + name: value for name, value in weights.items()}
+    (bert / "model.safetensors").unlink()
+    if pickled:
+        torch.save(wrapped, bert / "pytorch_model.bin")
+    else:
+        save_file(wrapped, bert / "model.safetensors", metadata={"format": "pt"})
+    source = load_model(bert)
+    assert all(torch.equal(value, weights[name]) for name, value in source.model.state_dict().items())
+    assert len(source.notes) == 1
+    assert repr(prefix.split(".")[0]) in source.notes[0]
+
+
 def test_weights_of_another_shape_are_named(bert: Path) -> None:
     change(bert, intermediate_size=48)
     with pytest.raises(LoadError) as error:
