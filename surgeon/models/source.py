@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from surgeon.errors import LoadError, some
 from surgeon.models.hugging_face import load_directory, model_class, quiet_transformers, read_config, refuse_adapter
+from surgeon.models.readiness import check_ready
 from surgeon.models.tasks import HEADS
 from surgeon.models.user_function import call_spec, is_spec
 from surgeon.models.weight_files import read_program, read_safetensors, read_torch_file, sha256_of
@@ -93,12 +94,16 @@ def load_model(
         raise LoadError(f"{text} cannot be read: {error}") from error
 
 
+@torch.no_grad()  # weights made in inference mode refuse to be recorded
 def check_finite(model: nn.Module | ExportedProgram) -> None:
     """Refuse a model with NaN or infinite weights.
 
     Raises:
         LoadError: a weight is not finite. The message names the first such parameter and counts the affected ones.
+        TraceError, UsageError: as `surgeon.models.readiness.check_ready`, since only weights in memory can be read.
     """
+    if not isinstance(model, ExportedProgram):
+        check_ready(model)
     bad = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if bad:
         name, first = bad[0]

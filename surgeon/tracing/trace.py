@@ -25,10 +25,12 @@ from torch.utils import _pytree as pytree
 from surgeon.errors import TraceError
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph, fork, retie
+from surgeon.models.readiness import check_ready
 from surgeon.models.tasks import task_of
 from surgeon.tracing.check import brief, disagreement, is_random, run_reference
 from surgeon.tracing.cleanup import changed_buffers, clean, use_first_names
 from surgeon.tracing.dynamic_sizes import dynamic_dims, dynamic_shapes, tile_single_batch
+from surgeon.tracing.embeddings import sparse_notes
 from surgeon.tracing.setup import keep_modes, plain_signature, without_caches
 
 log = logging.getLogger("surgeon")
@@ -72,6 +74,7 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     args, kwargs = as_args_kwargs(inputs)
     if isinstance(model, GraphModule) and is_aten_graph(model):
         return adopt(model)
+    check_ready(model)
     _refuse_keywords(model)
     model_training = model.training
     asks_for_cache = bool(kwargs.get("use_cache"))
@@ -252,6 +255,7 @@ def _notes(graph: TracedGraph, form: Form, failures: list[_Failure], tiled: bool
         notes.append(f"Batch size is fixed at the example's size for: {', '.join(fixed)}.")
     if tiled:
         notes.append("The example batch of 1 was doubled, because a dimension of size 1 would be traced as fixed.")
+    notes += sparse_notes(graph)
     return tuple(notes)
 
 
