@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgeon.errors import TraceError, UsageError
@@ -58,7 +58,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _problem(tensor: Tensor) -> str | None:
     """Say why a tensor cannot be a weight of a graph, or None if it can."""
     kind = type(tensor)
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         return "has no shape yet, because its module is lazy. Call the model once on example inputs first."
     if is_traceable_wrapper_subclass(tensor):
         where = f"is stored as {kind.__module__}.{kind.__name__}, not as plain numbers."
@@ -70,8 +70,9 @@ def _problem(tensor: Tensor) -> str | None:
     if tensor.device.type == "meta":
         return (
             "is on the device meta, so it has no values. It was offloaded, or the model was built without weights. "
-            "Load the model without device_map and without offloading (accelerate.hooks.remove_hook_from_submodules(model) "
-            "brings offloaded weights back), or fill it: model.to_empty(device='cpu') and model.load_state_dict(...)."
+            "Load the model without device_map, or bring offloaded weights back: "
+            "accelerate.hooks.remove_hook_from_submodules(model). A model without weights is filled with "
+            "model.to_empty(device='cpu') and model.load_state_dict(...)."
         )
     if tensor.is_quantized:
         return f"is stored in {tensor.dtype}. {_QUANTISED}"

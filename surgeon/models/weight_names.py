@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from surgeon.errors import some
 
@@ -194,7 +194,7 @@ def _problems(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, list[s
         "of the wrong shape": [
             f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
             for n in state
-            if n in own and not isinstance(own[n], UninitializedTensorMixin) and state[n].shape != own[n].shape
+            if n in own and not is_lazy(own[n]) and state[n].shape != own[n].shape
         ],
     }
     return {what: names for what, names in found.items() if names}
