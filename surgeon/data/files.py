@@ -235,7 +235,7 @@ def _quiet_datasets(origin: str) -> Iterator[str]:
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # an error is raised anyway
     datasets.disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory() as cache:

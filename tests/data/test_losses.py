@@ -30,6 +30,7 @@ def test_task_that_labels_look_like() -> None:
     assert guessed_task(logits, labels.float()) is None
     assert guessed_task(logits, torch.zeros(2, 4, dtype=torch.long)) is None
     assert guessed_task(torch.zeros(2, 5, 4), labels) is None
+    assert guessed_task(torch.zeros(3, 4), labels) is None
 
 
 def test_logits_of() -> None:
@@ -71,6 +72,14 @@ def test_causal_labels_default_to_the_input() -> None:
     assert not torch.equal(loss(logits, Batch((), batch.kwargs, ignored)), loss(logits, batch))
 
 
+def test_mask_of_another_shape_does_not_hide_labels() -> None:
+    logits, batch = lm_batch()
+    wide = {**batch.kwargs, "attention_mask": torch.zeros(2, 1, 5, 5)}
+    plain = {"input_ids": batch.kwargs["input_ids"]}
+    loss = task_loss("causal-lm")
+    assert torch.equal(loss(logits, Batch((), wide)), loss(logits, Batch((), plain)))
+
+
 def test_masked_loss() -> None:
     logits, batch = lm_batch()
     labels = torch.full((2, 5), -100)
@@ -93,7 +102,8 @@ def test_accuracy_counts_samples_and_takes_nan_for_wrong() -> None:
     meter = QualityMeter("sequence-classification")
     logits = torch.eye(3)
     meter.add(logits, Batch((logits,), {}, torch.tensor([0, 1, 1])))
-    meter.add(logits[:1] * math.nan, Batch((logits,), {}, torch.tensor([0])))
+    broken = torch.tensor([[math.nan, 1.0, 2.0]])  # argmax takes NaN for the largest
+    meter.add(broken, Batch((logits,), {}, torch.tensor([0])))
     result = meter.result()
     assert (result.name, result.value, result.higher_is_better, result.items) == ("accuracy", 0.5, True, 4)
     assert str(result) == "accuracy 0.5"
@@ -119,10 +129,13 @@ def test_labels_that_do_not_fit(task: str) -> None:
     attempt(fitting)
     with pytest.raises(DataError, match=f"{task} needs labels, but the batch has none"):
         attempt(None)
-    with pytest.raises(DataError, match=r"needs integer labels, not torch.float32"):
-        attempt(fitting.float())
+    for dtype in (torch.float32, torch.complex64, torch.bool):
+        with pytest.raises(DataError, match=rf"needs integer labels, not {dtype}"):
+            attempt(fitting.to(dtype))
     with pytest.raises(DataError, match=r"do not match logits"):
         attempt(fitting[:1])
+    with pytest.raises(DataError, match=r"do not match logits"):  # of another task
+        loss(logits.unsqueeze(1), Batch((logits,), {}, fitting.unsqueeze(1)))
     with pytest.raises(DataError, match="labels range from 0 to 3, but the model has 3 classes"):
         attempt(torch.where(torch.arange(fitting.numel()).view(fitting.shape) == fitting.numel() - 1, 3, 0))
     with pytest.raises(DataError, match="labels range from -1 to -1"):
