@@ -142,8 +142,13 @@ class Classes:
 
 def _names_of(config: Any | None, spec: str) -> tuple[dict[str, int], bool]:
     """Return the model's class numbers by name, and whether the names say nothing (LABEL_0, LABEL_1, ...)."""
-    by_id = {str(name): int(number) for number, name in (getattr(config, "id2label", None) or {}).items()}
-    by_name = {str(name): int(number) for name, number in (getattr(config, "label2id", None) or {}).items()}
+    try:
+        by_id = {str(name): int(number) for number, name in (getattr(config, "id2label", None) or {}).items()}
+        by_name = {str(name): int(number) for name, number in (getattr(config, "label2id", None) or {}).items()}
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{spec}: a class of the model has no number, in id2label or label2id of its config.json: {error}."
+        ) from error
     telling = [names for names in (by_id, by_name) if not all(name.startswith("LABEL_") for name in names)]
     if not telling:
         return by_id | by_name, True

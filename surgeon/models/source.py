@@ -75,6 +75,7 @@ def load_model(
 
     Raises:
         LoadError: the path is missing, damaged, not a model, or would run code. The message says what to try.
+        TraceError: the function's model has weights that cannot be read, as `check_ready` says.
     """
     if task is not None and task not in HEADS:
         raise LoadError(f"No task '{task}'. Known: {', '.join(HEADS)}.")
@@ -161,6 +162,7 @@ def _from_function(spec: str) -> Source:
     model = call_spec(spec, LoadError)
     if not isinstance(model, nn.Module):
         raise LoadError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module.")
+    check_ready(model)
     return Source(Path(spec), "python", model, None, None, getattr(model, "config", None), _sha256_of_values(model))
 
 

@@ -69,6 +69,9 @@ def test_names_in_one_of_the_models_tables_suffice() -> None:
     config.label2id = {"a": 0, "b": 1}
     with pytest.raises(DataError, match=r"id2label and label2id .* give the class 'b' different numbers"):
         numbers(["a", "b"], config)
+    config.label2id = {"a": "first"}
+    with pytest.raises(DataError, match="a class of the model has no number, in id2label or label2id"):
+        numbers(["a", "b"], config)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
+import surgeon
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.losses import QualityMeter, evaluate, guessed_task, logits_of, task_loss
@@ -96,6 +98,7 @@ def test_classification_loss_in_half_precision_is_float32() -> None:
     loss = task_loss("classification")(logits, Batch((logits,), {}, labels))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy(logits.float(), labels))
+    assert torch.equal(task_loss("classification")(logits, Batch((logits,), {}, labels.int())), loss)
 
 
 def test_accuracy_counts_samples_and_takes_nan_for_wrong() -> None:
@@ -163,6 +166,28 @@ def test_evaluate_weighs_batches_by_size_and_restores_the_model() -> None:
     assert result.items == 3
     assert grads == [False, False]
     assert [module.training for module in model.modules()] == [True, False, True]
+
+
+def test_evaluate_restores_the_dropout_of_a_graph() -> None:
+    graph = surgeon.trace(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), torch.eye(2)).train()
+    evaluate(graph, [Batch((torch.eye(2),), {}, torch.tensor([0, 1]))], "classification")
+    assert graph.training
+    assert "dropout.default(linear, 0.5, True)" in graph.code
+
+
+def test_evaluate_moves_batches_to_the_device_of_the_model() -> None:
+    devices: list[Any] = []
+
+    class Recorded(Batch):
+        def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Batch:
+            devices.append(device)
+            return super().to(device, dtype)
+
+    batch = Recorded((torch.eye(2),), {}, torch.tensor([0, 1]))
+    evaluate(nn.Linear(2, 2), [batch], "classification")
+    evaluate(nn.Linear(2, 2), [batch], "classification", device="cpu")
+    evaluate(nn.Identity(), [batch], "classification")
+    assert devices == [torch.device("cpu"), "cpu", torch.device("cpu")]
 
 
 def test_evaluate_restores_the_model_after_an_error() -> None:
