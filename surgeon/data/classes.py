@@ -97,7 +97,7 @@ class Classes:
         """Iterate over the labels of a split. A number that stands for a declared name becomes the name."""
         names = getattr(rows.features[self.column], "names", None)
         for value in rows[self.column]:
-            if names is None or value is None or value >= len(names):
+            if names is None or value is None:
                 yield value
             else:
                 yield names[value] if value >= 0 else None  # -1 is "no label"
@@ -151,7 +151,7 @@ def _names_of(config: Any | None, spec: str) -> tuple[dict[str, int], bool]:
         ) from error
     telling = [names for names in (by_id, by_name) if not all(name.startswith("LABEL_") for name in names)]
     if not telling:
-        return by_id | by_name, True
+        return by_id, True
     differing = [name for name in telling[0] if telling[-1].get(name, telling[0][name]) != telling[0][name]]
     if differing:
         raise DataError(

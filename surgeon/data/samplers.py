@@ -15,6 +15,7 @@ from surgeon.data.classes import Classes
 from surgeon.data.losses import IGNORED
 from surgeon.errors import DataError, UsageError
 from surgeon.models.example_inputs import token_fields
+from surgeon.models.hugging_face import blaming
 
 log = logging.getLogger("surgeon")
 
@@ -68,7 +69,8 @@ class CausalSampler:
         end = self.tokenizer.eos_token_id
         ids: list[int] = []
         for (text,) in _texts(rows, [self.column], self.options.spec):
-            ids += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            with blaming("tokenizer"):
+                ids += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if end is not None:
                 ids.append(end)
         size = min(self.options.max_length, len(ids))
@@ -108,12 +110,13 @@ class MaskedSampler:
     def collate(self, samples: Sequence[tuple[str, ...]], generator: torch.Generator) -> Batch:
         """Make padded ids and mask, int64 `[B, T]`. Labels are -100 except at the tokens to predict."""
         encoded = _encode(samples, self.tokenizer, self.options)
-        special = [
-            self.tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True)
-            for row in encoded["input_ids"].tolist()
-        ]
         self.masker.generator = generator
-        ids, labels = self.masker.torch_mask_tokens(encoded["input_ids"], torch.tensor(special))
+        with blaming("tokenizer"):
+            special = [
+                self.tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True)
+                for row in encoded["input_ids"].tolist()
+            ]
+            ids, labels = self.masker.torch_mask_tokens(encoded["input_ids"], torch.tensor(special))
         if "attention_mask" in encoded:
             labels = labels.masked_fill(encoded["attention_mask"] == 0, IGNORED)
         return Batch((), encoded | {"input_ids": ids}, labels)
@@ -169,7 +172,8 @@ class ImageClassSampler:
         """Make pixels, float32 `[B, C, H, W]`, and labels, int64 `[B]`."""
         images = [self._image(rows, index) for rows, index, _ in samples]
         if self.options.processor is not None:
-            pixels = self.options.processor(images=images, return_tensors="pt")["pixel_values"]
+            with blaming("processor"):
+                pixels = self.options.processor(images=images, return_tensors="pt")["pixel_values"]
         else:
             pixels = torch.stack([self._pixels(image) for image in images])
         return Batch((), {"pixel_values": pixels}, torch.tensor([label for _, _, label in samples]))
@@ -262,6 +266,13 @@ def _tokenizer(options: SampleOptions) -> Any:
 
 def _encode(texts: Sequence[tuple[str, ...]], tokenizer: Any, options: SampleOptions) -> dict[str, Tensor]:
     """Make token ids and masks, `[B, T]`, padded to the longest text of the batch."""
+    with blaming("tokenizer"):
+        encoded = _padded(texts, tokenizer, options)
+    _check_ids(encoded["input_ids"], options)
+    return encoded
+
+
+def _padded(texts: Sequence[tuple[str, ...]], tokenizer: Any, options: SampleOptions) -> dict[str, Tensor]:
     rows = tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=options.max_length)
     lengths = [len(row) for row in rows["input_ids"]]
     if 0 in lengths:
@@ -273,11 +284,8 @@ def _encode(texts: Sequence[tuple[str, ...]], tokenizer: Any, options: SampleOpt
         )
     kept = {name: rows[name] for name in token_fields(tokenizer, options.config)}
     if tokenizer.pad_token_id is None:
-        encoded = {name: torch.tensor(values) for name, values in kept.items()}
-    else:
-        encoded = dict(tokenizer.pad(kept, return_tensors="pt"))
-    _check_ids(encoded["input_ids"], options)
-    return encoded
+        return {name: torch.tensor(values) for name, values in kept.items()}
+    return dict(tokenizer.pad(kept, return_tensors="pt"))
 
 
 def _check_ids(ids: Tensor, options: SampleOptions) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from surgeon.errors import LoadError, SurgeonError, first_line, some
+from surgeon.errors import LoadError, SurgeonError, UsageError, first_line, some
 from surgeon.models.tasks import HEADS
 from surgeon.models.weight_files import check_safetensors, check_torch_file, read_safetensors, read_torch_file
 from surgeon.models.weight_names import best_fit
@@ -180,6 +180,25 @@ def model_class(config: Any, task: str | None) -> Any:
             "Code from model directories is never run. Build the model in Python and give module:function."
         )
     return found
+
+
+@contextlib.contextmanager
+def blaming(part: str) -> Iterator[None]:
+    """Turn any exception of a tokenizer or processor into an error that says where to look.
+
+    Raises:
+        UsageError: it failed on ordinary inputs. part: "tokenizer" or "processor".
+    """
+    file = "tokenizer_config.json" if part == "tokenizer" else "preprocessor_config.json"
+    try:
+        yield
+    except SurgeonError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"The model's {part} fails on ordinary inputs: {first_line(error)}. Compare {file} and the files beside it "
+            "with those of the original model."
+        ) from error
 
 
 @contextlib.contextmanager

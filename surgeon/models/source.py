@@ -66,8 +66,8 @@ def load_model(
     is set. Code that the user names (`module:function`) is run.
 
     Args:
-        path: a Hugging Face directory, a directory written by surgeon, a `.pt2`, `.pt`, `.pth`, `.bin` or
-            `.safetensors` file, or a function without arguments that returns a module.
+        path: a Hugging Face directory, a directory written by surgeon, a `.pt2`, `.pt`, `.pth`, `.bin`,
+            `.ckpt`, `.tar` or `.safetensors` file, or a function without arguments that returns a module.
         trust_pickle: unpickle whole modules, which runs the code they name.
         arch: the architecture of a state dict: a Hugging Face directory or `config.json`, a transformers model type
             such as "gpt2" (with its default sizes), or `module:function`.
@@ -136,12 +136,13 @@ def _from_file(path: Path, trust_pickle: bool, arch: str | None, task: str | Non
             return Source(path, "pt2", program, None, None, None, sha256_of([path]))
         case ".safetensors":
             return _from_state_dict(path, read_safetensors(path), arch, task)
-        case ".pt" | ".pth" | ".bin":
+        case ".pt" | ".pth" | ".bin" | ".ckpt" | ".tar":
             content = read_torch_file(path, trust_pickle=trust_pickle)
         case suffix:
             raise LoadError(
                 f"{path.name}: cannot load {f'{suffix} files' if suffix else 'a file without a suffix'}. A model is a "
-                "directory with config.json, a .pt2, .pt, .pth, .bin or .safetensors file, or module:function."
+                "directory with config.json, a .pt2, .pt, .pth, .bin, .ckpt, .tar or .safetensors file, or "
+                "module:function."
             )
     modules = list(modules_in(content))
     if modules:

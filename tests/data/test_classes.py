@@ -60,12 +60,15 @@ def test_numbers_of_labels(labels: list[Any], config: Any, expected: list[int]) 
 def test_names_are_numbered_over_all_splits() -> None:
     assert numbers(["c", "b"], model(3), ["a"]) == [2, 1]
     assert numbers(["10", "2"], model(11), [0, 1]) == [10, 2]
+    assert numbers([0, 1], model(11), ["10", "2"]) == [0, 1]
 
 
 def test_names_in_one_of_the_models_tables_suffice() -> None:
     config = model(["b", "a"])
     config.label2id = {"LABEL_0": 0, "LABEL_1": 1}
     assert numbers(["a", "b"], config) == [1, 0]
+    config.label2id = {"a": 1}
+    assert numbers(["b", "a"], config) == [0, 1]
     config.label2id = {"a": 0, "b": 1}
     with pytest.raises(DataError, match=r"id2label and label2id .* give the class 'b' different numbers"):
         numbers(["a", "b"], config)
@@ -111,13 +114,21 @@ def test_numbers_among_names_of_another_split() -> None:
 
 def test_declared_order_of_a_dataset() -> None:
     names = ["1", "2", "3", "b", "a"]
-    rows = datasets.Dataset.from_dict(
-        {"label": [4, 0, -1]}, features=datasets.Features({"label": datasets.ClassLabel(names=names)})
-    )
+
+    def declared(values: list[int], names: list[str]) -> Any:
+        features = datasets.Features({"label": datasets.ClassLabel(names=names)})
+        return datasets.Dataset.from_dict({"label": values}, features=features)
+
+    rows = declared([4, 0, -1], names)
     assert Classes("a", "label", [rows], model(5)).labels(rows.select([0, 1])) == [4, 0]
     assert Classes("a", "label", [rows], model(names[::-1])).labels(rows.select([0, 1])) == [0, 4]
     with pytest.raises(DataError, match=r"row 2: label None: the row has no label"):
         Classes("a", "label", [rows], model(5)).labels(rows)
+    with pytest.raises(DataError, match=r"the model has no class 'a'. It has '1', 'b'"):
+        Classes("a", "label", [rows], model(["1", "b"]))
+    first, second = declared([0, 1], ["b", "a"]), declared([0, 1], ["a", "b"])  # no common order: alphabetical
+    classes = Classes("a", "label", [first, second], model(2))
+    assert [classes.labels(split) for split in (first, second)] == [[1, 0], [0, 1]]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "images"])

@@ -49,8 +49,8 @@ def test_state_dict_picks_the_head_that_fits(tmp_path: Path) -> None:
 
 def test_state_dict_of_a_function_wrapped_and_in_half_precision(tmp_path: Path, net: nn.Module) -> None:
     state = {f"module.{name}": value.half() for name, value in net.state_dict().items()}
-    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "model.pt")
-    source = load_model(tmp_path / "model.pt", arch="mynet:build")
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "model.ckpt")
+    source = load_model(tmp_path / "model.ckpt", arch="mynet:build")
     assert source.model.linear.weight.dtype == torch.float16
     assert source.notes == (
         "The weights were read from the key 'state_dict'.",
