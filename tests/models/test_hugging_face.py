@@ -171,7 +171,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
     [
         (b"", "it is not JSON: Expecting value"),
         ('{"é": 1}'.encode("latin-1"), "it is not UTF-8 at byte 2"),
-        (f'{{"x": {DEEP}}}'.encode(), "its values are nested too deeply"),
+        pytest.param(f'{{"x": {DEEP}}}'.encode(), "its values are nested too deeply", id="deep"),
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "adapter_config.json"])

@@ -134,6 +134,9 @@ SAVED: dict[str, Callable[[], Any]] = {
         "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}}],
     },
     "with an average": lambda: {"args": {}, "teacher": {"backbone": renamed(lambda name: f"module.{name}")}},
+    "deep among others": lambda: (
+        {"x": torch.ones(3), "a.x": torch.ones(3), "a.b.x": torch.ones(3)} | renamed(lambda name: f"a.b.c.{name}")
+    ),
     "its own names": lambda: renamed(str),
 }
 
