@@ -110,8 +110,8 @@ def _tree(names: Mapping[str, Any]) -> _Tree:
                 break
         if isinstance(node, dict) and last not in node:
             node[last] = name
-        else:  # both "a" and "a.b" are names, as in no module
-            root[name] = name
+        else:  # both "a" and "a.b" are names, as in no module: a key that no part of a name has
+            root[f"{name}."] = name
     return root
 
 

@@ -175,6 +175,7 @@ MISFITS: list[tuple[Callable[[], Any], dict[str, list[str]]]] = [
         lambda: renamed(lambda name: name.replace("0.2.weight", "0.2.a")),
         {"missing": ["0.2.weight"], "unexpected": ["0.2.a"]},
     ),
+    (lambda: renamed(str) | {"0": torch.ones(1)}, {"unexpected": ["0"]}),
     (lambda: {"0": torch.ones(1)} | renamed(str), {"unexpected": ["0"]}),
     (
         lambda: {"model": dict(list(renamed(str).items())[1:]), "ema": {"0.0.weight": torch.ones(4, 3)}},
