@@ -189,6 +189,13 @@ def test_weights_that_do_not_fit(state: Callable[[], Any], problems: dict[str, l
     assert best_fit(state(), nested()).problems == problems
 
 
+def test_names_that_a_model_ignores() -> None:
+    model, state = nested(), renamed(str) | {"0.position_ids": torch.ones(1)}
+    assert best_fit(state, model).problems == {"unexpected": ["0.position_ids"]}
+    model._keys_to_ignore_on_load_unexpected = ["position_ids"]
+    assert best_fit(state, model).problems == {}
+
+
 def test_module_under_a_key(tmp_path: Path, net: nn.Module) -> None:
     torch.save({"epoch": 1, "best": {"model": net}, "ema": net}, tmp_path / "model.pt")
     with pytest.raises(LoadError, match="holds pickled code"):
