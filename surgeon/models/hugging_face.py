@@ -270,7 +270,7 @@ def _body(model: Any, names: Iterable[str]) -> list[str]:
 
 def _unwrap(files: list[Path], model: Any, info: dict[str, Any]) -> tuple[str, ...]:
     """Load weights that were saved from inside a wrapper, which transformers does not recognise. Corrects `info`."""
-    if not info["unexpected_keys"] or not _body(model, info["missing_keys"]):
+    if not _body(model, info["missing_keys"]):
         return ()
     state: dict[str, Tensor] = {}
     for file in files:

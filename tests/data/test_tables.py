@@ -69,6 +69,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
     ("name", "content", "message"),
     [
         ("a.csv", "text,label\na,1\nb,c,1\n", r"the row that ends in line 3 has 3 cells, but the header has 2"),
+        ("a.csv", "text,label\na,1\nb\n", r"the row that ends in line 3 has 1 cells, but the header has 2"),
         ("a.csv", 'text,label\na,1\n"b"c,1\n', r"line 3: ',' expected after '\"'"),
         ("a.csv", 'text,label\na,1\n"b,1\n', r"line 3: unexpected end of data"),
         ("a.csv", "text,text\na,1\n", r"two columns are called 'text'"),

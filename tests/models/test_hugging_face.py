@@ -103,6 +103,13 @@ def test_missing_shard(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_pooler_that_is_not_there_is_noted(bert: Path) -> None:
+    weights = load_file(bert / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "pooler" not in name}
+    save_file(kept, bert / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(bert).notes == ("bert.pooler.dense.bias, bert.pooler.dense.weight are newly initialised.",)
+
+
 def test_body_that_is_not_all_there(bert: Path) -> None:
     weights = load_file(bert / "model.safetensors")
     del weights["bert.encoder.layer.1.output.dense.weight"]

@@ -133,7 +133,10 @@ SAVED: dict[str, Callable[[], Any]] = {
         "state_dict": renamed(lambda name: f"net.{name}") | {"loss.weight": torch.ones(3)},
         "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}}],
     },
-    "with an average": lambda: {"args": {}, "teacher": {"backbone": renamed(lambda name: f"module.{name}")}},
+    "with an average": lambda: {
+        "args": {0: torch.ones(1)},
+        "teacher": {"backbone": renamed(lambda name: f"module.{name}")},
+    },
     "deep among others": lambda: (
         {"x": torch.ones(3), "a.x": torch.ones(3), "a.b.x": torch.ones(3)} | renamed(lambda name: f"a.b.c.{name}")
     ),
