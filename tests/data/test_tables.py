@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,10 @@ def test_other_encodings(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,1\n", encoding="utf-16")
     with pytest.raises(DataError, match=r"iconv -f utf-16 -t utf-8 a\.csv"):
         read(tmp_path / "a.csv")
+
+
+def test_long_cells(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text(f"text,label\n{'a' * (limit + 1)},1\n")
+    assert len(read(tmp_path / "a.csv")["text"][0]) == limit + 1
+    assert csv.field_size_limit() == limit
