@@ -113,6 +113,9 @@ def test_one_sample_cannot_be_divided(
     path = write_lines(tmp_path / "a.jsonl", rows(1))
     assert load_data(path, tokenizer=tokenizer, config=config).eval is None
     assert "too little data to hold out a part" in caplog.text
+    held = load_data(write_lines(tmp_path / "b.jsonl", rows(4)), tokenizer=tokenizer, config=config).eval
+    assert held is not None
+    assert [batch.size for batch in held] == [1]  # a tenth of four rows, but at least one
 
 
 @pytest.mark.parametrize(
