@@ -226,7 +226,24 @@ def _read_folder(path: Path) -> Mapping[str, Any]:
                 str(name): datasets.concatenate_datasets([read_table(file, cache) for file in files])
                 for name, files in splits.items()
             }
-        return dict(datasets.load_dataset(str(path), cache_dir=cache, keep_in_memory=True))
+        found = datasets.load_dataset(str(path), cache_dir=cache, keep_in_memory=True)
+        return {str(name): _with_cells(rows, splits[name], cache) for name, rows in found.items()}
+
+
+def _with_cells(rows: Any, files: Sequence[Path], cache: str) -> Any:
+    """Give the rows of an image folder the cells of its metadata.csv, which `datasets` reads by guessing."""
+    import datasets
+
+    tables = [read_table(file, cache) for file in files if file.name == "metadata.csv"]
+    if not tables:
+        return rows
+    cells = datasets.concatenate_datasets(tables)
+    for name in set(cells.column_names) & set(rows.column_names):
+        pairs = zip(rows[name], cells[name], strict=True)
+        if any(isinstance(guessed, str) and guessed != cell for guessed, cell in pairs):
+            raise DataError("the rows of several metadata.csv do not have the order of the images. Merge the files.")
+        rows = rows.remove_columns(name).add_column(name, list(cells[name]))
+    return rows
 
 
 @contextlib.contextmanager
