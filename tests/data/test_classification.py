@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 
 from surgeon.data.files import load_data
@@ -59,6 +60,12 @@ def test_tokenizer_troubles(tmp_path: Path, tokenizer: Any, config: Any) -> None
     path = write_lines(tmp_path / "a.jsonl", rows(5))
     with pytest.raises(UsageError, match="the model has no tokenizer"):
         load_data(path, config=config)
+    raw = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    raw.normalizer = normalizers.Replace("b", "")
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    empty = write_lines(tmp_path / "c.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": 0}])
+    with pytest.raises(DataError, match=r"the tokenizer gives no token for \('b',\)"):
+        list(load_data(empty, tokenizer=hf.PreTrainedTokenizerFast(tokenizer_object=raw), config=config).train)
     config.vocab_size = 6
     with pytest.raises(UsageError, match=r"the model has only 6 embeddings: they do not belong together"):
         list(load_data(path, tokenizer=tokenizer, config=config).train)
