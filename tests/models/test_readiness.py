@@ -52,6 +52,22 @@ def inference() -> nn.Module:
         return net()
 
 
+class Packed(nn.Parameter):
+    """Such as libraries keep the weights of 4-bit and 8-bit layers in."""
+
+
+def packed() -> nn.Module:
+    model = net()
+    model[2].weight = Packed(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def quantised_buffer() -> nn.Module:
+    model = net()
+    model.register_buffer("table", torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8))
+    return model
+
+
 def named(name: str) -> nn.Module:
     model = net()
     model.add_module(name, nn.Linear(3, 3))
@@ -71,6 +87,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "offloaded": (lambda: cpu_offload(net(), torch.device("cpu")), "'0.weight' is on the device meta.*remove_hook"),
     "quantised": (quantised, r"'0' \(torch.ao.nn.quantized.*is quantised. Run the surgery on the model before"),
     "subclass": (lambda: with_weight(lambda w: TwoTensor(w, w)), "'2.weight' is stored as .*TwoTensor.*quantise the"),
+    "packed": (packed, "'2.weight' is stored as .*Packed in torch.int8.*before it was quantised"),
+    "quantised buffer": (quantised_buffer, "'table' is stored in torch.qint8.*before it was quantised"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), "'0.weight' has no shape yet.*Call the model once"),
     "sparse": (lambda: with_weight(lambda w: w.to_sparse()), "'2.weight' is sparse.*to_dense"),
     "float8": (lambda: with_weight(lambda w: w.to(torch.float8_e4m3fn)), "'2.weight' is stored in torch.float8_e4m3fn"),
