@@ -5,13 +5,27 @@ An error says what, where, why, and what to try. `SurgeonError` is never raised 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message without a full stop, or its class name if it has no message."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    """Return the first line of an error's message without a full stop, or its class name if it has no message.
+
+    A line that ends in a colon only announces the next one, which is added. The message of a `KeyError` and the like is
+    only a value or a fragment, so the name of the class stands before it.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    text = " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1]).rstrip(".")
+    if isinstance(error, LookupError | AttributeError | TypeError) or not text:
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """Join the first names of a list, and say how many more there are."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class SurgeonError(Exception):

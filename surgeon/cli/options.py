@@ -82,7 +82,10 @@ DATA_OPTIONS: dict[str, Any] = {
         ),
     ],
     "text": Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="The column with the text or image.")],
-    "label": Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="The column with the class.")],
+    "label": Annotated[
+        str | None,
+        typer.Option("--label", metavar="COLUMN", help="The column with the class: a number from 0 or a name."),
+    ],
     "task": Task,
     "batch_size": Annotated[int, typer.Option("--batch-size", help="Samples in a batch.")],
     "max_length": Annotated[int, typer.Option("--max-length", help="Cut texts after this many tokens.")],

@@ -20,7 +20,8 @@ import torch
 from surgeon.data.batch import Batch, Batches
 from surgeon.data.data import Data
 from surgeon.data.samplers import SAMPLERS, SampleOptions, Sampler
-from surgeon.errors import DataError, UsageError
+from surgeon.data.tables import READERS, read_table
+from surgeon.errors import DataError, SurgeonError, UsageError
 from surgeon.models.tasks import task_of
 from surgeon.models.user_function import call_spec, is_spec
 from surgeon.models.weight_files import sha256_of
@@ -30,14 +31,6 @@ __all__ = ["Batch", "Batches", "Data", "load_data"]
 log = logging.getLogger("surgeon")
 
 _EVALUATION = ("validation", "valid", "dev", "eval", "test")  # public test splits often come without labels
-_READERS: dict[str, tuple[str, dict[str, str]]] = {
-    ".json": ("from_json", {}),
-    ".jsonl": ("from_json", {}),
-    ".csv": ("from_csv", {}),
-    ".tsv": ("from_csv", {"sep": "\t"}),
-    ".parquet": ("from_parquet", {}),
-    ".txt": ("from_text", {}),
-}
 
 
 def load_data(
@@ -66,7 +59,7 @@ def load_data(
         tokenizer, processor, config: those of the model. Without a processor images are resized to the config's size
             and scaled to 0..1.
         text: the column with the text or the image. Two text columns, "premise,hypothesis", are read as pairs.
-        label: the column with the class: integers, or names looked up in `config.label2id`.
+        label: the column with the class: numbers, or names. `surgeon.data.classes` has the rule.
         task: "causal-lm", "masked-lm", "sequence-classification" or "image-classification"; by default the config's.
         batch_size: samples (for causal-lm: chunks of `max_length` tokens) in a batch. The last batch may be smaller.
         max_length: the number of tokens to which texts are truncated. For causal-lm the texts are joined and cut into
@@ -94,10 +87,10 @@ def load_data(
     if task not in SAMPLERS:
         wrong = f"files cannot be read for the task {task!r}" if task else "the task is unknown"
         raise UsageError(f"{spec}: {wrong}. Give one of {', '.join(SAMPLERS)}.")
-    splits = [_limited(split, limit, seed, in_order=task == "causal-lm") for split in _splits(found, spec)]
+    splits = _splits(found, spec)
     options = SampleOptions(spec, tokenizer, processor, config, text, label, max_length)
-    sampler: Sampler = SAMPLERS[task](options, splits)
-    parts = [sampler.samples(split) for split in splits]
+    sampler: Sampler = SAMPLERS[task](options, splits)  # with all rows: a limit must not change the classes' numbers
+    parts = [sampler.samples(_limited(split, limit, seed, in_order=task == "causal-lm")) for split in splits]
     if len(parts) == 1:
         parts = _hold_out(parts[0], eval_fraction, seed)
     if not parts[0]:
@@ -215,16 +208,8 @@ def _read(spec: str) -> tuple[Any, str]:
 
 
 def _read_file(path: Path) -> Any:
-    import datasets
-
-    if path.suffix not in _READERS:
-        kind = f"{path.suffix} files" if path.suffix else "a file without a suffix"
-        raise DataError(f"{path.name}: cannot read {kind}. Known: {', '.join(_READERS)}.")
-    name, options = _READERS[path.suffix]
-    if not path.stat().st_size:
-        raise DataError(f"{path.name} is empty.")
     with _quiet_datasets(str(path)) as cache:
-        return getattr(datasets.Dataset, name)(str(path), cache_dir=cache, keep_in_memory=True, **options)
+        return read_table(path, cache)
 
 
 def _read_folder(path: Path) -> Mapping[str, Any]:
@@ -233,9 +218,32 @@ def _read_folder(path: Path) -> Mapping[str, Any]:
     with _quiet_datasets(str(path)) as cache:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             saved = datasets.load_from_disk(str(path), keep_in_memory=True)
-        else:
-            saved = datasets.load_dataset(str(path), cache_dir=cache, keep_in_memory=True)
-    return saved if isinstance(saved, Mapping) else {"train": saved}
+            return saved if isinstance(saved, Mapping) else {"train": saved}
+        builder = datasets.load_dataset_builder(str(path), cache_dir=cache)
+        splits = {name: [Path(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
+        if all(file.suffix in READERS for files in splits.values() for file in files):
+            return {
+                str(name): datasets.concatenate_datasets([read_table(file, cache) for file in files])
+                for name, files in splits.items()
+            }
+        found = datasets.load_dataset(str(path), cache_dir=cache, keep_in_memory=True)
+        return {str(name): _with_cells(rows, splits[name], cache) for name, rows in found.items()}
+
+
+def _with_cells(rows: Any, files: Sequence[Path], cache: str) -> Any:
+    """Give the rows of an image folder the cells of its metadata.csv, which `datasets` reads by guessing."""
+    import datasets
+
+    tables = [read_table(file, cache) for file in files if file.name == "metadata.csv"]
+    if not tables:
+        return rows
+    cells = datasets.concatenate_datasets(tables)
+    for name in set(cells.column_names) & set(rows.column_names):
+        pairs = zip(rows[name], cells[name], strict=True)
+        if any(isinstance(guessed, str) and guessed != cell for guessed, cell in pairs):
+            raise DataError("the rows of several metadata.csv do not have the order of the images. Merge the files.")
+        rows = rows.remove_columns(name).add_column(name, list(cells[name]))
+    return rows
 
 
 @contextlib.contextmanager
@@ -244,11 +252,13 @@ def _quiet_datasets(origin: str) -> Iterator[str]:
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # an error is raised anyway
     datasets.disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory() as cache:
             yield cache
+    except SurgeonError:
+        raise
     except Exception as error:
         reason = str(error.__cause__ or error).strip() or type(error).__name__
         if "corresponds to no data" in reason:  # the message of `datasets` for a file without rows

@@ -201,7 +201,7 @@ def _aligned(outputs: Any, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
     classes = logits.shape[-1]
     logits, labels = logits.reshape(-1, classes).float(), labels.reshape(-1).long()
     # On a GPU this check would wait for the device at every step. There the kernel itself asserts the range.
-    if labels.device.type == "cpu" and labels.numel():
+    if labels.device.type == "cpu":
         kept = labels[labels != IGNORED]
         low, high = (int(kept.min()), int(kept.max())) if kept.numel() else (0, 0)
         if low < 0 or high >= classes:

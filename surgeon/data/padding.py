@@ -79,7 +79,5 @@ def _masks(batch: Batch) -> dict[str, Tensor]:
 
 
 def _fitting(masks: dict[str, Tensor], lead: Sequence[int]) -> dict[str, Tensor]:
-    """Return the masks that fit values of these leading dimensions, those of exactly this shape first."""
-    exact = {name: mask for name, mask in masks.items() if tuple(mask.shape) == tuple(lead)}
-    flat = {name: mask for name, mask in masks.items() if list(lead) == [mask.numel()]}
-    return exact | flat
+    """Return the masks that fit values of these leading dimensions: their shape, or flattened tokens."""
+    return {name: mask for name, mask in masks.items() if tuple(lead) in (tuple(mask.shape), (mask.numel(),))}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,9 +11,11 @@ import torch
 from torch import Tensor
 
 from surgeon.data.batch import Batch
+from surgeon.data.classes import Classes
 from surgeon.data.losses import IGNORED
 from surgeon.errors import DataError, UsageError
 from surgeon.models.example_inputs import token_fields
+from surgeon.models.hugging_face import blaming
 
 log = logging.getLogger("surgeon")
 
@@ -61,14 +62,15 @@ class CausalSampler:
         self.options = options
         self.tokenizer = _tokenizer(options)
         self.fields = token_fields(self.tokenizer, options.config)
-        self.column = _column(splits[0], options.text, _TEXT, options.spec, "text")
+        self.column = _column(splits, options.text, _TEXT, options.spec, "text")
 
     def samples(self, rows: Any) -> Sequence[Tensor]:
         """Return chunks of ids, int64 `[max_length]`. If the text is too short for a chunk, it is one shorter chunk."""
         end = self.tokenizer.eos_token_id
         ids: list[int] = []
         for (text,) in _texts(rows, [self.column], self.options.spec):
-            ids += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            with blaming("tokenizer"):
+                ids += self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if end is not None:
                 ids.append(end)
         size = min(self.options.max_length, len(ids))
@@ -98,7 +100,7 @@ class MaskedSampler:
         self.tokenizer = _tokenizer(options)
         if self.tokenizer.mask_token is None:
             raise UsageError("masked-lm needs a tokenizer with a mask token, but the model's tokenizer has none.")
-        self.columns = _columns(splits[0], options)
+        self.columns = _columns(splits, options)
         self.masker: Any = DataCollatorForLanguageModeling(self.tokenizer)
 
     def samples(self, rows: Any) -> Sequence[tuple[str, ...]]:
@@ -108,12 +110,13 @@ class MaskedSampler:
     def collate(self, samples: Sequence[tuple[str, ...]], generator: torch.Generator) -> Batch:
         """Make padded ids and mask, int64 `[B, T]`. Labels are -100 except at the tokens to predict."""
         encoded = _encode(samples, self.tokenizer, self.options)
-        special = [
-            self.tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True)
-            for row in encoded["input_ids"].tolist()
-        ]
         self.masker.generator = generator
-        ids, labels = self.masker.torch_mask_tokens(encoded["input_ids"], torch.tensor(special))
+        with blaming("tokenizer"):
+            special = [
+                self.tokenizer.get_special_tokens_mask(row, already_has_special_tokens=True)
+                for row in encoded["input_ids"].tolist()
+            ]
+            ids, labels = self.masker.torch_mask_tokens(encoded["input_ids"], torch.tensor(special))
         if "attention_mask" in encoded:
             labels = labels.masked_fill(encoded["attention_mask"] == 0, IGNORED)
         return Batch((), encoded | {"input_ids": ids}, labels)
@@ -129,8 +132,8 @@ class TextClassSampler:
     def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
         self.options = options
         self.tokenizer = _tokenizer(options)
-        self.columns = _columns(splits[0], options)
-        self.classes = Classes(options, splits)
+        self.columns = _columns(splits, options)
+        self.classes = _classes(options, splits)
 
     def samples(self, rows: Any) -> Sequence[tuple[tuple[str, ...], int]]:
         """Return texts with their classes."""
@@ -152,8 +155,8 @@ class ImageClassSampler:
 
     def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
         self.options = options
-        self.column = _column(splits[0], options.text, _IMAGE, options.spec, "image")
-        self.classes = Classes(options, splits)
+        self.column = _column(splits, options.text, _IMAGE, options.spec, "image")
+        self.classes = _classes(options, splits)
         channels = getattr(options.config, "num_channels", 3)
         self.mode = "L" if channels == 1 else "RGB"
         size = getattr(options.config, "image_size", None)
@@ -169,7 +172,8 @@ class ImageClassSampler:
         """Make pixels, float32 `[B, C, H, W]`, and labels, int64 `[B]`."""
         images = [self._image(rows, index) for rows, index, _ in samples]
         if self.options.processor is not None:
-            pixels = self.options.processor(images=images, return_tensors="pt")["pixel_values"]
+            with blaming("processor"):
+                pixels = self.options.processor(images=images, return_tensors="pt")["pixel_values"]
         else:
             pixels = torch.stack([self._pixels(image) for image in images])
         return Batch((), {"pixel_values": pixels}, torch.tensor([label for _, _, label in samples]))
@@ -207,97 +211,43 @@ SAMPLERS: dict[str, type[Sampler]] = {
 }
 
 
-class Classes:
-    """Converts a label column to the model's class numbers."""
-
-    def __init__(self, options: SampleOptions, splits: Sequence[Any]) -> None:
-        """Learn the classes.
-
-        Raises:
-            DataError: there is no label column, or the model does not know a class name.
-        """
-        self.spec = options.spec
-        self.column = _column(splits[0], options.label, _LABEL, options.spec, "label")
-        self.count: int | None = getattr(options.config, "num_labels", None)
-        self.numbers = self._numbers(splits, getattr(options.config, "label2id", None) or {})
-
-    def _numbers(self, splits: Sequence[Any], known: Mapping[str, int]) -> dict[str, int] | None:
-        """Return the number of each class name, or None if the column contains numbers."""
-        feature = splits[0].features[self.column]
-        names = getattr(feature, "names", None)
-        if names is None:
-            values = {value for rows in splits for value in rows[self.column] if isinstance(value, str)}
-            if not values:
-                return None
-            names = sorted(values)
-        if all(name in known for name in names):
-            return {name: known[name] for name in names}
-        if known and not all(name.startswith("LABEL_") for name in known):
-            missing = [name for name in names if name not in known]
-            raise DataError(
-                f"{self.spec}: the model has no class {', '.join(map(repr, missing[:3]))}. It has "
-                f"{', '.join(map(repr, list(known)[:6]))}{', ...' if len(known) > 6 else ''}."
-            )
-        return {name: number for number, name in enumerate(names)}
-
-    def labels(self, rows: Any) -> list[int]:
-        """Return the class of each row.
-
-        Raises:
-            DataError: a label is missing, not a class, or out of range. The message names the row.
-        """
-        names = getattr(rows.features[self.column], "names", None)
-        return [self._label(value, index, names) for index, value in enumerate(rows[self.column])]
-
-    def _label(self, value: Any, index: int, names: Sequence[str] | None) -> int:
-        where = f"{self.spec}, row {index}: label {value!r}"
-        if value is None or (names is not None and value == -1):
-            raise DataError(f"{where}: the row has no label.")
-        if self.numbers is not None:
-            name = names[value] if names is not None else value
-            if name not in self.numbers:
-                raise DataError(f"{where} is not a class name, unlike the labels of other rows.")
-            value = self.numbers[name]
-        if isinstance(value, float):
-            if not math.isfinite(value):
-                raise DataError(f"{where} is not finite.")
-            if value != int(value):
-                raise DataError(f"{where} is not a class. Regression is not supported.")
-        if not isinstance(value, int | float):
-            raise DataError(f"{where} is a {type(value).__name__}, not a class.")
-        number = int(value)
-        if number < 0 or (self.count is not None and number >= self.count):
-            allowed = "0 or more" if self.count is None else f"0 to {self.count - 1}"
-            raise DataError(f"{where} is class {number}, out of range: {allowed}.")
-        return number
-
-
 # --- columns and text -------------------------------------------------------------------------------------------------
 
 
-def _column(rows: Any, given: str | None, usual: Sequence[str], spec: str, what: str) -> str:
-    found = [given] if given is not None else [name for name in usual if name in rows.column_names]
-    if not found or found[0] not in rows.column_names:
-        asked = f"column '{given}'" if given is not None else f"{what} column"
-        raise DataError(f"{spec} has no {asked}. Its columns: {', '.join(rows.column_names)}. Name the {what} column.")
-    return found[0]
+def _column(splits: Sequence[Any], given: str | None, usual: Sequence[str], spec: str, what: str) -> str:
+    """Return the column that is given, else the first of the usual ones. All splits must have it."""
+    names = splits[0].column_names
+    found = given if given is not None else next((name for name in usual if name in names), None)
+    asked = f"column '{found}'" if found is not None else f"{what} column"
+    for number, rows in enumerate(splits):
+        if found is None or found not in rows.column_names:
+            where = spec if number == 0 else f"The split of {spec} to evaluate on"
+            have = ", ".join(rows.column_names)
+            raise DataError(f"{where} has no {asked}. Its columns: {have}. Name the {what} column.")
+    assert found is not None
+    return found
 
 
-def _columns(rows: Any, options: SampleOptions) -> list[str]:
+def _columns(splits: Sequence[Any], options: SampleOptions) -> list[str]:
     given = options.text
-    if given is not None and given not in rows.column_names and given.count(",") == 1:
-        return [_column(rows, name.strip(), _TEXT, options.spec, "text") for name in given.split(",")]
-    return [_column(rows, given, _TEXT, options.spec, "text")]
+    if given is not None and given not in splits[0].column_names and given.count(",") == 1:
+        return [_column(splits, name.strip(), _TEXT, options.spec, "text") for name in given.split(",")]
+    return [_column(splits, given, _TEXT, options.spec, "text")]
+
+
+def _classes(options: SampleOptions, splits: Sequence[Any]) -> Classes:
+    column = _column(splits, options.label, _LABEL, options.spec, "label")
+    return Classes(options.spec, column, splits, options.config)
 
 
 def _texts(rows: Any, columns: Sequence[str], spec: str, labels: Sequence[int] | None = None) -> list[Any]:
     """Return the texts of the columns, with labels if given. Rows with an empty text are left out."""
     kept: list[Any] = []
     for index, texts in enumerate(zip(*(rows[column] for column in columns), strict=True)):
-        wrong = next((text for text in texts if not isinstance(text, str | None)), None)
-        if wrong is not None:
-            kind = type(wrong).__name__
-            raise DataError(f"{spec}, row {index}: column '{columns[0]}' contains {kind} values, not text.")
+        for column, text in zip(columns, texts, strict=True):
+            if not isinstance(text, str | None):
+                kind = type(text).__name__
+                raise DataError(f"{spec}, row {index}: column '{column}' contains {kind} values, not text.")
         if all(text and not text.isspace() for text in texts):
             kept.append(texts if labels is None else (texts, labels[index]))
     skipped = len(rows) - len(kept)
@@ -316,6 +266,13 @@ def _tokenizer(options: SampleOptions) -> Any:
 
 def _encode(texts: Sequence[tuple[str, ...]], tokenizer: Any, options: SampleOptions) -> dict[str, Tensor]:
     """Make token ids and masks, `[B, T]`, padded to the longest text of the batch."""
+    with blaming("tokenizer"):
+        encoded = _padded(texts, tokenizer, options)
+    _check_ids(encoded["input_ids"], options)
+    return encoded
+
+
+def _padded(texts: Sequence[tuple[str, ...]], tokenizer: Any, options: SampleOptions) -> dict[str, Tensor]:
     rows = tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=options.max_length)
     lengths = [len(row) for row in rows["input_ids"]]
     if 0 in lengths:
@@ -327,11 +284,8 @@ def _encode(texts: Sequence[tuple[str, ...]], tokenizer: Any, options: SampleOpt
         )
     kept = {name: rows[name] for name in token_fields(tokenizer, options.config)}
     if tokenizer.pad_token_id is None:
-        encoded = {name: torch.tensor(values) for name, values in kept.items()}
-    else:
-        encoded = dict(tokenizer.pad(kept, return_tensors="pt"))
-    _check_ids(encoded["input_ids"], options)
-    return encoded
+        return {name: torch.tensor(values) for name, values in kept.items()}
+    return dict(tokenizer.pad(kept, return_tensors="pt"))
 
 
 def _check_ids(ids: Tensor, options: SampleOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from surgeon.data.data import Data
-from surgeon.data.files import load_data
+from surgeon.data.files import Loader, load_data
+from surgeon.errors import UsageError
+from surgeon.graph.calls import argument_names, named_arguments
 from surgeon.graph.traced import TracedGraph
 from surgeon.jobs.options import DataOptions
 from surgeon.models.example_inputs import example_inputs
@@ -112,6 +115,7 @@ def open_model(
     origin = Origin(
         str(source.path), source.kind, source.sha256, source.config, source.tokenizer, source.processor, source.notes
     )
+    _check_names(read, graph)
     info: TraceInfo = graph.meta["trace"]
     return Opened(spec, graph, given, origin, (*notes, *info.notes), None, read)
 
@@ -125,6 +129,7 @@ def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | No
     record = record_of(graph)
     assert record is not None
     read = _read(data, tokenizer, processor, config, info.task, record.recipe.seed, stage)
+    _check_names(read, graph)
     origin = Origin(str(source.path), "artifact", source.sha256, config, tokenizer, processor)
     return Opened(spec, graph, given, origin, info.notes, record, read)
 
@@ -156,6 +161,25 @@ def _read(
             eval_fraction=options.eval_fraction,
             limit=options.limit,
         )
+
+
+def _check_names(data: Data | None, graph: TracedGraph) -> None:
+    """Refuse files whose batches the graph cannot be called with.
+
+    Other data is not read here: reading it could change its order.
+    """
+    loader = None if data is None else getattr(data.train, "source", None)
+    if not isinstance(loader, Loader):
+        return
+    batch = next(iter(copy.copy(loader)))
+    try:
+        named_arguments(graph, batch.args, batch.kwargs)
+    except TypeError as error:
+        names, wanted = ", ".join(batch.kwargs), ", ".join(argument_names(graph))
+        raise UsageError(
+            f"The data gives the inputs {names}, but the model was traced with {wanted}. Give example inputs of the "
+            "names that the data gives, or data as module:function."
+        ) from error
 
 
 def _first_rows(data: Data) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import UsageError
+from surgeon.models.hugging_face import blaming
 
 log = logging.getLogger("surgeon")
 
@@ -155,7 +156,8 @@ class _Maker:
         return max(2, limit - (padding + 1 if isinstance(padding, int) and 0 <= padding < 4 else 0))
 
     def text(self) -> dict[str, Tensor]:
-        made = self.tokenized() if self.tokenizer is not None else None
+        with blaming("tokenizer"):
+            made = self.tokenized() if self.tokenizer is not None else None
         return made if made is not None else self.drawn()
 
     def tokenized(self) -> dict[str, Tensor] | None:
@@ -228,7 +230,8 @@ class _Maker:
             torch.uint8
         )
         images = [Image.fromarray(array.squeeze(-1).numpy() if channels == 1 else array.numpy()) for array in pixels]
-        return dict(self.processor(images=images, return_tensors="pt"))
+        with blaming("processor"):
+            return dict(self.processor(images=images, return_tensors="pt"))
 
     def video(self) -> dict[str, Tensor]:
         height, width = _pair(self.need("crop_size", "image_size"))
@@ -239,9 +242,10 @@ class _Maker:
     def processed_sound(self) -> dict[str, Tensor] | None:
         if self.processor is None or "feature_extractor" not in _kind(self.processor):
             return None
-        rate = self.processor.sampling_rate
-        waves = [wave.numpy() for wave in self.noise(BATCH, rate)]
-        return dict(self.processor(waves, sampling_rate=rate, return_tensors="pt", padding=True))
+        with blaming("processor"):
+            rate = self.processor.sampling_rate
+            waves = [wave.numpy() for wave in self.noise(BATCH, rate)]
+            return dict(self.processor(waves, sampling_rate=rate, return_tensors="pt", padding=True))
 
     def waves(self) -> dict[str, Tensor]:
         made = self.processed_sound()

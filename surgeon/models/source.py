@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from surgeon.errors import LoadError
-from surgeon.models.hugging_face import load_directory, model_class, quiet_transformers, read_config, some
+from surgeon.errors import LoadError, some
+from surgeon.models.hugging_face import load_directory, model_class, quiet_transformers, read_config, refuse_adapter
+from surgeon.models.readiness import check_ready
 from surgeon.models.tasks import HEADS
 from surgeon.models.user_function import call_spec, is_spec
 from surgeon.models.weight_files import read_program, read_safetensors, read_torch_file, sha256_of
+from surgeon.models.weight_names import Fit, best_fit, holds_weights, modules_in
 
 Kind = Literal["hf", "pickle", "pt2", "state_dict", "artifact", "python"]
 
@@ -28,7 +29,6 @@ _HEADS = (
     *("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
     *("AutoModelForSequenceClassification", "AutoModelForImageClassification", "AutoModel"),
 )
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def load_model(
     is set. Code that the user names (`module:function`) is run.
 
     Args:
-        path: a Hugging Face directory, a directory written by surgeon, a `.pt2`, `.pt`, `.pth`, `.bin` or
-            `.safetensors` file, or a function without arguments that returns a module.
+        path: a Hugging Face directory, a directory written by surgeon, a `.pt2`, `.pt`, `.pth`, `.bin`,
+            `.ckpt`, `.tar` or `.safetensors` file, or a function without arguments that returns a module.
         trust_pickle: unpickle whole modules, which runs the code they name.
         arch: the architecture of a state dict: a Hugging Face directory or `config.json`, a transformers model type
             such as "gpt2" (with its default sizes), or `module:function`.
@@ -75,6 +75,7 @@ def load_model(
 
     Raises:
         LoadError: the path is missing, damaged, not a model, or would run code. The message says what to try.
+        TraceError: the function's model has weights that cannot be read, as `check_ready` says.
     """
     if task is not None and task not in HEADS:
         raise LoadError(f"No task '{task}'. Known: {', '.join(HEADS)}.")
@@ -94,12 +95,16 @@ def load_model(
         raise LoadError(f"{text} cannot be read: {error}") from error
 
 
+@torch.no_grad()  # weights made in inference mode refuse to be recorded
 def check_finite(model: nn.Module | ExportedProgram) -> None:
     """Refuse a model with NaN or infinite weights.
 
     Raises:
         LoadError: a weight is not finite. The message names the first such parameter and counts the affected ones.
+        TraceError, UsageError: as `surgeon.models.readiness.check_ready`, since only weights in memory can be read.
     """
+    if not isinstance(model, ExportedProgram):
+        check_ready(model)
     bad = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if bad:
         name, first = bad[0]
@@ -116,6 +121,7 @@ def _from_directory(path: Path, task: str | None) -> Source:
     if (path / "surgery.json").is_file():
         weights = [file for file in [path / "model.pt2"] if file.is_file()]
         return Source(path, "artifact", None, None, None, None, sha256_of(weights))
+    refuse_adapter(path)
     if not (path / "config.json").is_file():
         raise LoadError(f"{path} is not a model directory: it has neither config.json (Hugging Face) nor surgery.json.")
     made = load_directory(path, task)
@@ -129,22 +135,25 @@ def _from_file(path: Path, trust_pickle: bool, arch: str | None, task: str | Non
             program = read_program(path, trust_pickle=trust_pickle)
             return Source(path, "pt2", program, None, None, None, sha256_of([path]))
         case ".safetensors":
-            return _from_state_dict(path, read_safetensors(path), arch, task, ())
-        case ".pt" | ".pth" | ".bin":
+            return _from_state_dict(path, read_safetensors(path), arch, task)
+        case ".pt" | ".pth" | ".bin" | ".ckpt" | ".tar":
             content = read_torch_file(path, trust_pickle=trust_pickle)
         case suffix:
             raise LoadError(
                 f"{path.name}: cannot load {f'{suffix} files' if suffix else 'a file without a suffix'}. A model is a "
-                "directory with config.json, a .pt2, .pt, .pth, .bin or .safetensors file, or module:function."
+                "directory with config.json, a .pt2, .pt, .pth, .bin, .ckpt, .tar or .safetensors file, or "
+                "module:function."
             )
-    if isinstance(content, nn.Module):
-        config = getattr(content, "config", None)
-        return Source(path, "pickle", content, None, None, config, sha256_of([path]))
-    if _is_state_dict(content):
-        return _from_state_dict(path, content, arch, task, ())
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and _is_state_dict(content.get(key)):
-            return _from_state_dict(path, content[key], arch, task, (f"The weights were read from the key '{key}'.",))
+    modules = list(modules_in(content))
+    if modules:
+        (key, model), *others = modules
+        notes = (f"The model was read from the key '{key}'.",) if key else ()
+        if others:
+            names = some([repr(name) for name, _ in others])
+            notes = (*notes, f"The file holds other models, which were not used: {names}.")
+        return Source(path, "pickle", model, None, None, getattr(model, "config", None), sha256_of([path]), notes)
+    if holds_weights(content):
+        return _from_state_dict(path, content, arch, task)
     raise LoadError(
         f"{path.name} contains an object of type {type(content).__name__}. A model file holds a module or a state dict."
     )
@@ -154,6 +163,7 @@ def _from_function(spec: str) -> Source:
     model = call_spec(spec, LoadError)
     if not isinstance(model, nn.Module):
         raise LoadError(f"{spec} returned a {type(model).__name__}, not a torch.nn.Module.")
+    check_ready(model)
     return Source(Path(spec), "python", model, None, None, getattr(model, "config", None), _sha256_of_values(model))
 
 
@@ -169,41 +179,35 @@ def _sha256_of_values(model: nn.Module) -> str:
 # --- state dicts ------------------------------------------------------------------------------------------------------
 
 
-def _is_state_dict(content: object) -> bool:
-    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
-
-
-def _from_state_dict(
-    path: Path, state: Mapping[str, Tensor], arch: str | None, task: str | None, notes: tuple[str, ...]
-) -> Source:
+def _from_state_dict(path: Path, content: Any, arch: str | None, task: str | None) -> Source:
     if arch is None:
         raise LoadError(f"{path.name} is a state dict, not a model. Give --arch gpt2.")
-    state = dict(state)
-    for prefix in ("module.", "_orig_mod."):  # added by DistributedDataParallel and torch.compile
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-            notes = (*notes, f"The prefix '{prefix}' was removed from the names of the weights.")
-    skeleton, build = _from_arch(arch, state, task)
-    _check_fit(skeleton, state, path, arch)
+    fit, build = _from_arch(arch, content, task)
+    if fit.problems:
+        detail = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in fit.problems.items())
+        raise LoadError(
+            f"{path.name} does not fit --arch {arch} ({fit.model}). {detail}. "
+            "If the sizes differ, give --arch a config.json that has them."
+        )
     model = build()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in state:  # keep the precision of the file
-                parameter.data = parameter.data.to(state[name].dtype)
-    model.load_state_dict(state, strict=False)
+            if name in fit.state:  # keep the precision of the file
+                parameter.data = parameter.data.to(fit.state[name].dtype)
+    model.load_state_dict(fit.state, strict=False)
     config = getattr(model, "config", None)
-    return Source(path, "state_dict", model.eval(), None, None, config, sha256_of([path]), notes)
+    return Source(path, "state_dict", model.eval(), None, None, config, sha256_of([path]), fit.notes)
 
 
-def _from_arch(arch: str, state: Mapping[str, Tensor], task: str | None) -> tuple[nn.Module, Callable[[], nn.Module]]:
-    """Return the module that `arch` names, without values, and a function that builds it with values."""
+def _from_arch(arch: str, content: Any, task: str | None) -> tuple[Fit, Callable[[], nn.Module]]:
+    """Return how the weights fit the module that `arch` names, and a function that builds the module with values."""
     import transformers
 
     if is_spec(arch):
         model = call_spec(arch, LoadError)
         if not isinstance(model, nn.Module):
             raise LoadError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module.")
-        return model, lambda: model
+        return best_fit(content, model), lambda: model
     if Path(arch).exists():
         config = read_config(Path(arch))
     elif arch in transformers.CONFIG_MAPPING:
@@ -219,42 +223,20 @@ def _from_arch(arch: str, state: Mapping[str, Tensor], task: str | None) -> tupl
         heads = [model_class(config, task)]
     else:
         heads = [getattr(transformers, name) for name in _HEADS]
-    fitting: dict[Any, nn.Module] = {}
+    fits: dict[Any, Fit] = {}
     with quiet_transformers():
         for head in heads:
             make = head.from_config if hasattr(head, "from_config") else head._from_config
             # A model type has only some of the heads. For the others transformers raises ValueError.
             with contextlib.suppress(ValueError), torch.device("meta"):
-                fitting[make] = make(config)
-    if not fitting:
+                fits[make] = best_fit(content, make(config))
+    if not fits:
         raise LoadError(f"--arch {arch}: transformers has no {heads[0].__name__} for this architecture.")
-    best = min(fitting, key=lambda make: len(fitting[make].state_dict().keys() ^ state.keys()))
+    best = min(fits, key=lambda make: fits[make].badness)
 
     def build() -> nn.Module:
         with quiet_transformers():
             model: nn.Module = best(config)
         return model
 
-    return fitting[best], build
-
-
-def _check_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
-    """Refuse weights that do not fill `model`. A name may be missing if it is tied to a name that is present."""
-    own = model.state_dict(keep_vars=True)
-    loaded = {id(own[name]) for name in own.keys() & state.keys()}
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    problems = {
-        "missing": [name for name, value in own.items() if name not in state and id(value) not in loaded],
-        "unexpected": [n for n in state if n not in own and not any(re.search(p, n) for p in ignored)],
-        "of the wrong shape": [
-            f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
-            for n in state
-            if n in own and state[n].shape != own[n].shape
-        ],
-    }
-    if any(problems.values()):
-        detail = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names)
-        raise LoadError(
-            f"{path.name} does not fit --arch {arch} ({type(model).__name__}). {detail}. "
-            "If the sizes differ, give --arch a config.json that has them."
-        )
+    return fits[best], build

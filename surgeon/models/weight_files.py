@@ -88,8 +88,11 @@ def check_torch_file(path: Path, *, trust_pickle: bool = False) -> None:
         if not _has_legacy_magic(path):
             raise _damaged(path, "it has no torch.save header")
         return
-    with zipfile.ZipFile(path) as archive:
-        records = {name.partition("/")[2] for name in archive.namelist()}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = {name.partition("/")[2] for name in archive.namelist()}
+    except Exception as error:  # a damaged directory of the archive: BadZipFile, struct.error, ...
+        raise _damaged(path, error) from error
     if "constants.pkl" in records:
         raise LoadError(
             f"{path.name} is a TorchScript archive, which contains no Python modules to trace. "

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.graph.ops import VIEWS
 from surgeon.graph.traced import TracedGraph, aten, attribute, is_call, nested_graphs, tensor_of
+from surgeon.tracing.embeddings import dense_gradients
 
 
 def use_first_names(graph: TracedGraph, model: nn.Module) -> None:
@@ -64,6 +65,7 @@ def _inline_no_autocast(graph: TracedGraph) -> None:
 def clean(graph: TracedGraph) -> None:
     """Remove nodes that compute nothing: assertions on metadata, guards and dead nodes."""
     _inline_no_autocast(graph)
+    dense_gradients(graph)
     for part in nested_graphs(graph):
         for node in list(part.graph.nodes):
             guard = node.op == "call_module" and str(node.target).endswith("_guards_fn")

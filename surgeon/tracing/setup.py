@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 from surgeon.graph.agreement import call_reproducibly
 
-
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)  # hooks of a module are an OrderedDict
 
 
@@ -67,10 +66,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     holders = {id(holder): holder for holder in (*modules, *configs) if holder is not None}.values()
     attributes = [(vars(holder), dict(vars(holder))) for holder in holders if hasattr(holder, "__dict__")]
     containers = [
-        (value, copy.copy(value))
-        for _, saved in attributes
-        for value in saved.values()
-        if type(value) in _CONTAINERS
+        (value, copy.copy(value)) for _, saved in attributes for value in saved.values() if type(value) in _CONTAINERS
     ]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     try:

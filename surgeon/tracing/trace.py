@@ -25,11 +25,13 @@ from surgeon.errors import TraceError
 from surgeon.graph.calls import as_args_kwargs, check_calls, flat_inputs
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.traced import TracedGraph, fork, retie
+from surgeon.models.readiness import check_ready
 from surgeon.models.tasks import task_of
 from surgeon.tracing.check import brief, disagreement, is_random, narrow_sizes, run_reference
 from surgeon.tracing.cleanup import changed_buffers, clean, copy_written_inputs, use_first_names
 from surgeon.tracing.declared import declared_sizes
 from surgeon.tracing.dynamic_sizes import dynamic_shapes, fixed_dims, tile_single_batch
+from surgeon.tracing.embeddings import sparse_notes
 from surgeon.tracing.narrowing import free_dims
 from surgeon.tracing.setup import copied, plain_forward, unchanged, without_caches
 
@@ -76,6 +78,7 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     args, kwargs = as_args_kwargs(inputs)
     if isinstance(model, GraphModule) and is_aten_graph(model):
         return adopt(model)
+    check_ready(model)
     _refuse_keywords(model)
     model_training = model.training
     asks_for_cache = bool(kwargs.get("use_cache"))
@@ -320,6 +323,7 @@ def _notes(model: nn.Module, made: _Attempt, failures: list[_Failure], tiled: bo
             "nn.TransformerEncoder sets padded positions to zero when it runs without gradients. The graph computes "
             "what it computes with gradients, so padded positions differ."
         )
+    yield from sparse_notes(made.graph)
 
 
 @contextlib.contextmanager

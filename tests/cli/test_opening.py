@@ -5,8 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
+
+from surgeon.data.files import load_data
+from surgeon.errors import UsageError
+from surgeon.jobs.open_model import open_model
+from surgeon.jobs.options import DataOptions
 
 from .harness import Run
 
@@ -58,3 +64,16 @@ def test_trusted_pickles_state_dicts_and_programs_open(run: Run, tmp_path: Path)
         result = run("-q", "--output", "json", "inspect", *args)
         assert result.code == 0, result.err
         assert result.json["ffns"]
+
+
+def test_data_must_give_the_inputs_that_were_traced(run: Run, tmp_path: Path) -> None:
+    ids = torch.randint(5, 40, (2, 6))
+    torch.save({"input_ids": ids}, tmp_path / "ids.pt")
+    data = DataOptions("reviews.csv", text="text", label="label", max_length=16)
+    with pytest.raises(UsageError, match=r"gives the inputs input_ids, .*but the model was traced with input_ids\."):
+        open_model("bert", inputs="ids.pt", data=data)
+    opened = open_model("bert", data=data)
+    assert opened.data is not None
+    order = [batch.kwargs["input_ids"].tolist() for batch in opened.data.train]
+    again = load_data("reviews.csv", tokenizer=opened.origin.tokenizer, config=opened.origin.config, max_length=16)
+    assert order == [batch.kwargs["input_ids"].tolist() for batch in again.train]  # opening did not read an epoch

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from torch import Tensor
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import Batch, first_batches
 from surgeon.errors import DataError
+
+
+def test_first_batches_stop_at_the_number_of_samples() -> None:
+    read: list[int] = []
+
+    def items() -> Iterator[Tensor]:
+        for number in range(4):
+            read.append(number)
+            yield torch.ones(2, 3)
+
+    for samples, expected in ((1, 1), (2, 1), (3, 2), (4, 2), (99, 4)):
+        read.clear()
+        assert len(first_batches(items(), samples)) == len(read) == expected
 
 
 def test_batch_forms() -> None:

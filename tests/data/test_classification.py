@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 
 from surgeon.data.files import load_data
@@ -44,40 +44,6 @@ def test_rows_without_text_are_left_out_and_said(
     assert "2 of 5 rows have no text and are left out" in caplog.text
 
 
-def label_data(tmp_path: Path, labels: list[Any], tokenizer: Any, config: Any) -> list[int]:
-    path = write_lines(tmp_path / "a.jsonl", [{"text": "a", "label": label} for label in labels])
-    data = load_data(path, tokenizer=tokenizer, config=config, eval_fraction=0)
-    return sorted(label for batch in data.train for label in batch.labels.tolist())
-
-
-def test_label_forms(tmp_path: Path, tokenizer: Any, config: Any) -> None:
-    assert label_data(tmp_path, ["x", "y", "z", "x"], tokenizer, config) == [0, 0, 1, 2]
-    assert label_data(tmp_path, [1.0, 2.0], tokenizer, config) == [1, 2]
-    assert label_data(tmp_path, [True, False], tokenizer, config) == [0, 1]
-    config.id2label = {0: "z", 1: "y", 2: "x"}
-    config.label2id = {"z": 0, "y": 1, "x": 2}
-    assert label_data(tmp_path, ["x", "y"], tokenizer, config) == [1, 2]
-    with pytest.raises(DataError, match=r"the model has no class 'w'. It has 'z', 'y', 'x'\."):
-        label_data(tmp_path, ["x", "w"], tokenizer, config)
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ([0, 3], r"row 1: label 3 is class 3, out of range: 0 to 2"),
-        ([0, -1], r"row 1: label -1 is class -1, out of range"),
-        ([0.0, 0.5], r"row 1: label 0.5 is not a class. Regression is not supported"),
-        ([0.0, math.nan], r"row 1: label nan is not finite"),
-        ([0, None], r"row 1: label None: the row has no label"),
-        ([[0], [1]], r"row 0: label \[0\] is a list, not a class"),
-        (["a", "b", "c", "d"], r"row 3: label 'd' is class 3, out of range"),
-    ],
-)
-def test_wrong_labels(tmp_path: Path, tokenizer: Any, config: Any, labels: list[Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        label_data(tmp_path, labels, tokenizer, config)
-
-
 def test_missing_columns(tmp_path: Path, tokenizer: Any, config: Any) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"words": "a", "kind": 0}])
     with pytest.raises(DataError, match=r"has no text column. Its columns: words, kind. Name the text column"):
@@ -94,6 +60,12 @@ def test_tokenizer_troubles(tmp_path: Path, tokenizer: Any, config: Any) -> None
     path = write_lines(tmp_path / "a.jsonl", rows(5))
     with pytest.raises(UsageError, match="the model has no tokenizer"):
         load_data(path, config=config)
+    raw = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    raw.normalizer = normalizers.Replace("b", "")
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    empty = write_lines(tmp_path / "c.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": 0}])
+    with pytest.raises(DataError, match=r"the tokenizer gives no token for \('b',\)"):
+        list(load_data(empty, tokenizer=hf.PreTrainedTokenizerFast(tokenizer_object=raw), config=config).train)
     config.vocab_size = 6
     with pytest.raises(UsageError, match=r"the model has only 6 embeddings: they do not belong together"):
         list(load_data(path, tokenizer=tokenizer, config=config).train)

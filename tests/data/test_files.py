@@ -78,11 +78,13 @@ def test_order_depends_on_seed_and_epoch_alone(tmp_path: Path, tokenizer: Any, c
     assert first.fingerprint == second.fingerprint != load(1).fingerprint
 
 
-def test_fingerprint_follows_the_contents(tmp_path: Path, tokenizer: Any, config: Any) -> None:
+def test_fingerprint_follows_the_contents_and_the_options(tmp_path: Path, tokenizer: Any, config: Any) -> None:
     path = write_lines(tmp_path / "a.jsonl", rows(9))
     first = load_data(path, tokenizer=tokenizer, config=config).fingerprint
     shutil.copy(path, tmp_path / "b.jsonl")
     assert load_data(str(tmp_path / "b.jsonl"), tokenizer=tokenizer, config=config).fingerprint == first
+    for change in ({"batch_size": 4}, {"max_length": 9}, {"limit": 5}, {"eval_fraction": 0.5}, {"label": "label"}):
+        assert load_data(path, tokenizer=tokenizer, config=config, **change).fingerprint != first
     write_lines(tmp_path / "a.jsonl", rows(10))
     assert load_data(path, tokenizer=tokenizer, config=config).fingerprint != first
 
@@ -113,6 +115,9 @@ def test_one_sample_cannot_be_divided(
     path = write_lines(tmp_path / "a.jsonl", rows(1))
     assert load_data(path, tokenizer=tokenizer, config=config).eval is None
     assert "too little data to hold out a part" in caplog.text
+    held = load_data(write_lines(tmp_path / "b.jsonl", rows(4)), tokenizer=tokenizer, config=config).eval
+    assert held is not None
+    assert [batch.size for batch in held] == [1]  # a tenth of four rows, but at least one
 
 
 @pytest.mark.parametrize(

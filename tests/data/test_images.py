@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,21 @@ def test_image_classes_are_the_models(images: Path) -> None:
     config = vit(id2label={0: "dog", 1: "cat"}, label2id={"dog": 0, "cat": 1})
     (batch,) = load_data(str(images), config=config, eval_fraction=0).train
     assert torch.equal(1 - batch.kwargs["pixel_values"][:, 0, 0, 0].long(), batch.labels)
+
+
+def test_classes_in_a_metadata_file(images: Path) -> None:
+    for index in range(3):
+        (images / "dog" / f"{index}.png").rename(images / f"dog{index}.png")
+    shutil.rmtree(images / "cat")
+    shutil.rmtree(images / "dog")
+    (images / "metadata.csv").write_text("file_name,label\ndog0.png,None\ndog1.png,NA\ndog2.png,None\n")
+    config = vit(id2label={0: "NA", 1: "None"}, label2id={"NA": 0, "None": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # `datasets` leaves the file open
+        (batch,) = load_data(str(images), config=config, eval_fraction=0).train
+        gc.collect()
+    green = (batch.kwargs["pixel_values"][:, 1, 0, 0] * 3).round().long()
+    assert batch.labels.tolist() == (green != 1).long().tolist()
 
 
 def test_images_in_grey_and_of_another_shape(images: Path) -> None:

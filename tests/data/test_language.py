@@ -11,7 +11,7 @@ import transformers as hf
 
 from surgeon.data.files import load_data
 from surgeon.data.losses import evaluate
-from surgeon.errors import UsageError
+from surgeon.errors import DataError, UsageError
 
 from .tables import CLS, MASK, PAD, SEP, rows, texts, write_lines
 
@@ -31,6 +31,10 @@ def test_causal_text_shorter_than_a_chunk(tmp_path: Path, tokenizer: Any) -> Non
     (tmp_path / "a.txt").write_text("a b")
     (batch,) = load_data(str(tmp_path / "a.txt"), tokenizer=tokenizer, task="causal-lm", eval_fraction=0).train
     assert batch.kwargs["input_ids"].tolist() == [[5, 6, SEP]]
+    tokenizer.eos_token = None
+    (tmp_path / "a.txt").write_text("a")  # nothing to predict
+    with pytest.raises(DataError, match="contains no samples to train on"):
+        load_data(str(tmp_path / "a.txt"), tokenizer=tokenizer, task="causal-lm", eval_fraction=0)
 
 
 def test_causal_limit_keeps_the_first_rows(tmp_path: Path, tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
+import surgeon
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.losses import QualityMeter, evaluate, guessed_task, logits_of, task_loss
@@ -30,6 +32,7 @@ def test_task_that_labels_look_like() -> None:
     assert guessed_task(logits, labels.float()) is None
     assert guessed_task(logits, torch.zeros(2, 4, dtype=torch.long)) is None
     assert guessed_task(torch.zeros(2, 5, 4), labels) is None
+    assert guessed_task(torch.zeros(3, 4), labels) is None
 
 
 def test_logits_of() -> None:
@@ -71,6 +74,14 @@ def test_causal_labels_default_to_the_input() -> None:
     assert not torch.equal(loss(logits, Batch((), batch.kwargs, ignored)), loss(logits, batch))
 
 
+def test_mask_of_another_shape_does_not_hide_labels() -> None:
+    logits, batch = lm_batch()
+    wide = {**batch.kwargs, "attention_mask": torch.zeros(2, 1, 5, 5)}
+    plain = {"input_ids": batch.kwargs["input_ids"]}
+    loss = task_loss("causal-lm")
+    assert torch.equal(loss(logits, Batch((), wide)), loss(logits, Batch((), plain)))
+
+
 def test_masked_loss() -> None:
     logits, batch = lm_batch()
     labels = torch.full((2, 5), -100)
@@ -87,13 +98,15 @@ def test_classification_loss_in_half_precision_is_float32() -> None:
     loss = task_loss("classification")(logits, Batch((logits,), {}, labels))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy(logits.float(), labels))
+    assert torch.equal(task_loss("classification")(logits, Batch((logits,), {}, labels.int())), loss)
 
 
 def test_accuracy_counts_samples_and_takes_nan_for_wrong() -> None:
     meter = QualityMeter("sequence-classification")
     logits = torch.eye(3)
     meter.add(logits, Batch((logits,), {}, torch.tensor([0, 1, 1])))
-    meter.add(logits[:1] * math.nan, Batch((logits,), {}, torch.tensor([0])))
+    broken = torch.tensor([[math.nan, 1.0, 2.0]])  # argmax takes NaN for the largest
+    meter.add(broken, Batch((logits,), {}, torch.tensor([0])))
     result = meter.result()
     assert (result.name, result.value, result.higher_is_better, result.items) == ("accuracy", 0.5, True, 4)
     assert str(result) == "accuracy 0.5"
@@ -119,10 +132,13 @@ def test_labels_that_do_not_fit(task: str) -> None:
     attempt(fitting)
     with pytest.raises(DataError, match=f"{task} needs labels, but the batch has none"):
         attempt(None)
-    with pytest.raises(DataError, match=r"needs integer labels, not torch.float32"):
-        attempt(fitting.float())
+    for dtype in (torch.float32, torch.complex64, torch.bool):
+        with pytest.raises(DataError, match=rf"needs integer labels, not {dtype}"):
+            attempt(fitting.to(dtype))
     with pytest.raises(DataError, match=r"do not match logits"):
         attempt(fitting[:1])
+    with pytest.raises(DataError, match=r"do not match logits"):  # of another task
+        loss(logits.unsqueeze(1), Batch((logits,), {}, fitting.unsqueeze(1)))
     with pytest.raises(DataError, match="labels range from 0 to 3, but the model has 3 classes"):
         attempt(torch.where(torch.arange(fitting.numel()).view(fitting.shape) == fitting.numel() - 1, 3, 0))
     with pytest.raises(DataError, match="labels range from -1 to -1"):
@@ -150,6 +166,28 @@ def test_evaluate_weighs_batches_by_size_and_restores_the_model() -> None:
     assert result.items == 3
     assert grads == [False, False]
     assert [module.training for module in model.modules()] == [True, False, True]
+
+
+def test_evaluate_restores_the_dropout_of_a_graph() -> None:
+    graph = surgeon.trace(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), torch.eye(2)).train()
+    evaluate(graph, [Batch((torch.eye(2),), {}, torch.tensor([0, 1]))], "classification")
+    assert graph.training
+    assert "dropout.default(linear, 0.5, True)" in graph.code
+
+
+def test_evaluate_moves_batches_to_the_device_of_the_model() -> None:
+    devices: list[Any] = []
+
+    class Recorded(Batch):
+        def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Batch:
+            devices.append(device)
+            return super().to(device, dtype)
+
+    batch = Recorded((torch.eye(2),), {}, torch.tensor([0, 1]))
+    evaluate(nn.Linear(2, 2), [batch], "classification")
+    evaluate(nn.Linear(2, 2), [batch], "classification", device="cpu")
+    evaluate(nn.Identity(), [batch], "classification")
+    assert devices == [torch.device("cpu"), "cpu", torch.device("cpu")]
 
 
 def test_evaluate_restores_the_model_after_an_error() -> None:

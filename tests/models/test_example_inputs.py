@@ -240,6 +240,17 @@ def test_tokenizer_that_makes_nothing_of_a_sentence(caplog: pytest.LogCaptureFix
     assert "Random token ids are used instead" in caplog.text
 
 
+def test_parts_that_fail_are_blamed() -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise KeyError("added_tokens")
+
+    with pytest.raises(UsageError, match=r"model's tokenizer fails .*: KeyError: 'added_tokens'. .*tokenizer_config"):
+        example_inputs(build("bert"), tokenizer=broken)
+    processor = hf.ViTImageProcessor(size={"height": 0, "width": 0})
+    with pytest.raises(UsageError, match=r"model's processor fails on ordinary inputs: .*preprocessor_config.json"):
+        example_inputs(build("vit"), processor=processor)
+
+
 def test_image_processor_decides_the_size() -> None:
     processor = hf.ViTImageProcessor(size={"height": 16, "width": 16})
     model = build("vit")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from surgeon.errors import LoadError
+from surgeon.models.hugging_face import companions
 from surgeon.models.source import load_model
 from tests.models.tiny import BERT, halve
 
@@ -102,6 +103,13 @@ def test_missing_shard(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_pooler_that_is_not_there_is_noted(bert: Path) -> None:
+    weights = load_file(bert / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "pooler" not in name}
+    save_file(kept, bert / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(bert).notes == ("bert.pooler.dense.bias, bert.pooler.dense.weight are newly initialised.",)
+
+
 def test_body_that_is_not_all_there(bert: Path) -> None:
     weights = load_file(bert / "model.safetensors")
     del weights["bert.encoder.layer.1.output.dense.weight"]
@@ -110,26 +118,105 @@ def test_body_that_is_not_all_there(bert: Path) -> None:
         load_model(bert)
 
 
-def test_weights_of_another_size(bert: Path) -> None:
-    config = json.loads((bert / "config.json").read_text())
-    (bert / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
-    with pytest.raises(LoadError, match="cannot be loaded"):
+def change(folder: Path, **settings: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model._orig_mod."])
+@pytest.mark.parametrize("pickled", [True, False])
+def test_weights_of_a_wrapped_model(bert: Path, prefix: str, pickled: bool) -> None:
+    weights = load_file(bert / "model.safetensors")
+    wrapped = {prefix + name: value for name, value in weights.items()}
+    (bert / "model.safetensors").unlink()
+    if pickled:
+        torch.save(wrapped, bert / "pytorch_model.bin")
+    else:
+        save_file(wrapped, bert / "model.safetensors", metadata={"format": "pt"})
+    source = load_model(bert)
+    assert all(torch.equal(value, weights[name]) for name, value in source.model.state_dict().items())
+    assert len(source.notes) == 1
+    assert repr(prefix.split(".")[0]) in source.notes[0]
+
+
+def test_weights_of_another_shape_are_named(bert: Path) -> None:
+    change(bert, intermediate_size=48)
+    with pytest.raises(LoadError) as error:
+        load_model(bert)
+    message = str(error.value)
+    assert "6 of the weights do not have the shapes that config.json asks for" in message
+    assert "bert.encoder.layer.0.intermediate.dense.weight (64, 32) instead of (48, 32)" in message
+    change(bert, intermediate_size=64, id2label={"0": "x"})
+    with pytest.raises(LoadError, match=r"classifier.bias \(3,\) instead of \(1,\)"):
         load_model(bert)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("settings", "message"),
     [
         ({"architectures": ["NoSuchModel"]}, "names the class NoSuchModel.*never run"),
         ({"architectures": ["pipeline"]}, "names the class pipeline"),
-        ({"model_type": "nosuchtype"}, "cannot read config.json.*nosuchtype"),
+        ({"architectures": ["PreTrainedModel"]}, "names the class PreTrainedModel"),
+        ({"architectures": "BertModel"}, "gives 'BertModel' as architectures, which is not a list of class names"),
+        ({"model_type": "bret"}, "does not know the model type 'bret'. Did you mean 'bert'.*never run"),
+        ({"model_type": 3}, "it has no model_type"),
+        ({"hidden_size": "32"}, "'hidden_size' expected int, got str"),
+        ({"hidden_act": "nosuch"}, "cannot be loaded as its config.json says: KeyError: 'nosuch'"),
     ],
 )
-def test_unknown_class(bert: Path, change: dict[str, object], message: str) -> None:
-    config = json.loads((bert / "config.json").read_text())
-    (bert / "config.json").write_text(json.dumps(config | change))
+def test_config_that_says_nonsense(bert: Path, settings: dict[str, object], message: str) -> None:
+    change(bert, **settings)
     with pytest.raises(LoadError, match=message):
         load_model(bert)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is not JSON: Expecting value"),
+        ('{"é": 1}'.encode("latin-1"), "it is not UTF-8 at byte 2"),
+        pytest.param(f'{{"x": {DEEP}}}'.encode(), "its values are nested too deeply", id="deep"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "adapter_config.json"])
+def test_damaged_json(bert: Path, name: str, content: bytes, message: str) -> None:
+    if "index" in name:
+        (bert / "model.safetensors").rename(bert / "part.safetensors")
+    (bert / name).write_bytes(content)
+    with pytest.raises(LoadError, match=f"cannot read {name}: {message}"):
+        load_model(bert)
+
+
+@pytest.mark.parametrize("shard", [3, "", ".", "../model.safetensors", ["part.safetensors"]])
+def test_index_that_does_not_list_files(bert: Path, shard: object) -> None:
+    (bert / "model.safetensors").rename(bert / "part.safetensors")
+    index = bert / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": shard}}))
+    with pytest.raises(LoadError, match="does not list the weight files"):
+        load_model(bert)
+    index.write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
+    with pytest.raises(LoadError, match="has no metadata"):
+        load_model(bert)
+
+
+def test_adapter(bert: Path) -> None:
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (bert / "adapter_config.json").write_text(json.dumps(settings))
+    for _ in range(2):
+        with pytest.raises(LoadError, match=r"is a PEFT adapter \(LORA\) for org/base.*merge_and_unload"):
+            load_model(bert)
+        (bert / "config.json").unlink(missing_ok=True)  # most adapters have none
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_damaged_companions_of_a_surgery(bert: Path, name: str) -> None:
+    assert companions(bert)[0].num_labels == 3
+    (bert / name).write_text("[")
+    with pytest.raises(LoadError, match=f"cannot read {name} or a file beside it.*Save the surgery again"):
+        companions(bert)
 
 
 def test_pickled_code_among_the_weights_of_a_directory(bert: Path, net: nn.Module) -> None:

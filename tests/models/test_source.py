@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgeon.errors import LoadError
+from surgeon.errors import LoadError, TraceError
 from surgeon.models.source import check_finite, load_model
 from surgeon.models.weight_files import sha256_of
 
@@ -23,6 +23,12 @@ def test_unknown_suffix(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"x")
     with pytest.raises(LoadError, match=r"model.onnx: cannot load .onnx files"):
         load_model(tmp_path / "model.onnx")
+
+
+def test_function_whose_model_has_no_values(tmp_path: Path) -> None:
+    (tmp_path / "empty.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(2, 2, device='meta')\n")
+    with pytest.raises(TraceError, match="'weight' is on the device meta"):
+        load_model(f"{tmp_path / 'empty.py'}:make")
 
 
 def test_hash_of_several_files_depends_on_names_and_contents(tmp_path: Path) -> None:

@@ -69,6 +69,15 @@ def test_not_a_torch_file(tmp_path: Path, content: bytes) -> None:
         load_model(tmp_path / "model.pt")
 
 
+def test_torch_file_with_a_damaged_index(tmp_path: Path, net: nn.Module) -> None:
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    content = bytearray((tmp_path / "model.pt").read_bytes())
+    content[content.rindex(b"PK\x01\x02")] ^= 1
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(LoadError, match=r"model.pt was not written by torch.save, or is damaged"):
+        load_model(tmp_path / "model.pt", arch="mynet:build")
+
+
 def test_empty_file(tmp_path: Path) -> None:
     (tmp_path / "model.pt").touch()
     with pytest.raises(LoadError, match=r"model.pt is empty"):
