@@ -28,6 +28,7 @@ from surgeon.errors import LoadError
 from surgeon.models.archive import Archive, open_archive
 from surgeon.models.pickles import TRUST, unsafe_globals
 from surgeon.models.program_names import (
+    UnregisteredError,
     check_identifier,
     check_keyword_argument,
     check_operator,
@@ -69,6 +70,8 @@ def check_program(path: Path, *, trusted: bool) -> None:
         try:
             _check_records(archive, path.name)
             _check_value(schema.ExportedProgram, _parsed(archive, _MODEL), _MODEL)
+        except UnregisteredError as error:
+            raise LoadError(f"{path.name} cannot be loaded: {error}.") from error
         except NotAllowedError as error:
             raise LoadError(f"{path.name} is not what torch.export.save writes: {error}.") from error
         except RecursionError as error:

@@ -55,8 +55,8 @@ class UnregisteredError(NotAllowedError):
 
     def __init__(self, what: str, module: str, named: str) -> None:
         super().__init__(
-            f"it uses {what}, which is not registered here. Import {module} first, or name it: "
-            f"--trust-module {named}, in Python surgeon.load(..., trust_modules=('{named}',))"
+            f"{what} is not registered. Import {module} first, or name it: --trust-module {named}, "
+            f"in Python surgeon.load(..., trust_modules=('{named}',))"
         )
 
 
@@ -114,7 +114,9 @@ def check_operator(text: str) -> None:
         if space in TORCHS_OWN:
             what = f"{space}::{name}.{overload}, which torch {torch.__version__} does not have"
             raise NotAllowedError(f"it uses the operator {what}") from None
-        raise UnregisteredError(f"the operator {space}::{name}", "the package that defines it", "the_package") from None
+        raise UnregisteredError(
+            f"it uses the operator {space}::{name}, which", "the package that defines it", "the_package"
+        ) from None
 
 
 def check_source_functions(text: str) -> None:
@@ -180,7 +182,7 @@ def _registered(name: str) -> Any:
         _import(ours[1])
     if name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND or name not in known:
         module = name.rpartition(".")[0] or "the_module"
-        raise UnregisteredError(f"the class {short(name)} for inputs or outputs", f"the module {module}", module)
+        raise UnregisteredError(f"it takes or returns the class {name[:99]}, which", f"the module {module}", module)
     return known[name]
 
 

@@ -152,7 +152,9 @@ def read_program(path: Path, *, trust_pickle: bool = False) -> torch.export.Expo
         try:
             # Not torch.export.load, which prints the reason of a failure and raises another error.
             with _errors_only("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize"):
-                return load_pt2(path).exported_programs["model"]
+                program = load_pt2(path).exported_programs["model"]
+                program.module(check_guards=False)  # its parts fit each other
+                return program
         except Exception as error:
             raise LoadError(f"{path.name} cannot be loaded as a torch.export program: {_reason(error)}.") from error
 

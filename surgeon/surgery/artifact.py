@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import json
 import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance
 from surgeon.graph.calls import as_args_kwargs, named_arguments
 from surgeon.graph.snapshot import GraphDiff
 from surgeon.graph.traced import TracedGraph
+from surgeon.models.user_function import import_modules
 from surgeon.models.weight_files import read_program, sha256_of
 from surgeon.passes.report import PassDiff
 from surgeon.sites.ffn import mark_projection
@@ -94,11 +94,18 @@ def save(
     return directory
 
 
-def load(directory: str | Path) -> TracedGraph:
+def load(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> TracedGraph:
     """Load a saved graph, in evaluation mode. `graph.meta["surgery"]` holds the record of what was done.
 
+    Nothing in the directory can run code, and no module that it names is imported.
+
+    Args:
+        trust_modules: Python modules to import first. The model may use output classes and operators that they define.
+
     Raises:
-        LoadError: the directory is not a saved surgery, a file is damaged, or another version of surgeon wrote it.
+        LoadError: the directory is not a saved surgery, a file is damaged or holds what `torch.export.save` does not
+            write, or another version of surgeon wrote it; the model uses a class or an operator that is not registered;
+            a trusted module cannot be imported.
     """
     directory = Path(directory)
     record = read_record(directory)
@@ -107,10 +114,7 @@ def load(directory: str | Path) -> TracedGraph:
         raise LoadError(f"{directory} has no {MODEL}, so the saved surgery is incomplete. Save it again.")
     if sha256_of([model]) != record.model_sha256:
         raise LoadError(f"{model} is damaged or was changed: its hash differs from the one in {RECORD}. Save it again.")
-    for name in record.output_modules:
-        # Output classes register themselves when imported. Only transformers' own are ever imported by name.
-        if name.startswith("transformers."):
-            importlib.import_module(name)
+    import_modules(trust_modules)
     with quiet():
         graph = from_program(read_program(model), record.trace)
     graph.meta["surgery"] = record

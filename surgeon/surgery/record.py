@@ -19,7 +19,6 @@ from torch.fx import GraphModule
 
 from surgeon.data.losses import Quality
 from surgeon.errors import LoadError
-from surgeon.graph.calls import foreign_modules
 from surgeon.moe.knobs import compensated, get_rule, get_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassDiff, PassReport
@@ -89,7 +88,7 @@ class Record:
     schema: version of the format. versions: of the packages that wrote it. experts: layers with experts, in order.
     projections: paths of the feed-forward layers that replaced linear layers.
     tau, rule: by the path of a layer's experts. compensated: the layers that add the mean output of skipped experts.
-    output_modules: modules to import before the program can be loaded. model_sha256: of the program.
+    model_sha256: of the program.
     """
 
     schema: int
@@ -104,7 +103,6 @@ class Record:
     rule: dict[str, str]
     compensated: tuple[str, ...]
     quality: MeasuredQuality | None
-    output_modules: tuple[str, ...]
     model_sha256: str = ""
 
 
@@ -167,7 +165,6 @@ def make_record(
         rule=get_rule(graph),
         compensated=tuple(compensated(graph)),
         quality=quality,
-        output_modules=tuple(foreign_modules(graph)),
     )
     return made if first is None else replace(made, quality=_quality(made, first))
 
