@@ -15,7 +15,6 @@ import errno
 import json
 import logging
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -28,6 +27,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (registers the ops that the file holds)
+from surgeon.directories import replaced, restore
 from surgeon.errors import LoadError, PassError, SaveError
 from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
 from surgeon.graph.calls import as_args_kwargs, named_arguments
@@ -71,6 +71,7 @@ def save(
         PassError: there are no example inputs, which export needs.
     """
     directory = Path(directory)
+    restore(directory)
     if inputs is None:
         raise PassError("A surgery is saved with its example inputs. Pass them to Pipeline.run as inputs=…")
     if directory.exists() and not directory.is_dir():
@@ -81,6 +82,7 @@ def save(
         if not (directory / RECORD).exists():
             raise SaveError(f"{directory} is not empty and not a saved surgery. Give another directory.")
     program = _export(graph, *as_args_kwargs(inputs))
+    _forget_tracing(program)
     with _written_whole(directory) as fresh:
         _check_space(graph, fresh)
         torch.export.save(program, fresh / MODEL)
@@ -217,6 +219,18 @@ def _dynamic_shapes(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str,
     return {name: pytree.tree_map(free, value) for name, value in named_arguments(graph, args, kwargs).items()}
 
 
+def _forget_tracing(program: torch.export.ExportedProgram) -> None:
+    """Drop what torch notes about where a graph was traced: paths of source files, and addresses of graphs in memory.
+
+    No reader of a saved surgery needs it, and without it two runs with the same seed write the same bytes.
+    """
+    for module in program.graph_module.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                for key in ("stack_trace", "from_node", "torch_fn", "source_fn_stack"):
+                    node.meta.pop(key, None)
+
+
 def _check_space(graph: GraphModule, where: Path) -> None:
     tensors = {id(t): t for t in [*graph.parameters(), *graph.buffers()]}.values()
     needed = int(1.05 * sum(t.numel() * t.element_size() for t in tensors)) + (1 << 20)
@@ -228,31 +242,12 @@ def _check_space(graph: GraphModule, where: Path) -> None:
 @contextlib.contextmanager
 def _written_whole(directory: Path) -> Iterator[Path]:
     """A new directory that replaces the target when everything is written, and is removed otherwise."""
-    fresh: Path | None = None
-    if directory.is_symlink():
-        directory = directory.resolve()
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        fresh.chmod(0o755)
-        with warnings.catch_warnings():
+        with replaced(directory) as fresh, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield fresh
-        old = fresh.with_name(f"{fresh.name}.old")
-        if directory.exists():
-            directory.rename(old)
-        try:
-            fresh.rename(directory)
-        except OSError:
-            if old.exists():
-                old.rename(directory)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise SaveError(f"Cannot write {directory}: {error.strerror or error}. Nothing was left behind.") from error
     except RuntimeError as error:
         # torch's own file writer reports a full disk in this way.
         raise SaveError(f"Cannot write {directory}: {error}. Nothing was left behind.") from error
-    finally:
-        if fresh is not None:
-            shutil.rmtree(fresh, ignore_errors=True)

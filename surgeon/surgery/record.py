@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch.fx import GraphModule
 
 from surgeon.data.losses import Quality
+from surgeon.directories import restore
 from surgeon.errors import LoadError
 from surgeon.moe.knobs import compensated, get_rule, get_tau
 from surgeon.moe.site import find_moes
@@ -193,6 +194,7 @@ def read_record(directory: Path) -> Record:
     Raises:
         LoadError: it is missing or damaged, or another version of surgeon wrote it in another format.
     """
+    restore(directory)
     path = directory / RECORD
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
