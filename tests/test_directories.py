@@ -88,9 +88,8 @@ def test_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: boo
     for content in ("one", "two", "three"):
         write(place, content)
         assert contents(place) == {"first": content, "second": content}
-    with pytest.raises(ZeroDivisionError), replaced(place) as fresh:
-        (fresh / "first").write_text("half")
-        raise ZeroDivisionError
+    with pytest.raises(FileNotFoundError), replaced(place) as fresh:
+        (fresh / "first").rename(fresh / "second")
     assert contents(place) == {"first": "three", "second": "three"}
     assert [path.name for path in place.parent.iterdir()] == ["place"]
 

@@ -62,8 +62,10 @@ class WorkDirectory:
             before = json.loads((self.path / RECIPE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(f"There is nothing to resume: no {self.path}. Run the command without --resume.") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{self.path / RECIPE} cannot be read, so this run cannot be resumed: {error}") from error
+        if not isinstance(before, dict):
+            raise UsageError(f"{self.path / RECIPE} is damaged, so this run cannot be resumed. --overwrite drops it.")
         differing = [key for key in {**before, **recipe} if before.get(key) != recipe.get(key)]
         if differing:
             key = differing[0]

@@ -39,7 +39,7 @@ from surgeon.passes.report import PassDiff
 from surgeon.sites.ffn import mark_projection
 from surgeon.surgery.diff import Diff
 from surgeon.surgery.origin import Origin
-from surgeon.surgery.record import RECORD, Record, parse, read_record, write_record
+from surgeon.surgery.record import RECORD, Record, parse, read_json, read_record, write_record
 from surgeon.tracing.trace import TraceInfo, from_program, quiet
 
 log = logging.getLogger("surgeon")
@@ -119,6 +119,7 @@ def load(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> TracedG
     import_modules(trust_modules)
     with quiet():
         graph = from_program(read_program(model), record.trace)
+    _check_trace(graph, record, directory)
     graph.meta["surgery"] = record
     for path in record.projections:
         mark_projection(graph, path)
@@ -128,6 +129,18 @@ def load(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> TracedG
         # The model is intact; only the record of what was done to it is not.
         log.warning("%s Results that start from this surgery will not include its diff.", error)
     return graph
+
+
+def _check_trace(graph: TracedGraph, record: Record, directory: Path) -> None:
+    """Check that the record speaks of the graph's own inputs.
+
+    Raises:
+        LoadError: it does not.
+    """
+    values = [(node.name, node.meta.get("val")) for node in graph.graph.find_nodes(op="placeholder")]
+    tensors = [name for name, value in values if isinstance(value, torch.Tensor)]
+    if [entry[0] for entry in record.trace.dynamic] != tensors:
+        raise LoadError(f"{directory / RECORD} is damaged: trace.dynamic does not name the inputs of {MODEL}.")
 
 
 def load_inputs(directory: str | Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -152,11 +165,7 @@ def load_diff(directory: str | Path) -> Diff:
     """
     path = Path(directory) / DIFF
     reports = read_record(Path(directory)).passes
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path} is damaged: {error}.") from error
-    graphs = parse(list[GraphDiff], content, path)
+    graphs = parse(list[GraphDiff], read_json(path), path)
     if len(graphs) != len(reports):
         raise LoadError(f"{path} is damaged: it has {len(graphs)} passes and {RECORD} has {len(reports)}.")
     return Diff(tuple(map(PassDiff, reports, graphs)))

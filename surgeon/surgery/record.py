@@ -5,7 +5,9 @@ A record is written once, when a surgery is saved, and read once, when it is loa
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +32,8 @@ from surgeon.version import __version__
 
 Kind = TypeVar("Kind")
 SCHEMA = 2
+_DEEPEST = 50  # nested values in a file
+_reader = functools.cache(TypeAdapter[Any])  # making one takes longer than reading with it
 RECORD = "surgery.json"
 
 
@@ -196,18 +200,57 @@ def read_record(directory: Path) -> Record:
     """
     restore(directory)
     path = directory / RECORD
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        schema = content["schema"]
-    except FileNotFoundError:
-        raise LoadError(f"{directory} is not a saved surgery: it has no {RECORD}.") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LoadError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+    if not path.exists():
+        raise LoadError(f"{directory} is not a saved surgery: it has no {RECORD}.")
+    content = read_json(path)
+    if not isinstance(content, dict) or "schema" not in content:
+        raise LoadError(f"{path} is damaged: it has no schema.")
+    schema = content["schema"]
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         what = "Update surgeon to read it" if newer else "Run the surgery again, or use the version that wrote it"
         raise LoadError(f"{path} has schema {schema!r}, but this version of surgeon reads schema {SCHEMA}. {what}.")
+    # Quality alone may be NaN: that of a model whose outputs are.
+    if (place := _not_finite({key: value for key, value in content.items() if key != "quality"})) is not None:
+        raise LoadError(f"{path} is damaged: {place} is not a finite number.")
     return parse(Record, content, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that surgeon wrote.
+
+    Raises:
+        LoadError: it cannot be read, is not JSON, is nested too deeply, or has a key twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key stands in it twice")
+        return found
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        if _depth(content) > _DEEPEST:
+            raise RecursionError
+        return content
+    except RecursionError as error:
+        raise LoadError(f"{path} is damaged: it is nested too deeply.") from error
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+
+
+def _depth(value: Any) -> int:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, parts), default=0)
+
+
+def _not_finite(value: Any, place: str = "") -> str | None:
+    """Where a number is infinite or not a number."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else place.strip(".")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next((found for key, part in items if (found := _not_finite(part, f"{place}.{key}")) is not None), None)
 
 
 def parse(kind: type[Kind], content: object, path: Path) -> Kind:
@@ -218,7 +261,7 @@ def parse(kind: type[Kind], content: object, path: Path) -> Kind:
     """
     try:
         return validated(kind, content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoadError(f"{path} is damaged: {error}.") from error
 
 
@@ -229,7 +272,7 @@ def validated(kind: type[Kind], content: object) -> Kind:
         ValueError: the values do not fit; the message names the first value that is missing or has a wrong type.
     """
     try:
-        return TypeAdapter(kind).validate_python(content)
+        return _reader(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}." for part in first["loc"]).rstrip(".")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from surgeon.directories import replaced, restore
-from surgeon.errors import SaveError, first_line
+from surgeon.errors import LoadError, SaveError, first_line
 
 History = list[tuple[int, dict[str, float]]]
 
@@ -52,16 +52,25 @@ class Checkpoint:
         self._step = step
 
     def restore(self) -> tuple[int, History]:
-        """Load the state. Returns the step and the history; 0 and nothing if there is no checkpoint."""
+        """Load the state. Returns the step and the history; 0 and nothing if there is no checkpoint.
+
+        Raises:
+            LoadError: the checkpoint is damaged, or is one of another fit.
+        """
         if self._directory is None:
             return 0, []
         restore(self._directory)
         if not (self._directory / "fit.json").exists():
             return 0, []
-        self._accelerator.load_state(str(self._directory))
-        state = json.loads((self._directory / "fit.json").read_text())
-        self._step = int(state["step"])
-        return self._step, [(int(step), values) for step, values in state["history"]]
+        try:
+            self._accelerator.load_state(str(self._directory))
+            state = json.loads((self._directory / "fit.json").read_text())
+            self._step = int(state["step"])
+            return self._step, [(int(step), dict(values)) for step, values in state["history"]]
+        except Exception as error:  # accelerate and torch raise many kinds
+            raise LoadError(
+                f"The checkpoint in {self._directory} is damaged: {first_line(error)}. Start again without --resume."
+            ) from error
 
 
 @contextlib.contextmanager
