@@ -128,6 +128,7 @@ def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | No
     graph = load(source.path)
     if given is None:
         given = load_inputs(source.path)
+    _check_runs(graph, given, spec)
     config, tokenizer, processor = companions(source.path)
     info: TraceInfo = graph.meta["trace"]
     record = record_of(graph)
@@ -138,7 +139,7 @@ def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | No
 
 
 def _check_runs(graph: TracedGraph, inputs: Any, spec: str) -> None:
-    """Refuse an exported program that fails on its inputs: what it says about its sizes is then wrong.
+    """Refuse a graph from a file that fails on its inputs: what the file says of its sizes or values is then wrong.
 
     Raises:
         LoadError: a call raises an exception.
@@ -146,7 +147,9 @@ def _check_runs(graph: TracedGraph, inputs: Any, spec: str) -> None:
     try:
         call_reproducibly(graph, *as_args_kwargs(inputs))
     except Exception as error:
-        raise LoadError(f"{spec} cannot be run on its example inputs: {first_line(error)}. Export it again.") from error
+        raise LoadError(
+            f"{spec} cannot be run on its example inputs: {first_line(error)}. Write the file again, or give --inputs."
+        ) from error
 
 
 def _read(
