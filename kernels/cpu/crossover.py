@@ -42,14 +42,13 @@ def load(directory: Path) -> None:
     """Give the kernels the results that were measured on this machine. Measure them first if necessary."""
     path, key = directory / _FILE, _measured_on()
     known = _stored(path)
-    shares = known.get(key)
-    if not _is_measurement(shares):
-        shares = list(measure())
+    if not _is_measurement(known.get(key)):
+        known[key] = list(measure())
         try:
-            _write(path, json.dumps(known | {key: shares}))
+            _write(path, json.dumps(known))
         except OSError as error:
             log.warning("%s cannot be written, so every process measures again: %s", path, error)
-    for half, tokens, neurons, share in shares:
+    for half, tokens, neurons, share in known[key]:
         _give(half, tokens, neurons, share)
 
 

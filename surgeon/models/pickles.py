@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -26,5 +27,7 @@ def allowing_registered_classes() -> AbstractContextManager[object]:
 
     A class is registered by the module that defines it, so the user has imported or named that module.
     """
-    kinds = [kind for kind in pytree.SUPPORTED_NODES if kind.__module__.partition(".")[0] not in _READ_BY_TORCH]
+    kinds: list[Any] = [
+        kind for kind in pytree.SUPPORTED_NODES if kind.__module__.partition(".")[0] not in _READ_BY_TORCH
+    ]
     return torch.serialization.safe_globals(kinds)

@@ -9,6 +9,7 @@ import importlib
 import json
 import keyword
 import re
+import sys
 from typing import Any
 
 import torch
@@ -54,10 +55,14 @@ class UnregisteredError(NotAllowedError):
     """A class or an operator is not registered in this process. The message says how to register it."""
 
     def __init__(self, what: str, module: str, named: str) -> None:
-        super().__init__(
-            f"{what} is not registered. Import {module} first, or name it: --trust-module {named}, "
-            f"in Python surgeon.load(..., trust_modules=('{named}',))"
-        )
+        if named in sys.modules:
+            todo = f"{named} is imported, but does not register it: see torch.export.register_dataclass"
+        else:
+            todo = (
+                f"Import {module} first, or name it: --trust-module {named}, "
+                f"in Python surgeon.load(..., trust_modules=('{named}',))"
+            )
+        super().__init__(f"{what} is not registered. {todo}")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -121,8 +121,8 @@ def _number(node: ast.expr) -> float:
     raise NotAllowedError("not a number")
 
 
-def _check_number(value: complex) -> float:
-    _require(not isinstance(value, bool | complex))
+def _check_number(value: float) -> float:
+    _require(not isinstance(value, bool))
     _require(abs(value) < 2**64 and math.isfinite(value))
     return float(value)
 

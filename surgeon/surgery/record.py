@@ -33,7 +33,6 @@ from surgeon.version import __version__
 Kind = TypeVar("Kind")
 SCHEMA = 2
 _DEEPEST = 50  # nested values in a file
-_reader = functools.cache(TypeAdapter[Any])  # making one takes longer than reading with it
 RECORD = "surgery.json"
 
 
@@ -265,6 +264,12 @@ def parse(kind: type[Kind], content: object, path: Path) -> Kind:
         raise LoadError(f"{path} is damaged: {error}.") from error
 
 
+@functools.cache
+def _reader(kind: Any) -> TypeAdapter[Any]:
+    """Making one takes longer than reading with it."""
+    return TypeAdapter(kind)
+
+
 def validated(kind: type[Kind], content: object) -> Kind:
     """Convert JSON values to a dataclass.
 
@@ -272,7 +277,8 @@ def validated(kind: type[Kind], content: object) -> Kind:
         ValueError: the values do not fit; the message names the first value that is missing or has a wrong type.
     """
     try:
-        return _reader(kind).validate_python(content)
+        made: Kind = _reader(kind).validate_python(content)
+        return made
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}." for part in first["loc"]).rstrip(".")

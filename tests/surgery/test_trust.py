@@ -109,6 +109,13 @@ def test_trusted_module(place: Path, forget: Callable[[], None]) -> None:
     assert type(opened.inputs[0][0]) is sys.modules["own_classes"].Batch
 
 
+def test_a_module_that_registers_nothing(place: Path, write_module: Callable[[str, str], None]) -> None:
+    write_module("own_classes", "")
+    with pytest.raises(LoadError, match="own_classes is imported, but does not register it"):
+        load(place, trust_modules=("own_classes",))
+    sys.modules.pop("own_classes")
+
+
 def test_commands_take_it(place: Path, forget: Callable[[], None]) -> None:
     refused = run_surgeon("inspect", str(place))
     assert (refused.code, "--trust-module own_classes" in refused.err) == (3, True)
