@@ -115,19 +115,19 @@ def _layout(raw: BinaryIO, zipped: zipfile.ZipFile) -> str | None:
     position = behind = 0
     for info in infos:
         if info.header_offset - position not in (_BEHIND if behind else (0,)):
-            return f"there is something before the record {info.filename}"
+            return f"there is something before the record {info.filename!r}"
         raw.seek(info.header_offset)
         local = _LOCAL.unpack(raw.read(_LOCAL.size))
         behind = info.flag_bits & _SIZES_FOLLOW
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            return f"the record {info.filename} is compressed, which torch never does"
+            return f"the record {info.filename!r} is compressed, which torch never does"
         stored = (0, info.file_size, _FULL32) if behind else (info.file_size, _FULL32)
         if (
             (local[0], local[2], local[3]) != (b"PK\3\4", info.flag_bits, info.compress_type)
             or not {local[7], local[8]} <= set(stored)
             or (local[6] != info.CRC and not (behind and local[6] == 0))
         ):
-            return f"the record {info.filename} is described in two ways"
+            return f"the record {info.filename!r} is described in two ways"
         position = info.header_offset + _LOCAL.size + local[9] + local[10] + info.file_size
     if start - position not in (_BEHIND if behind else (0,)):
         return "there is something before its directory"

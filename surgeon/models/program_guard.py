@@ -31,8 +31,10 @@ from surgeon.models.program_names import (
     UnregisteredError,
     check_identifier,
     check_keyword_argument,
+    check_module_stack,
     check_operator,
     check_path,
+    check_plain,
     check_source_functions,
     check_tree,
 )
@@ -69,7 +71,7 @@ def check_program(path: Path, *, trusted: bool) -> None:
             return
         try:
             _check_records(archive, path.name)
-            _check_value(schema.ExportedProgram, _parsed(archive, _MODEL), _MODEL)
+            _check_graphs(_parsed(archive, _MODEL))
         except UnregisteredError as error:
             raise LoadError(f"{path.name} cannot be loaded: {error}.") from error
         except NotAllowedError as error:
@@ -92,10 +94,10 @@ def _check_records(archive: Archive, name: str) -> None:
     for record in archive.records:
         if record.startswith(("data/aotinductor/", "data/executorch/", "data/mtia")):
             raise LoadError(
-                f"{name} holds compiled code ({record}). Give the exported program that it was compiled from."
+                f"{name} holds compiled code ({short(record)}). Give the exported program that it was compiled from."
             )
         if record.startswith(("data/constants/opaque_obj_", "data/constants/custom_obj_")):
-            raise LoadError(f"{name} holds pickled code ({record}), which loading would run. {TRUST}")
+            raise LoadError(f"{name} holds pickled code ({short(record)}), which loading would run. {TRUST}")
         if record not in _RECORDS and not _NUMBERED.fullmatch(record):
             raise NotAllowedError(f"torch.export writes no record {short(record)}")
     for record in sorted(_NEEDED - set(archive.records)):
@@ -141,6 +143,12 @@ def _parsed(archive: Archive, record: str) -> Any:
         raise NotAllowedError(f"{record} is not valid JSON") from error
 
 
+def _check_graphs(program: Any) -> None:
+    _check_value(schema.ExportedProgram, program, _MODEL)
+    for argument in program["graph_module"]["graph"]["inputs"]:
+        check_plain(argument.get("as_string", ""))  # torch compares it with what it is called with, in source code
+
+
 def _free(text: str) -> None:
     """Any text: torch keeps it as a value."""
 
@@ -162,6 +170,8 @@ def _no_object(text: str) -> None:
 def _metadata(key: str, text: str) -> None:
     if key == "source_fn_stack":
         check_source_functions(text)
+    elif key == "nn_module_stack":
+        check_module_stack(text)
 
 
 Check = Callable[[str], None]
@@ -169,7 +179,7 @@ Check = Callable[[str], None]
 TEXTS: dict[type, dict[str, Check]] = {
     schema.Argument: {"as_string": _free, "as_strings": _free, "as_operator": check_operator,
                       "as_string_to_argument": check_identifier},
-    schema.ConstantValue: {"as_string": _free},
+    schema.ConstantValue: {"as_string": check_plain},
     schema.SymExpr: {"expr_str": check_expression},
     schema.Device: {"type": _word},
     schema.TensorArgument: {"name": check_identifier},

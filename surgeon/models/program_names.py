@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from surgeon.models.program_sizes import NotAllowedError, short
 
 _PATH_PART = re.compile(r"[\w\- +:/=@,]+")
+_PLAIN = re.compile(r"[^\x00-\x1f\x7f\u2028\u2029\"'\\]*")
 
 # Of torch's own operators, those that only compute. Others communicate, profile, or are parts of compiled programs.
 _COMPUTING = {"aten", "prims", "quantized", "quantized_decomposed", "mkldnn", "onednn"}
@@ -124,6 +125,27 @@ def check_operator(text: str) -> None:
         ) from None
 
 
+def check_plain(text: str) -> None:
+    """A text that torch puts between quotes in source code as it is."""
+    if not _PLAIN.fullmatch(text):
+        raise NotAllowedError(f"it has the text {short(text)} with a quote, a backslash or a line break")
+
+
+def check_module_stack(text: str) -> None:
+    """The modules around a node: triples `key,path,class`, joined by semicolons. Passes make modules at the paths."""
+    for entry in text.split(";"):
+        parts, depth = [""], 0
+        for letter in entry:
+            depth += (letter in "[(") - (letter in "])")
+            if letter == "," and depth == 0:
+                parts.append("")
+            else:
+                parts[-1] += letter
+        if len(parts) != 3:
+            raise NotAllowedError(f"it has the module {short(entry)}, which is no key, path and class")
+        check_path(parts[1])
+
+
 def check_source_functions(text: str) -> None:
     """The functions that a node stands for: pairs `name,torch.nn.functional.gelu`, joined by semicolons."""
     for pair in text.split(";"):
@@ -186,8 +208,10 @@ def _registered(name: str) -> Any:
     if name not in known and (ours := _OUTPUTS_OF_TRANSFORMERS.fullmatch(name)):
         _import(ours[1])
     if name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND or name not in known:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise NotAllowedError(f"it takes or returns the class {short(name)}, which is no name of a class")
         module = name.rpartition(".")[0] or "the_module"
-        raise UnregisteredError(f"it takes or returns the class {name[:99]}, which", f"the module {module}", module)
+        raise UnregisteredError(f"it takes or returns the class {name}, which", f"the module {module}", module)
     return known[name]
 
 
@@ -203,7 +227,9 @@ def _check_plain(value: Any) -> None:
     if isinstance(value, list):
         for part in value:
             _check_plain(part)
-    elif value is not None and not isinstance(value, str | int | float):
+    elif isinstance(value, str):
+        check_plain(value)
+    elif value is not None and not isinstance(value, int | float):
         raise NotAllowedError("it has a structure of inputs or outputs whose keys are neither texts nor numbers")
 
 

@@ -238,6 +238,8 @@ def _forget_tracing(program: torch.export.ExportedProgram) -> None:
             for node in module.graph.nodes:
                 for key in ("stack_trace", "from_node", "torch_fn", "source_fn_stack"):
                     node.meta.pop(key, None)
+                if stack := node.meta.get("nn_module_stack"):  # its keys may be addresses
+                    node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in stack.values()}
 
 
 def _check_space(graph: GraphModule, where: Path) -> None:

@@ -9,11 +9,11 @@ import functools
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -277,7 +277,7 @@ def validated(kind: type[Kind], content: object) -> Kind:
         ValueError: the values do not fit; the message names the first value that is missing or has a wrong type.
     """
     try:
-        made: Kind = _reader(kind).validate_python(content)
+        made: Kind = _reader(cast(Hashable, kind)).validate_python(content)
         return made
     except ValidationError as error:
         first = error.errors()[0]

@@ -20,8 +20,10 @@ from surgeon.models.program_guard import TEXTS
 from surgeon.models.program_names import (
     TORCHS_OWN,
     check_identifier,
+    check_module_stack,
     check_operator,
     check_path,
+    check_plain,
     check_source_functions,
     check_tree,
 )
@@ -54,6 +56,8 @@ ALLOWED = {
     ],
     check_path: ["", "layers.0.weight", "acts.gelu-new.alpha", "layers.0@1"],
     check_identifier: ["x", "p_layers_0_weight", "größe"],
+    check_module_stack: ["L__self__,,a.b.Net;L__self__layers.0,layers.0,torch.nn.Linear", "L[x, y],a-b,f.<locals>.C"],
+    check_plain: ["a b", "größe=1"],
     check_source_functions: ["linear,torch.nn.modules.linear.Linear;gelu,torch._C._nn.gelu"],
 }
 MARK = "open('ran', 'w')"
@@ -112,6 +116,8 @@ REFUSED = {
     ],
     check_path: ["__class__", "a..b", "a.__dict__", 'a"b', "a'b", "a\\b", "a\nb", "a(b)", "a;b"],
     check_identifier: ["", "a b", "class", "__init__", "1a", "a=1", "a,b", "a\n", "a.b"],
+    check_module_stack: ["", "a,b", 'key,a"b,Class', "key,a(b),Class", "key,a.__class__,Class", "a,b,c;d"],
+    check_plain: ["it's", 'a"b', "a\\b", "a\nb", "\0", "a\u2028b"],
     check_source_functions: ["x,torch.__builtins__.open", "x,", "x"],
 }
 
@@ -179,6 +185,8 @@ def test_trees(spec: dict[str, object]) -> None:
             "defaultdict with a factory",
         ),
         (tree("builtins.dict", "[", LEAF), "cannot be read"),
+        (tree("builtins.dict", json.dumps(["it's"]), LEAF), "with a quote"),
+        (tree("own\x1b[0m.Class", "null"), r"'own\\x1b\[0m\.Class', which is no name"),
         ({"type": None}, "cannot be read"),
         ([1, 2], "cannot be read"),
         (tree("builtins.tuple", "null", tree("builtins.tuple", "null"), tree("builtins.dict", '["a b"]', LEAF)), "a b"),
@@ -297,6 +305,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "large number": (lambda p: size(p).update(hint={"as_int": 2**70}), "too large"),
     "unknown kind": (lambda p: size(p).update(hint={"as_text": "a"}), "not one of the kinds"),
     "no text": (lambda p: node(p).pop("target"), r"Node\.target is missing"),
+    "module": (lambda p: node(p)["metadata"].update(nn_module_stack="x,a(b),C"), "is no path of a module"),
+    "constant": (lambda p: p["graph_module"]["graph"]["inputs"].append({"as_string": "'"}), "with a quote"),
     "no root": (lambda p: p["graph_module"]["module_call_graph"].pop(0), "cannot be loaded"),
 }
 
