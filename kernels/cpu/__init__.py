@@ -96,7 +96,11 @@ def _load() -> State:
     if not hasattr(torch.ops.surgeon, "dynamic_k_ffn"):
         # The library would define the operators, and Python could then no longer define them.
         raise RuntimeError("Import surgeon.kernels.dynamic_k before the native kernels are loaded.")
-    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        log.warning("The torch backend runs instead of the native kernels: %s cannot be loaded: %s", path, error)
+        return State(None, f"{path} cannot be loaded: {error}")
     if wanted:
         known = torch.ops.surgeon.cpu_instruction_sets()
         if wanted not in known:

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -28,11 +29,21 @@ class BuildError(Exception):
 
 
 def directory() -> Path:
-    """Return the directory of the built library, below `SURGEON_CACHE`, by default `~/.cache/surgeon`."""
-    root = (
-        os.environ.get("SURGEON_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "surgeon"
-    )
-    return Path(root) / "cpu" / _fingerprint()
+    """Return the directory of the built library.
+
+    It is below `SURGEON_CACHE`, by default `~/.cache/surgeon`. A user without a home directory has one of their own in
+    the directory for temporary files.
+    """
+    return _root() / "cpu" / _fingerprint()
+
+
+def _root() -> Path:
+    if given := os.environ.get("SURGEON_CACHE"):
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "surgeon"
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        return Path(tempfile.gettempdir()) / f"surgeon-{_user()}"
 
 
 def sources() -> list[Path]:
@@ -41,29 +52,30 @@ def sources() -> list[Path]:
 
 
 def built() -> bool:
-    """Whether the library was built."""
-    return _path().is_file()
+    """Whether the library was built, is whole, and cannot have been changed by other users."""
+    return _usable(_path())
 
 
 def library() -> Path:
     """Return the built library, and build it first if necessary. Other processes that want it wait meanwhile.
 
     It is built in a directory of its own and moved into place, so it is either complete or absent. A build that was
-    killed does not block the next one.
+    killed does not block the next one. A library that was damaged, or that other users can write, is built again:
+    loading it runs its code, and half a library ends the process.
 
     Raises:
-        BuildError: the compiler or ninja is missing, the build fails, or the directory cannot be written.
+        BuildError: the compiler or ninja is missing, the build fails, or the directory cannot be written or is that of
+            another user.
     """
     made = _path()
-    if made.is_file():
+    if _usable(made):
         return made
     _check_tools()
     try:
-        made.parent.mkdir(parents=True, exist_ok=True)
+        _make_private(made.parent)
         with FileLock(made.parent / "lock"):  # the system gives it back when its holder ends, however that ends
-            if made.is_file():
-                return made
-            _build(made)
+            if not _usable(made):
+                _build(made)
     except OSError as error:
         raise BuildError(
             f"{made.parent} cannot be written ({error}). Set SURGEON_CACHE to another directory."
@@ -81,7 +93,66 @@ def _build(made: Path) -> None:
     log.warning("Building the native CPU kernels, once for this machine (a minute or two) ...")
     with tempfile.TemporaryDirectory(prefix="build-", dir=made.parent) as scratch:
         _compile(Path(scratch))
-        (Path(scratch) / f"{_NAME}.so").replace(made)
+        library, checksum = Path(scratch) / made.name, Path(scratch) / _checksum(made).name
+        library.chmod(0o755)
+        checksum.write_text(_sha256(library))
+        checksum.chmod(0o644)
+        checksum.replace(_checksum(made))
+        library.replace(made)
+
+
+# --- whose files are loaded -------------------------------------------------------------------------------------------
+
+
+def _usable(made: Path) -> bool:
+    """Whether the library is there as it was built, in files and directories that no other user can write."""
+    parts = (made, _checksum(made), made.parent, made.parent.parent)
+    try:
+        return all(map(_is_private, parts)) and _checksum(made).read_bytes() == _sha256(made).encode()
+    except OSError:
+        return False
+
+
+def _checksum(made: Path) -> Path:
+    return made.with_suffix(".sha256")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _is_private(path: Path) -> bool:
+    """Whether a file or directory is the user's own, or the administrator's, and no one else may write it."""
+    found = path.lstat()
+    return os.name != "posix" or (_is_own(found) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _is_own(found: os.stat_result) -> bool:
+    return found.st_uid in (_user(), 0) and not stat.S_ISLNK(found.st_mode)
+
+
+def _user() -> int:
+    return os.geteuid() if os.name == "posix" else 0
+
+
+def _make_private(directory: Path) -> None:
+    """Make the directory for the library, and the one above it, such that no other user can write them.
+
+    Raises:
+        BuildError: one of them is that of another user. OSError: it cannot be made.
+    """
+    directory.parent.parent.mkdir(parents=True, exist_ok=True)
+    for part in (directory.parent, directory):
+        part.mkdir(mode=0o700, exist_ok=True)
+        if not _is_own(part.lstat()):
+            raise BuildError(
+                f"{part} is that of another user, whose code would run. Set SURGEON_CACHE to a directory of your own."
+            )
+        if not _is_private(part):
+            part.chmod(0o700)
+            for left in part.iterdir() if part == directory else ():  # another user may have put it there
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _compile(scratch: Path) -> None:

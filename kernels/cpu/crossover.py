@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import statistics
@@ -20,9 +21,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("surgeon")
 
 TOKENS, NEURONS = (1, 8, 64, 512, 2048), (4, 8, 16, 32, 64, 128)
 # As in models: the dense product of a smaller layer runs at another rate.
@@ -37,16 +41,39 @@ _DENSE_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTI
 def load(directory: Path) -> None:
     """Give the kernels the results that were measured on this machine. Measure them first if necessary."""
     path, key = directory / _FILE, _measured_on()
+    known = _stored(path)
+    if not _is_measurement(known.get(key)):
+        known[key] = list(measure())
+        try:
+            _write(path, json.dumps(known))
+        except OSError as error:
+            log.warning("%s cannot be written, so every process measures again: %s", path, error)
+    for half, tokens, neurons, share in known[key]:
+        _give(half, tokens, neurons, share)
+
+
+def _give(half: bool, tokens: int, neurons: int, share: float) -> None:
+    torch.ops.surgeon.cpu_set_crossover(half, tokens, neurons, share)
+
+
+def _stored(path: Path) -> dict[str, Any]:
     try:
-        known = json.loads(path.read_text())
-        shares = known.get(key)
-    except (OSError, ValueError):
-        known, shares = {}, None
-    if shares is None:
-        shares = list(measure())
-        _write(path, json.dumps(known | {key: shares}))
-    for half, tokens, neurons, share in shares:
-        torch.ops.surgeon.cpu_set_crossover(half, tokens, neurons, share)
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_measurement(shares: Any) -> bool:
+    """Whether this is a list of what `measure` yields. A file may hold anything."""
+    return isinstance(shares, list) and bool(shares) and all(map(_is_share, shares))
+
+
+def _is_share(row: Any) -> bool:
+    match row:
+        case [bool(), int(tokens), int(neurons), int() | float() as share]:
+            return tokens in TOKENS and neurons in NEURONS and 0.0 <= share <= 1.0
+    return False
 
 
 def measure() -> Iterator[tuple[bool, int, int, float]]:

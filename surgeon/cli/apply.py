@@ -16,6 +16,7 @@ from surgeon.cli.options import (
     PassList,
     SetOption,
     Task,
+    TrustModules,
     TrustPickle,
 )
 from surgeon.cli.reading import build
@@ -74,6 +75,7 @@ def apply(
         typer.Option("--seed", help="Random seed.  [default: that of a saved surgery, else 0]"),
     ] = None,
     trust_pickle: TrustPickle = False,
+    trust_modules: TrustModules = None,
     arch: Arch = None,
 ) -> None:
     """Run passes over a model and save the result.
@@ -105,7 +107,14 @@ def apply(
     options = applying.ApplyOptions(out, overwrite, dry_run, resume, verify.value, seed, tau, data, typed)
     applying.check_options(model, built, options)
     opened = open_model(
-        model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, data=data, stage=run.screen.stage
+        model,
+        inputs=inputs,
+        trust_pickle=trust_pickle,
+        trust_modules=trust_modules or (),
+        arch=arch,
+        task=task,
+        data=data,
+        stage=run.screen.stage,
     )
     for note in opened.notes:
         run.screen.say(f"note: {note}")

@@ -9,7 +9,7 @@ from surgeon.cli.answering import answer
 from surgeon.cli.app import Run, command
 from surgeon.cli.bench import bench
 from surgeon.cli.opening import open_saved
-from surgeon.cli.options import DenseModel, Device, Files, Saved, Threads, TrustPickle
+from surgeon.cli.options import DenseModel, Device, Files, Saved, Threads, TrustModules, TrustPickle
 from surgeon.jobs.options import TimingOptions
 
 
@@ -36,6 +36,7 @@ def surgery(
     ] = TimingOptions.seconds,
     out: Files = None,
     trust_pickle: TrustPickle = False,
+    trust_modules: TrustModules = None,
 ) -> None:
     """Time a saved surgery end to end, and compare it with the dense model.
 
@@ -57,6 +58,6 @@ def surgery(
     check_files(out)
     timing = TimingOptions(threads, device, seconds)
     taus = check_surgery(tau, timing, batch=batch, length=length)
-    opened, beside = open_saved(run, model, None, dense, trust_pickle=trust_pickle)
+    opened, beside = open_saved(run, model, None, dense, trust_pickle=trust_pickle, trust_modules=trust_modules or [])
     found = bench_surgery(opened, taus, timing, batch=batch, length=length, dense=beside, progress=run.screen.progress)
     answer(run, found, surgery_view(found), out, lambda file: surgery_plot(found).draw(file))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from surgeon.cli.app import Run, command
-from surgeon.cli.options import Arch, InputsOption, TrustPickle
+from surgeon.cli.options import Arch, InputsOption, TrustModules, TrustPickle
 from surgeon.errors import UsageError
 
 
@@ -19,6 +19,7 @@ def diff(
     full: Annotated[bool, typer.Option("--full", help="Show every site, node and parameter.")] = False,
     inputs: InputsOption = None,
     trust_pickle: TrustPickle = False,
+    trust_modules: TrustModules = None,
     arch: Arch = None,
 ) -> None:
     """Show what passes changed, or compare two models.
@@ -47,7 +48,14 @@ def diff(
         run.screen.result(recorded)
         return
     opened = [
-        open_model(spec, inputs=inputs, trust_pickle=trust_pickle, arch=arch, stage=run.screen.stage)
+        open_model(
+            spec,
+            inputs=inputs,
+            trust_pickle=trust_pickle,
+            trust_modules=trust_modules or (),
+            arch=arch,
+            stage=run.screen.stage,
+        )
         for spec in (first, second)
     ]
     with run.screen.stage("comparing"):

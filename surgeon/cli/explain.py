@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from surgeon.cli.app import Run, command
-from surgeon.cli.options import Arch, InputsOption, Model, PassList, SetOption, Task, TrustPickle
+from surgeon.cli.options import Arch, InputsOption, Model, PassList, SetOption, Task, TrustModules, TrustPickle
 from surgeon.cli.reading import build, check_no_pass
 
 
@@ -22,6 +22,7 @@ def explain(
     settings: SetOption = None,
     inputs: InputsOption = None,
     trust_pickle: TrustPickle = False,
+    trust_modules: TrustModules = None,
     arch: Arch = None,
     task: Task = None,
 ) -> None:
@@ -41,7 +42,15 @@ def explain(
 
     check_no_pass(model)
     built = build(passes, settings)
-    opened = open_model(model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=run.screen.stage)
+    opened = open_model(
+        model,
+        inputs=inputs,
+        trust_pickle=trust_pickle,
+        trust_modules=trust_modules or (),
+        arch=arch,
+        task=task,
+        stage=run.screen.stage,
+    )
     with run.screen.stage("explaining"):
         found = ask(opened, built, at)
     run.screen.show(explanation_view(found))

@@ -11,6 +11,7 @@ from surgeon.cli.options import (
     InputsOption,
     Model,
     Task,
+    TrustModules,
     TrustPickle,
 )
 from surgeon.cli.reading import check_no_pass
@@ -23,6 +24,7 @@ def inspect(
     graph: Annotated[bool, typer.Option("--graph", help="Also print the graph, by module path.")] = False,
     inputs: InputsOption = None,
     trust_pickle: TrustPickle = False,
+    trust_modules: TrustModules = None,
     arch: Arch = None,
     task: Task = None,
 ) -> None:
@@ -39,7 +41,15 @@ def inspect(
     from surgeon.render.inspect import inspection_view
 
     check_no_pass(model)
-    opened = open_model(model, inputs=inputs, trust_pickle=trust_pickle, arch=arch, task=task, stage=run.screen.stage)
+    opened = open_model(
+        model,
+        inputs=inputs,
+        trust_pickle=trust_pickle,
+        trust_modules=trust_modules or (),
+        arch=arch,
+        task=task,
+        stage=run.screen.stage,
+    )
     with run.screen.stage("measuring"):
         found = look(opened, with_graph=graph)
     run.screen.show(inspection_view(found))

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 
 def open_saved(
-    run: Run, model: Path, data: DataOptions | None, dense: str | None, *, trust_pickle: bool
+    run: Run,
+    model: Path,
+    data: DataOptions | None,
+    dense: str | None,
+    *,
+    trust_pickle: bool,
+    trust_modules: list[str],
 ) -> "tuple[Opened, Opened | None]":
     """Open the surgery with its data, and the dense model with a head for the same task.
 
@@ -19,7 +25,7 @@ def open_saved(
     """
     from surgeon.jobs.open_model import open_model
 
-    opened = open_model(str(model), data=data, stage=run.screen.stage)
+    opened = open_model(str(model), data=data, trust_modules=trust_modules, stage=run.screen.stage)
     if dense is None:
         return opened, None
     task = (data.task if data is not None else None) or opened.task

@@ -54,6 +54,15 @@ InputsOption = Annotated[
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Load a pickled module, which runs code from the file.")
 ]
+TrustModules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-module",
+        metavar="M",
+        help="Import this Python module first. An exported program or a saved surgery may use output classes and "
+        "operators that it registers.",
+    ),
+]
 Arch = Annotated[
     str | None,
     typer.Option(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from surgeon.cli.app import Run, command
-from surgeon.cli.options import Out, Saved
+from surgeon.cli.options import Out, Saved, TrustModules
 from surgeon.jobs.options import DataOptions
 
 
@@ -35,6 +35,7 @@ def set_(
     samples: Annotated[int, typer.Option("--samples", help="Samples of the data that --compensate reads.")] = 512,
     out: Out = None,
     data: DataOptions | None = None,
+    trust_modules: TrustModules = None,
 ) -> None:
     """Set tau and the selection rule of the layers, and store them. Without options, show what is stored.
 
@@ -51,7 +52,7 @@ def set_(
 
     wanted = setting.Wanted(setting.parse_tau(tau), setting.parse_rule(rule), compensate)
     setting.check_wanted(model, wanted, has_data=data is not None, out=out)
-    opened = open_model(str(model), data=data, stage=run.screen.stage)
+    opened = open_model(str(model), data=data, trust_modules=trust_modules or (), stage=run.screen.stage)
     found = setting.set_wanted(opened, wanted, samples=samples, out=out)
     run.screen.show(set_view(found))
     run.screen.result(found)

@@ -8,7 +8,7 @@ import typer
 from surgeon.cli.answering import answer
 from surgeon.cli.app import Run, command
 from surgeon.cli.opening import open_saved
-from surgeon.cli.options import DenseModel, Files, Saved, TrustPickle
+from surgeon.cli.options import DenseModel, Files, Saved, TrustModules, TrustPickle
 from surgeon.jobs.options import DataOptions
 
 
@@ -41,6 +41,7 @@ def sweep(
     out: Files = None,
     data: DataOptions,
     trust_pickle: TrustPickle = False,
+    trust_modules: TrustModules = None,
 ) -> None:
     """Measure quality and cost at several values of tau.
 
@@ -58,7 +59,7 @@ def sweep(
 
     taus, rules = measuring.parse_taus(tau), measuring.parse_rules(rule)
     check_files(out)
-    opened, beside = open_saved(run, model, data, dense, trust_pickle=trust_pickle)
+    opened, beside = open_saved(run, model, data, dense, trust_pickle=trust_pickle, trust_modules=trust_modules or [])
     swept = measuring.sweep(
         opened, taus, rules=rules, oracle=oracle, timed=timed, dense=beside, progress=run.screen.progress
     )

@@ -8,7 +8,7 @@ import typer
 
 from surgeon.cli.app import Run, command
 from surgeon.cli.opening import open_saved
-from surgeon.cli.options import DenseModel, Out, Saved, TrustPickle
+from surgeon.cli.options import DenseModel, Out, Saved, TrustModules, TrustPickle
 from surgeon.jobs.options import DataOptions
 
 
@@ -46,6 +46,7 @@ def tune(
     dense: DenseModel = None,
     data: DataOptions,
     trust_pickle: TrustPickle = False,
+    trust_modules: TrustModules = None,
 ) -> None:
     """Find the tau of each layer that meets a budget and hurts least, and store it.
 
@@ -64,7 +65,7 @@ def tune(
     job.check_tuning(budget, metric.value, has_dense=dense is not None)
     if out is not None:
         check_target(out, str(model), overwrite=False)
-    opened, beside = open_saved(run, model, data, dense, trust_pickle=trust_pickle)
+    opened, beside = open_saved(run, model, data, dense, trust_pickle=trust_pickle, trust_modules=trust_modules or [])
     found = job.tune(
         opened,
         budget,

@@ -177,19 +177,5 @@ def call_alike(graph: Graph, like: GraphModule) -> None:
     graph.set_codegen(copy.copy(like.graph._codegen))
 
 
-def foreign_modules(graph: GraphModule) -> list[str]:
-    """Return the Python modules whose classes appear in the graph's inputs and outputs, in alphabetical order."""
-    found: set[str] = set()
-    stack = [_info(graph).in_spec, _info(graph).out_spec]
-    while stack:
-        spec = stack.pop()
-        if spec is None:
-            continue
-        if isinstance(spec.type, type) and spec.type.__module__ not in ("builtins", "collections"):
-            found.add(spec.type.__module__)
-        stack.extend(spec.children())
-    return sorted(found)
-
-
 def _info(graph: GraphModule) -> Any:
     return graph.graph._codegen.pytree_info  # type: ignore[attr-defined]

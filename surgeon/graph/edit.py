@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch._guards import detect_fake_mode
@@ -77,6 +77,21 @@ def replace_value(old: Node, new: Node, x: Node, inside: Iterable[Node]) -> None
                 value, other = shape_of(node), shape_of(x)
                 if value and other and len(value) == len(other) and str(value[dim]) == str(other[dim]):
                     user.update_arg(0, x)
+
+
+def output_leaves(graph: GraphModule) -> list[Any]:
+    """Return what the graph's output node holds: nodes and constants, in the order of the flat output."""
+    (value,) = graph.graph.output_node().args
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def replace_outputs(graph: GraphModule, values: Mapping[int, Any]) -> None:
+    """Let the graph return other constants in some places of its flat output."""
+    leaves = output_leaves(graph)
+    for index, value in values.items():
+        leaves[index] = value
+    graph.graph.output_node().args = (tuple(leaves),)
+    graph.recompile()
 
 
 def erase_unread(graph: GraphModule, nodes: Iterable[Node]) -> None:

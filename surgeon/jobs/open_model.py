@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from surgeon.data.data import Data
 from surgeon.data.files import Loader, load_data
-from surgeon.errors import UsageError
-from surgeon.graph.calls import argument_names, named_arguments
+from surgeon.errors import LoadError, UsageError, first_line
+from surgeon.graph.agreement import call_reproducibly
+from surgeon.graph.calls import argument_names, as_args_kwargs, named_arguments
 from surgeon.graph.traced import TracedGraph
 from surgeon.jobs.options import DataOptions
 from surgeon.models.example_inputs import example_inputs
@@ -23,6 +24,7 @@ from surgeon.models.given_inputs import inputs_from, inputs_of_program
 from surgeon.models.hugging_face import companions
 from surgeon.models.source import Source, check_finite, load_model
 from surgeon.models.tasks import HEADS
+from surgeon.models.user_function import import_modules
 from surgeon.surgery.artifact import load, load_inputs
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import Record, record_of
@@ -72,6 +74,7 @@ def open_model(
     *,
     inputs: str | None = None,
     trust_pickle: bool = False,
+    trust_modules: Sequence[str] = (),
     arch: str | None = None,
     task: str | None = None,
     data: DataOptions | None = None,
@@ -82,6 +85,7 @@ def open_model(
     Args:
         inputs: as `surgeon.models.given_inputs.inputs_from` takes them. By default the model's own, or the first rows
             of the data for a model that has none.
+        trust_modules: imported first. The file may use output classes and operators that they register.
         task: chooses the head of a Hugging Face model. stage: called with the name of each step.
 
     Raises:
@@ -89,6 +93,7 @@ def open_model(
     """
     given = None if inputs is None else inputs_from(inputs)
     with stage(f"loading {spec}"):
+        import_modules(trust_modules)
         head = task if task in HEADS else None
         source = load_model(spec, trust_pickle=trust_pickle, arch=arch, task=head)
         if source.kind == "artifact":
@@ -100,6 +105,7 @@ def open_model(
     if isinstance(source.model, ExportedProgram):
         given = given if given is not None else inputs_of_program(source.model)
         graph = from_program(source.model)
+        _check_runs(graph, given, spec)
     else:
         if given is None:
             hugging_face = source.config is not None and hasattr(source.model, "main_input_name")
@@ -124,6 +130,7 @@ def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | No
     graph = load(source.path)
     if given is None:
         given = load_inputs(source.path)
+    _check_runs(graph, given, spec)
     config, tokenizer, processor = companions(source.path)
     info: TraceInfo = graph.meta["trace"]
     record = record_of(graph)
@@ -132,6 +139,20 @@ def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | No
     _check_names(read, graph)
     origin = Origin(str(source.path), "artifact", source.sha256, config, tokenizer, processor)
     return Opened(spec, graph, given, origin, info.notes, record, read)
+
+
+def _check_runs(graph: TracedGraph, inputs: Any, spec: str) -> None:
+    """Refuse a graph from a file that fails on its inputs: what the file says of its sizes or values is then wrong.
+
+    Raises:
+        LoadError: a call raises an exception.
+    """
+    try:
+        call_reproducibly(graph, *as_args_kwargs(inputs))
+    except Exception as error:
+        raise LoadError(
+            f"{spec} cannot be run on its example inputs: {first_line(error)}. Write the file again, or give --inputs."
+        ) from error
 
 
 def _read(

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from surgeon.data.losses import Quality
+from surgeon.directories import restore
 from surgeon.errors import SaveError, UsageError
 from surgeon.jobs.open_model import Opened
 from surgeon.surgery.artifact import save
@@ -21,6 +22,7 @@ def check_target(directory: Path, model: str | None = None, *, overwrite: bool) 
         SaveError: its parent cannot be written to.
     """
     where = directory.resolve()
+    restore(where)
     if model is not None and Path(model).resolve() in (where, *where.parents):
         raise UsageError(f"{directory} is the model itself, which is never changed. Give another directory with -o.")
     if directory.exists() and not directory.is_dir():

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from surgeon.directories import replaced, restore
 from surgeon.errors import SaveError, UsageError
 
 RECIPE = "recipe.json"
@@ -29,6 +30,7 @@ class WorkDirectory:
     def __init__(self, result: Path, recipe: dict[str, Any], *, resume: bool, discard: bool) -> None:
         self.path = result.with_name(f"{result.name}.work")
         recipe = json.loads(json.dumps(recipe))
+        restore(self.path)
         if self.path.exists() and not (self.path / RECIPE).is_file():
             raise UsageError(f"{self.path} is needed for checkpoints, but has other content. Move it away.")
         if resume:
@@ -39,16 +41,16 @@ class WorkDirectory:
             )
         else:
             try:
-                shutil.rmtree(self.path, ignore_errors=True)
-                self.path.mkdir(parents=True)
-                (self.path / RECIPE).write_text(json.dumps(recipe, indent=1), encoding="utf-8")
+                with replaced(self.path) as fresh:
+                    (fresh / RECIPE).write_text(json.dumps(recipe, indent=1), encoding="utf-8")
             except OSError as error:
                 raise SaveError(f"Cannot write {self.path}: {error.strerror or error}.") from error
 
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to continue from."""
-        return any(self.path.rglob("fit.json"))
+        # A hidden directory was not put in place before the run was killed.
+        return any(not path.parent.name.startswith(".") for path in self.path.rglob("fit.json"))
 
     def close(self, *, done: bool) -> None:
         """Remove the directory if the run is done or has no checkpoint."""
@@ -60,8 +62,10 @@ class WorkDirectory:
             before = json.loads((self.path / RECIPE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(f"There is nothing to resume: no {self.path}. Run the command without --resume.") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{self.path / RECIPE} cannot be read, so this run cannot be resumed: {error}") from error
+        if not isinstance(before, dict):
+            raise UsageError(f"{self.path / RECIPE} is damaged, so this run cannot be resumed. --overwrite drops it.")
         differing = [key for key in {**before, **recipe} if before.get(key) != recipe.get(key)]
         if differing:
             key = differing[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from surgeon.directories import restore
 from surgeon.errors import LoadError, some
 from surgeon.models.hugging_face import load_directory, model_class, quiet_transformers, read_config, refuse_adapter
 from surgeon.models.readiness import check_ready
@@ -80,6 +81,7 @@ def load_model(
     if task is not None and task not in HEADS:
         raise LoadError(f"No task '{task}'. Known: {', '.join(HEADS)}.")
     text, path = str(path), Path(path)
+    restore(path)
     if not path.exists():
         if is_spec(text):
             return _from_function(text)

@@ -1,4 +1,4 @@
-"""Call a function that the user names on the command line, as `module:function` or `path/to/file.py:function`."""
+"""Functions and modules that the user names on the command line: `module:function`, `path/to/file.py:function`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import importlib.util
 import operator
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from surgeon.errors import SurgeonError
+from surgeon.errors import LoadError, SurgeonError
 
 _SPEC = re.compile(r"(?P<module>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)")
 
@@ -38,19 +38,8 @@ def call_spec(spec: str, error: type[SurgeonError]) -> Any:
     if match is None:
         raise error(f"'{spec}' is neither module:function nor file.py:function.")
     module, name = match["module"], match["name"]
-    folder = Path(module).parent if module.endswith(".py") else Path()
-    with _importable(folder.resolve()):
-        try:
-            loaded = _run_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
-        except FileNotFoundError as cause:
-            raise error(f"{spec}: the file {module} does not exist.") from cause
-        except ModuleNotFoundError as cause:
-            raise error(
-                f"{spec}: the Python module '{cause.name}' cannot be imported. "
-                "Make it importable, for example with PYTHONPATH=. before the command."
-            ) from cause
-        except Exception as cause:
-            raise error(f"{spec}: importing {module} raised {type(cause).__name__}: {cause}") from cause
+    with _importable(_folder(module)):
+        loaded = _load(module, spec, error)
         try:
             function = operator.attrgetter(name)(loaded)
         except AttributeError as cause:
@@ -65,6 +54,37 @@ def call_spec(spec: str, error: type[SurgeonError]) -> Any:
             raise
         except Exception as cause:
             raise error(f"{spec} raised {type(cause).__name__}: {cause}") from cause
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules that the user trusts, so that they register their output classes and operators with torch.
+
+    They are searched where `call_spec` searches them. A name may also be a file that ends in `.py`.
+
+    Raises:
+        LoadError: a module cannot be found or raises an exception.
+    """
+    for name in names:
+        with _importable(_folder(name)):
+            _load(name, f"--trust-module {name}", LoadError)
+
+
+def _folder(module: str) -> Path:
+    return (Path(module).parent if module.endswith(".py") else Path()).resolve()
+
+
+def _load(module: str, label: str, error: type[SurgeonError]) -> ModuleType:
+    try:
+        return _run_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+    except FileNotFoundError as cause:
+        raise error(f"{label}: the file {module} does not exist.") from cause
+    except ModuleNotFoundError as cause:
+        raise error(
+            f"{label}: the Python module '{cause.name}' cannot be imported. "
+            "Make it importable, for example with PYTHONPATH=. before the command."
+        ) from cause
+    except Exception as cause:
+        raise error(f"{label}: importing {module} raised {type(cause).__name__}: {cause}") from cause
 
 
 def _run_file(path: Path) -> ModuleType:

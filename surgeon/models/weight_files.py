@@ -1,15 +1,13 @@
 """Read weight files without running code that they may contain.
 
-`torch.save` files are pickles, and unpickling can run any code. A `.pt2` archive is mostly plain data, but its reader
-also unpickles the parts that the archive marks as pickled. Every reader here inspects the file first and refuses
-pickled code, unless the caller trusts the file.
+`torch.save` files are pickles, and unpickling can run any code. A `.pt2` archive is taken at its word by its reader in
+many more ways (see `surgeon.models.program_guard`). Every reader here inspects the file first and refuses what could
+run code, unless the caller trusts the file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
 import pickle
 import pickletools
@@ -24,8 +22,7 @@ import torch
 from torch import Tensor
 
 from surgeon.errors import LoadError, first_line
-
-_TRUST = "If you trust it: --trust-pickle."
+from surgeon.models.pickles import TRUST, allowing_registered_classes, unsafe_globals
 
 
 def sha256_of(paths: Iterable[Path], root: Path | None = None) -> str:
@@ -71,7 +68,7 @@ def read_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
     except pickle.UnpicklingError as error:
         if trust_pickle:
             raise _damaged(path, error) from error
-        raise LoadError(f"{path.name} holds pickled code, which loading would run. {_TRUST}") from error
+        raise LoadError(f"{path.name} holds pickled code, which loading would run. {TRUST}") from error
     except Exception as error:
         raise _damaged(path, error) from error
 
@@ -102,10 +99,9 @@ def check_torch_file(path: Path, *, trust_pickle: bool = False) -> None:
         raise _damaged(path, "the zip archive has no data.pkl")
     if trust_pickle:
         return
-    names = _unsafe_globals(path)
-    if names is None or names:
+    if (names := unsafe_globals(path)) != []:
         detail = f" It names {', '.join(names[:3])}." if names else ""
-        raise LoadError(f"{path.name} holds pickled code, which loading would run. {_TRUST}{detail}")
+        raise LoadError(f"{path.name} holds pickled code, which loading would run. {TRUST}{detail}")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -142,72 +138,34 @@ def check_safetensors(path: Path) -> None:
 def read_program(path: Path, *, trust_pickle: bool = False) -> torch.export.ExportedProgram:
     """Load a `.pt2` file written by `torch.export.save`.
 
-    The operators of rewritten graphs and the output classes of transformers are registered first. A program that uses
-    them cannot be read otherwise.
+    The operators of rewritten graphs and the output classes of transformers are registered if the program uses them.
+    Other operators and classes must be registered before: see `surgeon.models.user_function.import_modules`.
 
     Raises:
-        LoadError: the file is damaged or truncated, is not a `torch.export` archive, contains pickled code (without
-            `trust_pickle`), or uses an operator that is not registered.
+        LoadError: the file is damaged or truncated; holds anything that `torch.export.save` does not write, or pickled
+            code (without `trust_pickle`); or uses an operator or a class that is not registered.
     """
-
-    import transformers.modeling_outputs  # noqa: F401  registers the output classes with pytree
+    from torch.export.pt2_archive._package import load_pt2
 
     import surgeon.kernels.dynamic_k  # noqa: F401  registers surgeon::dynamic_k_ffn
+    from surgeon.models.program_guard import check_program
 
-    if not trust_pickle:
-        _check_program(path)
-    try:
-        with _errors_only("torch.export", "torch.export.pt2_archive._package"):
-            return torch.export.load(path)
-    except Exception as error:
-        raise LoadError(f"{path.name} cannot be loaded as a torch.export program: {first_line(error)}") from error
-
-
-def _check_program(path: Path) -> None:
-    """Refuse an archive if reading it would unpickle anything but tensors, or load a compiled library.
-
-    `torch.export.load` unpickles example inputs, opaque constants, weights and constants marked `use_pickle`, and all
-    parts of the layout used before torch 2.8. Names that a zip reader could resolve in two ways are refused, because
-    torch and this check read the archive with different libraries. The program itself is not examined: a graph may call
-    any operator that torch can name.
-    """
-    from torch.export.pt2_archive.constants import AOTINDUCTOR_DIR, CONSTANTS_DIR, OPAQUE_OBJ_FILENAME_PREFIX
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            roots = {name.partition("/")[0] for name in names}
-            records = {name.partition("/")[2]: name for name in names}
-            if "archive_format" not in records or len(roots) != 1 or len(set(names)) != len(names):
-                raise LoadError(
-                    f"{path.name} is not a torch.export archive in the format of torch {torch.__version__}. "
-                    "Export the model again with torch.export.save."
-                )
-            if any(record.startswith(AOTINDUCTOR_DIR) for record in records):
-                raise LoadError(
-                    f"{path.name} holds compiled code (AOTInductor). Give the exported program it was compiled from."
-                )
-            pickled = {record for record in records if record.endswith(".pt")}
-            pickled |= {record for record in records if record.startswith(CONSTANTS_DIR + OPAQUE_OBJ_FILENAME_PREFIX)}
-            for record in records:
-                if record.endswith("_config.json"):
-                    folder = record.rpartition("/")[0]
-                    entries = json.loads(archive.read(records[record]))["config"].values()
-                    pickled |= {f"{folder}/{entry['path_name']}" for entry in entries if entry["use_pickle"]}
-            for record in sorted(pickled):
-                content = archive.read(records[record])
-                if content and _unsafe_globals(io.BytesIO(content)) != []:
-                    raise LoadError(f"{path.name} holds pickled code ({record}), which loading would run. {_TRUST}")
-    except (zipfile.BadZipFile, KeyError, TypeError, AttributeError, ValueError, EOFError) as error:
-        raise LoadError(f"{path.name} is damaged or truncated: {first_line(error)}") from error
+    with allowing_registered_classes():
+        check_program(path, trusted=trust_pickle)
+        try:
+            # Not torch.export.load, which prints the reason of a failure and raises another error.
+            with _errors_only("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize"):
+                program = load_pt2(path).exported_programs["model"]
+                program.module(check_guards=False)  # its parts fit each other
+                return program
+        except Exception as error:
+            raise LoadError(f"{path.name} cannot be loaded as a torch.export program: {_reason(error)}.") from error
 
 
-def _unsafe_globals(file: Path | io.BytesIO) -> list[str] | None:
-    """Return the names in a `torch.save` archive that torch's restricted reader would refuse; None if unknown."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # an unknown opcode or layout
-        return None
+def _reason(error: Exception) -> str:
+    """The last line of an error: torch quotes the node with which it failed before it says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300].rstrip(".") if lines else type(error).__name__
 
 
 def _has_legacy_magic(path: Path) -> bool:

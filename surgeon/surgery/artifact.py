@@ -12,34 +12,37 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import json
 import logging
 import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.export import Dim
+from torch.export import Dim, ShapesCollection
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (registers the ops that the file holds)
+from surgeon.directories import replaced, restore
 from surgeon.errors import LoadError, PassError, SaveError
 from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
-from surgeon.graph.calls import as_args_kwargs, named_arguments
+from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_inputs
+from surgeon.graph.edit import output_leaves, replace_outputs
+from surgeon.graph.sizes import Sizes
 from surgeon.graph.snapshot import GraphDiff
-from surgeon.graph.traced import TracedGraph
+from surgeon.graph.traced import TracedGraph, fork
+from surgeon.models.user_function import import_modules
 from surgeon.models.weight_files import read_program, sha256_of
 from surgeon.passes.report import PassDiff
 from surgeon.sites.ffn import mark_projection
 from surgeon.surgery.diff import Diff
 from surgeon.surgery.origin import Origin
-from surgeon.surgery.record import RECORD, Record, parse, read_record, write_record
+from surgeon.surgery.record import RECORD, Record, parse, read_json, read_record, write_record
+from surgeon.tracing.narrowing import free_dims, resized, sizes_of
 from surgeon.tracing.setup import copied
 from surgeon.tracing.trace import TraceInfo, from_program, quiet
 
@@ -72,6 +75,7 @@ def save(
         PassError: there are no example inputs, which export needs.
     """
     directory = Path(directory)
+    restore(directory)
     if inputs is None:
         raise PassError("A surgery is saved with its example inputs. Pass them to Pipeline.run as inputs=…")
     if directory.exists() and not directory.is_dir():
@@ -81,7 +85,13 @@ def save(
             raise SaveError(f"{directory} exists and is not empty. Give another directory, or overwrite=True.")
         if not (directory / RECORD).exists():
             raise SaveError(f"{directory} is not empty and not a saved surgery. Give another directory.")
+    # torch.export writes texts in the output, but cannot read them again.
+    texts = {index: leaf for index, leaf in enumerate(output_leaves(graph)) if isinstance(leaf, str)}
+    if texts:
+        graph = fork(graph)
+        replace_outputs(graph, dict.fromkeys(texts))
     program = _export(graph, *as_args_kwargs(inputs))
+    _forget_tracing(program)
     with _written_whole(directory) as fresh:
         _check_space(graph, fresh)
         torch.export.save(program, fresh / MODEL)
@@ -91,15 +101,22 @@ def save(
                     part.save_pretrained(fresh)
         diffs = [asdict(pass_.graph) for pass_ in diff.passes]
         (fresh / DIFF).write_text(json.dumps(diffs), encoding="utf-8")
-        write_record(replace(record, model_sha256=sha256_of([fresh / MODEL])), fresh)
+        write_record(replace(record, output_texts=tuple(texts.items()), model_sha256=sha256_of([fresh / MODEL])), fresh)
     return directory
 
 
-def load(directory: str | Path) -> TracedGraph:
+def load(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> TracedGraph:
     """Load a saved graph, in evaluation mode. `graph.meta["surgery"]` holds the record of what was done.
 
+    Nothing in the directory can run code, and no module that it names is imported.
+
+    Args:
+        trust_modules: Python modules to import first. The model may use output classes and operators that they define.
+
     Raises:
-        LoadError: the directory is not a saved surgery, a file is damaged, or another version of surgeon wrote it.
+        LoadError: the directory is not a saved surgery, a file is damaged or holds what `torch.export.save` does not
+            write, or another version of surgeon wrote it; the model uses a class or an operator that is not registered;
+            a trusted module cannot be imported.
     """
     directory = Path(directory)
     record = read_record(directory)
@@ -108,12 +125,12 @@ def load(directory: str | Path) -> TracedGraph:
         raise LoadError(f"{directory} has no {MODEL}, so the saved surgery is incomplete. Save it again.")
     if sha256_of([model]) != record.model_sha256:
         raise LoadError(f"{model} is damaged or was changed: its hash differs from the one in {RECORD}. Save it again.")
-    for name in record.output_modules:
-        # Output classes register themselves when imported. Only transformers' own are ever imported by name.
-        if name.startswith("transformers."):
-            importlib.import_module(name)
+    import_modules(trust_modules)
     with quiet():
         graph = from_program(read_program(model), record.trace)
+    _check_trace(graph, record, directory)
+    if record.output_texts:
+        replace_outputs(graph, dict(record.output_texts))
     graph.meta["surgery"] = record
     for path in record.projections:
         mark_projection(graph, path)
@@ -123,6 +140,23 @@ def load(directory: str | Path) -> TracedGraph:
         # The model is intact; only the record of what was done to it is not.
         log.warning("%s Results that start from this surgery will not include its diff.", error)
     return graph
+
+
+def _check_trace(graph: TracedGraph, record: Record, directory: Path) -> None:
+    """Check that the record speaks of the graph's own inputs and outputs.
+
+    Raises:
+        LoadError: it does not.
+    """
+    values = [(node.name, node.meta.get("val")) for node in graph.graph.find_nodes(op="placeholder")]
+    shapes = [(name, value.dim() if isinstance(value, torch.Tensor) else None) for name, value in values]
+    sizes = Sizes.parse(record.trace.sizes)
+    given = [(given.name, None if given.shape is None else len(given.shape)) for given in sizes.inputs]
+    if given != shapes or tuple(free_dims(sizes)) != record.trace.dynamic:
+        raise LoadError(f"{directory / RECORD} is damaged: trace.sizes are not those of the inputs of {MODEL}.")
+    constants = dict(enumerate(output_leaves(graph)))
+    if any(constants.get(index, "") is not None for index, _ in record.output_texts):
+        raise LoadError(f"{directory / RECORD} is damaged: output_texts are not constants of {MODEL}.")
 
 
 def load_inputs(directory: str | Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -147,27 +181,20 @@ def load_diff(directory: str | Path) -> Diff:
     """
     path = Path(directory) / DIFF
     reports = read_record(Path(directory)).passes
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path} is damaged: {error}.") from error
-    graphs = parse(list[GraphDiff], content, path)
+    graphs = parse(list[GraphDiff], read_json(path), path)
     if len(graphs) != len(reports):
         raise LoadError(f"{path} is damaged: it has {len(graphs)} passes and {RECORD} has {len(reports)}.")
     return Diff(tuple(map(PassDiff, reports, graphs)))
 
 
 def _export(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    # Inputs that are one and the same tensor would become one input.
-    args, kwargs = copied(_at_least_two(graph, args, kwargs))
+    args, kwargs, shapes = _for_export(graph, args, kwargs)
     training = graph.training
     info: TraceInfo = graph.meta["trace"]
     graph.train()
     try:
         with quiet(), torch.no_grad():
-            program = torch.export.export(
-                graph, args, kwargs, strict=False, dynamic_shapes=_dynamic_shapes(graph, args, kwargs, info)
-            )
+            program = torch.export.export(graph, args, kwargs, strict=False, dynamic_shapes=shapes)
             exported = from_program(program, info)
     except Exception as error:
         raise SaveError(f"The graph cannot be exported: {error}") from error
@@ -184,35 +211,26 @@ def _export(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return program
 
 
-def _at_least_two(
+def _for_export(
     graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs with a batch of 1 doubled where the batch is dynamic, since export fixes dimensions of size 1."""
-    info: TraceInfo = graph.meta["trace"]
-    flat = iter(info.dynamic)
+) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """The inputs of a call in the graph's order, each a tensor of its own, and which of their sizes stay free.
 
-    def grow(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        _, dims = next(flat)
-        return torch.cat([leaf, leaf]) if 0 in dims and leaf.shape[0] == 1 else leaf
-
-    grown = {name: pytree.tree_map(grow, value) for name, value in named_arguments(graph, args, kwargs).items()}
-    values = list(grown.items())
-    return tuple(value for _, value in values[: len(args)]), dict(values[len(args) :])
-
-
-def _dynamic_shapes(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any], info: TraceInfo) -> Any:
-    """The dynamic dimensions of the trace, in the structure of the graph's arguments."""
-    dynamic = iter(info.dynamic)
-
-    def free(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return None
-        _, dims = next(dynamic)
-        return dict.fromkeys(dims, Dim.AUTO)
-
-    return {name: pytree.tree_map(free, value) for name, value in named_arguments(graph, args, kwargs).items()}
+    Sizes of 1 that may change are made larger, since export fixes them.
+    """
+    sizes = Sizes.parse(graph.meta["trace"].sizes)
+    flat = flat_inputs(graph, args, kwargs)
+    wanted = {
+        name: next(larger for larger in range(2, 2 + 2 * axis.multiple) if larger in axis) if size < 2 else size
+        for name, size in sizes_of(sizes, flat).items()
+        if (axis := sizes.axes[name]).most != 1
+    }
+    args, kwargs = copied(unflatten_inputs(graph, resized(sizes, flat, wanted)))
+    shapes = ShapesCollection()
+    for given, leaf in zip(sizes.inputs, pytree.tree_leaves((args, kwargs)), strict=True):
+        if dims := [dim for dim, size in enumerate(given.shape or ()) if isinstance(size, str)]:
+            shapes[leaf] = dict.fromkeys(dims, Dim.AUTO)
+    return args, kwargs, shapes.dynamic_shapes(graph, args, kwargs)
 
 
 def _check_space(graph: GraphModule, where: Path) -> None:
@@ -226,31 +244,12 @@ def _check_space(graph: GraphModule, where: Path) -> None:
 @contextlib.contextmanager
 def _written_whole(directory: Path) -> Iterator[Path]:
     """A new directory that replaces the target when everything is written, and is removed otherwise."""
-    fresh: Path | None = None
-    if directory.is_symlink():
-        directory = directory.resolve()
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        fresh.chmod(0o755)
-        with warnings.catch_warnings():
+        with replaced(directory) as fresh, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield fresh
-        old = fresh.with_name(f"{fresh.name}.old")
-        if directory.exists():
-            directory.rename(old)
-        try:
-            fresh.rename(directory)
-        except OSError:
-            if old.exists():
-                old.rename(directory)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise SaveError(f"Cannot write {directory}: {error.strerror or error}. Nothing was left behind.") from error
     except RuntimeError as error:
         # torch's own file writer reports a full disk in this way.
         raise SaveError(f"Cannot write {directory}: {error}. Nothing was left behind.") from error
-    finally:
-        if fresh is not None:
-            shutil.rmtree(fresh, ignore_errors=True)

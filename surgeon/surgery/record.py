@@ -5,21 +5,24 @@ A record is written once, when a surgery is saved, and read once, when it is loa
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.fx import GraphModule
 
 from surgeon.data.losses import Quality
+from surgeon.directories import restore
 from surgeon.errors import LoadError
-from surgeon.graph.calls import foreign_modules
+from surgeon.graph.sizes import Sizes
 from surgeon.moe.knobs import compensated, get_rule, get_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassDiff, PassReport
@@ -29,7 +32,8 @@ from surgeon.tracing.trace import TraceInfo
 from surgeon.version import __version__
 
 Kind = TypeVar("Kind")
-SCHEMA = 2
+SCHEMA = 3
+_DEEPEST = 50  # nested values in a file
 RECORD = "surgery.json"
 
 
@@ -89,7 +93,7 @@ class Record:
     schema: version of the format. versions: of the packages that wrote it. experts: layers with experts, in order.
     projections: paths of the feed-forward layers that replaced linear layers.
     tau, rule: by the path of a layer's experts. compensated: the layers that add the mean output of skipped experts.
-    output_modules: modules to import before the program can be loaded. model_sha256: of the program.
+    output_texts: (place in the flat output, text) of texts that the graph returns. model_sha256: of the program.
     """
 
     schema: int
@@ -104,7 +108,7 @@ class Record:
     rule: dict[str, str]
     compensated: tuple[str, ...]
     quality: MeasuredQuality | None
-    output_modules: tuple[str, ...]
+    output_texts: tuple[tuple[int, str], ...] = ()
     model_sha256: str = ""
 
 
@@ -167,7 +171,6 @@ def make_record(
         rule=get_rule(graph),
         compensated=tuple(compensated(graph)),
         quality=quality,
-        output_modules=tuple(foreign_modules(graph)),
     )
     return made if first is None else replace(made, quality=_quality(made, first))
 
@@ -196,19 +199,64 @@ def read_record(directory: Path) -> Record:
     Raises:
         LoadError: it is missing or damaged, or another version of surgeon wrote it in another format.
     """
+    restore(directory)
     path = directory / RECORD
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        schema = content["schema"]
-    except FileNotFoundError:
-        raise LoadError(f"{directory} is not a saved surgery: it has no {RECORD}.") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LoadError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+    if not path.exists():
+        raise LoadError(f"{directory} is not a saved surgery: it has no {RECORD}.")
+    content = read_json(path)
+    if not isinstance(content, dict) or "schema" not in content:
+        raise LoadError(f"{path} is damaged: it has no schema.")
+    schema = content["schema"]
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         what = "Update surgeon to read it" if newer else "Run the surgery again, or use the version that wrote it"
         raise LoadError(f"{path} has schema {schema!r}, but this version of surgeon reads schema {SCHEMA}. {what}.")
-    return parse(Record, content, path)
+    # Quality alone may be NaN: that of a model whose outputs are.
+    if (place := _not_finite({key: value for key, value in content.items() if key != "quality"})) is not None:
+        raise LoadError(f"{path} is damaged: {place} is not a finite number.")
+    record = parse(Record, content, path)
+    try:
+        Sizes.parse(record.trace.sizes)
+    except ValueError as error:
+        raise LoadError(f"{path} is damaged: trace.sizes: {error}.") from error
+    return record
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that surgeon wrote.
+
+    Raises:
+        LoadError: it cannot be read, is not JSON, is nested too deeply, or has a key twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key stands in it twice")
+        return found
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        if _depth(content) > _DEEPEST:
+            raise RecursionError
+        return content
+    except RecursionError as error:
+        raise LoadError(f"{path} is damaged: it is nested too deeply.") from error
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} is damaged: {type(error).__name__}: {error}.") from error
+
+
+def _depth(value: Any) -> int:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, parts), default=0)
+
+
+def _not_finite(value: Any, place: str = "") -> str | None:
+    """Where a number is infinite or not a number."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else place.strip(".")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return next((found for key, part in items if (found := _not_finite(part, f"{place}.{key}")) is not None), None)
 
 
 def parse(kind: type[Kind], content: object, path: Path) -> Kind:
@@ -219,8 +267,14 @@ def parse(kind: type[Kind], content: object, path: Path) -> Kind:
     """
     try:
         return validated(kind, content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoadError(f"{path} is damaged: {error}.") from error
+
+
+@functools.cache
+def _reader(kind: Any) -> TypeAdapter[Any]:
+    """Making one takes longer than reading with it."""
+    return TypeAdapter(kind)
 
 
 def validated(kind: type[Kind], content: object) -> Kind:
@@ -230,7 +284,8 @@ def validated(kind: type[Kind], content: object) -> Kind:
         ValueError: the values do not fit; the message names the first value that is missing or has a wrong type.
     """
     try:
-        return TypeAdapter(kind).validate_python(content)
+        made: Kind = _reader(cast(Hashable, kind)).validate_python(content)
+        return made
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}." for part in first["loc"]).rstrip(".")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from surgeon.graph.agreement import without_none
@@ -16,18 +15,17 @@ from surgeon.graph.sizes import Sizes
 from surgeon.tracing.setup import run_alone
 
 
-def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the `dynamic_shapes` of an export: batch and sequence dimensions are free, all others fixed.
 
     The first dimension of every tensor is free. The second is free for integer and boolean tensors (token ids, masks)
     and for three-dimensional float tensors (embeddings). Export fixes the dimensions that the model needs fixed.
     """
-
-    def free(value: object) -> dict[int, Any] | None:
-        return dict.fromkeys(_free_dims(value), Dim.AUTO) if isinstance(value, Tensor) else None
-
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return {name: pytree.tree_map(free, value) for name, value in bound.items()}
+    shapes = ShapesCollection()
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and (dims := _free_dims(leaf)):
+            shapes[leaf] = dict.fromkeys(dims, Dim.AUTO)
+    return shapes.dynamic_shapes(model, args, kwargs)
 
 
 def fixed_dims(sizes: Sizes, leaves: Sequence[Any]) -> list[str]:

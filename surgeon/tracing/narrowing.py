@@ -263,6 +263,16 @@ def resized(sizes: Sizes, leaves: Sequence[Any], wanted: Mapping[str, int]) -> l
     return result
 
 
+def sizes_of(sizes: Sizes, leaves: Sequence[Any]) -> dict[str, int]:
+    """Return the size of every axis in flat inputs."""
+    found: dict[str, int] = {}
+    for given, leaf in zip(sizes.inputs, leaves, strict=True):
+        for dim, size in enumerate(given.shape or ()):
+            if size in sizes.axes:
+                found.setdefault(str(size), leaf.shape[dim])
+    return found
+
+
 def _boundary(bad: int, good: int, step: int, ok: Callable[[int], bool]) -> int:
     """Return the last size that is ok on the way from `good` to `bad`, by halving the way."""
     while abs(bad - good) > step:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import logging
 import math
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +29,7 @@ from surgeon.errors import DataError, PassError, UsageError
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.progress import Progress
 from surgeon.tracing.trace import TraceInfo
+from surgeon.training.checkpoint import Checkpoint, Stateful, saving
 from surgeon.training.penalty import Sparsity
 
 log = logging.getLogger("surgeon")
@@ -40,16 +39,6 @@ Precision = Literal["float32", "bfloat16"]
 CHECKPOINT_SECONDS = 60.0
 # Maps a batch and the completed share of the fit to (loss, named values to show).
 BatchLoss = Callable[[Batch, float], tuple[Tensor, dict[str, float]]]
-
-
-class Stateful(Protocol):
-    """An object whose state can be saved in a checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Restore a state."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +133,7 @@ def fit(
 
     Raises:
         PassError: the loss is not finite.
+        SaveError: a checkpoint cannot be written, for example on a full disk. The earlier one is kept.
         KeyboardInterrupt: the fit was interrupted. A checkpoint was written if there is a workdir.
     """
     from accelerate import Accelerator
@@ -169,7 +159,8 @@ def fit(
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.rate(step / total))
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
-    checkpoint = _Checkpoint(accelerator, [trained, *stateful], settings, key)
+    directory = None if settings.workdir is None else settings.workdir / key
+    checkpoint = Checkpoint(accelerator, [trained, *stateful], directory)
     step, history = checkpoint.restore() if settings.resume else (0, [])
     resumed_at, started, saved = step, time.monotonic(), time.monotonic()
     undo_part = _remember(stateful, device)
@@ -237,10 +228,11 @@ def start_alike(graph: GraphModule, made: Sequence[str], settings: RunSettings) 
             for name, tensor in state.items():
                 tensor.copy_(kept[name])
         return
-    settings.workdir.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    torch.save(state, fresh)
-    fresh.rename(path)
+    with saving(f"{path} cannot be written"):
+        settings.workdir.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".new")
+        torch.save(state, fresh)
+        fresh.rename(path)
 
 
 def loss_of(graph: GraphModule, data: Data) -> Loss:
@@ -316,32 +308,6 @@ def _remember(stateful: Sequence[Stateful], device: torch.device) -> Callable[[]
 
 def _format(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-
-
-class _Checkpoint:
-    """The state of a fit on disk. It is written to a new folder and then renamed, so that it is never incomplete."""
-
-    def __init__(self, accelerator: Any, kept: Sequence[Stateful], settings: RunSettings, key: str) -> None:
-        self._accelerator = accelerator
-        self._directory = None if settings.workdir is None else settings.workdir / key
-        accelerator.register_for_checkpointing(*kept)
-
-    def save(self, step: int, history: list[tuple[int, dict[str, float]]]) -> None:
-        if self._directory is None:
-            return
-        fresh = self._directory.with_name(f"{self._directory.name}.new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        self._accelerator.save_state(str(fresh))
-        (fresh / "fit.json").write_text(json.dumps({"step": step, "history": history}))
-        shutil.rmtree(self._directory, ignore_errors=True)
-        fresh.rename(self._directory)
-
-    def restore(self) -> tuple[int, list[tuple[int, dict[str, float]]]]:
-        if self._directory is None or not (self._directory / "fit.json").exists():
-            return 0, []
-        self._accelerator.load_state(str(self._directory))
-        state = json.loads((self._directory / "fit.json").read_text())
-        return int(state["step"]), [(int(step), values) for step, values in state["history"]]
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,15 @@ from tests.small_models import labelled_vectors, stack, vectors
 from tests.surgery.forms import FORMS
 
 
+def converted(form: str) -> Surgery:
+    made = Pipeline(FORMS[form]).run(stack("gelu"), inputs=vectors(), data=labelled_vectors(1), seed=5)
+    return made.set_tau({"blocks.0.ffn": 0.25, "blocks.1.ffn": 0.5})
+
+
 @pytest.fixture(scope="session")
 def surgeries() -> dict[str, Surgery]:
     """A small model with experts, before and after lowering, with one tau for each layer."""
-    made = {}
-    for form, passes in FORMS.items():
-        made[form] = Pipeline(passes).run(stack("gelu"), inputs=vectors(), data=labelled_vectors(1), seed=5)
-        made[form].set_tau({"blocks.0.ffn": 0.25, "blocks.1.ffn": 0.5})
-    return made
+    return {form: converted(form) for form in FORMS}
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from surgeon.errors import LoadError
 from surgeon.models.weight_files import sha256_of
 from surgeon.surgery.artifact import DIFF, MODEL, load, load_diff
-from surgeon.surgery.record import RECORD
+from surgeon.surgery.record import RECORD, read_record
 
 
 @pytest.fixture
@@ -30,6 +32,10 @@ def with_record(copy: Path, **changes: Any) -> None:
     record = json.loads((copy / RECORD).read_text())
     record.update(changes)
     (copy / RECORD).write_text(json.dumps({key: value for key, value in record.items() if value is not ...}))
+
+
+def with_text(copy: Path, text: str) -> None:
+    (copy / RECORD).write_text(text)
 
 
 def retold(copy: Path) -> None:
@@ -54,6 +60,15 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "record_without_schema": (lambda c: (c / RECORD).write_text("{}"), "is damaged"),
     "record_without_key": (lambda c: with_record(c, trace=...), "is damaged: trace: field required"),
     "record_with_wrong_type": (lambda c: with_record(c, trace={}), "is damaged: trace.form: field required"),
+    "record_nested": (lambda c: with_text(c, "[" * 100_000), "is damaged: it is nested too deeply"),
+    "record_with_a_key_twice": (
+        lambda c: with_text(c, (c / RECORD).read_text().replace("{", '{"schema": 2,', 1)),
+        "a key stands in it twice",
+    ),
+    "record_with_infinity": (
+        lambda c: with_text(c, (c / RECORD).read_text().replace('"seconds": ', '"seconds": 9e999, "x": ', 1)),
+        r"passes\.0\.seconds is not a finite number",
+    ),
     "record_older": (lambda c: with_record(c, schema=1), r"has schema 1, .* Run the surgery again"),
     "record_newer": (lambda c: with_record(c, schema=99), r"has schema 99, but .* reads schema 2\. Update surgeon"),
 }
@@ -77,11 +92,40 @@ def test_damaged_diff(copy: Path) -> None:
     assert load(copy)  # the graph does not need it
 
 
-def test_output_modules_of_others_are_not_imported(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with_record(copy, output_modules=["evil"])
-    assert load(copy)
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, part in items for place in places(part, (*path, key)))]
+
+
+OTHERS = [None, True, -1, 2**70, 1.5, float("nan"), float("inf"), "", "x", [], {}, [[1]], {"a": {"b": []}}]
+
+
+@pytest.mark.parametrize(("file", "read"), [(RECORD, read_record), (DIFF, load_diff)])
+def test_any_value_of_another_type(copy: Path, file: str, read: Callable[[Path], object]) -> None:
+    """Each value in turn is replaced by others: the file is refused, or reads as well."""
+    content, chosen = json.loads((copy / file).read_text()), random.Random(0)
+    refused = 0
+    for *above, last in places(content)[1:]:
+        holder = content
+        for key in above:
+            holder = holder[key]
+        kept = holder[last]
+        for other in chosen.sample(OTHERS, 2):
+            holder[last] = other
+            (copy / file).write_text(json.dumps(content))
+            try:
+                read(copy)
+            except LoadError:
+                refused += 1
+        holder[last] = kept
+    assert refused > 100
+
+
+def test_inputs_of_another_graph(copy: Path) -> None:
+    trace = json.loads((copy / RECORD).read_text())["trace"]
+    with_record(copy, trace=trace | {"dynamic": []})
+    with pytest.raises(LoadError, match=r"is damaged: trace\.dynamic does not name the inputs of model\.pt2"):
+        load(copy)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

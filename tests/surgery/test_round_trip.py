@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,10 @@ from surgeon.graph.traced import TracedGraph
 from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify, Sparsify
-from surgeon.surgery.artifact import load
+from surgeon.surgery.artifact import DIFF, MODEL, load
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.pipeline import Pipeline
-from surgeon.surgery.record import read_record, record_of
+from surgeon.surgery.record import RECORD, read_record, record_of
 from surgeon.surgery.surgery import Surgery
 from tests.small_models import WIDTH, Plain, Wrapped, stack, vectors
 from tests.surgery.forms import FORMS, forms
@@ -160,3 +161,40 @@ def test_torch_alone_reads_it_once_the_operators_are_registered(tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     got = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     assert torch.allclose(got, surgery.graph(x), atol=1e-5)
+
+
+WRITER = """
+import sys, torch
+from tests.surgery.conftest import converted
+torch.set_num_threads(1)
+converted("dynamic").save(sys.argv[1] + "/dynamic")
+"""
+
+
+def times_of(record: Any) -> list[str]:
+    """Replace all durations of a record by zero; return where they were."""
+    found = []
+    if isinstance(record, dict | list):
+        for key, value in list(record.items()) if isinstance(record, dict) else enumerate(record):
+            if key == "seconds":
+                record[key] = 0.0
+                found.append(key)
+            found += times_of(value)
+    return found
+
+
+def test_another_process_in_another_directory_writes_the_same_bytes(saved: dict[str, Path], tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment | {"PYTHONHASHSEED": "11"})
+    for file in (MODEL, DIFF):
+        assert (tmp_path / "dynamic" / file).read_bytes() == (saved["dynamic"] / file).read_bytes(), file
+    records = [json.loads((place / RECORD).read_text()) for place in (saved["dynamic"], tmp_path / "dynamic")]
+    assert times_of(records[0]) == times_of(records[1]) != []
+    assert records[0] == records[1]
+
+
+def test_no_local_paths_are_saved(saved: dict[str, Path]) -> None:
+    content = (saved["dynamic"] / MODEL).read_bytes()
+    assert b"stack_trace" not in content
+    assert str(Path(__file__).parents[2]).encode() not in content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from surgeon.errors import PassError, SaveError
+from surgeon.models.source import load_model
 from surgeon.moe.site import find_moes
 from surgeon.passes import SwapActivation
 from surgeon.surgery.artifact import DIFF, MODEL, load
@@ -108,19 +110,24 @@ def test_the_old_one_stays_when_the_new_one_cannot_take_its_place(
 ) -> None:
     place = tmp_path / "a"
     shutil.copytree(saved["masked"], place)
-    original = Path.rename
 
-    def rename(self: Path, target: Any) -> Any:
-        if Path(target) == place and not self.name.endswith(".old"):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return original(self, target)
+    def fail(one: Path, other: Path) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(SaveError):
+    monkeypatch.setattr("surgeon.directories._exchange", fail)
+    with pytest.raises(SaveError, match="Input/output error"):
         surgeries["dynamic"].save(place, overwrite=True)
-    monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert {site.form for site in find_moes(load(place))} == {"masked"}
+
+
+def test_a_surgery_that_was_being_replaced_is_found(saved: dict[str, Path], tmp_path: Path) -> None:
+    """Its process was killed after the old one was renamed, on a file system that cannot exchange names."""
+    left = tmp_path / f".a.old.99999999.{platform.node()}.x"
+    shutil.copytree(saved["masked"], left)
+    assert load_model(tmp_path / "a").kind == "artifact"
+    (tmp_path / "a").rename(left)
+    assert load(tmp_path / "a")
 
 
 def test_no_permission(surgeries: dict[str, Surgery], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

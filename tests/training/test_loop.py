@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
-from surgeon.errors import DataError, PassError, UsageError
+from surgeon.errors import DataError, LoadError, PassError, SaveError, UsageError
 from surgeon.passes import Sparsify
 from surgeon.progress import Progress
 from surgeon.tracing.trace import TraceInfo
+from surgeon.training import loop
 from surgeon.training.loop import FitReport, Precision, RunSettings, TrainingPlan, fit, loss_of
 from tests.small_models import labelled
 
@@ -342,6 +346,36 @@ def test_checkpoint_is_whole(tmp_path: Path) -> None:
         Problem().fit(regression(), workdir=tmp_path, progress=interrupt_at(2))
     assert [path.name for path in tmp_path.iterdir()] == ["the-fit"]
     assert json.loads((tmp_path / "the-fit" / "fit.json").read_text())["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("unexpected pos 64 vs 0")]
+)
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """It ends the fit with what was kept, from which it can be resumed."""
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # a checkpoint after every step
+    original, count = accelerate.Accelerator.save_state, itertools.count(1)
+
+    def save_state(self: accelerate.Accelerator, directory: str) -> Any:
+        if next(count) == 3:
+            (Path(directory) / "half").write_text("of it")
+            raise error
+        return original(self, directory)
+
+    monkeypatch.setattr(accelerate.Accelerator, "save_state", save_state)
+    with pytest.raises(SaveError, match=r"checkpoint of step 3 cannot .*\. The checkpoint of step 2 was kept\. Make"):
+        Problem().fit(regression(), workdir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["the-fit"]
+    assert Problem().fit(regression(), workdir=tmp_path, resume=True).resumed_at == 2
+
+
+@pytest.mark.parametrize("file", ["fit.json", "optimizer.bin"])
+def test_damaged_checkpoint(tmp_path: Path, file: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Problem().fit(regression(), workdir=tmp_path, progress=interrupt_at(2))
+    (tmp_path / "the-fit" / file).write_text("[")
+    with pytest.raises(LoadError, match=r"The checkpoint in .*the-fit is damaged: .*\. Start again without --resume"):
+        Problem().fit(regression(), workdir=tmp_path, resume=True)
 
 
 def test_resuming_a_finished_fit_changes_nothing(tmp_path: Path) -> None:
