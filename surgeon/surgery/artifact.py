@@ -233,6 +233,20 @@ def _for_export(
     return args, kwargs, shapes.dynamic_shapes(graph, args, kwargs)
 
 
+def _forget_tracing(program: torch.export.ExportedProgram) -> None:
+    """Drop what torch notes about where a graph was traced: paths of source files, and addresses of graphs in memory.
+
+    No reader of a saved surgery needs it, and without it two runs with the same seed write the same bytes.
+    """
+    for module in program.graph_module.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                for key in ("stack_trace", "from_node", "torch_fn", "source_fn_stack"):
+                    node.meta.pop(key, None)
+                if stack := node.meta.get("nn_module_stack"):  # its keys may be addresses
+                    node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in stack.values()}
+
+
 def _check_space(graph: GraphModule, where: Path) -> None:
     tensors = {id(t): t for t in [*graph.parameters(), *graph.buffers()]}.values()
     needed = int(1.05 * sum(t.numel() * t.element_size() for t in tensors)) + (1 << 20)

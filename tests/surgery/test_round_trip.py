@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor, nn
 
+import surgeon
+from surgeon.errors import SizeError
+from surgeon.graph.agreement import relative_error
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import TracedGraph
 from surgeon.moe.knobs import get_tau, set_tau
@@ -198,3 +203,48 @@ def test_no_local_paths_are_saved(saved: dict[str, Path]) -> None:
     content = (saved["dynamic"] / MODEL).read_bytes()
     assert b"stack_trace" not in content
     assert str(Path(__file__).parents[2]).encode() not in content
+
+
+def test_texts_in_the_output_come_back(tmp_path: Path) -> None:
+    class Tagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+            return {**features, "y": self.down(torch.relu(self.up(features["x"])))}
+
+    features = {"x": torch.randn(2, 8), "kind": "text"}
+    surgery = Pipeline([Moeify(experts=4), Lower()]).run(Tagged().eval(), inputs=(features,))
+    surgery.save(tmp_path / "saved")
+    loaded = surgeon.load(tmp_path / "saved")
+    want, got = surgery.graph.eval()(features), loaded(features)
+    assert got["kind"] == want["kind"] == "text"
+    assert torch.allclose(got["y"], want["y"], atol=1e-6)
+    with pytest.raises(SizeError, match="features_kind is 'image', but the graph was traced with 'text'"):
+        loaded({"x": torch.randn(2, 8), "kind": "image"})
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_sizes_of_the_graph_are_saved(tmp_path: Path, tokens: int) -> None:
+    """Also if the example inputs of the save have a size of 1, which torch.export fixes."""
+
+    class Cropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.up(x[:, -9:] if x.shape[1] > 9 else x)))
+
+    model = Cropped().eval()
+    graph = surgeon.trace(model, torch.randn(2, 6, 8))
+    surgery = Pipeline([Moeify(experts=4)]).run(graph, inputs=(torch.randn(1, tokens, 8),))
+    surgery.save(tmp_path / "saved")
+    loaded = surgeon.load(tmp_path / "saved")
+    assert loaded.meta["trace"].sizes == graph.meta["trace"].sizes
+    for batch, length in ((1, 1), (3, 9), (0, 4)):
+        x = torch.randn(batch, length, 8)
+        assert relative_error(loaded(x), model(x)) < 1e-5
+    with pytest.raises(SizeError, match="takes tokens: 0 to 9"):
+        loaded(torch.randn(2, 10, 8))
