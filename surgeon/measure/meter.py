@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -40,26 +41,23 @@ _ALSO_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _at
 class LayerRun:
     """What one expert layer ran.
 
-    pairs, ran: the number of expert-token pairs, and how many of them ran. per_pair: multiply-adds per pair.
-    tokens: the number of tokens. per_token: multiply-adds of the router per token. seconds: time spent in the experts.
+    pairs, ran: the number of expert-token pairs, and how many of them ran. multiply_adds, executed_multiply_adds:
+    those of all pairs, and of the pairs that ran; filling neurons do not count. tokens: the number of tokens.
+    per_token: multiply-adds of the router per token. seconds: time spent in the experts.
     """
 
     pairs: int = 0
     ran: int = 0
-    per_pair: int = 0
+    multiply_adds: int = 0
+    executed_multiply_adds: int = 0
     tokens: int = 0
     per_token: int = 0
     seconds: float = 0.0
 
     @property
     def share(self) -> float:
-        """Share of the pairs that ran."""
-        return self.ran / self.pairs if self.pairs else 1.0
-
-    @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds if every pair ran."""
-        return self.pairs * self.per_pair
+        """Share of the experts' multiply-adds that ran. If experts are equally large, it is the share of the pairs."""
+        return self.executed_multiply_adds / self.multiply_adds if self.multiply_adds else 1.0
 
 
 def parameter_count(graph: GraphModule) -> int:
@@ -76,19 +74,15 @@ def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
         meter.call(args, kwargs)
     counted = counter.get_total_flops() // 2
-    # The module and masked forms compute all experts, so the count includes skipped ones. The dynamic form skips them.
-    dropped = dict.fromkeys(("module", "masked", "dynamic"), 0)
+    # What the experts computed, filling included, is replaced by what counts. The module and masked forms compute all
+    # experts; the dynamic form skips some.
     for site in meter.sites.values():
         layer = meter.layers[site.path]
-        dropped[site.form] += (layer.pairs - layer.ran) * layer.per_pair
+        computed = layer.ran if site.form == "dynamic" else layer.pairs
+        counted -= computed * site.expert_multiply_adds
     everything = sum(layer.multiply_adds for layer in meter.layers.values())
-    executed = 1.0 - sum(dropped.values()) / everything if everything else None
-    cost = Cost(
-        parameter_count(graph),
-        counted + dropped["dynamic"],
-        counted - dropped["module"] - dropped["masked"],
-        executed,
-    )
+    ran = sum(layer.executed_multiply_adds for layer in meter.layers.values())
+    cost = Cost(parameter_count(graph), counted + everything, counted + ran, ran / everything if everything else None)
     return cost, meter.layers
 
 
@@ -122,14 +116,14 @@ def token_load(graph: GraphModule, inputs: Any) -> Tensor:
     meter = ExpertMeter(graph)
     if not meter.sites:
         raise UsageError("The graph has no experts, so no token has a load. Apply moeify first.")
-    seen: list[tuple[Tensor, int]] = []
-    meter.on_selection = lambda site, ran: seen.append((ran, site.expert_multiply_adds))
+    seen: list[tuple[Tensor, Tensor]] = []
+    meter.on_selection = lambda site, ran: seen.append((ran, torch.tensor(site.costs).to(ran.device)))
     with torch.no_grad():
         meter.call(args, kwargs)
     usual = Counter(ran.shape[:-1] for ran, _ in seen).most_common(1)[0][0]
-    chosen = [(ran, cost) for ran, cost in seen if ran.shape[:-1] == usual]
-    whole = sum(ran.shape[-1] * cost for ran, cost in chosen)
-    return torch.stack([ran.sum(-1) * cost for ran, cost in chosen]).sum(0).float() / whole
+    chosen = [(ran, costs) for ran, costs in seen if ran.shape[:-1] == usual]
+    whole = sum(int(costs.sum()) for _, costs in chosen)
+    return torch.stack([(ran * costs).sum(-1) for ran, costs in chosen]).sum(0).float() / whole
 
 
 class ExpertMeter(Interpreter):
@@ -146,10 +140,7 @@ class ExpertMeter(Interpreter):
         super().__init__(graph)
         self.oracle = oracle
         self.sites: dict[str, MoESite] = {site.path: site for site in find_moes(graph)}
-        self.layers = {
-            path: LayerRun(per_pair=site.expert_multiply_adds, per_token=site.router_parameters)
-            for path, site in self.sites.items()
-        }
+        self.layers = {path: LayerRun(per_token=site.router_parameters) for path, site in self.sites.items()}
         self.token_mask: Callable[[Sequence[int]], Tensor | None] | None = None
         self.on_selection: Callable[[MoESite, Tensor], None] | None = None
         self.on_tokens: Callable[[MoESite, Tensor, Tensor], None] | None = None
@@ -204,10 +195,14 @@ class ExpertMeter(Interpreter):
             x, ran = x[mask], ran[mask]
         if self.on_tokens is not None:
             self.on_tokens(site, x.reshape(-1, x.shape[-1]), ran.reshape(-1, ran.shape[-1]))
-        layer = self.layers[site.path]
-        layer.pairs += math.prod(ran.shape)
-        layer.tokens += math.prod(ran.shape[:-1])
-        layer.ran += int(ran.sum())
+        layer, costs = self.layers[site.path], site.costs
+        tokens = math.prod(ran.shape[:-1])
+        of_experts: list[int] = ran.reshape(-1, len(costs)).sum(0).tolist()
+        layer.tokens += tokens
+        layer.pairs += tokens * len(costs)
+        layer.ran += sum(of_experts)
+        layer.multiply_adds += tokens * sum(costs)
+        layer.executed_multiply_adds += sum(map(operator.mul, of_experts, costs))
 
 
 @dataclass(frozen=True)

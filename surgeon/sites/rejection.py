@@ -34,7 +34,7 @@ CODES = {
     # Found by passes.
     "already-done": "Nothing is left to do.",
     "no-value": "Give the option a pattern that matches the site, or add `*` as the last pattern.",
-    "width-does-not-divide": "Choose one of the sizes that the reason names.",
+    "too-few-neurons": "Use fewer or smaller experts in this layer: the option takes a value for each site.",
     "nothing-to-route": "Use more experts, or fewer experts that always run.",
     "too-narrow": "Raise cost_factor, or leave the layer alone with `skip`.",
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",

@@ -35,6 +35,7 @@ from surgeon.graph.calls import as_args_kwargs, named_arguments
 from surgeon.graph.snapshot import GraphDiff
 from surgeon.graph.traced import TracedGraph
 from surgeon.models.weight_files import read_program, sha256_of
+from surgeon.moe.filling import mark_filling
 from surgeon.passes.report import PassDiff
 from surgeon.sites.ffn import mark_projection
 from surgeon.surgery.diff import Diff
@@ -116,6 +117,8 @@ def load(directory: str | Path) -> TracedGraph:
     graph.meta["surgery"] = record
     for path in record.projections:
         mark_projection(graph, path)
+    for layer in record.experts:
+        mark_filling(graph, layer.path, layer.filling)
     try:
         graph.meta["earlier_passes"] = load_diff(directory).passes
     except LoadError as error:
