@@ -1,7 +1,8 @@
 """Neurons that never fire, which make all experts of a layer equally large.
 
 All experts of a layer have one size. If the layer's width is not a multiple of it, filling neurons follow the real ones
-of an expert. Their weights are zero, so they change no output and get no gradient. They do not count as cost.
+of an expert. Their weights are zero, so they change no output. Their hidden value is zero, so they get no gradient. They
+do not count as cost.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from surgeon.kernels.activations import ACTIVATIONS
+from surgeon.sites.ffn import FFNWeights
 
 # Key in a graph's metadata for the number of filling neurons, by the path of the experts.
 _FILLING = "filling"
@@ -41,16 +43,14 @@ def filling_of(graph: GraphModule, path: str) -> int:
     return int(graph.meta.get(_FILLING, {}).get(path, 0))
 
 
-def fill(rows: Tensor, places: Tensor, count: int) -> Tensor:
-    """Return [count, ...] with each of `rows` [h, ...] at its place in `places` [h], and zeros elsewhere."""
-    filled = rows.new_zeros((count, *rows.shape[1:]))
+def fill(rows: Tensor, places: Tensor, count: int, value: float = 0.0) -> Tensor:
+    """Return [count, ...] with each of `rows` [h, ...] at its place in `places` [h], and `value` elsewhere."""
+    filled = rows.new_full((count, *rows.shape[1:]), value)
     filled[places.to(rows.device)] = rows
     return filled
 
 
-def silence(bias: Tensor, places: Tensor, activation: str) -> None:
-    """Give the filling neurons of an ungated layer a bias at which they are exactly zero. `bias` [count], in place."""
-    if float(ACTIVATIONS[activation].fn(torch.zeros(()))):
-        real = torch.zeros(len(bias), dtype=torch.bool, device=bias.device)
-        real[places.to(bias.device)] = True
-        bias[~real] = _SILENT
+def silent_bias(weights: FFNWeights, activation: str) -> float:
+    """Return the bias of a filling neuron, at which its hidden value is exactly zero."""
+    fires = weights.gate is None and bool(ACTIVATIONS[activation].fn(torch.zeros(())))
+    return _SILENT if fires else 0.0

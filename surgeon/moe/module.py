@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgeon.graph.traced import aten
 from surgeon.kernels.experts import Experts
-from surgeon.moe.filling import fill, silence
+from surgeon.moe.filling import fill, silent_bias
 from surgeon.moe.ops import masked_ffn, selection_threshold
 from surgeon.moe.router import Router, Step
 from surgeon.sites.ffn import FFNWeights
@@ -51,16 +51,17 @@ class MoE(nn.Module):
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order)) - starts[labels[order]] + size * labels[order]
 
-        def rows(value: Tensor | None) -> nn.Parameter | None:
+        def rows(value: Tensor | None, filling: float = 0.0) -> nn.Parameter | None:
             if value is None:
                 return None
             # Copy the weights, because the traced model keeps its own.
-            filled = fill(value.detach(), places, experts * size)
-            if value.dim() == 1 and weights.gate is None:
-                silence(filled, places, activation)
+            filled = fill(value.detach(), places, experts * size, filling)
             return nn.Parameter(filled.reshape(experts, size, *value.shape[1:]))
 
-        self.w1, self.b1 = rows(weights.w1), rows(weights.b1)
+        silent, b1 = silent_bias(weights, activation), weights.b1
+        if silent and b1 is None and experts * size > len(order):
+            b1 = weights.w1.new_zeros(len(order))
+        self.w1, self.b1 = rows(weights.w1), rows(b1, silent)
         self.gate, self.b_gate = rows(weights.gate), rows(weights.b_gate)
         self.w2 = rows(weights.w2)
         self.b2 = None if weights.b2 is None else nn.Parameter(weights.b2.detach().clone())
