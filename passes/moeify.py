@@ -28,15 +28,16 @@ from surgeon.moe.knobs import set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.router import Goal, Labels, Objective, Output, Router
 from surgeon.moe.site import find_moes
-from surgeon.moe.split import Split, split_neurons
+from surgeon.moe.split import Split, output_sizes, split_neurons
 from surgeon.moe.trunks import trunk_groups, trunk_of
-from surgeon.passes.contract import FitContext, SiteKind
+from surgeon.passes.contract import FitContext, SiteKind, SiteRefused
 from surgeon.passes.options import PerSite, for_site, option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import TrainedPass
 from surgeon.sites.ffn import FFN, FFNWeights
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.replace import replace_call
+from surgeon.sites.soundness import not_finite
 from surgeon.training.loop import FitReport, RunSettings
 from surgeon.training.observe import collect_calls
 from surgeon.training.routers import by_trunk, fit_from_neurons, running_at, train_routers
@@ -217,6 +218,9 @@ class Moeify(TrainedPass[FFN, _Seen]):
             raise UsageError(f"moeify: router_width is {self.router_width}, but {what}.")
 
     def match(self, graph: GraphModule, site: FFN) -> Rejection | None:
+        refused = not_finite(graph, site.linears)
+        if refused is not None:
+            return refused
         count, size = for_site(self.experts, site.path), for_site(self.expert_size, site.path)
         if count is not None and count > site.hidden:
             return Rejection("too-few-neurons", f"{count} experts were asked for, but it has {site.hidden} neurons")
@@ -255,10 +259,13 @@ class Moeify(TrainedPass[FFN, _Seen]):
 
     def rewrite(self, graph: TracedGraph, site: FFN, seen: _Seen) -> SiteChange:
         weights, (experts, size) = site.weights(graph), self._shape(site)
+        active = None if seen.x is None else output_sizes(weights, site.activation, seen.x)
+        if active is not None and not bool(torch.isfinite(active).all()):
+            raise SiteRefused("not-finite", "its hidden values on the data contain NaN or infinity")
         log.info("moeify: %s, %d experts of %d neurons", site.path, experts, size)
         labels = split_neurons(
-            weights, site.activation, experts, size,
-            split=self.split, shared=self.shared, x=seen.x, seed=torch.initial_seed() % 2**31,
+            weights, experts, size,
+            split=self.split, shared=self.shared, active=active, seed=torch.initial_seed() % 2**31,
         )  # fmt: skip
         router = self._router(site, weights, experts, seen.router_width)
         moe = MoE(weights, labels, experts, site.activation, router, shared=self.shared)

@@ -18,15 +18,7 @@ Split = Literal["auto", "weights", "activations", "random"]
 
 
 def split_neurons(
-    weights: FFNWeights,
-    activation: str,
-    experts: int,
-    size: int,
-    *,
-    split: Split,
-    shared: int,
-    x: Tensor | None,
-    seed: int,
+    weights: FFNWeights, experts: int, size: int, *, split: Split, shared: int, active: Tensor | None, seed: int
 ) -> Tensor:
     """Return the expert of every neuron, int64 [h]. The first `shared` experts get the most active neurons.
 
@@ -35,14 +27,14 @@ def split_neurons(
             end get fewer (see `surgeon.moe.filling`).
         split: how neurons are grouped (see `Moeify.split`).
         shared: the number of experts that always run.
-        x: inputs of the layer, [N, d_in]. Without data (None), weights are compared instead of activations.
+        active: the sizes of the neurons' outputs, [h, N], as `output_sizes` returns them. Without data (None), weights
+            are compared instead.
         seed: seed of the clustering or of the random split.
     """
     neurons = len(weights.w1)
     sizes = torch.tensor(neurons_of_experts(experts, size, experts * size - neurons))
     in_shared = int(sizes[:shared].sum())
     generator = torch.Generator().manual_seed(seed)
-    active = None if x is None else _output_sizes(weights, activation, x)
     always = torch.zeros(0, dtype=torch.int64)
     if shared:
         if active is None:  # a dry run
@@ -70,7 +62,7 @@ def split_neurons(
     return labels
 
 
-def _output_sizes(weights: FFNWeights, activation: str, x: Tensor) -> Tensor:
+def output_sizes(weights: FFNWeights, activation: str, x: Tensor) -> Tensor:
     """Return the size of each neuron's output on each token, [h, N]: |activation| times the norm of its row of w2."""
     with torch.no_grad():
         experts = Experts(weights.w1, weights.b1, weights.gate, weights.b_gate, weights.w2)

@@ -108,6 +108,11 @@ class FFN:
         return self.nonlinearity.fused
 
     @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear layers whose weights it has."""
+        return (*self.calls[0].first, self.calls[0].down)
+
+    @property
     def d_in(self) -> int:
         """Input width."""
         return self.calls[0].first[0].in_features

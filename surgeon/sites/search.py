@@ -37,6 +37,7 @@ from surgeon.sites.linear import Linear, OpaqueLinear, find_linears
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.nonlinearity import Cone, identify
 from surgeon.sites.rejection import Rejection
+from surgeon.sites.soundness import unsound
 
 # Poolers and classifier heads use these. They leave no neuron near zero.
 _SATURATING = {"tanh", "sigmoid", "softsign", "hardtanh"}
@@ -69,6 +70,8 @@ def find_linear_sites(graph: GraphModule) -> tuple[list[LinearSite], list[Reject
         elif any(_is_head(call) for call in calls):
             what = "it computes the model's output (a head)"
             rejections.append(Rejection("head", what, path, calls[0].output.name))
+        elif (refused := unsound(graph, calls[:1])) is not None:
+            rejections.append(replace(refused, path=path, node=calls[0].output.name))
         else:
             sites.append(LinearSite(path, tuple(calls)))
     return sites, rejections
@@ -221,7 +224,7 @@ class _Search:
             value, user = used_outside
             what = f"the hidden values ({value.name}) are also used outside the FFN, by {_user_name(user)}"
             return self._reject(down, leaves, "escapes", what, user)
-        found = identify(self.graph, cone)
+        found = unsound(self.graph, (*leaves, down)) or identify(self.graph, cone)
         if isinstance(found, Rejection):
             return self._reject(down, leaves, found.code, found.reason)
         if found.gate_leaf == 1:
