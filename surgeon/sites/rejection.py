@@ -26,6 +26,8 @@ CODES = {
     "unreadable-linear": "Store the weight and the bias as parameters. The reason says which one is computed.",
     "unusable-weights": "Let the weights be plain floating-point tensors, or leave the layer alone with `skip`.",
     "weights-differ": "Convert the weights to one dtype, for example model.float(), and move them to one device.",
+    "under-autocast": "Convert the model without autocast, and call the converted graph under torch.autocast yourself.",
+    "in-subgraph": "Move the layer out of the condition or the loop that runs it.",
     "weight-is-shared": "Untie the weight, or leave the layer dense.",
     "one-weight-twice": "Untie the two weights of the layer.",
     "different-activations": "Give the places that share the weights one activation.",

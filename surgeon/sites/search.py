@@ -36,6 +36,7 @@ from surgeon.sites.ffn import FFN, IdentityModule, LayerCall, projections
 from surgeon.sites.linear import Linear, OpaqueLinear, find_linears
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.nonlinearity import Cone, identify
+from surgeon.sites.regions import refused_in_regions
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.soundness import unsound
 
@@ -47,13 +48,19 @@ _MAX_WALK = 400
 
 def find_ffns(graph: GraphModule) -> tuple[list[FFN], list[Rejection]]:
     """Return the feed-forward layers of the graph in topological order, and the refused candidates with reasons."""
-    return _Search(graph).run()
+    sites, rejections = _Search(graph).run()
+    return sites, [*rejections, *refused_in_regions(graph, lambda copy: _Search(copy).run())]
 
 
 def find_linear_sites(graph: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
     """Return the linear layers outside feed-forward layers, grouped by weight, and the refused candidates."""
+    sites, rejections = _standalone(graph)
+    return sites, [*rejections, *refused_in_regions(graph, _standalone)]
+
+
+def _standalone(graph: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
     linears, _ = find_linears(graph)
-    ffns, _ = find_ffns(graph)
+    ffns, _ = _Search(graph).run()
     in_ffn = {part.output for ffn in ffns for call in ffn.calls for part in (*call.first, call.down)}
     uses = WeightUses(graph)
     groups: dict[tuple[object, ...], list[Linear]] = defaultdict(list)
