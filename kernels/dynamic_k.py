@@ -246,7 +246,7 @@ def _autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-# Transforms of `torch.func` and forward-mode derivatives do not see through the operator, but they see through its twin.
+# Transforms of `torch.func` and forward-mode derivatives see through the operator's twin, but not through itself.
 _library.impl("dynamic_k_ffn", _masked_twin, "FuncTorchDynamicLayerFrontMode")  # type: ignore[no-untyped-call]
 _reverse_mode = make_autograd_impl(_dynamic_k_ffn._opoverload, _dynamic_k_ffn)
 

@@ -105,7 +105,7 @@ class Pass(Contract[Site, Seen]):
             options=self.options(),
             matched=[site.path for site in matched],
             rejected=tuple(rejected),
-            sites=tuple(dataclasses.replace(change, executed=found.share(change.path)) for change in changes),
+            sites=tuple(dataclasses.replace(change, executed=found.share(change)) for change in changes),
             seconds=round(time.monotonic() - started, 3),
             before=found.before,
             after=found.after,

@@ -47,8 +47,8 @@ log = logging.getLogger("surgeon")
 RouterKind = Literal["trained", "neurons", "centres"]
 RouterOutput = Literal["auto", "abs", "relu", "softplus"]
 
-# If neither `experts` nor `expert_size` is given: the expert size aimed at, the sizes for which nothing is filled up, and
-# the layer width from which the usual size is taken although the last expert has to be filled up.
+# If neither `experts` nor `expert_size` is given: the expert size aimed at, the sizes that a divisor of the width may
+# have, and the width from which, without such a divisor, the last expert is filled up to the usual size.
 _USUAL_SIZE, _USUAL_SIZES, _WIDE = 32, range(16, 65), 256
 # If no width is given, a router may cost this share of the multiply-adds that it routes; its width is within limits.
 _ROUTER_SHARE, _NARROWEST, _WIDEST = 0.025, 8, 128

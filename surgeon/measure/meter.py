@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import operator
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,26 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
 from surgeon.graph.traced import tensor_key
 from surgeon.kernels.dynamic_k import selected
+from surgeon.measure.multiply_adds import Counter
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import masked_ffn, selection_threshold
 from surgeon.moe.router import expert_norms
 from surgeon.moe.site import MoESite, find_moes
-
-
-def _attention_flops(
-    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-# The attention op on CPUs. torch's counter has no formula for it.
-_ALSO_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @dataclass
@@ -68,12 +58,12 @@ def parameter_count(graph: GraphModule) -> int:
 def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Cost, dict[str, LayerRun]]:
     """Measure the cost of one call, and what each expert layer ran in it, by path.
 
-    `torch.utils.flop_counter` counts one multiply-add as two operations. The graph is run once, in its present mode.
+    The graph is run once, in its present mode.
     """
     meter = ExpertMeter(graph)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
+    with torch.no_grad(), Counter() as counter:
         meter.call(args, kwargs)
-    counted = counter.get_total_flops() // 2
+    counted = counter.multiply_adds
     # What the experts computed, filling included, is replaced by what counts. The module and masked forms compute all
     # experts; the dynamic form skips some.
     for site in meter.sites.values():
@@ -82,8 +72,8 @@ def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         counted -= computed * site.expert_multiply_adds
     everything = sum(layer.multiply_adds for layer in meter.layers.values())
     ran = sum(layer.executed_multiply_adds for layer in meter.layers.values())
-    cost = Cost(parameter_count(graph), counted + everything, counted + ran, ran / everything if everything else None)
-    return cost, meter.layers
+    share = ran / everything if everything else None
+    return Cost(parameter_count(graph), counted + everything, counted + ran, share, counter.uncounted), meter.layers
 
 
 def clock(device: torch.device) -> float:
@@ -120,7 +110,7 @@ def token_load(graph: GraphModule, inputs: Any) -> Tensor:
     meter.on_selection = lambda site, ran: seen.append((ran, torch.tensor(site.costs).to(ran.device)))
     with torch.no_grad():
         meter.call(args, kwargs)
-    usual = Counter(ran.shape[:-1] for ran, _ in seen).most_common(1)[0][0]
+    usual = collections.Counter(ran.shape[:-1] for ran, _ in seen).most_common(1)[0][0]
     chosen = [(ran, costs) for ran, costs in seen if ran.shape[:-1] == usual]
     whole = sum(int(costs.sum()) for _, costs in chosen)
     return torch.stack([(ran * costs).sum(-1) for ran, costs in chosen]).sum(0).float() / whole
@@ -212,9 +202,11 @@ class Cost:
     parameters: the number of parameters, tied ones counted once. multiply_adds: multiply-adds if every expert runs.
     executed_multiply_adds: multiply-adds that ran, including routers, attention and head.
     executed: the share of the experts' multiply-adds that ran, None without experts.
+    uncounted: the names of ops that multiply but have no formula. Their multiply-adds are left out.
     """
 
     parameters: int
     multiply_adds: int
     executed_multiply_adds: int
     executed: float | None = None
+    uncounted: tuple[str, ...] = ()

@@ -26,8 +26,8 @@ def balanced_clusters(
     """Group the rows of `features` into clusters of given sizes, close together in L2 distance.
 
     K-means gives the first centroids. Then the rows are assigned greedily to centroids, each of which takes as many
-    rows as its cluster has. Rows go first that would lose most without their nearest centroid (their regret). The centroids move to the
-    means, and the assignment is repeated. The best assignment is returned.
+    rows as its cluster has. Rows go first that would lose most without their nearest centroid (their regret). The
+    centroids move to the means, and the assignment is repeated. The best assignment is returned.
 
     This is the balanced k-means split of MoEfication (arXiv 2110.01786, expert construction), which D2DMoE (arXiv
     2310.04361, expert clustering) uses too. They solve the assignment exactly, at a much higher cost.
@@ -42,8 +42,8 @@ def balanced_clusters(
         The number of each row's cluster, int64 [n], on the CPU.
 
     Raises:
-        UsageError: `features` is not a finite matrix, `clusters` does not divide n, the sizes are not positive or do not
-            add up to n, or `refinements` is not positive.
+        UsageError: `features` is not a finite matrix, `clusters` does not divide n, the sizes are not positive or do
+            not add up to n, or `refinements` is not positive.
     """
     points = _as_points(features)
     n = len(points)
@@ -116,9 +116,7 @@ def _as_points(features: NDArray[np.floating] | Tensor) -> NDArray[np.float32]:
     return centred
 
 
-def _fitted_centroids(
-    kmeans: KMeans, points: NDArray[np.float32], sizes: NDArray[np.int64]
-) -> NDArray[np.float32]:
+def _fitted_centroids(kmeans: KMeans, points: NDArray[np.float32], sizes: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return the centroids of k-means. If clusters differ in size, larger ones get the centroids of more rows."""
     from sklearn.exceptions import ConvergenceWarning
 

@@ -1,8 +1,8 @@
 """Neurons that never fire, which make all experts of a layer equally large.
 
-All experts of a layer have one size. If the layer's width is not a multiple of it, filling neurons follow the real ones
-of an expert. Their weights are zero, so they change no output. Their hidden value is zero, so they get no gradient. They
-do not count as cost.
+All experts of a layer have one size. If the layer's width is not a multiple of it, filling neurons follow the real
+ones of an expert. Their weights are zero, so they change no output. Their hidden value is zero, so they get no
+gradient. They do not count as cost.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from surgeon.sites.ffn import FFNWeights
 
 # Key in a graph's metadata for the number of filling neurons, by the path of the experts.
 _FILLING = "filling"
-# The bias of a filling neuron whose activation is not zero at zero. A sigmoid and a softplus of it are exactly zero, and
-# float16 holds it.
+# The bias of a filling neuron whose activation is not zero at zero. A sigmoid and a softplus of it are exactly zero,
+# and float16 holds it.
 _SILENT = -1e4
 
 

@@ -81,7 +81,7 @@ class MoESite:
 
     @property
     def describe(self) -> str:
-        """`48 experts × 32`, `1 expert × 8`, the number of experts that always run, and how many neurons are filling."""
+        """`48 experts × 32`, `1 expert × 8`, and how many experts always run and how many neurons are filling."""
         always = f", {self.shared} of them always on" if self.shared else ""
         last = "the last one" if self.filling < self.size else "the last ones"
         filled = f", {self.filling} neuron{'s' * (self.filling != 1)} fill{'s' * (self.filling == 1)} up {last}"

@@ -1,7 +1,8 @@
 """Layers in regions: parts of a graph that an op runs as a graph of their own, such as the body of `torch.autocast`.
 
-Passes do not rewrite such bodies. To say so for every layer in them, a copy of the graph is searched in which all bodies
-stand in place of their ops. The copy is never run: it would compute without autocast, and both sides of a condition.
+Passes do not rewrite such bodies. To say so for every layer in them, a copy of the graph is searched in which all
+bodies stand in place of their ops. The copy is never run: it would compute without autocast, and both sides of a
+condition.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ class _Flattened:
                 return map_arg(node.args[0], values.__getitem__)
             bodies = _bodies(owner, node)
             if bodies:
-                operands = [value for value in pytree.arg_tree_leaves(*node.args) if isinstance(value, Node | int | float)]
+                operands = [
+                    value for value in pytree.arg_tree_leaves(*node.args) if isinstance(value, Node | int | float)
+                ]
                 for path, body in bodies:
                     inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
                     # The operands come last, after what configures the op.

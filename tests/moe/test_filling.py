@@ -32,7 +32,9 @@ def test_neurons_of_experts(shape: tuple[int, int, int], neurons: list[int]) -> 
     assert neurons_of_experts(*shape) == neurons
 
 
-@pytest.mark.parametrize("options", [{"expert_size": 8}, {"experts": 5}, {"experts": 24}, {"experts": 4, "shared": 1}, {}])
+@pytest.mark.parametrize(
+    "options", [{"expert_size": 8}, {"experts": 5}, {"experts": 24}, {"experts": 4, "shared": 1}, {}]
+)
 @pytest.mark.parametrize("make", [Plain, Gated])
 def test_any_width_is_exact_and_only_real_neurons_cost(make: Any, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
