@@ -222,10 +222,10 @@ class Moeify(TrainedPass[FFN, _Seen]):
         if refused is not None:
             return refused
         count, size = for_site(self.experts, site.path), for_site(self.expert_size, site.path)
-        if count is not None and count > site.hidden:
-            return Rejection("too-few-neurons", f"{count} experts were asked for, but it has {site.hidden} neurons")
-        if size is not None and size > site.hidden:
-            what = f"experts of {size} neurons were asked for, but it has {site.hidden} neurons"
+        if count is not None and count > site.neurons:
+            return Rejection("too-few-neurons", f"{count} experts were asked for, but it has {site.neurons} neurons")
+        if size is not None and size > site.neurons:
+            what = f"experts of {size} neurons were asked for, but it has {site.neurons} neurons"
             return Rejection("too-few-neurons", what)
         experts, _ = self._shape(site)
         if self.shared >= experts:
@@ -373,7 +373,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
 
     def _shape(self, site: FFN) -> tuple[int, int]:
         """The number of a layer's experts and of their neurons, filling included."""
-        neurons = site.hidden
+        neurons = site.neurons
         experts, size = for_site(self.experts, site.path), for_site(self.expert_size, site.path)
         if experts is not None:
             return experts, math.ceil(neurons / experts)

@@ -107,7 +107,9 @@ def is_pointwise(node: Node) -> bool:
     name = op_name(node).rstrip("_")
     if name in CREATION_OPS:
         return True
-    if "prelu" in name or target in SAME_VALUE:
+    if "prelu" in name:
+        return _has_slopes_of_last_dimension(node)
+    if target in SAME_VALUE:
         return False
     if torch.Tag.pointwise in target.tags:
         return True
@@ -133,6 +135,12 @@ def barrier(node: Node) -> str | None:
 def activates(node: Node) -> bool:
     """Whether a node that is a barrier is an activation all the same: it mixes neurons, or has parameters."""
     return _kind(op_name(node)) in ("softmax", "prelu")
+
+
+def _has_slopes_of_last_dimension(prelu: Node) -> bool:
+    """Whether a PReLU has one slope, or one for each number of the last dimension. It has them for the second one."""
+    x, slopes = (shape_of(source) for source in prelu.all_input_nodes)
+    return slopes in ((), (1,)) or (x is not None and len(x) == 2)
 
 
 def _words(name: str) -> str | None:

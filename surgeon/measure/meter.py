@@ -210,3 +210,10 @@ class Cost:
     executed_multiply_adds: int
     executed: float | None = None
     uncounted: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to say about the numbers."""
+        if not self.uncounted:
+            return ()
+        return (f"The multiply-adds leave out {', '.join(self.uncounted)}: there is no formula.",)

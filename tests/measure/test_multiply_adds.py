@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.measure.meter import measure
 from surgeon.measure.multiply_adds import Counter
+from surgeon.passes import Moeify
 from tests.small_models import Function
 
 B, T, D = 2, 5, 8
@@ -109,3 +110,10 @@ def test_the_cost_of_a_graph_names_what_it_leaves_out() -> None:
     graph = surgeon.trace(Function(lambda m, x: mystery(m.up(x)), up=(D, 4)), X)
     cost, _ = measure(graph, (X,), {})
     assert (cost.multiply_adds, cost.uncounted) == (B * T * D * 4, ("test_multiply_adds::mystery",))
+    assert cost.notes == ("The multiply-adds leave out test_multiply_adds::mystery: there is no formula.",)
+
+
+def test_a_diff_says_what_its_numbers_leave_out() -> None:
+    model = Function(lambda m, x: torch.fft.rfft(m.down(F.relu(m.up(x)))).abs(), up=(D, 16), down=(16, D)).eval()
+    surgery = surgeon.Pipeline([Moeify(experts=4)]).run(model, inputs=X)
+    assert "The multiply-adds leave out aten::_fft_r2c: there is no formula." in str(surgery.diff())

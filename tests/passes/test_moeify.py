@@ -129,7 +129,7 @@ def test_number_of_experts(traces: Any, options: Any, experts: int) -> None:
     ],
 )  # fmt: skip
 def test_usual_size_is_about_32(hidden: int, shape: tuple[int, int]) -> None:
-    assert Moeify()._shape(SimpleNamespace(path="ffn", hidden=hidden)) == shape  # type: ignore[arg-type]
+    assert Moeify()._shape(SimpleNamespace(path="ffn", neurons=hidden)) == shape  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
