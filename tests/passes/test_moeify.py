@@ -230,12 +230,13 @@ def test_activations_without_zeros_are_told(traces: Any) -> None:
     assert not any("sparsify" in note for note in relu)
 
 
-def test_weights_that_are_not_finite_name_pass_and_site(traces: Any) -> None:
+def test_a_site_with_weights_that_are_not_finite_is_left_out(traces: Any) -> None:
     graph = traces("stack:relu")
     with torch.no_grad():
         graph.get_parameter("blocks.1.ffn.fc1.weight")[0, 0] = float("nan")
-    with pytest.raises(SurgeonError, match=r"moeify.*blocks\.1\.ffn"):
-        Moeify(experts=4).apply(graph)
+    report = Moeify(experts=4).apply(graph)
+    assert report.matched == ["blocks.0.ffn"]
+    assert [(refused.path, refused.code) for refused in report.rejected] == [("blocks.1.ffn", "not-finite")]
 
 
 def test_experts_are_clusters_of_similar_neurons() -> None:
