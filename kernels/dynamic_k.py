@@ -17,7 +17,8 @@ it computes every expert and masks, in ordinary differentiable PyTorch. Both hav
 
 and return [..., d_out], in the dtype of `x`, which the weights share:
 
-    h_e = act(x w1_eᵀ + b1_e), or act(x gate_eᵀ + b_gate_e) · (x w1_eᵀ + b1_e) if gated
+    h_e = act(x w1_eᵀ + b1_e), or act(x gate_eᵀ + b_gate_e) · (x w1_eᵀ + b1_e) if gated, with a ReLU on both sides for
+          relu_relu
     y   = Σ over selected experts e of h_e w2_e, plus b2
 
 Expert outputs are added with weight 1, so with every expert selected this is the dense FFN (D2DMoE, arXiv 2310.04361).

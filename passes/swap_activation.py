@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.graph.edit import emit, emit_dropout, erase_unread
 from surgeon.graph.traced import TracedGraph, aten, shape_of
+from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.passes.activation_ops import TARGETS
 from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import PerSite, for_site, option
@@ -54,6 +55,8 @@ class SwapActivation(FineTunedPass[FFN]):
             return Rejection("no-value", "the option to has no activation for this site")
         if site.activation == to and site.nonlinearity.slopes is None:
             return Rejection("already-done", f"its activation is already {to}")
+        if ACTIVATIONS[site.activation].up is not None:
+            return Rejection("both-activated", "both factors of its hidden values are activated")
         for call in site.calls:
             hidden, first = shape_of(call.down.input), shape_of(call.first[0].output)
             if hidden is None or first is None or len(hidden) != len(first):
@@ -101,7 +104,9 @@ class SwapActivation(FineTunedPass[FFN]):
             def scaled(value: Node, at: str) -> Node:
                 for factor in found.factors:
                     if factor.at == at:
-                        constant = step(aten.logical_not.default, factor.node) if factor.how == "unless" else factor.node
+                        constant = (
+                            step(aten.logical_not.default, factor.node) if factor.how == "unless" else factor.node
+                        )
                         value = step(aten.div.Tensor if factor.how == "over" else aten.mul.Tensor, value, constant)
                 return value
 

@@ -202,29 +202,42 @@ def _gated(graph: GraphModule, cone: Cone) -> Nonlinearity | Rejection:
 def _gate(
     run: Callable[[Tensor, Tensor], Tensor], z: Tensor, up: Tensor, scales: set[float]
 ) -> tuple[str, float, float] | None:
-    """Return (activation, input scale, output scale) if run(z, up) == act(z) · up, else None."""
+    """Return (activation, input scale, output scale) if run(z, up) == act(z) · up, or an activation of both, else None."""
     y = run(z, up)
     gate = run(z, torch.ones_like(up))
-    if not _close(y, gate * up):
-        return None
-    return _name(z, gate, scales)
+    if _close(y, gate * up):
+        return _name(z, gate, scales)
+    for name, activation in ACTIVATIONS.items():
+        if activation.up is not None:
+            value = activation.fn(z) * activation.up.fn(up)
+            scale = _ratio(y, value)
+            if scale != 0.0 and _close(y, scale * value):
+                return name, 1.0, scale
+    return None
 
 
 def _name(z: Tensor, y: Tensor, scales: set[float]) -> tuple[str, float, float] | None:
     """Return (activation, input scale, output scale) with y == output scale · act(input scale · z), else None."""
     if not bool(torch.isfinite(y).all()):
         return None
-    known = [(name, activation.fn) for name, activation in ACTIVATIONS.items()]
+    known = [(name, activation.fn) for name, activation in ACTIVATIONS.items() if activation.up is None]
     for name, function in known:
         if _close(y, function(z)):
             return name, 1.0, 1.0
     for input_scale in sorted(scales | {1.0}, key=lambda scale: scale != 1.0):
         for name, function in known:
             value = function(input_scale * z)
-            output_scale = float((y * value).sum() / value.square().sum().clamp_min(1e-30))
+            output_scale = _ratio(y, value)
             if output_scale != 0.0 and _close(y, output_scale * value):
                 return name, input_scale, output_scale
     return None
+
+
+def _ratio(y: Tensor, value: Tensor) -> float:
+    """Return the number that brings `value` nearest to y."""
+    ratio = float((y * value).sum() / value.square().sum().clamp_min(1e-30))
+    # Rounding errors of a scale that is not there would be folded into the weights.
+    return 1.0 if abs(ratio - 1.0) < 1e-9 else ratio
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -327,9 +340,7 @@ def _is_slope(
     return _close(_run(graph, cone, values, {node: drawn[node]}), expected)
 
 
-def _scale(
-    values: list[Tensor], cone: Cone, found: Nonlinearity, at: Place, how: How, constant: Tensor
-) -> None:
+def _scale(values: list[Tensor], cone: Cone, found: Nonlinearity, at: Place, how: How, constant: Tensor) -> None:
     """Apply a factor to z, or to all outputs of the first linear, in place."""
     part = slice(None) if at == "first" or found.fused is None else HALVES[found.fused](cone.width)
     values[found.gate_leaf][..., part] = _by(values[found.gate_leaf][..., part], constant, how)

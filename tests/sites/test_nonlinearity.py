@@ -25,7 +25,7 @@ X = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(0))
 SQRT_2_PI = math.sqrt(2 / math.pi)
 Between = Callable[..., Tensor]
 
-KNOWN = [name for name in ACTIVATIONS if name != "identity"]
+KNOWN = [name for name, activation in ACTIVATIONS.items() if name != "identity" and activation.up is None]
 # Name of the case → (what it must be called, what stands between the two linears).
 PLAIN: dict[str, tuple[str, Between]] = {
     **{f"table_{name}": (name, lambda h, name=name: ACTIVATIONS[name].fn(h)) for name in KNOWN},
