@@ -202,7 +202,7 @@ def _gated(graph: GraphModule, cone: Cone) -> Nonlinearity | Rejection:
 def _gate(
     run: Callable[[Tensor, Tensor], Tensor], z: Tensor, up: Tensor, scales: set[float]
 ) -> tuple[str, float, float] | None:
-    """Return (activation, input scale, output scale) if run(z, up) == act(z) · up, or an activation of both, else None."""
+    """Return (activation, input scale, output scale) if run(z, up) == act(z) · up or act(z) · act(up), else None."""
     y = run(z, up)
     gate = run(z, torch.ones_like(up))
     if _close(y, gate * up):

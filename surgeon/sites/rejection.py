@@ -42,7 +42,7 @@ CODES = {
     "not-finite": "Repair the weights, or leave the layer alone with `skip`.",
     "nothing-to-route": "Use more experts, or fewer experts that always run.",
     "too-narrow": "Raise cost_factor, or leave the layer alone with `skip`.",
-    "both-activated": "Keep its activations: only the gate's could be replaced, and the result would be no known layer.",
+    "both-activated": "Keep its activations: the layer would be no known one with another activation on one side.",
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",
     "in-op-form": "Run the pass before `lower`.",
 }

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
-from surgeon.errors import SurgeonError, UsageError
+from surgeon.errors import UsageError
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import fork
 from surgeon.measure.meter import ExpertMeter

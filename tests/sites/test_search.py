@@ -88,7 +88,7 @@ REJECTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "a concatenation (cat) stands",
     ),
-    "prelu": (pair(lambda m, h: m.act(h), act=nn.PReLU(5)), "a learned activation (prelu)"),
+    "prelu": (pair(lambda m, h: m.act(h), act=nn.PReLU(5)), "a parameter ('prelu.act.weight') stands"),
     "roll": (pair(lambda m, h: F.relu(h).roll(1, 1)), "a shift (roll) stands"),
     "gather": (pair(lambda m, h: F.relu(h).gather(-1, m.order.expand_as(h)), order=torch.arange(H)), "stands"),
     "reversal": (pair(lambda m, h: F.relu(h).flip(-1)), "a reversal (flip) stands"),
@@ -105,7 +105,7 @@ REJECTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "a parameter ('learned_offset.offset') stands between the linears and does more than scale the neurons",
     ),
     "scale_of_tokens": (pair(lambda m, h: F.relu(h) * m.scale, scale=w(5, 1)), "a parameter ('scale_of_tokens.scale')"),
-    "scale_of_both": (pair(lambda m, h: F.gelu(h * m.scale) * m.scale, scale=w(H)), "a parameter ('scale_of_both.scale')"),
+    "scale_of_both": (pair(lambda m, h: F.gelu(h * m.scale) * m.scale, scale=w(H)), "('scale_of_both.scale') stands"),
     "zero_divisor": (pair(lambda m, h: F.relu(h) / m.scale, scale=torch.arange(H) * 1.0), "('zero_divisor.scale')"),
     "outside": (
         lambda: Function(lambda m, x: m.down(F.relu(m.up(x)) * x[..., :1]), up=(D, H), down=(H, D)),
