@@ -254,7 +254,7 @@ _reverse_mode = make_autograd_impl(_dynamic_k_ffn._opoverload, _dynamic_k_ffn)
 
 def _autograd(keyset: Any, *given: Any) -> Tensor:
     tensors = [value for value in given if isinstance(value, Tensor)] if forward_ad._current_level >= 0 else []
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):  # type: ignore[no-untyped-call]
         return _masked_twin(*given)
     return _reverse_mode(keyset, *given)  # type: ignore[no-any-return]
 

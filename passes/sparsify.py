@@ -144,9 +144,11 @@ class Sparsify(FineTunedPass[FFN]):
     def match(self, graph: GraphModule, site: FFN) -> Rejection | None:
         if _tapped(graph, site):
             return Rejection("already-done", "it already has a sparsity tap")
-        before = [factor for factor in site.nonlinearity.factors if factor.at != "after"]
-        if before or site.nonlinearity.slopes is not None:
-            name = name_of(graph, (*before, site.nonlinearity.slopes)[0].node)
+        before = [factor.node for factor in site.nonlinearity.factors if factor.at != "after"]
+        if site.nonlinearity.slopes is not None:
+            before.append(site.nonlinearity.slopes.node)
+        if before:
+            name = name_of(graph, before[0])
             return Rejection("parameter-between", f"a parameter ('{name}') stands where its sparsity would be measured")
         return None
 

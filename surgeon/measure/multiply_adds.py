@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ class Counter:
     """Counts the multiply-adds of what runs in its context."""
 
     def __init__(self) -> None:
-        self._flops = FlopCounterMode(display=False, custom_mapping=_formulas())
-        self._seen = _Seen(self._flops)
+        self._flops: Any = FlopCounterMode(display=False, custom_mapping=_formulas())
+        self._seen: Any = _Seen(self._flops.flop_registry)
 
     def __enter__(self) -> Counter:
         # The inner mode is asked first. It takes apart what consists of other ops, so that the outer one sees those.
@@ -47,7 +47,7 @@ class Counter:
     @property
     def multiply_adds(self) -> int:
         """What was counted. torch counts one multiply-add as two operations."""
-        return self._flops.get_total_flops() // 2
+        return int(self._flops.get_total_flops() // 2)
 
     @property
     def uncounted(self) -> tuple[str, ...]:
@@ -55,42 +55,51 @@ class Counter:
         return tuple(self._seen.uncounted)
 
 
-class _Seen(TorchDispatchMode):
+class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the ops that have no formula."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, flops: FlopCounterMode) -> None:
-        super().__init__()
-        self._formulas, self.uncounted = flops.flop_registry, dict[str, None]()
+    def __init__(self, formulas: Mapping[Any, Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._formulas, self.uncounted = formulas, dict[str, None]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(func, torch._ops.OpOverload) and func.overloadpacket not in self._formulas and _multiplies(func):
-            self.uncounted[func.name().partition(".")[0]] = None
+            self.uncounted[_name(func)] = None
         return func(*args, **(kwargs or {}))
 
 
 def _multiplies(op: torch._ops.OpOverload) -> bool:
     if torch.Tag.pointwise in op.tags:
         return False
-    name = op.name().partition("::")[2].partition(".")[0]
+    name = _name(op).partition("::")[2]
     return op.namespace not in _KNOWN or bool(_MULTIPLIES.search(name) and not _CHEAP.search(name))
+
+
+def _name(op: torch._ops.OpOverload) -> str:
+    """Return `aten::mv` for `aten::mv.out`."""
+    return str(op.name()).partition(".")[0]  # type: ignore[no-untyped-call]
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
+def _numel(shape: Shape) -> int:
+    return math.prod(shape)
+
+
 def _rows(x: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
     """Every number of the output is a product of one row of x [..., k] and one column."""
-    return 2 * math.prod(out_shape) * x[-1]
+    return 2 * _numel(out_shape) * x[-1]
 
 
 def _grouped(x: Shape, weight: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
     """Groups of rows of x [N, k], each times its own matrix; or groups of columns that are summed over."""
     if len(x) == len(weight) == 2:
         return 2 * math.prod(x) * weight[-1]
-    return 2 * math.prod(out_shape) * x[-1]
+    return 2 * _numel(out_shape) * x[-1]
 
 
 def _second_and_third(_: Shape, one: Shape, two: Shape, *__: Any, **___: Any) -> int:
@@ -124,7 +133,7 @@ def _trilinear(a: Shape, b: Shape, c: Shape, *expand: Sequence[int], **_: Any) -
 
 def _along_time(x: Shape, weight: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
     """`conv_tbc`: the weight is [length, d_in, d_out]."""
-    return 2 * math.prod(out_shape) * weight[0] * weight[1]
+    return 2 * _numel(out_shape) * weight[0] * weight[1]
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {

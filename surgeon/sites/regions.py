@@ -92,7 +92,7 @@ class _Flattened:
                 return map_arg(node.args[0], values.__getitem__)
             bodies = _bodies(owner, node)
             if bodies:
-                operands = [
+                operands: list[Any] = [
                     value for value in pytree.arg_tree_leaves(*node.args) if isinstance(value, Node | int | float)
                 ]
                 for path, body in bodies:
