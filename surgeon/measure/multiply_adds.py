@@ -128,7 +128,7 @@ def _trilinear(a: Shape, b: Shape, c: Shape, *expand: Sequence[int], **_: Any) -
         for place in sorted(places):
             full.insert(place, 1)
         sizes.append(full)
-    return 2 * math.prod(map(max, *sizes))
+    return 2 * _numel([max(places) for places in zip(*sizes, strict=True)])
 
 
 def _along_time(x: Shape, weight: Shape, *_: Any, out_shape: Any, **__: Any) -> int:

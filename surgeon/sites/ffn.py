@@ -146,10 +146,11 @@ class FFN:
 
     def parameters(self, graph: GraphModule) -> int:
         """Count the numbers in the weights, the biases and the parameters in between."""
-        weights = [part for linear in self.linears for part in (linear.weight, linear.bias) if part is not None]
-        between = [source for node in self.nonlinearity.constants for source in walk_sources(node)]
-        found = {node.target: tensor_of(graph, node) for node in (*weights, *between)}
-        return sum(value.numel() for value in found.values() if isinstance(value, nn.Parameter))
+        found = [node for linear in self.linears for node in (linear.weight, linear.bias) if node is not None]
+        for constant in self.nonlinearity.constants:
+            found += [node for node in walk_sources(constant) if isinstance(tensor_of(graph, node), nn.Parameter)]
+        tensors = {node.target: tensor_of(graph, node) for node in found}
+        return sum(tensor.numel() for tensor in tensors.values() if tensor is not None)
 
     def activations(self, graph: GraphModule, z: Tensor) -> Tensor:
         """Apply the activation to the output of the first linear, or of the gate in a gated layer; returns [..., h]."""

@@ -21,6 +21,8 @@ def unsound(graph: GraphModule, linears: Iterable[Linear]) -> Rejection | None:
             return Rejection("unusable-weights", f"its weight '{name}' is a {type(weight).__name__}, no plain tensor")
         if not weight.is_floating_point():
             return Rejection("unusable-weights", f"its weight '{name}' holds {_short(weight.dtype)} numbers")
+        if weight.layout != torch.strided:
+            return Rejection("unusable-weights", f"its weight '{name}' is stored in the layout {_short(weight.layout)}")
         if weight.numel() == 0:
             return Rejection("unusable-weights", f"its weight '{name}' is empty: {tuple(weight.shape)}")
     for what in ("dtype", "device"):

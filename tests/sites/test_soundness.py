@@ -74,7 +74,8 @@ def test_one_odd_layer_does_not_end_the_run(change: Callable[[Any], None], code:
 
 
 def empty(graph: TracedGraph) -> None:
-    graph.get_submodule("0").weight = nn.Parameter(torch.empty(0, D))  # type: ignore[assignment]
+    module = graph.get_submodule("0")
+    module.weight, module.bias = nn.Parameter(torch.empty(0, D)), nn.Parameter(torch.empty(0))  # type: ignore[assignment]
 
 
 def elsewhere(graph: TracedGraph) -> None:
@@ -83,6 +84,10 @@ def elsewhere(graph: TracedGraph) -> None:
 
 def whole(graph: TracedGraph) -> None:
     graph.get_submodule("0").weight = nn.Parameter(torch.ones(H, D).int(), requires_grad=False)  # type: ignore[assignment]
+
+
+def sparse(graph: TracedGraph) -> None:
+    graph.get_submodule("0").weight = nn.Parameter(torch.ones(H, D).to_sparse())  # type: ignore[assignment]
 
 
 class Special(torch.Tensor):
@@ -102,6 +107,7 @@ def special(graph: TracedGraph) -> None:
         (empty, "unusable-weights", "is empty: (0, 6)"),
         (elsewhere, "weights-differ", "its weights have several devices: cpu ('0.weight') and meta ('2.weight')"),
         (whole, "unusable-weights", "its weight '0.weight' holds int32 numbers"),
+        (sparse, "unusable-weights", "its weight '0.weight' is stored in the layout sparse_coo"),
         (special, "unusable-weights", "its weight '2.weight' is a Special, no plain tensor"),
     ],
 )
