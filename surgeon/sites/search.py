@@ -346,7 +346,7 @@ def _keeps_tokens(x: Node, output: Node) -> bool:
         return False
     if len(before) == len(after):
         return all(map(equal_size, before[:-1], after[:-1]))
-    return len(after) == 2 < len(before)
+    return len(after) == 2
 
 
 def _ffn_path(leaves: Iterable[Linear], down: Linear | OpaqueLinear) -> str:

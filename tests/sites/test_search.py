@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 import surgeon
 from surgeon.graph.traced import TracedGraph
+from surgeon.passes import Moeify
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns, find_linear_sites
 from tests.small_models import Function, Fused, Gated, Many, Plain, Wrapped
@@ -267,6 +268,15 @@ def test_the_size_of_a_hidden_value_may_be_read_outside() -> None:
 
     (site,), _ = find_ffns(trace(Function(compute, up=(D, H), down=(H, D))))
     assert site.hidden == H
+
+
+def test_a_vector_may_leave_as_a_row() -> None:
+    model = Function(lambda m, x: m.down(F.relu(m.up(x)).unsqueeze(0)), up=(D, H), down=(H, D)).eval()
+    vector = X[0, 0]
+    graph = surgeon.trace(model, vector)
+    report = Moeify(experts=4).apply(graph, inputs=vector)
+    assert report.matched
+    assert graph(vector).shape == (1, D)
 
 
 def test_weights_are_views_where_nothing_is_folded_in() -> None:
