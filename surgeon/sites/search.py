@@ -1,7 +1,7 @@
 """Find the sites that a pass can operate on: feed-forward layers and standalone linear layers.
 
 From every linear layer the search walks back through pointwise ops to the one or two linear layers before it. Then
-`surgeon.sites.nonlinearity` identifies what the nodes in between compute. A refused candidate comes with the first
+`surgeon.sites.identify` identifies what the nodes in between compute. A refused candidate comes with the first
 condition that failed.
 """
 
@@ -31,11 +31,12 @@ from surgeon.graph.ops import (
 )
 from surgeon.graph.traced import aten, common_path, is_call, module_path, shape_of, tensor_key, tensor_of
 from surgeon.graph.walk import walk_sources, walk_users
+from surgeon.sites.cone import Cone
 from surgeon.sites.constants import is_constant, name_of
 from surgeon.sites.ffn import FFN, IdentityModule, LayerCall, projections
+from surgeon.sites.identify import identify
 from surgeon.sites.linear import Linear, OpaqueLinear, find_linears
 from surgeon.sites.linear_site import LinearSite
-from surgeon.sites.nonlinearity import Cone, identify
 from surgeon.sites.regions import refused_in_regions
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.soundness import unsound
