@@ -26,7 +26,13 @@ ROWS = 10
 
 @pytest.mark.parametrize(
     ("shape", "neurons"),
-    [((3, 4, 0), [4, 4, 4]), ((3, 4, 3), [4, 4, 1]), ((5, 2, 3), [2, 2, 1, 1, 1]), ((1, 4, 1), [3])],
+    [
+        ((3, 4, 0), [4, 4, 4]),
+        ((3, 4, 3), [4, 4, 1]),
+        ((5, 2, 3), [2, 2, 1, 1, 1]),
+        ((5, 2, 2), [2, 2, 2, 1, 1]),
+        ((1, 4, 1), [3]),
+    ],
 )
 def test_neurons_of_experts(shape: tuple[int, int, int], neurons: list[int]) -> None:
     assert neurons_of_experts(*shape) == neurons
