@@ -92,3 +92,5 @@ def test_a_region_in_a_region_counts_as_the_outer_one() -> None:
     assert not sites
     assert (refused.code, refused.path) == ("under-autocast", "up")
     assert "bfloat16" in refused.reason
+    region = next(node for node in graph.graph.nodes if node.name == refused.node)
+    assert region.args[2] is True
