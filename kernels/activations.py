@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +29,14 @@ class Activation:
         leaves_zeros: whether the function is exactly zero on a whole half-line, as ReLU is, so that counting zeros
             measures sparsity.
         fn_: `fn` in place, written over `z`, if PyTorch has that.
+        up: the activation of the other linear of a gated FFN; None if it has none. Without a gate it means nothing.
     """
 
     fn: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
     leaves_zeros: bool = False
     fn_: Callable[[Tensor], Tensor] | None = None
+    up: Activation | None = None
 
     def in_place(self, z: Tensor) -> Tensor:
         """Return `fn(z)`, written over `z`. That memory is in the cache; a new result's would not be."""
@@ -85,4 +87,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "hardtanh": Activation(F.hardtanh, lambda g, z: _aten.hardtanh_backward(g, z, -1.0, 1.0)),
     "softsign": Activation(F.softsign, lambda g, z: g / (1 + z.abs()).square()),
 }
-"""Name → function. `gelu` is the exact one (erf), `gelu_tanh` its tanh approximation, `relu2` is ReLU squared."""
+ACTIVATIONS["relu_relu"] = replace(ACTIVATIONS["relu"], up=ACTIVATIONS["relu"])
+"""Name → function. `gelu` is the exact one (erf), `gelu_tanh` its tanh approximation, `relu2` is ReLU squared.
+
+`relu_relu` has a ReLU on both sides of a gated FFN: relu(gate) · relu(up).
+"""

@@ -17,25 +17,30 @@ it computes every expert and masks, in ordinary differentiable PyTorch. Both hav
 
 and return [..., d_out], in the dtype of `x`, which the weights share:
 
-    h_e = act(x w1_eᵀ + b1_e), or act(x gate_eᵀ + b_gate_e) · (x w1_eᵀ + b1_e) if gated
+    h_e = act(x w1_eᵀ + b1_e), or act(x gate_eᵀ + b_gate_e) · (x w1_eᵀ + b1_e) if gated, with a ReLU on both sides for
+          relu_relu
     y   = Σ over selected experts e of h_e w2_e, plus b2
 
 Expert outputs are added with weight 1, so with every expert selected this is the dense FFN (D2DMoE, arXiv 2310.04361).
 An expert runs for a token unless its score is below the token's threshold (`experts.selected`); a token that
 selects nothing gives b2. If h of a neuron is exactly zero, its row of w2 may be left unread, so infinite values there
 do not become NaN. Selection is a step function: `scores` and `threshold` get no gradient. Under autocast `x` and the
-weights are cast, but scores and threshold are not. `torch.func` transforms (grad, vmap) work with `masked_ffn` only:
-PyTorch does not let them through custom operators. Wrong shapes, dtypes, devices or names raise `UsageError`.
+weights are cast, but scores and threshold are not. Forward-mode derivatives and all transforms of `torch.func` (jvp,
+grad, vmap, ...) compute every expert, as `masked_ffn` does. So do second derivatives. Wrong shapes, dtypes, devices or
+names raise `UsageError`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import UsageError
@@ -157,6 +162,35 @@ def _autograd_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _dynamic_k_ffn.register_autograd(_autograd_backward, setup_context=_setup_context)
 
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.activation, ctx.need_x, ctx.need_weights = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second_backward(ctx: Any, *found: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiate the gradients once more, by transforms of the masked operator."""
+    grad, x, scores, threshold, *weights = ctx.saved_tensors
+    given = (x, *weights)
+    there = [index for index, value in enumerate(given) if value is not None]
+    needed = [index for index in there if (ctx.need_weights if index else ctx.need_x)]
+
+    def layer(*values: Tensor) -> Tensor:
+        x, *weights = (values[there.index(index)] if index in there else None for index in range(len(given)))
+        return masked_ffn(x, scores, threshold, *weights, None, ctx.activation)  # type: ignore[no-any-return]
+
+    def gradients(grad: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        pulled = torch.func.vjp(layer, *values)[1](grad)
+        return tuple(pulled[there.index(index)] for index in needed)
+
+    pull = torch.func.vjp(gradients, grad, *(given[index] for index in there))[1]
+    of_grad, *rest = pull(tuple(found[index] for index in needed))
+    of_x, *of_weights = (rest[there.index(index)] if index in there else None for index in range(len(given)))
+    return (of_grad, of_x, None, None, *of_weights, None, None, None)
+
+
+_dynamic_k_ffn_backward.register_autograd(_second_backward, setup_context=_setup_second)
+
 _library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyped-call]
 """Holds the registrations below: they last as long as it does."""
 
@@ -179,6 +213,10 @@ def _masked_ffn(*given: Any) -> Tensor:
     # Autocast casts inside this operator, so the dtypes may still differ here.
     args = _check(*given, same_dtype=not _autocasts(given[0]))
     return _masked(args)
+
+
+def _masked_twin(*given: Any) -> Tensor:
+    return masked_ffn(*given)  # type: ignore[no-any-return]
 
 
 # Composite: autograd and autocast see through it, yet export keeps it as one node.
@@ -208,6 +246,23 @@ def _autocast_rule(device_type: str) -> Callable[..., Tensor]:
 def _autocasts(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
+
+# Transforms of `torch.func` and forward-mode derivatives see through the operator's twin, but not through itself.
+_library.impl("dynamic_k_ffn", _masked_twin, "FuncTorchDynamicLayerFrontMode")  # type: ignore[no-untyped-call]
+_reverse_mode = make_autograd_impl(_dynamic_k_ffn._opoverload, _dynamic_k_ffn)
+
+
+def _autograd(keyset: Any, *given: Any) -> Tensor:
+    tensors = [value for value in given if isinstance(value, Tensor)] if forward_ad._current_level >= 0 else []
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):  # type: ignore[no-untyped-call]
+        return _masked_twin(*given)
+    return _reverse_mode(keyset, *given)  # type: ignore[no-any-return]
+
+
+# The native kernels have a kernel of their own here, which does the same.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+    _library.impl("dynamic_k_ffn", _autograd, "Autograd", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
 
 for _type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _library.impl("dynamic_k_ffn", _autocast_rule(_type), _key)  # type: ignore[no-untyped-call]

@@ -80,7 +80,9 @@ def selected(scores: Tensor, threshold: Tensor) -> Tensor:
 def hidden(x: Tensor, experts: Experts, act: Activation) -> Tensor:
     """Return the hidden activations [..., m] of `x` [..., d_in] for one expert of m neurons (or a flat view of all)."""
     up = F.linear(x, experts.w1, experts.b1)
-    return act.fn(up) if experts.gate is None else act.fn(F.linear(x, experts.gate, experts.b_gate)) * up
+    if experts.gate is None:
+        return act.fn(up)
+    return act.fn(F.linear(x, experts.gate, experts.b_gate)) * (up if act.up is None else act.up.fn(up))
 
 
 def keep_selected(h: Tensor, mask: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 """
 
 from surgeon.passes.base import Pass
-from surgeon.passes.contract import FitContext
+from surgeon.passes.contract import FitContext, SiteRefused
 from surgeon.passes.lower import Lower
 from surgeon.passes.mlpify import Mlpify
 from surgeon.passes.moeify import Moeify
@@ -25,6 +25,7 @@ __all__ = [
     "PerSite",
     "Recover",
     "SiteChange",
+    "SiteRefused",
     "Sparsify",
     "SwapActivation",
     "TrainedPass",

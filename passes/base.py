@@ -17,7 +17,7 @@ from surgeon.graph.ownership import adopt_changes
 from surgeon.graph.patterns import matches
 from surgeon.graph.traced import TracedGraph, tidy
 from surgeon.moe.site import MoESite
-from surgeon.passes.contract import Contract, FitContext, Seen, Site
+from surgeon.passes.contract import Contract, FitContext, Seen, Site, SiteRefused
 from surgeon.passes.options import check_patterns
 from surgeon.passes.report import PassReport, SiteChange
 from surgeon.passes.verification import verify
@@ -85,7 +85,9 @@ class Pass(Contract[Site, Seen]):
         self._check_options(matched, rejected)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            changes = self._rewrite_all(graph, matched, None if settings.dry_run else data, settings)
+            changes, refused = self._rewrite_all(graph, matched, None if settings.dry_run else data, settings)
+            matched = [site for site in matched if site.path not in refused]
+            rejected.extend(refused.values())
             fitted = None
             if matched and data is not None and self.will_fit and not settings.dry_run:
                 fitted = self._fit(graph, before, matched, changes, data, settings)
@@ -103,7 +105,7 @@ class Pass(Contract[Site, Seen]):
             options=self.options(),
             matched=[site.path for site in matched],
             rejected=tuple(rejected),
-            sites=tuple(dataclasses.replace(change, executed=found.share(change.path)) for change in changes),
+            sites=tuple(dataclasses.replace(change, executed=found.share(change)) for change in changes),
             seconds=round(time.monotonic() - started, 3),
             before=found.before,
             after=found.after,
@@ -134,17 +136,20 @@ class Pass(Contract[Site, Seen]):
 
     def _rewrite_all(
         self, graph: TracedGraph, sites: Sequence[Site], data: Data | None, settings: RunSettings
-    ) -> list[SiteChange]:
+    ) -> tuple[list[SiteChange], dict[str, Rejection]]:
+        """Rewrite the sites. Return the changes, and the refusals by path of sites that turned out to be unsuitable."""
         seen = self.observe(graph, sites, data, settings)
-        changes = []
+        changes, refused = [], {}
         for site in sites:
             try:
                 # A pass whose `Seen` is not None has observed every site.
                 changes.append(self.rewrite(graph, site, seen.get(site.path)))  # type: ignore[arg-type]
+            except SiteRefused as unsuitable:
+                refused[site.path] = dataclasses.replace(unsuitable.rejection, path=site.path)
             except Exception as error:
                 raise PassError(f"{self.name} failed at {site.path}: {_words(error)}") from error
         tidy(graph)
-        return changes
+        return changes, refused
 
     def _fit(
         self,

@@ -30,6 +30,14 @@ Seen = TypeVar("Seen", default=Any)
 SiteKind = Literal["ffn", "linear", "moe"]
 
 
+class SiteRefused(Exception):  # noqa: N818  (not an error: the run goes on without the site)
+    """Raised by `rewrite`, before it changes anything, if a site turns out to be unsuitable. The site is refused."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.rejection = Rejection(code, reason)
+
+
 @dataclass(frozen=True)
 class FitContext(Generic[Site]):
     """What a pass trains with after it has rewritten its sites.
@@ -106,7 +114,11 @@ class Contract(ABC, Generic[Site, Seen]):
 
     @abstractmethod
     def rewrite(self, graph: TracedGraph, site: Site, seen: Seen) -> SiteChange:
-        """Rewrite one site in place. `seen` is what `observe` returned for it, None if nothing."""
+        """Rewrite one site in place. `seen` is what `observe` returned for it, None if nothing.
+
+        Raises:
+            SiteRefused: only the data or the weights show that the site cannot be rewritten. Nothing was changed.
+        """
 
     def fit(self, context: FitContext[Site]) -> FitReport | None:
         """Train the rewritten graph in place. Return None if there is nothing to train."""

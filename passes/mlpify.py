@@ -29,6 +29,7 @@ from surgeon.sites.linear import Linear
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.qkv import fused_parts
 from surgeon.sites.rejection import Rejection
+from surgeon.sites.soundness import not_finite
 from surgeon.training.loop import FitReport, fit
 from surgeon.training.penalty import (
     PENALTIES,
@@ -179,6 +180,9 @@ class Mlpify(TrainedPass[LinearSite]):
     lr: float = option(1e-3, "Learning rate of AdamW for the replacements.", above=0)
 
     def match(self, graph: GraphModule, site: LinearSite) -> Rejection | None:
+        refused = not_finite(graph, site.calls[:1])
+        if refused is not None:
+            return refused
         for part in self._parts(site):
             if self.kind == "residual" and site.d_in != len(part):
                 what = f"a residual needs an output as wide as the input, but this is {site.d_in}→{len(part)}"

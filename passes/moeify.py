@@ -8,6 +8,7 @@ the experts' outputs (section 3.3). At run time a rule selects experts by the sc
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -22,19 +23,21 @@ from surgeon.graph.traced import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.selection import RULES
 from surgeon.moe.clustering import nearest_divisors
+from surgeon.moe.filling import mark_filling
 from surgeon.moe.knobs import set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.router import Goal, Labels, Objective, Output, Router
 from surgeon.moe.site import find_moes
-from surgeon.moe.split import Split, split_neurons
+from surgeon.moe.split import Split, output_sizes, split_neurons
 from surgeon.moe.trunks import trunk_groups, trunk_of
-from surgeon.passes.contract import FitContext, SiteKind
+from surgeon.passes.contract import FitContext, SiteKind, SiteRefused
 from surgeon.passes.options import PerSite, for_site, option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import TrainedPass
 from surgeon.sites.ffn import FFN, FFNWeights
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.replace import replace_call
+from surgeon.sites.soundness import not_finite
 from surgeon.training.loop import FitReport, RunSettings
 from surgeon.training.observe import collect_calls
 from surgeon.training.routers import by_trunk, fit_from_neurons, running_at, train_routers
@@ -44,8 +47,9 @@ log = logging.getLogger("surgeon")
 RouterKind = Literal["trained", "neurons", "centres"]
 RouterOutput = Literal["auto", "abs", "relu", "softplus"]
 
-# Expert size aimed at when neither `experts` nor `expert_size` is given.
-_USUAL_SIZE = 32
+# If neither `experts` nor `expert_size` is given: the expert size aimed at, the sizes that a divisor of the width may
+# have, and the width from which, without such a divisor, the last expert is filled up to the usual size.
+_USUAL_SIZE, _USUAL_SIZES, _WIDE = 32, range(16, 65), 256
 # If no width is given, a router may cost this share of the multiply-adds that it routes; its width is within limits.
 _ROUTER_SHARE, _NARROWEST, _WIDEST = 0.025, 8, 128
 # How many tokens neurons are compared on.
@@ -69,6 +73,9 @@ class _Seen:
 class Moeify(TrainedPass[FFN, _Seen]):
     """Split each FFN into experts of equal size and train a router for it (D2DMoE, sections 3.2 to 3.4).
 
+    If the hidden width is not a multiple of the size, neurons that never fire fill up the last expert. They cost
+    nothing in all counts.
+
     With tau = 0, the default, every expert runs and the output is unchanged, whether the routers are trained or not.
     """
 
@@ -78,7 +85,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
     must_precede: ClassVar[frozenset[str]] = frozenset({"lower"})
     preserves: ClassVar[bool] = True
     optional: ClassVar[bool] = True
-    wrong_options: ClassVar[frozenset[str]] = frozenset({"width-does-not-divide"})
+    wrong_options: ClassVar[frozenset[str]] = frozenset({"too-few-neurons"})
     for_training: ClassVar[frozenset[str]] = frozenset({"exposure", "underestimate"})
     untrained: ClassVar[str] = (
         "The routers were not trained: every expert runs and the output is unchanged. To make the model cheaper, run "
@@ -87,7 +94,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
 
     experts: PerSite[int] | None = option(
         None,
-        "Number of experts in each layer. It must divide the hidden width. By default experts have about 32 neurons.",
+        "Number of experts in each layer. By default experts have about 32 neurons.",
         least=1,
     )
     expert_size: PerSite[int] | None = option(
@@ -211,13 +218,18 @@ class Moeify(TrainedPass[FFN, _Seen]):
             raise UsageError(f"moeify: router_width is {self.router_width}, but {what}.")
 
     def match(self, graph: GraphModule, site: FFN) -> Rejection | None:
-        experts, size = for_site(self.experts, site.path), for_site(self.expert_size, site.path)
-        if experts is not None and site.hidden % experts:
-            return _indivisible(site, experts, f"{experts} equal experts")
-        if size is not None and site.hidden % size:
-            return _indivisible(site, size, f"experts of {size} neurons")
-        if self.shared >= self._experts(site):
-            what = f"{self.shared} of its {self._experts(site)} experts would always run, which leaves none to route"
+        refused = not_finite(graph, site.linears)
+        if refused is not None:
+            return refused
+        count, size = for_site(self.experts, site.path), for_site(self.expert_size, site.path)
+        if count is not None and count > site.neurons:
+            return Rejection("too-few-neurons", f"{count} experts were asked for, but it has {site.neurons} neurons")
+        if size is not None and size > site.neurons:
+            what = f"experts of {size} neurons were asked for, but it has {site.neurons} neurons"
+            return Rejection("too-few-neurons", what)
+        experts, _ = self._shape(site)
+        if self.shared >= experts:
+            what = f"{self.shared} of its {experts} experts would always run, which leaves none to route"
             return Rejection("nothing-to-route", what)
         return None
 
@@ -246,11 +258,14 @@ class Moeify(TrainedPass[FFN, _Seen]):
         }
 
     def rewrite(self, graph: TracedGraph, site: FFN, seen: _Seen) -> SiteChange:
-        weights, experts = site.weights(graph), self._experts(site)
-        log.info("moeify: %s, %d experts of %d neurons", site.path, experts, site.hidden // experts)
+        weights, (experts, size) = site.weights(graph), self._shape(site)
+        active = None if seen.x is None else output_sizes(weights, site.activation, seen.x)
+        if active is not None and not bool(torch.isfinite(active).all()):
+            raise SiteRefused("not-finite", "its hidden values on the data contain NaN or infinity")
+        log.info("moeify: %s, %d experts of %d neurons", site.path, experts, size)
         labels = split_neurons(
-            weights, site.activation, experts,
-            split=self.split, shared=self.shared, x=seen.x, seed=torch.initial_seed() % 2**31,
+            weights, experts, size,
+            split=self.split, shared=self.shared, active=active, seed=torch.initial_seed() % 2**31,
         )  # fmt: skip
         router = self._router(site, weights, experts, seen.router_width)
         moe = MoE(weights, labels, experts, site.activation, router, shared=self.shared)
@@ -265,6 +280,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
         moe.train(graph.training)
         path = free_target(graph, site.path, "moe")
         graph.add_submodule(path, moe)
+        mark_filling(graph, path, experts * size - len(labels))
         names = [replace_call(graph, call, path) for call in site.calls]
         after = next(found for found in find_moes(graph) if found.path == path)
         parameters = sum(p.numel() for p in moe.parameters()) - sum(
@@ -355,14 +371,19 @@ class Moeify(TrainedPass[FFN, _Seen]):
             parts.append((f"moeify-routers-{first}", label, group))
         return parts
 
-    def _experts(self, site: FFN) -> int:
+    def _shape(self, site: FFN) -> tuple[int, int]:
+        """The number of a layer's experts and of their neurons, filling included."""
+        neurons = site.neurons
         experts, size = for_site(self.experts, site.path), for_site(self.expert_size, site.path)
         if experts is not None:
-            return experts
-        if size is not None:
-            return site.hidden // size
-        near = nearest_divisors(site.hidden, max(1, site.hidden // _USUAL_SIZE))
-        return min(near, key=lambda n: abs(site.hidden / n - _USUAL_SIZE))
+            return experts, math.ceil(neurons / experts)
+        if size is None:
+            about = max(1, round(neurons / _USUAL_SIZE))
+            divisor = min(nearest_divisors(neurons, about), key=lambda n: abs(neurons / n - _USUAL_SIZE))
+            if neurons // divisor in _USUAL_SIZES:
+                return divisor, neurons // divisor
+            size = _USUAL_SIZE if neurons >= _WIDE else math.ceil(neurons / about)
+        return math.ceil(neurons / size), size
 
     @property
     def _shares_trunks(self) -> bool:
@@ -374,11 +395,11 @@ class Moeify(TrainedPass[FFN, _Seen]):
         if self.router_depth == 1:
             return None
         if self.router == "centres":
-            return self._experts(group[0]) - self.shared
+            return self._shape(group[0])[0] - self.shared
         if self.router_width is not None:
             return self.router_width
         routed = sum(site.multiply_adds for site in group)
-        outputs = sum(self._experts(site) - self.shared for site in group)
+        outputs = sum(self._shape(site)[0] - self.shared for site in group)
         width = int(_ROUTER_SHARE * routed / (group[0].d_in + outputs))
         return max(_NARROWEST, min(_WIDEST, width // 8 * 8))
 
@@ -403,9 +424,3 @@ def _read(graph: TracedGraph, path: str) -> list[str]:
     """Names of the nodes that an expert layer reads, one for every call."""
     calls = [node for node in graph.graph.nodes if node.op == "call_module" and node.target == path]
     return [node.args[0].name for node in calls]
-
-
-def _indivisible(site: FFN, number: int, what: str) -> Rejection:
-    nearest = ", ".join(map(str, nearest_divisors(site.hidden, number)))
-    words = f"{site.hidden} neurons do not divide into {what}. Nearest: {nearest}."
-    return Rejection("width-does-not-divide", words)

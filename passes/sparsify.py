@@ -26,6 +26,7 @@ from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import PerSite, for_site, option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
+from surgeon.sites.constants import name_of
 from surgeon.sites.ffn import FFN, IdentityModule
 from surgeon.sites.nonlinearity import HALVES, Halves
 from surgeon.sites.rejection import Rejection
@@ -141,7 +142,15 @@ class Sparsify(FineTunedPass[FFN]):
         return not fitted
 
     def match(self, graph: GraphModule, site: FFN) -> Rejection | None:
-        return Rejection("already-done", "it already has a sparsity tap") if _tapped(graph, site) else None
+        if _tapped(graph, site):
+            return Rejection("already-done", "it already has a sparsity tap")
+        before = [factor.node for factor in site.nonlinearity.factors if factor.at != "after"]
+        if site.nonlinearity.slopes is not None:
+            before.append(site.nonlinearity.slopes.node)
+        if before:
+            name = name_of(graph, before[0])
+            return Rejection("parameter-between", f"a parameter ('{name}') stands where its sparsity would be measured")
+        return None
 
     def rewrite(self, graph: TracedGraph, site: FFN, seen: None) -> SiteChange:
         found = site.nonlinearity

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.graph.edit import emit, emit_dropout, erase_unread
 from surgeon.graph.traced import TracedGraph, aten, shape_of
+from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.passes.activation_ops import TARGETS
 from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import PerSite, for_site, option
@@ -52,8 +53,10 @@ class SwapActivation(FineTunedPass[FFN]):
         to = for_site(self.to, site.path)
         if to is None:
             return Rejection("no-value", "the option to has no activation for this site")
-        if site.activation == to:
+        if site.activation == to and site.nonlinearity.slopes is None:
             return Rejection("already-done", f"its activation is already {to}")
+        if ACTIVATIONS[site.activation].up is not None:
+            return Rejection("both-activated", "both factors of its hidden values are activated")
         for call in site.calls:
             hidden, first = shape_of(call.down.input), shape_of(call.first[0].output)
             if hidden is None or first is None or len(hidden) != len(first):
@@ -68,7 +71,8 @@ class SwapActivation(FineTunedPass[FFN]):
             output = (call.output.name, call.output.name)
             self._swap(graph, site, call, to)
         count, cost = site.parameters(graph), site.multiply_adds
-        return SiteChange(site.path, site.activation, to, (count, count), (cost, cost), output)
+        was = site.activation if site.nonlinearity.slopes is None else "prelu"
+        return SiteChange(site.path, was, to, (count, count), (cost, cost), output)
 
     def fit(self, context: FitContext[FFN]) -> FitReport | None:
         """Fine-tune all parameters for the task, so that the model recovers from the new activation."""
@@ -97,10 +101,20 @@ class SwapActivation(FineTunedPass[FFN]):
             def step(target: Any, *args: Any) -> Node:
                 return emit(graph, target, *args, path=site.path)
 
-            z, up = call.first[0].output, call.first[-1].output
+            def scaled(value: Node, at: str) -> Node:
+                for factor in found.factors:
+                    if factor.at == at:
+                        constant = (
+                            step(aten.logical_not.default, factor.node) if factor.how == "unless" else factor.node
+                        )
+                        value = step(aten.div.Tensor if factor.how == "over" else aten.mul.Tensor, value, constant)
+                return value
+
+            z, up = scaled(call.first[0].output, "first"), call.first[-1].output
             if found.fused is not None:
                 rows = HALVES[found.fused](site.hidden), HALVES[OTHER[found.fused]](site.hidden)
                 z, up = (step(aten.slice.Tensor, z, -1, part.start, part.stop, part.step or 1) for part in rows)
+            z = scaled(z, "z")
             if found.input_scale != 1.0:
                 z = step(aten.mul.Tensor, z, found.input_scale)
             value = TARGETS[to](step, z)
@@ -108,7 +122,7 @@ class SwapActivation(FineTunedPass[FFN]):
                 value = step(aten.mul.Tensor, value, up)
             if found.output_scale != 1.0:
                 value = step(aten.mul.Tensor, value, found.output_scale)
-            value = emit_dropout(graph, value, site.dropout, path=site.path)
+            value = emit_dropout(graph, scaled(value, "after"), site.dropout, path=site.path)
         for user in list(old.users):
             if user in call.down.nodes:
                 user.replace_input_with(old, value)

@@ -34,9 +34,10 @@ class Verified:
     max_error: float | None
     layers: Mapping[str, LayerRun]
 
-    def share(self, path: str) -> float | None:
-        """Return the share of the experts that ran at a site. `path`: of the site or of its experts."""
-        found = (layer for moe, layer in self.layers.items() if path in (moe, moe.rpartition(".")[0]))
+    def share(self, change: SiteChange) -> float | None:
+        """Return the share of the experts that ran at a site."""
+        paths = {change.path, *change.made}
+        found = (layer for moe, layer in self.layers.items() if paths & {moe, moe.rpartition(".")[0]})
         return next((layer.share for layer in found), None)
 
 

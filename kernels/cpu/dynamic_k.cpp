@@ -315,6 +315,13 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
 Tensor autograd(
     const Tensor& x, const Tensor& scores, const Tensor& threshold, const Tensor& w1, const Optional& b1,
     const Optional& gate, const Optional& b_gate, const Tensor& w2, const Optional& b2, c10::string_view activation) {
+  auto has_tangent = [](const Optional& tensor) { return tensor && tensor->_fw_grad(0).defined(); };
+  if (has_tangent(x) || has_tangent(w1) || has_tangent(w2) || has_tangent(b1) || has_tangent(gate) ||
+      has_tangent(b_gate) || has_tangent(b2)) {
+    // Forward-mode derivatives see through the masked operator.
+    static auto masked = find("surgeon::masked_ffn");
+    return masked.call(x, scores, threshold, w1, b1, gate, b_gate, w2, b2, activation);
+  }
   auto wants = [](const Tensor& tensor) { return tensor.requires_grad(); };
   auto may_want = [](const Optional& tensor) { return tensor && tensor->requires_grad(); };
   bool any = wants(x) || wants(w1) || wants(w2) || may_want(b1) || may_want(gate) || may_want(b_gate) || may_want(b2);

@@ -89,8 +89,10 @@ def backward(
         if z is None:
             h, grad_z, grad_up = act.fn(up), None, act.backward(grad_h, up)
         else:
-            a = act.fn(z)
-            h, grad_z, grad_up = a * up, act.backward(grad_h * up, z), grad_h * a
+            a, b = act.fn(z), up if act.up is None else act.up.fn(up)
+            h, grad_z, grad_up = a * b, act.backward(grad_h * b, z), grad_h * a
+            if act.up is not None:
+                grad_up = act.up.backward(grad_up, up)
         if grad_x is not None:
             _add_product(grad_x, rows, grad_up, part.w1)
             if grad_z is not None and part.gate is not None:
@@ -155,6 +157,8 @@ def _hidden(
     if experts.gate is None:
         return act.in_place(up)
     gate = linear(experts.gate, experts.b_gate, None if gates is None else gates[: len(x)])
+    if act.up is not None:
+        up = act.up.in_place(up)
     return up.mul_(act.in_place(gate))
 
 
@@ -188,7 +192,10 @@ def _by_neuron(x: Tensor, way: torch_plan.ByNeuron, experts: Experts, act: Activ
         return product.values()
 
     up = linear(experts.w1, experts.b1)
-    h = act.fn(up) if experts.gate is None else act.fn(linear(experts.gate, experts.b_gate)) * up
+    if experts.gate is None:
+        h = act.fn(up)
+    else:
+        h = act.fn(linear(experts.gate, experts.b_gate)) * (up if act.up is None else act.up.fn(up))
     return F.embedding_bag(
         way.columns, experts.w2, way.ends, mode="sum", per_sample_weights=h, include_last_offset=True
     )

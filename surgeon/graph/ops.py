@@ -68,6 +68,9 @@ SHAPE_OPS = VIEWS | {
     aten.glu.default,
     aten.permute.default,
     aten.transpose.int,
+    aten.swapaxes.default,
+    aten.movedim.int,
+    aten.mT.default,
     operator.getitem,
 }
 # Pointwise ops that keep a linear map linear. Any other one counts as an activation.
@@ -84,7 +87,7 @@ _BARRIERS = {
     "index": "an index", "nonzero": "a data-dependent shape", "masked_select": "a data-dependent shape",
     "expand": "an expansion", "repeat": "a repetition", "roll": "a shift", "flip": "a reversal", "pad": "padding",
     "lstm": "a recurrent layer", "gru": "a recurrent layer", "fft": "a Fourier transform", "upsample": "a resizing",
-    "unfold": "an unfolding", "prelu": "a learned activation", "layer_norm": "a normalisation",
+    "unfold": "an unfolding", "layer_norm": "a normalisation",
 }  # fmt: skip
 # A walk back from a linear layer ends at these ops: no other linear layer stands before them.
 _SOURCES = {"embedding", "embedding_bag", "arange", "eye", "tril", "triu"}
@@ -107,7 +110,9 @@ def is_pointwise(node: Node) -> bool:
     name = op_name(node).rstrip("_")
     if name in CREATION_OPS:
         return True
-    if "prelu" in name or target in SAME_VALUE:
+    if "prelu" in name:  # running it tells whether its slopes are those of neurons
+        return True
+    if target in SAME_VALUE:
         return False
     if torch.Tag.pointwise in target.tags:
         return True
@@ -131,8 +136,8 @@ def barrier(node: Node) -> str | None:
 
 
 def activates(node: Node) -> bool:
-    """Whether a node that is a barrier is an activation all the same: it mixes neurons, or has parameters."""
-    return _kind(op_name(node)) in ("softmax", "prelu")
+    """Whether a node that is a barrier is an activation all the same, which mixes neurons."""
+    return _kind(op_name(node)) == "softmax"
 
 
 def _words(name: str) -> str | None:

@@ -196,7 +196,7 @@ def tensor_of(graph: GraphModule, node: Node) -> Tensor | None:
 
 def tensor_key(tensor: Tensor) -> tuple[object, ...]:
     """Identify a tensor's memory. Tied parameters loaded from a file are two objects over the same memory."""
-    if tensor.device.type == "meta" or tensor.numel() == 0:
+    if tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.numel() == 0:
         return (id(tensor),)
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 

@@ -127,7 +127,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
             for linear in linears
         ],
         [(rejection.path, rejection.reason) for rejection in refused],
-        opened.notes,
+        (*opened.notes, *cost.notes),
         list(snapshot(graph).nodes.values()) if with_graph else None,
     )
 

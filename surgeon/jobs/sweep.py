@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from surgeon.data.losses import evaluate
 from surgeon.errors import UsageError
+from surgeon.graph.calls import as_args_kwargs
 from surgeon.jobs.evaluation import dense_multiply_adds, eval_batches, other_data, recorded_quality, task_for
 from surgeon.jobs.open_model import Opened
 from surgeon.kernels.selection import check_rule
+from surgeon.measure.meter import measure
 from surgeon.measure.sweep import Dense, Point, time_settings, usual_taus
 from surgeon.measure.sweep import sweep as run_sweep
 from surgeon.moe.knobs import get_rule, get_tau
@@ -94,7 +96,8 @@ def sweep(
     if dense is not None:
         milliseconds = time_settings(dense.graph, batches[0], [lambda: None])[0] if timed else None
         beside = Dense(multiply_adds, evaluate(dense.graph, batches, task), milliseconds)
-    return Swept(opened.spec, opened.data.description, task, beside, points, other_data(opened))
+    cost, _ = measure(opened.graph, *as_args_kwargs(opened.inputs))
+    return Swept(opened.spec, opened.data.description, task, beside, points, (*other_data(opened), *cost.notes))
 
 
 def _among(opened: Opened, taus: Sequence[float] | None, rules: Sequence[str] | None) -> bool:

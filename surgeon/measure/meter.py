@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import operator
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,52 +15,39 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
 from surgeon.graph.traced import tensor_key
 from surgeon.kernels.dynamic_k import selected
+from surgeon.measure.multiply_adds import Counter
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import masked_ffn, selection_threshold
 from surgeon.moe.router import expert_norms
 from surgeon.moe.site import MoESite, find_moes
 
 
-def _attention_flops(
-    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-# The attention op on CPUs. torch's counter has no formula for it.
-_ALSO_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-
 @dataclass
 class LayerRun:
     """What one expert layer ran.
 
-    pairs, ran: the number of expert-token pairs, and how many of them ran. per_pair: multiply-adds per pair.
-    tokens: the number of tokens. per_token: multiply-adds of the router per token. seconds: time spent in the experts.
+    pairs, ran: the number of expert-token pairs, and how many of them ran. multiply_adds, executed_multiply_adds:
+    those of all pairs, and of the pairs that ran; filling neurons do not count. tokens: the number of tokens.
+    per_token: multiply-adds of the router per token. seconds: time spent in the experts.
     """
 
     pairs: int = 0
     ran: int = 0
-    per_pair: int = 0
+    multiply_adds: int = 0
+    executed_multiply_adds: int = 0
     tokens: int = 0
     per_token: int = 0
     seconds: float = 0.0
 
     @property
     def share(self) -> float:
-        """Share of the pairs that ran."""
-        return self.ran / self.pairs if self.pairs else 1.0
-
-    @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds if every pair ran."""
-        return self.pairs * self.per_pair
+        """Share of the experts' multiply-adds that ran. If experts are equally large, it is the share of the pairs."""
+        return self.executed_multiply_adds / self.multiply_adds if self.multiply_adds else 1.0
 
 
 def parameter_count(graph: GraphModule) -> int:
@@ -70,26 +58,22 @@ def parameter_count(graph: GraphModule) -> int:
 def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Cost, dict[str, LayerRun]]:
     """Measure the cost of one call, and what each expert layer ran in it, by path.
 
-    `torch.utils.flop_counter` counts one multiply-add as two operations. The graph is run once, in its present mode.
+    The graph is run once, in its present mode.
     """
     meter = ExpertMeter(graph)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
+    with torch.no_grad(), Counter() as counter:
         meter.call(args, kwargs)
-    counted = counter.get_total_flops() // 2
-    # The module and masked forms compute all experts, so the count includes skipped ones. The dynamic form skips them.
-    dropped = dict.fromkeys(("module", "masked", "dynamic"), 0)
+    counted = counter.multiply_adds
+    # What the experts computed, filling included, is replaced by what counts. The module and masked forms compute all
+    # experts; the dynamic form skips some.
     for site in meter.sites.values():
         layer = meter.layers[site.path]
-        dropped[site.form] += (layer.pairs - layer.ran) * layer.per_pair
+        computed = layer.ran if site.form == "dynamic" else layer.pairs
+        counted -= computed * site.expert_multiply_adds
     everything = sum(layer.multiply_adds for layer in meter.layers.values())
-    executed = 1.0 - sum(dropped.values()) / everything if everything else None
-    cost = Cost(
-        parameter_count(graph),
-        counted + dropped["dynamic"],
-        counted - dropped["module"] - dropped["masked"],
-        executed,
-    )
-    return cost, meter.layers
+    ran = sum(layer.executed_multiply_adds for layer in meter.layers.values())
+    share = ran / everything if everything else None
+    return Cost(parameter_count(graph), counted + everything, counted + ran, share, counter.uncounted), meter.layers
 
 
 def clock(device: torch.device) -> float:
@@ -122,14 +106,14 @@ def token_load(graph: GraphModule, inputs: Any) -> Tensor:
     meter = ExpertMeter(graph)
     if not meter.sites:
         raise UsageError("The graph has no experts, so no token has a load. Apply moeify first.")
-    seen: list[tuple[Tensor, int]] = []
-    meter.on_selection = lambda site, ran: seen.append((ran, site.expert_multiply_adds))
+    seen: list[tuple[Tensor, Tensor]] = []
+    meter.on_selection = lambda site, ran: seen.append((ran, torch.tensor(site.costs).to(ran.device)))
     with torch.no_grad():
         meter.call(args, kwargs)
-    usual = Counter(ran.shape[:-1] for ran, _ in seen).most_common(1)[0][0]
-    chosen = [(ran, cost) for ran, cost in seen if ran.shape[:-1] == usual]
-    whole = sum(ran.shape[-1] * cost for ran, cost in chosen)
-    return torch.stack([ran.sum(-1) * cost for ran, cost in chosen]).sum(0).float() / whole
+    usual = collections.Counter(ran.shape[:-1] for ran, _ in seen).most_common(1)[0][0]
+    chosen = [(ran, costs) for ran, costs in seen if ran.shape[:-1] == usual]
+    whole = sum(int(costs.sum()) for _, costs in chosen)
+    return torch.stack([(ran * costs).sum(-1) for ran, costs in chosen]).sum(0).float() / whole
 
 
 class ExpertMeter(Interpreter):
@@ -146,10 +130,7 @@ class ExpertMeter(Interpreter):
         super().__init__(graph)
         self.oracle = oracle
         self.sites: dict[str, MoESite] = {site.path: site for site in find_moes(graph)}
-        self.layers = {
-            path: LayerRun(per_pair=site.expert_multiply_adds, per_token=site.router_parameters)
-            for path, site in self.sites.items()
-        }
+        self.layers = {path: LayerRun(per_token=site.router_parameters) for path, site in self.sites.items()}
         self.token_mask: Callable[[Sequence[int]], Tensor | None] | None = None
         self.on_selection: Callable[[MoESite, Tensor], None] | None = None
         self.on_tokens: Callable[[MoESite, Tensor, Tensor], None] | None = None
@@ -204,10 +185,14 @@ class ExpertMeter(Interpreter):
             x, ran = x[mask], ran[mask]
         if self.on_tokens is not None:
             self.on_tokens(site, x.reshape(-1, x.shape[-1]), ran.reshape(-1, ran.shape[-1]))
-        layer = self.layers[site.path]
-        layer.pairs += math.prod(ran.shape)
-        layer.tokens += math.prod(ran.shape[:-1])
-        layer.ran += int(ran.sum())
+        layer, costs = self.layers[site.path], site.costs
+        tokens = math.prod(ran.shape[:-1])
+        of_experts: list[int] = ran.reshape(-1, len(costs)).sum(0).tolist()
+        layer.tokens += tokens
+        layer.pairs += tokens * len(costs)
+        layer.ran += sum(of_experts)
+        layer.multiply_adds += tokens * sum(costs)
+        layer.executed_multiply_adds += sum(map(operator.mul, of_experts, costs))
 
 
 @dataclass(frozen=True)
@@ -217,9 +202,18 @@ class Cost:
     parameters: the number of parameters, tied ones counted once. multiply_adds: multiply-adds if every expert runs.
     executed_multiply_adds: multiply-adds that ran, including routers, attention and head.
     executed: the share of the experts' multiply-adds that ran, None without experts.
+    uncounted: the names of ops that multiply but have no formula. Their multiply-adds are left out.
     """
 
     parameters: int
     multiply_adds: int
     executed_multiply_adds: int
     executed: float | None = None
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to say about the numbers."""
+        if not self.uncounted:
+            return ()
+        return (f"The multiply-adds leave out {', '.join(self.uncounted)}: there is no formula.",)

@@ -188,7 +188,7 @@ def _device_of(graph: nn.Module) -> torch.device:
 def executed_share(layers: Mapping[str, LayerRun]) -> float:
     """Return the share of the experts' multiply-adds that ran."""
     everything = sum(layer.multiply_adds for layer in layers.values())
-    return sum(layer.ran * layer.per_pair for layer in layers.values()) / everything if everything else 1.0
+    return sum(layer.executed_multiply_adds for layer in layers.values()) / everything if everything else 1.0
 
 
 def layers_share(layers: Mapping[str, LayerRun], dense: Mapping[str, float] | None = None) -> float:
@@ -200,7 +200,7 @@ def layers_share(layers: Mapping[str, LayerRun], dense: Mapping[str, float] | No
     everything = sum(
         layer.tokens * dense[path] if path in dense else layer.multiply_adds for path, layer in layers.items()
     )
-    ran = sum(layer.ran * layer.per_pair + layer.tokens * layer.per_token for layer in layers.values())
+    ran = sum(layer.executed_multiply_adds + layer.tokens * layer.per_token for layer in layers.values())
     return ran / everything if everything else 1.0
 
 

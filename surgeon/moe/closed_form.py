@@ -44,8 +44,8 @@ def fit_closed_form(
     bias = torch.cat([offset for _, offset in candidates])
     features = F.relu(F.linear(x, rows, bias)).double()
     wanted = [target(objective, x, experts, activation, labels) for experts, activation in layers]
-    # Scale the targets, so that every layer has the same weight.
-    scaled = torch.cat([(w - w.mean(0)) / w.std().clamp_min(1e-12) for w in wanted], dim=1).double()
+    # Scale the targets, so that every layer has the same weight. Their means do not matter to centred features.
+    scaled = torch.cat([w / w.std().clamp_min(1e-12) for w in wanted], dim=1).double()
     chosen = _forward_selection(features - features.mean(0), scaled, trunk.out_features)
     with torch.no_grad():
         trunk.weight.copy_(rows[chosen])
@@ -67,7 +67,7 @@ def _first_linear(experts: Experts) -> tuple[Tensor, Tensor]:
 
 
 def _forward_selection(features: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Choose `count` columns of `features` [N, m] that explain `labels` [N, k] best, both centred; returns indices."""
+    """Choose `count` columns of centred `features` [N, m] that explain `labels` [N, k] best; returns indices."""
     candidates = torch.arange(features.shape[1], device=features.device)
     if len(candidates) > _CANDIDATES:
         gain = (features.t() @ labels).square().sum(1) / features.square().sum(0).clamp_min(1e-12)

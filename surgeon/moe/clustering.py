@@ -1,8 +1,9 @@
-"""Clustering into clusters of equal size, used to split the neurons of an FFN into experts."""
+"""Clustering into clusters of given sizes, used to split the neurons of an FFN into experts."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,41 +21,48 @@ _KMEANS_ITERATIONS = 20
 
 
 def balanced_clusters(
-    features: NDArray[np.floating] | Tensor, clusters: int, *, seed: int, refinements: int = 15
+    features: NDArray[np.floating] | Tensor, clusters: int | Sequence[int], *, seed: int, refinements: int = 15
 ) -> Tensor:
-    """Group the rows of `features` into clusters of exactly n / clusters rows each, close together in L2 distance.
+    """Group the rows of `features` into clusters of given sizes, close together in L2 distance.
 
-    K-means gives the first centroids. Then the rows are assigned greedily to centroids, which take n / clusters rows
-    each. Rows go first that would lose most without their nearest centroid (their regret). The centroids move to the
-    means, and the assignment is repeated. The best assignment is returned.
+    K-means gives the first centroids. Then the rows are assigned greedily to centroids, each of which takes as many
+    rows as its cluster has. Rows go first that would lose most without their nearest centroid (their regret). The
+    centroids move to the means, and the assignment is repeated. The best assignment is returned.
 
     This is the balanced k-means split of MoEfication (arXiv 2110.01786, expert construction), which D2DMoE (arXiv
     2310.04361, expert clustering) uses too. They solve the assignment exactly, at a much higher cost.
 
     Args:
         features: [n, d], finite, any floating dtype. Rows are compared without scaling, so normalise them before.
-        clusters: the number of clusters, a divisor of n.
+        clusters: the number of clusters of equal size, a divisor of n. Or the size of each cluster.
         seed: the same seed, features and library versions give the same labels.
         refinements: the most assignments to make. It stops earlier when nothing changes.
 
     Returns:
-        Labels in [0, clusters), int64 [n], on the CPU.
+        The number of each row's cluster, int64 [n], on the CPU.
 
     Raises:
-        UsageError: `features` is not a finite matrix, `clusters` does not divide n, or `refinements` is not positive.
+        UsageError: `features` is not a finite matrix, `clusters` does not divide n, the sizes are not positive or do
+            not add up to n, or `refinements` is not positive.
     """
     points = _as_points(features)
     n = len(points)
-    if clusters < 1 or n % clusters:
-        raise UsageError(
-            f"{n} rows cannot be split into {clusters} clusters of equal size. "
-            f"The nearest divisors of {n}: {', '.join(map(str, nearest_divisors(n, clusters)))}."
-        )
+    if isinstance(clusters, int):
+        if clusters < 1 or n % clusters:
+            raise UsageError(
+                f"{n} rows cannot be split into {clusters} clusters of equal size. "
+                f"The nearest divisors of {n}: {', '.join(map(str, nearest_divisors(n, clusters)))}."
+            )
+        sizes = np.full(clusters, n // clusters)
+    else:
+        sizes = np.array(clusters, dtype=np.int64)
+        if sizes.size == 0 or sizes.min() < 1 or sizes.sum() != n:
+            raise UsageError(f"The sizes of the clusters must be positive and add up to {n}, the number of rows.")
     if refinements < 1:
         raise UsageError(f"refinements is {refinements}, but must be at least 1.")
-    if clusters == 1:
+    if len(sizes) == 1:
         return torch.zeros(n, dtype=torch.int64)
-    if clusters == n:
+    if len(sizes) == n:
         return torch.arange(n)
 
     # Import before threads are limited: the limit only affects libraries that are already loaded.
@@ -63,19 +71,20 @@ def balanced_clusters(
     best_score, best_labels = -np.inf, np.empty(0, dtype=np.int64)
     # Use one thread. With more, the order of summation, and so the labels, would depend on timing.
     with threadpool_limits(limits=1):
-        kmeans = KMeans(clusters, n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=seed)
-        centroids = _fitted_centroids(kmeans, points)
+        kmeans = KMeans(len(sizes), n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=seed)
+        centroids = _fitted_centroids(kmeans, points, sizes)
         previous = None
         for _ in range(refinements):
             distances = np.square(centroids).sum(1) - 2 * points @ centroids.T  # up to a constant for each row
-            labels = _assign(distances, n // clusters)
+            labels = _assign(distances, sizes)
             if previous is not None and np.array_equal(labels, previous):
                 break
             previous = labels
-            # All clusters have the same size, so sorting by label lays them out as blocks.
-            centroids = points[np.argsort(labels, kind="stable")].reshape(clusters, n // clusters, -1).mean(1)
-            # For clusters of equal size the inertia is a constant minus a multiple of this.
-            score = float(np.square(centroids, dtype=np.float64).sum())
+            # Sorting by label lays the clusters out as blocks.
+            blocks = np.split(points[np.argsort(labels, kind="stable")], sizes.cumsum()[:-1])
+            centroids = np.stack([block.mean(0) for block in blocks])
+            # The inertia is a constant minus this.
+            score = float((np.square(centroids, dtype=np.float64).sum(1) * sizes).sum())
             if score > best_score:
                 best_score, best_labels = score, labels
     return torch.from_numpy(best_labels)
@@ -107,7 +116,8 @@ def _as_points(features: NDArray[np.floating] | Tensor) -> NDArray[np.float32]:
     return centred
 
 
-def _fitted_centroids(kmeans: KMeans, points: NDArray[np.float32]) -> NDArray[np.float32]:
+def _fitted_centroids(kmeans: KMeans, points: NDArray[np.float32], sizes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the centroids of k-means. If clusters differ in size, larger ones get the centroids of more rows."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
@@ -116,15 +126,20 @@ def _fitted_centroids(kmeans: KMeans, points: NDArray[np.float32]) -> NDArray[np
         # Two OpenMP runtimes in one process are harmless with one thread.
         warnings.filterwarnings("ignore", message=".*OpenMP.*", category=RuntimeWarning)
         centroids: NDArray[np.float32] = kmeans.fit(points).cluster_centers_
-    return centroids
+    if sizes.min() == sizes.max():
+        return centroids
+    rows = np.bincount(kmeans.labels_, minlength=len(sizes))
+    ordered = np.empty_like(centroids)
+    ordered[np.argsort(-sizes, kind="stable")] = centroids[np.argsort(-rows, kind="stable")]
+    return ordered
 
 
-def _assign(distances: NDArray[np.float32], capacity: int) -> NDArray[np.int64]:
-    """Assign each row, in order of regret, to its best column that has fewer than `capacity` rows."""
+def _assign(distances: NDArray[np.float32], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Assign each row, in order of regret, to its best column that has fewer rows than its size."""
     preferences = np.argsort(distances, axis=1, kind="stable")
     nearest_two = np.take_along_axis(distances, preferences[:, :2], axis=1)
     regret = nearest_two[:, 1] - nearest_two[:, 0]
-    room = [capacity] * distances.shape[1]
+    room = sizes.tolist()
     labels = np.empty(len(distances), dtype=np.int64)
     for row in np.argsort(-regret, kind="stable").tolist():
         for column in preferences[row]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgeon.graph.traced import aten
 from surgeon.kernels.experts import Experts
+from surgeon.moe.filling import fill, silent_bias
 from surgeon.moe.ops import masked_ffn, selection_threshold
 from surgeon.moe.router import Router, Step
 from surgeon.sites.ffn import FFNWeights
@@ -37,22 +38,30 @@ class MoE(nn.Module):
     def __init__(
         self, weights: FFNWeights, labels: Tensor, experts: int, activation: str, router: Router, *, shared: int = 0
     ) -> None:
-        """Split the weights by `labels` [h]: neuron i belongs to expert labels[i]. Each expert has h / experts neurons.
+        """Split the weights by `labels` [h]: neuron i belongs to expert labels[i].
 
+        Experts with fewer neurons than the largest are filled up (see `surgeon.moe.filling`).
         router: scores the experts after the first `shared`, which always run.
         """
         super().__init__()
-        order = torch.argsort(labels, stable=True)
-        hidden, _ = weights.w1.shape
+        counts = torch.bincount(labels, minlength=experts)
+        size, order = int(counts.max()), torch.argsort(labels, stable=True)
+        # The place of a neuron: its rank among the neurons of its expert, after all places of the experts before.
+        starts = counts.cumsum(0) - counts
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order)) - starts[labels[order]] + size * labels[order]
 
-        def rows(value: Tensor | None) -> nn.Parameter | None:
+        def rows(value: Tensor | None, filling: float = 0.0) -> nn.Parameter | None:
             if value is None:
                 return None
             # Copy the weights, because the traced model keeps its own.
-            split = value.detach()[order.to(value.device)].reshape(experts, hidden // experts, *value.shape[1:])
-            return nn.Parameter(split.contiguous())
+            filled = fill(value.detach(), places, experts * size, filling)
+            return nn.Parameter(filled.reshape(experts, size, *value.shape[1:]))
 
-        self.w1, self.b1 = rows(weights.w1), rows(weights.b1)
+        silent, b1 = silent_bias(weights, activation), weights.b1
+        if silent and b1 is None and experts * size > len(order):
+            b1 = weights.w1.new_zeros(len(order))
+        self.w1, self.b1 = rows(weights.w1), rows(b1, silent)
         self.gate, self.b_gate = rows(weights.gate), rows(weights.b_gate)
         self.w2 = rows(weights.w2)
         self.b2 = None if weights.b2 is None else nn.Parameter(weights.b2.detach().clone())

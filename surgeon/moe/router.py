@@ -114,7 +114,9 @@ class Router(nn.Module):
                 and the second becomes the identity.
         """
         with torch.no_grad():
-            self.first.weight.copy_(F.normalize(rows.float(), dim=-1).mean(1))
+            # Filling neurons have no direction, so they do not count.
+            normalised = F.normalize(rows.float(), dim=-1)
+            self.first.weight.copy_(normalised.sum(1) / normalised.any(-1).sum(1, keepdim=True).clamp_min(1))
             if self.fc1 is not None:
                 nn.init.eye_(self.fc2.weight)
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from surgeon.graph.traced import aten, is_call, tensor_key, tensor_of
 from surgeon.graph.walk import walk_sources
 from surgeon.kernels.experts import Experts
+from surgeon.moe.filling import filling_of, neurons_of_experts
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
 
@@ -23,7 +24,7 @@ class MoESite:
     form: "module" (one `call_module` node), "masked" (reference op) or "dynamic" (the op that skips experts).
     shared: the number of experts that always run. rule: one of `kernels.selection.RULES`.
     router_parameters: the number of weights in the router's matrices. A trunk that several layers share is counted for
-    the first of them.
+    the first of them. filling: how many neurons fill experts up to the common size (see `surgeon.moe.filling`).
     """
 
     path: str
@@ -35,6 +36,7 @@ class MoESite:
     router_parameters: int
     tau: Tensor
     rule: str
+    filling: int = 0
 
     @property
     def w1(self) -> Tensor:
@@ -52,21 +54,38 @@ class MoESite:
         return int(self.w1.shape[0])
 
     @property
+    def size(self) -> int:
+        """Number of neurons of an expert, filling included."""
+        return int(self.w1.shape[1])
+
+    @property
+    def neuron_multiply_adds(self) -> int:
+        """Multiply-adds of one neuron for one token."""
+        return int(self.w1.shape[2] * (2 if self.weights.gate is not None else 1) + self.weights.w2.shape[2])
+
+    @property
     def expert_multiply_adds(self) -> int:
-        """Multiply-adds of one expert for one token."""
-        size, d_in = self.w1.shape[1:]
-        return int(size * (d_in * (2 if self.weights.gate is not None else 1) + self.weights.w2.shape[2]))
+        """Multiply-adds of one expert without filling, for one token."""
+        return self.size * self.neuron_multiply_adds
+
+    @property
+    def costs(self) -> list[int]:
+        """Multiply-adds of each expert for one token. Filling does not count."""
+        neurons = neurons_of_experts(self.experts, self.size, self.filling)
+        return [count * self.neuron_multiply_adds for count in neurons]
 
     @property
     def multiply_adds(self) -> int:
         """Multiply-adds for one token when every expert runs. The router is included: one multiply-add per weight."""
-        return self.experts * self.expert_multiply_adds + self.router_parameters
+        return sum(self.costs) + self.router_parameters
 
     @property
     def describe(self) -> str:
-        """`48 experts × 32`, `1 expert × 8`, and the number of experts that always run."""
+        """`48 experts × 32`, `1 expert × 8`, and how many experts always run and how many neurons are filling."""
         always = f", {self.shared} of them always on" if self.shared else ""
-        return f"{self.experts} expert{'s' * (self.experts != 1)} × {self.w1.shape[1]}{always}"
+        last = "the last one" if self.filling < self.size else "the last ones"
+        filled = f", {self.filling} neuron{'s' * (self.filling != 1)} fill{'s' * (self.filling == 1)} up {last}"
+        return f"{self.experts} expert{'s' * (self.experts != 1)} × {self.size}{always}{filled if self.filling else ''}"
 
 
 def find_moes(graph: GraphModule) -> list[MoESite]:
@@ -111,7 +130,10 @@ def _site(
     fresh = {tensor_key(weight): weight.numel() for weight in router if tensor_key(weight) not in counted}
     counted.update(fresh)
     weights = Experts(*(getattr(module, name, None) for name in Experts._fields))  # type: ignore[arg-type]
-    return MoESite(path, form, tuple(nodes), weights, str(activation), shared, sum(fresh.values()), module.tau, rule)
+    return MoESite(
+        path, form, tuple(nodes), weights, str(activation), shared, sum(fresh.values()), module.tau, rule,
+        filling_of(graph, path),
+    )  # fmt: skip
 
 
 def router_nodes(node: Node) -> list[Node]:

@@ -11,39 +11,43 @@ from torch import Tensor
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import Experts, hidden
 from surgeon.moe.clustering import balanced_clusters
+from surgeon.moe.filling import neurons_of_experts
 from surgeon.sites.ffn import FFNWeights
 
 Split = Literal["auto", "weights", "activations", "random"]
 
 
 def split_neurons(
-    weights: FFNWeights, activation: str, experts: int, *, split: Split, shared: int, x: Tensor | None, seed: int
+    weights: FFNWeights, experts: int, size: int, *, split: Split, shared: int, active: Tensor | None, seed: int
 ) -> Tensor:
     """Return the expert of every neuron, int64 [h]. The first `shared` experts get the most active neurons.
 
     Args:
-        experts: the number of experts, a divisor of h.
+        experts, size: the number of experts and of their neurons. Where the layer has fewer neurons, the experts at the
+            end get fewer (see `surgeon.moe.filling`).
         split: how neurons are grouped (see `Moeify.split`).
         shared: the number of experts that always run.
-        x: inputs of the layer, [N, d_in]. Without data (None), weights are compared instead of activations.
+        active: the sizes of the neurons' outputs, [h, N], as `output_sizes` returns them. Without data (None), weights
+            are compared instead.
         seed: seed of the clustering or of the random split.
     """
     neurons = len(weights.w1)
-    size = neurons // experts
+    sizes = torch.tensor(neurons_of_experts(experts, size, experts * size - neurons))
+    in_shared = int(sizes[:shared].sum())
     generator = torch.Generator().manual_seed(seed)
-    active = None if x is None else _output_sizes(weights, activation, x)
     always = torch.zeros(0, dtype=torch.int64)
     if shared:
         if active is None:  # a dry run
-            always = torch.arange(shared * size)
+            always = torch.arange(in_shared)
         else:
             rate = (active > 0.1 * active.amax(0, keepdim=True)).float().mean(1)
-            always = rate.topk(shared * size).indices.cpu()
+            always = rate.topk(in_shared).indices.cpu()
     routed = torch.ones(neurons, dtype=torch.bool)
     routed[always] = False
-    count = experts - shared
+    others = sizes[shared:]
     if split == "random":
-        found = torch.arange(count).repeat_interleave(size)[torch.randperm(count * size, generator=generator)]
+        found = torch.arange(len(others)).repeat_interleave(others)
+        found = found[torch.randperm(len(found), generator=generator)]
     else:
         if active is not None and split != "weights":
             features = F.normalize(active[routed], dim=1)
@@ -51,14 +55,14 @@ def split_neurons(
             # Compare the normalised rows of the linear whose output is sparse, without the bias.
             rows = weights.w1 if weights.gate is None else weights.gate
             features = F.normalize(rows.detach().float()[routed], dim=1)
-        found = balanced_clusters(features, count, seed=seed)
+        found = balanced_clusters(features, others.tolist(), seed=seed)
     labels = torch.empty(neurons, dtype=torch.int64)
-    labels[always] = torch.arange(shared).repeat_interleave(size)
+    labels[always] = torch.arange(shared).repeat_interleave(sizes[:shared])
     labels[routed] = found + shared
     return labels
 
 
-def _output_sizes(weights: FFNWeights, activation: str, x: Tensor) -> Tensor:
+def output_sizes(weights: FFNWeights, activation: str, x: Tensor) -> Tensor:
     """Return the size of each neuron's output on each token, [h, N]: |activation| times the norm of its row of w2."""
     with torch.no_grad():
         experts = Experts(weights.w1, weights.b1, weights.gate, weights.b_gate, weights.w2)

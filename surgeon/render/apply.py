@@ -29,7 +29,7 @@ def applied_view(applied: Applied) -> RenderableType:
     if applied.quality is not None:
         old, new = applied.quality
         table.add_row(old.name, quality_value(old), quality_value(new), dim(f"on {new.items} {items_of(new.name)}"))
-    lines: list[RenderableType] = [table, sentences(applied.notes, indent=0)]
+    lines: list[RenderableType] = [table, sentences([*applied.notes, *after.notes], indent=0)]
     time_taken = seconds(applied.seconds)
     if applied.directory is None:
         lines.append(Text(f"Dry run, {time_taken}: nothing was trained and nothing was saved."))

@@ -26,8 +26,9 @@ def comparison_view(found: Comparison, detail: Detail) -> RenderableType:
     lines: list[RenderableType] = [table]
     if found.difference is not None:
         lines.append(Text(f"The outputs differ by {found.difference:.1e}, relative, on {first}'s example inputs."))
-    if found.note:
-        lines.append(sentences([found.note], indent=0))
+    notes = dict.fromkeys([*a.notes, *b.notes, *([found.note] if found.note else [])])
+    if notes:
+        lines.append(sentences(notes, indent=0))
     if detail != "stat" and found.sites:
         header = ("site", "", first, second, "parameters", "mult-adds/token", "ran")
         table = grid("left", "right", "left", "left", "left", "left", "left", header=header)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from surgeon.graph.traced import tensor_of
+from surgeon.graph.walk import walk_sources
 from surgeon.kernels.activations import ACTIVATIONS
+from surgeon.sites.constants import evaluate
 from surgeon.sites.linear import Linear
 from surgeon.sites.nonlinearity import HALVES, Halves, Nonlinearity, half, other_half
 
@@ -108,6 +113,16 @@ class FFN:
         return self.nonlinearity.fused
 
     @property
+    def neurons(self) -> int:
+        """The number of neurons that its weights have: twice the hidden width for a PReLU."""
+        return self.hidden * (1 if self.nonlinearity.slopes is None else 2)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear layers whose weights it has."""
+        return (*self.calls[0].first, self.calls[0].down)
+
+    @property
     def d_in(self) -> int:
         """Input width."""
         return self.calls[0].first[0].in_features
@@ -126,40 +141,65 @@ class FFN:
     def describe(self) -> str:
         """`FFN 384→1536→384 gelu`."""
         kind = "gated FFN" if self.gated else "FFN"
-        return f"{kind} {self.d_in}→{self.hidden}→{self.d_out} {self.activation}"
+        activation = self.activation if self.nonlinearity.slopes is None else "prelu"
+        return f"{kind} {self.d_in}→{self.hidden}→{self.d_out} {activation}"
 
     def parameters(self, graph: GraphModule) -> int:
-        """Count the numbers in the weights and biases."""
-        found = self.weights(graph)
-        return sum(value.numel() for value in vars(found).values() if value is not None)
+        """Count the numbers in the weights, the biases and the parameters in between."""
+        found = [node for linear in self.linears for node in (linear.weight, linear.bias) if node is not None]
+        for constant in self.nonlinearity.constants:
+            found += [node for node in walk_sources(constant) if isinstance(tensor_of(graph, node), nn.Parameter)]
+        tensors = {node.target: tensor_of(graph, node) for node in found}
+        return sum(tensor.numel() for tensor in tensors.values() if tensor is not None)
 
-    def activations(self, z: Tensor) -> Tensor:
+    def activations(self, graph: GraphModule, z: Tensor) -> Tensor:
         """Apply the activation to the output of the first linear, or of the gate in a gated layer; returns [..., h]."""
         found = self.nonlinearity
+        z = self._scaled(graph, "first", z)
         if found.fused is not None:
             z = z[..., HALVES[found.fused](self.hidden)]
-        return ACTIVATIONS[found.activation].fn(z * found.input_scale)
+        z = self._scaled(graph, "z", z) * found.input_scale
+        a = ACTIVATIONS[found.activation].fn(z)
+        return a if found.slopes is None else a - evaluate(graph, found.slopes.node).reshape(-1) * F.relu(-z)
+
+    def _scaled(self, graph: GraphModule, at: str, values: _MaybeTensor) -> _MaybeTensor:
+        """Multiply values [..., n] by the constants at a place."""
+        for factor in self.nonlinearity.factors:
+            if factor.at == at and values is not None:
+                values = factor.scale(values, evaluate(graph, factor.node))  # type: ignore[assignment]
+        return values
 
     def weights(self, graph: GraphModule) -> FFNWeights:
-        """Return the weights with one row per neuron. They are views of the parameters where no scale is folded in."""
+        """Return the weights with one row per neuron. They are views of the parameters where no scale is folded in.
+
+        Every neuron of a PReLU becomes two neurons of a ReLU, for positive and for negative values of z.
+        """
         first, down, found = self.calls[0].first, self.calls[0].down, self.nonlinearity
-        w2 = down.weight_rows(graph).t()
+        w2 = self._scaled(graph, "after", down.weight_rows(graph)).t()
         if found.output_scale != 1.0:
             w2 = w2 * found.output_scale
-        rows, bias = first[0].weight_rows(graph), first[0].bias_vector(graph)
-        gate, b_gate = _scaled(rows, found.input_scale), _scaled(bias, found.input_scale)
         b2 = down.bias_vector(graph)
-        if not found.gated:
-            return FFNWeights(gate, b_gate, None, None, w2, b2)
-        up: Tensor
-        up_bias: Tensor | None
+        rows, bias = self._row_scaled(graph, "first", first[0].weight_rows(graph), first[0].bias_vector(graph))
+        gate, b_gate, up, up_bias = rows, bias, None, None
         if found.fused is not None:
+            gate, b_gate = half(rows, found.fused), None if bias is None else half(bias, found.fused)
             up, up_bias = other_half(rows, found.fused), None if bias is None else other_half(bias, found.fused)
-            gate, b_gate = half(gate, found.fused), None if b_gate is None else half(b_gate, found.fused)
-        else:
+        elif found.gated:
             up, up_bias = first[1].weight_rows(graph), first[1].bias_vector(graph)
+        gate, b_gate = self._row_scaled(graph, "z", gate, b_gate)
+        if found.input_scale != 1.0:
+            gate, b_gate = gate * found.input_scale, None if b_gate is None else b_gate * found.input_scale
+        if found.slopes is not None:
+            slopes = evaluate(graph, found.slopes.node).reshape(-1, 1).to(w2)
+            w2, gate = torch.cat([w2, -slopes * w2]), torch.cat([gate, -gate])
+            b_gate = None if b_gate is None else torch.cat([b_gate, -b_gate])
+            up = None if up is None else torch.cat([up, up])
+            up_bias = None if up_bias is None else torch.cat([up_bias, up_bias])
+        if up is None:
+            return FFNWeights(gate, b_gate, None, None, w2, b2)
         return FFNWeights(up, up_bias, gate, b_gate, w2, b2)
 
-
-def _scaled(value: _MaybeTensor, scale: float) -> _MaybeTensor:
-    return value if value is None or scale == 1.0 else value * scale  # type: ignore[return-value]
+    def _row_scaled(
+        self, graph: GraphModule, at: str, rows: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._scaled(graph, at, rows.t()).t(), self._scaled(graph, at, bias)

@@ -140,13 +140,13 @@ def _linear_at(graph: GraphModule, core: Node) -> Linear | OpaqueLinear | None:
     assert tensor is not None
     if tensor.dim() != 2:
         return None
-    if bias is not None:
-        bias = _bias(graph, bias)
-        if bias is None:
-            why = "its bias is computed in the graph and is not a parameter"
-            return OpaqueLinear(x, core, why, frozenset({core}))
     transposed = weight_is_in_out != flipped
     in_features, out_features = tensor.shape if transposed else tensor.shape[::-1]
+    if bias is not None:
+        bias = _bias(graph, bias, out_features)
+        if bias is None:
+            why = "its bias is not a parameter with one number for each output"
+            return OpaqueLinear(x, core, why, frozenset({core}))
     nodes = {core, *chain}
     flat, x = x, _before_flattening(core, x)
     if flat is not x and len(flat.users) == 1:
@@ -208,7 +208,7 @@ def _einsum_operands(args: tuple[Any, ...]) -> tuple[Node, Node, Node | None, bo
         ((terms[0], operands[0]), (terms[1], operands[1])),
         ((terms[1], operands[1]), (terms[0], operands[0])),
     ):
-        if len(w_term) != 2 or "@" in w_term or not x_term:
+        if len(w_term) != 2 or not x_term:
             continue
         summed = x_term[-1]
         if summed not in w_term or len(set(w_term)) != 2:
@@ -264,13 +264,14 @@ def _from_parameters_only(node: Node) -> bool:
     return all(source.op != "placeholder" for source in walk_sources(node))
 
 
-def _bias(graph: GraphModule, node: object) -> Node | None:
-    if not isinstance(node, Node):
+def _bias(graph: GraphModule, node: object, out_features: int) -> Node | None:
+    """Return the parameter that a bias is stored in, if it has one number for each output."""
+    stored = _parameter(graph, node) if isinstance(node, Node) else None
+    if stored is None:
         return None
-    stored = _parameter(graph, node)
-    if stored is None or stored[1]:
-        return None
-    return stored[0]
+    tensor = tensor_of(graph, stored[0])
+    assert tensor is not None
+    return stored[0] if tensor.dim() >= 1 and tensor.shape[-1] == tensor.numel() == out_features else None
 
 
 def _first_operand(core: Node) -> Node:
@@ -321,9 +322,4 @@ def _added_bias(graph: GraphModule, node: Node, product: Node, out_features: int
     others = [arg for arg in node.args if arg is not product]
     if len(others) != 1:
         return None
-    bias = _bias(graph, others[0])
-    if bias is None:
-        return None
-    tensor = tensor_of(graph, bias)
-    assert tensor is not None
-    return bias if tensor.dim() >= 1 and tensor.shape[-1] == tensor.numel() == out_features else None
+    return _bias(graph, others[0], out_features)

@@ -24,6 +24,10 @@ CODES = {
     "depends-on-data": "Make the shape between the linear layers depend only on the input's shape.",
     "cannot-run": "The ops between the linear layers fail on test values. The reason shows the error.",
     "unreadable-linear": "Store the weight and the bias as parameters. The reason says which one is computed.",
+    "unusable-weights": "Let the weights be plain floating-point tensors, or leave the layer alone with `skip`.",
+    "weights-differ": "Convert the weights to one dtype, for example model.float(), and move them to one device.",
+    "under-autocast": "Convert the model without autocast, and call the converted graph under torch.autocast yourself.",
+    "in-subgraph": "Move the layer out of the condition or the loop that runs it.",
     "weight-is-shared": "Untie the weight, or leave the layer dense.",
     "one-weight-twice": "Untie the two weights of the layer.",
     "different-activations": "Give the places that share the weights one activation.",
@@ -34,9 +38,11 @@ CODES = {
     # Found by passes.
     "already-done": "Nothing is left to do.",
     "no-value": "Give the option a pattern that matches the site, or add `*` as the last pattern.",
-    "width-does-not-divide": "Choose one of the sizes that the reason names.",
+    "too-few-neurons": "Use fewer or smaller experts in this layer: the option takes a value for each site.",
+    "not-finite": "Repair the weights, or leave the layer alone with `skip`.",
     "nothing-to-route": "Use more experts, or fewer experts that always run.",
     "too-narrow": "Raise cost_factor, or leave the layer alone with `skip`.",
+    "both-activated": "Keep its activations: the layer would be no known one with another activation on one side.",
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",
     "in-op-form": "Run the pass before `lower`.",
 }

@@ -1,7 +1,7 @@
 """Find the sites that a pass can operate on: feed-forward layers and standalone linear layers.
 
 From every linear layer the search walks back through pointwise ops to the one or two linear layers before it. Then
-`surgeon.sites.nonlinearity` identifies what the nodes in between compute. A refused candidate comes with the first
+`surgeon.sites.identify` identifies what the nodes in between compute. A refused candidate comes with the first
 condition that failed.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -32,11 +31,15 @@ from surgeon.graph.ops import (
 )
 from surgeon.graph.traced import aten, common_path, is_call, module_path, shape_of, tensor_key, tensor_of
 from surgeon.graph.walk import walk_sources, walk_users
+from surgeon.sites.cone import Cone
+from surgeon.sites.constants import is_constant, name_of
 from surgeon.sites.ffn import FFN, IdentityModule, LayerCall, projections
+from surgeon.sites.identify import identify
 from surgeon.sites.linear import Linear, OpaqueLinear, find_linears
 from surgeon.sites.linear_site import LinearSite
-from surgeon.sites.nonlinearity import Cone, identify
+from surgeon.sites.regions import refused_in_regions
 from surgeon.sites.rejection import Rejection
+from surgeon.sites.soundness import unsound
 
 # Poolers and classifier heads use these. They leave no neuron near zero.
 _SATURATING = {"tanh", "sigmoid", "softsign", "hardtanh"}
@@ -46,13 +49,19 @@ _MAX_WALK = 400
 
 def find_ffns(graph: GraphModule) -> tuple[list[FFN], list[Rejection]]:
     """Return the feed-forward layers of the graph in topological order, and the refused candidates with reasons."""
-    return _Search(graph).run()
+    sites, rejections = _Search(graph).run()
+    return sites, [*rejections, *refused_in_regions(graph, lambda copy: _Search(copy).run())]
 
 
 def find_linear_sites(graph: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
     """Return the linear layers outside feed-forward layers, grouped by weight, and the refused candidates."""
+    sites, rejections = _standalone(graph)
+    return sites, [*rejections, *refused_in_regions(graph, _standalone)]
+
+
+def _standalone(graph: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
     linears, _ = find_linears(graph)
-    ffns, _ = find_ffns(graph)
+    ffns, _ = _Search(graph).run()
     in_ffn = {part.output for ffn in ffns for call in ffn.calls for part in (*call.first, call.down)}
     uses = WeightUses(graph)
     groups: dict[tuple[object, ...], list[Linear]] = defaultdict(list)
@@ -69,6 +78,8 @@ def find_linear_sites(graph: GraphModule) -> tuple[list[LinearSite], list[Reject
         elif any(_is_head(call) for call in calls):
             what = "it computes the model's output (a head)"
             rejections.append(Rejection("head", what, path, calls[0].output.name))
+        elif (refused := unsound(graph, calls[:1])) is not None:
+            rejections.append(replace(refused, path=path, node=calls[0].output.name))
         else:
             sites.append(LinearSite(path, tuple(calls)))
     return sites, rejections
@@ -141,12 +152,12 @@ class _Search:
         self.by_output = {linear.output: linear for linear in self.linears}
         self.opaque_outputs = {linear.output: linear for linear in self.opaque}
         self.uses = WeightUses(graph)
+        self.from_inputs = self._reached_by_inputs()
         self.rejections: list[Rejection] = []
 
     def run(self) -> tuple[list[FFN], list[Rejection]]:
         found: list[FFN] = []
         taken: dict[Linear, FFN] = {}
-        from_inputs = self._reached_by_inputs()
         candidates: list[Linear | OpaqueLinear] = sorted(
             [*self.linears, *self.opaque], key=lambda linear: self.order[linear.output]
         )
@@ -161,7 +172,7 @@ class _Search:
                     site = self._reject(
                         down, call.first, "shares-a-linear", f"it shares a linear with the FFN at '{clash.path}'"
                     )
-                elif call.x not in from_inputs:
+                elif call.x not in self.from_inputs:
                     site = self._reject(
                         down, call.first, "constant", "it computes a constant: it does not depend on the model's input"
                     )
@@ -197,11 +208,6 @@ class _Search:
         if walk.barriers:
             node, what = walk.barriers[0]
             return self._reject(down, leaves, "barrier", f"{what} ({op_name(node)}) stands between the linears", node)
-        if walk.parameters:
-            name = walk.parameters[0].target
-            return self._reject(
-                down, leaves, "parameter-between", f"a learned parameter ('{name}') stands between the linears"
-            )
         if walk.outside:
             node = walk.outside[0]
             what = f"a value from outside, computed by {_user_name(node)} ({op_name(node)}), enters between the linears"
@@ -215,14 +221,19 @@ class _Search:
             return self._reject(
                 down, leaves, "too-many-linears", f"{len(leaves)} linears feed the second one; a gated FFN has two"
             )
-        cone = Cone(tuple(sorted(walk.nodes, key=self.order.__getitem__)), tuple(leaves), down.input, down.in_features)
+        nodes, constants = (tuple(sorted(part, key=self.order.__getitem__)) for part in (walk.nodes, walk.parameters))
+        cone = Cone(nodes, tuple(leaves), down.input, down.in_features, constants)
         used_outside = self._escape(cone, down)
         if used_outside is not None:
             value, user = used_outside
             what = f"the hidden values ({value.name}) are also used outside the FFN, by {_user_name(user)}"
             return self._reject(down, leaves, "escapes", what, user)
-        found = identify(self.graph, cone)
+        found = unsound(self.graph, (*leaves, down)) or identify(self.graph, cone)
         if isinstance(found, Rejection):
+            if constants and found.code not in ("weights-differ", "unusable-weights"):
+                name = name_of(self.graph, constants[0])
+                what = f"a parameter ('{name}') stands between the linears and does more than scale the neurons"
+                return self._reject(down, leaves, "parameter-between", what)
             return self._reject(down, leaves, found.code, found.reason)
         if found.gate_leaf == 1:
             leaves = leaves[::-1]
@@ -245,6 +256,8 @@ class _Search:
     def _walk(self, start: Node, stops: Set[Node] = frozenset()) -> _Walk:
         """Walk back from a second linear's input to the linears it comes from, and no further than `stops`."""
         walk = _Walk()
+        # A layer that depends on no input at all is refused as a whole.
+        fold = start in self.from_inputs
         # The walk continues through the nodes that are added to `walk.nodes`.
         tensors = (node for node in walk_sources(start, walk.nodes.__contains__) if _is_tensor(node))
         for node in islice(tensors, _MAX_WALK):
@@ -257,7 +270,10 @@ class _Search:
                 width = int(node.meta["val"].shape[-1])
                 walk.leaves.append(Linear(node, node, None, False, 0, width, opaque.nodes, node, unflattens=False))
             elif node.op == "get_attr":
-                self._constant(walk, node)
+                if is_constant(self.graph, node):
+                    walk.parameters.append(node)
+            elif fold and node not in self.from_inputs and is_constant(self.graph, node):
+                walk.parameters.append(node)
             elif node.op == "call_function" and node.target in PRODUCTS:
                 walk.attention = True
             elif (what := barrier(node)) is not None:
@@ -268,12 +284,6 @@ class _Search:
             else:
                 walk.outside.append(node)
         return walk
-
-    def _constant(self, walk: _Walk, node: Node) -> None:
-        """Record a parameter between the linears, unless it is a single number in a buffer."""
-        tensor = tensor_of(self.graph, node)
-        if tensor is None or isinstance(tensor, torch.nn.Parameter) or tensor.numel() != 1:
-            walk.parameters.append(node)
 
     def _passes_through(self, node: Node) -> bool:
         if node.op == "call_module":
@@ -337,7 +347,7 @@ def _keeps_tokens(x: Node, output: Node) -> bool:
         return False
     if len(before) == len(after):
         return all(map(equal_size, before[:-1], after[:-1]))
-    return len(after) == 2 < len(before)
+    return len(after) == 2
 
 
 def _ffn_path(leaves: Iterable[Linear], down: Linear | OpaqueLinear) -> str:

@@ -37,6 +37,7 @@ from surgeon.graph.snapshot import GraphDiff
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.models.user_function import import_modules
 from surgeon.models.weight_files import read_program, sha256_of
+from surgeon.moe.filling import mark_filling
 from surgeon.passes.report import PassDiff
 from surgeon.sites.ffn import mark_projection
 from surgeon.surgery.diff import Diff
@@ -134,6 +135,8 @@ def load(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> TracedG
     graph.meta["surgery"] = record
     for path in record.projections:
         mark_projection(graph, path)
+    for layer in record.experts:
+        mark_filling(graph, layer.path, layer.filling)
     try:
         graph.meta["earlier_passes"] = load_diff(directory).passes
     except LoadError as error:

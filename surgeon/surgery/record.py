@@ -66,12 +66,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """One layer with experts. form: as in `surgeon.moe.site.MoESite`. expert_shape: (neurons, d_in) of an expert."""
+    """One layer with experts. form, filling: as in `surgeon.moe.site.MoESite`. expert_shape: (neurons, d_in)."""
 
     path: str
     experts: int
     form: str
     expert_shape: tuple[int, int]
+    filling: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def make_record(
         passes=tuple(reports),
         projections=projections(graph),
         experts=tuple(
-            ExpertLayer(site.path, site.experts, site.form, (int(site.w1.shape[1]), int(site.w1.shape[2])))
+            ExpertLayer(site.path, site.experts, site.form, (site.size, int(site.w1.shape[2])), site.filling)
             for site in find_moes(graph)
         ),
         tau=get_tau(graph),

@@ -65,7 +65,7 @@ def pass_view(pass_: PassDiff, detail: Detail, *, gap: bool = False) -> Renderab
         lines.append(_refusals(report.rejected, detail))
     if detail == "full" and pass_.graph:
         lines.append(graph_diff_view(pass_.graph))
-    lines.append(sentences(report.notes))
+    lines.append(sentences([*report.notes, *(() if report.after is None else report.after.notes)]))
     return Group(*lines, *([Text("")] if gap else []))
 
 

@@ -221,6 +221,8 @@ def from_program(program: ExportedProgram, info: TraceInfo | None = None) -> Tra
 
 def is_aten_graph(graph: GraphModule) -> bool:
     """Whether the graph consists of ATen ops with recorded shapes, as `torch.export` makes them."""
+    if isinstance(graph, TracedGraph):  # it may have nothing but experts
+        return True
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
     return (
         bool(calls)

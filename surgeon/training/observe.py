@@ -91,4 +91,4 @@ def layer_sparsity(graph: GraphModule, sites: Iterable[FFN], data: Data) -> dict
     sites = list(sites)
     names = {site.path: [call.first[0].output.name for call in site.calls] for site in sites}
     values = collect_calls(graph, names, data, tokens=SPARSITY_TOKENS)
-    return {site.path: Sparsity.of(site.activations(values[site.path])) for site in sites}
+    return {site.path: Sparsity.of(site.activations(graph, values[site.path])) for site in sites}

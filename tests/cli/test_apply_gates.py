@@ -74,10 +74,10 @@ def test_most_common_reason_is_named(run: Run) -> None:
     )
 
 
-def test_experts_that_do_not_divide_are_named_with_those_that_do(run: Run) -> None:
-    result = run("-q", "apply", "--passes", "moeify", *NET, "--set", "moeify.experts=5")
+def test_more_experts_than_neurons_are_an_error_in_the_options(run: Run) -> None:
+    result = run("-q", "apply", "--passes", "moeify", *NET, "--set", "moeify.experts=65")
     assert result.code == 2
-    assert result.err == "error: blocks.0.mlp: 64 neurons do not divide into 5 equal experts. Nearest: 4, 8.\n"
+    assert result.err == "error: blocks.0.mlp: 65 experts were asked for, but it has 64 neurons\n"
 
 
 def test_a_failed_verification_exits_with_4(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

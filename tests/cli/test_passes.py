@@ -71,12 +71,12 @@ def test_explain_names_every_candidate_and_the_first_condition_that_failed(run: 
 
 
 def test_explain_says_which_value_does_not_fit(run: Run) -> None:
-    options = ("--passes", "moeify", "--set", "moeify.experts=5", "--at", "*.1.mlp", "--output", "json")
+    options = ("--passes", "moeify", "--set", "moeify.experts=65", "--at", "*.1.mlp", "--output", "json")
     (one,) = run("-q", "explain", *NET, *options).json["passes"]
     assert one["matched"] == []
     (rejected,) = one["rejected"]
-    assert (rejected["path"], rejected["code"]) == ("blocks.1.mlp", "width-does-not-divide")
-    assert rejected["reason"] == "64 neurons do not divide into 5 equal experts. Nearest: 4, 8."
+    assert (rejected["path"], rejected["code"]) == ("blocks.1.mlp", "too-few-neurons")
+    assert rejected["reason"] == "65 experts were asked for, but it has 64 neurons"
 
 
 def test_explain_says_where_there_is_no_candidate(run: Run) -> None:

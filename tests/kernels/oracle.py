@@ -25,6 +25,7 @@ FUNCTIONS: dict[str, Callable[[float], float]] = {
     "hardswish": lambda z: z * min(max(z + 3, 0.0), 6.0) / 6,
     "hardtanh": lambda z: min(max(z, -1.0), 1.0),
     "softsign": lambda z: z / (1 + abs(z)),
+    "relu_relu": lambda z: max(z, 0.0) if not math.isnan(z) else z,
 }
 
 
@@ -61,6 +62,7 @@ def oracle(
                 if gate is None:
                     h = act(up)
                 else:
+                    up = act(up) if activation == "relu_relu" else up
                     h = act(float(gate[e, j].double() @ token) + (0.0 if b_gate is None else float(b_gate[e, j]))) * up
                 y += h * w2[e, j].double()
         rows.append(y)

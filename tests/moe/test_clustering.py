@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgeon.errors import UsageError
+from surgeon.moe import clustering
 from surgeon.moe.clustering import balanced_clusters, nearest_divisors
 
 
@@ -38,6 +39,21 @@ def test_sizes_are_equal_and_labels_repeat(clusters: int, size: int, width: int,
     assert labels.dtype == torch.int64
     assert torch.bincount(labels, minlength=clusters).tolist() == [size] * clusters
     assert torch.equal(labels, balanced_clusters(points, clusters, seed=seed))
+
+
+def test_rows_that_would_lose_most_choose_first() -> None:
+    distances = np.array([[0.0, 1.0], [0.0, 9.0]], dtype=np.float32)
+    assert clustering._assign(distances, np.array([1, 1])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_clusters_of_given_sizes_go_where_as_many_rows_are(seed: int) -> None:
+    points, truth = blobs(3, 10, spread=0.1)
+    rows = [np.flatnonzero(truth == blob)[:size] for blob, size in ((0, 3), (1, 10), (2, 10))]
+    kept = np.random.default_rng(seed).permutation(np.concatenate(rows))
+    labels = balanced_clusters(points[kept], [10, 10, 3], seed=seed, refinements=1).numpy()
+    assert np.bincount(labels).tolist() == [10, 10, 3]
+    assert len({(a, b) for a, b in zip(truth[kept], labels, strict=True)}) == 3
 
 
 def test_refinements_do_not_lose_and_beat_a_random_split() -> None:
@@ -75,11 +91,13 @@ def test_accepts_half_precision_and_gradients() -> None:
         (np.zeros((3072, 1)), 13, "nearest divisors of 3072: 12, 16"),
         (np.zeros((4, 1)), 0, "nearest divisors of 4: 1"),
         (np.zeros((4, 1)), 8, "nearest divisors of 4: 4"),
+        (np.zeros((4, 1)), [3, 2], "must be positive and add up to 4"),
+        (np.zeros((4, 1)), [4, 0], "must be positive and add up to 4"),
         (np.zeros(4), 2, "must be a matrix"),
         (np.full((4, 1), np.nan), 2, "NaN"),
     ],
 )
-def test_refuses(features: np.ndarray, clusters: int, message: str) -> None:
+def test_refuses(features: np.ndarray, clusters: int | list[int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         balanced_clusters(features, clusters, seed=0)
 

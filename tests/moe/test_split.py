@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from surgeon.moe.split import split_neurons
+from surgeon.moe.split import output_sizes, split_neurons
 from surgeon.sites.ffn import FFNWeights
 
 D, KINDS, EACH = 8, 4, 6
@@ -22,9 +22,10 @@ def weights() -> FFNWeights:
     return FFNWeights(rows, torch.zeros(H), None, None, torch.ones(H, 3), None)
 
 
-def split(**options: Any) -> torch.Tensor:
-    usual: dict[str, Any] = {"split": "weights", "shared": 0, "x": None, "seed": 0}
-    return split_neurons(weights(), "relu", KINDS, **{**usual, **options})
+def split(x: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    active = None if x is None else output_sizes(weights(), "relu", x)
+    usual: dict[str, Any] = {"split": "weights", "shared": 0, "active": active, "seed": 0}
+    return split_neurons(weights(), KINDS, EACH, **{**usual, **options})
 
 
 @pytest.mark.parametrize("how", ["weights", "activations", "auto"])
@@ -49,3 +50,9 @@ def test_the_first_experts_are_those_of_the_most_active_neurons() -> None:
     x[:10, :2] = 1.0
     labels = split(split="activations", shared=1, x=x)
     assert torch.equal(labels == 0, KIND == 2)
+
+
+def test_the_last_expert_gets_the_neurons_that_are_left() -> None:
+    for how in ("weights", "random"):
+        labels = split_neurons(weights(), 3, 9, split=how, shared=1, active=torch.rand(H, 5), seed=0)  # type: ignore[arg-type]
+        assert labels.bincount().tolist() == [9, 9, 6]

@@ -50,6 +50,17 @@ def groups(graph: TracedGraph) -> list[list[str]]:
     return [[site.path for site in group] for group in trunk_groups(graph, find_ffns(graph)[0])]
 
 
+def test_projections_meet_at_the_first_layer_that_reads_them() -> None:
+    def compute(m: Any, x: Tensor) -> Tensor:
+        k = torch.softmax(m.k(x), -1)
+        y = m.o(torch.softmax(x, -1) * k + m.v(x))
+        return torch.softmax(m.extra(torch.sigmoid(k)) + y, -1)
+
+    square = (WIDTH, WIDTH)
+    graph = mlpified(Function(compute, k=square, v=square, o=square, extra=square))
+    assert ["k.projection_mlp", "v.projection_mlp"] in groups(graph)
+
+
 def test_keys_and_values_of_different_layers_are_apart() -> None:
     graph = mlpified(Cross())
     assert sorted(groups(graph)) == sorted(

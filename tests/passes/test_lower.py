@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+import surgeon
 from surgeon.graph.traced import module_path
 from surgeon.measure.meter import measure
 from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.moe.site import dynamic_k_ffn, find_moes
 from surgeon.passes import Lower, Moeify
-from tests.small_models import vectors
+from tests.small_models import WIDTH, Function, vectors
 
 NAMES = ["gelu", "relu", "gated", "fused", "biasless", "shared"]
 
@@ -108,3 +111,22 @@ def test_tau_outside_the_range_of_one_token(traces: Any) -> None:
     Lower().apply(graph)
     _, layers = measure(graph, (), vectors(1, 1))
     assert all(layer.ran >= 1 for layer in layers.values())
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_model_that_is_one_layer_is_lowered_in_a_run_of_its_own(raw: bool) -> None:
+    """Between the two runs its graph has nothing but experts."""
+    parts: Any = (
+        {"w1": nn.Parameter(torch.randn(WIDTH, 32)), "w2": nn.Parameter(torch.randn(32, WIDTH))}
+        if raw
+        else {"up": (WIDTH, 32), "down": (32, WIDTH)}
+    )
+    model = Function(
+        lambda m, x: F.relu(x @ m.w1) @ m.w2 if raw else m.down(F.relu(m.up(x))), **parts
+    ).eval()  # fmt: skip
+    x = torch.randn(5, WIDTH)
+    first = surgeon.Pipeline([Moeify(experts=4)]).run(model, inputs=x)
+    second = surgeon.Pipeline([Lower()]).run(first.graph, inputs=x)
+    assert [site.form for site in find_moes(second.graph)] == ["dynamic"]
+    assert second.reports[0].sites[0].executed == first.reports[0].sites[0].executed == 1.0
+    assert torch.allclose(second.graph(x), model(x), atol=1e-4)

@@ -151,9 +151,9 @@ def test_a_value_that_fits_no_site_there_is_refused_there() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Wrapped(Plain(act=F.relu)), Wrapped(Plain(act=F.relu))).eval()
     graph = surgeon.trace(model, X)
-    report = Moeify(expert_size={"0.*": 8, "1.*": 5}).apply(graph, inputs=X)
+    report = Moeify(expert_size={"0.*": 8, "1.*": 33}).apply(graph, inputs=X)
     assert report.matched == ["0.ffn"]
-    assert ("1.ffn", "32 neurons do not divide into experts of 5 neurons. Nearest: 4, 8.") in reasons(report)
+    assert ("1.ffn", "experts of 33 neurons were asked for, but it has 32 neurons") in reasons(report)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

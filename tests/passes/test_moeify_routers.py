@@ -32,7 +32,7 @@ def test_width_of_a_router_follows_from_what_it_may_cost(experts: int, hidden: i
         path, d_in, multiply_adds = "ffn", 384, 2 * 384 * hidden
 
     site: Any = Site()
-    site.hidden = hidden
+    site.neurons = hidden
     assert Moeify(experts=experts)._width([site]) == width
     assert Moeify(experts=experts, router_width=5)._width([site]) == 5
 

@@ -44,7 +44,7 @@ def test_json_stands_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None
     screen.result({"cost": Cost(1, 2, 3), "path": Path("a/b"), "bad": math.nan, "pair": (1, "x")})
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {
-        "cost": {"parameters": 1, "multiply_adds": 2, "executed_multiply_adds": 3, "executed": None},
+        "cost": {"parameters": 1, "multiply_adds": 2, "executed_multiply_adds": 3, "executed": None, "uncounted": []},
         "path": "a/b",
         "bad": None,
         "pair": [1, "x"],

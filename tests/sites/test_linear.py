@@ -56,8 +56,11 @@ FOUND: dict[str, Callable[[], nn.Module]] = {
     "einsum_out_in": lambda: Function(lambda m, x: torch.einsum("bld,hd->blh", x, m.w), w=w(H, D)),
     "einsum_weight_first": lambda: Function(lambda m, x: torch.einsum("fd, btd -> btf", m.w, x), w=w(H, D)),
     "einsum_add": lambda: Function(lambda m, x: torch.einsum("btd,df->btf", x, m.w) + m.b, w=w(D, H), b=w(H)),
+    "mm_of_activated_rows": lambda: Function(lambda m, x: torch.mm(F.relu(x[:, 0]), m.w), w=w(D, H)),
     "on_rows": lambda: Function(lambda m, x: m.fc(x[:, 0]), fc=(D, H)),
     "buffer": lambda: Function(lambda m, x: F.linear(x, m.w), w=torch.randn(H, D)),
+    "einsum_weight_with_dots": lambda: Function(lambda m, x: torch.einsum("btd,...d->bt...", x, m.w), w=w(H, D)),
+    "flat_add": lambda: Function(lambda m, x: (torch.mm(x.flatten(0, 1), m.w) + m.b).sum(0), w=w(D, H), b=w(H)),
     "flat": lambda: Function(lambda m, x: torch.mm(x.flatten(0, 1), m.w).sum(0), w=w(D, H)),
 }
 HAS_BIAS = {
@@ -71,7 +74,10 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     ),
     "computed_weight": (lambda: Function(lambda m, x: F.linear(x, m.w * 2), w=w(H, D)), "weight is computed"),
     "computed_bias": (
-        lambda: Function(lambda m, x: F.linear(x, m.w, m.b.exp()), w=w(H, D), b=w(H)), "bias is computed",
+        lambda: Function(lambda m, x: F.linear(x, m.w, m.b.exp()), w=w(H, D), b=w(H)), "bias is not a parameter",
+    ),
+    "bias_for_each_token": (
+        lambda: Function(lambda m, x: torch.addmm(m.b, x[0], m.w), w=w(D, H), b=w(5, H)), "one number for each output",
     ),
     "two_activations": (lambda: Function(lambda m, x: x @ x.transpose(1, 2)), None),
     "weight_of_three_dimensions": (lambda: Function(lambda m, x: torch.matmul(x, m.w), w=w(1, D, H)), None),
@@ -109,7 +115,9 @@ def test_found_and_computes_the_same(graph: TracedGraph, name: str) -> None:
     assert x.shape[:-1] == y.shape[:-1]
 
 
-@pytest.mark.parametrize("name", [name for name in FOUND if name not in ("on_rows", "flat")])
+@pytest.mark.parametrize(
+    "name", [name for name in FOUND if name not in ("on_rows", "flat", "flat_add", "mm_of_activated_rows")]
+)
 def test_reaches_from_tokens_to_tokens(graph: TracedGraph, name: str) -> None:
     linear = linear_of(graph, name)
     assert linear.input.op == "placeholder"
@@ -132,16 +140,18 @@ def test_others_are_none(graph: TracedGraph, name: str) -> None:
     [
         ("scaled", lambda m, x: torch.add(x @ m.w, m.b, alpha=2)),
         ("of_each_token", lambda m, x: x @ m.w + m.position),
+        ("of_each_of_four_tokens", lambda m, x: x[:, :H] @ m.w + m.column),
         ("used_twice", lambda m, x: (y := x @ m.w) + m.b + y),
         ("a_number", lambda m, x: x @ m.w + 1.0),
     ],
 )
 def test_other_additions_are_no_bias(what: str, compute: Callable[..., Tensor]) -> None:
-    graph = surgeon.trace(Function(compute, w=w(D, H), b=w(H), position=w(5, H)), X)
+    graph = surgeon.trace(Function(compute, w=w(D, H), b=w(H), position=w(5, H), column=w(H, 1)), X)
     (linear,), _ = find_linears(graph)
     assert linear.bias is None
     _, values = call_reproducibly(Capture(graph, [linear.output.name]), (X,), {})
-    assert torch.allclose(values[linear.output.name], X @ graph.get_parameter("w"), atol=1e-5)
+    found = values[linear.output.name]
+    assert torch.allclose(found, (X @ graph.get_parameter("w"))[:, : found.shape[1]], atol=1e-5)
 
 
 def test_path_of_a_raw_parameter_at_the_top_is_its_name() -> None:

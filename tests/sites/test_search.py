@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 import surgeon
 from surgeon.graph.traced import TracedGraph
+from surgeon.passes import Moeify
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns, find_linear_sites
 from tests.small_models import Function, Fused, Gated, Many, Plain, Wrapped
@@ -88,7 +89,7 @@ REJECTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "a concatenation (cat) stands",
     ),
-    "prelu": (pair(lambda m, h: m.act(h), act=nn.PReLU()), "a learned activation (prelu)"),
+    "prelu": (pair(lambda m, h: m.act(h), act=nn.PReLU(5)), "a parameter ('prelu.act.weight') stands"),
     "roll": (pair(lambda m, h: F.relu(h).roll(1, 1)), "a shift (roll) stands"),
     "gather": (pair(lambda m, h: F.relu(h).gather(-1, m.order.expand_as(h)), order=torch.arange(H)), "stands"),
     "reversal": (pair(lambda m, h: F.relu(h).flip(-1)), "a reversal (flip) stands"),
@@ -100,8 +101,13 @@ REJECTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "sort": (pair(lambda m, h: F.relu(h).sort(-1).values), "a sort (sort) stands"),
     "noise": (pair(lambda m, h: F.relu(h) * torch.rand_like(h)), "noise (rand_like) stands"),
-    "learned_scale": (pair(lambda m, h: F.relu(h) * m.scale, scale=w(H)), "parameter ('learned_scale.scale')"),
-    "learned_offset": (pair(lambda m, h: F.relu(h * 2 + m.offset), offset=w(1)), "a learned parameter"),
+    "learned_offset": (
+        pair(lambda m, h: F.relu(h * 2 + m.offset), offset=w(1)),
+        "a parameter ('learned_offset.offset') stands between the linears and does more than scale the neurons",
+    ),
+    "scale_of_tokens": (pair(lambda m, h: F.relu(h) * m.scale, scale=w(5, 1)), "a parameter ('scale_of_tokens.scale')"),
+    "scale_of_both": (pair(lambda m, h: F.gelu(h * m.scale) * m.scale, scale=w(H)), "('scale_of_both.scale') stands"),
+    "zero_divisor": (pair(lambda m, h: F.relu(h) / m.scale, scale=torch.arange(H) * 1.0), "('zero_divisor.scale')"),
     "outside": (
         lambda: Function(lambda m, x: m.down(F.relu(m.up(x)) * x[..., :1]), up=(D, H), down=(H, D)),
         "a value from outside, computed by ",
@@ -262,6 +268,15 @@ def test_the_size_of_a_hidden_value_may_be_read_outside() -> None:
 
     (site,), _ = find_ffns(trace(Function(compute, up=(D, H), down=(H, D))))
     assert site.hidden == H
+
+
+def test_a_vector_may_leave_as_a_row() -> None:
+    model = Function(lambda m, x: m.down(F.relu(m.up(x)).unsqueeze(0)), up=(D, H), down=(H, D)).eval()
+    vector = X[0, 0]
+    graph = surgeon.trace(model, vector)
+    report = Moeify(experts=4).apply(graph, inputs=vector)
+    assert report.matched
+    assert graph(vector).shape == (1, D)
 
 
 def test_weights_are_views_where_nothing_is_folded_in() -> None:

@@ -32,7 +32,8 @@ def test_record(saved: dict[str, Path]) -> None:
     assert [one["name"] for one in record["passes"]] == ["moeify", "lower"]
     assert record["passes"][0]["matched"] == ["blocks.0.ffn", "blocks.1.ffn"]
     assert record["experts"] == [
-        {"path": f"blocks.{b}.ffn.moe", "experts": 4, "form": "dynamic", "expert_shape": [8, 16]} for b in (0, 1)
+        {"path": f"blocks.{b}.ffn.moe", "experts": 4, "form": "dynamic", "expert_shape": [8, 16], "filling": 0}
+        for b in (0, 1)
     ]
     assert record["tau"] == {"blocks.0.ffn.moe": 0.25, "blocks.1.ffn.moe": 0.5}
     assert record["trace"]["form"] == "train"

@@ -351,8 +351,14 @@ def gate_is_up(m: Any, x: Tensor) -> Tensor:
     return m.down(F.silu(h) * h)
 
 
+@ffn("relu_relu", gated=True, **THREE)
+def relu_of_both(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.gate(x)) * F.relu(m.up(x)))
+
+
 CASES.mark_quick(
     [
+        "relu_of_both",
         "swiglu",
         "swiglu_up_first",
         "swiglu_composed",

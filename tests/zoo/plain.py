@@ -332,8 +332,44 @@ def functional_call(m: Any, x: Tensor) -> Tensor:
     return torch.func.functional_call(m.down, dict(m.down.named_parameters()), (F.relu(h),))
 
 
+# Parameters between the linears that only scale the neurons, or their negative values ---------------------------------
+
+
+@ffn("relu", up=UP, down=DOWN, scale=weight(HIDDEN))
+def learned_scale_between(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x)) * m.scale)
+
+
+@ffn("relu", up=UP, down=DOWN, scale=lambda: torch.rand(HIDDEN))
+def fixed_scale_between(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.relu(m.up(x)) * m.scale)
+
+
+@ffn("gelu", up=UP, down=DOWN, mask=lambda: torch.arange(HIDDEN) % 3 > 0)
+def pruned_neurons(m: Any, x: Tensor) -> Tensor:
+    return m.down(F.gelu(m.up(x)).masked_fill(~m.mask, 0.0))
+
+
+@ffn(None, up=UP, down=DOWN, act=lambda: nn.PReLU(HIDDEN))
+def prelu_per_neuron(m: Any, x: Tensor) -> Tensor:
+    return m.down(m.act(m.up(x).mT).mT)
+
+
+@ffn(None, up=UP, down=DOWN, act=nn.PReLU)
+def prelu_single(m: Any, x: Tensor) -> Tensor:
+    return m.down(m.act(m.up(x)))
+
+
+@ffn(None, up=UP, down=DOWN, leak=lambda: nn.Parameter(torch.zeros(1, 1)))
+def leak_learned_now_zero(m: Any, x: Tensor) -> Tensor:
+    h = m.up(x)
+    return m.down(torch.where(h > 0, h, m.leak * h))
+
+
 CASES.mark_quick(
     [
+        "learned_scale_between",
+        "prelu_per_neuron",
         "relu_module",
         "relu_function_inplace",
         "relu_where",

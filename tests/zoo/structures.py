@@ -72,7 +72,7 @@ def one_input_feature() -> nn.Module:
     return nn.Sequential(relu_ffn(1, HIDDEN, WIDTH), nn.LayerNorm(WIDTH))
 
 
-@model("0", count=1, activation="relu", inputs=rows, note="25 neurons do not divide into 4 equal experts")
+@model("0", count=1, activation="relu", inputs=rows, note="the last of 4 experts is filled up")
 def odd_hidden_width() -> nn.Module:
     return nn.Sequential(relu_ffn(WIDTH, 25, WIDTH), nn.LayerNorm(WIDTH))
 

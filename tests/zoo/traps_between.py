@@ -218,44 +218,16 @@ def batch_and_tokens_swapped_between(m: Any, x: Tensor) -> Tensor:
 # Other values enter between -------------------------------------------------------------------------------------------
 
 
-@trap("a learned scale for each neuron stands between", **PAIR, scale=weight(HIDDEN))
-def learned_scale_between(m: Any, x: Tensor) -> Tensor:
-    return m.down(F.relu(m.up(x)) * m.scale)
-
-
-@trap("a fixed scale for each neuron stands between", **PAIR, scale=lambda: torch.rand(HIDDEN))
-def fixed_scale_between(m: Any, x: Tensor) -> Tensor:
-    return m.down(F.relu(m.up(x)) * m.scale)
-
-
 @trap("a learned threshold for each neuron stands between", **PAIR, threshold=weight(HIDDEN))
 def learned_threshold_between(m: Any, x: Tensor) -> Tensor:
     h = m.up(x)
     return m.down(torch.where(h > m.threshold, h, 0.0))
 
 
-@trap("the activation has one learned number for each neuron", **PAIR, act=lambda: nn.PReLU(HIDDEN))
-def prelu_per_neuron(m: Any, x: Tensor) -> Tensor:
-    return m.down(m.act(m.up(x).mT).mT)
-
-
-@trap("the activation has a learned number", **PAIR, act=nn.PReLU)
-def prelu_single(m: Any, x: Tensor) -> Tensor:
-    return m.down(m.act(m.up(x)))
-
-
 @trap("the activation has a learned number", **PAIR, beta=lambda: nn.Parameter(torch.tensor(1.3)))
 def swish_with_learned_beta(m: Any, x: Tensor) -> Tensor:
     h = m.up(x)
     return m.down(h * torch.sigmoid(m.beta * h))
-
-
-@trap(
-    "the activation has a learned number that now makes it a relu", **PAIR, leak=lambda: nn.Parameter(torch.zeros(1, 1))
-)
-def leak_learned_now_zero(m: Any, x: Tensor) -> Tensor:
-    h = m.up(x)
-    return m.down(torch.where(h > 0, h, m.leak * h))
 
 
 @trap("the activation has learned numbers", **PAIR, a=weight(1), b=weight(1))
@@ -381,7 +353,7 @@ CASES.mark_quick(
         "top_k_between",
         "channel_shuffle_between",
         "tokens_merged_between",
-        "learned_scale_between",
+        "learned_threshold_between",
         "residual_between",
         "gate_reads_other_input",
         "input_overwritten_between_gate_and_up",

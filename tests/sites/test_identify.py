@@ -25,7 +25,7 @@ X = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(0))
 SQRT_2_PI = math.sqrt(2 / math.pi)
 Between = Callable[..., Tensor]
 
-KNOWN = [name for name in ACTIVATIONS if name != "identity"]
+KNOWN = [name for name, activation in ACTIVATIONS.items() if name != "identity" and activation.up is None]
 # Name of the case → (what it must be called, what stands between the two linears).
 PLAIN: dict[str, tuple[str, Between]] = {
     **{f"table_{name}": (name, lambda h, name=name: ACTIVATIONS[name].fn(h)) for name in KNOWN},
@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[int, int, Between, str]] = {
     "rounded": (1, H, lambda h: F.relu(h.round()), "not a known activation"),
     "truncated": (1, H, lambda h: F.relu(h.to(torch.int32).float()), "a conversion to another number type (to)"),
     "halves_added": (1, 2 * H, lambda h: F.relu(h[..., :H]) + h[..., H:], "the two halves of the first linear do not"),
-    "halves_both_activated": (1, 2 * H, lambda h: F.relu(h[..., :H]) * F.relu(h[..., H:]), "the two halves"),
+    "halves_both_activated": (1, 2 * H, lambda h: F.relu(h[..., :H]) * torch.tanh(h[..., H:]), "the two halves"),
     "half_unused": (1, 2 * H, lambda h: F.relu(h[..., :H]), "the two halves of the first linear do not combine"),
     "linears_added": (2, H, lambda a, b: F.relu(a) + b, "the two first linears do not combine"),
     "linears_both_activated": (2, H, lambda a, b: F.relu(a) * torch.tanh(b), "the two first linears do not combine"),
