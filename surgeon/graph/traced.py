@@ -147,9 +147,35 @@ def tidy(graph: GraphModule) -> None:
         if name not in used and not any(name.startswith(f"{module}.") for module in modules):
             owner, _, attribute = name.rpartition(".")
             delattr(graph.get_submodule(owner), attribute)
-    graph.delete_all_unused_submodules()
+    delete_unused_submodules(graph)
     graph.graph.lint()
     graph.recompile()
+
+
+def delete_unused_submodules(graph: GraphModule) -> None:
+    """Delete the submodules that no node uses, in the graph or in the body of a higher-order op.
+
+    GraphModule's own method keeps a body, but deletes the bodies in it.
+    """
+    used: set[str] = set()
+
+    def visit(prefix: str, part: GraphModule) -> None:
+        for node in part.graph.nodes:
+            if node.op not in ("call_module", "get_attr"):
+                continue
+            target = f"{prefix}{node.target}"
+            parts = target.split(".")
+            used.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+            value = attribute(part, str(node.target)) if _has(part, str(node.target)) else None
+            if isinstance(value, GraphModule):
+                visit(f"{target}.", value)
+            elif isinstance(value, nn.Module):
+                used.update(f"{target}.{name}" for name, _ in value.named_modules() if name)
+
+    visit("", graph)
+    for name, _ in list(graph.named_modules()):
+        if name and name not in used and name.rpartition(".")[0] in {"", *used}:
+            graph.delete_submodule(name)
 
 
 def module_path(node: Node) -> str:

@@ -175,6 +175,8 @@ def _check_condition(node: ast.expr) -> None:
                 _check_condition(part)
         case ast.Subscript(value=value, slice=ast.Constant(value=str() | int())):
             _check_condition(value)
+        case ast.Attribute(value=ast.Subscript() | ast.Attribute() as value, attr=field) if field[0] != "_":
+            _check_condition(value)  # the field of a registered dataclass, which torch replaces by the flat input
         case ast.Call(func=ast.Attribute(value=value, attr=method), args=[], keywords=[]) if method in _GUARD_METHODS:
             _check_condition(value)
         case ast.Call(func=function, args=arguments, keywords=[]):

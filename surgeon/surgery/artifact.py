@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.export import Dim, ShapesCollection
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (registers the ops that the file holds)
 from surgeon.directories import replaced, restore
@@ -43,6 +41,7 @@ from surgeon.sites.ffn import mark_projection
 from surgeon.surgery.diff import Diff
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import RECORD, Record, parse, read_json, read_record, write_record
+from surgeon.tracing.dynamic_sizes import free_shapes
 from surgeon.tracing.narrowing import free_dims, resized, sizes_of
 from surgeon.tracing.setup import copied
 from surgeon.tracing.trace import TraceInfo, from_program, quiet
@@ -229,11 +228,8 @@ def _for_export(
         if (axis := sizes.axes[name]).most != 1
     }
     args, kwargs = copied(unflatten_inputs(graph, resized(sizes, flat, wanted)))
-    shapes = ShapesCollection()
-    for given, leaf in zip(sizes.inputs, pytree.tree_leaves((args, kwargs)), strict=True):
-        if dims := [dim for dim, size in enumerate(given.shape or ()) if isinstance(size, str)]:
-            shapes[leaf] = dict.fromkeys(dims, Dim.AUTO)
-    return args, kwargs, shapes.dynamic_shapes(graph, args, kwargs)
+    dims = [[dim for dim, size in enumerate(given.shape or ()) if isinstance(size, str)] for given in sizes.inputs]
+    return args, kwargs, free_shapes(graph, args, kwargs, dims)
 
 
 def _forget_tracing(program: torch.export.ExportedProgram) -> None:

@@ -11,7 +11,15 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from surgeon.graph.ops import VIEWS
-from surgeon.graph.traced import TracedGraph, aten, attribute, is_call, nested_graphs, tensor_of
+from surgeon.graph.traced import (
+    TracedGraph,
+    aten,
+    attribute,
+    delete_unused_submodules,
+    is_call,
+    nested_graphs,
+    tensor_of,
+)
 from surgeon.tracing.embeddings import dense_gradients
 
 
@@ -73,7 +81,7 @@ def clean(graph: TracedGraph) -> None:
                 part.graph.erase_node(node)
         part.graph.eliminate_dead_code()
         part.recompile()
-    graph.delete_all_unused_submodules()
+    delete_unused_submodules(graph)
 
 
 def _counts_batches(node: Node) -> bool:

@@ -18,14 +18,26 @@ from surgeon.tracing.setup import run_alone
 def dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the `dynamic_shapes` of an export: batch and sequence dimensions are free, all others fixed.
 
-    The first dimension of every tensor is free. The second is free for integer and boolean tensors (token ids, masks)
-    and for three-dimensional float tensors (embeddings). Export fixes the dimensions that the model needs fixed.
+    The first dimension of every tensor is free. The second is free for integer and boolean tensors (token ids, masks),
+    for three-dimensional float tensors (embeddings), and for a float matrix as long as one of these (a mask). Export
+    fixes the dimensions that the model needs fixed.
     """
-    shapes = ShapesCollection()
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and (dims := _free_dims(leaf)):
-            shapes[leaf] = dict.fromkeys(dims, Dim.AUTO)
-    return shapes.dynamic_shapes(model, args, kwargs)
+    return free_shapes(model, args, kwargs, _free_dims(pytree.tree_leaves((args, kwargs))))
+
+
+def free_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Return the `dynamic_shapes` of an export in which some dimensions are free.
+
+    dims: for every leaf of the inputs. The tensors among these must be different objects.
+    """
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+    for leaf, free in zip(pytree.tree_leaves((args, kwargs)), dims, strict=True):
+        if free:
+            shapes[leaf] = dict.fromkeys(free, Dim.AUTO)
+    found: dict[str, Any] = shapes.dynamic_shapes(model, args, kwargs)
+    return found
 
 
 def fixed_dims(sizes: Sizes, leaves: Sequence[Any]) -> list[str]:
@@ -35,16 +47,25 @@ def fixed_dims(sizes: Sizes, leaves: Sequence[Any]) -> list[str]:
     """
     return [
         f"{given.name}[{dim}] = {given.shape[dim]}"
-        for given, leaf in zip(sizes.inputs, leaves, strict=True)
-        if isinstance(leaf, Tensor) and given.shape is not None
-        for dim in _free_dims(leaf)
-        if isinstance(given.shape[dim], int)
+        for given, free in zip(sizes.inputs, _free_dims(leaves), strict=True)
+        for dim in free
+        if given.shape is not None and isinstance(given.shape[dim], int)
     ]
 
 
-def _free_dims(value: Tensor) -> list[int]:
-    sequence = value.dim() >= 2 and (not value.is_floating_point() or value.dim() == 3)
-    return [dim for dim in range(min(value.dim(), 2 if sequence else 1)) if value.shape[dim] > 1]
+def _free_dims(leaves: Sequence[Any]) -> list[list[int]]:
+    """The dimensions of every flat input that an export leaves free."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() >= 2]
+    lengths = {leaf.shape[1] for leaf in tensors if not leaf.is_floating_point() or leaf.dim() == 3}
+
+    def free(leaf: Any) -> list[int]:
+        if not isinstance(leaf, Tensor):
+            return []
+        sequence = leaf.dim() >= 2 and (not leaf.is_floating_point() or leaf.dim() == 3)
+        sequence |= leaf.dim() == 2 and leaf.shape[1] in lengths
+        return [dim for dim in range(min(leaf.dim(), 2 if sequence else 1)) if leaf.shape[dim] > 1]
+
+    return [free(leaf) for leaf in leaves]
 
 
 def tile_single_batch(

@@ -111,3 +111,16 @@ def test_padded_rows_of_the_fused_encoder_are_noted() -> None:
     assert torch.allclose(fused[~padding], plain[~padding], atol=1e-5)
     assert torch.equal(fused[padding], torch.zeros_like(fused[padding]))
     assert surgeon.trace(model, x).meta["trace"].notes == ()
+
+
+def test_regions_within_regions_stay() -> None:
+    class Mixed(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.fc(x)
+                with torch.autocast("cpu", enabled=False):
+                    y = y.float() + 1
+                return self.fc(y).float()
+
+    model, x = Mixed().eval(), torch.randn(3, 4)
+    assert torch.allclose(surgeon.trace(model, torch.randn(2, 4))(x), model(x), atol=1e-2)
