@@ -15,7 +15,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import surgeon
-from surgeon.graph.sizes import check_sizes
+from surgeon.graph.size_check import check_sizes
 
 ROUNDS, CALLS = 15, 2000
 

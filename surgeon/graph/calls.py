@@ -18,7 +18,8 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from surgeon.errors import UsageError
-from surgeon.graph.sizes import Sizes, check_sizes, prepare_check
+from surgeon.graph.size_check import check_sizes, prepare_check
+from surgeon.graph.sizes import Sizes
 
 _FRAMES = 8  # from the caller of torch.export's wrapper to the code generator, with room
 
