@@ -38,7 +38,7 @@ def test_a_pattern_that_names_no_site_is_refused(traces: Any, one: Any, name: st
 
 def test_a_pattern_may_name_a_site_that_is_refused(traces: Any) -> None:
     """Then the reason is that of the site."""
-    report = Moeify(experts={"*.0.*": 4, "*.1.*": 5}).apply(traces("stack:relu"), inputs=vectors())
+    report = Moeify(experts={"*.0.*": 4, "*.1.*": 10_000}).apply(traces("stack:relu"), inputs=vectors())
     assert report.matched == ["blocks.0.ffn"]
     assert [rejection.path for rejection in report.rejected] == ["blocks.1.ffn"]
 
