@@ -129,11 +129,29 @@ def test_two_sizes_may_be_equal_if_that_changes_nothing() -> None:
     graph = surgeon.trace(model.eval(), torch.randn(3, 8, WIDTH))
     assert Sizes.parse(graph.meta["trace"].sizes).rules == ()
     graph(torch.randn(5, 5, WIDTH))
-    other = surgeon.trace(
-        Sequence(lambda x, y: y * 2 if x.shape[0] == x.shape[1] else y).eval(), torch.randn(3, 8, WIDTH)
-    )
-    with pytest.raises(SizeError, match="break the condition batch != tokens"):
-        other(torch.randn(5, 5, WIDTH))
+    for at_one in (1, 2):  # also if it changes nothing at one of the sizes
+        other = surgeon.trace(
+            Sequence(
+                lambda x, y, at_one=at_one: (
+                    y * (at_one if unseen(x.shape[0], 3) == 1 else 2) if x.shape[0] == x.shape[1] else y
+                )
+            ).eval(),
+            torch.randn(3, 8, WIDTH),
+        )
+        with pytest.raises(SizeError, match="break the condition batch != tokens"):
+            other(torch.randn(5, 5, WIDTH))
+
+
+def test_what_is_wrong_when_all_sizes_change_leaves_one_free() -> None:
+    def special(x: Tensor, y: Tensor) -> Tensor:
+        return y * 2 if unseen(x.shape[0], 3) != 3 and unseen(x.shape[1], 8) != 8 else y
+
+    model = Sequence(special).eval()
+    graph = surgeon.trace(model, torch.randn(3, 8, WIDTH))
+    assert Sizes.parse(graph.meta["trace"].sizes).axes == {"batch": Axis(0)}
+    assert any(note.startswith("Only batch may change: at {'batch': 4, ") for note in graph.meta["trace"].notes)
+    x = torch.randn(6, 8, WIDTH)
+    assert torch.equal(graph(x), model(x))
 
 
 def test_flags_are_those_of_the_trace() -> None:
