@@ -21,6 +21,7 @@ from surgeon.errors import DataError
 
 _WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 _TRUTH = {"true": 1, "false": 0}
+_GENERIC = re.compile(r"LABEL_\d+")  # the names that transformers gives classes without names
 
 
 class Classes:
@@ -49,6 +50,13 @@ class Classes:
             return {}
         if all(name in self.known for name in names):
             return self.known
+        if self.generic and (own := [name for name in names if _GENERIC.fullmatch(name)]):
+            # The model's own names, of which some are another model's: no rule could tell what the others mean.
+            unknown = [name for name in names if name not in self.known]
+            raise DataError(
+                f"{self.spec}: labels like {own[0]!r} are names of the model's classes, but {_some(unknown)} is none. "
+                f"It has {_some(self.known)}."
+            )
         declared = self._declared(splits)
         if declared is not None and self.generic:
             return {name: number for number, name in enumerate(declared)}

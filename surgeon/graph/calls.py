@@ -8,16 +8,18 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.fx import Graph, GraphModule
+from torch.compiler import is_exporting
+from torch.fx import Graph, GraphModule, Proxy
 from torch.fx import _pytree as fx_pytree
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from surgeon.errors import UsageError
+from surgeon.errors import SizeError, UsageError
 from surgeon.graph.size_check import check_sizes, prepare_check
 from surgeon.graph.sizes import Sizes
 
@@ -78,6 +80,9 @@ def flat_inputs(graph: GraphModule, args: Iterable[Any], kwargs: Mapping[str, An
     in_spec = _info(graph).in_spec
     positional = in_spec.child(0).num_children
     given = list(named_arguments(graph, args, kwargs).items())
+    check_tree(
+        (tuple(value for _, value in given[:positional]), dict(given[positional:])), in_spec, argument_names(graph)
+    )
     flat = list(
         fx_pytree.tree_flatten_spec(
             (tuple(value for _, value in given[:positional]), dict(given[positional:])), in_spec
@@ -107,20 +112,74 @@ class _CheckedCodeGen(_PyTreeCodeGen):
         prepare_check(sizes)
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        return [*super().additional_globals(), ("check_sizes", check_sizes)]
+        return [*super().additional_globals(), ("surgeon_check_sizes", check_sizes), ("surgeon_check_tree", check_tree)]
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
         names = [name.partition(":")[0].partition("#")[0].strip() for name in free_vars]
         definition = super().gen_fn_def(free_vars, maybe_return_annotation, expanded_def=expanded_def)
-        return f"{definition}\n    check_sizes({self.sizes!r}, {', '.join(names)})" if names else definition
+        if not names:
+            return definition
+        if any(not leaf.is_leaf() for part in self.pytree_info.in_spec.children() for leaf in part.children()):
+            # Flattening leaves out what a container has more than in the trace, so containers are compared before.
+            given = definition.partition("fx_pytree.tree_flatten_spec(")[2].removesuffix(", self._in_spec)")
+            start = definition.rindex("\n    ", 0, definition.index("fx_pytree.tree_flatten_spec("))
+            own = tuple(name for name in self.pytree_info.orig_args if name != "self")
+            check = f"\n    surgeon_check_tree({given}, self._in_spec, {own!r})"
+            definition = definition[:start] + check + definition[start:]
+        return f"{definition}\n    surgeon_check_sizes({self.sizes!r}, {', '.join(names)})"
 
     def process_inputs(self, *inputs: Any) -> Any:
         """Called by `torch.export`, which runs the nodes of a graph and not its `forward`."""
         flat = super().process_inputs(*inputs)
         _refuse_other_order(self.pytree_info.in_spec, inputs)
+        _refuse_one_for_two(flat)
         if flat:
             check_sizes(self.sizes, *flat)
         return flat
+
+
+def _refuse_one_for_two(flat: Sequence[Any]) -> None:
+    """Refuse an export with one tensor for two inputs, of which torch.export makes one input in silence."""
+    tensors = [id(leaf) for leaf in flat if isinstance(leaf, Tensor)]
+    if is_exporting() and len(set(tensors)) < len(tensors):
+        raise UsageError("torch.export makes one input of two that are the same tensor. Give each its own: x.clone().")
+
+
+def check_tree(given: Any, spec: Any, names: Sequence[str]) -> None:
+    """Refuse inputs in other containers than those of the trace: with more or fewer entries, or of another kind.
+
+    Args:
+        given: positional and keyword arguments. names: of all of them.
+
+    Raises:
+        SizeError: the message names the container.
+    """
+    values = [*given[0], *given[1].values()]
+    specs = [child for part in spec.children() for child in part.children()]
+    for name, value, child in zip(names, values, specs, strict=True):
+        _check_container(value, child, name)
+
+
+def _check_container(value: Any, spec: Any, place: str) -> None:
+    if spec.is_leaf() or isinstance(value, Proxy):
+        return
+    if spec.type in (tuple, list):
+        entries: Any = range(len(value)) if isinstance(value, tuple | list) else None
+        wanted: Any = range(spec.num_children)
+    elif spec.type in (dict, OrderedDict):
+        entries = list(value) if isinstance(value, Mapping) else None
+        wanted = list(spec.context)
+    else:  # a class that is registered with pytree
+        parts = pytree.SUPPORTED_NODES[spec.type].flatten_fn(value)[0] if isinstance(value, spec.type) else None
+        entries, wanted, value = None if parts is None else range(len(parts)), range(spec.num_children), parts
+    if entries is None or set(entries) != set(wanted):
+        kind = "no such container" if entries is None else f"the entries {list(entries)}"
+        raise SizeError(
+            f"Wrong inputs: {place} has {kind}, but the graph was traced with {list(wanted)}. With other entries the "
+            "model may compute something else than the graph. Trace the model with example inputs of this form."
+        )
+    for key, child in zip(wanted, spec.children(), strict=True):
+        _check_container(value[key], child, f"{place}[{key!r}]")
 
 
 def _refuse_other_order(in_spec: Any, inputs: tuple[Any, ...]) -> None:

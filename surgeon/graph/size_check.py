@@ -13,7 +13,7 @@ from torch.fx import Proxy
 from torch.fx.node import has_side_effect
 
 from surgeon.errors import SizeError
-from surgeon.graph.sizes import Sizes, same_constant, substitute
+from surgeon.graph.sizes import Sizes, constant_text, same_constant, substitute
 
 
 def check_sizes(sizes: str, *inputs: Any) -> Any:
@@ -55,7 +55,7 @@ def _compiled(sizes: Sizes) -> Callable[..., None]:
     for argument, given in zip(arguments, sizes.inputs, strict=True):
         if given.shape is None:
             if given.checked:
-                terms.append(f"same({argument}, {given.constant!r})")
+                terms.append(f"same({argument}, {constant_text(given.constant)})")
             continue
         lines.append(f"        {argument}s = {argument}.shape")
         if given.shape in shapes:

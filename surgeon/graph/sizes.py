@@ -61,7 +61,7 @@ class Input:
     def __str__(self) -> str:
         if self.shape is not None:
             return f"{self.name}[{', '.join(map(str, self.shape)) or '()'}]"
-        return f"{self.name} == {self.constant!r}" if self.checked else self.name
+        return f"{self.name} == {constant_text(self.constant)}" if self.checked else self.name
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,19 @@ def check_expression(text: str, names: Iterable[str]) -> None:
 
 
 def same_constant(value: Any, constant: Constant) -> bool:
-    """Whether a value is the one that is frozen in the graph. 1 and True count as the same, as in Python."""
-    return value is constant or (not isinstance(value, Tensor) and constant is not None and bool(value == constant))
+    """Whether a value is the one that is frozen in the graph. 1 and 1.0 count as the same, but not 1 and True."""
+    if value is constant:
+        return True
+    if isinstance(value, Tensor) or constant is None or isinstance(value, bool) != isinstance(constant, bool):
+        return False
+    return bool(value == constant) or (value != value and constant != constant)  # NaN is NaN
+
+
+def constant_text(constant: Constant) -> str:
+    """A constant in Python: as `repr`, but infinity as a number that is too large, and NaN as their difference."""
+    if isinstance(constant, float) and not math.isfinite(constant):
+        return "1e999 - 1e999" if math.isnan(constant) else f"{'-' if constant < 0 else ''}1e999"
+    return repr(constant)
 
 
 def _article(value: object) -> str:
@@ -227,7 +238,8 @@ def _parse(text: str) -> Sizes:
             case ast.Call(func=ast.Name(id="traced"), args=[], keywords=keywords):
                 traced = {str(word.arg): _whole(word.value) for word in keywords}
             case ast.Compare(left=ast.Name(id=name), ops=[ast.Eq()], comparators=[value]) if not conditions:
-                inputs.append(Input(name, None, ast.literal_eval(value), True))
+                constant = math.nan if ast.unparse(value) == "1e309 - 1e309" else ast.literal_eval(value)
+                inputs.append(Input(name, None, constant, True))
             case _:
                 conditions.append(part)
     axes, rules = _ranges(conditions)

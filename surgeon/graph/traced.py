@@ -30,6 +30,7 @@ _MODE_ARGUMENT: dict[Any, tuple[int, str, bool | float]] = {
     aten.alpha_dropout.default: (2, "train", False),
     aten.feature_alpha_dropout.default: (2, "train", False),
     aten.rrelu.default: (3, "training", False),
+    **dict.fromkeys((aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input), (6, "train", False)),
     aten.batch_norm.default: (5, "training", False),
     aten.scaled_dot_product_attention.default: (4, "dropout_p", 0.0),
 }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     The graph is run once, in its present mode.
     """
     meter = ExpertMeter(graph)
-    with torch.no_grad(), Counter() as counter:
+    with torch.no_grad(), _frozen(graph), Counter() as counter:
         meter.call(args, kwargs)
     counted = counter.multiply_adds
     # What the experts computed, filling included, is replaced by what counts. The module and masked forms compute all
@@ -74,6 +75,19 @@ def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ran = sum(layer.executed_multiply_adds for layer in meter.layers.values())
     share = ran / everything if everything else None
     return Cost(parameter_count(graph), counted + everything, counted + ran, share, counter.uncounted), meter.layers
+
+
+@contextlib.contextmanager
+def _frozen(graph: GraphModule) -> Iterator[None]:
+    """Let no parameter require gradients: torch's counter fails at a branch (`torch.cond`) with one that does."""
+    trained = [parameter for parameter in graph.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def clock(device: torch.device) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from surgeon.graph.ops import VIEWS
+from surgeon.graph.ops import SAME_VALUE, VIEWS
 from surgeon.graph.traced import (
     TracedGraph,
     aten,
@@ -21,6 +21,23 @@ from surgeon.graph.traced import (
     tensor_of,
 )
 from surgeon.tracing.embeddings import dense_gradients
+
+# Views for some inputs and copies for others, which their schemas do not say.
+_MAYBE_VIEWS = (
+    VIEWS
+    | SAME_VALUE
+    | {
+        *(aten.flatten.using_ints, aten.reshape.default, aten.contiguous.default, aten.expand_as.default),
+        *(
+            aten.view_as.default,
+            aten.type_as.default,
+            aten.ravel.default,
+            aten.chunk.default,
+            aten.tensor_split.sections,
+        ),
+        *(aten.swapaxes.default, aten.moveaxis.int, aten.movedim.int, aten.numpy_T.default, aten.narrow.default),
+    }
+)
 
 
 def use_first_names(graph: TracedGraph, model: nn.Module) -> None:
@@ -122,13 +139,34 @@ def copy_written_inputs(graph: TracedGraph) -> list[str]:
 
 
 def _written(part: GraphModule) -> Iterator[Node]:
-    """Yield the nodes whose value is changed in place, also through a view, except batch statistics."""
+    """Yield the nodes whose value is changed in place, also through views of it, except batch statistics."""
     for node in part.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable or node.target is aten.batch_norm.default:
             continue
-        for argument, value in zip(schema.arguments, node.args, strict=False):
-            while isinstance(value, Node) and value.op == "call_function" and value.target in VIEWS:
-                value = value.args[0]
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
-                yield value
+        for argument, value in _arguments(schema, node):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for one in value if isinstance(value, list | tuple) else (value,):
+                    if isinstance(one, Node):
+                        yield from _memory_of(one)
+
+
+def _memory_of(node: Node) -> Iterator[Node]:
+    """Yield the node and those whose memory its value may lie in."""
+    while True:
+        yield node
+        source: Any = None
+        schema = getattr(node.target, "_schema", None)
+        if is_call(node, operator.getitem) or (node.op == "call_function" and node.target in _MAYBE_VIEWS):
+            source = node.args[0]
+        elif schema is not None and any(result.alias_info is not None for result in schema.returns):
+            found = (value for argument, value in _arguments(schema, node) if argument.alias_info is not None)
+            source = next(found, None)
+        if not isinstance(source, Node):
+            return
+        node = source
+
+
+def _arguments(schema: Any, node: Node) -> Iterator[tuple[Any, Any]]:
+    for index, argument in enumerate(schema.arguments):
+        yield argument, node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,8 +20,8 @@ from surgeon.graph.calls import input_paths
 from surgeon.graph.sizes import Axis, Input, Sizes, check_expression, evaluate, names_in, substitute
 
 _ROLES = ("batch", "tokens")
-_FAR = 130  # conditions are tried up to this size, and on this many combinations of several sizes
-_COMBINATIONS = 3000
+_FAR = 130  # conditions are tried at all sizes up to this one, and on this many combinations of several sizes
+_COMBINATIONS = 8000
 
 
 def declared_sizes(graph: GraphModule, guards: Sequence[str] = ()) -> Sizes:
@@ -72,7 +73,7 @@ def _environment(values: Mapping[str, Any]) -> Any | None:
 def _input(name: str, value: Any, names: Mapping[Any, str], fixed: set[str]) -> Input:
     if isinstance(value, Tensor):
         return Input(name, tuple(_size(size, names, fixed) for size in value.shape))
-    plain = value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+    plain = value is None or type(value) in (bool, int, float, str)
     return Input(name, None, value, True) if plain else Input(name)
 
 
@@ -182,13 +183,37 @@ def _multiple(rule: str, name: str, axis: Axis) -> int | None:
 
 
 def always(rule: str, axes: Mapping[str, Axis]) -> bool:
-    """Whether a condition holds at all sizes within the ranges, as far as it can be tried."""
+    """Whether a condition holds at all sizes within the ranges, as far as `telling_sizes` can tell."""
+    return not any(True for _ in breaking(rule, axes))
+
+
+def breaking(rule: str, axes: Mapping[str, Axis]) -> Iterator[dict[str, int]]:
+    """Yield combinations of sizes within the ranges that break a condition, small ones first."""
     about = sorted(names_in(rule))
-    each = max(3, int(_COMBINATIONS ** (1 / len(about)))) if about else 1
-    tried = []
-    for name in about:
-        axis = axes[name]
-        last = _FAR * axis.multiple if axis.most is None else min(axis.most, _FAR * axis.multiple)
-        sizes = [size for size in range(axis.least, last + 1) if size in axis]
-        tried.append(sizes[:each] + sizes[each :: max(1, len(sizes) // each)])
-    return all(evaluate(rule, dict(zip(about, sizes, strict=True))) for sizes in itertools.product(*tried))
+    each = int(_COMBINATIONS ** (1 / max(1, len(about))))
+    tried = [telling_sizes(rule, axes[name])[:each] for name in about]
+    for sizes in itertools.product(*tried):
+        found = dict(zip(about, sizes, strict=True))
+        if not evaluate(rule, found):
+            yield found
+
+
+def telling_sizes(rule: str, axis: Axis) -> list[int]:
+    """Return sizes at which a condition may change from true to false, the most telling first.
+
+    A condition changes where a size meets one of the numbers in it, or a multiple, part or root of it: those, the small
+    sizes, and the ends of the range, each with its neighbours.
+    """
+    numbers = {int(number) for number in re.findall(r"\d+", rule)} - {0, 1}
+    around = [
+        *(part for number in numbers for part in (number, 2 * number, 3 * number, math.isqrt(number))),
+        *(part for number in numbers for k in range(2, 20) for part in (number // k, k * number)),
+    ]
+    ends = [axis.least, *([] if axis.most is None else [axis.most]), 2**10, 2**15, 2**20, 2**31]
+    first = [size + by for size in (*around[: 4 * len(numbers)], *ends) for by in (0, -1, 1)]
+    step = axis.multiple
+    small = range(axis.least, _FAR * step)
+    rest = [size + by for size in around for by in (0, -1, 1)]
+    near = [size // step * step for size in first + rest] if step > 1 else []
+    ordered = dict.fromkeys([*range(0, 12 * step, step), *first, *near, *small, *rest])
+    return [size for size in ordered if size in axis]

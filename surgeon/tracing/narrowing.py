@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from surgeon.graph.sizes import Axis, Sizes, evaluate, names_in, substitute
-from surgeon.tracing.declared import always
+from surgeon.tracing.declared import always, breaking
 
-_FEW = 3  # combinations of sizes
+_FEW, _MANY = 4, 2000  # combinations of sizes
 _MULTIPLES = (2, 3, 4, 8, 16, 32, 64)
 
 
@@ -166,31 +166,48 @@ class _Search:
                 return
 
     def _drop_rules(self) -> None:
-        """Drop conditions if graph and model agree where they are broken: nowhere else, or where two sizes are equal.
+        """Drop conditions if graph and model agree where they are broken: at few sizes, or where two sizes are equal.
 
         Export notes that two sizes differ when it only chose between two ways to the same result.
         """
         for rule in self.sizes.rules:
-            broken = self._breaking(rule)
-            if (len(broken) < _FEW or "!=" in rule) and all(self.at(**sizes).same for sizes in broken[:_FEW]):
+            broken = list(itertools.islice(breaking(rule, self.sizes.axes), _MANY))
+            near = sorted(filter(self._is_near, broken), key=lambda sizes: math.prod(sizes.values()))
+            if "!=" in rule and len(names_in(rule)) > 1:
+                last = len(near) - 1
+                tried = [near[index * last // _FEW] for index in range(_FEW + 1)] if near else []
+            else:
+                tried = near if len(near) == len(broken) <= _FEW else []
+            if tried and all(self.at(**sizes).same for sizes in tried):
                 others = tuple(other for other in self.sizes.rules if other != rule)
                 self.sizes = replace(self.sizes, rules=others)
 
-    def _breaking(self, rule: str) -> list[dict[str, int]]:
-        """The combinations of sizes within the ranges, and not too far from the example, that break the rule."""
-        names = sorted(names_in(rule))
-        ranges = []
-        for name in names:
-            axis, example = self.sizes.axes[name], self.sizes.traced[name]
-            last = min(4 * example + 2, axis.most or 4 * example + 2)
-            ranges.append([size for size in range(max(1, axis.least), last + 1) if size in axis][:40])
-        combinations = (dict(zip(names, sizes, strict=True)) for sizes in itertools.product(*ranges))
-        found = [sizes for sizes in combinations if not evaluate(rule, {**self.sizes.traced, **sizes})]
-        return sorted(found, key=lambda sizes: abs(math.prod(sizes.values()) - 4))
+    def _is_near(self, sizes: Mapping[str, int]) -> bool:
+        """Whether sizes are small enough to be tried."""
+        return all(size <= 64 + 16 * self.sizes.traced[name] for name, size in sizes.items())
 
     def _try_together(self) -> None:
-        """Change all axes at once. If that goes wrong, only the first of them stays free."""
-        sizes = {name: self._another(name) for name in self.sizes.axes}
+        """Change all axes at once: a little, and each to its least with the others far beyond the example.
+
+        If that goes wrong, the least is left out, or only the first axis stays free.
+        """
+        self._try_at({name: self._another(name) for name in self.sizes.axes})
+        for name in list(self.sizes.axes):
+            if name not in self.sizes.axes or len(self.sizes.axes) < 2:
+                continue
+            axis = self.sizes.axes[name]
+            least = max(axis.least, axis.multiple)
+            sizes = {other: self._far(other) for other in self.sizes.axes} | {name: least}
+            if not self.sizes.allow(sizes) or least == self.sizes.traced[name]:
+                continue
+            outcome = self.at(**sizes)
+            if outcome.problem is not None and least + axis.multiple in axis:
+                narrower = replace(axis, least=least + axis.multiple)
+                self.faults.append(f"{name} can be {narrower} only: at {sizes} {outcome.problem}.")
+                self.sizes = self._with((name,), narrower)
+        self._try_at({name: self._far(name) for name in self.sizes.axes})
+
+    def _try_at(self, sizes: Mapping[str, int]) -> None:
         if len(sizes) < 2 or not self.sizes.allow(sizes):
             return
         outcome = self.at(**sizes)
@@ -198,6 +215,10 @@ class _Search:
             first, *others = self.sizes.axes
             self.faults.append(f"Only {first} may change: at {sizes} {outcome.problem}.")
             self.sizes = fix(self.sizes, {name: self.sizes.traced[name] for name in others})
+
+    def _far(self, name: str) -> int:
+        """The largest size that was tried and agrees."""
+        return max([self.sizes.traced[name], *(size for size in self._wanted(name) if size in self.sizes.axes[name])])
 
     def _another(self, name: str) -> int:
         axis, example = self.sizes.axes[name], self.sizes.traced[name]

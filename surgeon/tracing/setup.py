@@ -66,7 +66,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     holders = {id(holder): holder for holder in (*modules, *configs) if holder is not None}.values()
     attributes = [(vars(holder), dict(vars(holder))) for holder in holders if hasattr(holder, "__dict__")]
     containers = [
-        (value, copy.copy(value)) for _, saved in attributes for value in saved.values() if type(value) in _CONTAINERS
+        (value, copy.copy(value)) for _, saved in attributes for part in saved.values() for value in _containers(part)
     ]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     try:
@@ -89,6 +89,15 @@ def run_alone(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     args, kwargs = copied((args, kwargs))
     with unchanged(model):
         return call_reproducibly(model, args, kwargs)
+
+
+def _containers(value: Any, depth: int = 4) -> Iterator[Any]:
+    """Yield a container and those in it, down to a depth."""
+    if type(value) not in _CONTAINERS or not depth:
+        return
+    yield value
+    for part in value.values() if isinstance(value, dict) else value:
+        yield from _containers(part, depth - 1)
 
 
 @contextlib.contextmanager

@@ -14,12 +14,14 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from surgeon.errors import TraceError
 from surgeon.graph.calls import as_args_kwargs, check_calls, flat_inputs
@@ -80,6 +82,11 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
         return adopt(model)
     check_ready(model)
     _refuse_keywords(model)
+    if (odd := next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Enum)), None)) is not None:
+        raise TraceError(
+            f"The example inputs hold {odd}. A graph freezes such a value, and later calls could not be compared with "
+            "it. Give the model a number or a text, or fix the value in a module around it."
+        )
     model_training = model.training
     asks_for_cache = bool(kwargs.get("use_cache"))
     if asks_for_cache:
@@ -315,6 +322,8 @@ def _notes(model: nn.Module, made: _Attempt, failures: list[_Failure], tiled: bo
         yield f"Batch size is fixed at the example's size for: {', '.join(fixed)}."
     if fixed := [place for place in fixed_dims(made.sizes, made.leaves) if "[0]" not in place]:
         yield f"The graph takes inputs of the example's length only: {', '.join(fixed)}."
+    if loose := [given.name for given in made.sizes.inputs if given.shape is None and not given.checked]:
+        yield f"The values of {', '.join(loose)} are frozen in the graph, and not checked: they are of other classes."
     yield from made.faults
     if tiled:
         yield "The example batch of 1 was doubled, because a dimension of size 1 would be traced as fixed."
@@ -333,7 +342,7 @@ def quiet() -> Iterator[None]:
     """Keep the warnings of an export out of the user's terminal. The notes and errors report what matters."""
     loggers = [
         logging.getLogger(name)
-        for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "transformers")
+        for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses", "transformers")
     ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

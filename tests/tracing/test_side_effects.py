@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.errors import TraceError
 
 
 class Base(nn.Module):
@@ -124,3 +125,42 @@ def test_regions_within_regions_stay() -> None:
 
     model, x = Mixed().eval(), torch.randn(3, 4)
     assert torch.allclose(surgeon.trace(model, torch.randn(2, 4))(x), model(x), atol=1e-2)
+
+
+WRITES: dict[str, Any] = {
+    "a slice": lambda x: x[:, 0].zero_(),
+    "a view of a view": lambda x: x.transpose(0, 1)[0].mul_(2),
+    "detached": lambda x: x.detach().add_(1),
+    "a part": lambda x: x.chunk(2, 1)[1].add_(1),
+    "reshaped": lambda x: x.reshape(-1).add_(1),
+    "out": lambda x: torch.add(x, 1, out=x),
+    "a list": lambda x: torch._foreach_mul_([x], 2.0),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_through_views_stay_inside(name: str) -> None:
+    class Writes(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            WRITES[name](x)
+            return self.fc(x)
+
+    model, example, x = Writes().eval(), torch.randn(3, 4), torch.randn(5, 4)
+    before, mine = example.clone(), x.clone()
+    graph = surgeon.trace(model, example)
+    assert torch.equal(graph(mine), model(x.clone()))
+    assert torch.equal(mine, x)
+    assert torch.equal(example, before)
+
+
+def test_a_model_that_remembers_its_first_input_is_refused() -> None:
+    class Remembers(Base):
+        mean: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.mean is None:
+                self.mean = x.mean()
+            return self.fc(x - self.mean)
+
+    with pytest.raises(TraceError, match="changes its own state"):
+        surgeon.trace(Remembers(), torch.randn(3, 4))

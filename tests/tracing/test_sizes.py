@@ -242,3 +242,50 @@ def test_keywords_in_another_order_are_not_swapped_by_an_export() -> None:
     assert torch.equal(again(b=b, a=a), model(a, b))
     with pytest.raises(Exception, match="Give them in the order of the graph: a, b"):
         torch.export.export(graph, (), {"b": b, "a": a})
+
+
+@pytest.mark.parametrize(
+    ("condition", "at", "rule"),
+    [
+        (lambda b, n: n == 200, (2, 200), "tokens != 200"),
+        (lambda b, n: n % 256 == 0, (2, 256), "tokens % 256 != 0"),
+        (lambda b, n: n * n > 10_000, (2, 101), "tokens * tokens <= 10000"),
+        (lambda b, n: b * n > 50_000, (300, 200), "tokens * batch <= 50000"),
+        (lambda b, n: b == 1 and n > 16, (1, 20), "batch: 2 or more"),
+        (lambda b, n: n == 1 and b > 8, (9, 1), "tokens: 2 or more"),
+    ],
+)
+def test_conditions_far_from_the_example_hold(condition: Callable[[int, int], bool], at: Any, rule: str) -> None:
+    model = Sequence(lambda x, y: y * 2 if condition(x.shape[0], x.shape[1]) else y).eval()
+    graph = surgeon.trace(model, torch.randn(2, 8, WIDTH))
+    with pytest.raises(SizeError) as error:
+        graph(torch.randn(*at, WIDTH))
+    assert rule in str(error.value)
+    x = torch.randn(3, 30, WIDTH)
+    assert torch.equal(graph(x), model(x))
+
+
+def test_containers_have_the_entries_of_the_trace() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, batch: dict[str, Tensor], more: list[Tensor]) -> Tensor:
+            y = self.fc(batch["x"]) + sum(more)
+            return y * batch["mask"] if "mask" in batch else y
+
+    model, x = Optional().eval(), torch.randn(2, 3, WIDTH)
+    graph = surgeon.trace(model, ({"x": x}, [x, x]))
+    assert torch.allclose(graph({"x": x}, [x, x]), model({"x": x}, [x, x]))
+    for batch, more, words in (
+        ({"x": x, "mask": x}, [x, x], r"batch has the entries \['x', 'mask'\], but the graph was traced with \['x'\]"),
+        ({"y": x}, [x, x], r"batch has the entries \['y'\]"),
+        ({"x": x}, [x], r"more has the entries \[0\], but the graph was traced with \[0, 1\]"),
+        ({"x": x}, [x, x, x], r"more has the entries \[0, 1, 2\]"),
+        (x, [x, x], r"batch has no such container"),
+    ):
+        with pytest.raises(SizeError, match=words):
+            graph(batch, more)
+    compiled = torch.compile(graph, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled({"x": x}, [x, x]), model({"x": x}, [x, x]))
