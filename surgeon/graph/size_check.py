@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.fx.node import has_side_effect
@@ -33,6 +34,7 @@ def check_sizes(sizes: str, *inputs: Any) -> Any:
 
 has_side_effect(check_sizes)
 
+_KIND = {"float": ".is_floating_point", "int": ".is_floating_point is False", "bool": " is boolean"}
 _CHECKS: dict[str, Callable[..., None]] = {}
 
 
@@ -58,6 +60,8 @@ def _compiled(sizes: Sizes) -> Callable[..., None]:
                 terms.append(f"same({argument}, {constant_text(given.constant)})")
             continue
         lines.append(f"        {argument}s = {argument}.shape")
+        if given.kind != "complex":
+            terms.append(f"{argument}.dtype{_KIND[given.kind]}")
         if given.shape in shapes:
             terms.append(f"{argument}s == {shapes[given.shape]}")
             continue
@@ -97,6 +101,7 @@ def check({", ".join(arguments)}):
         "refuse": _refuse,
         "sizes": sizes,
         "same": same_constant,
+        "boolean": torch.bool,
         "is_compiling": is_compiling,
         "SizeError": SizeError,
         "in_short": f"Wrong sizes. {_wanted(sizes)}",  # a compiler cannot follow how the full text is made

@@ -3,7 +3,8 @@
 Python code that depends on a size (`if x.shape[1] > 16`) runs once, while a graph is traced. Its result is frozen in
 the graph, which is wrong at sizes where the model would take another path. So a graph carries the sizes it holds for:
 
-    input_ids[batch, tokens], mask[batch, tokens], flag == True, 1 <= batch, 4 <= tokens <= 512, tokens % 4 == 0
+    int(ids[batch, tokens]), bool(mask[batch, tokens]), x[batch, tokens, 64], flag == True, 1 <= batch,
+    4 <= tokens <= 512, tokens % 4 == 0
 
 See `surgeon.graph.size_check` for the check of a call against them.
 """
@@ -14,17 +15,22 @@ import ast
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from types import CodeType
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 Constant = bool | int | float | str | None
+Kind = Literal["float", "int", "bool", "complex"]
 
 _OPERATORS = (
     *(ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.And, ast.Or, ast.Not),
     *(ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE),
 )
 _LONGEST = 2000
+_FUNCTIONS = {"__builtins__": {"min": min, "max": max}}
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Input:
     """An input of a graph.
 
     shape: of a tensor: numbers, names of axes, and expressions in names of axes; None for any other input.
+    kind: of a tensor's numbers. "float" takes every floating-point type, "int" integers and booleans, "bool" booleans;
+        "complex" is not checked.
     constant: the value that any other input had when the graph was traced, frozen in the graph. It is checked if
         `checked`; objects of other kinds than numbers and texts are not.
     """
@@ -57,10 +65,12 @@ class Input:
     shape: tuple[int | str, ...] | None = None
     constant: Constant = None
     checked: bool = False
+    kind: Kind = "float"
 
     def __str__(self) -> str:
         if self.shape is not None:
-            return f"{self.name}[{', '.join(map(str, self.shape)) or '()'}]"
+            text = f"{self.name}[{', '.join(map(str, self.shape)) or '()'}]"
+            return text if self.kind == "float" else f"{self.kind}({text})"
         return f"{self.name} == {constant_text(self.constant)}" if self.checked else self.name
 
 
@@ -115,6 +125,8 @@ class Sizes:
                 continue
             if not isinstance(value, Tensor):
                 return f"{given.name} is {_article(value)}, but the graph was traced with a tensor"
+            if not is_kind(value.dtype, given.kind):
+                return f"{given.name} is of dtype {value.dtype}, but the graph was traced with {given.kind}"
             shape = list(value.shape)
             if len(shape) != len(given.shape):
                 return f"{given.name} has {len(shape)} dimensions {shape}, but the graph was traced with {given}"
@@ -144,10 +156,27 @@ class Sizes:
         )
 
 
+def kind_of(dtype: torch.dtype) -> Kind:
+    """Return the kind of a tensor's numbers."""
+    if dtype.is_complex:
+        return "complex"
+    return "float" if dtype.is_floating_point else "bool" if dtype is torch.bool else "int"
+
+
+def is_kind(dtype: torch.dtype, kind: Kind) -> bool:
+    """Whether a graph that was traced with one kind of numbers takes a tensor of a dtype."""
+    return kind in ("complex", kind_of(dtype)) or (kind == "int" and dtype is torch.bool)
+
+
+@cache
+def _code(expression: str) -> CodeType:
+    return compile(expression, "<sizes>", "eval")
+
+
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
     """Compute an expression in names of axes. `check_expression` must have accepted it."""
     try:
-        return int(eval(expression, {"__builtins__": {"min": min, "max": max}}, dict(sizes)))
+        return int(eval(_code(expression), _FUNCTIONS, dict(sizes)))
     except ZeroDivisionError:
         return 0
 
@@ -231,8 +260,12 @@ def _parse(text: str) -> Sizes:
     traced: dict[str, int] = {}
     for part in tree.elts:
         match part:
-            case ast.Subscript(value=ast.Name(id=name)):
-                inputs.append(Input(name, tuple(map(_size, _items(part.slice)))))
+            case ast.Subscript(value=ast.Name(id=name), slice=shape):
+                inputs.append(Input(name, tuple(map(_size, _items(shape)))))
+            case ast.Call(
+                func=ast.Name(id=kind), args=[ast.Subscript(value=ast.Name(id=name), slice=shape)], keywords=[]
+            ) if kind in get_args(Kind):
+                inputs.append(Input(name, tuple(map(_size, _items(shape))), kind=kind))
             case ast.Name(id=name):
                 inputs.append(Input(name))
             case ast.Call(func=ast.Name(id="traced"), args=[], keywords=keywords):

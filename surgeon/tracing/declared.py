@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from surgeon.graph.calls import input_paths
-from surgeon.graph.sizes import Axis, Input, Sizes, check_expression, evaluate, names_in, substitute
+from surgeon.graph.sizes import Axis, Input, Sizes, check_expression, evaluate, kind_of, names_in, substitute
 
 _ROLES = ("batch", "tokens")
 _FAR = 130  # conditions are tried at all sizes up to this one, and on this many combinations of several sizes
@@ -72,7 +72,8 @@ def _environment(values: Mapping[str, Any]) -> Any | None:
 
 def _input(name: str, value: Any, names: Mapping[Any, str], fixed: set[str]) -> Input:
     if isinstance(value, Tensor):
-        return Input(name, tuple(_size(size, names, fixed) for size in value.shape))
+        shape = tuple(_size(size, names, fixed) for size in value.shape)
+        return Input(name, shape, kind=kind_of(value.dtype))
     plain = value is None or type(value) in (bool, int, float, str)
     return Input(name, None, value, True) if plain else Input(name)
 

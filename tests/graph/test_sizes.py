@@ -11,23 +11,25 @@ from surgeon.graph.sizes import Axis, Input, Sizes, check_expression, evaluate, 
 
 SIZES = Sizes(
     (
-        *(Input("ids", ("batch", "tokens")), Input("mask", ("batch", "tokens")), Input("image", ("batch", 3, 8))),
-        *(Input("twice", ("2 * tokens",)), Input("one", ()), Input("flag", None, True, True), Input("other")),
+        *(Input("ids", ("batch", "tokens"), kind="int"), Input("mask", ("batch", "tokens"), kind="bool")),
+        *(Input("image", ("batch", 3, 8)), Input("twice", ("2 * tokens",)), Input("one", ())),
+        *(Input("flag", None, True, True), Input("other")),
     ),
     {"batch": Axis(0), "tokens": Axis(4, 512, 4)},
     ("batch != 7", "tokens >= batch"),
     {"batch": 2, "tokens": 8},
 )
+SHORT_MASK = torch.ones(2, 4, dtype=torch.bool)
 LINE = (
-    "ids[batch, tokens], mask[batch, tokens], image[batch, 3, 8], twice[2 * tokens], one[()], flag == True, other, "
-    "0 <= batch, 4 <= tokens <= 512, tokens % 4 == 0, batch != 7, tokens >= batch, traced(batch=2, tokens=8)"
+    "int(ids[batch, tokens]), bool(mask[batch, tokens]), image[batch, 3, 8], twice[2 * tokens], one[()], flag == True, "
+    "other, 0 <= batch, 4 <= tokens <= 512, tokens % 4 == 0, batch != 7, tokens >= batch, traced(batch=2, tokens=8)"
 )
 
 
 def call(batch: int = 2, tokens: int = 8, **changed: object) -> tuple[object, ...]:
     given: dict[str, object] = {
-        "ids": torch.ones(batch, tokens),
-        "mask": torch.ones(batch, tokens),
+        "ids": torch.ones(batch, tokens, dtype=torch.int32),
+        "mask": torch.ones(batch, tokens, dtype=torch.bool),
         "image": torch.ones(batch, 3, 8),
         "twice": torch.ones(2 * tokens),
         "one": torch.ones(()),
@@ -66,6 +68,7 @@ def test_anything_else_is_not_read(line: str) -> None:
 def test_sizes_within_pass(sizes: dict[str, int]) -> None:
     inputs = call(**sizes)
     check_sizes(LINE, *inputs)
+    check_sizes(LINE, *call(**sizes, ids=inputs[0].bool(), image=inputs[2].half()))  # type: ignore[attr-defined]
     assert SIZES.violation(inputs) is None
 
 
@@ -75,7 +78,10 @@ def test_sizes_within_pass(sizes: dict[str, int]) -> None:
         (call(tokens=516), "dimension 1 of ids [2, 516] is 516, but the graph takes tokens: 4 to 512, multiples of 4"),
         (call(tokens=0), "dimension 1 of ids [2, 0] is 0, but the graph takes tokens: 4 to 512, multiples of 4"),
         (call(tokens=6), "dimension 1 of ids [2, 6] is 6, but the graph takes tokens: 4 to 512, multiples of 4"),
-        (call(mask=torch.ones(2, 4)), "dimension 1 of mask [2, 4] is 4, but tokens is 8 in dimension 1 of ids [2, 8]"),
+        (
+            call(mask=torch.ones(2, 4, dtype=torch.bool)),
+            "dimension 1 of mask [2, 4] is 4, but tokens is 8 in dimension 1 of ids [2, 8]",
+        ),
         (call(image=torch.ones(2, 4, 8)), "dimension 1 of image [2, 4, 8] is 4, but the graph only takes 3"),
         (
             call(image=torch.ones(2, 3)),
@@ -85,6 +91,15 @@ def test_sizes_within_pass(sizes: dict[str, int]) -> None:
         (call(one=torch.ones(1)), "one has 1 dimensions [1], but the graph was traced with one[()]"),
         (call(batch=7), "the sizes {'batch': 7, 'tokens': 8} break the condition batch != 7"),
         (call(batch=9), "the sizes {'batch': 9, 'tokens': 8} break the condition tokens >= batch"),
+        (call(ids=torch.ones(2, 8)), "ids is of dtype torch.float32, but the graph was traced with int"),
+        (
+            call(mask=torch.ones(2, 8, dtype=torch.long)),
+            "mask is of dtype torch.int64, but the graph was traced with bool",
+        ),
+        (
+            call(one=torch.ones((), dtype=torch.uint8)),
+            "one is of dtype torch.uint8, but the graph was traced with float",
+        ),
         (call(flag=False), "flag is False, but the graph was traced with True"),
         (call(ids=None), "ids is None, but the graph was traced with a tensor"),
         (call(ids=[1]), "ids is of type list, but the graph was traced with a tensor"),
