@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from surgeon.errors import SizeError
+import surgeon
+from surgeon.errors import SizeError, TraceError
 from surgeon.graph.agreement import call_reproducibly, relative_error
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.passes import Lower, Moeify
@@ -101,6 +102,10 @@ def test_converted_as_known(case: Case, request: pytest.FixtureRequest) -> None:
     torch.manual_seed(1)
     args, kwargs = as_args_kwargs(case.inputs(2))
 
+    if case.untraceable:
+        with pytest.raises(TraceError, match=r"cannot be traced|does not allow"):
+            surgeon.trace(model, (args, kwargs))
+        return
     surgery = Pipeline([Moeify(router_width=8), Lower()]).run(model, inputs=(args, kwargs))
 
     report = surgery.reports[0]

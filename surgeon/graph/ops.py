@@ -113,7 +113,9 @@ def is_pointwise(node: Node) -> bool:
     if "prelu" in name:  # running it tells whether its slopes are those of neurons
         return True
     if target in SAME_VALUE:
-        return False
+        source = node.args[0]
+        before = source.meta.get("val") if isinstance(source, Node) else None
+        return isinstance(before, Tensor) and before.dtype is torch.bool  # a comparison that becomes a factor
     if torch.Tag.pointwise in target.tags:
         return True
     # Torch does not tag every pointwise op. An op that keeps its input's shape may be pointwise: running it tells.
