@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import CodeType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -265,7 +265,7 @@ def _parse(text: str) -> Sizes:
             case ast.Call(
                 func=ast.Name(id=kind), args=[ast.Subscript(value=ast.Name(id=name), slice=shape)], keywords=[]
             ) if kind in get_args(Kind):
-                inputs.append(Input(name, tuple(map(_size, _items(shape))), kind=kind))
+                inputs.append(Input(name, tuple(map(_size, _items(shape))), kind=cast("Kind", kind)))
             case ast.Name(id=name):
                 inputs.append(Input(name))
             case ast.Call(func=ast.Name(id="traced"), args=[], keywords=keywords):
