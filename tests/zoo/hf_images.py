@@ -146,7 +146,7 @@ VISION = [
         "backbone_config": RESNET_BACKBONE}),
     Row("TableTransformerModel", 4, "relu", inputs="pixels_64", config={**NO_TIMM,
         "backbone_config": RESNET_BACKBONE}),
-    Row("DabDetrModel", 0, None, alternatives=(4,), note="the FFNs have a learned activation", inputs="pixels_64",
+    Row("DabDetrModel", 8, None, note="four FFNs with PReLU, and four small MLPs", inputs="pixels_64",
         config={**NO_TIMM, "backbone_config": RESNET_BACKBONE}),
     Row("DeformableDetrModel", 4, "relu", inputs="pixels_64", config={
         **NO_TIMM, "backbone_config": {**RESNET_BACKBONE, "out_features": ["stage2", "stage3", "stage4"]},
