@@ -46,6 +46,10 @@ class _Search:
     run: Try
     faults: list[str] = field(default_factory=list)
     _seen: dict[tuple[tuple[str, int], ...], Outcome] = field(default_factory=dict)
+    _example: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._example = dict(self.sizes.traced)  # also of axes that are fixed or unified later
 
     def at(self, **changed: int) -> Outcome:
         """The outcome with some axes changed from the example's sizes."""
@@ -160,7 +164,7 @@ class _Search:
         """Say why a range is narrower than the model's own."""
         for key, outcome in self._seen.items():
             size = dict(key).get(names[0], example)
-            changed = {name for name, value in key if value != self.sizes.traced[name]}
+            changed = {name for name, value in key if value != self._example[name]}
             if outcome.problem and changed == set(names) and size > 0 and size not in found:
                 self.faults.append(f"{' and '.join(names)} can be {found} only: at {size} {outcome.problem}.")
                 return

@@ -289,3 +289,19 @@ def test_containers_have_the_entries_of_the_trace() -> None:
             graph(batch, more)
     compiled = torch.compile(graph, backend="eager", fullgraph=True)
     assert torch.allclose(compiled({"x": x}, [x, x]), model({"x": x}, [x, x]))
+
+
+def test_an_axis_is_narrowed_after_another_was_fixed() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            y = self.fc(x) * unseen(x.shape[1], 8) + unseen(other.shape[1], 5)
+            return y * 2 if unseen(x.shape[0], 3) > 5 else y
+
+    graph = surgeon.trace(Two().eval(), (torch.randn(3, 8, WIDTH), torch.randn(3, 5, WIDTH)))
+    sizes = Sizes.parse(graph.meta["trace"].sizes)
+    assert [given.shape[1] for given in sizes.inputs if given.shape] == [8, 5]
+    assert sizes.axes["batch"] == Axis(1, 5)
