@@ -21,7 +21,8 @@ def inspection_view(found: Inspection) -> RenderableType:
     table.add_row(dim("parameters"), number(found.cost.parameters))
     table.add_row(dim("multiply-adds"), f"{number(found.cost.multiply_adds)} for {inputs}")
     sizes = [*(f"{name} {size}" for name, size in found.takes.sizes.items()), *found.takes.rules]
-    table.add_row(dim("takes"), ", ".join(found.takes.inputs) + (f"; {'; '.join(sizes)}" if sizes else ""))
+    # As text: in markup, brackets are styles.
+    table.add_row(dim("takes"), Text("; ".join([", ".join(found.takes.inputs), *sizes])))
     lines += [indented(table), Text("")]
     if found.experts:
         lines.append(heading(f"{len(found.experts)} expert layers", f"{_share(found.experts)} of the multiply-adds"))

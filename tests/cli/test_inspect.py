@@ -31,6 +31,8 @@ def test_inspect_json_has_shares_that_add_up(run: Run) -> None:
         "activation": "gelu", "gated": False, "calls": 1,
     }  # fmt: skip
     assert found["inputs"] == {"x": [2, 5, 16]}
+    sizes = {"batch": "0 or more", "tokens": "0 or more"}
+    assert found["takes"] == {"inputs": ["x[batch, tokens, 16]"], "sizes": sizes, "rules": []}
     known = sum(layer["share"] for layer in found["ffns"] + found["linears"])
     assert known == pytest.approx(1 - 2 * 16 * 3 / found["cost"]["multiply_adds"])  # the rest is the head
     assert found["graph"] is None
@@ -40,6 +42,7 @@ def test_inspect_prints_the_graph_by_module_path(run: Run) -> None:
     result = run("-q", "inspect", *NET, "--graph")
     assert re.search(r"^  blocks\.0\.mlp\.1\n    gelu = gelu\(linear_\d\) : ", result.out, re.MULTILINE)
     assert " for x 2×5×16" in result.out
+    assert re.search(r"^  takes +x\[batch, tokens, 16\]; batch 0 or more; tokens 0 or more$", result.out, re.MULTILINE)
     graph = run("-q", "inspect", *NET, "--graph", "--output", "json").json["graph"]
     assert [path for path, line in graph if line.startswith("gelu = ")] == ["blocks.0.mlp.1"]
 
