@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from surgeon.graph.ops import SAME_VALUE, VIEWS
+from surgeon.graph.ops import VIEWS
 from surgeon.graph.traced import (
     TracedGraph,
     aten,
@@ -23,21 +23,11 @@ from surgeon.graph.traced import (
 from surgeon.tracing.embeddings import dense_gradients
 
 # Views for some inputs and copies for others, which their schemas do not say.
-_MAYBE_VIEWS = (
-    VIEWS
-    | SAME_VALUE
-    | {
-        *(aten.flatten.using_ints, aten.reshape.default, aten.contiguous.default, aten.expand_as.default),
-        *(
-            aten.view_as.default,
-            aten.type_as.default,
-            aten.ravel.default,
-            aten.chunk.default,
-            aten.tensor_split.sections,
-        ),
-        *(aten.swapaxes.default, aten.moveaxis.int, aten.movedim.int, aten.numpy_T.default, aten.narrow.default),
-    }
-)
+_MAYBE_VIEWS = VIEWS | {
+    *(aten.contiguous.default, aten.expand_as.default, aten.view_as.default, aten.ravel.default, aten.chunk.default),
+    *(aten.tensor_split.sections, aten.swapaxes.default, aten.moveaxis.int, aten.movedim.int, aten.numpy_T.default),
+    aten.narrow.default,
+}
 
 
 def use_first_names(graph: TracedGraph, model: nn.Module) -> None:
@@ -148,10 +138,10 @@ def _written(part: GraphModule) -> Iterator[Node]:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for one in value if isinstance(value, list | tuple) else (value,):
                     if isinstance(one, Node):
-                        yield from _memory_of(one)
+                        yield from _memory_of(part, one)
 
 
-def _memory_of(node: Node) -> Iterator[Node]:
+def _memory_of(part: GraphModule, node: Node) -> Iterator[Node]:
     """Yield the node and those whose memory its value may lie in."""
     while True:
         yield node
@@ -162,9 +152,18 @@ def _memory_of(node: Node) -> Iterator[Node]:
         elif schema is not None and any(result.alias_info is not None for result in schema.returns):
             found = (value for argument, value in _arguments(schema, node) if argument.alias_info is not None)
             source = next(found, None)
-        if not isinstance(source, Node):
+        if not isinstance(source, Node) or _dtype(part, source) != _dtype(part, node):  # a conversion is a copy
             return
         node = source
+
+
+def _dtype(part: GraphModule, node: Node) -> torch.dtype | None:
+    """The data type of a node's tensor, or of the first of several."""
+    value = tensor_of(part, node)
+    value = node.meta.get("val") if value is None else value
+    if isinstance(value, list | tuple):
+        value = value[0] if value else None
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def _arguments(schema: Any, node: Node) -> Iterator[tuple[Any, Any]]:

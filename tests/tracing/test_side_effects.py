@@ -164,3 +164,17 @@ def test_a_model_that_remembers_its_first_input_is_refused() -> None:
 
     with pytest.raises(TraceError, match="changes its own state"):
         surgeon.trace(Remembers(), torch.randn(3, 4))
+
+
+def test_a_write_into_a_copy_is_no_write_into_the_original() -> None:
+    class Copies(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.clone().add_(1)) + self.table.clone().mul_(2) + self.table.to(torch.float32).mul_(3)
+
+    info = surgeon.trace(Copies(), torch.randn(3, 4)).meta["trace"]
+    assert info.form == "train"
+    assert info.notes == ()
