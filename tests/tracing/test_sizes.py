@@ -242,6 +242,8 @@ def test_keywords_in_another_order_are_not_swapped_by_an_export() -> None:
     assert torch.equal(again(b=b, a=a), model(a, b))
     with pytest.raises(Exception, match="Give them in the order of the graph: a, b"):
         torch.export.export(graph, (), {"b": b, "a": a})
+    with pytest.raises(Exception, match=r"Give each its own: x\.clone\(\)"):
+        torch.export.export(graph, (), {"a": a, "b": a})
 
 
 @pytest.mark.parametrize(
