@@ -51,6 +51,7 @@ _EXPORTS = {
     "find_ffns": "surgeon.sites.search",
     "find_moes": "surgeon.moe.site",
     "get_rule": "surgeon.moe.knobs",
+    "graft": "surgeon.surgery.graft",
     "get_tau": "surgeon.moe.knobs",
     "load": "surgeon.surgery.artifact",
     "set_rule": "surgeon.moe.knobs",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from surgeon.moe.site import find_moes as find_moes
     from surgeon.sites.search import find_ffns as find_ffns
     from surgeon.surgery.artifact import load as load
+    from surgeon.surgery.graft import graft as graft
     from surgeon.surgery.pipeline import Pipeline as Pipeline
     from surgeon.surgery.surgery import Surgery as Surgery
     from surgeon.tracing.trace import trace as trace

@@ -16,7 +16,7 @@ LAYERS = (
     ("render",),
     ("jobs", "testing"),
     ("surgery",),
-    ("text",),
+    ("text", "grafting"),
     ("passes", "bench"),
     ("training", "measure"),
     ("moe", "data", "tracing"),

@@ -22,7 +22,7 @@ from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import hidden, keep_selected
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import knobs_restored, run_batches
-from surgeon.moe.knobs import SKIPPED_MEAN
+from surgeon.moe.module import SKIPPED_MEAN
 from surgeon.moe.site import MoESite, find_moes
 
 

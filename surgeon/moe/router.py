@@ -26,9 +26,9 @@ Step = Callable[..., Any]
 # For "log", differences below this share of the token's largest norm do not matter.
 _LOG_FLOOR = 0.01
 
-_HIDDEN = {"relu": aten.relu.default, "tanh": aten.tanh.default}
+HIDDEN = {"relu": aten.relu.default, "tanh": aten.tanh.default}
 # Each output function as an op and its further arguments.
-_OUTPUT: dict[Output, tuple[Any, ...]] = {
+OUTPUT: dict[Output, tuple[Any, ...]] = {
     "abs": (aten.abs.default,),
     "relu": (aten.relu.default,),
     # Close to a ReLU on targets from 0 to 1, but positive down to -2, where float32 underflows. Scores that are all
@@ -130,7 +130,7 @@ class Router(nn.Module):
 
     def steps(self, step: Step, x: Any, parameter: Callable[[str], Any]) -> Any:
         """Go through the router as a sequence of ATen ops. `step(op, *args)` runs each op or adds it to a graph."""
-        op, *arguments = _OUTPUT[self.output]
+        op, *arguments = OUTPUT[self.output]
         return step(op, self._logits(step, x, parameter), *arguments)
 
     def _logits(self, step: Step, x: Any, parameter: Callable[[str], Any]) -> Any:
@@ -139,7 +139,7 @@ class Router(nn.Module):
             return step(aten.linear.default, x, parameter(f"{name}.weight"), *bias)
 
         if self.fc1 is not None:
-            x = step(_HIDDEN[self.hidden], linear(x, self.fc1, "fc1"))
+            x = step(HIDDEN[self.hidden], linear(x, self.fc1, "fc1"))
         return linear(x, self.fc2, "fc2")
 
 

@@ -132,6 +132,30 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     return graph
 
 
+def sketch(model: nn.Module, inputs: Any) -> TracedGraph:
+    """Trace `model` without any comparison, to look for its layers. The graph is not to be run.
+
+    Raises:
+        TraceError: the model cannot be traced.
+    """
+    args, kwargs = as_args_kwargs(inputs)
+    check_ready(model)
+    _refuse_keywords(model)
+    failures: list[_Failure] = []
+    with quiet(), unchanged(model), without_caches(model):
+        args, kwargs, _ = tile_single_batch(model.eval(), args, kwargs)
+        for form, front_end in _attempts(model):
+            try:
+                with unchanged(model):
+                    return _export(model, args, kwargs, form, front_end)
+            except Exception as error:
+                failures.append(_Failure(form, front_end.__name__.strip("_"), brief(error)))
+    raise TraceError(
+        f"{type(model).__name__} cannot be traced. Attempts:\n"
+        + "\n".join(f"  - {failure}" for failure in _distinct(failures))
+    )
+
+
 @dataclass(frozen=True)
 class _Attempt:
     """A graph that agrees with the model on the example inputs, and the sizes at which it does.
