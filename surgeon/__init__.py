@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.pretrained.register import register
 from surgeon.version import __version__ as __version__
 
 
@@ -39,6 +40,7 @@ def _check_links() -> None:
 
 
 _check_links()
+register()
 
 # Loaded on first use: `import surgeon` and `surgeon --help` do not wait for torch.
 _EXPORTS = {

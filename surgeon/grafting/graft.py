@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import UsageError, VerificationError, first_line, some
 from surgeon.grafting.check import Call, calls_of, difference, outputs
-from surgeon.grafting.parts import MLP, Layer, Plan, joined, layer_of, put
+from surgeon.grafting.parts import GRAFT, MLP, Graft, Layer, Plan, joined, layer_of, put
 from surgeon.grafting.placement import Placement, placements
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
@@ -28,17 +28,6 @@ from surgeon.sites.search import find_ffns, find_linear_sites
 from surgeon.tracing.trace import sketch
 
 log = logging.getLogger("surgeon")
-
-# Attribute of a grafted model with its `Graft`.
-GRAFT = "surgeon_graft"
-
-
-@dataclass(frozen=True)
-class Graft:
-    """What was done to a model: the modules that were replaced, and the layers that stayed dense with the reason."""
-
-    plan: Plan
-    refused: tuple[Rejection, ...] = ()
 
 
 @dataclass
@@ -265,9 +254,8 @@ def _take_weights(made: nn.Module, graph: TracedGraph, layers: Mapping[str, nn.M
     for name, old in [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]:
         own = old if name in of_layers else of_graph.get(name, old)
         if own.shape != old.shape:
-            raise UsageError(
-                f"The model's {name} has the shape {tuple(old.shape)}, and the graph's {tuple(own.shape)}."
-            )
+            shapes = f"the shape {tuple(old.shape)}, and in the graph {tuple(own.shape)}"
+            raise UsageError(f"In the model {name} has {shapes}. Give the model that the graph was made from.")
         if id(old) not in new:
             fresh = own if share and own is not old else own.detach().clone()
             fresh = fresh.to(old.device if name not in of_layers else next(iter(of_graph.values())).device)
@@ -296,13 +284,12 @@ def _verify(made: nn.Module, graph: TracedGraph, calls: list[Call], *, exact: bo
             worst = difference(outputs(made, calls, training=training), outputs(graph, calls, training=training), made)
             if worst > 1:
                 stage = "in training" if training else "in evaluation"
+                advice = (
+                    "Give the model that the graph was made from" if exact else "A layer that stays dense was trained"
+                )
                 raise VerificationError(
-                    f"The grafted model differs from the graph {stage} by {worst:.1e} times the accepted error. "
-                    + (
-                        "Give the model that the graph was made from."
-                        if exact
-                        else "A layer that stays dense was trained."
-                    )
+                    f"The grafted model differs from the graph {stage}, by {worst:.1e} times the accepted error. "
+                    f"{advice}."
                 )
     finally:
         for part, saved in knobs:

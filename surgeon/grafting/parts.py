@@ -18,6 +18,10 @@ from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import Experts, hidden
 from surgeon.moe.module import MoE, MoEShape
 from surgeon.sites.ffn import FFNWeights
+from surgeon.sites.rejection import Rejection
+
+# Attribute of a grafted model with its `Graft`.
+GRAFT = "surgeon_graft"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,14 @@ class Plan:
     passed: tuple[str, ...] = ()
     ones: tuple[str, ...] = ()
     functions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Graft:
+    """What was done to a model: the modules that were replaced, and the layers that stayed dense with the reason."""
+
+    plan: Plan
+    refused: tuple[Rejection, ...] = ()
 
 
 class MLP(nn.Module):

@@ -45,6 +45,11 @@ class Directory:
     notes: tuple[str, ...]
 
 
+def is_pretrained(model: Any) -> bool:
+    """Whether a model is one of transformers. This does not import transformers."""
+    return any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)
+
+
 def load_directory(path: Path, task: str | None) -> Directory:
     """Load a directory that has a `config.json`, without running code from it.
 

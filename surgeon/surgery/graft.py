@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from surgeon.errors import UsageError
 from surgeon.grafting.graft import graft as graft_graph
+from surgeon.models.hugging_face import is_pretrained
 from surgeon.surgery.artifact import load, load_inputs
 from surgeon.surgery.record import earlier_passes
 from surgeon.surgery.surgery import Surgery
@@ -41,7 +43,14 @@ def graft(model: nn.Module, surgery: Surgery | str | Path) -> nn.Module:
         reports = [pass_.report for pass_ in surgery.diff().passes]
         if surgery.inputs is None:
             raise UsageError("The surgery has no example inputs to compare with. Pass them to Pipeline.run as inputs=…")
-        return graft_graph(model, surgery.graph, reports, surgery.inputs)
-    graph = load(surgery)
-    reports = [pass_.report for pass_ in earlier_passes(graph)]
-    return graft_graph(model, graph, reports, load_inputs(surgery), share=True)
+        made: Any = graft_graph(model, surgery.graph, reports, surgery.inputs)
+    else:
+        graph = load(surgery)
+        reports = [pass_.report for pass_ in earlier_passes(graph)]
+        made = graft_graph(model, graph, reports, load_inputs(surgery), share=True)
+    if is_pretrained(made):
+        from surgeon.pretrained.quantizer import attach
+
+        attach(made, made.surgeon_graft.plan)
+    grafted: nn.Module = made
+    return grafted
