@@ -85,13 +85,13 @@ def graft(
     for path, module in modules.items():
         module.train(made.get_submodule(path).training)
         made.set_submodule(path, module)
-    _take_weights(made, graph, modules, share=share)
+    kept = _take_weights(made, graph, modules, share=share)
     plan = _merged(placed, {path: layer_of(module) for path, module in modules.items()})
     refused = tuple(layer.refusal for layer in converted if layer.refusal is not None)
     for rejection in refused:
         log.warning("graft: %s stays dense: %s.", rejection.path, rejection.reason)
     _verify(made, graph, calls, exact=not refused)
-    setattr(made, GRAFT, Graft(plan, refused))
+    setattr(made, GRAFT, Graft(plan, refused, kept))
     return made
 
 
@@ -243,27 +243,61 @@ def _merged(layers: Iterable[_Converted], shapes: Mapping[str, Layer] | None = N
 
 
 @torch.no_grad()
-def _take_weights(made: nn.Module, graph: TracedGraph, layers: Mapping[str, nn.Module], *, share: bool) -> None:
-    """Give the copy the graph's weights, and the model's where the graph has none. Tied weights stay tied."""
+def _take_weights(
+    made: nn.Module, graph: TracedGraph, layers: Mapping[str, nn.Module], *, share: bool
+) -> tuple[str, ...]:
+    """Give the copy the graph's weights, and the model's where the graph has none. Tied weights stay tied.
+
+    Returns:
+        The names of the weights that stay the model's.
+    """
     of_graph: dict[str, Tensor] = {
         **dict(graph.named_buffers(remove_duplicate=False)),
         **dict(graph.named_parameters(remove_duplicate=False)),
     }
     of_layers = {f"{path}.{name}" for path, module in layers.items() for name in _names(module)}
+    tensors = [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]
+    device = next((tensor.device for name, tensor in tensors if name not in of_layers), torch.device("cpu"))
     new: dict[int, Tensor] = {}
-    for name, old in [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]:
-        own = old if name in of_layers else of_graph.get(name, old)
+    taken: set[int] = set()
+    for name, old in tensors:
+        if name in of_layers:
+            # Trunks that routers share in the graph become each router's own, since they are not tied in the model.
+            fresh = old if share and id(old) not in taken else _cloned(old)
+            taken.add(id(old))
+            owner, _, field_name = name.rpartition(".")
+            setattr(made.get_submodule(owner), field_name, _to(fresh, device))
+            continue
+        own = of_graph.get(name)
+        if own is None:
+            continue  # a tied weight has several names, of which the graph may know another
         if own.shape != old.shape:
             shapes = f"the shape {tuple(old.shape)}, and in the graph {tuple(own.shape)}"
             raise UsageError(f"In the model {name} has {shapes}. Give the model that the graph was made from.")
         if id(old) not in new:
-            fresh = own if share and own is not old else own.detach().clone()
-            fresh = fresh.to(old.device if name not in of_layers else next(iter(of_graph.values())).device)
-            if isinstance(old, nn.Parameter) and not isinstance(fresh, nn.Parameter):
-                fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
-            new[id(old)] = fresh
+            new[id(old)] = _to(own if share else _cloned(own), device)
+    kept = []
+    for name, old in tensors:
+        if name in of_layers:
+            continue
+        if id(old) not in new:
+            new[id(old)] = _cloned(old)
+            kept += [name] * isinstance(old, nn.Parameter)
         owner, _, field_name = name.rpartition(".")
         setattr(made.get_submodule(owner), field_name, new[id(old)])
+    return tuple(kept)
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    fresh = tensor.detach().clone()
+    return nn.Parameter(fresh, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.detach().to(device)
+    if moved.data_ptr() == tensor.data_ptr():
+        return tensor
+    return nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
 def _names(module: nn.Module) -> list[str]:

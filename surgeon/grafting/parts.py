@@ -65,10 +65,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Graft:
-    """What was done to a model: the modules that were replaced, and the layers that stayed dense with the reason."""
+    """What was done to a model: the modules that were replaced, and the layers that stayed dense with the reason.
+
+    kept: the weights that the graph does not use, which are those of the model that was given.
+    """
 
     plan: Plan
     refused: tuple[Rejection, ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 class MLP(nn.Module):

@@ -60,7 +60,7 @@ def load_directory(path: Path, task: str | None) -> Directory:
         LoadError: the directory is incomplete or damaged, holds an adapter or weights that do not fit its config, or
             its class is not in transformers.
     """
-    files = _weight_files(path)
+    files = weight_files(path)
     config = read_config(path)
     with quiet_transformers():
         try:
@@ -82,8 +82,8 @@ def load_directory(path: Path, task: str | None) -> Directory:
     return Directory(model, tokenizer, processor, files, (*notes, *tokenizer_notes, *processor_notes))
 
 
-def companions(path: Path) -> tuple[Any | None, Any | None, Any | None]:
-    """Load the config, tokenizer and processor that were saved with a surgery. Each is None if it was not saved.
+def companions(path: Path) -> tuple[Any | None, Any | None, Any | None, Any | None]:
+    """Load what was saved with a surgery: config, tokenizer, processor and generation config. None if it was not saved.
 
     Raises:
         LoadError: a file of theirs is damaged.
@@ -94,7 +94,8 @@ def companions(path: Path) -> tuple[Any | None, Any | None, Any | None]:
         if not (path / file).is_file():
             return None
         try:
-            return getattr(transformers, loader).from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            options = {} if loader == "GenerationConfig" else {"trust_remote_code": False}
+            return getattr(transformers, loader).from_pretrained(path, local_files_only=True, **options)
         except Exception as error:
             raise LoadError(
                 f"{path}: cannot read {file} or a file beside it: {first_line(error)}. Save the surgery again, or copy "
@@ -104,8 +105,10 @@ def companions(path: Path) -> tuple[Any | None, Any | None, Any | None]:
     with quiet_transformers():
         config = part("config.json", "AutoConfig")
         if config is None:
-            return None, None, None
-        return config, part("tokenizer_config.json", "AutoTokenizer"), part("preprocessor_config.json", "AutoProcessor")
+            return None, None, None, None
+        tokenizer = part("tokenizer_config.json", "AutoTokenizer")
+        processor = part("preprocessor_config.json", "AutoProcessor")
+        return config, tokenizer, processor, part("generation_config.json", "GenerationConfig")
 
 
 def read_config(path: Path) -> Any:
@@ -225,7 +228,7 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """Return the weight files of a Hugging Face directory. Each must exist and have a valid header."""
     name = next((name for name in _WEIGHT_FILES if (path / name).is_file()), None)
     if name is None:

@@ -17,8 +17,6 @@ from surgeon.moe.site import MoESite
 def moe_module(graph: GraphModule, site: MoESite) -> MoE:
     """Return a layer of a graph as a module of its own, with the same knobs. It shares the graph's tensors.
 
-    Routers of several layers that share a trunk share it in the modules too.
-
     Raises:
         ValueError: the router in the graph is not one that `moeify` makes.
     """

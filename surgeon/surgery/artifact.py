@@ -92,11 +92,11 @@ def save(
         replace_outputs(graph, dict.fromkeys(texts))
     program = _export(graph, *as_args_kwargs(inputs))
     _forget_tracing(program)
-    with _written_whole(directory) as fresh:
+    with written_whole(directory) as fresh:
         _check_space(graph, fresh)
         torch.export.save(program, fresh / MODEL)
         if origin.config is not None and hasattr(origin.config, "save_pretrained"):
-            for part in (origin.config, origin.tokenizer, origin.processor):
+            for part in (origin.config, origin.generation, origin.tokenizer, origin.processor):
                 if part is not None:
                     part.save_pretrained(fresh)
         diffs = [asdict(pass_.graph) for pass_ in diff.passes]
@@ -255,7 +255,7 @@ def _check_space(graph: GraphModule, where: Path) -> None:
 
 
 @contextlib.contextmanager
-def _written_whole(directory: Path) -> Iterator[Path]:
+def written_whole(directory: Path) -> Iterator[Path]:
     """A new directory that replaces the target when everything is written, and is removed otherwise."""
     try:
         with replaced(directory) as fresh, warnings.catch_warnings():

@@ -189,9 +189,9 @@ def _quality(now: Record, first: Record) -> MeasuredQuality | None:
     return now.quality
 
 
-def write_record(record: Record, directory: Path) -> None:
-    """Write `surgery.json` into a directory."""
-    (directory / RECORD).write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+def write_record(record: Record, directory: Path, name: str = RECORD) -> None:
+    """Write a record into a directory."""
+    (directory / name).write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
 
 
 def read_record(directory: Path) -> Record:

@@ -27,6 +27,7 @@ from surgeon.errors import TraceError
 from surgeon.graph.calls import as_args_kwargs, check_calls, flat_inputs
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.traced import TracedGraph, fork, retie
+from surgeon.models.hugging_face import is_pretrained
 from surgeon.models.readiness import check_ready
 from surgeon.models.tasks import task_of
 from surgeon.tracing.check import brief, disagreement, is_random, narrow_sizes, run_reference
@@ -293,7 +294,7 @@ def _attempts(model: nn.Module) -> Iterator[tuple[Form, FrontEnd]]:
     """Yield the ways to trace a model, the best first."""
     yield "train", _dynamic
     yield "eval", _dynamic
-    if any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
+    if is_pretrained(model):
         yield "eval", _transformers
     yield "train", _static
     yield "eval", _static
