@@ -8,12 +8,10 @@ from pathlib import Path
 from surgeon.errors import UsageError
 from surgeon.jobs.open_model import Stage
 from surgeon.jobs.store import check_parent
-from surgeon.models.hugging_face import companions
 from surgeon.moe.site import find_moes
 from surgeon.sites.rejection import Rejection
 from surgeon.surgery.artifact import load, load_inputs
-from surgeon.surgery.export import check_exportable, export, read_base
-from surgeon.surgery.origin import Origin
+from surgeon.surgery.export import check_exportable, export, origin_of, read_base
 from surgeon.surgery.record import earlier_passes, read_record
 
 
@@ -59,8 +57,7 @@ def export_surgery(
     with stage(f"loading {directory}"):
         graph = load(directory, trust_modules=trust_modules)
         inputs = load_inputs(directory)
-        config, tokenizer, processor, generation = companions(directory)
-        origin = Origin(str(directory), "artifact", None, config, tokenizer, processor, (), generation)
+        origin = origin_of(directory)
         model = None if base is None else read_base(base, origin)
     reports = [pass_.report for pass_ in earlier_passes(graph)]
     with stage(f"writing {out}"):

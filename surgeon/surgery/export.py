@@ -23,7 +23,7 @@ from surgeon.directories import restore
 from surgeon.errors import LoadError, SaveError, UsageError, first_line, some
 from surgeon.grafting.graft import graft as graft_graph
 from surgeon.graph.traced import TracedGraph
-from surgeon.models.hugging_face import is_pretrained, model_class, quiet_transformers, weight_files
+from surgeon.models.hugging_face import companions, is_pretrained, model_class, quiet_transformers, weight_files
 from surgeon.models.weight_files import sha256_of
 from surgeon.passes.report import PassReport
 from surgeon.surgery.artifact import written_whole
@@ -71,19 +71,12 @@ def export(
     directory = Path(directory)
     restore(directory)
     check_exportable(directory, overwrite=overwrite)
-    base = model if model is not None else _base(record, origin)
-    built = base is None
-    with quiet_transformers():
-        made: Any = graft_graph(base if base is not None else _skeleton(origin), graph, reports, inputs, share=share)
+    base = model if model is not None else base_of(record, origin)
+    made: Any = rebuilt(base, graph, reports, inputs, origin, share=share)
     if not is_pretrained(made):
         raise UsageError(
             f"{type(made).__name__} is not a model of transformers, so it has no from_pretrained. Use surgeon.graft "
             "and torch.save, or Surgery.save."
-        )
-    if built and made.surgeon_graft.kept:
-        raise UsageError(
-            f"The graph does not use {some(made.surgeon_graft.kept)}, so their values are not in the surgery. Give the "
-            "original model: --base DIRECTORY, or model= in Python."
         )
     attach(made, made.surgeon_graft.plan)
     with written_whole(directory) as fresh, quiet_transformers():
@@ -111,7 +104,41 @@ def check_exportable(directory: Path, *, overwrite: bool) -> None:
             raise SaveError(f"{directory} is not empty and not an exported model. Give another directory.")
 
 
-def _base(record: Record, origin: Origin) -> nn.Module | None:
+def rebuilt(
+    base: nn.Module | None,
+    graph: TracedGraph,
+    reports: Sequence[PassReport],
+    inputs: Any,
+    origin: Origin,
+    *,
+    share: bool = False,
+) -> nn.Module:
+    """Graft a graph into its model. Without the model, one is made from its config, and takes all weights of the graph.
+
+    Raises:
+        UsageError: the graph does not have all weights of the model, and the model was not given.
+    """
+    with quiet_transformers():
+        made: Any = graft_graph(base if base is not None else _skeleton(origin), graph, reports, inputs, share=share)
+    if base is None and made.surgeon_graft.kept:
+        raise UsageError(
+            f"The graph does not use {some(made.surgeon_graft.kept)}, so their values are not in the surgery. Give the "
+            "original model: --base DIRECTORY, or model= in Python."
+        )
+    return made  # type: ignore[no-any-return]
+
+
+def origin_of(directory: Path) -> Origin:
+    """What was saved beside a surgery: config, tokenizer and so on.
+
+    Raises:
+        LoadError: a file is damaged.
+    """
+    config, tokenizer, processor, generation = companions(directory)
+    return Origin(str(directory), "artifact", None, config, tokenizer, processor, (), generation)
+
+
+def base_of(record: Record, origin: Origin) -> nn.Module | None:
     """Read the model that the surgery started from, if it is still where it was."""
     path = None if record.input.path is None else Path(record.input.path)
     if path is None or record.input.kind != "hf" or not (path / "config.json").is_file():
