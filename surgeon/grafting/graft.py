@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from surgeon.errors import UsageError, VerificationError, first_line, some
 from surgeon.grafting.check import Call, calls_of, difference, outputs
-from surgeon.grafting.parts import GRAFT, MLP, Graft, Layer, Plan, joined, layer_of, put
+from surgeon.grafting.parts import GRAFT, MLP, Graft, Layer, Plan, joined, layer_of, put, put_one
 from surgeon.grafting.placement import Placement, placements
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
@@ -83,8 +83,7 @@ def graft(
         )
     modules = _modules(graph, placed)
     for path, module in modules.items():
-        module.train(made.get_submodule(path).training)
-        made.set_submodule(path, module)
+        put_one(made, path, module)
     kept = _take_weights(made, graph, modules, share=share)
     plan = _merged(placed, {path: layer_of(module) for path, module in modules.items()})
     refused = tuple(layer.refusal for layer in converted if layer.refusal is not None)
@@ -150,7 +149,11 @@ def _modules(graph: TracedGraph, placed: Iterable[_Converted]) -> dict[str, nn.M
         return MLP.of(ffns[path].weights(graph), ffns[path].activation)
 
     return {
-        layer.placement.at: joined([part(path) for path in layer.paths], residual=layer.residual, dropout=layer.dropout)
+        layer.placement.at: joined(
+            [part(path) for path in layer.paths],
+            residual=layer.residual,
+            dropout=layer.dropout or layer.placement.dropout,
+        )
         for layer in placed
         if layer.placement is not None
     }

@@ -202,11 +202,7 @@ def put(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module]) -> None:
     new: dict[str, nn.Module] = dict(layers)
     new |= {path: nn.Identity() for path in plan.passed} | {path: One() for path in plan.ones}
     for path, module in new.items():
-        old = model.get_submodule(path)
-        module.train(old.training)
-        for name in _HOOKS:
-            vars(module)[name].update(vars(old).get(name, {}))
-        model.set_submodule(path, module)
+        put_one(model, path, module)
     for path, name in plan.functions:
         setattr(model.get_submodule(path), name, passed)
     for module in model.modules():
@@ -214,6 +210,15 @@ def put(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module]) -> None:
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder) and not hasattr(module.layers[0].linear1, "weight"):
             module.enable_nested_tensor = module.use_nested_tensor = False
+
+
+def put_one(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the module at a path. The new one takes over its mode and its hooks."""
+    old = model.get_submodule(path)
+    module.train(old.training)
+    for name in _HOOKS:
+        vars(module)[name].update(vars(old).get(name, {}))
+    model.set_submodule(path, module)
 
 
 _HOOKS = (

@@ -3,7 +3,7 @@
 A layer is found in the model's graph. Every node there knows the modules whose code it stands in. There are two ways
 to put a converted layer into the model:
 
-- A module computes the layer and nothing else. It is replaced.
+- A module computes the layer and nothing else but dropout of its output. It is replaced.
 - The layer's linear layers and its activation are modules, in the code of a larger one. The first linear layer is
   replaced, and the others return their input. A gated layer's second linear layer returns 1.
 
@@ -30,13 +30,14 @@ from surgeon.sites.linear_site import LinearSite
 class Placement:
     """Where a converted layer goes: the path of the module that it replaces, and what else gives way.
 
-    passed, ones, functions: as in `surgeon.grafting.parts.Plan`.
+    passed, ones, functions: as in `surgeon.grafting.parts.Plan`. dropout: of the output, which the module has too.
     """
 
     at: str
     passed: tuple[str, ...] = ()
     ones: tuple[str, ...] = ()
     functions: tuple[tuple[str, str], ...] = ()
+    dropout: float = 0.0
 
 
 def placements(graph: TracedGraph, model: nn.Module, site: FFN | LinearSite) -> list[Placement]:
@@ -54,7 +55,8 @@ def placements(graph: TracedGraph, model: nn.Module, site: FFN | LinearSite) -> 
         whole, spread = _whole(graph, model, call), _spread(graph, model, call)
         # A trace in evaluation form does not show where a module's dropout acts.
         doubtful = whole is not None and _has_dropout(model.get_submodule(whole.at))
-        ways = [spread, whole] if doubtful and graph.meta["trace"].form == "eval" else [whole, spread]
+        doubtful = doubtful and graph.meta["trace"].form == "eval"
+        ways = [spread, whole] if doubtful or (whole is not None and whole.dropout) else [whole, spread]
         found.append([way for way in ways if way is not None])
     first, *others = found
     return [way for way in first if all(way in ways for ways in others)]
@@ -94,19 +96,30 @@ def _is_module(model: nn.Module, path: str) -> bool:
 
 
 def _whole(graph: TracedGraph, model: nn.Module, call: LayerCall) -> Placement | None:
-    """Find the innermost module that has the whole layer. It must have nothing else, and no other input."""
+    """Find the innermost module that has the whole layer, and nothing else but dropout of its output."""
     inside = {node for linear in (*call.first, call.down) for node in linear.nodes} | set(call.cone)
     shared = _shared(_stack(node) for node in inside if node.op == "call_function" and _stack(node))
     if not shared or not _is_module(model, _plain(shared[-1])):
         return None
     module = [node for node in graph.graph.nodes if shared[-1] in _stack(node)]
+    after = [node for node in _dropouts_after(call.down.output) if node in module]
+    inside |= set(after)
     held = set(module) | inside
     extra = [node for node in module if node not in inside and not _is_plumbing(node)]
     inputs = {source for node in held for source in node.all_input_nodes if source not in held and _is_value(source)}
     outputs = {node for node in held if _is_value(node) and any(user not in held for user in node.users)}
     if extra or not inputs <= {call.x, *_views_before(call.x)} or len(outputs) != 1:
         return None
-    return Placement(_plain(shared[-1]))
+    kept = 1.0
+    for node in after:
+        kept *= 1.0 - float(node.args[1])  # type: ignore[arg-type]
+    return Placement(_plain(shared[-1]), dropout=1.0 - kept)
+
+
+def _dropouts_after(node: Node) -> Iterator[Node]:
+    while len(node.users) == 1 and (user := next(iter(node.users))).target in DROPOUTS:
+        node = user
+        yield node
 
 
 def _shared(stacks: Iterable[list[str]]) -> list[str]:
