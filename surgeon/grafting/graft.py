@@ -46,7 +46,13 @@ class _Converted:
 
 
 def graft(
-    model: nn.Module, graph: TracedGraph, reports: Sequence[PassReport], inputs: Any, *, share: bool = False
+    model: nn.Module,
+    graph: TracedGraph,
+    reports: Sequence[PassReport],
+    inputs: Any,
+    *,
+    share: bool = False,
+    made_up: bool = False,
 ) -> nn.Module:
     """Return a copy of `model` in which the layers that passes converted are those of the graph.
 
@@ -55,6 +61,7 @@ def graft(
         graph: the rewritten graph. All weights of the copy come from it; those it does not use come from the model.
         reports: of the passes that made the graph.
         inputs: example inputs of the model.
+        made_up: the model's own weights mean nothing, so the graph must have all.
         share: let the copy use the graph's own tensors. By default it gets copies of its own.
 
     Returns:
@@ -62,7 +69,8 @@ def graft(
         a `Graft`. Layers for which the model has no place stay dense, and the log says why.
 
     Raises:
-        UsageError: no layer of the graph can be put into the model, or the model does not have the graph's layers.
+        UsageError: no layer of the graph can be put into the model, the model does not have the graph's layers, or a
+            weight of it is not to be had.
         TraceError: the model cannot be traced.
         VerificationError: the copy would not compute what the graph computes.
     """
@@ -85,6 +93,11 @@ def graft(
     for path, module in modules.items():
         put_one(made, path, module)
     kept = _take_weights(made, graph, modules, share=share)
+    if made_up and kept:
+        raise UsageError(
+            f"The graph does not use {some(kept)}, so their values are not in the surgery. Give the original model: "
+            "--base DIRECTORY, or model= in Python."
+        )
     plan = _merged(placed, {path: layer_of(module) for path, module in modules.items()})
     refused = tuple(layer.refusal for layer in converted if layer.refusal is not None)
     for rejection in refused:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from surgeon.directories import restore
-from surgeon.errors import LoadError, SaveError, UsageError, first_line, some
+from surgeon.errors import LoadError, SaveError, UsageError, first_line
 from surgeon.grafting.graft import graft as graft_graph
 from surgeon.graph.traced import TracedGraph
 from surgeon.models.hugging_face import companions, is_pretrained, model_class, quiet_transformers, weight_files
@@ -119,13 +119,9 @@ def rebuilt(
         UsageError: the graph does not have all weights of the model, and the model was not given.
     """
     with quiet_transformers():
-        made: Any = graft_graph(base if base is not None else _skeleton(origin), graph, reports, inputs, share=share)
-    if base is None and made.surgeon_graft.kept:
-        raise UsageError(
-            f"The graph does not use {some(made.surgeon_graft.kept)}, so their values are not in the surgery. Give the "
-            "original model: --base DIRECTORY, or model= in Python."
-        )
-    return made  # type: ignore[no-any-return]
+        made_up = base is None
+        model = _skeleton(origin) if base is None else base
+        return graft_graph(model, graph, reports, inputs, share=share, made_up=made_up)
 
 
 def origin_of(directory: Path) -> Origin:
