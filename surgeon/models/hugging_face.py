@@ -119,7 +119,7 @@ def read_config(path: Path) -> Any:
     """
     import transformers
 
-    settings = _read_json(path / "config.json" if path.is_dir() else path)
+    settings = read_json(path / "config.json" if path.is_dir() else path)
     with quiet_transformers():
         try:
             return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -143,26 +143,6 @@ def _unknown_type(settings: Any) -> str | None:
         + (f"Did you mean '{close[0]}'? Else install" if close else "Install")
         + " a version that does, or build the model in Python and give module:function. "
         "Code from model directories is never run."
-    )
-
-
-def refuse_adapter(path: Path) -> None:
-    """Refuse a directory that PEFT wrote: it holds changes to another model.
-
-    Raises:
-        LoadError: the directory has an `adapter_config.json`. The message names the base model.
-    """
-    file = path / "adapter_config.json"
-    if not file.is_file():
-        return
-    settings = _read_json(file)
-    settings = settings if isinstance(settings, dict) else {}
-    kind = settings.get("peft_type") or "of unknown type"
-    base = settings.get("base_model_name_or_path") or "its base model"
-    raise LoadError(
-        f"{path} is a PEFT adapter ({kind}) for {base}, not a whole model. Merge it in Python and give the merged "
-        f"directory: load {base} as `model`, then "
-        f'peft.PeftModel.from_pretrained(model, "{path}").merge_and_unload().save_pretrained("merged").'
     )
 
 
@@ -247,7 +227,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    content = _read_json(index)
+    content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     shards = list(names.values()) if isinstance(names, dict) else []
     # Only names of files beside the index: a path could lead out of the directory.
@@ -258,7 +238,12 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(shards))
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a model.
+
+    Raises:
+        LoadError: it is not JSON in UTF-8, or is nested too deeply.
+    """
     try:
         return json.loads(path.read_bytes().decode())
     except UnicodeDecodeError as error:

@@ -24,6 +24,7 @@ from surgeon.errors import LoadError, SaveError, UsageError, first_line
 from surgeon.grafting.graft import graft as graft_graph
 from surgeon.graph.traced import TracedGraph
 from surgeon.models.hugging_face import companions, is_pretrained, model_class, quiet_transformers, weight_files
+from surgeon.models.sentence_transformers import copy_sentence_files
 from surgeon.models.weight_files import sha256_of
 from surgeon.passes.report import PassReport
 from surgeon.surgery.artifact import written_whole
@@ -74,16 +75,18 @@ def export(
     base = model if model is not None else base_of(record, origin)
     made: Any = rebuilt(base, graph, reports, inputs, origin, share=share)
     if not is_pretrained(made):
-        raise UsageError(
-            f"{type(made).__name__} is not a model of transformers, so it has no from_pretrained. Use surgeon.graft "
-            "and torch.save, or Surgery.save."
-        )
+        what = f"{type(made).__name__} is not a model of transformers, so it has no from_pretrained."
+        if hasattr(made, "merge_and_unload"):
+            raise UsageError(f"{what} Merge its adapters first, or convert the base model and put them on the result.")
+        raise UsageError(f"{what} Use surgeon.graft and torch.save, or Surgery.save.")
     attach(made, made.surgeon_graft.plan)
     with written_whole(directory) as fresh, quiet_transformers():
         made.save_pretrained(fresh, max_shard_size=max_shard_size)
         for part in (origin.tokenizer, origin.processor):
             if part is not None:
                 part.save_pretrained(fresh)
+        if origin.path is not None:
+            copy_sentence_files(Path(origin.path), fresh)
         write_record(record, fresh, RECORD)
         (fresh / CARD).write_text(model_card(made, record, origin, inputs), encoding="utf-8")
     return made  # type: ignore[no-any-return]

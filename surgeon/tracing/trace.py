@@ -359,6 +359,11 @@ def _notes(model: nn.Module, made: _Attempt, failures: list[_Failure], tiled: bo
             "nn.TransformerEncoder sets padded positions to zero when it runs without gradients. The graph computes "
             "what it computes with gradients, so padded positions differ."
         )
+    if getattr(model, "peft_config", None):
+        yield (
+            "The model has PEFT adapters, which stay as they are. Layers that have one are no feed-forward layers. To "
+            "convert these too, merge the adapters first: model.merge_and_unload()."
+        )
     yield from sparse_notes(made.graph)
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -93,7 +94,6 @@ def test_trainer(shelf: Shelf, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft reads it
 def test_adapters(shelf: Shelf, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
     model = peft.get_peft_model(shelf.model(), config)
     model(IDS, labels=IDS).loss.backward()
