@@ -51,8 +51,9 @@ def placements(graph: TracedGraph, model: nn.Module, site: FFN | LinearSite) -> 
         place = places.pop()
         return [] if places or place is None else [Placement(place)]
     found: list[list[Placement]] = []
+    between = {node for call in site.calls for node in call.cone}
     for call in site.calls:
-        whole, spread = _whole(graph, model, call), _spread(graph, model, call)
+        whole, spread = _whole(graph, model, call), _spread(graph, model, call, between)
         # A trace in evaluation form does not show where a module's dropout acts.
         doubtful = whole is not None and _has_dropout(model.get_submodule(whole.at))
         doubtful = doubtful and graph.meta["trace"].form == "eval"
@@ -149,14 +150,17 @@ def _is_plumbing(node: Node) -> bool:
     return node.target in SHAPE_OPS or is_copy(node) or not _is_tensor(node)
 
 
-def _spread(graph: TracedGraph, model: nn.Module, call: LayerCall) -> Placement | None:
-    """Find the modules of the layer's linear layers and of its activation."""
+def _spread(graph: TracedGraph, model: nn.Module, call: LayerCall, between: set[Node]) -> Placement | None:
+    """Find the modules of the layer's linear layers and of its activation.
+
+    between: the nodes between the linear layers in all calls of the layer.
+    """
     linears = [_linear_module(model, linear) for linear in (*call.first, call.down)]
     if any(path is None for path in linears) or len(set(linears)) < len(linears):
         return None
     first, *others = [path for path in linears if path is not None]
     nodes = {node for linear in (*call.first, call.down) for node in linear.nodes}
-    gives_way, own_code = _modules_of(graph, call.cone, nodes)
+    gives_way, own_code = _modules_of(graph, call.cone, nodes, between)
     functions: list[tuple[str, str]] = []
     for node in own_code:
         if _is_harmless(node, gated=len(call.first) == 2):
@@ -174,11 +178,13 @@ def _spread(graph: TracedGraph, model: nn.Module, call: LayerCall) -> Placement 
     )
 
 
-def _modules_of(graph: TracedGraph, cone: Iterable[Node], linears: set[Node]) -> tuple[list[str], list[Node]]:
+def _modules_of(
+    graph: TracedGraph, cone: Iterable[Node], linears: set[Node], between: set[Node]
+) -> tuple[list[str], list[Node]]:
     """Return the modules that compute nothing but nodes between the linear layers, and the nodes in no such module."""
     cone = [node for node in cone if node.op == "call_function"]
     around = {path for node in linears for path in _stack(node)[:-1]}
-    around |= {path for node in graph.graph.nodes if node not in cone and _is_value(node) for path in _stack(node)}
+    around |= {path for node in graph.graph.nodes if node not in between and _is_value(node) for path in _stack(node)}
     modules, own_code = [], []
     for node in cone:
         inner = next((path for path in _stack(node) if path not in around), None)
