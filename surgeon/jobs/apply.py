@@ -153,6 +153,8 @@ def apply(
 ) -> Applied:
     """Run passes over a model, measure it before and after, and save the result.
 
+    The opened model is consumed (see `Pipeline.run`).
+
     Raises:
         NothingChangedError: a pass changed nothing; nothing is saved.
         UsageError, PassError, VerificationError, SaveError: as the steps raise them.
@@ -163,6 +165,8 @@ def apply(
     data = None if options.dry_run else opened.data
     directory = None if options.dry_run else target_of(opened.spec, passes, options)
     notes: list[str] = []
+    args, kwargs = as_args_kwargs(opened.inputs)
+    cost = measure(opened.graph, args, kwargs)[0]
     with _checkpoints(opened, passes, options) as workdir:
         before = _quality(opened.graph, opened, data, "before", stage)
         surgery = _run(opened, passes, options, workdir, notes, progress=progress, on_pass=on_pass)
@@ -176,11 +180,10 @@ def apply(
                 surgery.save(directory, overwrite=options.overwrite)
     if data is not None and before is None:
         notes.append(why_unmeasured(opened))
-    args, kwargs = as_args_kwargs(opened.inputs)
     return Applied(
         surgery,
         directory,
-        measure(opened.graph, args, kwargs)[0],
+        cost,
         measure(surgery.graph, args, kwargs)[0],
         None if before is None or after is None else (before, after),
         tuple(notes),
@@ -251,6 +254,7 @@ def _run(
         resume=options.resume,
         dry_run=options.dry_run,
         origin=opened.origin,
+        consume=True,
     )
     if not any(report.matched for report in surgery.reports):
         raise NothingChangedError(" ".join(notes))

@@ -49,8 +49,9 @@ class Pipeline:
         resume: bool = False,
         dry_run: bool = False,
         origin: Origin | None = None,
+        consume: bool = False,
     ) -> Surgery:
-        """Rewrite `model` (or a graph of ATen ops), which is itself left as it was.
+        """Rewrite `model` (or a graph of ATen ops), which is itself left as it was, unless it is to be consumed.
 
         Args:
             inputs: example inputs; made automatically for Hugging Face models.
@@ -61,6 +62,8 @@ class Pipeline:
             progress, on_pass: called during long work, and after each pass.
             workdir, resume: directory for checkpoints, and whether to continue from them.
             dry_run: rewrite without training.
+            consume: free the weights of each layer as soon as it is rewritten, if nothing is trained. The given model
+                loses these weights too, so it cannot be used afterwards. Memory then holds the weights once, not twice.
 
         Raises:
             UsageError: passes in an order that cannot work, a pass that needs data, options that fit no site.
@@ -83,11 +86,12 @@ class Pipeline:
         surgery = Surgery(graph, [], inputs, [snapshot(graph)], seed, given.description if given else None, origin)
         surgery.fingerprint = given.fingerprint if given else None
         surgery.earlier = earlier_passes(graph)
-        original = fork(graph).eval()
+        consume = consume and (given is None or dry_run)  # training compares with the model before
+        original = None if consume else fork(graph).eval()
         for number, pass_ in enumerate(self.passes):
             work = adopt(surgery.graph)
             place = None if workdir is None else workdir / f"{number:02d}-{pass_.name}"
-            step = RunSettings(seed, verify, progress, place, resume, dry_run, original)
+            step = RunSettings(seed, verify, progress, place, resume, dry_run, original, consume)
             report = pass_.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
             surgery.reports.append(report)

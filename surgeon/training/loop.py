@@ -51,6 +51,7 @@ class RunSettings:
     workdir: the folder for the checkpoints of fits, or None to write none. resume: whether to continue from them.
     dry_run: rewrite the graph, but do not fit anything.
     original: the graph before the first pass, in evaluation mode, to distill from.
+    consume: free the weights of a layer as soon as it is rewritten. Only where nothing is trained.
     """
 
     seed: int = 0
@@ -60,6 +61,7 @@ class RunSettings:
     resume: bool = False
     dry_run: bool = False
     original: GraphModule | None = None
+    consume: bool = False
 
 
 @dataclass(frozen=True)
