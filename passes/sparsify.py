@@ -26,6 +26,7 @@ from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import PerSite, for_site, option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
+from surgeon.processes import mean
 from surgeon.sites.constants import name_of
 from surgeon.sites.ffn import FFN, IdentityModule
 from surgeon.sites.nonlinearity import HALVES, Halves
@@ -195,9 +196,9 @@ class Sparsify(FineTunedPass[FFN]):
             sizes, active = [], []
             for name, tap in taps.items():
                 z = real_tokens(batch, values[name])
-                sizes.append(measure(tap.penalised(z)).mean())
+                sizes.append(mean(measure(tap.penalised(z))))
                 with torch.no_grad():
-                    active.append(active_share(tap.activations(z)).mean())
+                    active.append(mean(active_share(tap.activations(z))))
             size, active_now = torch.stack(sizes), torch.stack(active)
             if control is None:
                 alphas = torch.full_like(size, alpha_at(self.alpha_schedule, self.alpha, done))

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from surgeon.data.data import Data
 from surgeon.data.losses import Quality, evaluate
 from surgeon.errors import NothingChangedError, UsageError, first_line
@@ -27,6 +29,7 @@ from surgeon.models.hugging_face import quiet_transformers
 from surgeon.moe.site import find_moes
 from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff, PassReport
+from surgeon.processes import agreed, connect, is_main, wait
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import RECIPES, build
@@ -162,6 +165,8 @@ def apply(
     """
     started = time.monotonic()
     check_options(opened.spec, passes, options)
+    connect(next((parameter.device for parameter in opened.graph.parameters()), torch.device("cpu")))
+    wait()  # before one process makes the directories that another still looks for
     data = None if options.dry_run else opened.data
     directory = None if options.dry_run else target_of(opened.spec, passes, options)
     notes: list[str] = []
@@ -210,10 +215,12 @@ def _checkpoints(opened: Opened, passes: Sequence[Pass[Any]], options: ApplyOpti
             "data": opened.data.fingerprint,
         }
         result = target_of(opened.spec, passes, options)
-        work = WorkDirectory(result, recipe, resume=options.resume, discard=options.overwrite)
+        if is_main():
+            work = WorkDirectory(result, recipe, resume=options.resume, discard=options.overwrite)
+    path: Path | None = agreed(None if work is None else work.path)
     done = False
     try:
-        yield None if work is None else work.path
+        yield path
         done = True
     except KeyboardInterrupt:
         raise Interrupted(work.path if work is not None and work.has_checkpoint else None) from None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -18,6 +19,7 @@ from surgeon.models.source import check_finite
 from surgeon.moe.site import find_moes
 from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff
+from surgeon.processes import connect, is_main
 from surgeon.progress import Progress
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import earlier_passes
@@ -81,6 +83,9 @@ class Pipeline:
                 inputs = example_inputs(model, config=getattr(model, "config", None))
             check_finite(model)
             graph = trace(model, inputs)
+        connect(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))
+        if not is_main():
+            progress = on_pass = None
         if origin is None:
             origin = Origin(config=getattr(model, "config", None))
         surgery = Surgery(graph, [], inputs, [snapshot(graph)], seed, given.description if given else None, origin)
