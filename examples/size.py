@@ -11,6 +11,7 @@ those that the process computed, on all cores together.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def convert(name: str, place: Path) -> Run:
     if status:
         raise SystemExit("".join(said))
     marks.append(("end", used.ru_utime + used.ru_stime))
-    seconds = {stage: after - before for (stage, before), (_, after) in zip(marks, marks[1:], strict=False)}
+    seconds = {stage: after - before for (stage, before), (_, after) in itertools.pairwise(marks)}
     files = list(model.glob("*.safetensors"))
     weights = sum(file.stat().st_size for file in files)
     return Run(weights // 2, weights, used.ru_maxrss * 1024, seconds)
