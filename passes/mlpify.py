@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from surgeon.collective import mean, variance
 from surgeon.data.batch import Batch
 from surgeon.data.padding import real_tokens
 from surgeon.graph.capture import Capture
@@ -23,7 +24,6 @@ from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import TrainedPass
-from surgeon.processes import mean, variance
 from surgeon.sites.ffn import mark_projection
 from surgeon.sites.linear import Linear
 from surgeon.sites.linear_site import LinearSite

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from surgeon.collective import mean
 from surgeon.data.batch import Batch
 from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
@@ -26,7 +27,6 @@ from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import PerSite, for_site, option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import FineTunedPass
-from surgeon.processes import mean
 from surgeon.sites.constants import name_of
 from surgeon.sites.ffn import FFN, IdentityModule
 from surgeon.sites.nonlinearity import HALVES, Halves

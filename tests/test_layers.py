@@ -22,6 +22,7 @@ LAYERS = (
     ("moe", "data", "tracing"),
     ("models", "sites"),
     ("graph", "kernels"),
+    ("collective",),
     ("directories", "errors", "processes", "progress", "version"),
 )
 RANK = {folder: rank for rank, layer in enumerate(LAYERS) for folder in layer}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from surgeon import processes
+from surgeon.collective import gathered
 from surgeon.errors import DataError
 
 
@@ -103,7 +104,7 @@ class Batch:
 
 def gathered_from(batch: Batch, values: Tensor) -> Tensor:
     """Return what all processes computed from their parts of a batch, [n, ...], in the order of the batch."""
-    return values if batch.size < processes.count() else processes.gathered(values)
+    return values if batch.size < processes.count() else gathered(values)
 
 
 def first_batches(items: Iterable[Any], samples: int) -> list[Batch]:

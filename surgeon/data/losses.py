@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgeon.collective import everywhere
 from surgeon.data.batch import Batch
 from surgeon.errors import DataError, UsageError
 from surgeon.models.tasks import TASKS
-from surgeon.processes import count, everywhere
+from surgeon.processes import count
 
 IGNORED = -100
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from surgeon.graph.traced import attribute
-
-_PAGEOUT = 21  # MADV_PAGEOUT of Linux
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -50,12 +49,19 @@ def free_unused(graph: GraphModule, parameters: list[nn.Parameter]) -> list[nn.P
 
 
 def _free(parameter: nn.Parameter) -> None:
-    start, length = parameter.data_ptr(), parameter.numel() * parameter.element_size()
-    on_cpu = parameter.device.type == "cpu"
+    if sys.platform == "linux" and parameter.device.type == "cpu":
+        _drop_pages(parameter.data_ptr(), parameter.numel() * parameter.element_size())
     parameter.data = parameter.data.new_empty(0)
-    if on_cpu and sys.platform == "linux":
-        # A view of a mapped file stays mapped for as long as another one of the same file is used. Its pages, which are
-        # clean, can go at once. Nothing is lost if the memory belongs to something else by now: pages are brought back.
-        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _PAGEOUT)
+
+
+def _drop_pages(start: int, length: int) -> None:
+    """Give back the pages of a private map of a file, as safetensors makes. Other memory is left alone.
+
+    The map itself stays for as long as any tensor of the file is used. A page that is read again comes from the file.
+    """
+    first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
+        low, high = (int(address, 16) for address in addresses.split("-"))
+        if low <= first < last <= high and permissions.endswith("p") and inode != "0":
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

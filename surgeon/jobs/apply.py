@@ -36,6 +36,7 @@ from surgeon.surgery.recipe import RECIPES, build
 from surgeon.surgery.record import RECORD, MeasuredQuality, Recipe, Step, read_record, validated
 from surgeon.surgery.surgery import Surgery
 from surgeon.text.reasons import count_reasons
+from surgeon.training.trackers import check_tracker
 
 
 class Interrupted(KeyboardInterrupt):
@@ -76,6 +77,7 @@ class ApplyOptions:
     seed: int = 0
     tau: float | None = None
     data: DataOptions | None = None
+    report_to: str | None = None
     typed: tuple[str, ...] = ()
 
 
@@ -110,6 +112,8 @@ def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions)
             has other content. SaveError: the directory cannot be written to.
     """
     artifact = (Path(spec) / RECORD).is_file()
+    if options.report_to is not None:
+        check_tracker(options.report_to)
     Pipeline(passes).check(has_moes=artifact, has_data=options.data is not None or options.dry_run)
     if options.tau is not None and not 0.0 <= options.tau <= 1.0:
         raise UsageError(f"--tau {options.tau:g} is not a number from 0 to 1. At 0 every expert runs.")
@@ -262,6 +266,7 @@ def _run(
         dry_run=options.dry_run,
         origin=opened.origin,
         consume=True,
+        report_to=options.report_to,
     )
     if not any(report.matched for report in surgery.reports):
         raise NothingChangedError(" ".join(notes))

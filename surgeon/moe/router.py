@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgeon.collective import largest, mean
 from surgeon.graph.traced import aten
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import Experts, hidden
-from surgeon.processes import largest, mean
 
 Objective = Literal["norm", "relative", "log", "activation"]
 Labels = Literal["output", "hidden"]

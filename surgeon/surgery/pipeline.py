@@ -26,6 +26,7 @@ from surgeon.surgery.record import earlier_passes
 from surgeon.surgery.surgery import Surgery
 from surgeon.tracing.trace import adopt, is_aten_graph, trace
 from surgeon.training.loop import RunSettings
+from surgeon.training.trackers import check_tracker
 
 
 class Pipeline:
@@ -52,6 +53,7 @@ class Pipeline:
         dry_run: bool = False,
         origin: Origin | None = None,
         consume: bool = False,
+        report_to: str | None = None,
     ) -> Surgery:
         """Rewrite `model` (or a graph of ATen ops), which is itself left as it was, unless it is to be consumed.
 
@@ -64,6 +66,7 @@ class Pipeline:
             progress, on_pass: called during long work, and after each pass.
             workdir, resume: directory for checkpoints, and whether to continue from them.
             dry_run: rewrite without training.
+            report_to: a tracker of accelerate, such as "tensorboard" or "wandb", that gets the losses of every step.
             consume: free the weights of each layer as soon as it is rewritten, if nothing is trained. The given model
                 loses these weights too, so it cannot be used afterwards. Memory then holds the weights once, not twice.
 
@@ -75,6 +78,8 @@ class Pipeline:
         """
         given = None if data is None else Data.of(data)
         has_moes = isinstance(model, GraphModule) and is_aten_graph(model) and bool(find_moes(model))
+        if report_to is not None:
+            check_tracker(report_to)
         self.check(has_moes=has_moes, has_data=given is not None or dry_run)
         if isinstance(model, GraphModule) and is_aten_graph(model):
             graph = adopt(model)
@@ -96,7 +101,7 @@ class Pipeline:
         for number, pass_ in enumerate(self.passes):
             work = adopt(surgery.graph)
             place = None if workdir is None else workdir / f"{number:02d}-{pass_.name}"
-            step = RunSettings(seed, verify, progress, place, resume, dry_run, original, consume)
+            step = RunSettings(seed, verify, progress, place, resume, dry_run, original, consume, report_to)
             report = pass_.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
             surgery.reports.append(report)

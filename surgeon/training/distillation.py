@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from surgeon.collective import everywhere
 from surgeon.data.batch import Batch
 from surgeon.data.losses import logits_of
 from surgeon.data.padding import real_tokens
@@ -18,7 +19,6 @@ from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import shape_of
 from surgeon.moe.site import find_moes
-from surgeon.processes import everywhere
 from surgeon.sites.search import find_ffns
 
 log = logging.getLogger("surgeon")

@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -23,16 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from surgeon.collective import send
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.losses import Loss, guessed_task, over_processes, task_loss
 from surgeon.errors import DataError, PassError, UsageError
 from surgeon.graph.agreement import call_reproducibly
-from surgeon.processes import agreed, count, is_main, rank, send
+from surgeon.processes import agreed, count, is_main, rank
 from surgeon.progress import Progress
 from surgeon.tracing.trace import TraceInfo
 from surgeon.training.checkpoint import Checkpoint, Stateful, saving
 from surgeon.training.penalty import Sparsity
+from surgeon.training.trackers import DIRECTORY, Tracker
 
 log = logging.getLogger("surgeon")
 
@@ -54,6 +56,7 @@ class RunSettings:
     dry_run: rewrite the graph, but do not fit anything.
     original: the graph before the first pass, in evaluation mode, to distill from.
     consume: free the weights of a layer as soon as it is rewritten. Only where nothing is trained.
+    report_to: the name of a tracker that gets the losses of every step (see `surgeon.training.trackers`), or None.
     """
 
     seed: int = 0
@@ -64,6 +67,7 @@ class RunSettings:
     dry_run: bool = False
     original: GraphModule | None = None
     consume: bool = False
+    report_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,8 @@ def fit(
         device_placement=False,  # the model and its batches are where they belong
         step_scheduler_with_optimizer=False,
         gradient_accumulation_steps=plan.accumulate,  # `backward` divides the loss by this
+        log_with=settings.report_to,
+        project_dir=None if settings.report_to is None else DIRECTORY,
         # Not every parameter has a part in every loss.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
@@ -169,6 +175,7 @@ def fit(
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.rate(step / total))
     model, optimizer, scheduler = accelerator.prepare(_Trained(parameters, loss, plan.precision), optimizer, scheduler)
+    tracker = Tracker(accelerator, key, asdict(plan))
     directory = None if settings.workdir is None else settings.workdir / key
     checkpoint = Checkpoint(accelerator, stateful, directory)
     step, history = checkpoint.restore() if settings.resume else (0, [])
@@ -201,6 +208,7 @@ def fit(
             if step == 1 or step == total or step % max(1, total // 20) == 0:
                 history.append((step, shown))
                 log.info("%s: step %d of %d, %s", label, step, total, _format(shown))
+            tracker.report(step, shown)
             if settings.progress is not None:
                 settings.progress(Progress(label, step, total, shown))
             if directory is not None and agreed(time.monotonic() - saved > CHECKPOINT_SECONDS):
@@ -213,6 +221,7 @@ def fit(
             checkpoint.save(step, history)
         raise
     finally:
+        tracker.close()
         optimizer.zero_grad()
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)

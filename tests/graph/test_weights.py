@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import surgeon
-from surgeon.graph.weights import all_finite, free_unused
+from surgeon.graph.weights import _free, all_finite, free_unused
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64])
@@ -73,3 +74,22 @@ def test_a_neighbour_in_the_same_file_stays_as_it_is(tmp_path: Path) -> None:
     free_unused(graph, list(graph.parameters()))
     assert model.a.weight.numel() == 0
     assert torch.equal(model.b.weight, weights["b.weight"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages of mapped files are dropped on Linux only")
+def test_pages_of_a_mapped_file_are_given_back(tmp_path: Path) -> None:
+    def mapped() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
+
+    size = 1 << 25
+    save_file({"a.weight": torch.zeros(size), "b.weight": torch.zeros(4)}, tmp_path / "w.safetensors")
+    weights = load_file(tmp_path / "w.safetensors")
+    parameter = nn.Parameter(weights["a.weight"])
+    before = mapped()
+    float(parameter.detach().sum())
+    after = mapped()
+    assert after - before > 3 * size
+    _free(parameter)
+    assert after - mapped() > 3 * size
+    assert weights["b.weight"].tolist() == [0.0] * 4

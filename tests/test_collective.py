@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgeon import processes
+from surgeon import collective, processes
 from surgeon.data.batch import Batch
 
 # Run in two processes, each with its rows of what one process would have.
 CHECKS = """
 import torch
-from surgeon import processes
+from surgeon import collective, processes
 from surgeon.data.batch import Batch, gathered_from
 
 assert processes.count() == 2
@@ -25,8 +25,8 @@ rank = processes.rank()
 x, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64, requires_grad=True)
 own = Batch((x,)).part().args[0]
 assert [3, 2][rank] == len(own)
-assert torch.equal(processes.gathered(own), x)
-assert torch.equal(processes.gathered(own[:0] if rank else own), x[:3])  # one process has none
+assert torch.equal(collective.gathered(own), x)
+assert torch.equal(collective.gathered(own[:0] if rank else own), x[:3])  # one process has none
 few = Batch((x[:1],))
 assert few.part() is few and torch.equal(gathered_from(few, few.args[0]), x[:1])
 
@@ -36,14 +36,14 @@ def ratio(values, sum_, mean, var):
 
 want = ratio(x, torch.sum, torch.mean, lambda v: v.var(correction=0))
 (gradient,) = torch.autograd.grad(want, weight)
-got = ratio(own, lambda v: processes.everywhere(v.sum()), processes.mean, processes.variance)
+got = ratio(own, lambda v: collective.everywhere(v.sum()), collective.mean, collective.variance)
 torch.testing.assert_close(got, want)
 (part,) = torch.autograd.grad(got, weight)
-torch.testing.assert_close(processes.everywhere(part) / 2, gradient)  # as accelerate averages
-assert processes.largest(own) == x.max()
+torch.testing.assert_close(collective.everywhere(part) / 2, gradient)  # as accelerate averages
+assert collective.largest(own) == x.max()
 assert processes.agreed(("main", 1) if rank == 0 else None) == ("main", 1)
 values = [torch.full((2, 2), float(rank), dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int64)]
-processes.send(values)
+collective.send(values)
 assert not any(value.any() for value in values)
 processes.wait()
 processes.leave()
@@ -61,9 +61,9 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
 def test_one_process_needs_nothing() -> None:
     assert (processes.count(), processes.rank(), processes.is_main()) == (1, 0, True)
     x = torch.randn(4, 3)
-    assert processes.everywhere(x) is processes.gathered(x) is x
-    assert torch.equal(processes.mean(x), x.mean())
-    assert torch.equal(processes.largest(x), x.max())
+    assert collective.everywhere(x) is collective.gathered(x) is x
+    assert torch.equal(collective.mean(x), x.mean())
+    assert torch.equal(collective.largest(x), x.max())
     batch = Batch((x,))
     assert batch.part() is batch
     processes.connect(x.device)
