@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgeon.collective import everywhere
 from surgeon.data.batch import Batch
 from surgeon.errors import DataError, UsageError
 from surgeon.models.tasks import TASKS
+from surgeon.processes import count
 
 IGNORED = -100
 
@@ -95,9 +97,21 @@ def task_loss(task: str) -> Loss:
     def loss(outputs: Any, batch: Batch) -> Tensor:
         logits, labels = _aligned(outputs, batch, task)
         total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        return total / (labels != IGNORED).sum().clamp(min=1)
+        return everywhere(total) / everywhere((labels != IGNORED).sum()).clamp(min=1)
 
     return loss
+
+
+def over_processes(loss: Loss) -> Loss:
+    """Return a loss that is a mean over samples as one of the whole batch, of which each process has a part."""
+    if count() == 1 or getattr(loss, "__module__", None) == __name__:
+        return loss
+
+    def whole(outputs: Any, batch: Batch) -> Tensor:
+        value = loss(outputs, batch)
+        return everywhere(value * batch.size) / everywhere(value.new_tensor(batch.size))
+
+    return whole
 
 
 class QualityMeter:

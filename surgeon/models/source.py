@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from surgeon.directories import restore
 from surgeon.errors import LoadError, some
+from surgeon.graph.weights import all_finite
 from surgeon.models.adapters import ADAPTER, load_adapter
 from surgeon.models.hugging_face import load_directory, model_class, quiet_transformers, read_config
 from surgeon.models.readiness import check_ready
@@ -108,7 +109,7 @@ def check_finite(model: nn.Module | ExportedProgram) -> None:
     """
     if not isinstance(model, ExportedProgram):
         check_ready(model)
-    bad = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    bad = [(name, parameter) for name, parameter in model.named_parameters() if not all_finite(parameter)]
     if bad:
         name, first = bad[0]
         raise LoadError(

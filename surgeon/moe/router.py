@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgeon.collective import largest, mean
 from surgeon.graph.traced import aten
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import Experts, hidden
@@ -183,7 +184,7 @@ def target(objective: Objective, x: Tensor, experts: Experts, activation: str, l
     """
     if objective == "activation":
         sums = activation_sums(x, experts, activation)
-        return sums / sums.amax().clamp_min(1e-12)
+        return sums / largest(sums).clamp_min(1e-12)
     norms = expert_norms(x, experts, activation, labels)
     if objective == "norm":
         return norms
@@ -199,8 +200,8 @@ def router_loss(objective: Objective, scores: Tensor, wanted: Tensor, underestim
     """
     scores = scores.float()
     if objective == "activation":
-        return F.binary_cross_entropy_with_logits(scores, wanted)
+        return mean(F.binary_cross_entropy_with_logits(scores, wanted, reduction="none"))
     error = (scores.log() if objective == "log" else scores) - wanted
     if underestimate == 1.0:
-        return error.square().mean()
-    return (error.square() * torch.where(error < 0, underestimate, 1.0)).mean()
+        return mean(error.square())
+    return mean(error.square() * torch.where(error < 0, underestimate, 1.0))

@@ -40,6 +40,11 @@ class MoESite:
     filling: int = 0
 
     @property
+    def output(self) -> Node:
+        """Its value in the last of its executions."""
+        return self.nodes[-1]
+
+    @property
     def w1(self) -> Tensor:
         """The first linear's weights, [E, s, d_in]."""
         return self.weights.w1

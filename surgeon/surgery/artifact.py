@@ -38,6 +38,7 @@ from surgeon.models.user_function import import_modules
 from surgeon.models.weight_files import read_program, sha256_of
 from surgeon.moe.filling import mark_filling
 from surgeon.passes.report import PassDiff
+from surgeon.processes import is_main, wait
 from surgeon.sites.ffn import mark_projection
 from surgeon.surgery.diff import Diff
 from surgeon.surgery.origin import Origin
@@ -64,7 +65,8 @@ def save(
 ) -> Path:
     """Write a graph and its record to `directory`, which must not exist or must be empty, unless `overwrite`.
 
-    The saved program is compared with the graph on the example inputs before anything is put in place.
+    The saved program is compared with the graph on the example inputs before anything is put in place. Of several
+    processes the main one writes, and the others wait for it.
 
     Args:
         inputs: example inputs. record: see `surgeon.surgery.record.make_record`. diff: what every pass changed.
@@ -76,6 +78,9 @@ def save(
         PassError: there are no example inputs, which export needs.
     """
     directory = Path(directory)
+    if not is_main():
+        wait()
+        return directory
     restore(directory)
     if inputs is None:
         raise PassError("A surgery is saved with its example inputs. Pass them to Pipeline.run as inputs=…")
@@ -105,6 +110,7 @@ def save(
         diffs = [asdict(pass_.graph) for pass_ in diff.passes]
         (fresh / DIFF).write_text(json.dumps(diffs), encoding="utf-8")
         write_record(replace(record, output_texts=tuple(texts.items()), model_sha256=sha256_of([fresh / MODEL])), fresh)
+    wait()
     return directory
 
 

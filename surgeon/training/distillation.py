@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from surgeon.collective import everywhere
 from surgeon.data.batch import Batch
 from surgeon.data.losses import logits_of
 from surgeon.data.padding import real_tokens
@@ -47,7 +48,8 @@ class Teacher:
         errors = []
         for name in self._layers:
             want, got = real_tokens(batch, expected[name]).float(), real_tokens(batch, values[name]).float()
-            errors.append((got - want).square().sum() / want.square().sum().clamp_min(1e-12))
+            error, size = everywhere((got - want).square().sum()), everywhere(want.square().sum())
+            errors.append(error / size.clamp_min(1e-12))
         return torch.stack(errors).mean()
 
 
@@ -56,7 +58,8 @@ def divergence(expected: object, outputs: object, batch: Batch) -> Tensor:
     want, got = logits_of(expected), logits_of(outputs)
     if got.dim() > 2:
         want, got = real_tokens(batch, want), real_tokens(batch, got)
-    return F.kl_div(got.float().log_softmax(-1), want.float().log_softmax(-1), log_target=True, reduction="batchmean")
+    total = F.kl_div(got.float().log_softmax(-1), want.float().log_softmax(-1), log_target=True, reduction="sum")
+    return everywhere(total) / everywhere(total.new_tensor(len(got)))
 
 
 def layer_inputs(original: GraphModule, graph: GraphModule) -> tuple[str, ...]:
