@@ -129,7 +129,7 @@ class Sizes:
 
     def without_check(self, name: str) -> Sizes:
         """The same sizes, with any value accepted for the input `name`, which is no tensor."""
-        inputs = (Input(name) if given.name == name else given for given in self.inputs)
+        inputs = (Input(name, fill=given.fill) if given.name == name else given for given in self.inputs)
         return replace(self, inputs=tuple(inputs))
 
     def axes_in_words(self) -> str:

@@ -109,6 +109,13 @@ def test_flags_are_those_at_which_the_model_computes_the_same() -> None:
         graph(**inputs, return_dict=False, output_attentions=True)
 
 
+def test_a_cache_that_was_asked_for_is_optional_too() -> None:
+    model, inputs = hugging_face("gpt2")
+    graph = surgeon.trace(model, {**inputs, "use_cache": True}).eval()
+    for use_cache in ({}, {"use_cache": None}, {"use_cache": True}, {"use_cache": False}):
+        assert same(graph, model, input_ids=inputs["input_ids"], **use_cache)
+
+
 @pytest.mark.parametrize("way", ["fork", "copy", "plain module", "compile", "export", "export strictly", "saved"])
 def test_it_goes_along(traces: Any, way: str, tmp_path: Path) -> None:
     model, graph = traces.pair("gpt2")[0], traces("gpt2")
