@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -79,8 +80,9 @@ class Pipeline:
             check_finite(model)
             graph = trace(model, inputs)
         if origin is None:
-            origin = Origin(config=getattr(model, "config", None))
+            origin = Origin.of(model)
         surgery = Surgery(graph, [], inputs, [snapshot(graph)], seed, given.description if given else None, origin)
+        surgery.model = None if isinstance(model, GraphModule) else weakref.ref(model)
         surgery.fingerprint = given.fingerprint if given else None
         surgery.earlier = earlier_passes(graph)
         original = fork(graph).eval()

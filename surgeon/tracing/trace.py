@@ -27,6 +27,7 @@ from surgeon.errors import TraceError
 from surgeon.graph.calls import as_args_kwargs, check_calls, flat_inputs
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.traced import TracedGraph, fork, retie
+from surgeon.models.hugging_face import is_pretrained
 from surgeon.models.readiness import check_ready
 from surgeon.models.tasks import task_of
 from surgeon.tracing.check import brief, disagreement, is_random, narrow_sizes, run_reference
@@ -132,6 +133,30 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     check_calls(graph, sizes)
     graph.train(model_training)
     return graph
+
+
+def sketch(model: nn.Module, inputs: Any) -> TracedGraph:
+    """Trace `model` without any comparison, to look for its layers. The graph is not to be run.
+
+    Raises:
+        TraceError: the model cannot be traced.
+    """
+    args, kwargs = as_args_kwargs(inputs)
+    check_ready(model)
+    _refuse_keywords(model)
+    failures: list[_Failure] = []
+    with quiet(), unchanged(model), without_caches(model):
+        args, kwargs, _ = tile_single_batch(model.eval(), args, kwargs)
+        for form, front_end in _attempts(model):
+            try:
+                with unchanged(model):
+                    return _export(model, args, kwargs, form, front_end)
+            except Exception as error:
+                failures.append(_Failure(form, front_end.__name__.strip("_"), brief(error)))
+    raise TraceError(
+        f"{type(model).__name__} cannot be traced. Attempts:\n"
+        + "\n".join(f"  - {failure}" for failure in _distinct(failures))
+    )
 
 
 @dataclass(frozen=True)
@@ -271,7 +296,7 @@ def _attempts(model: nn.Module) -> Iterator[tuple[Form, FrontEnd]]:
     """Yield the ways to trace a model, the best first."""
     yield "train", _dynamic
     yield "eval", _dynamic
-    if any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
+    if is_pretrained(model):
         yield "eval", _transformers
     yield "train", _static
     yield "eval", _static
@@ -335,6 +360,11 @@ def _notes(model: nn.Module, made: _Attempt, failures: list[_Failure], tiled: bo
         yield (
             "nn.TransformerEncoder sets padded positions to zero when it runs without gradients. The graph computes "
             "what it computes with gradients, so padded positions differ."
+        )
+    if getattr(model, "peft_config", None):
+        yield (
+            "The model has PEFT adapters, which stay as they are. Layers that have one are no feed-forward layers. To "
+            "convert these too, merge the adapters first: model.merge_and_unload()."
         )
     yield from sparse_notes(made.graph)
 
