@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def check_target(model: Path, out: Path | None, *, overwrite: bool) -> Path:
     """
     read_record(model)
     resolved = model.resolve()
-    directory = resolved.with_name(f"{resolved.name}-compiled") if out is None else out
+    directory = Path(os.path.relpath(resolved.with_name(f"{resolved.name}-compiled"))) if out is None else out
     if resolved in (directory.resolve(), *directory.resolve().parents):
         raise UsageError(f"{directory} is in the surgery itself. Give another directory with -o.")
     check_directory(directory, overwrite=overwrite)

@@ -150,7 +150,9 @@ class _Package:
         self._dropped = {*constants, *leave_out}
         gone = {places[name] for name in self._dropped}
         self._kept = [i for i, given in enumerate(sizes.inputs) if given.shape is not None and i not in gone]
-        self.sizes = replace(sizes, inputs=tuple(sizes.inputs[place] for place in self._kept), untraced={})
+        # None of them is optional: a package takes all of its inputs.
+        taken = tuple(replace(sizes.inputs[place], fill="", dtype=None) for place in self._kept)
+        self.sizes = replace(sizes, inputs=taken, untraced={})
         self.leaves = self._tensors(self._flat)
 
     def _tensors(self, flat: Sequence[Any]) -> list[Tensor]:

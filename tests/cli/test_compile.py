@@ -51,6 +51,8 @@ def test_what_it_says_and_writes(compiled: tuple[Path, Result]) -> None:
     }  # fmt: skip
     assert list(found["inputs"]) == ["input_ids", "attention_mask"]
     assert found["inputs"]["input_ids"] == "torch.int64"
+    assert found["directory"] == "to-compile-compiled"
+    assert found["takes"].startswith("int(input_ids[batch, tokens]), int(attention_mask[batch, tokens]), 1 <= batch")
     assert found["outputs"] == ["logits"]
     assert found["tau"] == {f"bert.encoder.layer.{index}.moe.tau": 0.5 for index in (0, 1)}
     assert found["max_error"] < 1e-5
