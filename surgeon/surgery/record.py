@@ -32,7 +32,7 @@ from surgeon.tracing.trace import TraceInfo
 from surgeon.version import __version__
 
 Kind = TypeVar("Kind")
-SCHEMA = 3
+SCHEMA = 4
 _DEEPEST = 50  # nested values in a file
 RECORD = "surgery.json"
 

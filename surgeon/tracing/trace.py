@@ -36,6 +36,7 @@ from surgeon.tracing.declared import declared_sizes
 from surgeon.tracing.dynamic_sizes import dynamic_shapes, fixed_dims, tile_single_batch
 from surgeon.tracing.embeddings import sparse_notes
 from surgeon.tracing.narrowing import free_dims
+from surgeon.tracing.optional import with_optional_inputs
 from surgeon.tracing.setup import copied, plain_forward, unchanged, without_caches
 
 log = logging.getLogger("surgeon")
@@ -108,15 +109,16 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
             attempts.append(made)
             if not made.faults:
                 break
+        if attempts:
+            best = max(attempts, key=lambda attempt: len(attempt.sizes.axes))  # the first with the most free sizes
+            sizes, needed = with_optional_inputs(best.graph, best.sizes, model, best.leaves, reference)
     if not attempts:
         raise TraceError(
             f"{type(model).__name__} cannot be traced into a graph with the same outputs. Attempts:\n"
             + "\n".join(f"  - {failure}" for failure in _distinct(failures))
             + "\nTry other example inputs, or trace a smaller part of the model."
         )
-    best = max(attempts, key=lambda attempt: len(attempt.sizes.axes))  # the first of those with the most free sizes
-    notes = [*_notes(model, best, failures, tiled)]
-    graph, sizes = best.graph, best.sizes
+    graph, notes = best.graph, [*_notes(model, best, failures, tiled), *needed]
     if written:
         notes.append(
             f"The model writes into its inputs ({', '.join(written)}). The graph leaves the caller's inputs as they "
