@@ -29,8 +29,9 @@ class Batch:
         """Make a batch from an item of a loader.
 
         Args:
-            item: a batch, a tensor, a dict of keyword inputs (with any labels under "labels"), or a pair (inputs,
-                labels) whose inputs are a tensor, a tuple of tensors or a dict.
+            item: a batch, a tensor, a dict of keyword inputs, or a pair (inputs, labels) whose inputs are a tensor, a
+                tuple of tensors or a dict. The labels of a dict are under "labels" or "label", or are the positions of
+                an answer under "start_positions" and "end_positions".
 
         Raises:
             DataError: the item is anything else. The message says what was found.
@@ -40,7 +41,7 @@ class Batch:
                 return item
             case Mapping():
                 kwargs = dict(item)
-                return cls._checked((), kwargs, kwargs.pop("labels", None))
+                return cls._checked((), kwargs, _taken_labels(kwargs))
             case Tensor():
                 return cls((item,))
             case [inputs]:
@@ -82,6 +83,14 @@ class Batch:
 
         labels = None if self.labels is None else self.labels.to(device=device)
         return Batch(tuple(map(move, self.args)), {name: move(v) for name, v in self.kwargs.items()}, labels)
+
+
+def _taken_labels(kwargs: dict[str, Any]) -> Any:
+    """Take the labels out of keyword inputs. The positions of an answer become int64 [B, 2]."""
+    if "start_positions" in kwargs and "end_positions" in kwargs:
+        ends = [kwargs.pop("start_positions"), kwargs.pop("end_positions")]
+        return torch.stack(ends, -1) if all(isinstance(end, Tensor) for end in ends) else ends
+    return kwargs.pop("labels") if "labels" in kwargs else kwargs.pop("label", None)
 
 
 def first_batches(items: Iterable[Any], samples: int) -> list[Batch]:
