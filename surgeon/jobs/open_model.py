@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from surgeon.data.data import Data
+from surgeon.data.example_rows import example_rows, first_batch
 from surgeon.data.files import Loader, load_data
 from surgeon.errors import LoadError, UsageError, first_line
 from surgeon.graph.agreement import call_reproducibly
@@ -108,10 +106,9 @@ def open_model(
         _check_runs(graph, given, spec)
     else:
         if given is None:
-            hugging_face = source.config is not None and hasattr(source.model, "main_input_name")
-            if read is not None and not hugging_face:
-                given = _first_rows(read)
-                notes.append("The example inputs are the first two rows of the data.")
+            if read is not None:
+                given = example_rows(read)
+                notes.append("The example inputs are two rows of the data.")
             else:
                 given = example_inputs(
                     source.model, tokenizer=source.tokenizer, processor=source.processor, config=source.config
@@ -191,10 +188,9 @@ def _check_names(data: Data | None, graph: TracedGraph) -> None:
 
     Other data is not read here: reading it could change its order.
     """
-    loader = None if data is None else getattr(data.train, "source", None)
-    if not isinstance(loader, Loader):
+    if data is None or not isinstance(getattr(data.train, "source", None), Loader):
         return
-    batch = next(iter(copy.copy(loader)))
+    batch = first_batch(data)
     try:
         named_arguments(graph, batch.args, batch.kwargs)
     except TypeError as error:
@@ -203,8 +199,3 @@ def _check_names(data: Data | None, graph: TracedGraph) -> None:
             f"The data gives the inputs {names}, but the model was traced with {wanted}. Give example inputs of the "
             "names that the data gives, or data as module:function."
         ) from error
-
-
-def _first_rows(data: Data) -> Any:
-    batch = next(iter(data.train))
-    return pytree.tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, (batch.args, batch.kwargs))

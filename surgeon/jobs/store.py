@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from surgeon.data.losses import Quality
+from surgeon.data.quality import Quality
 from surgeon.directories import restore
 from surgeon.errors import SaveError, UsageError
 from surgeon.jobs.open_model import Opened
@@ -61,7 +61,8 @@ def store(opened: Opened, out: Path | None, quality: tuple[Quality, Quality] | N
     recipe = opened.record.recipe
     measured = None
     if quality is not None and opened.data is not None:
-        measured = MeasuredQuality(*quality, opened.data.fingerprint)
+        before = opened.record.quality  # its scores hold for the same data
+        measured = MeasuredQuality(*quality, opened.data.fingerprint, scores="" if before is None else before.scores)
     record = make_record(
         opened.graph, [pass_.report for pass_ in passes], origin=opened.origin, seed=recipe.seed, data=recipe.data,
         quality=measured,

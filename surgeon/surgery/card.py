@@ -15,6 +15,7 @@ from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassReport
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import MeasuredQuality, Record
+from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import number
 from surgeon.version import __version__
 
@@ -118,10 +119,21 @@ def _measured(record: Record) -> str:
 def _quality(quality: MeasuredQuality | None) -> str:
     if quality is None:
         return "- Quality was not measured."
-    before = f"- Quality of the dense model: {quality.before}, on {quality.before.items} items."
-    if quality.after is None:
-        return f"{before}\n- Its knobs were changed since, and quality was not measured again."
-    return f"{before}\n- Quality of this model: {quality.after}, on {quality.after.items} items."
+    lines = []
+    for what, measured in (("the dense model", quality.before), ("this model", quality.after)):
+        if measured is not None:
+            change = change_words(measured.change)
+            lines.append(
+                f"- Quality of {what}: {measured.name} {with_interval(measured)}, on {measured_on(measured)}"
+                + (f"; difference from the dense model: {change}." if change else ".")
+            )
+    for agreement in quality.agreement:
+        lines.append(
+            f"- Agreement with the dense model: {agreement.name} {with_interval(agreement)}, on {measured_on(agreement)}."
+        )
+    if quality.after is None and not quality.agreement:
+        lines.append("- The knobs were changed since, and the quality was not measured again.")
+    return "\n".join([*lines, "- In brackets: 95% intervals."])
 
 
 def _dense(model: Any) -> str:

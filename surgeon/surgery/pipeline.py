@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from surgeon.data.data import Data
+from surgeon.data.example_rows import example_rows
 from surgeon.errors import UsageError
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import fork
@@ -59,7 +60,8 @@ class Pipeline:
         """Rewrite `model` (or a graph of ATen ops), which is itself left as it was, unless it is to be consumed.
 
         Args:
-            inputs: example inputs; made automatically for Hugging Face models.
+            inputs: example inputs. By default they are two rows of the data, or without data they are made, for Hugging
+                Face models.
             data: training data (see `surgeon.Data.of`); without it nothing is trained, and the reports say so.
             seed: random seed.
             verify: compare outputs before and after each pass: on the example inputs ("fast"), also on others ("full"),
@@ -86,7 +88,8 @@ class Pipeline:
             graph = adopt(model)
         else:
             if inputs is None:
-                inputs = example_inputs(model, config=getattr(model, "config", None))
+                config = getattr(model, "config", None)
+                inputs = example_inputs(model, config=config) if given is None else example_rows(given)
             check_finite(model)
             graph = trace(model, inputs)
         connect(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))

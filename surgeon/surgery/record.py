@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.fx import GraphModule
 
-from surgeon.data.losses import Quality
+from surgeon.data.quality import Quality
 from surgeon.directories import restore
 from surgeon.errors import LoadError
 from surgeon.graph.sizes import Sizes
@@ -79,12 +79,16 @@ class ExpertLayer:
 class MeasuredQuality:
     """Quality of the dense model and of the surgery, and the fingerprint of the data they were measured on.
 
-    after: None if the knobs have since been set to other values.
+    before: None if the data has no labels. after: None too if the knobs have since been set to other values.
+    agreement: of the surgery with the dense model. scores: the dense model's on each sample
+    (`surgeon.data.quality.Scores.packed`), with which later measurements are compared.
     """
 
-    before: Quality
+    before: Quality | None
     after: Quality | None
     data: str
+    agreement: tuple[Quality, ...] = ()
+    scores: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,9 +187,9 @@ def _quality(now: Record, first: Record) -> MeasuredQuality | None:
     """
     if now.quality is None:
         same = (now.tau, now.rule, now.compensated) == (first.tau, first.rule, first.compensated)
-        return first.quality if first.quality is None or same else replace(first.quality, after=None)
-    if first.quality is not None and first.quality.data == now.quality.data:
-        return replace(now.quality, before=first.quality.before)
+        return first.quality if first.quality is None or same else replace(first.quality, after=None, agreement=())
+    if first.quality is not None and first.quality.data == now.quality.data and first.quality.before is not None:
+        return replace(now.quality, before=first.quality.before, scores=first.quality.scores, agreement=())
     return now.quality
 
 
