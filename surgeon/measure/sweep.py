@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 from surgeon.data.batch import Batch
 from surgeon.data.imitation import made_for
@@ -26,7 +25,7 @@ from surgeon.models.tasks import needs_labels
 from surgeon.moe.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
 from surgeon.moe.site import find_moes
 from surgeon.progress import Progress
-from surgeon.tracing.trace import TraceInfo
+from surgeon.tracing.trace import class_task
 
 RouterChoice = Literal["own", "oracle"]
 _USUAL_TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -80,7 +79,7 @@ class Dense:
 
 
 def sweep(
-    graph: GraphModule,
+    graph: nn.Module,
     batches: Iterable[Batch],
     task: str | None,
     taus: Sequence[float | None] | None = None,
@@ -131,8 +130,7 @@ def sweep(
     ]
     settings = list(dict.fromkeys(combined))
     own_task = task if needs_labels(task) else None
-    info: TraceInfo | None = graph.meta.get("trace")
-    criteria = Criteria(own_task, blank, made_for(task, info.task if info is not None else None))
+    criteria = Criteria(own_task, blank, made_for(task, class_task(graph)))
     points = []
     with knobs_restored(graph) as own, evaluating(graph if dense is None else dense):
         counter = _Counter(graph, inputs)
@@ -191,7 +189,7 @@ def sweep(
     return points
 
 
-def usual_taus(graph: GraphModule, rule: str | None = None) -> tuple[float, ...]:
+def usual_taus(graph: nn.Module, rule: str | None = None) -> tuple[float, ...]:
     """Return the default values of tau for this rule, or for the graph's own rules."""
     rules = set(get_rule(graph).values()) if rule is None else {rule}
     return _TOP_K_TAUS if rules == {"top_k"} else _USUAL_TAUS
@@ -240,7 +238,7 @@ def layers_share(layers: Mapping[str, LayerRun], dense: Mapping[str, float] | No
 class _Counter:
     """Counts the multiply-adds of one call on the example inputs, given the share of each layer that runs."""
 
-    def __init__(self, graph: GraphModule, inputs: Any) -> None:
+    def __init__(self, graph: nn.Module, inputs: Any) -> None:
         args, kwargs = as_args_kwargs(inputs)
         self._all, self._layers = measure(graph, args, kwargs)
 
@@ -250,7 +248,7 @@ class _Counter:
 
 
 def time_settings(
-    graph: GraphModule, batch: Batch, choices: Sequence[Callable[[], None]], repeats: int = _REPEATS
+    graph: nn.Module, batch: Batch, choices: Sequence[Callable[[], None]], repeats: int = _REPEATS
 ) -> list[float]:
     """Return the median milliseconds of a call for each choice. The choices take turns, and this is repeated."""
     times: list[list[float]] = [[] for _ in choices]

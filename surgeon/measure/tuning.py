@@ -22,8 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.fx import GraphModule
+from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.imitation import answer, made_for
@@ -34,7 +33,7 @@ from surgeon.measure.sweep import knobs_restored, run_batches, time_settings
 from surgeon.moe.knobs import set_tau
 from surgeon.moe.site import find_moes
 from surgeon.progress import Progress
-from surgeon.tracing.trace import TraceInfo
+from surgeon.tracing.trace import class_task
 
 Metric = Literal["flops", "ms"]
 
@@ -72,7 +71,7 @@ class Tuned:
 
 
 def tune(
-    graph: GraphModule,
+    graph: nn.Module,
     batches: Iterable[Any],
     budget: float,
     *,
@@ -130,7 +129,7 @@ class Tuner:
 
     def __init__(
         self,
-        graph: GraphModule,
+        graph: nn.Module,
         batches: Iterable[Any],
         *,
         inputs: object,
@@ -160,8 +159,7 @@ class Tuner:
         if not find_moes(graph):
             raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
         self._graph, self._metric, self._progress = graph, metric, progress
-        info: TraceInfo | None = graph.meta.get("trace")
-        self._task = made_for(task, None if info is None else info.task)
+        self._task = made_for(task, class_task(graph))
         self._batches = [Batch.from_any(item) for item in batches]
         if not self._batches:
             raise DataError("There is no data to tune on: no batches were given.")

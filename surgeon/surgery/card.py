@@ -128,9 +128,8 @@ def _quality(quality: MeasuredQuality | None) -> str:
                 + (f"; difference from the dense model: {change}." if change else ".")
             )
     for agreement in quality.agreement:
-        lines.append(
-            f"- Agreement with the dense model: {agreement.name} {with_interval(agreement)}, on {measured_on(agreement)}."
-        )
+        shown = f"{agreement.name} {with_interval(agreement)}, on {measured_on(agreement)}"
+        lines.append(f"- Agreement with the dense model: {shown}.")
     if quality.after is None and not quality.agreement:
         lines.append("- The knobs were changed since, and the quality was not measured again.")
     return "\n".join([*lines, "- In brackets: 95% intervals."])

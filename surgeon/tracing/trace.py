@@ -253,6 +253,14 @@ def from_program(program: ExportedProgram, info: TraceInfo | None = None) -> Tra
     return adopt(graph, program._guards_code).eval()
 
 
+def class_task(model: nn.Module) -> str | None:
+    """Return the task of a model's class, or of the class that a graph was traced from; None if it does not tell."""
+    info: Any = model.meta.get("trace") if isinstance(model, GraphModule) else None
+    if isinstance(info, TraceInfo):
+        return info.task
+    return None if isinstance(model, GraphModule) else task_of(model)
+
+
 def is_aten_graph(graph: GraphModule) -> bool:
     """Whether the graph consists of ATen ops with recorded shapes, as `torch.export` makes them."""
     if isinstance(graph, TracedGraph):  # it may have nothing but experts

@@ -23,7 +23,7 @@ from surgeon.graph.traced import shape_of
 from surgeon.models.tasks import needs_labels
 from surgeon.moe.site import find_moes
 from surgeon.sites.search import find_ffns
-from surgeon.tracing.trace import TraceInfo
+from surgeon.tracing.trace import class_task
 
 log = logging.getLogger("surgeon")
 
@@ -60,12 +60,6 @@ def imitates(graph: GraphModule, data: Data) -> bool:
     """Whether training is for the outputs of the original model alone: the task says so, and no other loss is given."""
     task = data.task or class_task(graph)
     return data.loss is None and task is not None and not needs_labels(task)
-
-
-def class_task(graph: GraphModule) -> str | None:
-    """Return the task of the model's class; None if it does not tell."""
-    info: TraceInfo | None = graph.meta.get("trace")
-    return None if info is None else info.task
 
 
 def layer_inputs(original: GraphModule, graph: GraphModule) -> tuple[str, ...]:

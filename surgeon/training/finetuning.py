@@ -14,8 +14,9 @@ from surgeon.errors import UsageError
 from surgeon.graph.capture import Capture
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph
+from surgeon.tracing.trace import class_task
 from surgeon.training.checkpoint import Stateful
-from surgeon.training.distillation import Teacher, class_task, imitates, layer_inputs
+from surgeon.training.distillation import Teacher, imitates, layer_inputs
 from surgeon.training.loop import FitReport, RunSettings, TrainingPlan, fit, loss_of
 
 # Maps the batch, the watched values and the completed share of training to an extra loss and values to show.

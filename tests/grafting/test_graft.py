@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.data.batch import Batch
 from surgeon.errors import UsageError, VerificationError
 from surgeon.grafting.parts import MLP, Joined
+from surgeon.measure.sweep import sweep
 from surgeon.moe.module import MoE
 from surgeon.passes import Lower, Mlpify, Moeify, SwapActivation
 from surgeon.surgery.surgery import Surgery
@@ -246,6 +248,18 @@ def test_knobs_meters_and_compensation_work_on_the_model() -> None:
     torch.testing.assert_close(grafted(**X), surgery.graph(**X), rtol=1e-4, atol=1e-5)
     surgeon.set_tau(grafted, 0.25)
     assert all(not bool(part.skipped_mean.any()) for part in grafted.modules() if isinstance(part, MoE))
+
+
+def test_sweep_and_tune_find_the_same_as_on_the_graph() -> None:
+    dense = stack("relu")
+    batches = [Batch.from_any(item) for item in labelled_vectors(3)]
+    surgery = operate(dense, X, (Moeify(experts=4, epochs=1), Lower()), labelled_vectors(3))
+    grafted = surgeon.graft(dense, surgery)
+    swept = [sweep(made, batches, "classification", [0.0, 0.5], inputs=X) for made in (surgery.graph, grafted)]
+    costs = [[(point.multiply_adds, point.executed, point.quality) for point in points] for points in swept]
+    assert costs[0] == costs[1]
+    found = [surgeon.tune(made, batches, 0.9, inputs=X) for made in (surgery.graph, grafted)]
+    assert [*found[0].taus.values()] == pytest.approx([*found[1].taus.values()])
 
 
 def test_from_a_directory(tmp_path: Any) -> None:
