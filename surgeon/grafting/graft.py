@@ -335,7 +335,9 @@ def _verify(made: nn.Module, graph: TracedGraph, calls: list[Call], *, exact: bo
             if worst > 1:
                 stage = "in training" if training else "in evaluation"
                 advice = (
-                    "Give the model that the graph was made from" if exact else "A layer that stays dense was trained"
+                    "Give the model that the graph was made from"
+                    if exact
+                    else "Passes trained or replaced a layer that has to stay dense"
                 )
                 raise VerificationError(
                     f"The grafted model differs from the graph {stage}, by {worst:.1e} times the accepted error. "

@@ -146,7 +146,7 @@ def test_a_dense_layer_whose_weights_were_trained_is_refused() -> None:
     dense = model(Whole(), NoPlace())
     data = [(x().mean(1), torch.tensor([0, 1, 2, 0]))]
     surgery = operate(model(Whole(), NoPlace()), x().mean(1), (SwapActivation(epochs=1), Moeify(experts=4)), data)
-    with pytest.raises(VerificationError, match="A layer that stays dense was trained"):
+    with pytest.raises(VerificationError, match="Passes trained or replaced a layer that has to stay dense"):
         surgeon.graft(dense, surgery)
 
 
