@@ -16,11 +16,12 @@ from surgeon.errors import PassError, SurgeonError, UsageError
 from surgeon.graph.ownership import adopt_changes
 from surgeon.graph.patterns import matches
 from surgeon.graph.traced import TracedGraph, tidy
+from surgeon.graph.weights import free_unused
 from surgeon.moe.site import MoESite
 from surgeon.passes.contract import Contract, FitContext, Seen, Site, SiteRefused
 from surgeon.passes.options import check_patterns
 from surgeon.passes.report import PassReport, SiteChange
-from surgeon.passes.verification import verify
+from surgeon.passes.verification import expect, verify
 from surgeon.sites.ffn import FFN
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.rejection import Rejection
@@ -83,6 +84,7 @@ class Pass(Contract[Site, Seen]):
         before = adopt(graph)
         matched, rejected = self.explain(graph)
         self._check_options(matched, rejected)
+        expected = expect(before, matched, inputs, settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             changes, refused = self._rewrite_all(graph, matched, None if settings.dry_run else data, settings)
@@ -92,7 +94,7 @@ class Pass(Contract[Site, Seen]):
             if matched and data is not None and self.will_fit and not settings.dry_run:
                 fitted = self._fit(graph, before, matched, changes, data, settings)
         preserved = self.keeps_output(fitted is not None)
-        found = verify(self.name, before, graph, changes, inputs, preserved=preserved, settings=settings)
+        found = verify(self.name, expected, graph, changes, preserved=preserved)
         notes = list(self.finish(graph, matched, changes, fitted))
         if inputs is None:
             notes.append("Not verified and not measured: no example inputs were given.")
@@ -140,6 +142,7 @@ class Pass(Contract[Site, Seen]):
         """Rewrite the sites. Return the changes, and the refusals by path of sites that turned out to be unsuitable."""
         seen = self.observe(graph, sites, data, settings)
         changes, refused = [], {}
+        held = list(graph.parameters()) if settings.consume else []
         for site in sites:
             try:
                 # A pass whose `Seen` is not None has observed every site.
@@ -148,6 +151,8 @@ class Pass(Contract[Site, Seen]):
                 refused[site.path] = dataclasses.replace(unsuitable.rejection, path=site.path)
             except Exception as error:
                 raise PassError(f"{self.name} failed at {site.path}: {_words(error)}") from error
+            if settings.consume:
+                held = free_unused(graph, held)
         tidy(graph)
         return changes, refused
 

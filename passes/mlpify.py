@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from surgeon.collective import mean, variance
 from surgeon.data.batch import Batch
 from surgeon.data.padding import real_tokens
 from surgeon.graph.capture import Capture
@@ -293,14 +293,14 @@ class Mlpify(TrainedPass[LinearSite]):
             for replacement, call in pairs:
                 y = _target(found, replacement, call)
                 imitation, z = replacement(found[call.input.name])
-                error = F.mse_loss(imitation.float(), y)
+                error = mean((imitation.float() - y).square())
                 if self.error == "relative":
-                    variance = y.var(correction=0)
-                    error = error / torch.where(variance > 0, variance, 1.0)
+                    spread = variance(y)
+                    error = error / torch.where(spread > 0, spread, 1.0)
                 errors.append(error)
-                sizes.append(measure(penalised_values(z, replacement.activation, self.displacement)).mean())
+                sizes.append(mean(measure(penalised_values(z, replacement.activation, self.displacement))))
                 with torch.no_grad():
-                    shares.append(active_share(ACTIVATIONS[replacement.activation].fn(z)).mean())
+                    shares.append(mean(active_share(ACTIVATIONS[replacement.activation].fn(z))))
             error, size = torch.stack(errors).mean(), torch.stack(sizes).mean()
             return error + alpha_at(self.alpha_schedule, self.alpha, done) * size, {
                 _ERROR_NAMES[self.error]: error.item(),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from surgeon.collective import mean
 from surgeon.data.batch import Batch
 from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
@@ -195,9 +196,9 @@ class Sparsify(FineTunedPass[FFN]):
             sizes, active = [], []
             for name, tap in taps.items():
                 z = real_tokens(batch, values[name])
-                sizes.append(measure(tap.penalised(z)).mean())
+                sizes.append(mean(measure(tap.penalised(z))))
                 with torch.no_grad():
-                    active.append(active_share(tap.activations(z)).mean())
+                    active.append(mean(active_share(tap.activations(z))))
             size, active_now = torch.stack(sizes), torch.stack(active)
             if control is None:
                 alphas = torch.full_like(size, alpha_at(self.alpha_schedule, self.alpha, done))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils import _pytree as pytree
@@ -15,10 +16,15 @@ from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
 from surgeon.measure.meter import Cost, LayerRun, measure
+from surgeon.moe.site import MoESite
 from surgeon.passes.report import SiteChange
+from surgeon.sites.ffn import FFN
+from surgeon.sites.linear_site import LinearSite
 from surgeon.training.loop import RunSettings
 
 _TRIALS = 3  # other inputs, with verify="full"
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a call, positional and by name."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,47 @@ class Verified:
         return next((layer.share for layer in found), None)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a graph gives before a pass.
+
+    graph: the graph. cost: of a call on the example inputs. calls: the inputs to compare on, each as (args, kwargs),
+    with the output for them. tolerance: the largest relative difference to accept.
+    layers: the values of the sites on the example inputs, by node name; None if the graph can still be asked for them.
+    """
+
+    graph: TracedGraph
+    cost: Cost
+    inputs: Call
+    calls: tuple[tuple[Call, Any], ...]
+    tolerance: float
+    layers: Mapping[str, torch.Tensor] | None
+
+
+def expect(
+    graph: TracedGraph, sites: Sequence[FFN | LinearSite | MoESite], inputs: Any, settings: RunSettings
+) -> Expected | None:
+    """Measure and run a graph before a pass rewrites its sites. None without example inputs."""
+    if inputs is None:
+        return None
+    example: Call = as_args_kwargs(inputs)
+    calls = [] if settings.verify == "off" else [example]
+    if settings.verify == "full":
+        calls += [_other_inputs(*example, trial) for trial in range(_TRIALS)]
+    layers = None
+    with _evaluating(graph):
+        cost, _ = measure(graph, *example)
+        outputs = [call_reproducibly(graph, *call) for call in calls]
+        if settings.consume and calls:
+            layers = _values(graph, [site.output.name for site in sites], example)
+    tolerance = tolerance_for(outputs[0], graph) if outputs else 0.0
+    return Expected(graph, cost, example, tuple(zip(calls, outputs, strict=True)), tolerance, layers)
+
+
 def verify(
-    name: str,
-    before: TracedGraph,
-    after: TracedGraph,
-    changes: Sequence[SiteChange],
-    inputs: Any,
-    *,
-    preserved: bool,
-    settings: RunSettings,
+    name: str, expected: Expected | None, graph: TracedGraph, changes: Sequence[SiteChange], *, preserved: bool
 ) -> Verified:
-    """Measure both graphs on the example inputs and compare their outputs.
+    """Measure a rewritten graph on the example inputs, and compare its outputs with those before the pass.
 
     Args:
         name: of the pass. preserved: whether it promises the same output.
@@ -59,72 +95,69 @@ def verify(
     Raises:
         VerificationError: the output differs although it should not, or has values that are not finite.
     """
-    if inputs is None:
+    if expected is None:
         return Verified(None, None, None, {})
-    args, kwargs = as_args_kwargs(inputs)
-    training = after.training
-    error = None
-    # The two share modules with the graph of whoever called: their modes are put back whatever happens.
-    try:
-        before.eval()
-        after.eval()
-        cost_before, _ = measure(before, args, kwargs)
-        cost_after, layers = measure(after, args, kwargs)
-        if settings.verify != "off":
-            calls = [(args, kwargs)]
-            if settings.verify == "full":
-                calls += [_other_inputs(args, kwargs, trial) for trial in range(_TRIALS)]
-            error = max(_compare(name, before, after, changes, *call, preserved) for call in calls)
-    finally:
-        before.train(training)
-        after.train(training)
-    return Verified(cost_before, cost_after, error, layers)
+    errors = []
+    with _evaluating(graph):
+        cost, layers = measure(graph, *expected.inputs)
+        for call, before in expected.calls:
+            after = call_reproducibly(graph, *call)
+            errors.append(relative_error(after, before))
+            if preserved and not errors[-1] <= expected.tolerance:
+                where = _first_difference(expected, graph, changes, call)
+                raise VerificationError(
+                    f"{name} must not change the output, but the relative difference is {errors[-1]:.1e} "
+                    f"(tolerance: {expected.tolerance:.0e}){where}. The graph is as it was before {name}."
+                )
+            if not preserved and not _as_finite(after, before):
+                raise VerificationError(
+                    f"{name} makes outputs that are not finite. The graph is as it was before {name}."
+                )
+    return Verified(expected.cost, cost, max(errors, default=None), layers)
 
 
-def _compare(
-    name: str,
-    before: TracedGraph,
-    after: TracedGraph,
-    changes: Sequence[SiteChange],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    preserved: bool,
-) -> float:
-    expected = call_reproducibly(before, args, kwargs)
-    actual = call_reproducibly(after, args, kwargs)
-    error = relative_error(actual, expected)
-    tolerance = tolerance_for(expected, before)
-    if preserved and not error <= tolerance:
-        where = _first_difference(before, after, changes, args, kwargs, tolerance)
-        raise VerificationError(
-            f"{name} must not change the output, but the relative difference is {error:.1e} "
-            f"(tolerance: {tolerance:.0e}){where}. The graph is as it was before {name}."
-        )
-    if not preserved and not all(
+def _as_finite(after: Any, before: Any) -> bool:
+    """Whether every tensor of an output is finite that was finite before."""
+    return all(
         bool(torch.isfinite(leaf).all())
-        for leaf, old in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True)
+        for leaf, old in zip(pytree.tree_leaves(after), pytree.tree_leaves(before), strict=True)
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and bool(torch.isfinite(old).all())
-    ):
-        raise VerificationError(f"{name} makes outputs that are not finite. The graph is as it was before {name}.")
-    return error
+    )
 
 
-def _first_difference(
-    before: TracedGraph,
-    after: TracedGraph,
-    changes: Sequence[SiteChange],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    tolerance: float,
-) -> str:
+def _first_difference(expected: Expected, graph: TracedGraph, changes: Sequence[SiteChange], call: Call) -> str:
     """Name the first changed site whose own output differs."""
-    _, old = call_reproducibly(Capture(before, [change.output[0] for change in changes]), args, kwargs)
-    _, new = call_reproducibly(Capture(after, [change.output[1] for change in changes]), args, kwargs)
+    old = expected.layers
+    if old is None:
+        with _evaluating(expected.graph):
+            old = _values(expected.graph, [change.output[0] for change in changes], call)
+    elif call is not expected.inputs:
+        return ""
+    new = _values(graph, [change.output[1] for change in changes], call)
     for change in changes:
         error = relative_error(new[change.output[1]], old[change.output[0]])
-        if not error <= tolerance:
+        if not error <= expected.tolerance:
             return f"; the first site that differs is {change.path}, by {error:.1e}"
     return ""
+
+
+def _values(graph: TracedGraph, names: Sequence[str], call: Call) -> Mapping[str, torch.Tensor]:
+    found: Mapping[str, torch.Tensor] = call_reproducibly(Capture(graph, dict.fromkeys(names)), *call)[1]
+    return found
+
+
+@contextlib.contextmanager
+def _evaluating(graph: TracedGraph) -> Iterator[None]:
+    """Switch to evaluation inside the block.
+
+    The graph shares modules with that of whoever called: their modes are put back whatever happens.
+    """
+    training = graph.training
+    try:
+        graph.eval()
+        yield
+    finally:
+        graph.train(training)
 
 
 def _other_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], trial: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -16,13 +16,15 @@ LAYERS = (
     ("render",),
     ("jobs", "testing"),
     ("surgery",),
-    ("text",),
+    ("text", "pretrained"),
+    ("grafting",),
     ("passes", "bench"),
     ("training", "measure"),
     ("moe", "data", "tracing"),
     ("models", "sites"),
     ("graph", "kernels"),
-    ("directories", "errors", "progress", "version"),
+    ("collective",),
+    ("directories", "errors", "processes", "progress", "version"),
 )
 RANK = {folder: rank for rank, layer in enumerate(LAYERS) for folder in layer}
 # The package's own face: they show what lies inside to users, and nothing inside imports them.

@@ -189,6 +189,28 @@ def test_importing_loading_and_running_bring_in_nothing_they_do_not_use(tmp_path
     assert brought_in(names, saved, env={**os.environ, "SURGEON_CPU": "torch"}) == {}
 
 
+LOAD = """
+import json, sys
+import surgeon
+
+surgeon.load
+before = set(sys.modules)
+surgeon.load(sys.argv[1])
+print(json.dumps([sorted(before), sorted(sys.modules)]))
+"""
+
+
+def test_loading_waits_for_no_library_of_data_science(tmp_path: Path) -> None:
+    saved = Pipeline([Moeify(experts=4, router_width=8), Lower()]).run(stack("gelu"), inputs=vectors())
+    done = python(LOAD, str(saved.save(tmp_path / "saved")), env={**os.environ, "SURGEON_CPU": "torch"})
+    assert done.returncode == 0, done.stderr
+    before, after = map(set, json.loads(done.stdout.splitlines()[-1]))
+    assert {"torch", "surgeon.surgery.artifact"} <= before
+    assert not before & {"sklearn", "scipy", "pandas", "networkx", "transformers"}
+    # networkx comes with torch's reader of programs, which imports torch._dynamo.
+    assert not after & {"sklearn", "scipy", "pandas"}
+
+
 def test_what_is_brought_in_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "eager.py").write_text("import networkx\n")
     found = brought_in(["eager"], env={"PYTHONPATH": str(tmp_path)})

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from surgeon import processes
 from surgeon.cli.options import Debug, Output, OutputMode, Quiet, Verbose
 from surgeon.cli.reading import with_data_options
 from surgeon.errors import SurgeonError
@@ -54,7 +55,8 @@ class Run:
         """The screen that this run writes to."""
         from surgeon.render.screen import Screen
 
-        return Screen(self.output.value if self.output else None, verbose=self.verbose, quiet=self.quiet)
+        silent = not processes.is_main()
+        return Screen(self.output.value if self.output else None, verbose=self.verbose, quiet=self.quiet, silent=silent)
 
 
 # The position of a command in the list of its group, by the names of group and command.
@@ -75,6 +77,7 @@ class _Group(TyperGroup):
             code = super().main(typed, *rest, **extra)
         except Exception as error:
             sys.exit(_report(error, run))
+        processes.leave()
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -94,6 +97,8 @@ def _report(error: Exception, run: Run) -> int:
         run.screen.error(str(error), kind=type(error).__name__, exit_code=error.exit_code)
         return error.exit_code
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
+    if not processes.is_main():  # expected errors are those of the main process too
+        sys.stderr.write(f"process {processes.rank()}: error: {text}\n")
     hint = "" if run.debug else "\nThis error was not expected. Run again with --debug to see the traceback."
     run.screen.error(text + hint, kind=type(error).__name__, exit_code=4)
     return 4

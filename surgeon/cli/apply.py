@@ -74,6 +74,14 @@ def apply(
         int | None,
         typer.Option("--seed", help="Random seed.  [default: that of a saved surgery, else 0]"),
     ] = None,
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            "--report-to",
+            metavar="TRACKER",
+            help="Report the losses of training to a tracker of accelerate, such as tensorboard or wandb.",
+        ),
+    ] = None,
     trust_pickle: TrustPickle = False,
     trust_modules: TrustModules = None,
     arch: Arch = None,
@@ -82,6 +90,8 @@ def apply(
 
     The model you give is never changed. With --data, passes fine-tune the model and train what they add. Without it,
     they say what was not trained.
+
+    Training runs in several processes under accelerate launch: see docs/training.md.
 
     Example: surgeon apply --passes sparsify,moeify,lower --set moeify.experts=48 path/to/bert --data reviews.csv
 
@@ -104,7 +114,7 @@ def apply(
     if data is not None:
         data = dataclasses.replace(data, seed=seed)
     typed = tuple(run.args)
-    options = applying.ApplyOptions(out, overwrite, dry_run, resume, verify.value, seed, tau, data, typed)
+    options = applying.ApplyOptions(out, overwrite, dry_run, resume, verify.value, seed, tau, data, report_to, typed)
     applying.check_options(model, built, options)
     opened = open_model(
         model,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgeon import processes
+from surgeon.collective import gathered
 from surgeon.errors import DataError
 
 
@@ -75,6 +77,22 @@ class Batch:
         """Number of samples in the batch: the first dimension of the first input."""
         return len(next(iter((*self.args, *self.kwargs.values()))))
 
+    def part(self) -> Batch:
+        """Return the samples that this process computes: an equal part, or all if there are fewer than processes.
+
+        Inputs that have another first dimension than the first one are the same for all samples.
+        """
+        samples, parts = self.size, processes.count()
+        if parts == 1 or samples < parts:
+            return self
+
+        def cut(value: Tensor) -> Tensor:
+            split = value.dim() and len(value) == samples
+            return value.tensor_split(parts)[processes.rank()] if split else value
+
+        labels = None if self.labels is None else cut(self.labels)
+        return Batch(tuple(map(cut, self.args)), {name: cut(value) for name, value in self.kwargs.items()}, labels)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
         """Move the batch to a device, and cast floating inputs to `dtype` if given. Labels keep their dtype."""
 
@@ -83,6 +101,11 @@ class Batch:
 
         labels = None if self.labels is None else self.labels.to(device=device)
         return Batch(tuple(map(move, self.args)), {name: move(v) for name, v in self.kwargs.items()}, labels)
+
+
+def gathered_from(batch: Batch, values: Tensor) -> Tensor:
+    """Return what all processes computed from their parts of a batch, [n, ...], in the order of the batch."""
+    return values if batch.size < processes.count() else gathered(values)
 
 
 def _taken_labels(kwargs: dict[str, Any]) -> Any:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from surgeon.collective import everywhere
 from surgeon.data.batch import Batch
 from surgeon.data.padding import real_tokens, token_mask
 from surgeon.data.quality import Kind, Scores
@@ -116,13 +117,14 @@ def divergence(expected: Any, outputs: Any, batch: Batch, task: str | None = Non
 def _distance(want: Part, got: Part, batch: Batch) -> Tensor:
     a, b = want.rows(batch), got.rows(batch)
     if want.logits:
-        return F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="batchmean")
+        total = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="sum")
+        return everywhere(total) / everywhere(total.new_tensor(len(b)))
     return relative_square(b - a, a)
 
 
 def relative_square(error: Tensor, size: Tensor) -> Tensor:
-    """Return Σ error² / Σ size², a scalar."""
-    return error.square().sum() / size.square().sum().clamp_min(1e-12)
+    """Return Σ error² / Σ size² over the batches of all processes, a scalar."""
+    return everywhere(error.square().sum()) / everywhere(size.square().sum()).clamp_min(1e-12)
 
 
 class AgreementMeter:

@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgeon.collective import everywhere
 from surgeon.data.batch import Batch
 from surgeon.data.quality import Kind, Quality, Scores
 from surgeon.errors import DataError, UsageError
 from surgeon.models.tasks import TASKS, LossKind
+from surgeon.processes import count
 
 IGNORED = -100
 
@@ -101,9 +103,21 @@ def task_loss(task: str, *, blank: int = 0) -> Loss | None:
 
     def loss(outputs: Any, batch: Batch) -> Tensor:
         totals, items = sample_losses(outputs, batch, task, blank=blank)
-        return totals.sum() / items.sum().clamp(min=1)
+        return everywhere(totals.sum()) / everywhere(items.sum()).clamp(min=1)
 
     return loss
+
+
+def over_processes(loss: Loss) -> Loss:
+    """Return a loss that is a mean over samples as one of the whole batch, of which each process has a part."""
+    if count() == 1 or getattr(loss, "__module__", None) == __name__:
+        return loss
+
+    def whole(outputs: Any, batch: Batch) -> Tensor:
+        value = loss(outputs, batch)
+        return everywhere(value * batch.size) / everywhere(value.new_tensor(batch.size))
+
+    return whole
 
 
 def blank_of(config: Any) -> int:

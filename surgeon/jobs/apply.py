@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from surgeon.data.quality import Quality
 from surgeon.errors import NothingChangedError, UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
@@ -32,12 +34,14 @@ from surgeon.models.hugging_face import quiet_transformers
 from surgeon.moe.site import find_moes
 from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff, PassReport
+from surgeon.processes import agreed, connect, is_main, wait
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import RECIPES, build
 from surgeon.surgery.record import RECORD, Recipe, Step, read_record, validated
 from surgeon.surgery.surgery import Surgery
 from surgeon.text.reasons import count_reasons
+from surgeon.training.trackers import check_tracker
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,6 +84,7 @@ class ApplyOptions:
     seed: int = 0
     tau: float | None = None
     data: DataOptions | None = None
+    report_to: str | None = None
     typed: tuple[str, ...] = ()
 
 
@@ -114,6 +119,8 @@ def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions)
             has other content. SaveError: the directory cannot be written to.
     """
     artifact = (Path(spec) / RECORD).is_file()
+    if options.report_to is not None:
+        check_tracker(options.report_to)
     Pipeline(passes).check(has_moes=artifact, has_data=options.data is not None or options.dry_run)
     if options.tau is not None and not 0.0 <= options.tau <= 1.0:
         raise UsageError(f"--tau {options.tau:g} is not a number from 0 to 1. At 0 every expert runs.")
@@ -160,6 +167,8 @@ def apply(
 ) -> Applied:
     """Run passes over a model, measure it before and after, and save the result.
 
+    The opened model is consumed (see `Pipeline.run`).
+
     Raises:
         NothingChangedError: a pass changed nothing; nothing is saved.
         UsageError, PassError, VerificationError, SaveError: as the steps raise them.
@@ -167,9 +176,13 @@ def apply(
     """
     started = time.monotonic()
     check_options(opened.spec, passes, options)
+    connect(next((parameter.device for parameter in opened.graph.parameters()), torch.device("cpu")))
+    wait()  # before one process makes the directories that another still looks for
     data = None if options.dry_run else opened.data
     directory = None if options.dry_run else target_of(opened.spec, passes, options)
     notes: list[str] = []
+    args, kwargs = as_args_kwargs(opened.inputs)
+    cost = measure(opened.graph, args, kwargs)[0]
     with _checkpoints(opened, passes, options) as workdir:
         criteria = None if data is None else eval_criteria(opened)
         before = None
@@ -190,11 +203,10 @@ def apply(
                 surgery.save(directory, overwrite=options.overwrite)
     if data is not None:
         notes.extend(why_unmeasured(opened, criteria))
-    args, kwargs = as_args_kwargs(opened.inputs)
     return Applied(
         surgery,
         directory,
-        measure(opened.graph, args, kwargs)[0],
+        cost,
         measure(surgery.graph, args, kwargs)[0],
         both_qualities(before, after),
         tuple(notes),
@@ -222,10 +234,12 @@ def _checkpoints(opened: Opened, passes: Sequence[Pass[Any]], options: ApplyOpti
             "data": opened.data.fingerprint,
         }
         result = target_of(opened.spec, passes, options)
-        work = WorkDirectory(result, recipe, resume=options.resume, discard=options.overwrite)
+        if is_main():
+            work = WorkDirectory(result, recipe, resume=options.resume, discard=options.overwrite)
+    path: Path | None = agreed(None if work is None else work.path)
     done = False
     try:
-        yield None if work is None else work.path
+        yield path
         done = True
     except KeyboardInterrupt:
         raise Interrupted(work.path if work is not None and work.has_checkpoint else None) from None
@@ -266,6 +280,8 @@ def _run(
         resume=options.resume,
         dry_run=options.dry_run,
         origin=opened.origin,
+        consume=True,
+        report_to=options.report_to,
     )
     if not any(report.matched for report in surgery.reports):
         raise NothingChangedError(" ".join(notes))

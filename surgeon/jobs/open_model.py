@@ -115,9 +115,11 @@ def open_model(
                 )
         with stage(f"tracing {type(source.model).__name__}"):
             graph = trace(source.model, given).eval()
-    origin = Origin(
-        str(source.path), source.kind, source.sha256, source.config, source.tokenizer, source.processor, source.notes
-    )
+    origin = Origin.of(
+        source.model, source.config,
+        path=str(source.path), kind=source.kind, sha256=source.sha256,
+        tokenizer=source.tokenizer, processor=source.processor, notes=source.notes,
+    )  # fmt: skip
     _check_names(read, graph)
     info: TraceInfo = graph.meta["trace"]
     return Opened(spec, graph, given, origin, (*notes, *info.notes), None, read)
@@ -128,13 +130,13 @@ def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | No
     if given is None:
         given = load_inputs(source.path)
     _check_runs(graph, given, spec)
-    config, tokenizer, processor = companions(source.path)
+    config, tokenizer, processor, generation = companions(source.path)
     info: TraceInfo = graph.meta["trace"]
     record = record_of(graph)
     assert record is not None
     read = _read(data, tokenizer, processor, config, info.task, record.recipe.seed, stage)
     _check_names(read, graph)
-    origin = Origin(str(source.path), "artifact", source.sha256, config, tokenizer, processor)
+    origin = Origin(str(source.path), "artifact", source.sha256, config, tokenizer, processor, (), generation)
     return Opened(spec, graph, given, origin, info.notes, record, read)
 
 

@@ -32,7 +32,16 @@ def check_target(directory: Path, model: str | None = None, *, overwrite: bool) 
             raise UsageError(f"{directory} is not empty and not a saved surgery. Give another directory with -o.")
         if not overwrite:
             raise UsageError(f"{directory} exists. Give another directory with -o, or replace it with --overwrite.")
-    parent = next(parent for parent in where.parents if parent.exists())
+    check_parent(directory)
+
+
+def check_parent(directory: Path) -> None:
+    """Check that a directory can be made.
+
+    Raises:
+        SaveError: its parent cannot be written to.
+    """
+    parent = next(parent for parent in directory.resolve().parents if parent.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise SaveError(f"Cannot write {directory}: you have no permission to write to {parent}.")
 

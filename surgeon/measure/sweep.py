@@ -198,7 +198,7 @@ def usual_taus(graph: GraphModule, rule: str | None = None) -> tuple[float, ...]
 
 
 @contextmanager
-def knobs_restored(graph: GraphModule) -> Iterator[Knobs]:
+def knobs_restored(graph: nn.Module) -> Iterator[Knobs]:
     """Set evaluation mode and give the graph's settings. Restore the mode and the settings at the end."""
     knobs, training = get_knobs(graph), graph.training
     graph.eval()

@@ -53,13 +53,18 @@ class Screen:
     """The output of a command; there is one screen per run.
 
     mode: None means "rich" if stdout is a terminal, else "plain". quiet: show no progress. verbose: show the log too.
+    silent: show nothing at all, as in a process beside the main one.
     """
 
-    def __init__(self, mode: Mode | None = None, *, verbose: int = 0, quiet: bool = False) -> None:
-        self.mode: Mode = mode or ("rich" if sys.stdout.isatty() else "plain")
-        self.quiet = quiet
+    def __init__(
+        self, mode: Mode | None = None, *, verbose: int = 0, quiet: bool = False, silent: bool = False
+    ) -> None:
+        self.mode: Mode = "plain" if silent else mode or ("rich" if sys.stdout.isatty() else "plain")
+        self.quiet = quiet or silent
         self.verbose = verbose
-        self._err = Console(stderr=True, highlight=False, emoji=False, color_system=_colours(self.mode, sys.stderr))
+        self.silent = silent
+        colours = _colours(self.mode, sys.stderr)
+        self._err = Console(stderr=True, highlight=False, emoji=False, color_system=colours, quiet=silent)
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last_line: dict[str, tuple[float, int]] = {}
@@ -85,6 +90,8 @@ class Screen:
                 self._write(json.dumps(to_json(value), indent=1, ensure_ascii=False))
 
     def _write(self, text: str) -> None:
+        if self.silent:
+            return
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 

@@ -11,8 +11,9 @@ from rich.text import Text
 from surgeon.data.quality import TELLING, Quality
 from surgeon.jobs.sweep import Swept
 from surgeon.measure.sweep import Dense, Point
-from surgeon.render.numbers import INTERVALS, change_words, measured_on, with_interval
+from surgeon.render.numbers import INTERVALS
 from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import number, percent
 
 

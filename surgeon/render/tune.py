@@ -6,8 +6,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from surgeon.jobs.tune import TuningResult
-from surgeon.render.numbers import INTERVALS, agreement_line, change_words, measured_on, with_interval
+from surgeon.render.numbers import INTERVALS, agreement_line
 from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import percent
 
 

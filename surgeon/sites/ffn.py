@@ -118,6 +118,11 @@ class FFN:
         return self.hidden * (1 if self.nonlinearity.slopes is None else 2)
 
     @property
+    def output(self) -> Node:
+        """Its value in the last of its executions."""
+        return self.calls[-1].output
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         """The linear layers whose weights it has."""
         return (*self.calls[0].first, self.calls[0].down)

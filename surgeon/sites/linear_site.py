@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch.fx import Node
+
 from surgeon.sites.linear import Linear
 
 
@@ -13,6 +15,11 @@ class LinearSite:
 
     path: str
     calls: tuple[Linear, ...]
+
+    @property
+    def output(self) -> Node:
+        """Its value in the last of its executions."""
+        return self.calls[-1].output
 
     @property
     def d_in(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from surgeon.graph.traced import tensor_of
+from surgeon.graph.weights import all_finite
 from surgeon.sites.linear import Linear
 from surgeon.sites.rejection import Rejection
 
@@ -36,7 +37,7 @@ def unsound(graph: GraphModule, linears: Iterable[Linear]) -> Rejection | None:
 def not_finite(graph: GraphModule, linears: Iterable[Linear]) -> Rejection | None:
     """Refuse linear layers that have a weight with NaN or infinity. This reads all weights."""
     for name, weight in _weights(graph, linears).items():
-        if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             return Rejection("not-finite", f"its weight '{name}' contains NaN or infinity")
     return None
 

@@ -33,10 +33,12 @@ from surgeon.graph.edit import output_leaves, replace_outputs
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.snapshot import GraphDiff
 from surgeon.graph.traced import TracedGraph, fork
+from surgeon.models.sentence_transformers import copy_sentence_files
 from surgeon.models.user_function import import_modules
 from surgeon.models.weight_files import read_program, sha256_of
 from surgeon.moe.filling import mark_filling
 from surgeon.passes.report import PassDiff
+from surgeon.processes import is_main, wait
 from surgeon.sites.ffn import mark_projection
 from surgeon.surgery.diff import Diff
 from surgeon.surgery.origin import Origin
@@ -63,7 +65,8 @@ def save(
 ) -> Path:
     """Write a graph and its record to `directory`, which must not exist or must be empty, unless `overwrite`.
 
-    The saved program is compared with the graph on the example inputs before anything is put in place.
+    The saved program is compared with the graph on the example inputs before anything is put in place. Of several
+    processes the main one writes, and the others wait for it.
 
     Args:
         inputs: example inputs. record: see `surgeon.surgery.record.make_record`. diff: what every pass changed.
@@ -75,6 +78,9 @@ def save(
         PassError: there are no example inputs, which export needs.
     """
     directory = Path(directory)
+    if not is_main():
+        wait()
+        return directory
     restore(directory)
     if inputs is None:
         raise PassError("A surgery is saved with its example inputs. Pass them to Pipeline.run as inputs=…")
@@ -92,16 +98,19 @@ def save(
         replace_outputs(graph, dict.fromkeys(texts))
     program = _export(graph, *as_args_kwargs(inputs))
     _forget_tracing(program)
-    with _written_whole(directory) as fresh:
+    with written_whole(directory) as fresh:
         _check_space(graph, fresh)
         torch.export.save(program, fresh / MODEL)
         if origin.config is not None and hasattr(origin.config, "save_pretrained"):
-            for part in (origin.config, origin.tokenizer, origin.processor):
+            for part in (origin.config, origin.generation, origin.tokenizer, origin.processor):
                 if part is not None:
                     part.save_pretrained(fresh)
+        if origin.path is not None:
+            copy_sentence_files(Path(origin.path), fresh)
         diffs = [asdict(pass_.graph) for pass_ in diff.passes]
         (fresh / DIFF).write_text(json.dumps(diffs), encoding="utf-8")
         write_record(replace(record, output_texts=tuple(texts.items()), model_sha256=sha256_of([fresh / MODEL])), fresh)
+    wait()
     return directory
 
 
@@ -255,7 +264,7 @@ def _check_space(graph: GraphModule, where: Path) -> None:
 
 
 @contextlib.contextmanager
-def _written_whole(directory: Path) -> Iterator[Path]:
+def written_whole(directory: Path) -> Iterator[Path]:
     """A new directory that replaces the target when everything is written, and is removed otherwise."""
     try:
         with replaced(directory) as fresh, warnings.catch_warnings():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -19,12 +21,14 @@ from surgeon.models.source import check_finite
 from surgeon.moe.site import find_moes
 from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff
+from surgeon.processes import connect, is_main
 from surgeon.progress import Progress
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import earlier_passes
 from surgeon.surgery.surgery import Surgery
 from surgeon.tracing.trace import adopt, is_aten_graph, trace
 from surgeon.training.loop import RunSettings
+from surgeon.training.trackers import check_tracker
 
 
 class Pipeline:
@@ -50,8 +54,10 @@ class Pipeline:
         resume: bool = False,
         dry_run: bool = False,
         origin: Origin | None = None,
+        consume: bool = False,
+        report_to: str | None = None,
     ) -> Surgery:
-        """Rewrite `model` (or a graph of ATen ops), which is itself left as it was.
+        """Rewrite `model` (or a graph of ATen ops), which is itself left as it was, unless it is to be consumed.
 
         Args:
             inputs: example inputs. By default they are two rows of the data, or without data they are made, for Hugging
@@ -63,6 +69,9 @@ class Pipeline:
             progress, on_pass: called during long work, and after each pass.
             workdir, resume: directory for checkpoints, and whether to continue from them.
             dry_run: rewrite without training.
+            report_to: a tracker of accelerate, such as "tensorboard" or "wandb", that gets the losses of every step.
+            consume: free the weights of each layer as soon as it is rewritten, if nothing is trained. The given model
+                loses these weights too, so it cannot be used afterwards. Memory then holds the weights once, not twice.
 
         Raises:
             UsageError: passes in an order that cannot work, a pass that needs data, options that fit no site.
@@ -72,6 +81,8 @@ class Pipeline:
         """
         given = None if data is None else Data.of(data)
         has_moes = isinstance(model, GraphModule) and is_aten_graph(model) and bool(find_moes(model))
+        if report_to is not None:
+            check_tracker(report_to)
         self.check(has_moes=has_moes, has_data=given is not None or dry_run)
         if isinstance(model, GraphModule) and is_aten_graph(model):
             graph = adopt(model)
@@ -81,16 +92,22 @@ class Pipeline:
                 inputs = example_inputs(model, config=config) if given is None else example_rows(given)
             check_finite(model)
             graph = trace(model, inputs)
+        connect(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))
+        if not is_main():
+            progress = on_pass = None
         if origin is None:
-            origin = Origin(config=getattr(model, "config", None))
+            origin = Origin.of(model)
         surgery = Surgery(graph, [], inputs, [snapshot(graph)], seed, given.description if given else None, origin)
         surgery.fingerprint = given.fingerprint if given else None
         surgery.earlier = earlier_passes(graph)
-        original = fork(graph).eval()
+        consume = consume and (given is None or dry_run)  # training compares with the model before
+        # A model that was consumed is none that anything can be put back into.
+        surgery.model = None if consume or isinstance(model, GraphModule) else weakref.ref(model)
+        original = None if consume else fork(graph).eval()
         for number, pass_ in enumerate(self.passes):
             work = adopt(surgery.graph)
             place = None if workdir is None else workdir / f"{number:02d}-{pass_.name}"
-            step = RunSettings(seed, verify, progress, place, resume, dry_run, original)
+            step = RunSettings(seed, verify, progress, place, resume, dry_run, original, consume, report_to)
             report = pass_.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
             surgery.reports.append(report)

@@ -193,21 +193,21 @@ def _quality(now: Record, first: Record) -> MeasuredQuality | None:
     return now.quality
 
 
-def write_record(record: Record, directory: Path) -> None:
-    """Write `surgery.json` into a directory."""
-    (directory / RECORD).write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+def write_record(record: Record, directory: Path, name: str = RECORD) -> None:
+    """Write a record into a directory."""
+    (directory / name).write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
 
 
-def read_record(directory: Path) -> Record:
-    """Read `surgery.json`.
+def read_record(directory: Path, name: str = RECORD) -> Record:
+    """Read `surgery.json`, or the record of another name.
 
     Raises:
         LoadError: it is missing or damaged, or another version of surgeon wrote it in another format.
     """
     restore(directory)
-    path = directory / RECORD
+    path = directory / name
     if not path.exists():
-        raise LoadError(f"{directory} is not a saved surgery: it has no {RECORD}.")
+        raise LoadError(f"{directory} is not a saved surgery: it has no {name}.")
     content = read_json(path)
     if not isinstance(content, dict) or "schema" not in content:
         raise LoadError(f"{path} is damaged: it has no schema.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 from surgeon.directories import replaced, restore
 from surgeon.errors import LoadError, SaveError, first_line
+from surgeon.processes import agreed, is_main, wait
 
 History = list[tuple[int, dict[str, float]]]
 
@@ -46,9 +48,14 @@ class Checkpoint:
             return
         kept = f"The checkpoint of step {self._step} was kept." if self._step else "There is no earlier checkpoint."
         failure = f"The checkpoint of step {step} cannot be written to {self._directory}"
-        with saving(failure, kept), replaced(self._directory) as fresh:
-            self._accelerator.save_state(str(fresh))
-            (fresh / "fit.json").write_text(json.dumps({"step": step, "history": history}))
+        # The main process makes the directory. The others write their random states into it.
+        with saving(failure, kept), replaced(self._directory) if is_main() else nullcontext() as fresh:
+            fresh = Path(agreed(str(fresh)))
+            self._accelerator.save_state(str(fresh), safe_serialization=False)
+            if is_main():
+                (fresh / "fit.json").write_text(json.dumps({"step": step, "history": history}))
+            wait()
+        wait()
         self._step = step
 
     def restore(self) -> tuple[int, History]:
@@ -59,7 +66,9 @@ class Checkpoint:
         """
         if self._directory is None:
             return 0, []
-        restore(self._directory)
+        if is_main():
+            restore(self._directory)
+        wait()
         if not (self._directory / "fit.json").exists():
             return 0, []
         try:

@@ -1,11 +1,12 @@
 """The training loop. Every pass that trains something defines its loss and runs it here.
 
-The loop uses accelerate for devices, gradient accumulation and checkpoints. A fit writes checkpoints and can resume
-from the last one.
+The loop uses accelerate for devices, gradient accumulation, checkpoints, and several processes, each of which computes
+a part of every batch (`surgeon.processes`). A fit writes checkpoints and can resume from the last one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -14,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,15 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from surgeon.collective import send
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
-from surgeon.data.losses import Loss, guessed_task, task_loss
+from surgeon.data.losses import Loss, guessed_task, over_processes, task_loss
 from surgeon.errors import DataError, PassError, UsageError
 from surgeon.graph.agreement import call_reproducibly
+from surgeon.processes import agreed, count, is_main, rank
 from surgeon.progress import Progress
 from surgeon.tracing.trace import TraceInfo
 from surgeon.training.checkpoint import Checkpoint, Stateful, saving
 from surgeon.training.penalty import Sparsity
+from surgeon.training.trackers import DIRECTORY, Tracker
 
 log = logging.getLogger("surgeon")
 
@@ -51,6 +55,8 @@ class RunSettings:
     workdir: the folder for the checkpoints of fits, or None to write none. resume: whether to continue from them.
     dry_run: rewrite the graph, but do not fit anything.
     original: the graph before the first pass, in evaluation mode, to distill from.
+    consume: free the weights of a layer as soon as it is rewritten. Only where nothing is trained.
+    report_to: the name of a tracker that gets the losses of every step (see `surgeon.training.trackers`), or None.
     """
 
     seed: int = 0
@@ -60,6 +66,8 @@ class RunSettings:
     resume: bool = False
     dry_run: bool = False
     original: GraphModule | None = None
+    consume: bool = False
+    report_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,16 +128,19 @@ def fit(
     label: str | None = None,
     own_rates: Mapping[nn.Parameter, float] | None = None,
     stateful: Sequence[Stateful] = (),
+    in_parts: bool = False,
 ) -> FitReport:
     """Optimise the parameters and change nothing else.
 
     Args:
-        loss: the loss of a batch, called `plan.accumulate` times for every step.
+        loss: the loss of a batch, called `plan.accumulate` times for every step. With several processes it is called
+            with a part of the batch, and has to return the loss of the whole batch (see `surgeon.processes`).
         key: the name of the fit. Its checkpoints are in the folder of this name in `settings.workdir`, so a resumed run
             must use the same key.
         label: the name shown to people, by default the key.
         own_rates: learning rates for parameters that do not use the plan's rate.
         stateful: other objects that change during the fit and are saved in its checkpoints.
+        in_parts: whether the data gives every process its own part of each batch already.
 
     Raises:
         PassError: the loss is not finite.
@@ -137,16 +148,21 @@ def fit(
         KeyboardInterrupt: the fit was interrupted. A checkpoint was written if there is a workdir.
     """
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
 
     label = key if label is None else label
     total = plan.total_steps(data)
     device = parameters[0].device
     accelerator = Accelerator(
         cpu=device.type == "cpu",
+        device_placement=False,  # the model and its batches are where they belong
         step_scheduler_with_optimizer=False,
         gradient_accumulation_steps=plan.accumulate,  # `backward` divides the loss by this
+        log_with=settings.report_to,
+        project_dir=None if settings.report_to is None else DIRECTORY,
+        # Not every parameter has a part in every loss.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    trained = nn.ParameterList(parameters)
     frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -158,9 +174,10 @@ def fit(
         groups, lr=plan.lr, betas=(0.9, plan.beta2), weight_decay=plan.weight_decay, fused=True
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: plan.rate(step / total))
-    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    model, optimizer, scheduler = accelerator.prepare(_Trained(parameters, loss, plan.precision), optimizer, scheduler)
+    tracker = Tracker(accelerator, key, asdict(plan))
     directory = None if settings.workdir is None else settings.workdir / key
-    checkpoint = Checkpoint(accelerator, [trained, *stateful], directory)
+    checkpoint = Checkpoint(accelerator, stateful, directory)
     step, history = checkpoint.restore() if settings.resume else (0, [])
     resumed_at, started, saved = step, time.monotonic(), time.monotonic()
     undo_part = _remember(stateful, device)
@@ -169,14 +186,16 @@ def fit(
         for group in _groups(batches, plan.accumulate):
             parts = []
             for part, batch in enumerate(group):
-                with computing_in(plan.precision, device):
-                    value, values = loss(batch.to(device), (step + part / plan.accumulate) / total)
-                if not bool(torch.isfinite(value)):
-                    raise PassError(
-                        f"{label}: the loss is {value.item()} at step {step + 1} of {total}. "
-                        f"Try a smaller learning rate (now {plan.lr:g})."
-                    )
-                accelerator.backward(value)
+                own = (batch if in_parts else batch.part()).to(device)
+                waiting = accelerator.no_sync(model) if part + 1 < len(group) else nullcontext()
+                with waiting, _drawing(settings.seed, step * plan.accumulate + part, device):
+                    value, values = model(own, (step + part / plan.accumulate) / total)
+                    if not bool(torch.isfinite(value)):
+                        raise PassError(
+                            f"{label}: the loss is {value.item()} at step {step + 1} of {total}. "
+                            f"Try a smaller learning rate (now {plan.lr:g})."
+                        )
+                    accelerator.backward(value)
                 parts.append(values)
             shown = {name: sum(values[name] for values in parts) / len(parts) for name in parts[0]}
             if plan.clip is not None:
@@ -189,17 +208,20 @@ def fit(
             if step == 1 or step == total or step % max(1, total // 20) == 0:
                 history.append((step, shown))
                 log.info("%s: step %d of %d, %s", label, step, total, _format(shown))
+            tracker.report(step, shown)
             if settings.progress is not None:
                 settings.progress(Progress(label, step, total, shown))
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if directory is not None and agreed(time.monotonic() - saved > CHECKPOINT_SECONDS):
                 checkpoint.save(step, history)
                 saved = time.monotonic()
         checkpoint.save(step, history)
     except KeyboardInterrupt:
         undo_part()
-        checkpoint.save(step, history)
+        if count() == 1:  # other processes may be at another step: their last checkpoint stays
+            checkpoint.save(step, history)
         raise
     finally:
+        tracker.close()
         optimizer.zero_grad()
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
@@ -208,31 +230,58 @@ def fit(
     return FitReport(step, epochs, round(time.monotonic() - started, 2), tuple(history), resumed_at)
 
 
+class _Trained(nn.Module):
+    """The parameters of a fit as a module that computes the loss: what accelerate prepares."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], loss: BatchLoss, precision: Precision) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(parameters)
+        self._loss, self._precision = loss, precision
+
+    def forward(self, batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
+        with computing_in(self._precision, self.trained[0].device):
+            return self._loss(batch, done)
+
+
+@contextlib.contextmanager
+def _drawing(seed: int, position: int, device: torch.device) -> Iterator[None]:
+    """Let every process draw other random numbers (dropout), and go on in all of them with the same."""
+    if count() == 1:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed((seed * 1_000_003 + position) * count() + rank())
+        yield
+
+
 def start_alike(graph: GraphModule, made: Sequence[str], settings: RunSettings) -> None:
     """Let a resumed fit start from the same values of the modules `made` (paths) as the interrupted fit.
 
     The modules that rewriting makes may depend on the data, for example on which neurons form an expert. The data may
-    come in another order the next time, and then a checkpoint would not match the new modules.
+    come in another order the next time, and then a checkpoint would not match the new modules. All processes start from
+    the values of the main process.
     """
-    if settings.workdir is None or not made:
+    if not made or (settings.workdir is None and count() == 1):
         return
     state = {
         name: tensor
         for name, tensor in graph.state_dict().items()
         if name.startswith(tuple(f"{path}." for path in made))
     }
-    path = settings.workdir / "rewritten.pt"
-    if settings.resume and path.is_file():
-        kept = torch.load(path, weights_only=True)
-        with torch.no_grad():
-            for name, tensor in state.items():
-                tensor.copy_(kept[name])
-        return
-    with saving(f"{path} cannot be written"):
-        settings.workdir.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        torch.save(state, fresh)
-        fresh.rename(path)
+    if settings.workdir is not None and is_main():
+        path = settings.workdir / "rewritten.pt"
+        if settings.resume and path.is_file():
+            kept = torch.load(path, weights_only=True)
+            with torch.no_grad():
+                for name, tensor in state.items():
+                    tensor.copy_(kept[name])
+        else:
+            with saving(f"{path} cannot be written"):
+                settings.workdir.mkdir(parents=True, exist_ok=True)
+                fresh = path.with_suffix(".new")
+                torch.save(state, fresh)
+                fresh.rename(path)
+    send(list(state.values()))
 
 
 def loss_of(graph: GraphModule, data: Data) -> Loss:
@@ -245,7 +294,7 @@ def loss_of(graph: GraphModule, data: Data) -> Loss:
         UsageError: none of these is known.
     """
     if data.loss is not None:
-        return data.loss
+        return over_processes(data.loss)
     info: TraceInfo | None = graph.meta.get("trace")
     task = info.task if info is not None else None
     if task is None:

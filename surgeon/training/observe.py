@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import Batch, gathered_from
 from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens, warn_of_masks
 from surgeon.graph.capture import Capture
@@ -47,11 +47,12 @@ def collect(
     enough, warned = 0, False
     with torch.no_grad():
         for item in data.train:
-            batch = Batch.from_any(item).to(device)
+            whole = Batch.from_any(item)
+            batch = whole.part().to(device)
             _, values = inner(*batch.args, **batch.kwargs)
             warned = warned or warn_of_masks(batch, [value.shape[:-1] for value in values.values()])
             for name in names:
-                found[name].append(real_tokens(batch, values[name]))
+                found[name].append(gathered_from(whole, real_tokens(batch, values[name])))
             enough = min(sum(len(part) for part in parts) for parts in found.values())
             if progress is not None:
                 progress(Progress("calibration", min(enough, tokens), tokens))

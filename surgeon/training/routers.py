@@ -10,13 +10,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import Batch, gathered_from
 from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
 from surgeon.moe.closed_form import fit_closed_form
 from surgeon.moe.module import MoE
+from surgeon.processes import count, rank
 from surgeon.training.loop import FitReport, Precision, RunSettings, TrainingPlan, computing_in, fit
 from surgeon.training.observe import collect_calls
 
@@ -95,14 +96,15 @@ def train_routers(
         length = len(data.train) if isinstance(data.train, Sized) else plan.steps
         times = min(times, plan.steps * plan.accumulate // max(1, length))
     held = _Held(graph, inputs, data, times, 0 if exposed else _TOKENS, settings.seed, plan.precision)
-    return fit(routers, loss, Data(held), plan, settings, key, label=label)
+    return fit(routers, loss, Data(held), plan, settings, key, label=label, in_parts=True)
 
 
 class _Held:
     """Batches of the layers' inputs and the targets of their routers: (inputs, targets) of each layer in turn.
 
     A part of the data with at least `tokens` tokens, if there are enough, is held at a time. It is read `times` times
-    before the next part, each time in a different order. The length is that of the data, read once.
+    before the next part, each time in a different order. The length is that of the data, read once. Every process holds
+    the whole part, runs the model on its share of it, and gives its share of every batch.
     """
 
     def __init__(
@@ -124,11 +126,12 @@ class _Held:
 
     def __iter__(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self._seed)
-        for count, values in self._parts():
+        for batches, values in self._parts():
             for _ in range(self._times):
-                orders = [torch.randperm(len(x), generator=generator).tensor_split(count) for x, _ in values]
+                orders = [torch.randperm(len(x), generator=generator).tensor_split(batches) for x, _ in values]
                 for rows in zip(*orders, strict=True):
-                    yield Batch(tuple(value[i] for pair, i in zip(values, rows, strict=True) for value in pair))
+                    own = [i.tensor_split(count())[rank()] for i in rows]
+                    yield Batch(tuple(value[i] for pair, i in zip(values, own, strict=True) for value in pair))
             del values  # before the next part is read
 
     def _parts(self) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
@@ -137,24 +140,25 @@ class _Held:
         batches = iter(self._data.train)
         while True:
             found: dict[MoE, tuple[list[Tensor], list[Tensor]]] = {moe: ([], []) for moe in self._inputs}
-            count = held = 0
+            read = held = 0
             for item in batches:
-                batch = item.to(device)
+                batch = item.part().to(device)
                 with torch.no_grad(), computing_in(self._precision, device):
                     _, values = self._inner(*batch.args, **batch.kwargs)
                     for moe, names in self._inputs.items():
                         for name in names:
                             x = real_tokens(batch, values[name])
                             wanted = moe.router.goal.wanted(x, moe.routed, moe.activation)
+                            x, wanted = gathered_from(item, x), gathered_from(item, wanted)
                             found[moe][0].append(x)
                             found[moe][1].append(wanted)
                             held += x.numel() + wanted.numel()
-                count += 1
+                read += 1
                 if max(sum(map(len, x)) for x, _ in found.values()) >= self._tokens or held >= _MOST_HELD:
                     break
-            if not count:
+            if not read:
                 return
-            yield count, [(torch.cat(x), torch.cat(wanted)) for x, wanted in map(found.pop, self._inputs)]
+            yield read, [(torch.cat(x), torch.cat(wanted)) for x, wanted in map(found.pop, self._inputs)]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from surgeon.graph import agreement
 from surgeon.graph.agreement import relative_error, tolerance_for
 
 
@@ -29,6 +30,17 @@ from surgeon.graph.agreement import relative_error, tolerance_for
 )
 def test_relative_error(actual: Any, expected: Any, error: float) -> None:
     assert relative_error(actual, expected) == pytest.approx(error)
+
+
+def test_large_outputs_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_PIECE", 4)
+    expected = torch.arange(1.0, 12.0).reshape(1, 11)
+    actual = expected.clone()
+    assert relative_error(actual, expected) == 0.0
+    actual[0, 1] = 13.0  # in the first piece; the largest value is in the last
+    assert relative_error(actual, expected) == pytest.approx(1.0)
+    actual[0, 9] = float("nan")
+    assert relative_error(actual, expected) == float("inf")
 
 
 def test_every_output_counts_by_itself() -> None:

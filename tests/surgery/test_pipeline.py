@@ -17,7 +17,7 @@ from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify, SwapActivation
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
-from tests.small_models import hugging_face, labelled_vectors, stack, vectors
+from tests.small_models import HIDDEN, hugging_face, labelled_vectors, stack, vectors
 
 SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER = (
     SwapActivation(), Sparsify(steps=1), Mlpify(steps=1), Moeify(experts=4, router_width=8, steps=1), Lower(),
@@ -148,6 +148,49 @@ def test_full_verification_tries_other_inputs(traces: Any, monkeypatch: pytest.M
     Pipeline([MOEIFY]).run(traces("stack:relu"), inputs=inputs, verify="full")
     assert len(seen) > fast
     assert any(not torch.equal(ids, inputs["x"]) for ids in seen)
+
+
+def consumable() -> tuple[nn.Module, list[nn.Parameter]]:
+    """A stack of layers, and the weight matrices of its feed-forward layers."""
+    torch.manual_seed(0)
+    model = stack("gelu").eval()
+    return model, [parameter for parameter in model.parameters() if parameter.dim() == 2 and HIDDEN in parameter.shape]
+
+
+def test_a_consumed_model_gives_its_weights_away() -> None:
+    passes = [Moeify(experts=4, router_width=8), Lower()]
+    model, weights = consumable()
+    assert weights
+    kept = Pipeline(passes).run(model, inputs=vectors(), verify="full")
+    assert all(weight.numel() for weight in weights)
+    expected = kept.graph(**vectors())
+    moved = Pipeline(passes).run(model, inputs=vectors(), verify="full", consume=True)
+    assert not any(weight.numel() for weight in weights)
+    assert torch.equal(moved.graph(**vectors()), expected)
+    assert [report.max_error for report in moved.reports] == [report.max_error for report in kept.reports]
+
+
+def test_a_model_that_passes_train_on_is_not_consumed() -> None:
+    model, weights = consumable()
+    Pipeline([MOEIFY]).run(model, inputs=vectors(), data=labelled_vectors(), consume=True)
+    assert all(weight.numel() for weight in weights)
+
+
+@pytest.mark.parametrize("consume", [False, True])
+def test_a_consumed_model_is_verified_site_by_site_too(consume: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite = Moeify.rewrite
+
+    def wrong(self: Moeify, graph: TracedGraph, site: Any, seen: Any) -> Any:
+        change = rewrite(self, graph, site, seen)
+        if site.path == "blocks.1.ffn":
+            with torch.no_grad():
+                graph.get_submodule(change.made[0]).w2.mul_(3)
+        return change
+
+    monkeypatch.setattr(Moeify, "rewrite", wrong)
+    model, _ = consumable()
+    with pytest.raises(VerificationError, match=r"the first site that differs is blocks\.1\.ffn, by"):
+        Pipeline([MOEIFY]).run(model, inputs=vectors(), consume=consume)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

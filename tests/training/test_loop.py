@@ -356,11 +356,11 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Excep
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # a checkpoint after every step
     original, count = accelerate.Accelerator.save_state, itertools.count(1)
 
-    def save_state(self: accelerate.Accelerator, directory: str) -> Any:
+    def save_state(self: accelerate.Accelerator, directory: str, **options: Any) -> Any:
         if next(count) == 3:
             (Path(directory) / "half").write_text("of it")
             raise error
-        return original(self, directory)
+        return original(self, directory, **options)
 
     monkeypatch.setattr(accelerate.Accelerator, "save_state", save_state)
     with pytest.raises(SaveError, match=r"checkpoint of step 3 cannot .*\. The checkpoint of step 2 was kept\. Make"):
