@@ -39,7 +39,7 @@ def test_texts_alone_train_and_measure(run: Run, texts: tuple[str, ...]) -> None
     assert alone["points"][0]["quality"]["value"] == 1.0
     assert alone["points"][0]["agreement"][1]["value"] == pytest.approx(0.0, abs=1e-6)
     assert any("Agreement is with this surgery at tau 0" in note for note in alone["notes"])
-    tuned = run("-q", "tune", "made", *texts, "--budget", "0.95", "--dense", "bert", "-o", "tuned")
+    tuned = run("-q", "tune", "made", *texts, "--budget", "1.2", "--dense", "bert", "-o", "tuned")
     assert tuned.code == 0, tuned.err
     assert "agreement with the dense model: top-1 agreement " in tuned.out
     assert "within the budget" not in tuned.out

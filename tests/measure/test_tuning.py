@@ -207,7 +207,7 @@ def test_of_very_many_answers_a_part_is_kept(graph: TracedGraph, dense: int, mon
     monkeypatch.setattr("surgeon.measure.tuning._KEPT", numbers // every)
     tuner = Tuner(graph, BATCHES, inputs=INPUTS, dense=dense)
     # Of the eight samples of each batch the first, the fourth and the seventh.
-    assert [tuple(one.shape) for one in tuner._expected] == [(3, CLASSES)] * len(BATCHES)
+    assert [tuple(one.shape) for ((one, _),) in tuner._expected] == [(3, CLASSES)] * len(BATCHES)
     found = tuner.tune(0.7)
     with torch.no_grad():
         outputs = torch.cat([graph(**batch.kwargs)[::every] for batch in BATCHES]).log_softmax(-1)
