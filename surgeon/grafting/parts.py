@@ -213,12 +213,15 @@ def put(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module]) -> None:
 
 
 def put_one(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module at a path. The new one takes over its mode and its hooks."""
+    """Replace the module at a path, wherever the model holds it. The new one takes over its mode and its hooks."""
     old = model.get_submodule(path)
     module.train(old.training)
     for name in _HOOKS:
         vars(module)[name].update(vars(old).get(name, {}))
-    model.set_submodule(path, module)
+    for owner in list(model.modules()):
+        for name, child in owner._modules.items():
+            if child is old:
+                owner._modules[name] = module
 
 
 _HOOKS = (

@@ -20,9 +20,7 @@ from surgeon.models.hugging_face import load_directory
 from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.moe.site import find_moes
 from surgeon.surgery.artifact import load, load_inputs
-from surgeon.surgery.export import RECORD as EXPORTED
 from surgeon.surgery.export import base_of, origin_of, rebuilt
-from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import RECORD, earlier_passes, read_record
 
 
@@ -83,8 +81,8 @@ def open_generator(directory: Path, dense: Path | None, *, stage: Stage) -> Gene
     """Open a saved surgery, or an exported model, to generate text with it.
 
     Args:
-        dense: the directory of the dense model. By default it is the one that the surgery was made from, if it is still
-            there and unchanged.
+        dense: the directory of the dense model. By default it is the one that a saved surgery was made from, if it is
+            still there and unchanged. An exported model does not know it.
 
     Raises:
         UsageError: it is no language model, or has no tokenizer. LoadError: it cannot be read.
@@ -102,8 +100,6 @@ def open_generator(directory: Path, dense: Path | None, *, stage: Stage) -> Gene
         else:
             found = load_directory(directory, None)
             model, tokenizer = found.model, found.tokenizer
-            if (directory / EXPORTED).is_file():
-                base = base_of(read_record(directory, EXPORTED), Origin(config=found.model.config))
         if dense is not None:
             base = load_directory(dense, None).model
     if not (hasattr(model, "can_generate") and model.can_generate()):
@@ -157,7 +153,7 @@ def generate(
     finally:
         set_tau(model, stored)
     given = encoded["input_ids"].shape[1]
-    start = 0 if model.config.is_encoder_decoder else given
+    start = 1 if model.config.is_encoder_decoder else given
     new = [result[0, start:] for result in results]
     speeds = [len(tokens) / statistics.median(times) for tokens, times in zip(new, seconds, strict=True)]
     dense = new[-1] if opened.dense is not None else None

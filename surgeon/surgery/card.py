@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from surgeon.errors import first_line
 from surgeon.grafting.parts import GRAFT, Graft
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.moe.knobs import get_rule, get_tau
@@ -19,12 +19,12 @@ from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import number
 from surgeon.version import __version__
 
-_INPUT = {"input_ids": "text", "pixel_values": "images", "input_values": "sound", "input_features": "sound"}
+log = logging.getLogger("surgeon")
 
 
 def model_card(model: Any, record: Record, origin: Origin, inputs: Any) -> str:
     """Write the card of a grafted model, in Markdown with the hub's metadata on top."""
-    base = _base_card(record)
+    base = _base_card(record, origin)
     name = getattr(origin.config, "name_or_path", "") or (Path(record.input.path).name if record.input.path else "")
     data = ModelCardData(
         library_name="transformers",
@@ -150,15 +150,19 @@ def _limits(record: Record) -> str:
     )
 
 
-def _base_card(record: Record) -> Any:
-    """The metadata of the base model's card, None if it has none."""
-    path = None if record.input.path is None else Path(record.input.path) / "README.md"
-    if path is None or not path.is_file():
+def _base_card(record: Record, origin: Origin) -> Any:
+    """The metadata of the base model's card, None if it has none that can be read."""
+    places = [record.input.path, getattr(origin.config, "name_or_path", None)]
+    card = next(
+        (Path(place) / "README.md" for place in places if place and (Path(place) / "README.md").is_file()), None
+    )
+    if card is None:
         return None
     try:
-        return ModelCard.load(path, ignore_metadata_errors=True).data
-    except Exception as error:
-        return first_line(error)
+        return ModelCard.load(card, ignore_metadata_errors=True).data
+    except Exception:  # a card that people wrote by hand; its licence is then not known
+        log.warning("The metadata of %s cannot be read, so the new card names no licence.", card)
+        return None
 
 
 def _licence(base: Any) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def export(
                 part.save_pretrained(fresh)
         if origin.path is not None:
             copy_sentence_files(Path(origin.path), fresh)
-        write_record(record, fresh, RECORD)
+        # Where the model lay on this machine is nobody's business on the hub.
+        path = None if record.input.path is None else Path(record.input.path).name
+        write_record(replace(record, input=replace(record.input, path=path)), fresh, RECORD)
         (fresh / CARD).write_text(model_card(made, record, origin, inputs), encoding="utf-8")
     return made  # type: ignore[no-any-return]
 

@@ -75,7 +75,7 @@ class Surgery:
             max_shard_size: the size of the largest weight file, such as "500MB".
 
         Returns:
-            The model that was written.
+            The model that was written. It shares the graph's tensors; `surgeon.graft` makes one with its own.
 
         Raises:
             UsageError, SaveError, VerificationError, TraceError: as `surgeon.surgery.export.export`.
@@ -85,7 +85,7 @@ class Surgery:
         reports = [pass_.report for pass_ in self.diff().passes]
         return export(
             model, self.graph, reports, self.inputs, directory,
-            record=self._record(), origin=self.origin, overwrite=overwrite, max_shard_size=max_shard_size,
+            record=self._record(), origin=self.origin, overwrite=overwrite, max_shard_size=max_shard_size, share=True,
         )  # fmt: skip
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:

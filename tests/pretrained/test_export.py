@@ -154,9 +154,17 @@ def test_generate(shelf: Shelf) -> None:
 
 
 def test_generate_from_an_exported_model(shelf: Shelf) -> None:
-    result = run_surgeon("generate", str(shelf.exported), "the film was", "--max-new-tokens", "3", "--rounds", "1")
-    assert result.code == 0, result.err
-    assert result.out.startswith("tau 0, dense:\nthe film was")
+    options = ("the film was", "--max-new-tokens", "3", "--rounds", "1")
+    alone = run_surgeon("generate", str(shelf.exported), *options)
+    assert alone.code == 0, alone.err
+    assert "Give it with --dense" in alone.out
+    both = run_surgeon("generate", str(shelf.exported), *options, "--dense", str(shelf.dense))
+    assert both.out.startswith("tau 0, dense:\nthe film was")
+
+
+def test_the_record_does_not_say_where_the_model_lay(shelf: Shelf) -> None:
+    assert str(shelf.dense.parent) not in (shelf.exported / "surgeon.json").read_text()
+    assert str(shelf.dense.parent) not in (shelf.exported / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
