@@ -14,6 +14,7 @@ import torch
 
 import surgeon
 from surgeon.training import loop
+from tests.cli.shelf import write_bert
 
 # Batches of 5, 4 and 1 samples, with padding and predicted tokens spread unevenly. Dropout would draw other numbers.
 DRIVER = """
@@ -75,11 +76,11 @@ processes.leave()
 """
 
 
-def run(processes: int, *args: Any, script: Path) -> subprocess.CompletedProcess[str]:
-    """Run a script in a number of processes."""
+def run(processes: int, *args: Any, script: Path | str) -> subprocess.CompletedProcess[str]:
+    """Run a script, or a module given as "-m name", in a number of processes."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] if processes == 2 else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SURGEON_CPU": "torch"}
-    command = [sys.executable, *launcher, str(script), *map(str, args)]
+    command = [sys.executable, *launcher, *str(script).split(), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
@@ -123,6 +124,19 @@ def test_a_run_goes_on_after_one_process_is_killed(driver: Path, tmp_path: Path)
     resumed = run(2, "own loss", tmp_path / "2", 0, "--resume", script=driver)
     assert resumed.returncode == 0, resumed.stderr
     assert_same(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_the_command_line_prints_and_saves_once(tmp_path: Path) -> None:
+    write_bert(tmp_path)
+    args = ("apply", tmp_path / "bert", "--passes", "sparsify", "--data", tmp_path / "reviews.csv", "--batch-size", 8)
+    done = run(2, *args, "--set", "sparsify.steps=2", "-o", tmp_path / "out", script="-m surgeon")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Saved to") == done.stderr.count("tracing") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "out", "reviews.csv"]
+    again = run(2, *args, "-o", tmp_path / "out", script="-m surgeon")
+    assert again.returncode != 0
+    assert again.stderr.count("exists. Give another directory") == 1
 
 
 def test_processes_draw_other_numbers_and_go_on_alike(monkeypatch: pytest.MonkeyPatch) -> None:
