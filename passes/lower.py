@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from surgeon.graph.edit import emit, get_attr, merge_duplicates
-from surgeon.graph.traced import TracedGraph
+from surgeon.graph.traced import TracedGraph, aten
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import dynamic_k_ffn
 from surgeon.moe.site import MoESite, find_moes, router_nodes
@@ -68,7 +68,13 @@ class Lower(Pass[MoESite]):
             def step(target: object, *args: object, part: str = "router") -> Node:
                 return emit(graph, target, *args, path=f"{site.path}.{part}" if part else site.path)
 
-            scores = module.router.steps(step, x, lambda name: get_attr(graph, f"{site.path}.router.{name}"))
+            def linear(name: str, x: object) -> Node:
+                weights = ["weight", "bias"] if module.router.get_submodule(name).bias is not None else ["weight"]
+                return step(
+                    aten.linear.default, x, *(get_attr(graph, f"{site.path}.router.{name}.{part}") for part in weights)
+                )
+
+            scores = module.router.steps(step, x, linear)
             scores, threshold = module.select(step, scores, get_attr(graph, f"{site.path}.tau"))
             weights = [parameter(name) for name in ("w1", "b1", "gate", "b_gate", "w2", "b2")]
             lowered = step(dynamic_k_ffn, x, scores, threshold, *weights, module.activation, part="")

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon.pretrained.register import register
 from surgeon.version import __version__ as __version__
 
 
@@ -39,6 +40,7 @@ def _check_links() -> None:
 
 
 _check_links()
+register()
 
 # Loaded on first use: `import surgeon` and `surgeon --help` do not wait for torch.
 _EXPORTS = {
@@ -51,6 +53,7 @@ _EXPORTS = {
     "find_ffns": "surgeon.sites.search",
     "find_moes": "surgeon.moe.site",
     "get_rule": "surgeon.moe.knobs",
+    "graft": "surgeon.surgery.graft",
     "get_tau": "surgeon.moe.knobs",
     "load": "surgeon.surgery.artifact",
     "set_rule": "surgeon.moe.knobs",
@@ -76,6 +79,7 @@ if TYPE_CHECKING:
     from surgeon.moe.site import find_moes as find_moes
     from surgeon.sites.search import find_ffns as find_ffns
     from surgeon.surgery.artifact import load as load
+    from surgeon.surgery.graft import graft as graft
     from surgeon.surgery.pipeline import Pipeline as Pipeline
     from surgeon.surgery.surgery import Surgery as Surgery
     from surgeon.tracing.trace import trace as trace

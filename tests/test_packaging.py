@@ -56,7 +56,7 @@ UNDECLARED = {
 }
 
 # Slow to import, and only some work needs them: no module imports one before that work is asked for.
-ON_USE = ("accelerate", "datasets", "matplotlib", "networkx", "pandas", "PIL", "scipy", "sklearn")
+ON_USE = ("accelerate", "datasets", "matplotlib", "networkx", "pandas", "PIL", "scipy", "sklearn", "soundfile")
 
 
 def python(code: str, *args: str, program: str | Path = sys.executable, **options: Any) -> subprocess.CompletedProcess:

@@ -9,7 +9,7 @@ import pytest
 from torch.fx import GraphModule, Interpreter, Node
 
 from surgeon.data.batch import Batch
-from surgeon.measure.meter import ExpertMeter
+from surgeon.measure.meter import ExpertMeter, _GraphRun
 from surgeon.measure.sweep import run_batches
 from surgeon.moe.site import find_moes
 
@@ -28,9 +28,10 @@ def replace_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run_and_take_time(self: Interpreter, node: Node) -> Any:
         nonlocal now
-        if isinstance(self, ExpertMeter) and node in self._site_of:
+        if isinstance(self, _GraphRun) and node in self._site_of:
             path = self._site_of[node].path
-            now += self.layers[path].share * (1 if list(self.layers).index(path) else 2) / 1000
+            layers = self.meter.layers
+            now += layers[path].share * (1 if list(layers).index(path) else 2) / 1000
         return run_node(self, node)
 
     def time_settings(

@@ -95,7 +95,7 @@ def apply(
 
     Example: surgeon apply --passes sparsify,moeify,lower --set moeify.experts=48 path/to/bert --data reviews.csv
 
-    JSON: {model, directory, dry_run, passes, before, after, quality, notes, next, seconds}
+    JSON: {model, directory, dry_run, passes, before, after, quality, agreement, notes, next, seconds}
     """
     from surgeon.jobs import apply as applying
     from surgeon.jobs.open_model import open_model

@@ -75,8 +75,10 @@ Task = Annotated[
     str | None,
     typer.Option(
         "--task",
-        help="Task of the model: causal-lm, masked-lm, sequence-classification, image-classification or "
-        "classification. By default the model's class decides.",
+        help="Task: causal-lm, masked-lm, seq2seq-lm, sequence-classification, token-classification, "
+        "question-answering, image-classification, audio-classification, ctc, speech-seq2seq, feature-extraction, "
+        "classification, or imitate, which trains for the dense model's outputs and needs no labels. By default the "
+        "model's class decides.",
     ),
 ]
 # Options of commands that read data, by the field of `DataOptions` that each sets.
@@ -86,14 +88,21 @@ DATA_OPTIONS: dict[str, Any] = {
         typer.Option(
             "--data",
             metavar="D",
-            help="A JSONL, CSV, Parquet or text file, a folder of images or a saved dataset, or module:function.",
+            help="A JSONL, CSV, Parquet or text file, a folder of images or sounds, a saved dataset, or "
+            "module:function.",
             show_default=False,
         ),
     ],
-    "text": Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="The column with the text or image.")],
+    "text": Annotated[
+        str | None, typer.Option("--text", metavar="COLUMN", help="The column with the text, image or sound.")
+    ],
     "label": Annotated[
         str | None,
-        typer.Option("--label", metavar="COLUMN", help="The column with the class: a number from 0 or a name."),
+        typer.Option(
+            "--label",
+            metavar="COLUMN",
+            help="The column with the class (a number from 0 or a name), the tags, the answer or the text to write.",
+        ),
     ],
     "task": Task,
     "batch_size": Annotated[int, typer.Option("--batch-size", help="Samples in a batch.")],

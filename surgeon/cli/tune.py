@@ -56,7 +56,7 @@ def tune(
     Example: surgeon tune bert-surgery --budget 0.4 --data reviews.csv
 
     JSON: {model, directory, budget, metric, tuned: {taus, shares, cost, damage, uniform, uniform_cost, uniform_damage,
-    rounds}, quality: [before, after], notes}
+    rounds, unit}, quality: [before, after], notes, agreement, agreed_with}
     """
     from surgeon.jobs import tune as job
     from surgeon.jobs.store import check_target

@@ -31,8 +31,9 @@ class Batch:
         """Make a batch from an item of a loader.
 
         Args:
-            item: a batch, a tensor, a dict of keyword inputs (with any labels under "labels"), or a pair (inputs,
-                labels) whose inputs are a tensor, a tuple of tensors or a dict.
+            item: a batch, a tensor, a dict of keyword inputs, or a pair (inputs, labels) whose inputs are a tensor, a
+                tuple of tensors or a dict. The labels of a dict are under "labels" or "label", or are the positions of
+                an answer under "start_positions" and "end_positions".
 
         Raises:
             DataError: the item is anything else. The message says what was found.
@@ -42,7 +43,7 @@ class Batch:
                 return item
             case Mapping():
                 kwargs = dict(item)
-                return cls._checked((), kwargs, kwargs.pop("labels", None))
+                return cls._checked((), kwargs, _taken_labels(kwargs))
             case Tensor():
                 return cls((item,))
             case [inputs]:
@@ -105,6 +106,14 @@ class Batch:
 def gathered_from(batch: Batch, values: Tensor) -> Tensor:
     """Return what all processes computed from their parts of a batch, [n, ...], in the order of the batch."""
     return values if batch.size < processes.count() else gathered(values)
+
+
+def _taken_labels(kwargs: dict[str, Any]) -> Any:
+    """Take the labels out of keyword inputs. The positions of an answer become int64 [B, 2]."""
+    if "start_positions" in kwargs and "end_positions" in kwargs:
+        ends = [kwargs.pop("start_positions"), kwargs.pop("end_positions")]
+        return torch.stack(ends, -1) if all(isinstance(end, Tensor) for end in ends) else ends
+    return kwargs.pop("labels") if "labels" in kwargs else kwargs.pop("label", None)
 
 
 def first_batches(items: Iterable[Any], samples: int) -> list[Batch]:

@@ -16,11 +16,13 @@ class Data:
 
     train, eval: batches that can be read repeatedly, in any form that `Batch.from_any` takes. Reading gives `Batch`
         objects.
-    task: one of `surgeon.models.tasks.TASKS`, or None if unknown.
+    task: one of `surgeon.models.tasks.TASKS`, or None if unknown. "imitate" trains for the outputs of the dense model,
+        the model before the first pass, and needs no labels.
     description: one line for people.
     fingerprint: identifies this data in recipes. For files it is a hash of their contents and of how they are read. For
         Python objects it is only their type, because hashing the contents would mean reading all of them.
-    loss: a function of the model's outputs and a batch that returns a scalar. The default is the task's loss.
+    loss: a function of the model's outputs and a batch that returns a scalar. The default is the task's loss; None if
+        the task imitates.
     """
 
     train: Iterable[Any]
@@ -45,6 +47,9 @@ class Data:
     @classmethod
     def of(cls, obj: Any, *, loss: Loss | None = None, task: str | None = None) -> Data:
         """Make `Data` from `Data`, a DataLoader, or any object that gives batches each time it is iterated over.
+
+        A DataLoader of a tokenised `datasets.Dataset` (in format "torch", or with a collator) gives batches: dicts of
+        tensors with the model's inputs, and labels under "labels" or "label" if there are any.
 
         Raises:
             DataError: it can be read only once, or does not give batches.

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from surgeon.data.batch import Batch, Batches
+from surgeon.data.columns import ReadOptions
 from surgeon.data.data import Data
-from surgeon.data.samplers import SAMPLERS, SampleOptions, Sampler
+from surgeon.data.features import READABLE, make_features
+from surgeon.data.losses import blank_of, task_loss
 from surgeon.data.tables import READERS, read_table
+from surgeon.data.tokens import Collate
 from surgeon.errors import DataError, SurgeonError, UsageError
-from surgeon.models.tasks import task_of
+from surgeon.models.tasks import IMITATE, task_of
 from surgeon.models.user_function import call_spec, is_spec
 from surgeon.models.weight_files import sha256_of
 
@@ -54,13 +58,16 @@ def load_data(
 
     Args:
         spec: a file, a folder or `module:function`. A file is JSON, JSONL, CSV, TSV, Parquet, or text with one sample
-            per line. A folder is one that `datasets` can read: such files, one folder of images per class, or a saved
-            dataset. A function is called without arguments and returns `Data`, batches, or a dataset.
+            per line. A folder is one that `datasets` can read: such files, one folder of images or sounds per class, or
+            a saved dataset. A function is called without arguments and returns `Data`, batches, or a dataset.
         tokenizer, processor, config: those of the model. Without a processor images are resized to the config's size
             and scaled to 0..1.
-        text: the column with the text or the image. Two text columns, "premise,hypothesis", are read as pairs.
-        label: the column with the class: numbers, or names. `surgeon.data.classes` has the rule.
-        task: "causal-lm", "masked-lm", "sequence-classification" or "image-classification"; by default the config's.
+        text: the column with the text, the words, the image or the sound. Two columns, "premise,hypothesis" or
+            "question,context", are read as pairs.
+        label: the column with the class (numbers, or names: `surgeon.data.classes` has the rule), the tags of words,
+            the answer, or the text to write.
+        task: one of `surgeon.data.features.READABLE`, by default the config's. "imitate" reads what the model's own
+            task reads, and labels only if there are any.
         batch_size: samples (for causal-lm: chunks of `max_length` tokens) in a batch. The last batch may be smaller.
         max_length: the number of tokens to which texts are truncated. For causal-lm the texts are joined and cut into
             chunks of this length.
@@ -84,73 +91,91 @@ def load_data(
     if not isinstance(found, Mapping):
         data = Data.of(found, task=task)
         return Data(data.train, data.eval, data.task, f"{spec}: {data.description}", f"python:{spec}", data.loss)
-    if task not in SAMPLERS:
+    if task not in READABLE:
         wrong = f"files cannot be read for the task {task!r}" if task else "the task is unknown"
-        raise UsageError(f"{spec}: {wrong}. Give one of {', '.join(SAMPLERS)}.")
+        raise UsageError(f"{spec}: {wrong}. Give one of {', '.join(READABLE)}.")
     splits = _splits(found, spec)
-    options = SampleOptions(spec, tokenizer, processor, config, text, label, max_length)
-    sampler: Sampler = SAMPLERS[task](options, splits)  # with all rows: a limit must not change the classes' numbers
-    parts = [sampler.samples(_limited(split, limit, seed, in_order=task == "causal-lm")) for split in splits]
-    if len(parts) == 1:
-        parts = _hold_out(parts[0], eval_fraction, seed)
-    if not parts[0]:
+    own = task_of(config) if task == IMITATE else task
+    chosen = [_limited(split, limit, seed, in_order=own == "causal-lm") for split in splits]
+    options = ReadOptions(spec, tokenizer, processor, config, text, label, max_length, task == IMITATE)
+    with _quiet_datasets(spec):
+        features = make_features(task, options, splits, chosen)
+        parts = features.splits
+        if len(parts) == 1:
+            parts = _hold_out(parts[0], eval_fraction, seed)
+    if not len(parts[0]):
         raise DataError(f"{spec} contains no samples to train on.")
-    train, held = parts[0], parts[1] if len(parts) > 1 and parts[1] else None
-    unit = "chunks of text" if task == "causal-lm" else "samples"
-    description = f"{spec}: {len(train)} {unit} to train on, {len(held) if held is not None else 'none'} to evaluate on"
+    train, held = parts[0], parts[1] if len(parts) > 1 and len(parts[1]) else None
+    counts = f"{len(train)} {features.unit} to train on, {len(held) if held is not None else 'none'} to evaluate on"
     settings = [origin, task, text, label, batch_size, max_length, seed, eval_fraction, limit]
+
+    def batches(rows: Any, *, shuffle: bool) -> Batches:
+        lengths = list(map(len, rows["input_ids"])) if features.by_length else None
+        return Batches(Loader(rows, features.collate, batch_size, seed, lengths=lengths, shuffle=shuffle))
+
     return Data(
-        Batches(Loader(train, sampler, batch_size, seed, shuffle=True)),
-        Batches(Loader(held, sampler, batch_size, seed, shuffle=False)) if held is not None else None,
+        batches(train, shuffle=True),
+        None if held is None else batches(held, shuffle=False),
         task,
-        description,
+        f"{spec}: {counts}",
         hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
+        task_loss(task, blank=blank_of(config)),
     )
 
 
 class Loader:
-    """Batches of samples, in a different order in each epoch if shuffled.
+    """Batches of a dataset's rows, in a different order in each epoch if shuffled.
 
-    The order and the masking of an epoch depend only on the seed and the epoch's number. torch's DataLoader would also
-    draw from the global random state. Without shuffling every epoch is the same. Texts of similar length share a batch,
-    so that there is little padding: samples are sorted by length within windows of many batches, and the batches are
-    shuffled again.
+    The order and the masking of an epoch depend only on the seed and the epoch's number, so that a resumed fit sees the
+    batches that it would have seen. Without shuffling every epoch is the same. Rows of similar length share a batch, so
+    that there is little padding: they are sorted by length within windows of many batches.
     """
 
     WINDOW = 50  # batches
 
-    def __init__(self, samples: Sequence[Any], sampler: Sampler, batch_size: int, seed: int, *, shuffle: bool) -> None:
-        self.samples = samples
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
+    def __init__(
+        self,
+        rows: Any,
+        collate: Collate,
+        batch_size: int,
+        seed: int,
+        *,
+        lengths: list[int] | None = None,
+        shuffle: bool,
+    ) -> None:
+        self.rows, self.collate, self.lengths = rows, collate, lengths
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.epoch = 0
 
     def __iter__(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        count = len(self.samples)
-        order = torch.randperm(count, generator=generator).tolist() if self.shuffle else list(range(count))
         self.epoch += self.shuffle
-        for chosen in self._grouped(order, generator):
-            yield self.sampler.collate([self.samples[index] for index in chosen], generator)
+        if hasattr(self.collate, "generator"):  # of the masking
+            self.collate.generator = generator
+        batches = self._batches(generator)
+        loader = DataLoader(self.rows, batch_sampler=batches, collate_fn=self.collate, generator=generator)
+        return map(Batch.from_any, loader)
 
-    def _grouped(self, order: list[int], generator: torch.Generator) -> list[list[int]]:
-        size = self.batch_size
-        lengths = self.sampler.lengths(self.samples)
-        if lengths is None:
-            return [order[start : start + size] for start in range(0, len(order), size)]
-        batches = []
-        window = self.WINDOW * size
-        for start in range(0, len(order), window):
-            alike = sorted(order[start : start + window], key=lambda index: -lengths[index])
-            batches += [alike[first : first + size] for first in range(0, len(alike), size)]
-        if not self.shuffle:
+    def _batches(self, generator: torch.Generator) -> list[list[int]]:
+        """Return the numbers of the rows of each batch."""
+        count, size = len(self.rows), self.batch_size
+        if self.lengths is not None:
+            from transformers import trainer_pt_utils  # it imports much
+
+            group: Any = trainer_pt_utils.get_length_grouped_indices  # not annotated
+            order = group(self.lengths, size, self.WINDOW, generator)
+        elif self.shuffle:
+            order = torch.randperm(count, generator=generator).tolist()
+        else:
+            order = list(range(count))
+        batches = [order[start : start + size] for start in range(0, count, size)]
+        if self.lengths is None or not self.shuffle:
             return batches
+        # They come with the long ones first, which would be trained on first.
         return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
+        return -(-len(self.rows) // self.batch_size)
 
 
 def _splits(found: Mapping[str, Any], spec: str) -> list[Any]:
@@ -173,13 +198,14 @@ def _limited(rows: Any, limit: int | None, seed: int, *, in_order: bool) -> Any:
     return rows.select(chosen.sort().values.tolist())
 
 
-def _hold_out(samples: Sequence[Any], fraction: float, seed: int) -> list[Sequence[Any]]:
-    count = len(samples)
+def _hold_out(rows: Any, fraction: float, seed: int) -> list[Any]:
+    """Return the rows to train on and those to hold out, at least one of several."""
+    count = len(rows)
     held = max(1, round(count * fraction)) if fraction and count > 1 else 0
     if fraction and not held:
         log.warning("There is too little data to hold out a part, so quality cannot be measured.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return [[samples[i] for i in sorted(part)] for part in (order[held:], order[:held])]
+    return [rows.select(sorted(part)) for part in (order[held:], order[:held])]
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -226,8 +252,31 @@ def _read_folder(path: Path) -> Mapping[str, Any]:
                 str(name): datasets.concatenate_datasets([read_table(file, cache) for file in files])
                 for name, files in splits.items()
             }
+        if builder.name == "audiofolder":
+            return {str(name): _sounds(files, cache) for name, files in splits.items()}
         found = datasets.load_dataset(str(path), cache_dir=cache, keep_in_memory=True)
         return {str(name): _with_cells(rows, splits[name], cache) for name, rows in found.items()}
+
+
+def _sounds(files: Sequence[Path], cache: str) -> Any:
+    """Return the paths of sounds, with the cells of their metadata.csv, else with the folder of each as its label.
+
+    `datasets` would need torchcodec for it, which needs ffmpeg.
+    """
+    import datasets
+
+    tables = [file for file in files if file.stem == "metadata"]
+    if not tables:
+        columns = {"audio": list(map(str, files)), "label": [file.parent.name for file in files]}
+        return datasets.Dataset.from_dict(columns if len(set(columns["label"])) > 1 else {"audio": columns["audio"]})
+    parts = []
+    for file in tables:
+        rows = read_table(file, cache)
+        if "file_name" not in rows.column_names:
+            raise DataError(f"{file} has no column 'file_name'. Its columns: {', '.join(rows.column_names)}.")
+        paths = [str(file.parent / name) for name in rows["file_name"]]
+        parts.append(rows.remove_columns("file_name").add_column("audio", paths))
+    return datasets.concatenate_datasets(parts)
 
 
 def _with_cells(rows: Any, files: Sequence[Path], cache: str) -> Any:

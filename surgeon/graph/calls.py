@@ -20,8 +20,16 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from surgeon.errors import SizeError, UsageError
+from surgeon.graph.missing import (
+    changes_something,
+    definition,
+    fill_missing,
+    parameters,
+    prepare_filling,
+    refuse_untraced,
+)
 from surgeon.graph.size_check import check_sizes, prepare_check
-from surgeon.graph.sizes import Sizes
+from surgeon.graph.sizes import Sizes, same_constant
 
 _FRAMES = 8  # from the caller of torch.export's wrapper to the code generator, with room
 
@@ -58,40 +66,38 @@ def argument_names(graph: GraphModule) -> list[str]:
 
 
 def named_arguments(graph: GraphModule, args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name, in the graph's order.
+    """Return the arguments of a call by name, in the graph's order: None for those that are left out.
 
     Raises:
-        TypeError: an argument is missing, unknown, or given twice.
+        TypeError: an argument is missing, unknown, or given twice. UsageError: the graph has no input for one.
     """
-    names = argument_names(graph)
-    given = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]).bind(
-        *args, **kwargs
-    )
+    names, codegen = argument_names(graph), graph.graph._codegen
+    if isinstance(codegen, _CheckedCodeGen):
+        found = codegen.parameters
+    else:
+        found = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    given = inspect.Signature(found).bind(*args, **kwargs)
+    if isinstance(codegen, _CheckedCodeGen):
+        refuse_untraced(codegen.sizes, **{name: given.arguments[name] for name in given.arguments if name not in names})
+    given.apply_defaults()
     return {name: given.arguments[name] for name in names}
 
 
 def flat_inputs(graph: GraphModule, args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the inputs of a call in the order of the graph's placeholders.
+    """Return the inputs of a call in the order of the graph's placeholders, with what stands for those left out.
 
     Raises:
-        TypeError: as `named_arguments`.
+        TypeError, UsageError: as `named_arguments`.
         SizeError: the graph does not take these sizes.
     """
     in_spec = _info(graph).in_spec
     positional = in_spec.child(0).num_children
     given = list(named_arguments(graph, args, kwargs).items())
-    check_tree(
-        (tuple(value for _, value in given[:positional]), dict(given[positional:])), in_spec, argument_names(graph)
-    )
-    flat = list(
-        fx_pytree.tree_flatten_spec(
-            (tuple(value for _, value in given[:positional]), dict(given[positional:])), in_spec
-        )
-    )
+    arranged = (tuple(value for _, value in given[:positional]), dict(given[positional:]))
+    check_tree(arranged, in_spec, argument_names(graph))
+    flat = list(fx_pytree.tree_flatten_spec(arranged, in_spec))
     codegen = graph.graph._codegen
-    if isinstance(codegen, _CheckedCodeGen) and flat:
-        check_sizes(codegen.sizes, *flat)
-    return flat
+    return codegen.checked(flat) if isinstance(codegen, _CheckedCodeGen) else flat
 
 
 def check_calls(graph: GraphModule, sizes: Sizes) -> None:
@@ -104,38 +110,103 @@ def check_calls(graph: GraphModule, sizes: Sizes) -> None:
 
 
 class _CheckedCodeGen(_PyTreeCodeGen):
-    """Writes the check of sizes into `forward`, and makes it where the nodes of the graph are run one by one."""
+    """Writes the check of a call into `forward`, and makes it where the nodes of the graph are run one by one.
+
+    parameters: of `forward`. What is optional in the model is optional there.
+    """
 
     def __init__(self, info: Any, sizes: str) -> None:
         super().__init__(info)
         self.sizes = sizes
         prepare_check(sizes)
+        prepare_filling(sizes)
+        names = [name for name in info.orig_args if name != "self"]
+        self.parameters = parameters(Sizes.parse(sizes), names, _places(info.in_spec, names))
+
+    def checked(self, flat: list[Any]) -> list[Any]:
+        """Return flat inputs with what stands for missing ones, after the check."""
+        if flat:
+            flat = list(fill_missing(self.sizes, *flat))
+            check_sizes(self.sizes, *flat)
+        return flat
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        return [*super().additional_globals(), ("surgeon_check_sizes", check_sizes), ("surgeon_check_tree", check_tree)]
+        own = (check_sizes, check_tree, fill_missing, refuse_untraced)
+        named = [(f"surgeon_{function.__name__}", function) for function in own]
+        return [*super().additional_globals(), *named, ("surgeon_same", same_constant)]
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
         names = [name.partition(":")[0].partition("#")[0].strip() for name in free_vars]
-        definition = super().gen_fn_def(free_vars, maybe_return_annotation, expanded_def=expanded_def)
+        written = super().gen_fn_def(free_vars, maybe_return_annotation, expanded_def=expanded_def)
+        plain = ", ".join(["self", *(name for name in self.pytree_info.orig_args if name != "self")])
+        written = written.replace(f"({plain})", f"(self, {definition(self.parameters)})", 1)
+        start = written.index(":\n") + 1 if names else len(written)
+        head, body = written[:start], written[start:]
+        sizes = Sizes.parse(self.sizes)
+        own = tuple(name for name in self.pytree_info.orig_args if name != "self")
+        untraced = {name: accepted for name, accepted in sizes.untraced.items() if name not in own}
+        if untraced:
+            tests = " or ".join(changes_something(name, accepted) for name, accepted in untraced.items())
+            given = ", ".join(f"{name}={name}" for name in untraced)
+            head += f"\n    if {tests}:\n        surgeon_refuse_untraced({self.sizes!r}, {given})"
         if not names:
-            return definition
+            return head
         if any(not leaf.is_leaf() for part in self.pytree_info.in_spec.children() for leaf in part.children()):
             # Flattening leaves out what a container has more than in the trace, so containers are compared before.
-            given = definition.partition("fx_pytree.tree_flatten_spec(")[2].removesuffix(", self._in_spec)")
-            start = definition.rindex("\n    ", 0, definition.index("fx_pytree.tree_flatten_spec("))
-            own = tuple(name for name in self.pytree_info.orig_args if name != "self")
-            check = f"\n    surgeon_check_tree({given}, self._in_spec, {own!r})"
-            definition = definition[:start] + check + definition[start:]
-        return f"{definition}\n    surgeon_check_sizes({self.sizes!r}, {', '.join(names)})"
+            given = body.partition("fx_pytree.tree_flatten_spec(")[2].removesuffix(", self._in_spec)")
+            head += f"\n    surgeon_check_tree({given}, self._in_spec, {own!r})"
+        every = ", ".join(names)
+        optional = [name for name, given in zip(names, sizes.inputs, strict=False) if given.optional]
+        if optional:
+            missing = " or ".join(f"{name} is None" for name in optional)
+            body += f"\n    if {missing}:\n        {every}, = surgeon_fill_missing({self.sizes!r}, {every})"
+        return f"{head}{body}\n    surgeon_check_sizes({self.sizes!r}, {every})"
 
     def process_inputs(self, *inputs: Any) -> Any:
         """Called by `torch.export`, which runs the nodes of a graph and not its `forward`."""
-        flat = super().process_inputs(*inputs)
-        _refuse_other_order(self.pytree_info.in_spec, inputs)
+        flat = super().process_inputs(*self._completed(inputs))
         _refuse_one_for_two(flat)
-        if flat:
-            check_sizes(self.sizes, *flat)
-        return flat
+        return self.checked(flat)
+
+    def _completed(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the inputs of an export in the order of the graph, None for those that are missing.
+
+        Raises:
+            UsageError: keyword inputs stand in another order than the graph's, in which torch.export (2.13) would tie
+                them to its inputs; or the graph has no input for one.
+        """
+        parts = [self.pytree_info.in_spec, *self.pytree_info.in_spec.children()]
+        if [part.type for part in parts[:3]] != [tuple, tuple, dict] or len(parts) != 3:
+            return inputs
+        names = [parameter.name for parameter in self.parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+        given = _keywords_of_export(inputs)
+        refuse_untraced(self.sizes, **{name: value for name, value in given.items() if name not in names})
+        positional = inputs[: len(inputs) - len(given)]
+        in_order = [name for name in names[len(positional) :] if name in given]
+        if in_order != [name for name in given if name in names]:
+            raise UsageError(
+                "torch.export ties keyword inputs to a graph by their order. Give them in the order of the graph: "
+                f"{', '.join(in_order)}."
+            )
+        return *positional, *(given.get(name) for name in names[len(positional) :])
+
+
+def _keywords_of_export(inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the keyword inputs of the running torch.export, which hands their values on without the names.
+
+    The names are still in the frame of a caller: a dict called `kwargs` that holds these very values.
+    """
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame is None:
+            break
+        given = frame.f_locals.get("kwargs")
+        if isinstance(given, dict) and 0 < len(given) <= len(inputs):
+            last = inputs[len(inputs) - len(given) :]
+            if all(a is b for a, b in zip(given.values(), last, strict=True)):
+                return given
+        frame = frame.f_back  # type: ignore[assignment]
+    return {}
 
 
 def _refuse_one_for_two(flat: Sequence[Any]) -> None:
@@ -182,28 +253,18 @@ def _check_container(value: Any, spec: Any, place: str) -> None:
         _check_container(value[key], child, f"{place}[{key!r}]")
 
 
-def _refuse_other_order(in_spec: Any, inputs: tuple[Any, ...]) -> None:
-    """Refuse an export with keyword inputs in another order than the graph's, which would swap them in silence.
+def input_places(graph: GraphModule) -> dict[str, int]:
+    """Return the place among the flat inputs of every argument that is one input, by its name."""
+    return _places(_info(graph).in_spec, argument_names(graph))
 
-    torch.export (2.13) hands their values on in the caller's order, without the names. The names are still in the frame
-    of the caller: a dict called `kwargs` that holds these very values.
-    """
-    if in_spec.type is not tuple or in_spec.num_children != 2 or in_spec.child(1).type is not dict:
-        return
-    wanted = list(in_spec.child(1).context)
-    frame = sys._getframe(1)
-    for _ in range(_FRAMES):
-        if frame is None or not wanted:
-            return
-        given = frame.f_locals.get("kwargs")
-        if isinstance(given, dict) and set(given) == set(wanted):
-            values = inputs[len(inputs) - len(given) :]
-            if all(a is b for a, b in zip(given.values(), values, strict=True)) and list(given) != wanted:
-                raise UsageError(
-                    f"torch.export ties keyword inputs to a graph by their order. Give them in the order of the graph: "
-                    f"{', '.join(wanted)}."
-                )
-        frame = frame.f_back  # type: ignore[assignment]
+
+def _places(in_spec: Any, names: Sequence[str]) -> dict[str, int]:
+    found, place = {}, 0
+    for name, child in zip(names, [child for part in in_spec.children() for child in part.children()], strict=True):
+        if child.is_leaf():
+            found[name] = place
+        place += child.num_leaves
+    return found
 
 
 def input_paths(graph: GraphModule) -> list[tuple[Any, ...]]:

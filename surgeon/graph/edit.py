@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
 
 from surgeon.graph.traced import TRAIN_VALUE, TracedGraph, aten, is_call, shape_of, tensor_key, tensor_of
 
@@ -29,8 +32,10 @@ def emit(graph: GraphModule, target: Any, *args: Any, path: str, name: str | Non
             source.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
         return source.meta["val"]
 
-    with mode:
-        node.meta["val"] = target(*map_arg(node.args, value))
+    with mode, torch.no_grad():
+        made = target(*map_arg(node.args, value))
+    # A view would hold what it is a view of.
+    node.meta["val"] = tree_map_only(Tensor, Tensor.detach, made)
     set_path(node, path)
     return node
 

@@ -3,10 +3,11 @@
 Python code that depends on a size (`if x.shape[1] > 16`) runs once, while a graph is traced. Its result is frozen in
 the graph, which is wrong at sizes where the model would take another path. So a graph carries the sizes it holds for:
 
-    int(ids[batch, tokens]), bool(mask[batch, tokens]), x[batch, tokens, 64], flag == True, 1 <= batch,
-    4 <= tokens <= 512, tokens % 4 == 0
+    int(ids[batch, tokens]), bool(mask[batch, tokens]) or ones(bool), x[batch, tokens, 64], flag == True, 1 <= batch,
+    4 <= tokens <= 512, tokens % 4 == 0, untraced(labels=[None])
 
-See `surgeon.graph.size_check` for the check of a call against them.
+See `surgeon.graph.size_check` for the check of a call against them, and `surgeon.graph.missing` for inputs that are
+left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 Constant = bool | int | float | str | None
+Fill = Literal["", "ones", "zeros", "positions", "None", "missing", "needed"]
 Kind = Literal["float", "int", "bool", "complex"]
 
 _OPERATORS = (
@@ -59,6 +61,10 @@ class Input:
         "complex" is not checked.
     constant: the value that any other input had when the graph was traced, frozen in the graph. It is checked if
         `checked`; objects of other kinds than numbers and texts are not.
+    fill: what stands for an input that is left out of a call. Of a tensor: "ones", "zeros" or "positions" (0, 1, 2, ...
+        along the last dimension) of `dtype`. Of any other input, the constant: "None" if the call may also give None,
+        "missing" if it may only leave it out. "needed": the model can do without the input, but the graph cannot. "":
+        the model needs it too.
     """
 
     name: str
@@ -66,12 +72,23 @@ class Input:
     constant: Constant = None
     checked: bool = False
     kind: Kind = "float"
+    fill: Fill = ""
+    dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         if self.shape is not None:
             text = f"{self.name}[{', '.join(map(str, self.shape)) or '()'}]"
-            return text if self.kind == "float" else f"{self.kind}({text})"
-        return f"{self.name} == {constant_text(self.constant)}" if self.checked else self.name
+            text = text if self.kind == "float" else f"{self.kind}({text})"
+        else:
+            text = f"{self.name} == {constant_text(self.constant)}" if self.checked else self.name
+        if not self.fill:
+            return text
+        return f"{text} or {self.fill}" + ("" if self.dtype is None else f"({str(self.dtype).removeprefix('torch.')})")
+
+    @property
+    def optional(self) -> bool:
+        """Whether a call may leave it out."""
+        return self.fill not in ("", "needed")
 
 
 @dataclass(frozen=True)
@@ -80,12 +97,15 @@ class Sizes:
 
     inputs: in the order of the graph's placeholders. axes: by name. rules: further conditions on axes, in Python.
     traced: the size of each axis in the example inputs.
+    untraced: arguments of the model that the graph has no input for, each with the values that change nothing. The
+        first of these is the model's default.
     """
 
     inputs: tuple[Input, ...] = ()
     axes: Mapping[str, Axis] = field(default_factory=dict)
     rules: tuple[str, ...] = ()
     traced: Mapping[str, int] = field(default_factory=dict)
+    untraced: Mapping[str, tuple[Constant, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line that `parse` reads. It is the tuple of Python expressions shown at the top of this file."""
@@ -94,7 +114,9 @@ class Sizes:
             ranges.append(f"{axis.least} <= {name}" + ("" if axis.most is None else f" <= {axis.most}"))
             ranges += [f"{name} % {axis.multiple} == 0"] if axis.multiple > 1 else []
         traced = [f"traced({', '.join(f'{name}={size}' for name, size in self.traced.items())})"] if self.traced else []
-        return ", ".join([*map(str, self.inputs), *ranges, *self.rules, *traced])
+        accepted = [f"{name}=[{', '.join(map(constant_text, values))}]" for name, values in self.untraced.items()]
+        untraced = [f"untraced({', '.join(accepted)})"] if accepted else []
+        return ", ".join([*map(str, self.inputs), *ranges, *self.rules, *traced, *untraced])
 
     @classmethod
     def parse(cls, text: str) -> Sizes:
@@ -107,7 +129,7 @@ class Sizes:
 
     def without_check(self, name: str) -> Sizes:
         """The same sizes, with any value accepted for the input `name`, which is no tensor."""
-        inputs = (Input(name) if given.name == name else given for given in self.inputs)
+        inputs = (Input(name, fill=given.fill) if given.name == name else given for given in self.inputs)
         return replace(self, inputs=tuple(inputs))
 
     def axes_in_words(self) -> str:
@@ -123,6 +145,8 @@ class Sizes:
                 if given.checked and not same_constant(value, given.constant):
                     return f"{given.name} is {value!r}, but the graph was traced with {given.constant!r}"
                 continue
+            if value is None and given.fill == "needed":
+                return f"{given.name} is missing, and nothing that could stand for it gives what the model gives then"
             if not isinstance(value, Tensor):
                 return f"{given.name} is {_article(value)}, but the graph was traced with a tensor"
             if not is_kind(value.dtype, given.kind):
@@ -258,21 +282,27 @@ def _parse(text: str) -> Sizes:
     inputs: list[Input] = []
     conditions: list[ast.expr] = []
     traced: dict[str, int] = {}
-    for part in tree.elts:
+    untraced: dict[str, tuple[Constant, ...]] = {}
+    for whole in tree.elts:
+        part, fill = whole, _NO_FILL
+        if isinstance(whole, ast.BoolOp) and isinstance(whole.op, ast.Or) and not conditions:
+            part, fill = whole.values[0], _fill(whole.values[1])
         match part:
             case ast.Subscript(value=ast.Name(id=name), slice=shape):
-                inputs.append(Input(name, tuple(map(_size, _items(shape)))))
+                inputs.append(Input(name, tuple(map(_size, _items(shape))), fill=fill[0], dtype=fill[1]))
             case ast.Call(
                 func=ast.Name(id=kind), args=[ast.Subscript(value=ast.Name(id=name), slice=shape)], keywords=[]
             ) if kind in get_args(Kind):
-                inputs.append(Input(name, tuple(map(_size, _items(shape))), kind=cast("Kind", kind)))
+                inputs.append(Input(name, tuple(map(_size, _items(shape))), None, False, cast("Kind", kind), *fill))
             case ast.Name(id=name):
-                inputs.append(Input(name))
+                inputs.append(Input(name, fill=fill[0]))
             case ast.Call(func=ast.Name(id="traced"), args=[], keywords=keywords):
                 traced = {str(word.arg): _whole(word.value) for word in keywords}
+            case ast.Call(func=ast.Name(id="untraced"), args=[], keywords=keywords):
+                untraced = {str(word.arg): _constants(word.value) for word in keywords}
             case ast.Compare(left=ast.Name(id=name), ops=[ast.Eq()], comparators=[value]) if not conditions:
                 constant = math.nan if ast.unparse(value) == "1e309 - 1e309" else ast.literal_eval(value)
-                inputs.append(Input(name, None, constant, True))
+                inputs.append(Input(name, None, constant, True, fill=fill[0]))
             case _:
                 conditions.append(part)
     axes, rules = _ranges(conditions)
@@ -287,7 +317,32 @@ def _parse(text: str) -> Sizes:
         raise ValueError(f"no input has the axis '{missing[0]}'")
     for rule in rules:
         check_expression(rule, axes)
-    return Sizes(tuple(inputs), axes, tuple(rules), traced)
+    if "self" in untraced:
+        raise ValueError("self is no argument")
+    return Sizes(tuple(inputs), axes, tuple(rules), traced, untraced)
+
+
+_NO_FILL: tuple[Fill, torch.dtype | None] = ("", None)
+
+
+def _fill(node: ast.expr) -> tuple[Fill, torch.dtype | None]:
+    match node:
+        case ast.Call(func=ast.Name(id=name), args=[ast.Name(id=dtype)], keywords=[]) if name in (
+            *("ones", "zeros", "positions"),
+        ) and isinstance(getattr(torch, dtype, None), torch.dtype):
+            return cast("Fill", name), getattr(torch, dtype)
+        case ast.Constant(value=None):
+            return "None", None
+        case ast.Name(id=name) if name in ("missing", "needed"):
+            return cast("Fill", name), None
+    raise ValueError(f"'{ast.unparse(node)}' cannot stand for an input")
+
+
+def _constants(node: ast.expr) -> tuple[Constant, ...]:
+    values = ast.literal_eval(node)
+    if not isinstance(values, list) or not values or not all(isinstance(value, Constant) for value in values):
+        raise ValueError(f"'{ast.unparse(node)}' is no list of constants")
+    return tuple(values)
 
 
 def _ranges(conditions: Iterable[ast.expr]) -> tuple[dict[str, Axis], list[str]]:

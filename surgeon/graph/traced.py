@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import PythonCode
 
 from surgeon.graph.calls import call_alike
+from surgeon.graph.holder import mark_holders
+from surgeon.graph.pickling import dumps, loads
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -64,6 +67,50 @@ class TracedGraph(GraphModule):
     def eval(self) -> TracedGraph:
         """Switch to evaluation: `train(False)`."""
         return self.train(False)
+
+    def recompile(self) -> PythonCode:
+        """Write `forward` again after a change of the graph."""
+        mark_holders(self)
+        return super().recompile()
+
+    def __copy__(self) -> TracedGraph:
+        """A copy with a graph of its own that shares all tensors and modules."""
+        copied = fork(self)
+        for name in _HOOKS:
+            setattr(copied, name, copy.copy(getattr(self, name)))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedGraph:
+        """A copy that shares nothing."""
+        copied = cast("TracedGraph", super().__deepcopy__(memo))
+        copied.meta = copy.copy(self.meta)
+        for name in _HOOKS:
+            setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the graph with its nodes' metadata. `torch.save` does so too, and then `weights_only=False` reads it.
+
+        A surgery is better saved by `Surgery.save`, whose files cannot run code.
+        """
+        return _unpickled, (dumps(self),)
+
+
+# Of modules; torch.fx drops them when it copies a graph.
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+    *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
+def _unpickled(content: bytes) -> TracedGraph:
+    read = loads(content)
+    graph = TracedGraph(read, read.graph)
+    graph.meta.update(read.meta)
+    for name in ("training", *_HOOKS):
+        setattr(graph, name, getattr(read, name))
+    return graph
 
 
 def _switch(node: Node, mode: bool) -> bool:

@@ -13,12 +13,17 @@ from typing import Any, Literal
 
 import torch
 
-from surgeon.data.data import Data
-from surgeon.data.losses import Quality, evaluate
+from surgeon.data.quality import Quality
 from surgeon.errors import NothingChangedError, UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
-from surgeon.graph.traced import TracedGraph
-from surgeon.jobs.evaluation import eval_task, why_unmeasured
+from surgeon.jobs.evaluation import (
+    both_qualities,
+    eval_criteria,
+    judge_after,
+    judge_before,
+    measured_quality,
+    why_unmeasured,
+)
 from surgeon.jobs.inspect import LOOKS_FOR
 from surgeon.jobs.open_model import Opened, Stage
 from surgeon.jobs.options import DataOptions
@@ -33,7 +38,7 @@ from surgeon.processes import agreed, connect, is_main, wait
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import RECIPES, build
-from surgeon.surgery.record import RECORD, MeasuredQuality, Recipe, Step, read_record, validated
+from surgeon.surgery.record import RECORD, Recipe, Step, read_record, validated
 from surgeon.surgery.surgery import Surgery
 from surgeon.text.reasons import count_reasons
 from surgeon.training.trackers import check_tracker
@@ -52,7 +57,8 @@ class Applied:
     """What `surgeon apply` did.
 
     directory: where the result was saved; None for a dry run. before, after: cost on the example inputs.
-    quality: before and after; None if it was not measured. next: the suggested next command, and its purpose.
+    quality: of the task before and after, the latter compared with the former; None if it was not measured.
+    agreement: of the result with the model before. next: the suggested next command, and its purpose.
     """
 
     surgery: Surgery
@@ -63,6 +69,7 @@ class Applied:
     notes: tuple[str, ...]
     next: tuple[str, str]
     seconds: float
+    agreement: tuple[Quality, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -177,27 +184,35 @@ def apply(
     args, kwargs = as_args_kwargs(opened.inputs)
     cost = measure(opened.graph, args, kwargs)[0]
     with _checkpoints(opened, passes, options) as workdir:
-        before = _quality(opened.graph, opened, data, "before", stage)
+        criteria = None if data is None else eval_criteria(opened)
+        before = None
+        if criteria is not None:
+            with stage("measuring quality before"):
+                before = judge_before(opened, criteria)
         surgery = _run(opened, passes, options, workdir, notes, progress=progress, on_pass=on_pass)
         _set_tau(surgery, options, notes)
         surgery.graph.eval()
-        after = _quality(surgery.graph, opened, data, "after", stage)
-        if before is not None and after is not None and data is not None:
-            surgery.quality = MeasuredQuality(before, after, data.fingerprint)
+        after = None
+        if criteria is not None and before is not None:
+            with stage("measuring quality after"):
+                after = judge_after(surgery.graph, opened, criteria, before)
+        if before is not None and after is not None:
+            surgery.quality = measured_quality(opened, before, after)
         if directory is not None:
             with stage(f"saving {directory}"), quiet_transformers():
                 surgery.save(directory, overwrite=options.overwrite)
-    if data is not None and before is None:
-        notes.append(why_unmeasured(opened))
+    if data is not None:
+        notes.extend(why_unmeasured(opened, criteria))
     return Applied(
         surgery,
         directory,
         cost,
         measure(surgery.graph, args, kwargs)[0],
-        None if before is None or after is None else (before, after),
+        both_qualities(before, after),
         tuple(notes),
         _next(passes, surgery, directory, options),
         time.monotonic() - started,
+        () if after is None else after.agreement,
     )
 
 
@@ -297,15 +312,6 @@ def _routers_are_fitted(surgery: Surgery) -> bool:
     return all(fits["moeify"]) or any(fits["recover"])
 
 
-def _quality(graph: TracedGraph, opened: Opened, data: Data | None, when: str, stage: Stage) -> Quality | None:
-    """Quality on the held-out data; None if nothing is held out, it has no labels, or the task is unknown."""
-    task = eval_task(opened) if data is not None else None
-    if data is None or data.eval is None or task is None:
-        return None
-    with stage(f"measuring quality {when}"):
-        return evaluate(graph, data.eval, task)
-
-
 def _next(
     passes: Sequence[Pass[Any]], surgery: Surgery, directory: Path | None, options: ApplyOptions
 ) -> tuple[str, str]:
@@ -355,6 +361,7 @@ def applied_json(applied: Applied, opened: Opened) -> dict[str, Any]:
         "before": applied.before,
         "after": applied.after,
         "quality": None if quality is None else {"before": quality[0], "after": quality[1]},
+        "agreement": applied.agreement,
         "notes": [*opened.notes, *applied.notes],
         "next": applied.next[0],
         "seconds": round(applied.seconds, 3),

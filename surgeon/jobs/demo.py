@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
-from surgeon.data.losses import Quality, evaluate
+from surgeon.data.quality import Quality
+from surgeon.measure.judge import Criteria, judge
 from surgeon.measure.sweep import Point, sweep
 from surgeon.passes import Lower, Moeify, Pass, Sparsify, SwapActivation
 from surgeon.passes.report import PassDiff
@@ -134,7 +135,8 @@ def make_demo(
     part = 0.05 if quick else 1.0
     model = DigitsViT()
     train(model, data, epochs=20 * part, lr=2e-3, weight_decay=0.05, schedule="cosine", seed=seed, progress=progress)
-    dense = evaluate(model, data.eval, TASK)
+    verdict = judge(model, data.eval, Criteria(TASK))
+    dense = verdict.first
     if on_dense is not None:
         on_dense(dense)
     passes: list[Pass[Any]] = [
@@ -155,6 +157,7 @@ def make_demo(
         TASK,
         TAUS,
         inputs=example,
+        dense_scores=verdict.scores,
         dense_multiply_adds=before.multiply_adds,
         progress=progress,
     )

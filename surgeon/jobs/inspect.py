@@ -53,18 +53,23 @@ class ExpertLayer(Layer):
 
 @dataclass(frozen=True)
 class Takes:
-    """What a graph can be called with. sizes: such as "2 to 512, multiples of 4". rules: between sizes."""
+    """What a graph can be called with. sizes: such as "2 to 512, multiples of 4". rules: between sizes.
+
+    untraced: arguments of the model that the graph has no input for.
+    """
 
     inputs: list[str]
     sizes: dict[str, str]
     rules: list[str]
+    untraced: list[str]
 
 
 @dataclass(frozen=True)
 class Inspection:
     """What `surgeon inspect` found. refused: (path, reason) of candidates that are not feed-forward layers.
 
-    takes: the inputs with their shapes, such as "input_ids[batch, tokens]", and the range of each size in these.
+    takes: the inputs with their shapes and what stands for one that is left out, such as "mask[batch, tokens] or
+    ones(int64)", and the range of each size in these.
     graph: lines of the graph as (module path, line), if asked for.
     """
 
@@ -149,6 +154,7 @@ def _takes(graph: TracedGraph) -> Takes:
         [str(given) for given in sizes.inputs],
         {name: str(axis) for name, axis in sizes.axes.items()},
         list(sizes.rules),
+        list(sizes.untraced),
     )
 
 

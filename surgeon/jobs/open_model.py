@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from surgeon.data.data import Data
+from surgeon.data.example_rows import example_rows, first_batch
 from surgeon.data.files import Loader, load_data
 from surgeon.errors import LoadError, UsageError, first_line
 from surgeon.graph.agreement import call_reproducibly
@@ -108,19 +106,20 @@ def open_model(
         _check_runs(graph, given, spec)
     else:
         if given is None:
-            hugging_face = source.config is not None and hasattr(source.model, "main_input_name")
-            if read is not None and not hugging_face:
-                given = _first_rows(read)
-                notes.append("The example inputs are the first two rows of the data.")
+            if read is not None:
+                given = example_rows(read)
+                notes.append("The example inputs are two rows of the data.")
             else:
                 given = example_inputs(
                     source.model, tokenizer=source.tokenizer, processor=source.processor, config=source.config
                 )
         with stage(f"tracing {type(source.model).__name__}"):
             graph = trace(source.model, given).eval()
-    origin = Origin(
-        str(source.path), source.kind, source.sha256, source.config, source.tokenizer, source.processor, source.notes
-    )
+    origin = Origin.of(
+        source.model, source.config,
+        path=str(source.path), kind=source.kind, sha256=source.sha256,
+        tokenizer=source.tokenizer, processor=source.processor, notes=source.notes,
+    )  # fmt: skip
     _check_names(read, graph)
     info: TraceInfo = graph.meta["trace"]
     return Opened(spec, graph, given, origin, (*notes, *info.notes), None, read)
@@ -131,13 +130,13 @@ def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | No
     if given is None:
         given = load_inputs(source.path)
     _check_runs(graph, given, spec)
-    config, tokenizer, processor = companions(source.path)
+    config, tokenizer, processor, generation = companions(source.path)
     info: TraceInfo = graph.meta["trace"]
     record = record_of(graph)
     assert record is not None
     read = _read(data, tokenizer, processor, config, info.task, record.recipe.seed, stage)
     _check_names(read, graph)
-    origin = Origin(str(source.path), "artifact", source.sha256, config, tokenizer, processor)
+    origin = Origin(str(source.path), "artifact", source.sha256, config, tokenizer, processor, (), generation)
     return Opened(spec, graph, given, origin, info.notes, record, read)
 
 
@@ -189,10 +188,9 @@ def _check_names(data: Data | None, graph: TracedGraph) -> None:
 
     Other data is not read here: reading it could change its order.
     """
-    loader = None if data is None else getattr(data.train, "source", None)
-    if not isinstance(loader, Loader):
+    if data is None or not isinstance(getattr(data.train, "source", None), Loader):
         return
-    batch = next(iter(copy.copy(loader)))
+    batch = first_batch(data)
     try:
         named_arguments(graph, batch.args, batch.kwargs)
     except TypeError as error:
@@ -201,8 +199,3 @@ def _check_names(data: Data | None, graph: TracedGraph) -> None:
             f"The data gives the inputs {names}, but the model was traced with {wanted}. Give example inputs of the "
             "names that the data gives, or data as module:function."
         ) from error
-
-
-def _first_rows(data: Data) -> Any:
-    batch = next(iter(data.train))
-    return pytree.tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, (batch.args, batch.kwargs))

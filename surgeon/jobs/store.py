@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from surgeon.data.losses import Quality
+from surgeon.data.quality import Quality
 from surgeon.directories import restore
 from surgeon.errors import SaveError, UsageError
 from surgeon.jobs.open_model import Opened
@@ -32,7 +32,16 @@ def check_target(directory: Path, model: str | None = None, *, overwrite: bool) 
             raise UsageError(f"{directory} is not empty and not a saved surgery. Give another directory with -o.")
         if not overwrite:
             raise UsageError(f"{directory} exists. Give another directory with -o, or replace it with --overwrite.")
-    parent = next(parent for parent in where.parents if parent.exists())
+    check_parent(directory)
+
+
+def check_parent(directory: Path) -> None:
+    """Check that a directory can be made.
+
+    Raises:
+        SaveError: its parent cannot be written to.
+    """
+    parent = next(parent for parent in directory.resolve().parents if parent.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise SaveError(f"Cannot write {directory}: you have no permission to write to {parent}.")
 
@@ -52,7 +61,8 @@ def store(opened: Opened, out: Path | None, quality: tuple[Quality, Quality] | N
     recipe = opened.record.recipe
     measured = None
     if quality is not None and opened.data is not None:
-        measured = MeasuredQuality(*quality, opened.data.fingerprint)
+        before = opened.record.quality  # its scores hold for the same data
+        measured = MeasuredQuality(*quality, opened.data.fingerprint, scores="" if before is None else before.scores)
     record = make_record(
         opened.graph, [pass_.report for pass_ in passes], origin=opened.origin, seed=recipe.seed, data=recipe.data,
         quality=measured,

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from surgeon.data.losses import evaluate
 from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs
-from surgeon.jobs.evaluation import dense_multiply_adds, eval_batches, other_data, recorded_quality, task_for
+from surgeon.jobs.evaluation import (
+    criteria_for,
+    dense_multiply_adds,
+    eval_batches,
+    kind_of,
+    other_data,
+    recorded_quality,
+    recorded_scores,
+)
 from surgeon.jobs.open_model import Opened
 from surgeon.kernels.selection import check_rule
+from surgeon.measure.judge import judge
 from surgeon.measure.meter import measure
 from surgeon.measure.sweep import Dense, Point, time_settings, usual_taus
 from surgeon.measure.sweep import sweep as run_sweep
@@ -21,11 +29,14 @@ from surgeon.progress import Progress
 
 @dataclass(frozen=True)
 class Swept:
-    """Quality and cost of a saved surgery at several settings, and of the dense model."""
+    """Quality and cost of a saved surgery at several settings, and of the dense model.
+
+    task: whose quality was measured; None if the data has no labels and quality is agreement.
+    """
 
     model: str
     data: str
-    task: str
+    task: str | None
     dense: Dense
     points: list[Point]
     notes: tuple[str, ...] = ()
@@ -82,22 +93,39 @@ def sweep(
             it was measured on the same data.
 
     Raises:
-        UsageError: the model has no experts; the task is unknown. DataError: there are no labels.
+        UsageError: the model has no experts, or there are labels of an unknown task.
     """
-    task, batches = _task(opened), eval_batches(opened)
-    multiply_adds = dense_multiply_adds(opened)
+    batches = eval_batches(opened)
+    criteria = criteria_for(opened, batches)
+    if criteria.task is None and batches[0].labels is not None:
+        raise UsageError(
+            "The model's task is not known, so its quality cannot be measured. Give it with --task, or --task imitate "
+            "to measure the agreement with the dense model."
+        )
+    multiply_adds, notes = dense_multiply_adds(opened), list(other_data(opened))
+    beside = Dense(multiply_adds, recorded_quality(opened))
+    scores = recorded_scores(opened, kind_of(criteria))
+    if dense is not None:
+        milliseconds = time_settings(dense.graph, batches[0], [lambda: None])[0] if timed else None
+        if criteria.task is not None:
+            verdict = judge(dense.graph, batches, criteria)
+            beside, scores = Dense(multiply_adds, verdict.quality, milliseconds), verdict.scores
+        else:
+            beside = Dense(multiply_adds, None, milliseconds)
+    elif criteria.task is None:
+        notes.append(
+            "Agreement is with this surgery at tau 0. To compare with the model before the surgery, give it with "
+            "--dense."
+        )
     points = run_sweep(
-        opened.graph, batches, task, taus, inputs=opened.inputs, rules=rules, timed=timed,
+        opened.graph, batches, criteria.task, taus, inputs=opened.inputs, rules=rules, timed=timed,
         stored=not _among(opened, taus, rules), routers=("own", "oracle") if oracle else ("own",),
+        dense=None if dense is None else dense.graph, dense_scores=scores, blank=criteria.blank,
         dense_multiply_adds=multiply_adds, dense_layers=_dense_layers(opened), progress=progress,
     )  # fmt: skip
     assert opened.data is not None
-    beside = Dense(multiply_adds, recorded_quality(opened))
-    if dense is not None:
-        milliseconds = time_settings(dense.graph, batches[0], [lambda: None])[0] if timed else None
-        beside = Dense(multiply_adds, evaluate(dense.graph, batches, task), milliseconds)
     cost, _ = measure(opened.graph, *as_args_kwargs(opened.inputs))
-    return Swept(opened.spec, opened.data.description, task, beside, points, (*other_data(opened), *cost.notes))
+    return Swept(opened.spec, opened.data.description, criteria.task, beside, points, (*notes, *cost.notes))
 
 
 def _among(opened: Opened, taus: Sequence[float] | None, rules: Sequence[str] | None) -> bool:
@@ -113,10 +141,3 @@ def _among(opened: Opened, taus: Sequence[float] | None, rules: Sequence[str] | 
 
 def _dense_layers(opened: Opened) -> dict[str, float]:
     return dense_layers(() if opened.record is None else opened.record.passes)
-
-
-def _task(opened: Opened) -> str:
-    task = task_for(opened, eval_batches(opened))
-    if task is None:
-        raise UsageError("The model's task is not known, so its quality cannot be measured. Give it with --task.")
-    return task

@@ -7,22 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgeon.data.batch import first_batches
-from surgeon.data.losses import Quality
+from surgeon.data.quality import Quality
 from surgeon.errors import UsageError
 from surgeon.jobs.evaluation import (
     dense_multiply_adds,
     eval_batches,
-    eval_task,
+    eval_criteria,
+    kind_of,
     other_data,
     recorded_quality,
+    recorded_scores,
     why_unmeasured,
 )
 from surgeon.jobs.open_model import Opened
 from surgeon.jobs.set import compensation_notes
 from surgeon.jobs.store import store
 from surgeon.measure.compensation import compensate
+from surgeon.measure.judge import Criteria, judge
+from surgeon.measure.sweep import Point, time_settings
 from surgeon.measure.sweep import sweep as run_sweep
-from surgeon.measure.sweep import time_settings
 from surgeon.measure.tuning import Metric, Tuned, check_budget
 from surgeon.measure.tuning import tune as run_tuning
 from surgeon.moe.knobs import compensated as compensated_layers
@@ -33,8 +36,9 @@ from surgeon.progress import Progress
 class TuningResult:
     """What tuning found, and where it was saved.
 
-    quality: on the held-out data, with every expert and with the tau found; None if it was not measured. notes: remarks
-    for the user.
+    quality: on the held-out data, with every expert and with the tau found; None if it was not measured. Without labels
+    it is agreement. agreement: with the dense model if it was given, else with every expert. notes: remarks for the
+    user.
     """
 
     model: str
@@ -44,6 +48,8 @@ class TuningResult:
     tuned: Tuned
     quality: tuple[Quality, Quality] | None
     notes: tuple[str, ...] = ()
+    agreement: tuple[Quality, ...] = ()
+    agreed_with: str = "the surgery with every expert"
 
 
 def check_tuning(budget: float, metric: Metric, *, has_dense: bool) -> None:
@@ -74,7 +80,7 @@ def tune(
         budget: share of the dense model's cost. samples: number of training samples on which damage is measured.
         compensated: also add the mean output of skipped experts (`surgeon.measure.compensation`).
         out: directory for the tuned surgery; by default it replaces the one that was opened.
-        dense: the model before the surgery, whose time "ms" compares with.
+        dense: the model before the surgery, whose time "ms" compares with, and with which agreement is measured.
 
     Raises:
         UsageError: as `check_tuning` and `surgeon.measure.tuning.tune`.
@@ -88,7 +94,14 @@ def tune(
         whole = time_settings(dense.graph, calibration[0], [lambda: None])[0]
     earlier = compensated_layers(opened.graph)
     tuned = run_tuning(
-        opened.graph, calibration, budget, inputs=opened.inputs, dense=whole, metric=metric, progress=progress
+        opened.graph,
+        calibration,
+        budget,
+        inputs=opened.inputs,
+        dense=whole,
+        metric=metric,
+        task=opened.task,
+        progress=progress,
     )
     if compensated:
         compensate(opened.graph, calibration)
@@ -97,18 +110,34 @@ def tune(
         notes.append(
             f"A budget of {budget:.0%} allows every expert. At tau 0 the model costs {tuned.cost:.1%} of the dense one."
         )
-    quality, before = _quality(opened, progress), recorded_quality(opened)
-    if quality is None:
-        notes.append(why_unmeasured(opened))
-    directory = store(opened, out, None if quality is None or before is None else (before, quality[1]))
-    return TuningResult(opened.spec, directory, budget, metric, tuned, quality, tuple(notes))
+    criteria = eval_criteria(opened)
+    points = None if criteria is None else _measured(opened, criteria, dense, progress)
+    before = None if criteria is None or criteria.task is None else recorded_quality(opened)
+    notes.extend(why_unmeasured(opened, criteria))
+    directory = store(opened, out, None if points is None or before is None else (before, points[1].quality))
+    return TuningResult(
+        opened.spec,
+        directory,
+        budget,
+        metric,
+        tuned,
+        None if points is None else (points[0].quality, points[1].quality),
+        tuple(notes),
+        () if points is None else points[1].agreement,
+        "the surgery with every expert" if dense is None else "the dense model",
+    )
 
 
-def _quality(opened: Opened, progress: Callable[[Progress], None] | None) -> tuple[Quality, Quality] | None:
-    """Quality with every expert and with the stored setting; None if it cannot be measured."""
-    task = eval_task(opened)
-    if task is None:
-        return None
+def _measured(
+    opened: Opened, criteria: Criteria, dense: Opened | None, progress: Callable[[Progress], None] | None
+) -> tuple[Point, Point]:
+    """Quality with every expert and with the stored setting, on the held-out data."""
     batches = eval_batches(opened)
-    every, chosen = run_sweep(opened.graph, batches, task, [0.0, None], inputs=opened.inputs, progress=progress)
-    return every.quality, chosen.quality
+    scores = recorded_scores(opened, kind_of(criteria))
+    if dense is not None and criteria.task is not None:
+        scores = judge(dense.graph, batches, criteria).scores
+    every, chosen = run_sweep(
+        opened.graph, batches, criteria.task, [0.0, None], inputs=opened.inputs, progress=progress,
+        dense=None if dense is None else dense.graph, dense_scores=scores, blank=criteria.blank,
+    )  # fmt: skip
+    return every, chosen

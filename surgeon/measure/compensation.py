@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from surgeon.data.batch import Batch
@@ -22,27 +22,27 @@ from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import hidden, keep_selected
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import knobs_restored, run_batches
-from surgeon.moe.knobs import SKIPPED_MEAN
+from surgeon.moe.module import SKIPPED_MEAN
 from surgeon.moe.site import MoESite, find_moes
 
 
-def compensate(graph: TracedGraph, batches: Iterable[Any]) -> list[str]:
+def compensate(model: nn.Module, batches: Iterable[Any]) -> list[str]:
     """Add to every layer the mean output of the experts that it skips at its present tau. Padding is not counted.
 
     Args:
-        graph: a graph with lowered experts. It gets one buffer for each layer.
+        model: a graph with lowered experts, or a grafted model. It gets one buffer for each layer.
         batches: a few hundred samples, in any form that `Batch.from_any` takes.
 
     Returns:
         The paths of the layers.
 
     Raises:
-        UsageError: the graph has no experts, or they are not lowered.
+        UsageError: the model has no experts, or those of the graph are not lowered.
         DataError: there are no batches.
     """
-    sites = find_moes(graph)
+    sites = find_moes(model)
     if not sites:
-        raise UsageError("The graph has no experts, so nothing is skipped. Apply moeify first.")
+        raise UsageError("The model has no experts, so nothing is skipped. Apply moeify first.")
     if any(site.form == "module" for site in sites):
         raise UsageError("Compensation needs lowered experts. Apply lower first.")
     rest = iter(batches)
@@ -50,10 +50,10 @@ def compensate(graph: TracedGraph, batches: Iterable[Any]) -> list[str]:
     if first is None:
         raise DataError("There is no data to compute the mean of what is skipped: no batches were given.")
     for site in sites:
-        _buffer(graph, site).zero_()
+        _buffer(model, site).zero_()
     sums: dict[str, Tensor] = {}
-    with knobs_restored(graph):
-        meter = ExpertMeter(graph)
+    with knobs_restored(model):
+        meter = ExpertMeter(model)
 
         def add(site: MoESite, x: Tensor, ran: Tensor) -> None:
             h = hidden(x, site.weights.flat(), ACTIVATIONS[site.activation])
@@ -66,16 +66,23 @@ def compensate(graph: TracedGraph, batches: Iterable[Any]) -> list[str]:
     with torch.no_grad():
         for site in sites:
             mean = sums[site.path] / max(1, meter.layers[site.path].tokens)
-            _buffer(graph, site).copy_(mean @ site.weights.flat().w2.float())
+            _buffer(model, site).copy_(mean @ site.weights.flat().w2.float())
     return [site.path for site in sites]
 
 
-def _buffer(graph: TracedGraph, site: MoESite) -> Tensor:
-    """Return the layer's vector [d_out], after adding it to the graph if needed."""
-    module = graph.get_submodule(site.path)
+def _buffer(model: nn.Module, site: MoESite) -> Tensor:
+    """Return the layer's vector [d_out], after adding it to the model if needed."""
+    module = model.get_submodule(site.path)
     if hasattr(module, SKIPPED_MEAN):
         return getattr(module, SKIPPED_MEAN)  # type: ignore[no-any-return]
     module.register_buffer(SKIPPED_MEAN, site.weights.w2.new_zeros(site.weights.w2.shape[2]))
+    if isinstance(model, TracedGraph):
+        _add_mean(model, site)
+    return getattr(module, SKIPPED_MEAN)  # type: ignore[no-any-return]
+
+
+def _add_mean(graph: TracedGraph, site: MoESite) -> None:
+    """Add the vector to the output bias of the layer's nodes."""
     for node in site.nodes:
         b2 = node.args[8]
         with graph.graph.inserting_before(node):
@@ -83,4 +90,3 @@ def _buffer(graph: TracedGraph, site: MoESite) -> Tensor:
             value = emit(graph, aten.add.Tensor, b2, mean, path=site.path) if isinstance(b2, Node) else mean
         node.update_arg(8, value)
     graph.recompile()
-    return getattr(module, SKIPPED_MEAN)  # type: ignore[no-any-return]

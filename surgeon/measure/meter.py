@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
 import operator
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -51,18 +52,18 @@ class LayerRun:
         return self.executed_multiply_adds / self.multiply_adds if self.multiply_adds else 1.0
 
 
-def parameter_count(graph: GraphModule) -> int:
-    """Count the numbers in the graph's parameters. Parameters that share memory count once."""
-    return sum({tensor_key(parameter): parameter.numel() for parameter in graph.parameters()}.values())
+def parameter_count(model: nn.Module) -> int:
+    """Count the numbers in the model's parameters. Parameters that share memory count once."""
+    return sum({tensor_key(parameter): parameter.numel() for parameter in model.parameters()}.values())
 
 
-def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Cost, dict[str, LayerRun]]:
+def measure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Cost, dict[str, LayerRun]]:
     """Measure the cost of one call, and what each expert layer ran in it, by path.
 
-    The graph is run once, in its present mode.
+    The model is run once, in its present mode.
     """
-    meter = ExpertMeter(graph)
-    with torch.no_grad(), _frozen(graph), Counter() as counter:
+    meter = ExpertMeter(model)
+    with torch.no_grad(), _frozen(model), Counter() as counter:
         meter.call(args, kwargs)
     counted = counter.multiply_adds
     # What the experts computed, filling included, is replaced by what counts. The module and masked forms compute all
@@ -74,13 +75,13 @@ def measure(graph: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     everything = sum(layer.multiply_adds for layer in meter.layers.values())
     ran = sum(layer.executed_multiply_adds for layer in meter.layers.values())
     share = ran / everything if everything else None
-    return Cost(parameter_count(graph), counted + everything, counted + ran, share, counter.uncounted), meter.layers
+    return Cost(parameter_count(model), counted + everything, counted + ran, share, counter.uncounted), meter.layers
 
 
 @contextlib.contextmanager
-def _frozen(graph: GraphModule) -> Iterator[None]:
+def _frozen(model: nn.Module) -> Iterator[None]:
     """Let no parameter require gradients: torch's counter fails at a branch (`torch.cond`) with one that does."""
-    trained = [parameter for parameter in graph.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
@@ -101,7 +102,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def token_load(graph: GraphModule, inputs: Any) -> Tensor:
+def token_load(model: nn.Module, inputs: Any) -> Tensor:
     """Measure how much of the experts each token runs, from 0 to 1: Σ cost of those that ran / Σ cost of all.
 
     The sums are over the layers (D2DMoE, load maps of its section on spatial load).
@@ -114,12 +115,12 @@ def token_load(graph: GraphModule, inputs: Any) -> Tensor:
         another shape, such as a pooler, are left out.
 
     Raises:
-        UsageError: the graph has no experts.
+        UsageError: the model has no experts.
     """
     args, kwargs = as_args_kwargs(inputs)
-    meter = ExpertMeter(graph)
+    meter = ExpertMeter(model)
     if not meter.sites:
-        raise UsageError("The graph has no experts, so no token has a load. Apply moeify first.")
+        raise UsageError("The model has no experts, so no token has a load. Apply moeify first.")
     seen: list[tuple[Tensor, Tensor]] = []
     meter.on_selection = lambda site, ran: seen.append((ran, torch.tensor(site.costs).to(ran.device)))
     with torch.no_grad():
@@ -130,8 +131,8 @@ def token_load(graph: GraphModule, inputs: Any) -> Tensor:
     return torch.stack([(ran * costs).sum(-1) for ran, costs in chosen]).sum(0).float() / whole
 
 
-class ExpertMeter(Interpreter):
-    """Runs a graph and counts the expert-token pairs that ran in every expert layer. Counts add up over calls.
+class ExpertMeter:
+    """Runs a model and counts the expert-token pairs that ran in every expert layer. Counts add up over calls.
 
     token_mask: a function from the leading dimensions of a layer's tokens to a mask that is True for tokens that count.
         None counts all tokens.
@@ -139,56 +140,67 @@ class ExpertMeter(Interpreter):
     on_tokens: called with each layer, the inputs [N, d_in] of tokens that count and their selected experts, [N, E].
     """
 
-    def __init__(self, graph: GraphModule, *, oracle: bool = False) -> None:
-        """Prepare to run `graph`. With `oracle`, the true norms of the experts' outputs replace the router's scores."""
-        super().__init__(graph)
-        self.oracle = oracle
-        self.sites: dict[str, MoESite] = {site.path: site for site in find_moes(graph)}
+    def __init__(self, model: nn.Module, *, oracle: bool = False) -> None:
+        """Prepare to run a graph, or a model with converted layers.
+
+        oracle: the true norms of the experts' outputs replace the router's scores.
+        """
+        self.module, self.oracle = model, oracle
+        self.sites: dict[str, MoESite] = {site.path: site for site in find_moes(model)}
         self.layers = {path: LayerRun(per_token=site.router_parameters) for path, site in self.sites.items()}
         self.token_mask: Callable[[Sequence[int]], Tensor | None] | None = None
         self.on_selection: Callable[[MoESite, Tensor], None] | None = None
         self.on_tokens: Callable[[MoESite, Tensor, Tensor], None] | None = None
-        self._site_of: dict[Node, MoESite] = {node: site for site in self.sites.values() for node in site.nodes}
+        self._run = _GraphRun(model, self) if isinstance(model, GraphModule) else None
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call the graph with its own arguments and return its output."""
-        assert isinstance(self.module, GraphModule)
-        flat = self.run(*flat_inputs(self.module, args, kwargs), enable_io_processing=False)
-        return unflatten_output(self.module, flat)
+        """Call the model with its own arguments and return its output."""
+        if self._run is not None:
+            graph = self._run.module
+            assert isinstance(graph, GraphModule)
+            flat = self._run.run(*flat_inputs(graph, args, kwargs), enable_io_processing=False)
+            return unflatten_output(graph, flat)
+        with self.counting():
+            return self.module(*args, **kwargs)
 
-    def run_node(self, n: Node) -> Any:
-        """Run one node. If it is an expert layer, count the selected experts first."""
-        site = self._site_of.get(n)
-        if site is None:
-            return super().run_node(n)
-        args, _ = self.fetch_args_kwargs_from_env(n)
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what every call of a model that is not a graph runs, for example inside of `generate`."""
+        moes = {path: self.module.get_submodule(path) for path in self.sites}
+        for path, moe in moes.items():
+            assert isinstance(moe, MoE)
+            moe.forward = functools.partial(self._forward, self.sites[path], moe, moe.forward)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for moe in moes.values():
+                del moe.forward
+
+    def _forward(self, site: MoESite, moe: MoE, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return self.layer(site, x, lambda: moe.route(x), lambda: forward(x), lambda: moe.output_bias)
+
+    def layer(
+        self,
+        site: MoESite,
+        x: Tensor,
+        route: Callable[[], tuple[Tensor, Tensor]],
+        run: Callable[[], Tensor],
+        b2: Callable[[], Tensor | None],
+    ) -> Tensor:
+        """Run one expert layer and count the selected experts.
+
+        route: returns the scores and the threshold of its router. run: runs it. b2: returns its output bias.
+        """
         # The flop counter must not count what the meter itself computes.
         with _disable_current_modes(), torch.no_grad():
-            scores, threshold = self._selection(site, n, args)
-            self._count(site, args[0], scores, threshold)
+            scores, threshold = _oracle(site, x) if self.oracle else route()
+            self._count(site, x, scores, threshold)
             if self.oracle:
-                return self._run(site, n, args, scores, threshold)
-        started = clock(args[0].device)
-        result = super().run_node(n)
-        self.layers[site.path].seconds += clock(args[0].device) - started
+                return masked_ffn(x, scores, threshold, *site.weights, b2(), site.activation)  # type: ignore[no-any-return]
+        started = clock(x.device)
+        result = run()
+        self.layers[site.path].seconds += clock(x.device) - started
         return result
-
-    def _selection(self, site: MoESite, node: Node, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        if self.oracle:
-            x = args[0]
-            norms = expert_norms(x.reshape(-1, x.shape[-1]), site.routed, site.activation)
-            norms = norms.reshape(*x.shape[:-1], -1)
-            threshold = selection_threshold(norms, site.tau, site.rule)
-            return F.pad(norms, (site.shared, 0), value=math.inf), threshold
-        if site.form == "module":
-            moe = self.submodules[str(node.target)]
-            assert isinstance(moe, MoE)
-            return moe.route(args[0])
-        return args[1], args[2]
-
-    def _run(self, site: MoESite, node: Node, args: tuple[Any, ...], scores: Tensor, threshold: Tensor) -> Tensor:
-        b2 = self.submodules[str(node.target)].b2 if site.form == "module" else args[8]
-        return masked_ffn(args[0], scores, threshold, *site.weights, b2, site.activation)  # type: ignore[no-any-return]
 
     def _count(self, site: MoESite, x: Tensor, scores: Tensor, threshold: Tensor) -> None:
         ran = selected(scores, threshold)
@@ -209,9 +221,37 @@ class ExpertMeter(Interpreter):
         layer.executed_multiply_adds += sum(map(operator.mul, of_experts, costs))
 
 
+def _oracle(site: MoESite, x: Tensor) -> tuple[Tensor, Tensor]:
+    norms = expert_norms(x.reshape(-1, x.shape[-1]), site.routed, site.activation).reshape(*x.shape[:-1], -1)
+    threshold = selection_threshold(norms, site.tau, site.rule)
+    return F.pad(norms, (site.shared, 0), value=math.inf), threshold
+
+
+class _GraphRun(Interpreter):
+    """Runs a graph node by node, and its expert layers through a meter."""
+
+    def __init__(self, graph: GraphModule, meter: ExpertMeter) -> None:
+        super().__init__(graph)
+        self.meter = meter
+        self._site_of: dict[Node, MoESite] = {node: site for site in meter.sites.values() for node in site.nodes}
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node. If it is an expert layer, count the selected experts first."""
+        site = self._site_of.get(n)
+        if site is None:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        run = functools.partial(super().run_node, n)
+        if site.form == "module":
+            moe = self.submodules[str(n.target)]
+            assert isinstance(moe, MoE)
+            return self.meter.layer(site, args[0], lambda: moe.route(args[0]), run, lambda: moe.output_bias)
+        return self.meter.layer(site, args[0], lambda: args[1:3], run, lambda: args[8])
+
+
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one call of the graph on the example inputs.
+    """The cost of one call of the model on the example inputs.
 
     parameters: the number of parameters, tied ones counted once. multiply_adds: multiply-adds if every expert runs.
     executed_multiply_adds: multiply-adds that ran, including routers, attention and head.

@@ -14,14 +14,19 @@ from torch import nn
 from torch.fx import GraphModule
 
 from surgeon.data.batch import Batch
-from surgeon.data.losses import Quality, QualityMeter
+from surgeon.data.imitation import made_for
+from surgeon.data.losses import device_of, evaluating
 from surgeon.data.padding import token_mask
+from surgeon.data.quality import Quality, Scores
 from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs
+from surgeon.measure.judge import Criteria, Judge
 from surgeon.measure.meter import ExpertMeter, LayerRun, clock, measure
+from surgeon.models.tasks import needs_labels
 from surgeon.moe.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
 from surgeon.moe.site import find_moes
 from surgeon.progress import Progress
+from surgeon.tracing.trace import TraceInfo
 
 RouterChoice = Literal["own", "oracle"]
 _USUAL_TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -36,13 +41,15 @@ class Point:
 
     tau: the value of tau, or None for the graph's own values of tau and rule. rule: the selection rule.
     router: "own", or "oracle" for the true norms of the experts' outputs, which no router can beat by much.
-    quality: the quality on the data.
+    quality: the quality on the data, compared with the dense model's if that is known. Without labels it is the first
+        agreement.
     executed: the share of the experts' multiply-adds that ran, without padding.
     layers: multiply-adds of the converted layers and their routers, over those of the dense layers they replaced.
     multiply_adds: multiply-adds of one whole call on the example inputs at that share.
     relative: multiply_adds over the dense model's, None if those are unknown.
     milliseconds: the time of one call on the first batch, None if it was not timed.
     shares: the share of its experts that each layer ran, by path.
+    agreement: with the dense model's outputs: top-1 and KL divergence of logits, the cosine of other outputs.
     """
 
     tau: float | None
@@ -55,6 +62,7 @@ class Point:
     router: RouterChoice = "own"
     milliseconds: float | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
+    agreement: tuple[Quality, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Dense:
 def sweep(
     graph: GraphModule,
     batches: Iterable[Batch],
-    task: str,
+    task: str | None,
     taus: Sequence[float | None] | None = None,
     *,
     inputs: Any,
@@ -82,6 +90,9 @@ def sweep(
     rules: Sequence[str] | None = None,
     routers: Sequence[RouterChoice] = ("own",),
     timed: bool = False,
+    dense: nn.Module | None = None,
+    dense_scores: Scores | None = None,
+    blank: int = 0,
     dense_multiply_adds: int | None = None,
     dense_layers: Mapping[str, float] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -89,6 +100,8 @@ def sweep(
     """Measure quality and cost at each tau, on all batches. The graph's own tau and rule are restored afterwards.
 
     Args:
+        task: one of `surgeon.models.tasks.TASKS`, whose quality is measured on labels. None, or one that imitates,
+            needs no labels: then quality is agreement with `dense`, or without it with this graph at tau 0.
         taus: values of tau, by default `usual_taus` of each rule. None stands for the graph's own tau and rule, and is
             measured once for all rules.
         inputs: example inputs on which multiply-adds are counted.
@@ -96,6 +109,9 @@ def sweep(
         rules: names from `surgeon.kernels.selection.RULES`, by default the graph's own rules.
         routers: "own", "oracle", or both.
         timed: also time calls, taking turns between the settings.
+        dense: the model before the surgery. Agreement with it is measured at each setting.
+        dense_scores: its scores on the labels of the same batches (`surgeon.measure.judge`), to compare with.
+        blank: as in `surgeon.data.losses.task_loss`.
         dense_multiply_adds: the multiply-adds of the dense model on the example inputs.
         dense_layers: the cost of the dense layers, by the path of their experts (see
             `surgeon.passes.report.dense_layers`). The default is the cost of all experts, which differs if a layer was
@@ -114,8 +130,11 @@ def sweep(
         for tau in (*(usual_taus(graph, rule) if taus is None else taus), *((None,) if stored else ()))
     ]
     settings = list(dict.fromkeys(combined))
+    own_task = task if needs_labels(task) else None
+    info: TraceInfo | None = graph.meta.get("trace")
+    criteria = Criteria(own_task, blank, made_for(task, info.task if info is not None else None))
     points = []
-    with knobs_restored(graph) as own:
+    with knobs_restored(graph) as own, evaluating(graph if dense is None else dense):
         counter = _Counter(graph, inputs)
 
         def choose(rule: str | None, tau: float | None) -> None:
@@ -125,19 +144,36 @@ def sweep(
             if tau is not None:
                 set_tau(graph, tau)
 
-        for number, (router, rule, tau) in enumerate(settings):
+        def outputs_of_dense(batch: Batch) -> Any:
+            if dense is None and own_task is not None:
+                return None
+            if dense is None:
+                choose(None, 0.0)
+            moved = batch.to(device_of(graph))
+            return (graph if dense is None else dense)(*moved.args, **moved.kwargs)
+
+        meters, judges = [], []
+        for router, rule, tau in settings:
             choose(rule, tau)
-            meter, marks = ExpertMeter(graph, oracle=router == "oracle"), QualityMeter(task)
-            for index, batch in enumerate(run_batches(meter, batches)):
-                marks.add(batch[1], batch[0])
+            meters.append(ExpertMeter(graph, oracle=router == "oracle"))
+            judges.append(Judge(criteria))
+        # All settings of a batch in turn, so that the dense model runs once.
+        for index, given in enumerate(batches):
+            expected = outputs_of_dense(given)
+            for number, (_, rule, tau) in enumerate(settings):
+                choose(rule, tau)
+                for batch, outputs in run_batches(meters[number], [given]):
+                    judges[number].add(outputs, batch, expected)
                 if progress is not None:
-                    done, total = number * len(batches) + index + 1, len(settings) * len(batches)
+                    done, total = index * len(settings) + number + 1, len(settings) * len(batches)
                     progress(Progress("sweep", done, total, {} if tau is None else {"tau": tau}))
+        for (router, rule, tau), meter, marks in zip(settings, meters, judges, strict=True):
             multiply_adds = counter.multiply_adds(meter.layers)
+            verdict = marks.verdict(dense_scores)
             points.append(
                 Point(
                     tau,
-                    marks.result(),
+                    verdict.first,
                     executed_share(meter.layers),
                     layers_share(meter.layers, dense_layers),
                     multiply_adds,
@@ -145,6 +181,7 @@ def sweep(
                     " ".join(dict.fromkeys(own.rules.values())) if rule is None else rule,
                     router,
                     shares={path: layer.share for path, layer in meter.layers.items()},
+                    agreement=verdict.agreement,
                 )
             )
         if timed:
@@ -161,7 +198,7 @@ def usual_taus(graph: GraphModule, rule: str | None = None) -> tuple[float, ...]
 
 
 @contextmanager
-def knobs_restored(graph: GraphModule) -> Iterator[Knobs]:
+def knobs_restored(graph: nn.Module) -> Iterator[Knobs]:
     """Set evaluation mode and give the graph's settings. Restore the mode and the settings at the end."""
     knobs, training = get_knobs(graph), graph.training
     graph.eval()
@@ -174,15 +211,11 @@ def knobs_restored(graph: GraphModule) -> Iterator[Knobs]:
 
 def run_batches(meter: ExpertMeter, batches: Iterable[Batch]) -> Iterable[tuple[Batch, Any]]:
     """Yield each batch, moved to the graph's device, with its output. The meter counts all tokens except padding."""
-    device = _device_of(meter.module)
+    device = device_of(meter.module)
     with torch.no_grad():
         for batch in (given.to(device) for given in batches):
             meter.token_mask = lambda lead, batch=batch: token_mask(batch, lead)
             yield batch, meter.call(batch.args, batch.kwargs)
-
-
-def _device_of(graph: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
 
 
 def executed_share(layers: Mapping[str, LayerRun]) -> float:
@@ -221,7 +254,7 @@ def time_settings(
 ) -> list[float]:
     """Return the median milliseconds of a call for each choice. The choices take turns, and this is repeated."""
     times: list[list[float]] = [[] for _ in choices]
-    device = _device_of(graph)
+    device = device_of(graph)
     batch = batch.to(device)
     with torch.no_grad():
         for _ in range(repeats + 1):

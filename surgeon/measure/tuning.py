@@ -4,9 +4,9 @@ The search starts from the single tau that meets the budget. It then gives each 
 and measures the effect on the output. Cost is moved from the layers that need it least to those that need it most. This
 is repeated as long as the output gets closer to the output with every expert.
 
-Damage is the mean divergence KL(every expert ‖ selected experts) between the model's output distributions, in nats. The
-outputs of a language model are as wide as its vocabulary. Their mean is over evenly spaced tokens, as many as `_KEPT`
-allows.
+Damage is how far the outputs move, as in `surgeon.data.imitation.divergence`: the mean KL(every expert ‖ selected
+experts) of logits in nats, and the relative squared error of outputs that are no logits. The outputs of a language
+model are as wide as its vocabulary. Their mean is over evenly spaced tokens, as many as `_KEPT` allows.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from itertools import pairwise, permutations
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
 from surgeon.data.batch import Batch
-from surgeon.data.losses import logits_of
-from surgeon.data.padding import real_tokens
+from surgeon.data.imitation import answer, made_for
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.measure.meter import ExpertMeter, LayerRun, measure
@@ -34,6 +34,7 @@ from surgeon.measure.sweep import knobs_restored, run_batches, time_settings
 from surgeon.moe.knobs import set_tau
 from surgeon.moe.site import find_moes
 from surgeon.progress import Progress
+from surgeon.tracing.trace import TraceInfo
 
 Metric = Literal["flops", "ms"]
 
@@ -53,7 +54,8 @@ class Tuned:
     """A tau for each layer, and its cost and damage.
 
     taus: the chosen values, by layer. shares: the share of the experts that run, by layer.
-    cost, damage: the cost relative to the dense model, and the damage to the output in nats.
+    cost, damage: the cost relative to the dense model, and the damage to the output: nats, or a relative squared error
+        if `unit` says so.
     uniform, uniform_cost, uniform_damage: the best single tau for all layers, and its cost and damage.
     rounds: how often cost was moved between layers.
     """
@@ -66,6 +68,7 @@ class Tuned:
     uniform_cost: float
     uniform_damage: float
     rounds: int
+    unit: str = "nats"
 
 
 def tune(
@@ -76,13 +79,14 @@ def tune(
     inputs: object,
     dense: float | None = None,
     metric: Metric = "flops",
+    task: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Tuned:
     """Find a tau for each layer so that the model costs at most `budget`, and set them.
 
     Args:
         budget: the cost of the whole model, as a share of the dense model's cost.
-        batches, inputs, dense, metric, progress: as in `Tuner`, which serves several budgets.
+        batches, inputs, dense, metric, task, progress: as in `Tuner`, which serves several budgets.
 
     Raises:
         UsageError: the graph has no experts, `check_budget` refuses the budget, or no tau meets it. The message says
@@ -90,7 +94,8 @@ def tune(
         DataError: there are no batches.
     """
     check_budget(budget)
-    return Tuner(graph, batches, inputs=inputs, dense=dense, metric=metric, progress=progress).tune(budget)
+    tuner = Tuner(graph, batches, inputs=inputs, dense=dense, metric=metric, task=task, progress=progress)
+    return tuner.tune(budget)
 
 
 def check_budget(budget: float) -> None:
@@ -131,6 +136,7 @@ class Tuner:
         inputs: object,
         dense: float | None = None,
         metric: Metric = "flops",
+        task: str | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         """Measure the graph at single values of tau for all layers.
@@ -144,6 +150,7 @@ class Tuner:
             dense: the dense model's cost: its multiply-adds on the example inputs, or for "ms" its milliseconds on the
                 first batch. The default is the cost of this graph with every expert running.
             metric: "flops" counts multiply-adds, "ms" measures the time of calls on the first batch, on this machine.
+            task: what the outputs are (`surgeon.data.imitation.made_for`), by default what the model's class tells.
             progress: called after every trial, or None.
 
         Raises:
@@ -153,6 +160,8 @@ class Tuner:
         if not find_moes(graph):
             raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
         self._graph, self._metric, self._progress = graph, metric, progress
+        info: TraceInfo | None = graph.meta.get("trace")
+        self._task = made_for(task, None if info is None else info.task)
         self._batches = [Batch.from_any(item) for item in batches]
         if not self._batches:
             raise DataError("There is no data to tune on: no batches were given.")
@@ -184,11 +193,12 @@ class Tuner:
         args, kwargs = as_args_kwargs(inputs)
         cost, layers = measure(graph, args, kwargs)
         meter = ExpertMeter(graph)
-        numbers = sum(_logits(outputs, batch).numel() for batch, outputs in run_batches(meter, batches))
+        answers = ((answer(outputs, self._task), batch) for batch, outputs in run_batches(meter, batches))
+        numbers = sum(part.rows(batch).numel() for parts, batch in answers for part in parts)
         if not numbers:
             raise DataError("There is no data to tune on: the batches contain only padding.")
         self._every = max(1, math.ceil(numbers / _KEPT))
-        self._expected = [self._log_probabilities(outputs, batch) for batch, outputs in run_batches(meter, batches)]
+        self._expected = [self._kept(outputs, batch) for batch, outputs in run_batches(meter, batches)]
         self._full = {path: float(layer.multiply_adds) for path, layer in layers.items()}
         self._fixed = cost.multiply_adds - sum(self._full.values())
         self._dense = float(cost.multiply_adds) if dense is None or metric == "ms" else dense
@@ -216,7 +226,7 @@ class Tuner:
             best, rounds = moved, rounds + 1
         return Tuned(
             best.taus, best.shares, best.cost, best.damage, next(iter(uniform.taus.values())), uniform.cost,
-            uniform.damage, rounds,
+            uniform.damage, rounds, self._unit,
         )  # fmt: skip
 
     def _uniform(self, budget: float) -> _Trial:
@@ -266,21 +276,30 @@ class Tuner:
 
     def _try(self, taus: dict[str, float]) -> _Trial:
         set_tau(self._graph, taus)
-        meter, damage, count = ExpertMeter(self._graph), 0.0, 0
+        meter, sums = ExpertMeter(self._graph), torch.zeros(2, len(self._expected[0]), dtype=torch.float64)
         for (batch, outputs), expected in zip(run_batches(meter, self._batches), self._expected, strict=True):
-            found = self._log_probabilities(outputs, batch)
-            damage += float(F.kl_div(found, expected, log_target=True, reduction="sum"))
-            count += len(expected)
+            for place, (found, want) in enumerate(zip(self._kept(outputs, batch), expected, strict=True)):
+                sums[:, place] += torch.tensor(_apart(found, want), dtype=torch.float64)
+        damage = float((sums[0] / sums[1]).sum())
         shares = {path: layer.share for path, layer in meter.layers.items()}
         self._done += 1
         if self._progress is not None:
-            self._progress(Progress("tuning", min(self._done, self._total), self._total, {"damage": damage / count}))
+            self._progress(Progress("tuning", min(self._done, self._total), self._total, {"damage": damage}))
         cost = self._fixed + sum(self._cost_of(path, share) for path, share in shares.items())
-        return _Trial(taus, shares, damage / count, cost / self._dense)
+        return _Trial(taus, shares, damage, cost / self._dense)
 
-    def _log_probabilities(self, outputs: object, batch: Batch) -> Tensor:
-        """Return log-probabilities [N, C] of the samples, or of every `self._every`-th token."""
-        return _logits(outputs, batch)[:: self._every].float().log_softmax(-1)
+    def _kept(self, outputs: object, batch: Batch) -> list[tuple[Tensor, bool]]:
+        """Return every `self._every`-th row of each part, and whether it holds log-probabilities."""
+        return [
+            (rows.log_softmax(-1), True) if part.logits else (rows, False)
+            for part in answer(outputs, self._task)
+            for rows in (part.rows(batch)[:: self._every],)
+        ]
+
+    @property
+    def _unit(self) -> str:
+        kinds = {"nats" if logits else "relative squared error" for _, logits in self._expected[0]}
+        return " + ".join(sorted(kinds))
 
     def _cost_of(self, path: str, share: float) -> float:
         """Return the cost of a layer at this share of its experts, in the units of the metric."""
@@ -354,7 +373,9 @@ def _monotone(points: Iterable[tuple[float, float]]) -> tuple[np.ndarray, np.nda
     return np.array(list(ordered)), np.array(list(ordered.values()))
 
 
-def _logits(outputs: object, batch: Batch) -> Tensor:
-    """Return logits [N, C] of the samples, or of the tokens that are not padding."""
-    logits = logits_of(outputs)
-    return real_tokens(batch, logits) if logits.dim() > 2 else logits
+def _apart(found: tuple[Tensor, bool], want: tuple[Tensor, bool]) -> tuple[float, float]:
+    """Return the sum of what lies between two parts of answers, and what to divide it by."""
+    (a, logits), (b, _) = found, want
+    if logits:
+        return float(F.kl_div(a, b, log_target=True, reduction="sum")), float(len(b))
+    return float((a - b).square().sum()), max(float(b.square().sum()), 1e-12)

@@ -186,7 +186,10 @@ class _Maker:
         return made
 
     def drawn(self) -> dict[str, Tensor]:
-        """Draw ids without a tokenizer. With a padding id the second row is two tokens shorter and padded."""
+        """Draw ids without a tokenizer, with token types if the model has embeddings for them.
+
+        With a padding id the second row is two tokens shorter and padded.
+        """
         part = self.text_config(decoder=False)
         ids = self.ids(min(LENGTH, self.longest()))
         mask = torch.ones_like(ids)
@@ -198,7 +201,10 @@ class _Maker:
             mask[1, short:] = 0
         if end is not None:
             ids[0, length - 1] = ids[1, short - 1] = end
-        return {"input_ids": ids, "attention_mask": mask}
+        made = {"input_ids": ids, "attention_mask": mask}
+        if (self.first("type_vocab_size") or 0) > 1:  # a pair of sentences
+            made["token_type_ids"] = (torch.arange(length) >= length // 2).long().expand(BATCH, -1).contiguous()
+        return made
 
     def boxes(self, ids: Tensor) -> dict[str, Tensor]:
         limit = self.need("max_2d_position_embeddings")

@@ -45,6 +45,11 @@ class Directory:
     notes: tuple[str, ...]
 
 
+def is_pretrained(model: Any) -> bool:
+    """Whether a model is one of transformers. This does not import transformers."""
+    return any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)
+
+
 def load_directory(path: Path, task: str | None) -> Directory:
     """Load a directory that has a `config.json`, without running code from it.
 
@@ -55,7 +60,7 @@ def load_directory(path: Path, task: str | None) -> Directory:
         LoadError: the directory is incomplete or damaged, holds an adapter or weights that do not fit its config, or
             its class is not in transformers.
     """
-    files = _weight_files(path)
+    files = weight_files(path)
     config = read_config(path)
     with quiet_transformers():
         try:
@@ -77,8 +82,8 @@ def load_directory(path: Path, task: str | None) -> Directory:
     return Directory(model, tokenizer, processor, files, (*notes, *tokenizer_notes, *processor_notes))
 
 
-def companions(path: Path) -> tuple[Any | None, Any | None, Any | None]:
-    """Load the config, tokenizer and processor that were saved with a surgery. Each is None if it was not saved.
+def companions(path: Path) -> tuple[Any | None, Any | None, Any | None, Any | None]:
+    """Load what was saved with a surgery: config, tokenizer, processor and generation config. None if it was not saved.
 
     Raises:
         LoadError: a file of theirs is damaged.
@@ -89,7 +94,8 @@ def companions(path: Path) -> tuple[Any | None, Any | None, Any | None]:
         if not (path / file).is_file():
             return None
         try:
-            return getattr(transformers, loader).from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            options = {} if loader == "GenerationConfig" else {"trust_remote_code": False}
+            return getattr(transformers, loader).from_pretrained(path, local_files_only=True, **options)
         except Exception as error:
             raise LoadError(
                 f"{path}: cannot read {file} or a file beside it: {first_line(error)}. Save the surgery again, or copy "
@@ -99,8 +105,10 @@ def companions(path: Path) -> tuple[Any | None, Any | None, Any | None]:
     with quiet_transformers():
         config = part("config.json", "AutoConfig")
         if config is None:
-            return None, None, None
-        return config, part("tokenizer_config.json", "AutoTokenizer"), part("preprocessor_config.json", "AutoProcessor")
+            return None, None, None, None
+        tokenizer = part("tokenizer_config.json", "AutoTokenizer")
+        processor = part("preprocessor_config.json", "AutoProcessor")
+        return config, tokenizer, processor, part("generation_config.json", "GenerationConfig")
 
 
 def read_config(path: Path) -> Any:
@@ -111,7 +119,7 @@ def read_config(path: Path) -> Any:
     """
     import transformers
 
-    settings = _read_json(path / "config.json" if path.is_dir() else path)
+    settings = read_json(path / "config.json" if path.is_dir() else path)
     with quiet_transformers():
         try:
             return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -135,26 +143,6 @@ def _unknown_type(settings: Any) -> str | None:
         + (f"Did you mean '{close[0]}'? Else install" if close else "Install")
         + " a version that does, or build the model in Python and give module:function. "
         "Code from model directories is never run."
-    )
-
-
-def refuse_adapter(path: Path) -> None:
-    """Refuse a directory that PEFT wrote: it holds changes to another model.
-
-    Raises:
-        LoadError: the directory has an `adapter_config.json`. The message names the base model.
-    """
-    file = path / "adapter_config.json"
-    if not file.is_file():
-        return
-    settings = _read_json(file)
-    settings = settings if isinstance(settings, dict) else {}
-    kind = settings.get("peft_type") or "of unknown type"
-    base = settings.get("base_model_name_or_path") or "its base model"
-    raise LoadError(
-        f"{path} is a PEFT adapter ({kind}) for {base}, not a whole model. Merge it in Python and give the merged "
-        f"directory: load {base} as `model`, then "
-        f'peft.PeftModel.from_pretrained(model, "{path}").merge_and_unload().save_pretrained("merged").'
     )
 
 
@@ -220,7 +208,7 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """Return the weight files of a Hugging Face directory. Each must exist and have a valid header."""
     name = next((name for name in _WEIGHT_FILES if (path / name).is_file()), None)
     if name is None:
@@ -239,7 +227,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    content = _read_json(index)
+    content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     shards = list(names.values()) if isinstance(names, dict) else []
     # Only names of files beside the index: a path could lead out of the directory.
@@ -250,7 +238,12 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(shards))
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a model.
+
+    Raises:
+        LoadError: it is not JSON in UTF-8, or is nested too deeply.
+    """
     try:
         return json.loads(path.read_bytes().decode())
     except UnicodeDecodeError as error:

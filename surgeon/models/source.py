@@ -17,7 +17,8 @@ from torch.export import ExportedProgram
 from surgeon.directories import restore
 from surgeon.errors import LoadError, some
 from surgeon.graph.weights import all_finite
-from surgeon.models.hugging_face import load_directory, model_class, quiet_transformers, read_config, refuse_adapter
+from surgeon.models.adapters import ADAPTER, load_adapter
+from surgeon.models.hugging_face import load_directory, model_class, quiet_transformers, read_config
 from surgeon.models.readiness import check_ready
 from surgeon.models.tasks import HEADS
 from surgeon.models.user_function import call_spec, is_spec
@@ -124,7 +125,11 @@ def _from_directory(path: Path, task: str | None) -> Source:
     if (path / "surgery.json").is_file():
         weights = [file for file in [path / "model.pt2"] if file.is_file()]
         return Source(path, "artifact", None, None, None, None, sha256_of(weights))
-    refuse_adapter(path)
+    if (path / ADAPTER).is_file():
+        adapted = load_adapter(path, task)
+        digest = sha256_of(adapted.files)
+        config = adapted.model.config
+        return Source(path, "hf", adapted.model, adapted.tokenizer, adapted.processor, config, digest, adapted.notes)
     if not (path / "config.json").is_file():
         raise LoadError(f"{path} is not a model directory: it has neither config.json (Hugging Face) nor surgery.json.")
     made = load_directory(path, task)

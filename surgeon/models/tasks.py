@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+LossKind = Literal["class", "next-token", "token", "tag", "span", "ctc", "imitation"]
 
 
 @dataclass(frozen=True)
@@ -11,24 +14,48 @@ class Task:
     """A task by its name on the command line.
 
     auto_class: the transformers class that loads a model with the task's head; None if there is none.
+    loss: what is predicted. class: one class for each sample. next-token, token: a token at each position. tag: one
+        class for each token. span: first and last token of an answer. ctc: a text without its places in the sound.
+        imitation: the outputs of the dense model, so that no labels are needed.
     endings: the endings of the names of classes made for this task.
-    classifies: whether the model predicts one class for each sample, rather than one token for each position.
+    classes: names of transformers' tables of classes for this task, where endings do not tell.
     """
 
     auto_class: str | None
-    endings: tuple[str, ...]
-    classifies: bool
+    loss: LossKind
+    endings: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
+IMITATE = "imitate"
+# The first task that fits a class is taken.
 TASKS = {
-    "causal-lm": Task("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), False),
-    "masked-lm": Task("AutoModelForMaskedLM", ("ForMaskedLM",), False),
-    "sequence-classification": Task("AutoModelForSequenceClassification", ("ForSequenceClassification",), True),
-    "image-classification": Task("AutoModelForImageClassification", ("ForImageClassification",), True),
-    "classification": Task(None, (), True),
-}
+    "causal-lm": Task("AutoModelForCausalLM", "next-token", ("ForCausalLM", "LMHeadModel")),
+    "masked-lm": Task("AutoModelForMaskedLM", "token", ("ForMaskedLM",)),
+    "seq2seq-lm": Task("AutoModelForSeq2SeqLM", "token", (), ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",)),
+    "audio-classification": Task(
+        "AutoModelForAudioClassification", "class", ("ForAudioClassification",),
+        ("MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",),
+    ),
+    "sequence-classification": Task("AutoModelForSequenceClassification", "class", ("ForSequenceClassification",)),
+    "token-classification": Task("AutoModelForTokenClassification", "tag", ("ForTokenClassification",)),
+    "question-answering": Task("AutoModelForQuestionAnswering", "span", ("ForQuestionAnswering",)),
+    "image-classification": Task("AutoModelForImageClassification", "class", ("ForImageClassification",)),
+    "ctc": Task("AutoModelForCTC", "ctc", ("ForCTC",)),
+    "speech-seq2seq": Task("AutoModelForSpeechSeq2Seq", "token", (), ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",)),
+    "feature-extraction": Task(
+        "AutoModel", "imitation", (), ("MODEL_MAPPING_NAMES", "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES")
+    ),
+    "classification": Task(None, "class"),
+    IMITATE: Task(None, "imitation"),
+}  # fmt: skip
 HEADS = {name: task.auto_class for name, task in TASKS.items() if task.auto_class is not None}
 """Task → the transformers class that loads a model with its head."""
+
+
+def needs_labels(task: str | None) -> bool:
+    """Whether the task is known and learns from labels. The others imitate the dense model."""
+    return task is not None and TASKS[task].loss != "imitation"
 
 
 def task_of(model: Any) -> str | None:
@@ -38,5 +65,22 @@ def task_of(model: Any) -> str | None:
         model: a Hugging Face model, its config, which names the model's class, or any other module.
     """
     config = getattr(model, "config", model)
-    names = [type(model).__name__, *(getattr(config, "architectures", None) or ())]
-    return next((task for name in names for task, known in TASKS.items() if name.endswith(known.endings)), None)
+    names = [*(kind.__name__ for kind in type(model).__mro__), *(getattr(config, "architectures", None) or ())]
+    tables = hasattr(config, "model_type")
+    return next(
+        (
+            task
+            for name in names
+            for task, known in TASKS.items()
+            if name.endswith(known.endings) or (tables and name in _classes(known.classes))
+        ),
+        None,
+    )
+
+
+@functools.cache
+def _classes(tables: tuple[str, ...]) -> frozenset[str]:
+    from transformers.models.auto import modeling_auto
+
+    values = [value for table in tables for value in getattr(modeling_auto, table).values()]
+    return frozenset(name for value in values for name in (value if isinstance(value, tuple | list) else (value,)))

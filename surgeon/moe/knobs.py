@@ -7,57 +7,56 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.errors import UsageError
 from surgeon.graph.patterns import first_fit, matches
 from surgeon.kernels.selection import check_rule
+from surgeon.moe.module import SKIPPED_MEAN, MoE
 from surgeon.moe.site import MoESite, find_moes
-
-# Buffer of a layer's module that holds the mean output of the experts it skips, see `surgeon.measure.compensation`.
-SKIPPED_MEAN = "skipped_mean"
 
 Value = TypeVar("Value")
 
 
-def set_tau(graph: GraphModule, tau: float | Mapping[str, float], path: str | None = None) -> list[str]:
+def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None = None) -> list[str]:
     """Set tau, the threshold of each layer's selection rule. A larger tau is cheaper, and 0 runs all experts.
 
     For the rule "max", an expert is skipped if its score is below tau times the largest score (D2DMoE, section 3.4).
     `surgeon.kernels.selection` describes the other rules. The change takes effect at the next call, in every form of
-    the graph, and needs no retraining.
+    the layers, and needs no retraining.
 
     Args:
+        model: a graph, or a model with converted layers (see `surgeon.graft`).
         tau: a value in [0, 1], or values by path pattern. The first pattern that matches a layer counts. Layers without
             a match keep their tau.
         path: the path of a feed-forward layer or of its experts, or a pattern with `*`. The default is all layers.
 
     Returns:
-        The paths of the experts that were set, in the graph's order.
+        The paths of the experts that were set, in the model's order.
 
     Raises:
-        UsageError: tau is outside [0, 1], the graph has no experts, or no layer has the path.
+        UsageError: tau is outside [0, 1], the model has no experts, or no layer has the path.
     """
     wanted = tau if isinstance(tau, Mapping) else {path or "*": tau}
     for value in wanted.values():
         if not 0.0 <= value <= 1.0:
             raise UsageError(f"tau is {value}, but must be from 0 to 1.")
-    chosen = _chosen(graph, wanted)
+    chosen = _chosen(model, wanted)
     with torch.no_grad():
         for site, value in chosen:
             if abs(float(site.tau) - value) > 1e-6:
-                _reset_compensation(graph, site)
+                _reset_compensation(model, site)
             site.tau.fill_(value)
     return [site.path for site, _ in chosen]
 
 
-def get_tau(graph: GraphModule) -> dict[str, float]:
+def get_tau(model: nn.Module) -> dict[str, float]:
     """Return the tau of every layer, by the path of its experts."""
-    return {site.path: float(site.tau) for site in find_moes(graph)}
+    return {site.path: float(site.tau) for site in find_moes(model)}
 
 
-def set_rule(graph: GraphModule, rule: str | Mapping[str, str], path: str | None = None) -> list[str]:
+def set_rule(model: nn.Module, rule: str | Mapping[str, str], path: str | None = None) -> list[str]:
     """Set the rule that selects experts from scores and tau. It needs no retraining.
 
     Args:
@@ -65,40 +64,40 @@ def set_rule(graph: GraphModule, rule: str | Mapping[str, str], path: str | None
         path: as in `set_tau`.
 
     Returns:
-        The paths of the experts that were set, in the graph's order.
+        The paths of the experts that were set, in the model's order.
 
     Raises:
-        UsageError: there is no such rule or no such layer, or the graph has no experts.
+        UsageError: there is no such rule or no such layer, or the model has no experts.
     """
     wanted = rule if isinstance(rule, Mapping) else {path or "*": rule}
     for value in wanted.values():
         check_rule(value)
-    chosen = _chosen(graph, wanted)
+    chosen = _chosen(model, wanted)
     changed = [(site, value) for site, value in chosen if site.rule != value]
     for site, value in changed:
-        _reset_compensation(graph, site)
-        for node in site.nodes:
-            if site.form == "module":
-                module: Any = graph.get_submodule(site.path)
-                module.rule = value
-            else:
+        _reset_compensation(model, site)
+        module: Any = model.get_submodule(site.path)
+        if isinstance(module, MoE):
+            module.rule = value
+        else:
+            for node in site.nodes:
                 threshold = node.args[2]
                 assert isinstance(threshold, Node)
                 threshold.update_arg(2, value)
-    if changed:  # an unchanged graph keeps its `torch.compile` cache
-        graph.recompile()
+    if changed and isinstance(model, GraphModule):  # an unchanged graph keeps its `torch.compile` cache
+        model.recompile()
     return [site.path for site, _ in chosen]
 
 
-def get_rule(graph: GraphModule) -> dict[str, str]:
+def get_rule(model: nn.Module) -> dict[str, str]:
     """Return the selection rule of every layer, by the path of its experts."""
-    return {site.path: site.rule for site in find_moes(graph)}
+    return {site.path: site.rule for site in find_moes(model)}
 
 
-def compensated(graph: GraphModule) -> list[str]:
+def compensated(model: nn.Module) -> list[str]:
     """Return the layers that add the mean of what they skip (`surgeon.measure.compensation`), as paths of experts."""
     # A mean that is no longer valid is set to zero.
-    return [path for path, mean in get_knobs(graph).means.items() if bool(mean.any())]
+    return [path for path, mean in get_knobs(model).means.items() if bool(mean.any())]
 
 
 @dataclass(frozen=True)
@@ -110,39 +109,39 @@ class Knobs:
     means: dict[str, Tensor]
 
 
-def get_knobs(graph: GraphModule) -> Knobs:
+def get_knobs(model: nn.Module) -> Knobs:
     """Return the present settings."""
-    means = {site.path: getattr(graph.get_submodule(site.path), SKIPPED_MEAN, None) for site in find_moes(graph)}
+    means = {site.path: getattr(model.get_submodule(site.path), SKIPPED_MEAN, None) for site in find_moes(model)}
     kept = {path: mean.clone() for path, mean in means.items() if isinstance(mean, Tensor)}
-    return Knobs(get_tau(graph), get_rule(graph), kept)
+    return Knobs(get_tau(model), get_rule(model), kept)
 
 
-def set_knobs(graph: GraphModule, knobs: Knobs) -> None:
+def set_knobs(model: nn.Module, knobs: Knobs) -> None:
     """Restore all settings."""
-    set_tau(graph, knobs.taus)
-    set_rule(graph, knobs.rules)
+    set_tau(model, knobs.taus)
+    set_rule(model, knobs.rules)
     with torch.no_grad():
         for path, mean in knobs.means.items():
-            getattr(graph.get_submodule(path), SKIPPED_MEAN).copy_(mean)
+            getattr(model.get_submodule(path), SKIPPED_MEAN).copy_(mean)
 
 
-def _reset_compensation(graph: GraphModule, site: MoESite) -> None:
+def _reset_compensation(model: nn.Module, site: MoESite) -> None:
     """Set the mean of what is skipped to zero, because other experts are skipped from now on."""
-    mean = getattr(graph.get_submodule(site.path), SKIPPED_MEAN, None)
+    mean = getattr(model.get_submodule(site.path), SKIPPED_MEAN, None)
     if mean is not None:
         with torch.no_grad():
             mean.zero_()
 
 
-def _chosen(graph: GraphModule, wanted: Mapping[str, Value]) -> list[tuple[MoESite, Value]]:
+def _chosen(model: nn.Module, wanted: Mapping[str, Value]) -> list[tuple[MoESite, Value]]:
     """Return every layer that a pattern matches, with the value of the first such pattern.
 
     Raises:
-        UsageError: the graph has no experts, or a pattern matches no layer.
+        UsageError: the model has no experts, or a pattern matches no layer.
     """
-    sites = find_moes(graph)
+    sites = find_moes(model)
     if not sites:
-        raise UsageError("The graph has no experts, so there is nothing to set. Apply moeify first.")
+        raise UsageError("The model has no experts, so there is nothing to set. Apply moeify first.")
     for pattern in wanted:
         if not any(matches([pattern], *_names(site)) for site in sites):
             raise UsageError(f"No layer '{pattern}'. Layers with experts: {', '.join(site.path for site in sites)}.")

@@ -1,12 +1,14 @@
 """A feed-forward layer as a mixture of experts: the module that passes put into a graph.
 
 Before `lower`, a layer is one `call_module` node of an `MoE`. After `lower`, the graph has the router's ops and one
-`surgeon::dynamic_k_ffn` node instead. A saved graph has ops in both cases.
+`surgeon::dynamic_k_ffn` node instead. A saved graph has ops in both cases. In a model that is not a graph (see
+`surgeon.graft`), a layer is an `MoE` in either form.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,26 +16,61 @@ from torch import Tensor, nn
 from surgeon.graph.traced import aten
 from surgeon.kernels.experts import Experts
 from surgeon.moe.filling import fill, silent_bias
-from surgeon.moe.ops import masked_ffn, selection_threshold
-from surgeon.moe.router import Router, Step
+from surgeon.moe.ops import dynamic_k_ffn, masked_ffn, selection_threshold
+from surgeon.moe.router import Output, Router, Step
 from surgeon.sites.ffn import FFNWeights
+
+Form = Literal["masked", "dynamic"]
+# Buffer with the mean output of the experts that a layer skips, see `surgeon.measure.compensation`.
+SKIPPED_MEAN = "skipped_mean"
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """Everything about an `MoE` but the values of its tensors.
+
+    d_in, d_out: widths of its input and output. experts, size: E and s. biases: which of b1, b_gate and b2 it has.
+    shared, rule, form, filling: as in `MoE`. compensated: whether it adds the mean of what it skips.
+    router_width: the width of the router's trunk, None without one. router_bias, router_hidden, router_output: as in
+    `Router`.
+    """
+
+    d_in: int
+    d_out: int
+    experts: int
+    size: int
+    activation: str
+    gated: bool
+    biases: tuple[str, ...]
+    shared: int
+    rule: str
+    form: Form
+    filling: int
+    compensated: bool
+    router_width: int | None
+    router_bias: bool
+    router_hidden: Literal["relu", "tanh"]
+    router_output: Output
 
 
 class MoE(nn.Module):
     """A feed-forward layer split into experts of equal size, in ordinary trainable torch code.
 
-    The module computes every expert and masks out those that the rule does not select at tau, so it costs as much as
-    the dense layer. `lower` replaces it by an op that skips these experts. With tau = 0 every expert counts, and the
-    output is the dense layer's. The rule is one of `kernels.selection.RULES`. It starts as "max", which skips experts
-    whose score is below tau times the token's largest score.
+    In the form "masked", the module computes every expert and masks out those that the rule does not select at tau, so
+    it costs as much as the dense layer. `lower` replaces it by an op that skips these experts, which the form "dynamic"
+    calls too. With tau = 0 every expert counts, and the output is the dense layer's. The rule is one of
+    `kernels.selection.RULES`. It starts as "max", which skips experts whose score is below tau times the token's
+    largest score.
 
     The first `shared` experts always run, and the router scores the others.
 
     Parameters (E experts of s neurons): w1 [E, s, d_in], b1 [E, s], gate [E, s, d_in], b_gate [E, s], w2 [E, s, d_out],
-    b2 [d_out]. Those that the dense layer does not have are None. Buffer tau: a scalar in [0, 1].
+    b2 [d_out]. Those that the dense layer does not have are None. Buffer tau: a scalar in [0, 1]. A compensated layer
+    has the buffer skipped_mean [d_out]. filling: how many neurons fill experts up (see `surgeon.moe.filling`).
     """
 
     tau: Tensor
+    form: Form
 
     def __init__(
         self, weights: FFNWeights, labels: Tensor, experts: int, activation: str, router: Router, *, shared: int = 0
@@ -66,8 +103,50 @@ class MoE(nn.Module):
         self.w2 = rows(weights.w2)
         self.b2 = None if weights.b2 is None else nn.Parameter(weights.b2.detach().clone())
         self.activation, self.shared, self.rule = activation, shared, "max"
+        self.form, self.filling = "masked", experts * size - len(order)
         self.router = router
         self.register_buffer("tau", torch.zeros((), dtype=torch.float32, device=weights.w1.device))
+
+    @classmethod
+    def empty(cls, shape: MoEShape, *, device: torch.device | str | None, dtype: torch.dtype | None) -> MoE:
+        """Make a layer whose weights are still to be loaded."""
+        options: Any = {"device": device, "dtype": dtype}
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        rows, ups = (shape.experts, shape.size), (shape.experts, shape.size, shape.d_in)
+        sizes = {
+            "w1": ups,
+            "b1": rows if "b1" in shape.biases else None,
+            "gate": ups if shape.gated else None,
+            "b_gate": rows if "b_gate" in shape.biases else None,
+            "w2": (*rows, shape.d_out),
+            "b2": (shape.d_out,) if "b2" in shape.biases else None,
+        }
+        for name, size in sizes.items():
+            made.register_parameter(name, None if size is None else nn.Parameter(torch.empty(size, **options)))
+        made.activation, made.shared, made.rule = shape.activation, shape.shared, shape.rule
+        made.form, made.filling = shape.form, shape.filling
+        made.router = Router(
+            shape.d_in, shape.router_width, shape.experts - shape.shared,
+            bias=shape.router_bias, hidden=shape.router_hidden, output=shape.router_output,
+            like=torch.empty((), **options),
+        )  # fmt: skip
+        made.register_buffer("tau", torch.zeros((), dtype=torch.float32, device=device))
+        if shape.compensated:
+            made.register_buffer(SKIPPED_MEAN, torch.zeros(shape.d_out, **options))
+        return made
+
+    @property
+    def shape(self) -> MoEShape:
+        """Its shape, as `empty` takes it."""
+        experts, size, d_in = self.weights.w1.shape
+        return MoEShape(
+            d_in, self.weights.w2.shape[2], experts, size, self.activation, self.gate is not None,
+            tuple(name for name in ("b1", "b_gate", "b2") if getattr(self, name) is not None),
+            self.shared, self.rule, self.form, self.filling, hasattr(self, SKIPPED_MEAN),
+            None if self.router.fc1 is None else self.router.fc1.out_features,
+            self.router.fc2.bias is not None, self.router.hidden, self.router.output,
+        )  # fmt: skip
 
     @property
     def weights(self) -> Experts:
@@ -84,8 +163,25 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer: x [..., d_in] → [..., d_out]."""
         scores, threshold = self.route(x)
-        return masked_ffn(  # type: ignore[no-any-return]
-            x, scores, threshold, self.w1, self.b1, self.gate, self.b_gate, self.w2, self.b2, self.activation
+        op = dynamic_k_ffn if self.form == "dynamic" else masked_ffn
+        return op(  # type: ignore[no-any-return]
+            x, scores, threshold, self.w1, self.b1, self.gate, self.b_gate, self.w2, self.output_bias, self.activation
+        )
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """What is added to the experts' outputs, [d_out]: b2 and, in a compensated layer, the mean of what it skips."""
+        mean: Tensor | None = getattr(self, SKIPPED_MEAN, None)
+        if mean is None or self.b2 is None:
+            return self.b2 if mean is None else mean
+        return self.b2 + mean
+
+    def extra_repr(self) -> str:
+        """`48 experts × 32, 384→384 relu, max, dynamic`."""
+        shape = self.shape
+        return (
+            f"{shape.experts} experts × {shape.size}, {shape.d_in}→{shape.d_out} {shape.activation}"
+            f"{' gated' * shape.gated}, {shape.rule}, {shape.form}"
         )
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,9 @@ Step = Callable[..., Any]
 # For "log", differences below this share of the token's largest norm do not matter.
 _LOG_FLOOR = 0.01
 
-_HIDDEN = {"relu": aten.relu.default, "tanh": aten.tanh.default}
+HIDDEN = {"relu": aten.relu.default, "tanh": aten.tanh.default}
 # Each output function as an op and its further arguments.
-_OUTPUT: dict[Output, tuple[Any, ...]] = {
+OUTPUT: dict[Output, tuple[Any, ...]] = {
     "abs": (aten.abs.default,),
     "relu": (aten.relu.default,),
     # Close to a ReLU on targets from 0 to 1, but positive down to -2, where float32 underflows. Scores that are all
@@ -123,25 +123,25 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Score the experts."""
-        return self.steps(lambda op, *args: op(*args), x, lambda name: self.get_parameter(name))  # type: ignore[no-any-return]
+        # The linear layers are called as modules, so that hooks of theirs run (weights that are kept on disk).
+        return self.steps(lambda op, *args: op(*args), x, lambda name, x: getattr(self, name)(x))  # type: ignore[no-any-return]
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the scores before the last op (abs, relu, softplus, exp or sigmoid)."""
-        return self._logits(lambda op, *args: op(*args), x, lambda name: self.get_parameter(name))  # type: ignore[no-any-return]
+        return self._logits(lambda op, *args: op(*args), x, lambda name, x: getattr(self, name)(x))  # type: ignore[no-any-return]
 
-    def steps(self, step: Step, x: Any, parameter: Callable[[str], Any]) -> Any:
-        """Go through the router as a sequence of ATen ops. `step(op, *args)` runs each op or adds it to a graph."""
-        op, *arguments = _OUTPUT[self.output]
-        return step(op, self._logits(step, x, parameter), *arguments)
+    def steps(self, step: Step, x: Any, linear: Callable[[str, Any], Any]) -> Any:
+        """Go through the router op by op. `step(op, *args)` runs an ATen op or adds it to a graph.
 
-    def _logits(self, step: Step, x: Any, parameter: Callable[[str], Any]) -> Any:
-        def linear(x: Any, layer: nn.Linear, name: str) -> Any:
-            bias = () if layer.bias is None else (parameter(f"{name}.bias"),)
-            return step(aten.linear.default, x, parameter(f"{name}.weight"), *bias)
+        linear: does the same for the layer of a name, "fc1" or "fc2", on an input.
+        """
+        op, *arguments = OUTPUT[self.output]
+        return step(op, self._logits(step, x, linear), *arguments)
 
+    def _logits(self, step: Step, x: Any, linear: Callable[[str, Any], Any]) -> Any:
         if self.fc1 is not None:
-            x = step(_HIDDEN[self.hidden], linear(x, self.fc1, "fc1"))
-        return linear(x, self.fc2, "fc2")
+            x = step(HIDDEN[self.hidden], linear("fc1", x))
+        return linear("fc2", x)
 
 
 def expert_norms(x: Tensor, experts: Experts, activation: str, labels: Labels = "output") -> Tensor:

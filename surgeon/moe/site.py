@@ -1,11 +1,12 @@
-"""A converted feed-forward layer in a graph: its place, its form and its cost."""
+"""A converted feed-forward layer in a graph or in a model: its place, its form and its cost."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.graph.traced import aten, is_call, tensor_key, tensor_of
@@ -18,9 +19,9 @@ from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
 
 @dataclass(frozen=True, eq=False)
 class MoESite:
-    """A converted feed-forward layer in a graph.
+    """A converted feed-forward layer in a graph, or in a model that is not a graph.
 
-    path: the module path of the expert weights, `encoder.layer.0.moe`. nodes: every execution of the layer.
+    path: the module path of the expert weights, `encoder.layer.0.moe`. nodes: every execution of the layer in a graph.
     form: "module" (one `call_module` node), "masked" (reference op) or "dynamic" (the op that skips experts).
     shared: the number of experts that always run. rule: one of `kernels.selection.RULES`.
     router_parameters: the number of weights in the router's matrices. A trunk that several layers share is counted for
@@ -93,8 +94,22 @@ class MoESite:
         return f"{self.experts} expert{'s' * (self.experts != 1)} × {self.size}{always}{filled if self.filling else ''}"
 
 
-def find_moes(graph: GraphModule) -> list[MoESite]:
-    """Return every mixture of experts in the graph, in topological order."""
+def find_moes(model: nn.Module) -> list[MoESite]:
+    """Return every mixture of experts in a graph, in topological order, or in a model, in the order of its modules."""
+    if isinstance(model, GraphModule):
+        return _in_graph(model)
+    counted: set[tuple[object, ...]] = set()
+    return [
+        MoESite(
+            path, module.form, (), module.weights, module.activation, module.shared,
+            _router_size(module.router.parameters(), counted), module.tau, module.rule, module.filling,
+        )
+        for path, module in model.named_modules()
+        if isinstance(module, MoE)
+    ]  # fmt: skip
+
+
+def _in_graph(graph: GraphModule) -> list[MoESite]:
     found: dict[str, list[Node]] = {}
     forms: dict[str, Literal["module", "masked", "dynamic"]] = {}
     for node in graph.graph.nodes:
@@ -120,25 +135,32 @@ def _site(
     counted: set[tuple[object, ...]],
 ) -> MoESite:
     module: Any = graph.get_submodule(path)
+    router: list[Tensor]
     if form == "module":
-        router = [parameter for parameter in module.router.parameters() if parameter.dim() == 2]
+        router = list(module.router.parameters())
         activation, shared, rule = module.activation, module.shared, module.rule
     else:
         scores, threshold, activation = nodes[0].args[1], nodes[0].args[2], str(nodes[0].args[9])
         read = [tensor_of(graph, node) for node in router_nodes(nodes[0])]
-        router, shared = [tensor for tensor in read if tensor is not None and tensor.dim() == 2], 0
+        router, shared = [tensor for tensor in read if tensor is not None], 0
         assert isinstance(scores, Node)
         assert isinstance(threshold, Node)
         if is_call(scores, aten.constant_pad_nd.default):
             shared = scores.args[1][0]  # type: ignore[index]
         rule = str(threshold.args[2])
-    fresh = {tensor_key(weight): weight.numel() for weight in router if tensor_key(weight) not in counted}
-    counted.update(fresh)
     weights = Experts(*(getattr(module, name, None) for name in Experts._fields))  # type: ignore[arg-type]
     return MoESite(
-        path, form, tuple(nodes), weights, str(activation), shared, sum(fresh.values()), module.tau, rule,
+        path, form, tuple(nodes), weights, str(activation), shared, _router_size(router, counted), module.tau, rule,
         filling_of(graph, path),
     )  # fmt: skip
+
+
+def _router_size(weights: Iterable[Tensor], counted: set[tuple[object, ...]]) -> int:
+    """Count the numbers in a router's matrices, without those that an earlier layer has counted."""
+    fresh = {tensor_key(weight): weight.numel() for weight in weights if weight.dim() == 2}
+    size = sum(count for key, count in fresh.items() if key not in counted)
+    counted.update(fresh)
+    return size
 
 
 def router_nodes(node: Node) -> list[Node]:

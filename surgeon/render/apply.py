@@ -6,8 +6,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from surgeon.jobs.apply import Applied
-from surgeon.render.numbers import add_numbers, items_of, quality_value
+from surgeon.render.numbers import INTERVALS, add_numbers, agreement_line
 from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import number, percent, seconds
 
 
@@ -28,8 +29,14 @@ def applied_view(applied: Applied) -> RenderableType:
         )  # fmt: skip
     if applied.quality is not None:
         old, new = applied.quality
-        table.add_row(old.name, quality_value(old), quality_value(new), dim(f"on {new.items} {items_of(new.name)}"))
-    lines: list[RenderableType] = [table, sentences([*applied.notes, *after.notes], indent=0)]
+        moved = f"{change_words(new.change)} " if new.change is not None else ""
+        table.add_row(old.name, with_interval(old), with_interval(new), dim(f"{moved}on {measured_on(new)}"))
+    lines: list[RenderableType] = [table]
+    if applied.agreement:
+        lines.append(agreement_line(applied.agreement, "the model before"))
+    if applied.quality is not None or applied.agreement:
+        lines.append(dim(INTERVALS))
+    lines.append(sentences([*applied.notes, *after.notes], indent=0))
     time_taken = seconds(applied.seconds)
     if applied.directory is None:
         lines.append(Text(f"Dry run, {time_taken}: nothing was trained and nothing was saved."))

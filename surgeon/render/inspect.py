@@ -23,6 +23,8 @@ def inspection_view(found: Inspection) -> RenderableType:
     sizes = [*(f"{name} {size}" for name, size in found.takes.sizes.items()), *found.takes.rules]
     # As text: in markup, brackets are styles.
     table.add_row(dim("takes"), Text("; ".join([", ".join(found.takes.inputs), *sizes])))
+    if found.takes.untraced:
+        table.add_row(dim("not traced"), ", ".join(found.takes.untraced))
     lines += [indented(table), Text("")]
     if found.experts:
         lines.append(heading(f"{len(found.experts)} expert layers", f"{_share(found.experts)} of the multiply-adds"))

@@ -8,10 +8,12 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from surgeon.data.quality import TELLING, Quality
 from surgeon.jobs.sweep import Swept
 from surgeon.measure.sweep import Dense, Point
-from surgeon.render.numbers import items_of, quality_value
+from surgeon.render.numbers import INTERVALS
 from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import number, percent
 
 
@@ -23,15 +25,16 @@ def swept_view(swept: Swept) -> RenderableType:
 def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
     """Show quality and cost at every setting, for the dense model, and with the oracle router."""
     first = points[0]
-    name = first.quality.name
     several = len({point.rule for point in points}) > 1
     timed = any(point.milliseconds is not None for point in points)
+    agreed = [quality.name for quality in first.agreement if quality.name != first.quality.name]
     columns = [
         ("router", "left", any(point.router == "oracle" for point in points)),
         ("rule", "left", several or first.rule != "max"),
         ("tau", "left", True),
-        (name, "right", True),
-        ("", "right", True),
+        (first.quality.name, "right", True),
+        ("change", "right", any(point.quality.change is not None for point in points)),
+        *((name, "right", True) for name in agreed),
         ("experts that ran", "right", True),
         ("converted layers", "right", True),
         ("multiply-adds", "right", True),
@@ -44,34 +47,55 @@ def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
     def add(*cells: RenderableType) -> None:
         table.add_row(*(cells[index] for index in shown))
 
-    base = (dense.quality or first.quality).value
     if dense.multiply_adds is not None:
-        quality = "" if dense.quality is None else quality_value(dense.quality)
-        add("", "", "dense", quality, "", "", "100%", number(dense.multiply_adds), "100%", _milliseconds(dense))
+        quality = "" if dense.quality is None else with_interval(dense.quality)
+        add(
+            "", "", "dense", quality, "", *("" for _ in agreed), "", "100%", number(dense.multiply_adds), "100%",
+            _milliseconds(dense),
+        )  # fmt: skip
     for point in points:
-        moved = point.quality.value - base
-        worse = moved < 0 if point.quality.higher_is_better else moved > 0
         tau = "as stored" if point.tau is None else f"{point.tau:g}" + (" (all experts)" if point.tau == 0 else "")
         add(
             "oracle" if point.router == "oracle" else "",
             point.rule,
             tau,
-            quality_value(point.quality),
-            Text(f"{moved:+.2g}" if moved else "", style="red" if worse else "green"),
+            with_interval(point.quality),
+            _change(point.quality),
+            *(with_interval(quality) for quality in point.agreement if quality.name in agreed),
             percent(point.executed),
             percent(point.layers),
             number(point.multiply_adds),
             percent(point.relative),
             _milliseconds(point),
         )
-    measured = (
-        f"{name} on {first.quality.items} {items_of(name)}. converted layers: their multiply-adds, including routers, "
-        "as a share of the dense layers'. multiply-adds: of the whole model, for the example inputs."
-    )
-    lines: list[RenderableType] = [table, sentences([measured], indent=0)]
-    if dense.quality is None:
+    lines: list[RenderableType] = [table, sentences([_words(points, dense)], indent=0)]
+    if dense.quality is None and not first.agreement:
         lines.append(dim("The dense model's quality on this data is not known. Give the model with --dense."))
     return Group(*lines)
+
+
+def _change(quality: Quality) -> Text:
+    """The difference from the dense model: red or green only if it is more than chance."""
+    change = quality.change
+    better = change is not None and (change.value > 0) == quality.higher_is_better
+    style = "" if change is None or not change.telling else "green" if better else "red"
+    return Text(change_words(change), style=style)
+
+
+def _words(points: Sequence[Point], dense: Dense) -> str:
+    """What the columns mean."""
+    first = points[0]
+    words = [f"{first.quality.name} on {measured_on(first.quality)}. {INTERVALS}"]
+    changes = [point.quality.change for point in points if point.quality.change is not None]
+    if changes:
+        words.append("change: from the dense model on the same samples.")
+        if changes[0].samples < TELLING:
+            words.append(f"On fewer than {TELLING} samples no change is called better or worse.")
+    words += [
+        "converted layers: their multiply-adds, including routers, as a share of the dense layers'.",
+        "multiply-adds: of the whole model, for the example inputs.",
+    ]
+    return " ".join(words)
 
 
 def _milliseconds(timed: Point | Dense) -> str:
@@ -92,9 +116,12 @@ def draw_sweep(swept: Swept, file: Path) -> None:
             curves.setdefault(name, []).append(point)
     for name, points in curves.items():
         style = "--" if "oracle" in name else "-"
-        axes.plot(
-            [_cost(p, relative) for p in points], [p.quality.value for p in points], f"{style}o", ms=4, label=name
-        )
+        costs, values = [_cost(p, relative) for p in points], [p.quality.value for p in points]
+        (line,) = axes.plot(costs, values, f"{style}o", ms=4, label=name)
+        lows = [p.quality.low for p in points if p.quality.low is not None]
+        highs = [p.quality.high for p in points if p.quality.high is not None]
+        if len(lows) == len(highs) == len(costs):
+            axes.fill_between(costs, lows, highs, color=line.get_color(), alpha=0.12, lw=0)
     stored = [point for point in swept.points if point.tau is None and point.router == "own"]
     if stored:
         costs = [_cost(p, relative) for p in stored]
@@ -103,7 +130,7 @@ def draw_sweep(swept: Swept, file: Path) -> None:
         axes.axhline(swept.dense.quality.value, color="grey", lw=1, label="dense model")
     quality = swept.points[0].quality
     axes.set_xlabel("multiply-adds of the whole model" + (", share of dense" if relative else ""))
-    axes.set_ylabel(f"{quality.name} on {quality.items:,} items")
+    axes.set_ylabel(f"{quality.name} on {measured_on(quality)}")
     if not quality.higher_is_better:
         axes.invert_yaxis()
     axes.grid(alpha=0.3)

@@ -6,8 +6,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from surgeon.jobs.tune import TuningResult
-from surgeon.render.numbers import quality_value
-from surgeon.text.layout import grid, sentences
+from surgeon.render.numbers import INTERVALS, agreement_line
+from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import percent
 
 
@@ -18,15 +19,19 @@ def tuned_view(found: TuningResult) -> RenderableType:
     for path, tau in tuned.taus.items():
         table.add_row(Text(path, style="cyan"), f"{tau:.3g}", percent(tuned.shares[path]))
     unit = "multiply-adds" if found.metric == "flops" else "time"
-    summary = grid("left", "right", "right", header=("", f"{unit}, of dense", "damage, nats"))
+    summary = grid("left", "right", "right", header=("", f"{unit}, of dense", f"damage, {tuned.unit}"))
     summary.add_row(f"one tau, {tuned.uniform:.3g}", percent(tuned.uniform_cost), f"{tuned.uniform_damage:.4g}")
     summary.add_row("a tau for each layer", percent(tuned.cost), f"{tuned.damage:.4g}")
     lines: list[RenderableType] = [table, Text(""), summary]
     if found.quality is not None:
         every, chosen = found.quality
-        lines.append(
-            Text(f"{every.name}: {quality_value(chosen)} within the budget, {quality_value(every)} with every expert.")
-        )
+        if every not in found.agreement and chosen not in found.agreement:
+            words = f"{every.name}: {with_interval(chosen)} within the budget, {with_interval(every)} with every expert"
+            change = "" if chosen.change is None else f"; {change_words(chosen.change)} from the dense model"
+            lines.append(Text(f"{words}{change}; on {measured_on(chosen)}."))
+        if found.agreement:
+            lines.append(agreement_line(found.agreement, found.agreed_with))
+        lines.append(dim(INTERVALS))
     lines.append(sentences(found.notes, indent=0))
     lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), "."))
     return Group(*lines)

@@ -45,6 +45,9 @@ CODES = {
     "both-activated": "Keep its activations: the layer would be no known one with another activation on one side.",
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",
     "in-op-form": "Run the pass before `lower`.",
+    # Found by grafting.
+    "no-place": "Compute the layer in a module of its own, or make its activation a module.",
+    "graft-differs": "Use the graph, or change the model so that it does not use the parts of the layer itself.",
 }
 """Each code of the built-in passes, with advice. `docs/refusals.md` explains them."""
 

@@ -33,6 +33,7 @@ from surgeon.graph.edit import output_leaves, replace_outputs
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.snapshot import GraphDiff
 from surgeon.graph.traced import TracedGraph, fork
+from surgeon.models.sentence_transformers import copy_sentence_files
 from surgeon.models.user_function import import_modules
 from surgeon.models.weight_files import read_program, sha256_of
 from surgeon.moe.filling import mark_filling
@@ -97,13 +98,15 @@ def save(
         replace_outputs(graph, dict.fromkeys(texts))
     program = _export(graph, *as_args_kwargs(inputs))
     _forget_tracing(program)
-    with _written_whole(directory) as fresh:
+    with written_whole(directory) as fresh:
         _check_space(graph, fresh)
         torch.export.save(program, fresh / MODEL)
         if origin.config is not None and hasattr(origin.config, "save_pretrained"):
-            for part in (origin.config, origin.tokenizer, origin.processor):
+            for part in (origin.config, origin.generation, origin.tokenizer, origin.processor):
                 if part is not None:
                     part.save_pretrained(fresh)
+        if origin.path is not None:
+            copy_sentence_files(Path(origin.path), fresh)
         diffs = [asdict(pass_.graph) for pass_ in diff.passes]
         (fresh / DIFF).write_text(json.dumps(diffs), encoding="utf-8")
         write_record(replace(record, output_texts=tuple(texts.items()), model_sha256=sha256_of([fresh / MODEL])), fresh)
@@ -261,7 +264,7 @@ def _check_space(graph: GraphModule, where: Path) -> None:
 
 
 @contextlib.contextmanager
-def _written_whole(directory: Path) -> Iterator[Path]:
+def written_whole(directory: Path) -> Iterator[Path]:
     """A new directory that replaces the target when everything is written, and is removed otherwise."""
     try:
         with replaced(directory) as fresh, warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from surgeon.data.data import Data
+from surgeon.data.example_rows import example_rows
 from surgeon.errors import UsageError
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import fork
@@ -58,7 +60,8 @@ class Pipeline:
         """Rewrite `model` (or a graph of ATen ops), which is itself left as it was, unless it is to be consumed.
 
         Args:
-            inputs: example inputs; made automatically for Hugging Face models.
+            inputs: example inputs. By default they are two rows of the data, or without data they are made, for Hugging
+                Face models.
             data: training data (see `surgeon.Data.of`); without it nothing is trained, and the reports say so.
             seed: random seed.
             verify: compare outputs before and after each pass: on the example inputs ("fast"), also on others ("full"),
@@ -85,18 +88,21 @@ class Pipeline:
             graph = adopt(model)
         else:
             if inputs is None:
-                inputs = example_inputs(model, config=getattr(model, "config", None))
+                config = getattr(model, "config", None)
+                inputs = example_inputs(model, config=config) if given is None else example_rows(given)
             check_finite(model)
             graph = trace(model, inputs)
         connect(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))
         if not is_main():
             progress = on_pass = None
         if origin is None:
-            origin = Origin(config=getattr(model, "config", None))
+            origin = Origin.of(model)
         surgery = Surgery(graph, [], inputs, [snapshot(graph)], seed, given.description if given else None, origin)
         surgery.fingerprint = given.fingerprint if given else None
         surgery.earlier = earlier_passes(graph)
         consume = consume and (given is None or dry_run)  # training compares with the model before
+        # A model that was consumed is none that anything can be put back into.
+        surgery.model = None if consume or isinstance(model, GraphModule) else weakref.ref(model)
         original = None if consume else fork(graph).eval()
         for number, pass_ in enumerate(self.passes):
             work = adopt(surgery.graph)

@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.fx import GraphModule
 
-from surgeon.data.losses import Quality
+from surgeon.data.quality import Quality
 from surgeon.directories import restore
 from surgeon.errors import LoadError
 from surgeon.graph.sizes import Sizes
@@ -32,7 +32,7 @@ from surgeon.tracing.trace import TraceInfo
 from surgeon.version import __version__
 
 Kind = TypeVar("Kind")
-SCHEMA = 3
+SCHEMA = 4
 _DEEPEST = 50  # nested values in a file
 RECORD = "surgery.json"
 
@@ -79,12 +79,16 @@ class ExpertLayer:
 class MeasuredQuality:
     """Quality of the dense model and of the surgery, and the fingerprint of the data they were measured on.
 
-    after: None if the knobs have since been set to other values.
+    before: None if the data has no labels. after: None too if the knobs have since been set to other values.
+    agreement: of the surgery with the dense model. scores: the dense model's on each sample
+    (`surgeon.data.quality.Scores.packed`), with which later measurements are compared.
     """
 
-    before: Quality
+    before: Quality | None
     after: Quality | None
     data: str
+    agreement: tuple[Quality, ...] = ()
+    scores: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,27 +187,27 @@ def _quality(now: Record, first: Record) -> MeasuredQuality | None:
     """
     if now.quality is None:
         same = (now.tau, now.rule, now.compensated) == (first.tau, first.rule, first.compensated)
-        return first.quality if first.quality is None or same else replace(first.quality, after=None)
-    if first.quality is not None and first.quality.data == now.quality.data:
-        return replace(now.quality, before=first.quality.before)
+        return first.quality if first.quality is None or same else replace(first.quality, after=None, agreement=())
+    if first.quality is not None and first.quality.data == now.quality.data and first.quality.before is not None:
+        return replace(now.quality, before=first.quality.before, scores=first.quality.scores, agreement=())
     return now.quality
 
 
-def write_record(record: Record, directory: Path) -> None:
-    """Write `surgery.json` into a directory."""
-    (directory / RECORD).write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+def write_record(record: Record, directory: Path, name: str = RECORD) -> None:
+    """Write a record into a directory."""
+    (directory / name).write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
 
 
-def read_record(directory: Path) -> Record:
-    """Read `surgery.json`.
+def read_record(directory: Path, name: str = RECORD) -> Record:
+    """Read `surgery.json`, or the record of another name.
 
     Raises:
         LoadError: it is missing or damaged, or another version of surgeon wrote it in another format.
     """
     restore(directory)
-    path = directory / RECORD
+    path = directory / name
     if not path.exists():
-        raise LoadError(f"{directory} is not a saved surgery: it has no {RECORD}.")
+        raise LoadError(f"{directory} is not a saved surgery: it has no {name}.")
     content = read_json(path)
     if not isinstance(content, dict) or "schema" not in content:
         raise LoadError(f"{path} is damaged: it has no schema.")

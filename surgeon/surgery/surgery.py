@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from surgeon.graph.snapshot import Snapshot, compare
 from surgeon.graph.traced import TracedGraph
@@ -12,8 +15,9 @@ from surgeon.moe.knobs import set_tau
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.surgery.artifact import save
 from surgeon.surgery.diff import Diff
+from surgeon.surgery.export import export
 from surgeon.surgery.origin import Origin
-from surgeon.surgery.record import MeasuredQuality, make_record
+from surgeon.surgery.record import MeasuredQuality, Record, make_record
 
 
 @dataclass
@@ -24,6 +28,7 @@ class Surgery:
     inputs: the example inputs it was verified with. snapshots: the graph before the first and after every pass.
     earlier: the passes that had been run before, if the graph came from a saved surgery. quality: of the model before
     and after; None if it was not measured. data, fingerprint: the training data, in words and as a hash.
+    model: a weak reference to the model that was given, which holds none of its memory; None if a graph was given.
     """
 
     graph: TracedGraph
@@ -36,6 +41,7 @@ class Surgery:
     earlier: tuple[PassDiff, ...] = ()
     quality: MeasuredQuality | None = None
     fingerprint: str | None = None
+    model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
 
     def diff(self) -> Diff:
         """What each pass changed, including the passes of an earlier surgery. `print` shows it."""
@@ -50,24 +56,57 @@ class Surgery:
         set_tau(self.graph, tau, path)
         return self
 
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        model: nn.Module | None = None,
+        overwrite: bool = False,
+        max_shard_size: str = "5GB",
+    ) -> nn.Module:
+        """Write the converted model so that `from_pretrained` of transformers reads it (see `surgeon.surgery.export`).
+
+        >>> surgery.save_pretrained("bert-experts")  # doctest: +SKIP
+        >>> AutoModelForSequenceClassification.from_pretrained("bert-experts")  # doctest: +SKIP
+
+        Args:
+            model: the model that the surgery was made from. By default it is the one that was given to the pipeline, as
+                long as it is in memory, else the one in the directory that it was read from.
+            max_shard_size: the size of the largest weight file, such as "500MB".
+
+        Returns:
+            The model that was written.
+
+        Raises:
+            UsageError, SaveError, VerificationError, TraceError: as `surgeon.surgery.export.export`.
+        """
+        if model is None and self.model is not None:
+            model = self.model()
+        reports = [pass_.report for pass_ in self.diff().passes]
+        return export(
+            model, self.graph, reports, self.inputs, directory,
+            record=self._record(), origin=self.origin, overwrite=overwrite, max_shard_size=max_shard_size,
+        )  # fmt: skip
+
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write the graph and the record of the surgery to a directory (see `surgeon.surgery.artifact.save`)."""
-        diff = self.diff()
-        record = make_record(
+        return save(
             self.graph,
-            [pass_.report for pass_ in diff.passes],
+            directory,
+            inputs=self.inputs,
+            record=self._record(),
+            diff=self.diff(),
+            origin=self.origin,
+            overwrite=overwrite,
+        )
+
+    def _record(self) -> Record:
+        return make_record(
+            self.graph,
+            [pass_.report for pass_ in self.diff().passes],
             origin=self.origin,
             seed=self.seed,
             data=self.data,
             fingerprint=self.fingerprint,
             quality=self.quality,
-        )
-        return save(
-            self.graph,
-            directory,
-            inputs=self.inputs,
-            record=record,
-            diff=diff,
-            origin=self.origin,
-            overwrite=overwrite,
         )

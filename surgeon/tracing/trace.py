@@ -27,6 +27,7 @@ from surgeon.errors import TraceError
 from surgeon.graph.calls import as_args_kwargs, check_calls, flat_inputs
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.traced import TracedGraph, fork, retie
+from surgeon.models.hugging_face import is_pretrained
 from surgeon.models.readiness import check_ready
 from surgeon.models.tasks import task_of
 from surgeon.tracing.check import brief, disagreement, is_random, narrow_sizes, run_reference
@@ -35,6 +36,7 @@ from surgeon.tracing.declared import declared_sizes
 from surgeon.tracing.dynamic_sizes import dynamic_shapes, fixed_dims, tile_single_batch
 from surgeon.tracing.embeddings import sparse_notes
 from surgeon.tracing.narrowing import free_dims
+from surgeon.tracing.optional import with_optional_inputs
 from surgeon.tracing.setup import copied, plain_forward, unchanged, without_caches
 
 log = logging.getLogger("surgeon")
@@ -107,15 +109,16 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
             attempts.append(made)
             if not made.faults:
                 break
+        if attempts:
+            best = max(attempts, key=lambda attempt: len(attempt.sizes.axes))  # the first with the most free sizes
+            sizes, needed = with_optional_inputs(best.graph, best.sizes, model, best.leaves, reference)
     if not attempts:
         raise TraceError(
             f"{type(model).__name__} cannot be traced into a graph with the same outputs. Attempts:\n"
             + "\n".join(f"  - {failure}" for failure in _distinct(failures))
             + "\nTry other example inputs, or trace a smaller part of the model."
         )
-    best = max(attempts, key=lambda attempt: len(attempt.sizes.axes))  # the first of those with the most free sizes
-    notes = [*_notes(model, best, failures, tiled)]
-    graph, sizes = best.graph, best.sizes
+    graph, notes = best.graph, [*_notes(model, best, failures, tiled), *needed]
     if written:
         notes.append(
             f"The model writes into its inputs ({', '.join(written)}). The graph leaves the caller's inputs as they "
@@ -130,6 +133,30 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     check_calls(graph, sizes)
     graph.train(model_training)
     return graph
+
+
+def sketch(model: nn.Module, inputs: Any) -> TracedGraph:
+    """Trace `model` without any comparison, to look for its layers. The graph is not to be run.
+
+    Raises:
+        TraceError: the model cannot be traced.
+    """
+    args, kwargs = as_args_kwargs(inputs)
+    check_ready(model)
+    _refuse_keywords(model)
+    failures: list[_Failure] = []
+    with quiet(), unchanged(model), without_caches(model):
+        args, kwargs, _ = tile_single_batch(model.eval(), args, kwargs)
+        for form, front_end in _attempts(model):
+            try:
+                with unchanged(model):
+                    return _export(model, args, kwargs, form, front_end)
+            except Exception as error:
+                failures.append(_Failure(form, front_end.__name__.strip("_"), brief(error)))
+    raise TraceError(
+        f"{type(model).__name__} cannot be traced. Attempts:\n"
+        + "\n".join(f"  - {failure}" for failure in _distinct(failures))
+    )
 
 
 @dataclass(frozen=True)
@@ -269,7 +296,7 @@ def _attempts(model: nn.Module) -> Iterator[tuple[Form, FrontEnd]]:
     """Yield the ways to trace a model, the best first."""
     yield "train", _dynamic
     yield "eval", _dynamic
-    if any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
+    if is_pretrained(model):
         yield "eval", _transformers
     yield "train", _static
     yield "eval", _static
@@ -333,6 +360,11 @@ def _notes(model: nn.Module, made: _Attempt, failures: list[_Failure], tiled: bo
         yield (
             "nn.TransformerEncoder sets padded positions to zero when it runs without gradients. The graph computes "
             "what it computes with gradients, so padded positions differ."
+        )
+    if getattr(model, "peft_config", None):
+        yield (
+            "The model has PEFT adapters, which stay as they are. Layers that have one are no feed-forward layers. To "
+            "convert these too, merge the adapters first: model.merge_and_unload()."
         )
     yield from sparse_notes(made.graph)
 

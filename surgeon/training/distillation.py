@@ -1,4 +1,7 @@
-"""Distillation: keep the outputs and the layer inputs of a graph close to those of its original model."""
+"""Distillation: keep the outputs and the layer inputs of a graph close to those of its original model.
+
+The divergence of the outputs, whatever they are, is in `surgeon.data.imitation`.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,21 @@ import logging
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from surgeon.collective import everywhere
 from surgeon.data.batch import Batch
-from surgeon.data.losses import logits_of
+from surgeon.data.data import Data
+from surgeon.data.imitation import relative_square
 from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import shape_of
+from surgeon.models.tasks import needs_labels
 from surgeon.moe.site import find_moes
 from surgeon.sites.search import find_ffns
+from surgeon.tracing.trace import TraceInfo
 
 log = logging.getLogger("surgeon")
 
@@ -48,18 +52,20 @@ class Teacher:
         errors = []
         for name in self._layers:
             want, got = real_tokens(batch, expected[name]).float(), real_tokens(batch, values[name]).float()
-            error, size = everywhere((got - want).square().sum()), everywhere(want.square().sum())
-            errors.append(error / size.clamp_min(1e-12))
+            errors.append(relative_square(got - want, want))
         return torch.stack(errors).mean()
 
 
-def divergence(expected: object, outputs: object, batch: Batch) -> Tensor:
-    """Return KL(expected ‖ outputs) of the softmax distributions, in nats, as the mean over samples or real tokens."""
-    want, got = logits_of(expected), logits_of(outputs)
-    if got.dim() > 2:
-        want, got = real_tokens(batch, want), real_tokens(batch, got)
-    total = F.kl_div(got.float().log_softmax(-1), want.float().log_softmax(-1), log_target=True, reduction="sum")
-    return everywhere(total) / everywhere(total.new_tensor(len(got)))
+def imitates(graph: GraphModule, data: Data) -> bool:
+    """Whether training is for the outputs of the original model alone: the task says so, and no other loss is given."""
+    task = data.task or class_task(graph)
+    return data.loss is None and task is not None and not needs_labels(task)
+
+
+def class_task(graph: GraphModule) -> str | None:
+    """Return the task of the model's class; None if it does not tell."""
+    info: TraceInfo | None = graph.meta.get("trace")
+    return None if info is None else info.task
 
 
 def layer_inputs(original: GraphModule, graph: GraphModule) -> tuple[str, ...]:

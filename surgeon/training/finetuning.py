@@ -9,12 +9,13 @@ from torch import Tensor
 
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
+from surgeon.data.imitation import divergence, made_for
 from surgeon.errors import UsageError
 from surgeon.graph.capture import Capture
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph
 from surgeon.training.checkpoint import Stateful
-from surgeon.training.distillation import Teacher, divergence, layer_inputs
+from surgeon.training.distillation import Teacher, class_task, imitates, layer_inputs
 from surgeon.training.loop import FitReport, RunSettings, TrainingPlan, fit, loss_of
 
 # Maps the batch, the watched values and the completed share of training to an extra loss and values to show.
@@ -42,7 +43,7 @@ def finetune(
         key, label: name and display name of the fit, as in `surgeon.training.loop.fit`.
         watched: names of nodes whose values are passed to `penalise`.
         distill: weight of the divergence from the model before the first pass, `settings.original`. The task loss gets
-            the weight 1 - distill.
+            the weight 1 - distill. Where the task is to imitate that model there is no task loss, and distill is 1.
         distill_layers: weight of the distance of the layers' inputs from those in that model. It is added to the rest.
         own_rates: learning rates, by parameter name, for parameters that do not use the plan's rate.
 
@@ -57,6 +58,8 @@ def finetune(
         raise UsageError(
             f"{label}: every parameter of the model is frozen. Set requires_grad to True for those to train."
         )
+    if imitates(graph, data):
+        distill = 1.0
     original, teacher = settings.original, None
     layers: tuple[str, ...] = ()
     if distill or distill_layers:
@@ -67,6 +70,7 @@ def finetune(
     tapped = Capture(graph, dict.fromkeys((*watched, *layers)), keep_output=True)
     tapped.graph.train()
     task = loss_of(graph, data) if distill < 1.0 else None
+    outputs_of = made_for(data.task, class_task(graph))
 
     def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
         outputs, values = tapped(*batch.args, **batch.kwargs)
@@ -78,7 +82,7 @@ def finetune(
         if teacher is not None:
             expected, wanted = teacher(batch)
             if distill:
-                value = divergence(expected, outputs, batch)
+                value = divergence(expected, outputs, batch, outputs_of)
                 shown["divergence"] = value.item()
                 total = total + distill * value
             if distill_layers:

@@ -311,9 +311,11 @@ def loss_of(graph: GraphModule, data: Data) -> Loss:
     if task is None:
         raise UsageError(
             "The task is unknown: the model's class does not tell it, and the labels do not look like classes. Give "
-            "--task, or surgeon.Data(batches, loss=…) in Python."
+            "--task, or surgeon.Data(batches, loss=…) in Python. --task imitate needs no labels."
         )
-    return task_loss(task)
+    loss = task_loss(task)
+    assert loss is not None, "a task without labels is imitated"
+    return loss
 
 
 def _batches(data: Data, skip: int, total: int) -> Iterator[Batch]:

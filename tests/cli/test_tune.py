@@ -56,7 +56,10 @@ def test_without_a_place_it_replaces_the_surgery(run: Run, trained: Path, tmp_pa
 
     shutil.copytree(trained, tmp_path / "mine")
     found = run("-q", "tune", "mine", *REVIEWS, "--budget", "0.85", "--output", "json").json
-    assert set(found) == {"model", "directory", "budget", "metric", "tuned", "quality", "notes"}
+    assert set(found) == {
+        "model", "directory", "budget", "metric", "tuned", "quality", "notes", "agreement", "agreed_with"
+    }  # fmt: skip
+    assert [one["change"]["samples"] for one in found["quality"]] == [10, 10]  # from the recorded dense model
     assert found["directory"] == "mine"
     tuned = found["tuned"]
     assert tuned["cost"] <= 0.85
@@ -87,7 +90,7 @@ def test_quality_that_is_not_measured_is_said(run: Run, trained: Path) -> None:
     assert [note.partition(":")[0] for note in found["notes"]] == [OTHER, "Quality was not measured"]
     # What the record had was measured at another tau.
     assert recorded(trained)["quality"]["after"]["items"] == 10
-    assert recorded(Path("tuned"))["quality"] == recorded(trained)["quality"] | {"after": None}
+    assert recorded(Path("tuned"))["quality"] == recorded(trained)["quality"] | {"after": None, "agreement": []}
 
 
 def test_what_the_labels_tell_is_enough(run: Run, shelf: Path) -> None:

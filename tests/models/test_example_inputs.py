@@ -40,13 +40,15 @@ VIDEO = {**VISION, "image_size": 16, "num_frames": 4, "tubelet_size": 2}
 CONV = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embedding_groups": 2}
 GPT2 = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 101, "n_positions": 32}
 
+TYPES = {"token_type_ids": (2, 8)}
+
 # What each model is given, with the shape of each input.
 ZOO: dict[str, tuple[Any, Any, dict[str, tuple[int, ...]]]] = {
-    "bert": (hf.BertModel, hf.BertConfig(**TEXT), {"input_ids": (2, 8), "attention_mask": (2, 8)}),
+    "bert": (hf.BertModel, hf.BertConfig(**TEXT), {"input_ids": (2, 8), "attention_mask": (2, 8), **TYPES}),
     "roberta": (
         hf.RobertaModel,
         hf.RobertaConfig(**TEXT | {"max_position_embeddings": 8}, pad_token_id=1, eos_token_id=2),
-        {"input_ids": (2, 6), "attention_mask": (2, 6)},
+        {"input_ids": (2, 6), "attention_mask": (2, 6), "token_type_ids": (2, 6)},
     ),
     "gpt2 classifier": (
         hf.GPT2ForSequenceClassification,
@@ -61,7 +63,7 @@ ZOO: dict[str, tuple[Any, Any, dict[str, tuple[int, ...]]]] = {
     "layoutlm": (
         hf.LayoutLMModel,
         hf.LayoutLMConfig(**TEXT),
-        {"input_ids": (2, 8), "attention_mask": (2, 8), "bbox": (2, 8, 4)},
+        {"input_ids": (2, 8), "attention_mask": (2, 8), **TYPES, "bbox": (2, 8, 4)},
     ),
     "t5": (
         hf.T5Model,
@@ -150,6 +152,11 @@ def test_drawn_ids_are_ordinary_up_to_the_marked_end() -> None:
     assert ids[1, 6:].tolist() == [0, 0]
     assert int(ids[0, :-1].min()) > 2
     assert int(ids[1, :5].min()) > 2
+
+
+def test_token_types_are_those_of_a_pair_of_sentences() -> None:
+    assert example_inputs(build("bert"))["token_type_ids"].tolist() == [[0] * 4 + [1] * 4] * 2
+    assert "token_type_ids" not in example_inputs(build("bert", type_vocab_size=1))
 
 
 def test_floating_inputs_take_the_models_precision() -> None:

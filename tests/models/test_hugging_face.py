@@ -202,15 +202,6 @@ def test_index_that_does_not_list_files(bert: Path, shard: object) -> None:
         load_model(bert)
 
 
-def test_adapter(bert: Path) -> None:
-    settings = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
-    (bert / "adapter_config.json").write_text(json.dumps(settings))
-    for _ in range(2):
-        with pytest.raises(LoadError, match=r"is a PEFT adapter \(LORA\) for org/base.*merge_and_unload"):
-            load_model(bert)
-        (bert / "config.json").unlink(missing_ok=True)  # most adapters have none
-
-
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_damaged_companions_of_a_surgery(bert: Path, name: str) -> None:
     assert companions(bert)[0].num_labels == 3

@@ -7,27 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from surgeon.data.losses import Quality
+from surgeon.data.quality import Change, Quality
 from surgeon.jobs.sweep import Swept
 from surgeon.measure.sweep import Dense, Point
 from surgeon.render.files import write_result
 from surgeon.render.screen import to_json
-from surgeon.render.sweep import draw_sweep, sweep_view
+from surgeon.render.sweep import _change, draw_sweep, sweep_view
 from surgeon.text.plain import plain_text
 
 
-def accuracy(value: float) -> Quality:
-    return Quality("accuracy", value, True, 60)
+def accuracy(value: float, change: Change | None = None) -> Quality:
+    return Quality("accuracy", value, True, 60, "samples", 60, value - 0.05, value + 0.04, change)
 
 
-def token_loss(value: float) -> Quality:
-    return Quality("loss per token", value, False, 1000)
+def token_loss(value: float, change: Change | None = None) -> Quality:
+    return Quality("loss per token", value, False, 1000, "tokens", 40, None, None, change)
 
 
 DENSE = Dense(4_290_000, accuracy(0.95), 2.04)
 POINTS = [
-    Point(0.0, accuracy(0.95), 1.0, 1.025, 5_060_000, 1.18, milliseconds=3.14),
-    Point(0.1, accuracy(0.90), 0.23, 0.255, 2_950_000, 0.687, milliseconds=1.5),
+    Point(0.0, accuracy(0.95, Change(0.0, 0.0, 0.0, 60)), 1.0, 1.025, 5_060_000, 1.18, milliseconds=3.14),
+    Point(0.1, accuracy(0.90, Change(-0.05, -0.09, -0.01, 60)), 0.23, 0.255, 2_950_000, 0.687, milliseconds=1.5),
 ]
 
 
@@ -36,27 +36,51 @@ def cells(points: list[Point], dense: Dense) -> list[list[str]]:
 
 
 def test_sweep_shows_what_each_tau_costs_in_quality() -> None:
-    header, dense, every, less, measured = cells(POINTS, DENSE)[:5]
-    assert " ".join(header) == "tau accuracy experts that ran converted layers multiply-adds of dense ms"
-    assert dense == ["dense", "0.950", "100%", "4.29", "M", "100%", "2.0"]
-    assert every == ["0", "(all", "experts)", "0.950", "100%", "102%", "5.06", "M", "118%", "3.1"]
-    assert less == ["0.1", "0.900", "-0.05", "23%", "26%", "2.95", "M", "69%", "1.5"]
-    assert measured[:4] == ["note:", "accuracy", "on", "60"]
+    header, dense, every, less, *measured = cells(POINTS, DENSE)
+    assert " ".join(header) == "tau accuracy change experts that ran converted layers multiply-adds of dense ms"
+    assert dense == ["dense", "0.950", "[0.9,", "0.99]", "100%", "4.29", "M", "100%", "2.0"]
+    assert every[:6] == ["0", "(all", "experts)", "0.950", "[0.9,", "0.99]"]
+    assert every[6:] == ["0", "100%", "102%", "5.06", "M", "118%", "3.1"]
+    assert less[:4] == ["0.1", "0.900", "[0.85,", "0.94]"]
+    assert less[4:] == ["-0.05", "[-0.09,", "-0.01]", "23%", "26%", "2.95", "M", "69%", "1.5"]
+    words = " ".join(word for line in measured for word in line)
+    assert words.startswith("note: accuracy on 60 samples. In brackets: 95% intervals. change: from the dense model")
+    assert "On fewer than 300 samples no change is called better or worse." in words
 
 
 def test_columns_that_say_nothing_are_left_out() -> None:
     bare = [Point(0.1, token_loss(21.5), 0.23, 0.25, 2_950_000, None)]
     header, point, *rest = cells(bare, Dense(None, token_loss(20.0)))
     assert " ".join(header) == "tau loss per token experts that ran converted layers multiply-adds"
-    assert point == ["0.1", "21.5", "+1.5", "23%", "25%", "2.95", "M"]
-    assert rest[0][:4] == ["note:", "loss", "per", "token"]
+    assert point == ["0.1", "21.5", "23%", "25%", "2.95", "M"]
+    assert " ".join(rest[0]).startswith("note: loss per token on 1,000 tokens of 40 samples.")
+
+
+def test_agreement_has_columns_of_its_own() -> None:
+    same = Quality("top-1 agreement", 0.97, True, 60, "samples", 60, 0.95, 0.99)
+    apart = Quality("KL divergence", 0.012, False, 60, "samples", 60, 0.01, 0.02)
+    header, point = cells([Point(0.1, same, 0.2, 0.3, 1, None, agreement=(same, apart))], Dense(None))[:2]
+    assert " ".join(header[:6]) == "tau top-1 agreement KL divergence experts"
+    assert point[:7] == ["0.1", "0.970", "[0.95,", "0.99]", "0.012", "[0.01,", "0.02]"]
+    header, point = cells([Point(0.1, accuracy(0.9), 0.2, 0.3, 1, None, agreement=(same, apart))], Dense(None))[:2]
+    assert " ".join(header[:7]) == "tau accuracy top-1 agreement KL divergence experts"
+
+
+@pytest.mark.parametrize(("low", "high", "samples", "higher", "style"), [
+    (-0.09, -0.01, 300, True, "red"), (-0.09, -0.01, 299, True, ""), (-0.09, 0.001, 300, True, ""),
+    (0.01, 0.09, 300, True, "green"), (-0.09, -0.01, 300, False, "green"), (0.01, 0.09, 300, False, "red"),
+])  # fmt: skip
+def test_colours_stand_for_more_than_chance(low: float, high: float, samples: int, higher: bool, style: str) -> None:
+    change = Change((low + high) / 2, low, high, samples)
+    shown = _change((accuracy if higher else token_loss)(0.9, change))
+    assert shown.style == style
+    assert str(shown)
 
 
 def test_a_dense_model_of_unknown_quality_is_told_how_to_be_known() -> None:
     lines = plain_text(sweep_view(POINTS, Dense(4_290_000)), 160).splitlines()
     assert lines[1].split() == ["dense", "100%", "4.29", "M", "100%"]
     assert lines[-1] == "The dense model's quality on this data is not known. Give the model with --dense."
-    assert "-0.05" in lines[3]  # then the first point is what the others are compared with
 
 
 def test_routers_rules_and_stored_values_are_told_apart() -> None:

@@ -51,6 +51,7 @@ passes = {
     ],
     "sums": [Moeify(expert_size=4, router="centres", objective="activation", steps=4, exposure=0.2), Lower()],
     "own loss": [Sparsify(steps=3)],
+    "imitate": [SwapActivation(steps=2), Moeify(expert_size=4, steps=3), Recover(tau=0.3, steps=3)],
 }[recipe]
 data = batches
 if recipe == "own loss":
@@ -58,6 +59,9 @@ if recipe == "own loss":
     def loss(outputs, batch):  # the mean over samples
         return outputs.logits.float().logsumexp(-1).mean((1)).mean()
     data = Data(batches, loss=loss)
+if recipe == "imitate":
+    from surgeon.data.data import Data
+    data = Data([{name: batch[name] for name in inputs} for batch in batches], task="imitate")
 if kill:
     loop.CHECKPOINT_SECONDS = -1.0  # after every step
     save = Checkpoint.save
@@ -101,7 +105,7 @@ def assert_same(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["all", "sums", "own loss"])
+@pytest.mark.parametrize("recipe", ["all", "sums", "own loss", "imitate"])
 def test_two_processes_end_where_one_ends(recipe: str, driver: Path, tmp_path: Path) -> None:
     losses = []
     for count in (1, 2):
@@ -111,7 +115,7 @@ def test_two_processes_end_where_one_ends(recipe: str, driver: Path, tmp_path: P
         losses.append(list(filter(None, json.loads(line))))
     assert_same(tmp_path / "1", tmp_path / "2")
     for one, two in zip(*losses, strict=True):
-        assert [values for _, values in one] == [pytest.approx(values, rel=2e-3) for _, values in two]
+        assert [values for _, values in one] == [pytest.approx(values, rel=5e-3, abs=1e-6) for _, values in two]
 
 
 @pytest.mark.slow

@@ -1,0 +1,346 @@
+"""Put the converted layers of a graph back into the model that the graph was made from."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.errors import UsageError, VerificationError, first_line, some
+from surgeon.grafting.check import Call, calls_of, difference, outputs
+from surgeon.grafting.parts import GRAFT, MLP, Graft, Layer, Plan, joined, layer_of, put, put_one
+from surgeon.grafting.placement import Placement, placements
+from surgeon.graph.calls import as_args_kwargs
+from surgeon.graph.traced import TracedGraph
+from surgeon.moe.knobs import Knobs, get_knobs, set_knobs, set_tau
+from surgeon.moe.rebuild import moe_module
+from surgeon.moe.site import find_moes
+from surgeon.passes.report import PassReport
+from surgeon.sites.ffn import FFN
+from surgeon.sites.linear_site import LinearSite
+from surgeon.sites.rejection import Rejection
+from surgeon.sites.search import find_ffns, find_linear_sites
+from surgeon.tracing.trace import sketch
+
+log = logging.getLogger("surgeon")
+
+
+@dataclass
+class _Converted:
+    """A layer of the model that the graph computes in another way.
+
+    site: the layer in the model. paths: of the modules in the graph. layer: without the parts.
+    """
+
+    site: FFN | LinearSite
+    paths: tuple[str, ...]
+    residual: bool = False
+    dropout: float = 0.0
+    placement: Placement | None = None
+    refusal: Rejection | None = None
+
+
+def graft(
+    model: nn.Module,
+    graph: TracedGraph,
+    reports: Sequence[PassReport],
+    inputs: Any,
+    *,
+    share: bool = False,
+    made_up: bool = False,
+) -> nn.Module:
+    """Return a copy of `model` in which the layers that passes converted are those of the graph.
+
+    Args:
+        model: the model that the graph was made from, or one of the same architecture. It is not changed.
+        graph: the rewritten graph. All weights of the copy come from it; those it does not use come from the model.
+        reports: of the passes that made the graph.
+        inputs: example inputs of the model.
+        made_up: the model's own weights mean nothing, so the graph must have all.
+        share: let the copy use the graph's own tensors. By default it gets copies of its own.
+
+    Returns:
+        A model of the same class, in the same mode, that was compared with the graph. Its attribute `surgeon_graft` is
+        a `Graft`. Layers for which the model has no place stay dense, and the log says why.
+
+    Raises:
+        UsageError: no layer of the graph can be put into the model, the model does not have the graph's layers, or a
+            weight of it is not to be had.
+        TraceError: the model cannot be traced.
+        VerificationError: the copy would not compute what the graph computes.
+    """
+    args, kwargs = as_args_kwargs(inputs)
+    if isinstance(model, TracedGraph):
+        raise UsageError("The model is a graph already. Give the model it was traced from.")
+    calls = calls_of(graph, args, kwargs)
+    sketched = sketch(model, inputs)
+    converted = _converted(sketched, reports)
+    made = _copy(model)
+    _place(made, model, sketched, converted, calls)
+    placed = [layer for layer in converted if layer.placement is not None]
+    if not placed:
+        reasons = [f"{layer.site.path}: {layer.refusal.reason}" for layer in converted if layer.refusal is not None]
+        raise UsageError(
+            f"No converted layer of the graph can be put into {type(model).__name__}: "
+            f"{some(reasons) or 'the passes converted none'}."
+        )
+    modules = _modules(graph, placed)
+    for path, module in modules.items():
+        put_one(made, path, module)
+    kept = _take_weights(made, graph, modules, share=share)
+    if made_up and kept:
+        raise UsageError(
+            f"The graph does not use {some(kept)}, so their values are not in the surgery. Give the original model: "
+            "--base DIRECTORY, or model= in Python."
+        )
+    plan = _merged(placed, {path: layer_of(module) for path, module in modules.items()})
+    refused = tuple(layer.refusal for layer in converted if layer.refusal is not None)
+    for rejection in refused:
+        log.warning("graft: %s stays dense: %s.", rejection.path, rejection.reason)
+    _verify(made, graph, calls, exact=not refused)
+    setattr(made, GRAFT, Graft(plan, refused, kept))
+    return made
+
+
+# --- what was converted -----------------------------------------------------------------------------------------------
+
+
+def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Converted]:
+    """The layers of the model that passes converted, by what the passes reported.
+
+    Raises:
+        UsageError: the model does not have a layer that was converted.
+    """
+    projections = [change for report in reports if report.name == "mlpify" for change in report.sites]
+    options = {
+        change.path: dict(report.options) for report in reports if report.name == "mlpify" for change in report.sites
+    }
+    experts = {change.path: change.made for report in reports if report.name == "moeify" for change in report.sites}
+    swapped = {change.path for report in reports if report.name == "swap-activation" for change in report.sites}
+    sites: dict[str, FFN | LinearSite] = {site.path: site for site in find_ffns(sketched)[0]}
+    made = {path for change in projections for path in change.made}
+    wanted = [path for path in dict.fromkeys([*experts, *swapped]) if path not in made]
+    found = [_Converted(_site(sites, path), experts.get(path, (path,))) for path in wanted]
+    linears: dict[str, FFN | LinearSite] = {}
+    if projections:
+        linears = {site.path: site for site in find_linear_sites(sketched)[0]}
+    for change in projections:
+        paths = tuple(inner for path in change.made for inner in experts.get(path, (path,)))
+        given = options[change.path]
+        found.append(
+            _Converted(
+                _site(linears, change.path), paths, given.get("kind") == "residual", float(given.get("dropout", 0.0))
+            )
+        )
+    return found
+
+
+def _site(sites: Mapping[str, FFN | LinearSite], path: str) -> FFN | LinearSite:
+    if path not in sites:
+        raise UsageError(
+            f"The graph has a converted layer '{path}', but the model has no such layer. Give the model that the graph "
+            "was made from."
+        )
+    return sites[path]
+
+
+def _modules(graph: TracedGraph, placed: Iterable[_Converted]) -> dict[str, nn.Module]:
+    """Make the module of every layer from the graph, by the place it goes to."""
+    moes = {site.path: site for site in find_moes(graph)}
+    ffns = {site.path: site for site in find_ffns(graph)[0]}
+
+    def part(path: str) -> nn.Module:
+        if path in moes:
+            return moe_module(graph, moes[path])
+        if path not in ffns:
+            raise UsageError(f"The layer '{path}' is in the graph in a form that cannot be put into a model.")
+        return MLP.of(ffns[path].weights(graph), ffns[path].activation)
+
+    return {
+        layer.placement.at: joined(
+            [part(path) for path in layer.paths],
+            residual=layer.residual,
+            dropout=layer.dropout or layer.placement.dropout,
+        )
+        for layer in placed
+        if layer.placement is not None
+    }
+
+
+# --- the places -------------------------------------------------------------------------------------------------------
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Copy the modules of a model, but share its tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _place(
+    made: nn.Module, model: nn.Module, sketched: TracedGraph, converted: Sequence[_Converted], calls: list[Call]
+) -> None:
+    """Choose a place for every layer, and put a dense layer of the same weights there, which changes no output.
+
+    If the model computes something else with all layers in their places, each is tried by itself.
+    """
+    ways = [placements(sketched, model, layer.site) for layer in converted]
+    for layer, found in zip(converted, ways, strict=True):
+        layer.placement = found[0] if found else None
+        if not found:
+            layer.refusal = Rejection("no-place", _NO_PLACE, layer.site.path)
+    chosen = [layer for layer in converted if layer.placement is not None]
+    if chosen and _differs(made, model, sketched, chosen, calls) is not None:
+        for layer, found in zip(converted, ways, strict=True):
+            problem: str | None = None
+            for way in found:
+                layer.placement = way
+                problem = _differs(_copy(model), model, sketched, [layer], calls[:1])
+                if problem is None:
+                    break
+            if problem is not None:
+                layer.placement, layer.refusal = None, Rejection("graft-differs", problem, layer.site.path)
+        chosen = [layer for layer in converted if layer.placement is not None]
+        again = _copy(model)
+        problem = _differs(again, model, sketched, chosen, calls) if chosen else None
+        if problem is not None:
+            raise VerificationError(f"The layers cannot be put into {type(model).__name__} together: {problem}.")
+        vars(made).update(vars(again))
+
+
+_NO_PLACE = (
+    "no module computes just this layer, and its linear layers and its activation are not all modules or attributes"
+)
+
+
+def _differs(
+    made: nn.Module, model: nn.Module, sketched: TracedGraph, layers: Sequence[_Converted], calls: list[Call]
+) -> str | None:
+    """Put dense layers into a copy of the model; return how it then differs from the model, None if it does not."""
+    try:
+        put(made, _merged(layers), {layer.placement.at: _dense(sketched, layer) for layer in layers if layer.placement})
+        for training in (False, True):
+            if training and sketched.meta["trace"].form == "eval":
+                continue
+            worst = difference(outputs(made, calls, training=training), outputs(model, calls, training=training), model)
+            if worst > 1:
+                return f"with it in place the model computes something else {'in training' if training else ''}".strip()
+    except Exception as error:  # of the model's own code, which may use what was replaced
+        return f"with it in place the model fails: {first_line(error)}"
+    return None
+
+
+def _dense(sketched: TracedGraph, layer: _Converted) -> nn.Module:
+    """The layer as the model has it, in one module."""
+    if isinstance(layer.site, FFN):
+        return MLP.of(layer.site.weights(sketched), layer.site.activation)
+    call = layer.site.calls[0]
+    weight, bias = call.weight_rows(sketched), call.bias_vector(sketched)
+    linear = nn.Linear(call.in_features, call.out_features, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    linear.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
+    return linear
+
+
+def _merged(layers: Iterable[_Converted], shapes: Mapping[str, Layer] | None = None) -> Plan:
+    places = [layer.placement for layer in layers if layer.placement is not None]
+
+    def united(name: str) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(part for place in places for part in getattr(place, name)))
+
+    return Plan(shapes or {}, united("passed"), united("ones"), united("functions"))
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _take_weights(
+    made: nn.Module, graph: TracedGraph, layers: Mapping[str, nn.Module], *, share: bool
+) -> tuple[str, ...]:
+    """Give the copy the graph's weights, and the model's where the graph has none. Tied weights stay tied.
+
+    Returns:
+        The names of the weights that stay the model's.
+    """
+    of_graph: dict[str, Tensor] = {
+        **dict(graph.named_buffers(remove_duplicate=False)),
+        **dict(graph.named_parameters(remove_duplicate=False)),
+    }
+    of_layers = {f"{path}.{name}" for path, module in layers.items() for name in _names(module)}
+    tensors = [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]
+    device = next((tensor.device for name, tensor in tensors if name not in of_layers), torch.device("cpu"))
+    new: dict[int, Tensor] = {}
+    taken: set[int] = set()
+    for name, old in tensors:
+        if name in of_layers:
+            # Trunks that routers share in the graph become each router's own, since they are not tied in the model.
+            fresh = old if share and id(old) not in taken else _cloned(old)
+            taken.add(id(old))
+            owner, _, field_name = name.rpartition(".")
+            setattr(made.get_submodule(owner), field_name, _to(fresh, device))
+            continue
+        own = of_graph.get(name)
+        if own is None:
+            continue  # a tied weight has several names, of which the graph may know another
+        if own.shape != old.shape:
+            shapes = f"the shape {tuple(old.shape)}, and in the graph {tuple(own.shape)}"
+            raise UsageError(f"In the model {name} has {shapes}. Give the model that the graph was made from.")
+        if id(old) not in new:
+            new[id(old)] = _to(own if share else _cloned(own), device)
+    kept = []
+    for name, old in tensors:
+        if name in of_layers:
+            continue
+        if id(old) not in new:
+            new[id(old)] = _cloned(old)
+            kept += [name] * isinstance(old, nn.Parameter)
+        owner, _, field_name = name.rpartition(".")
+        setattr(made.get_submodule(owner), field_name, new[id(old)])
+    return tuple(kept)
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    fresh = tensor.detach().clone()
+    return nn.Parameter(fresh, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.detach().to(device)
+    if moved.data_ptr() == tensor.data_ptr():
+        return tensor
+    return nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [name for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]]
+
+
+def _verify(made: nn.Module, graph: TracedGraph, calls: list[Call], *, exact: bool) -> None:
+    """Compare the grafted model with the graph. If a layer stayed dense, both run all experts."""
+    knobs: list[tuple[nn.Module, Knobs]] = []
+    if not exact:
+        knobs = [(part, get_knobs(part)) for part in (made, graph) if find_moes(part)]
+        for part, _ in knobs:
+            set_tau(part, 0.0)
+    try:
+        for training in (False, True):
+            if training and graph.meta["trace"].form == "eval":
+                continue
+            worst = difference(outputs(made, calls, training=training), outputs(graph, calls, training=training), made)
+            if worst > 1:
+                stage = "in training" if training else "in evaluation"
+                advice = (
+                    "Give the model that the graph was made from" if exact else "A layer that stays dense was trained"
+                )
+                raise VerificationError(
+                    f"The grafted model differs from the graph {stage}, by {worst:.1e} times the accepted error. "
+                    f"{advice}."
+                )
+    finally:
+        for part, saved in knobs:
+            set_knobs(part, saved)

@@ -1,0 +1,105 @@
+"""Make the module of an expert layer that is in op form in a graph: what `lower` does, backwards."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from surgeon.graph.traced import aten, is_call, tensor_of
+from surgeon.kernels.experts import Experts
+from surgeon.moe.module import SKIPPED_MEAN, MoE, MoEShape
+from surgeon.moe.router import HIDDEN, OUTPUT, Output
+from surgeon.moe.site import MoESite
+
+
+def moe_module(graph: GraphModule, site: MoESite) -> MoE:
+    """Return a layer of a graph as a module of its own, with the same knobs. It shares the graph's tensors.
+
+    Raises:
+        ValueError: the router in the graph is not one that `moeify` makes.
+    """
+    if site.form == "module":
+        module = graph.get_submodule(site.path)
+        assert isinstance(module, MoE)
+        return _filled(module.shape, _tensors(module), module.tau)
+    scores, bias = site.nodes[0].args[1], site.nodes[0].args[8]
+    assert isinstance(scores, Node)
+    router, parts = _router(graph, scores, site)
+    holder = graph.get_submodule(site.path)
+    tensors = {name: getattr(holder, name, None) for name in (*Experts._fields, "b2", SKIPPED_MEAN)}
+    if bias is None:
+        tensors["b2"] = None
+    tensors |= {f"router.{name}": tensor for name, tensor in parts.items()}
+    shape = MoEShape(
+        d_in=int(site.w1.shape[2]),
+        d_out=int(site.weights.w2.shape[2]),
+        experts=site.experts,
+        size=site.size,
+        activation=site.activation,
+        gated=site.weights.gate is not None,
+        biases=tuple(name for name in ("b1", "b_gate", "b2") if tensors[name] is not None),
+        shared=site.shared,
+        rule=site.rule,
+        form=site.form,
+        filling=site.filling,
+        compensated=tensors[SKIPPED_MEAN] is not None,
+        router_width=None if "fc1.weight" not in parts else len(parts["fc1.weight"]),
+        router_bias="fc2.bias" in parts,
+        router_hidden=router[0],
+        router_output=router[1],
+    )
+    return _filled(shape, tensors, site.tau)
+
+
+def _tensors(module: MoE) -> dict[str, Tensor | None]:
+    return dict(module.named_parameters(remove_duplicate=False)) | {SKIPPED_MEAN: getattr(module, SKIPPED_MEAN, None)}
+
+
+def _filled(shape: MoEShape, tensors: dict[str, Any], tau: Tensor) -> MoE:
+    made = MoE.empty(shape, device="meta", dtype=None)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            owner, _, field = name.rpartition(".")
+            setattr(made.get_submodule(owner), field, tensor)
+    made.tau = tau
+    return made
+
+
+def _router(
+    graph: GraphModule, scores: Node, site: MoESite
+) -> tuple[tuple[Literal["relu", "tanh"], Output], dict[str, nn.Parameter]]:
+    """Return the functions of a router in op form, and its parameters by their names in a `Router`."""
+    if is_call(scores, aten.constant_pad_nd.default):
+        scores = cast(Node, scores.args[0])
+    output = next((name for name, (op, *rest) in OUTPUT.items() if _is(scores, op, rest)), None)
+    if output is None:
+        raise ValueError(f"the router of {site.path} ends in {scores.target}, which no router of surgeon's does")
+    parts: dict[str, nn.Parameter] = {}
+    x = _linear(graph, cast(Node, scores.args[0]), "fc2", parts, site)
+    hidden: Literal["relu", "tanh"] = "relu"
+    if x is not site.nodes[0].args[0]:
+        found = next((name for name, op in HIDDEN.items() if is_call(x, op)), None)
+        if found is None:
+            raise ValueError(
+                f"the trunk of the router of {site.path} ends in {x.target}, which no router of surgeon's does"
+            )
+        hidden = cast(Literal["relu", "tanh"], found)
+        _linear(graph, cast(Node, x.args[0]), "fc1", parts, site)
+    return (hidden, output), parts
+
+
+def _is(node: Node, op: Any, rest: list[Any]) -> bool:
+    return is_call(node, op) and list(node.args[1:]) == rest
+
+
+def _linear(graph: GraphModule, node: Node, name: str, parts: dict[str, nn.Parameter], site: MoESite) -> Node:
+    """Add the parameters of a linear layer in op form to `parts`, and return its input."""
+    if not is_call(node, aten.linear.default):
+        raise ValueError(f"the router of {site.path} has {node.target} in place of a linear layer")
+    for field, source in zip(("weight", "bias"), node.args[1:], strict=False):
+        tensor = None if source is None else tensor_of(graph, cast(Node, source))
+        if tensor is not None:
+            parts[f"{name}.{field}"] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+    return cast(Node, node.args[0])

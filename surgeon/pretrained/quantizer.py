@@ -1,0 +1,164 @@
+"""The format as transformers sees it: a "quantizer" that changes a model's modules before its weights are loaded.
+
+That is transformers' extension point for checkpoints whose modules are not those of the model's class. The plan of the
+modules stands in `config.json`, under `quantization_config`. The weights are ordinary tensors in safetensors files.
+Importing this module registers the format.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from surgeon.errors import LoadError, UsageError, some
+from surgeon.grafting.parts import GRAFT, Graft, Layer, Plan, empty_layer, layer_of, put
+from surgeon.pretrained.register import METHOD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("surgeon")
+
+SCHEMA = 1
+_READER = TypeAdapter(Plan)
+
+
+@register_quantization_config(METHOD)
+class SurgeonConfig(QuantizationConfigMixin):
+    """The plan of a model's converted layers, as it stands in `config.json`."""
+
+    def __init__(self, plan: Mapping[str, Any] | Plan, schema: int = SCHEMA, **_: Any) -> None:
+        """Read a plan, or the JSON values of one.
+
+        Raises:
+            LoadError: the values are damaged, or of another version.
+        """
+        if schema != SCHEMA:
+            raise LoadError(
+                f"config.json has a surgeon plan of schema {schema!r}, but this version reads schema {SCHEMA}. "
+                "Update surgeon, or export the surgery again."
+            )
+        try:
+            self.plan = plan if isinstance(plan, Plan) else _READER.validate_python(plan)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise LoadError(
+                f"config.json is damaged: quantization_config.plan.{where}: {first['msg'].lower()}."
+            ) from error
+        self.quant_method = METHOD  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON values."""
+        return {"quant_method": METHOD, "schema": SCHEMA, "plan": _READER.dump_python(self.plan, mode="json")}
+
+
+@register_quantizer(METHOD)
+class SurgeonQuantizer(HfQuantizer):
+    """Puts experts into a model, and writes down which.
+
+    The weights keep their dtype, so the model can be trained, saved again, and moved like any other.
+    """
+
+    quantization_config: SurgeonConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a dense checkpoint.
+
+        Raises:
+            UsageError: the checkpoint has no converted layers.
+        """
+        if not self.pre_quantized:
+            raise UsageError(
+                "This checkpoint has no converted layers. Convert it with `surgeon apply`, then `surgeon export`."
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        plan = fitted(self.quantization_config.plan, model)
+        dtype = torch.get_default_dtype()
+        put(model, plan, {path: empty_layer(layer, device=None, dtype=dtype) for path, layer in plan.layers.items()})
+        self.quantization_config.plan = plan
+        # Its code for new weights may look for weights that are gone. Every weight of these modules is in the file.
+        for path in (*plan.layers, *plan.passed, *plan.ones):
+            owner = model.get_submodule(path.rpartition(".")[0])
+            vars(owner)["_is_hf_initialized"] = True
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        setattr(model, GRAFT, Graft(self.quantization_config.plan))
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
+        """Bring the plan up to date before the model is saved: its rules may have been set, and means computed."""
+        plan = present_plan(model, self.quantization_config.plan)
+        self.quantization_config.plan = plan
+        model.config.quantization_config = self.quantization_config
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        """Yes: `save_pretrained` writes it."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Yes, with adapters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Yes, its own weights too."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Yes: the experts are one op to a compiler."""
+        return True
+
+
+def attach(model: PreTrainedModel, plan: Plan) -> None:
+    """Let a model with converted layers be saved by `save_pretrained` and trained by `Trainer`."""
+    quantizer = SurgeonQuantizer(SurgeonConfig(plan))
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.config.quantization_config = quantizer.quantization_config
+    vars(model).update(is_quantized=True, quantization_method=METHOD)
+
+
+def present_plan(model: torch.nn.Module, plan: Plan) -> Plan:
+    """Return a plan with the layers as they are now in a model."""
+    layers = {path: layer_of(model.get_submodule(path)) for path in plan.layers}
+    return Plan(layers, plan.passed, plan.ones, plan.functions)
+
+
+def fitted(plan: Plan, model: PreTrainedModel) -> Plan:
+    """Return the part of a plan that is for a model, with the paths of the model.
+
+    A checkpoint may be loaded into another class than it was saved from: a body without its head, or with another one.
+    Then paths lose or get the prefix of the body. Parts that the class lacks, such as a decoder, are left out.
+
+    Raises:
+        LoadError: the plan is for another model.
+    """
+    prefix = f"{model.base_model_prefix}."
+    known = {name for name, _ in model.named_modules()}
+    ways: tuple[Callable[[str], str], ...] = (str, lambda path: path.removeprefix(prefix), lambda path: prefix + path)
+    paths = [*plan.layers, *plan.passed, *plan.ones, *(path for path, _ in plan.functions)]
+    renamed = max(ways, key=lambda way: sum(way(path) in known for path in paths))
+    missing = [path for path in paths if renamed(path) not in known]
+    if len(missing) == len(paths):
+        raise LoadError(
+            f"config.json plans converted layers at {some(paths)}, but {type(model).__name__} has no such modules."
+        )
+    if missing:
+        log.info("%s has no %s: these converted layers are left out.", type(model).__name__, some(missing))
+
+    def kept(given: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(renamed(path) for path in given if renamed(path) in known)
+
+    layers: dict[str, Layer] = {renamed(path): layer for path, layer in plan.layers.items() if renamed(path) in known}
+    functions = tuple((renamed(path), name) for path, name in plan.functions if renamed(path) in known)
+    return Plan(layers, kept(plan.passed), kept(plan.ones), functions)

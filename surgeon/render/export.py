@@ -1,0 +1,30 @@
+"""The view of the result of `surgeon export`."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from surgeon.jobs.export import Exported
+from surgeon.text.layout import sentences
+from surgeon.text.summary import join_like
+
+
+def export_view(found: Exported) -> RenderableType:
+    """Show which layers are converted, which stay dense, and how to load the model."""
+    lines: list[RenderableType] = [
+        Text.assemble((found.model_class, "bold"), f", {found.bytes / 1e6:.1f} MB of weights. Converted layers:")
+    ]
+    for label, count, first in join_like(found.layers.items()):
+        what = list(found.layers.values())[first]
+        lines.append(Text.assemble("  ", (label, "cyan"), f"  {what}", f"  ({count} layers)" if count > 1 else ""))
+    if found.refused:
+        reasons = [f"{rejection.path} stays dense: {rejection.reason}." for rejection in found.refused]
+        lines.append(sentences(tuple(reasons), indent=0))
+    if found.kept:
+        lines.append(Text(f"{len(found.kept)} weights that the surgery does not use are the original model's."))
+    lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), ". To load it:"))
+    lines.append(
+        Text(f'  import surgeon, transformers\n  transformers.{found.model_class}.from_pretrained("{found.directory}")')
+    )
+    return Group(*lines)
