@@ -13,6 +13,7 @@ pass, its verification or saving failed; 130 interrupted.
 # The annotations are read when commands are made, so they are not postponed.
 import functools
 import inspect as signatures
+import os
 import shlex
 import sys
 import traceback
@@ -215,6 +216,9 @@ def _interrupted(run: Run, workdir: Path | None) -> NoReturn:
 
 def main() -> None:
     """Run the command line."""
+    if processes.count() > 1:
+        # torch's own lines come from every process, one about parameters that a loss may leave out in every fit.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show an arrow gets a question mark instead of an error.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -112,7 +112,9 @@ def _as_points(features: NDArray[np.floating] | Tensor) -> NDArray[np.float32]:
         raise UsageError(f"features has shape {array.shape}, but must be a matrix [n, d].")
     if not np.isfinite(array).all():
         raise UsageError("features contains NaN or infinity. All values must be finite.")
-    centred: NDArray[np.float32] = (array - array.mean(0, dtype=np.float64)).astype(np.float32)
+    centred = np.empty(array.shape, dtype=np.float32)
+    # In float64, a part at a time: a copy of all in float64 would be twice as large as the weights themselves.
+    np.subtract(array, array.mean(0, dtype=np.float64), out=centred, casting="unsafe")
     return centred
 
 

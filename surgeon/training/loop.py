@@ -41,6 +41,8 @@ log = logging.getLogger("surgeon")
 Schedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["float32", "bfloat16"]
 CHECKPOINT_SECONDS = 60.0
+# The ways to train in which every process holds the whole model, by accelerate's names.
+_WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU", "MULTI_MLU")
 # Maps a batch and the completed share of the fit to (loss, named values to show).
 BatchLoss = Callable[[Batch, float], tuple[Tensor, dict[str, float]]]
 
@@ -144,6 +146,7 @@ def fit(
 
     Raises:
         PassError: the loss is not finite.
+        UsageError: the processes were launched to share out one model.
         SaveError: a checkpoint cannot be written, for example on a full disk. The earlier one is kept.
         KeyboardInterrupt: the fit was interrupted. A checkpoint was written if there is a workdir.
     """
@@ -163,6 +166,11 @@ def fit(
         # Not every parameter has a part in every loss.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if accelerator.distributed_type not in _WHOLE:
+        raise UsageError(
+            f"Training shares no model out among processes, as {accelerator.distributed_type.value} does: every "
+            "process holds the whole model. Launch it without --use_fsdp and --use_deepspeed."
+        )
     frozen = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)

@@ -442,3 +442,12 @@ def test_no_loss_is_known(traces: Any) -> None:
     with pytest.raises(UsageError, match=r"--task|loss="):
         loss_of(traces("gelu"), Data.of(data))
     assert isinstance(traces("gelu").meta["trace"], TraceInfo)
+
+
+def test_a_model_is_not_shared_out_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.FSDP)
+    problem = Problem()
+    before = [parameter.clone() for parameter in problem.layer.parameters()]
+    with pytest.raises(UsageError, match=r"FSDP.*without --use_fsdp"):
+        problem.fit(regression())
+    assert all(map(torch.equal, problem.layer.parameters(), before))

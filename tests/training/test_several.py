@@ -14,6 +14,7 @@ import torch
 
 import surgeon
 from surgeon.training import loop
+from tests.cli.shelf import write_bert
 
 # Batches of 5, 4 and 1 samples, with padding and predicted tokens spread unevenly. Dropout would draw other numbers.
 DRIVER = """
@@ -50,6 +51,7 @@ passes = {
     ],
     "sums": [Moeify(expert_size=4, router="centres", objective="activation", steps=4, exposure=0.2), Lower()],
     "own loss": [Sparsify(steps=3)],
+    "imitate": [SwapActivation(steps=2), Moeify(expert_size=4, steps=3), Recover(tau=0.3, steps=3)],
 }[recipe]
 data = batches
 if recipe == "own loss":
@@ -57,6 +59,9 @@ if recipe == "own loss":
     def loss(outputs, batch):  # the mean over samples
         return outputs.logits.float().logsumexp(-1).mean((1)).mean()
     data = Data(batches, loss=loss)
+if recipe == "imitate":
+    from surgeon.data.data import Data
+    data = Data([{name: batch[name] for name in inputs} for batch in batches], task="imitate")
 if kill:
     loop.CHECKPOINT_SECONDS = -1.0  # after every step
     save = Checkpoint.save
@@ -75,11 +80,11 @@ processes.leave()
 """
 
 
-def run(processes: int, *args: Any, script: Path) -> subprocess.CompletedProcess[str]:
-    """Run a script in a number of processes."""
+def run(processes: int, *args: Any, script: Path | str) -> subprocess.CompletedProcess[str]:
+    """Run a script, or a module given as "-m name", in a number of processes."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] if processes == 2 else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SURGEON_CPU": "torch"}
-    command = [sys.executable, *launcher, str(script), *map(str, args)]
+    command = [sys.executable, *launcher, *str(script).split(), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
@@ -100,7 +105,7 @@ def assert_same(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["all", "sums", "own loss"])
+@pytest.mark.parametrize("recipe", ["all", "sums", "own loss", "imitate"])
 def test_two_processes_end_where_one_ends(recipe: str, driver: Path, tmp_path: Path) -> None:
     losses = []
     for count in (1, 2):
@@ -110,7 +115,7 @@ def test_two_processes_end_where_one_ends(recipe: str, driver: Path, tmp_path: P
         losses.append(list(filter(None, json.loads(line))))
     assert_same(tmp_path / "1", tmp_path / "2")
     for one, two in zip(*losses, strict=True):
-        assert [values for _, values in one] == [pytest.approx(values, rel=2e-3) for _, values in two]
+        assert [values for _, values in one] == [pytest.approx(values, rel=5e-3, abs=1e-6) for _, values in two]
 
 
 @pytest.mark.slow
@@ -123,6 +128,19 @@ def test_a_run_goes_on_after_one_process_is_killed(driver: Path, tmp_path: Path)
     resumed = run(2, "own loss", tmp_path / "2", 0, "--resume", script=driver)
     assert resumed.returncode == 0, resumed.stderr
     assert_same(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_the_command_line_prints_and_saves_once(tmp_path: Path) -> None:
+    write_bert(tmp_path)
+    args = ("apply", tmp_path / "bert", "--passes", "sparsify", "--data", tmp_path / "reviews.csv", "--batch-size", 8)
+    done = run(2, *args, "--set", "sparsify.steps=2", "-o", tmp_path / "out", script="-m surgeon")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Saved to") == done.stderr.count("tracing") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "out", "reviews.csv"]
+    again = run(2, *args, "-o", tmp_path / "out", script="-m surgeon")
+    assert again.returncode != 0
+    assert again.stderr.count("exists. Give another directory") == 1
 
 
 def test_processes_draw_other_numbers_and_go_on_alike(monkeypatch: pytest.MonkeyPatch) -> None:
