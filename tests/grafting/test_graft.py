@@ -73,6 +73,18 @@ class InlineGated(nn.Module):
         return x + self.down(self.act(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 
+class Twice(nn.Module):
+    """Calls one layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = Whole()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return x + self.second(x)  # type: ignore[no-any-return]
+
+
 class NoPlace(Inline):
     """A block that calls the activation in its own code."""
 
@@ -134,6 +146,16 @@ def test_what_has_no_place_stays_dense_and_says_why(kind: Callable[[], nn.Module
     assert refused.path == "2"
     assert set(surgeon.get_tau(grafted)) == {"1"}
     torch.testing.assert_close(grafted(x()), dense(x()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_under_two_names_is_replaced_under_both() -> None:
+    dense = model(Twice())
+    surgery = operate(dense, x()).set_tau(0.9)
+    grafted = surgeon.graft(dense, surgery)
+    twice: Any = grafted[1]  # type: ignore[index]
+    assert isinstance(twice.first, MoE)
+    assert twice.first is twice.second
+    torch.testing.assert_close(grafted(x()), surgery.graph(x()), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_to_put_anywhere_is_an_error() -> None:
