@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from surgeon.errors import UsageError, VerificationError, first_line, some
 from surgeon.grafting.check import Call, calls_of, difference, outputs
 from surgeon.grafting.parts import GRAFT, MLP, Graft, Layer, Plan, joined, layer_of, put, put_one
-from surgeon.grafting.placement import Placement, placements
+from surgeon.grafting.placement import Modules, Placement, placements
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
 from surgeon.moe.knobs import Knobs, get_knobs, set_knobs, set_tau
@@ -188,7 +188,8 @@ def _place(
 
     If the model computes something else with all layers in their places, each is tried by itself.
     """
-    ways = [placements(sketched, model, layer.site) for layer in converted]
+    modules = Modules(sketched, model)
+    ways = [placements(modules, layer.site) for layer in converted]
     for layer, found in zip(converted, ways, strict=True):
         layer.placement = found[0] if found else None
         if not found:

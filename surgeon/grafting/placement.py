@@ -13,7 +13,7 @@ What is found here is a proposal. `surgeon.grafting.graft` tries it out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -40,23 +40,60 @@ class Placement:
     dropout: float = 0.0
 
 
-def placements(graph: TracedGraph, model: nn.Module, site: FFN | LinearSite) -> list[Placement]:
+@dataclass(frozen=True)
+class Modules:
+    """The modules of a model that the nodes of its graph stand in."""
+
+    graph: TracedGraph
+    model: nn.Module
+    _stacks: dict[Node, list[tuple[str, str]]] = field(default_factory=dict, repr=False)
+
+    def stack(self, node: Node) -> list[tuple[str, str]]:
+        """The modules whose code a node stands in, outermost first: a key of its own for every call, and the path."""
+        if node in self._stacks:
+            return self._stacks[node]
+        found: list[tuple[str, str]] = []
+        for key, (recorded, _) in (node.meta.get("nn_module_stack") or {}).items():
+            parts = str(recorded).removeprefix("L['self'].").split(".")
+            path = ".".join(part.partition("@")[0] for part in parts)  # a repeated call may have a number after @
+            if path and not _is_module(self.model, path):
+                # The path of a module with several names starts at the module that holds it.
+                inside = [f"{outer}.{path}" for _, outer in reversed(found) if outer]
+                path = next((inner for inner in inside if _is_module(self.model, inner)), path)
+            found.append((str(key), path))
+        self._stacks[node] = found
+        return found
+
+    def keys(self, node: Node) -> list[str]:
+        """The keys of its modules."""
+        return [key for key, _ in self.stack(node)]
+
+    def paths(self, node: Node) -> list[str]:
+        """The paths of its modules."""
+        return [path for _, path in self.stack(node)]
+
+    def called(self, node: Node) -> str:
+        """The path of the innermost module, "" for the model itself."""
+        return next(reversed(self.paths(node)), "")
+
+
+def placements(modules: Modules, site: FFN | LinearSite) -> list[Placement]:
     """Return the ways to put a layer into the model, the best first.
 
     Args:
-        graph: a graph of `model` as it is. site: one of its layers.
+        modules: of the model as it is. site: one of its layers.
     """
     if isinstance(site, LinearSite):
-        places = {_linear_module(model, call) for call in site.calls}
+        places = {_linear_module(modules, call) for call in site.calls}
         place = places.pop()
         return [] if places or place is None else [Placement(place)]
     found: list[list[Placement]] = []
     between = {node for call in site.calls for node in call.cone}
     for call in site.calls:
-        whole, spread = _whole(graph, model, call), _spread(graph, model, call, between)
+        whole, spread = _whole(modules, call), _spread(modules, call, between)
         # A trace in evaluation form does not show where a module's dropout acts.
-        doubtful = whole is not None and _has_dropout(model.get_submodule(whole.at))
-        doubtful = doubtful and graph.meta["trace"].form == "eval"
+        doubtful = whole is not None and _has_dropout(modules.model.get_submodule(whole.at))
+        doubtful = doubtful and modules.graph.meta["trace"].form == "eval"
         ways = [spread, whole] if doubtful or (whole is not None and whole.dropout) else [whole, spread]
         found.append([way for way in ways if way is not None])
     first, *others = found
@@ -67,24 +104,9 @@ def _has_dropout(module: nn.Module) -> bool:
     return any(getattr(part, "p", 0) for part in module.modules() if isinstance(part, nn.modules.dropout._DropoutNd))
 
 
-def _stack(node: Node) -> list[str]:
-    """The paths of the modules whose code a node stands in, outermost first. A repeated call has a number after @."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [str(path).removeprefix("L['self'].") for path, _ in stack.values()]
-
-
-def _plain(path: str) -> str:
-    return ".".join(part.partition("@")[0] for part in path.split("."))
-
-
-def _called(node: Node) -> str:
-    stack = _stack(node)
-    return _plain(stack[-1]) if stack else ""
-
-
-def _linear_module(model: nn.Module, linear: Linear) -> str | None:
+def _linear_module(modules: Modules, linear: Linear) -> str | None:
     """The path of the module that a linear layer is, None if other code uses its weight."""
-    is_module = _is_module(model, linear.path) and _called(linear.core) == linear.path
+    is_module = _is_module(modules.model, linear.path) and modules.called(linear.core) == linear.path
     return linear.path if is_module else None
 
 
@@ -96,13 +118,14 @@ def _is_module(model: nn.Module, path: str) -> bool:
     return bool(path)
 
 
-def _whole(graph: TracedGraph, model: nn.Module, call: LayerCall) -> Placement | None:
+def _whole(modules: Modules, call: LayerCall) -> Placement | None:
     """Find the innermost module that has the whole layer, and nothing else but dropout of its output."""
     inside = {node for linear in (*call.first, call.down) for node in linear.nodes} | set(call.cone)
-    shared = _shared(_stack(node) for node in inside if node.op == "call_function" and _stack(node))
-    if not shared or not _is_module(model, _plain(shared[-1])):
+    shared = _shared(modules.stack(node) for node in inside if node.op == "call_function" and modules.stack(node))
+    if not shared or not _is_module(modules.model, shared[-1][1]):
         return None
-    module = [node for node in graph.graph.nodes if shared[-1] in _stack(node)]
+    key, path = shared[-1]
+    module = [node for node in modules.graph.graph.nodes if key in modules.keys(node)]
     after = [node for node in _dropouts_after(call.down.output) if node in module]
     inside |= set(after)
     held = set(module) | inside
@@ -114,7 +137,7 @@ def _whole(graph: TracedGraph, model: nn.Module, call: LayerCall) -> Placement |
     kept = 1.0
     for node in after:
         kept *= 1.0 - float(node.args[1])  # type: ignore[arg-type]
-    return Placement(_plain(shared[-1]), dropout=1.0 - kept)
+    return Placement(path, dropout=1.0 - kept)
 
 
 def _dropouts_after(node: Node) -> Iterator[Node]:
@@ -123,9 +146,9 @@ def _dropouts_after(node: Node) -> Iterator[Node]:
         yield node
 
 
-def _shared(stacks: Iterable[list[str]]) -> list[str]:
+def _shared(stacks: Iterable[list[tuple[str, str]]]) -> list[tuple[str, str]]:
     first, *others = stacks
-    return [path for path in first if all(path in stack for stack in others)]
+    return [module for module in first if all(module in stack for stack in others)]
 
 
 def _views_before(node: Node) -> Iterator[Node]:
@@ -150,23 +173,23 @@ def _is_plumbing(node: Node) -> bool:
     return node.target in SHAPE_OPS or is_copy(node) or not _is_tensor(node)
 
 
-def _spread(graph: TracedGraph, model: nn.Module, call: LayerCall, between: set[Node]) -> Placement | None:
+def _spread(modules: Modules, call: LayerCall, between: set[Node]) -> Placement | None:
     """Find the modules of the layer's linear layers and of its activation.
 
     between: the nodes between the linear layers in all calls of the layer.
     """
-    linears = [_linear_module(model, linear) for linear in (*call.first, call.down)]
+    linears = [_linear_module(modules, linear) for linear in (*call.first, call.down)]
     if any(path is None for path in linears) or len(set(linears)) < len(linears):
         return None
     first, *others = [path for path in linears if path is not None]
     nodes = {node for linear in (*call.first, call.down) for node in linear.nodes}
-    gives_way, own_code = _modules_of(graph, call.cone, nodes, between)
+    gives_way, own_code = _modules_of(modules, call.cone, nodes, between)
     functions: list[tuple[str, str]] = []
     for node in own_code:
         if _is_harmless(node, gated=len(call.first) == 2):
             continue
-        owner = _called(node)
-        names = [name for name, value in vars(model.get_submodule(owner)).items() if _is_function(value)]
+        owner = modules.called(node)
+        names = [name for name, value in vars(modules.model.get_submodule(owner)).items() if _is_function(value)]
         if len(names) != 1:
             return None
         functions.append((owner, names[0]))
@@ -179,20 +202,21 @@ def _spread(graph: TracedGraph, model: nn.Module, call: LayerCall, between: set[
 
 
 def _modules_of(
-    graph: TracedGraph, cone: Iterable[Node], linears: set[Node], between: set[Node]
+    modules: Modules, cone: Iterable[Node], linears: set[Node], between: set[Node]
 ) -> tuple[list[str], list[Node]]:
     """Return the modules that compute nothing but nodes between the linear layers, and the nodes in no such module."""
     cone = [node for node in cone if node.op == "call_function"]
-    around = {path for node in linears for path in _stack(node)[:-1]}
-    around |= {path for node in graph.graph.nodes if node not in between and _is_value(node) for path in _stack(node)}
-    modules, own_code = [], []
+    others = [node for node in modules.graph.graph.nodes if node not in between and _is_value(node)]
+    around = {path for node in linears for path in modules.paths(node)[:-1]}
+    around |= {path for node in others for path in modules.paths(node)}
+    found, own_code = [], []
     for node in cone:
-        inner = next((path for path in _stack(node) if path not in around), None)
+        inner = next((path for path in modules.paths(node) if path not in around), None)
         if inner is None:
             own_code.append(node)
         else:
-            modules.append(_plain(inner))
-    return modules, own_code
+            found.append(inner)
+    return found, own_code
 
 
 def _is_harmless(node: Node, *, gated: bool) -> bool:
