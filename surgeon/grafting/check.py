@@ -88,6 +88,6 @@ class _WithoutDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten.native_dropout.default:
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if func is aten.bernoulli_.float:
-            # torch's dropout divides by the probability afterwards.
-            return args[0].fill_(args[1])
+            # torch's dropout divides by the probability afterwards. A half is the operator's default and is left out.
+            return args[0].fill_(args[1] if len(args) > 1 else 0.5)
         return func(*args, **kwargs)

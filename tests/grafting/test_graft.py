@@ -42,6 +42,14 @@ class AndDropout(Whole):
         return F.dropout(super().forward(x), 0.1, self.training)
 
 
+class HalfDropped(Whole):
+    """The same, with dropout of a half, which torch's operators leave out as their default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+
 class Inline(nn.Module):
     """A block that computes the layer in its own code, with an activation module."""
 
@@ -116,6 +124,7 @@ def x(batch: int = 4) -> Tensor:
 PLACES = {
     Whole: {"1"},
     AndDropout: {"1.parts.0"},
+    HalfDropped: {"1"},
     Inline: {"1.up"},
     Function: {"1.up"},
     InlineGated: {"1.gate"},
