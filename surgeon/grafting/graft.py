@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from surgeon.errors import UsageError, VerificationError, first_line, some
 from surgeon.grafting.check import Call, calls_of, difference, outputs
-from surgeon.grafting.parts import GRAFT, MLP, Graft, Layer, Plan, joined, layer_of, put, put_one
+from surgeon.grafting.parts import GRAFT, MLP, Graft, Layer, Plan, joined, layer_of, plan_of, put, put_one, united
 from surgeon.grafting.placement import Modules, Placement, placements
+from surgeon.grafting.unsplit import unsplit
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
 from surgeon.moe.knobs import Knobs, get_knobs, set_knobs, set_tau
+from surgeon.moe.module import MoE
 from surgeon.moe.rebuild import moe_module
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassReport
@@ -83,26 +85,31 @@ def graft(
     made = _copy(model)
     _place(made, model, sketched, converted, calls)
     placed = [layer for layer in converted if layer.placement is not None]
-    if not placed:
+    before: Graft | None = getattr(model, GRAFT, None)
+    if not placed and before is None:
         reasons = [f"{layer.site.path}: {layer.refusal.reason}" for layer in converted if layer.refusal is not None]
         raise UsageError(
             f"No converted layer of the graph can be put into {type(model).__name__}: "
             f"{some(reasons) or 'the passes converted none'}."
         )
-    modules = _modules(graph, placed)
+    new = _modules(graph, placed)
+    modules = new | _earlier(graph, made)
     for path, module in modules.items():
         put_one(made, path, module)
-    kept = _take_weights(made, graph, modules, share=share)
+    dense = {layer.paths[0]: layer.site for layer in converted if layer.placement is None and len(layer.paths) == 1}
+    kept = _take_weights(made, graph, modules, unsplit(graph, made, dense), share=share)
     if made_up and kept:
         raise UsageError(
             f"The graph does not use {some(kept)}, so their values are not in the surgery. Give the original model: "
             "--base DIRECTORY, or model= in Python."
         )
-    plan = _merged(placed, {path: layer_of(module) for path, module in modules.items()})
+    plan = _merged(placed, {path: layer_of(module) for path, module in new.items()})
+    if before is not None:
+        plan = united(plan_of(made, before.plan), plan)
     refused = tuple(layer.refusal for layer in converted if layer.refusal is not None)
     for rejection in refused:
         log.warning("graft: %s stays dense: %s.", rejection.path, rejection.reason)
-    _verify(made, graph, calls, exact=not refused)
+    _verify(made, graph, calls, refused)
     setattr(made, GRAFT, Graft(plan, refused, kept))
     return made
 
@@ -170,6 +177,12 @@ def _modules(graph: TracedGraph, placed: Iterable[_Converted]) -> dict[str, nn.M
         for layer in placed
         if layer.placement is not None
     }
+
+
+def _earlier(graph: TracedGraph, model: nn.Module) -> dict[str, nn.Module]:
+    """Make the experts that the model had before from the graph, in which passes and knobs may have changed them."""
+    known = dict(model.named_modules(remove_duplicate=False))
+    return {site.path: moe_module(graph, site) for site in find_moes(graph) if isinstance(known.get(site.path), MoE)}
 
 
 # --- the places -------------------------------------------------------------------------------------------------------
@@ -250,10 +263,7 @@ def _dense(sketched: TracedGraph, layer: _Converted) -> nn.Module:
 def _merged(layers: Iterable[_Converted], shapes: Mapping[str, Layer] | None = None) -> Plan:
     places = [layer.placement for layer in layers if layer.placement is not None]
 
-    def united(name: str) -> tuple[Any, ...]:
-        return tuple(dict.fromkeys(part for place in places for part in getattr(place, name)))
-
-    return Plan(shapes or {}, united("passed"), united("ones"), united("functions"))
+    return united(Plan(shapes or {}), *(Plan({}, place.passed, place.ones, place.functions) for place in places))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -261,9 +271,16 @@ def _merged(layers: Iterable[_Converted], shapes: Mapping[str, Layer] | None = N
 
 @torch.no_grad()
 def _take_weights(
-    made: nn.Module, graph: TracedGraph, layers: Mapping[str, nn.Module], *, share: bool
+    made: nn.Module,
+    graph: TracedGraph,
+    layers: Mapping[str, nn.Module],
+    trained: Mapping[str, nn.Parameter],
+    *,
+    share: bool,
 ) -> tuple[str, ...]:
     """Give the copy the graph's weights, and the model's where the graph has none. Tied weights stay tied.
+
+    trained: weights that the graph has in another form, by their names in the model.
 
     Returns:
         The names of the weights that stay the model's.
@@ -271,6 +288,7 @@ def _take_weights(
     of_graph: dict[str, Tensor] = {
         **dict(graph.named_buffers(remove_duplicate=False)),
         **dict(graph.named_parameters(remove_duplicate=False)),
+        **trained,
     }
     of_layers = {f"{path}.{name}" for path, module in layers.items() for name in _names(module)}
     tensors = [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]
@@ -321,10 +339,10 @@ def _names(module: nn.Module) -> list[str]:
     return [name for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]]
 
 
-def _verify(made: nn.Module, graph: TracedGraph, calls: list[Call], *, exact: bool) -> None:
+def _verify(made: nn.Module, graph: TracedGraph, calls: list[Call], refused: Sequence[Rejection]) -> None:
     """Compare the grafted model with the graph. If a layer stayed dense, both run all experts."""
     knobs: list[tuple[nn.Module, Knobs]] = []
-    if not exact:
+    if refused:
         knobs = [(part, get_knobs(part)) for part in (made, graph) if find_moes(part)]
         for part, _ in knobs:
             set_tau(part, 0.0)
@@ -336,9 +354,10 @@ def _verify(made: nn.Module, graph: TracedGraph, calls: list[Call], *, exact: bo
             if worst > 1:
                 stage = "in training" if training else "in evaluation"
                 advice = (
-                    "Give the model that the graph was made from"
-                    if exact
-                    else "Passes trained or replaced a layer that has to stay dense"
+                    f"Passes replaced a layer that has to stay dense: {some([layer.path for layer in refused])}. "
+                    "Run the passes again, and leave these layers out with the option skip"
+                    if refused
+                    else "Give the model that the graph was made from"
                 )
                 raise VerificationError(
                     f"The grafted model differs from the graph {stage}, by {worst:.1e} times the accepted error. "

@@ -7,7 +7,7 @@ built again without a graph.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -191,6 +191,21 @@ def layer_of(module: nn.Module) -> Layer:
 def _part(module: nn.Module) -> MoEShape | MLPShape:
     assert isinstance(module, MoE | MLP)
     return module.shape
+
+
+def plan_of(model: nn.Module, plan: Plan) -> Plan:
+    """Return a plan with the layers as they are now in a model."""
+    return replace(plan, layers={path: layer_of(model.get_submodule(path)) for path in plan.layers})
+
+
+def united(*plans: Plan) -> Plan:
+    """Return the plan that does what several do, one after the other."""
+
+    def parts(name: str) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(part for plan in plans for part in getattr(plan, name)))
+
+    layers = {path: layer for plan in plans for path, layer in plan.layers.items()}
+    return Plan(layers, parts("passed"), parts("ones"), parts("functions"))
 
 
 def put(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module]) -> None:

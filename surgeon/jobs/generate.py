@@ -16,7 +16,7 @@ import torch
 from surgeon.errors import UsageError
 from surgeon.jobs.open_model import Stage
 from surgeon.measure.meter import ExpertMeter
-from surgeon.models.hugging_face import load_directory
+from surgeon.models.source import load_model
 from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.moe.site import find_moes
 from surgeon.surgery.artifact import load, load_inputs
@@ -98,10 +98,12 @@ def open_generator(directory: Path, dense: Path | None, *, stage: Stage) -> Gene
             model: Any = rebuilt(base, graph, reports, load_inputs(directory), origin, share=True)
             tokenizer = origin.tokenizer
         else:
-            found = load_directory(directory, None)
+            found = load_model(directory)
             model, tokenizer = found.model, found.tokenizer
         if dense is not None:
-            base = load_directory(dense, None).model
+            base = load_model(dense).model
+            if base is None:
+                raise UsageError(f"{dense} is a surgery. Give the directory of the dense model.")
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise UsageError(f"{type(model).__name__} does not generate text. Give a language model.")
     if tokenizer is None:
@@ -122,7 +124,7 @@ def generate(
         taus: the settings to compare; without any, only the stored one.
 
     Raises:
-        UsageError: the prompt is empty, or the tokenizer has no chat template.
+        UsageError: the prompt is empty, the model does not take so many tokens, or the tokenizer has no chat template.
     """
     model, stored = opened.model, get_tau(opened.model)
     encoded = _encoded(opened, prompt, options)
@@ -180,9 +182,19 @@ def _encoded(opened: Generator, prompt: str, options: GenerateOptions) -> dict[s
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
-    encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].shape[1] == 0:
+    # A template writes the special tokens itself.
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not options.chat)
+    length = encoded["input_ids"].shape[1]
+    if length == 0:
         raise UsageError("The prompt is empty. Give some text to continue.")
+    config = opened.model.config
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    total = options.max_new_tokens + (0 if config.is_encoder_decoder else length)
+    if isinstance(limit, int) and total > limit:
+        raise UsageError(
+            f"The model takes {limit} tokens, but the prompt has {length} and {options.max_new_tokens} more were asked "
+            "for. Give a lower --max-new-tokens, or a shorter prompt."
+        )
     return {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
 
 

@@ -8,7 +8,7 @@ Importing this module registers the format.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from surgeon.errors import LoadError, UsageError, some
-from surgeon.grafting.parts import GRAFT, Graft, Layer, Plan, empty_layer, layer_of, put
+from surgeon.grafting.parts import GRAFT, Graft, Layer, Plan, empty_layer, plan_of, put
+from surgeon.moe.module import MoEShape
 from surgeon.pretrained.register import METHOD
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _READER = TypeAdapter(Plan)
 class SurgeonConfig(QuantizationConfigMixin):
     """The plan of a model's converted layers, as it stands in `config.json`."""
 
-    def __init__(self, plan: Mapping[str, Any] | Plan, schema: int = SCHEMA, **_: Any) -> None:
+    def __init__(self, plan: Mapping[str, Any] | Plan | None = None, schema: int = SCHEMA, **_: Any) -> None:
         """Read a plan, or the JSON values of one.
 
         Raises:
@@ -49,15 +50,37 @@ class SurgeonConfig(QuantizationConfigMixin):
             self.plan = plan if isinstance(plan, Plan) else _READER.validate_python(plan)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise LoadError(
-                f"config.json is damaged: quantization_config.plan.{where}: {first['msg'].lower()}."
-            ) from error
+            where = ".".join(str(part) for part in ("plan", *first["loc"]))
+            raise LoadError(f"config.json is damaged: quantization_config.{where}: {first['msg'].lower()}.") from error
+        _check(self.plan)
         self.quant_method = METHOD  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON values."""
         return {"quant_method": METHOD, "schema": SCHEMA, "plan": _READER.dump_python(self.plan, mode="json")}
+
+
+def _check(plan: Plan) -> None:
+    """Refuse values that no exported model has.
+
+    Raises:
+        LoadError: a value is out of its range.
+    """
+    for path, layer in plan.layers.items():
+        faults = ["dropout"] * (not 0 <= layer.dropout < 1) + ["parts"] * (not layer.parts)
+        for part in layer.parts:
+            faults += [f"biases {part.biases}"] * (not {"b1", "b_gate", "b2"}.issuperset(part.biases))
+            sizes = {"d_in": part.d_in, "d_out": part.d_out}
+            if isinstance(part, MoEShape):
+                sizes |= {"experts": part.experts, "size": part.size, "experts - shared": part.experts - part.shared}
+                sizes |= {} if part.router_width is None else {"router_width": part.router_width}
+                sizes |= {"shared + 1": part.shared + 1, "filling + 1": part.filling + 1}
+                sizes |= {"experts * size - filling": part.experts * part.size - part.filling}
+            else:
+                sizes["neurons"] = part.neurons
+            faults += [f"{name} {value}" for name, value in sizes.items() if value < 1]
+        if faults:
+            raise LoadError(f"config.json is damaged: quantization_config.plan.layers.{path} has a wrong {faults[0]}.")
 
 
 @register_quantizer(METHOD)
@@ -87,15 +110,32 @@ class SurgeonQuantizer(HfQuantizer):
         self.quantization_config.plan = plan
         # Its code for new weights may look for weights that are gone. Every weight of these modules is in the file.
         for path in (*plan.layers, *plan.passed, *plan.ones):
-            owner = model.get_submodule(path.rpartition(".")[0])
-            vars(owner)["_is_hf_initialized"] = True
+            while path := path.rpartition(".")[0]:
+                vars(model.get_submodule(path))["_is_hf_initialized"] = True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Refuse a model whose converted layers are not all in its files: transformers only warns.
+
+        Raises:
+            LoadError: a weight of a converted layer was not loaded.
+        """
+        missing = [
+            f"{path}.{name}"
+            for path in self.quantization_config.plan.layers
+            for name, tensor in _tensors(model.get_submodule(path))
+            # What is kept on disk was read from a file. transformers marks what it loaded.
+            if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False)
+        ]
+        if missing:
+            raise LoadError(
+                f"The weight files do not contain {some(missing)}, which the plan in config.json has. The files do not "
+                "belong together: export the surgery again."
+            )
         setattr(model, GRAFT, Graft(self.quantization_config.plan))
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
         """Bring the plan up to date before the model is saved: its rules may have been set, and means computed."""
-        plan = present_plan(model, self.quantization_config.plan)
+        plan = plan_of(model, self.quantization_config.plan)
         self.quantization_config.plan = plan
         model.config.quantization_config = self.quantization_config
         return None, {}
@@ -120,18 +160,17 @@ class SurgeonQuantizer(HfQuantizer):
         return True
 
 
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
 def attach(model: PreTrainedModel, plan: Plan) -> None:
     """Let a model with converted layers be saved by `save_pretrained` and trained by `Trainer`."""
     quantizer = SurgeonQuantizer(SurgeonConfig(plan))
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.config.quantization_config = quantizer.quantization_config
     vars(model).update(is_quantized=True, quantization_method=METHOD)
-
-
-def present_plan(model: torch.nn.Module, plan: Plan) -> Plan:
-    """Return a plan with the layers as they are now in a model."""
-    layers = {path: layer_of(model.get_submodule(path)) for path in plan.layers}
-    return Plan(layers, plan.passed, plan.ones, plan.functions)
 
 
 def fitted(plan: Plan, model: PreTrainedModel) -> Plan:
@@ -141,7 +180,7 @@ def fitted(plan: Plan, model: PreTrainedModel) -> Plan:
     Then paths lose or get the prefix of the body. Parts that the class lacks, such as a decoder, are left out.
 
     Raises:
-        LoadError: the plan is for another model.
+        LoadError: the plan is for another model, or names a function that the model does not have.
     """
     prefix = f"{model.base_model_prefix}."
     known = {name for name, _ in model.named_modules()}
@@ -161,4 +200,7 @@ def fitted(plan: Plan, model: PreTrainedModel) -> Plan:
 
     layers: dict[str, Layer] = {renamed(path): layer for path, layer in plan.layers.items() if renamed(path) in known}
     functions = tuple((renamed(path), name) for path, name in plan.functions if renamed(path) in known)
+    for path, name in functions:
+        if not callable(vars(model.get_submodule(path)).get(name)):
+            raise LoadError(f"config.json is damaged: {type(model).__name__} has no function {path}.{name}.")
     return Plan(layers, kept(plan.passed), kept(plan.ones), functions)

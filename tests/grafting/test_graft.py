@@ -17,7 +17,7 @@ from surgeon.errors import UsageError, VerificationError
 from surgeon.grafting.parts import MLP, Joined
 from surgeon.measure.sweep import sweep
 from surgeon.moe.module import MoE
-from surgeon.passes import Lower, Mlpify, Moeify, SwapActivation
+from surgeon.passes import Lower, Mlpify, Moeify, Recover, SwapActivation
 from surgeon.surgery.surgery import Surgery
 from tests.small_models import labelled_vectors, stack, vectors
 
@@ -100,6 +100,13 @@ class NoPlace(Inline):
         return x + self.down(F.gelu(self.up(self.norm(x))))  # type: ignore[no-any-return]
 
 
+class NoPlaceGated(InlineGated):
+    """A block that computes a gated layer and calls the activation in its own code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
 class Looks(Inline):
     """A block that looks at a weight of the layer."""
 
@@ -173,12 +180,42 @@ def test_nothing_to_put_anywhere_is_an_error() -> None:
         surgeon.graft(dense, operate(dense, x()))
 
 
-def test_a_dense_layer_whose_weights_were_trained_is_refused() -> None:
+def test_a_dense_layer_whose_activation_was_replaced_is_refused() -> None:
     dense = model(Whole(), NoPlace())
     data = [(x().mean(1), torch.tensor([0, 1, 2, 0]))]
     surgery = operate(model(Whole(), NoPlace()), x().mean(1), (SwapActivation(epochs=1), Moeify(experts=4)), data)
-    with pytest.raises(VerificationError, match="Passes trained or replaced a layer that has to stay dense"):
+    with pytest.raises(VerificationError, match="a layer that has to stay dense: 2"):
         surgeon.graft(dense, surgery)
+
+
+@pytest.mark.parametrize("size", [8, 7])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_dense_layer_keeps_what_its_experts_learnt(size: int, gated: bool) -> None:
+    dense = model(Whole(), NoPlaceGated() if gated else NoPlace())
+    data = [(x().mean(1), torch.tensor([0, 1, 2, 0]))]
+    surgery = operate(dense, x().mean(1), (Moeify(expert_size=size), Recover(epochs=5, lr=1e-2), Lower()), data)
+    grafted = surgeon.graft(dense, surgery)
+    assert [rejection.path for rejection in grafted.surgeon_graft.refused] == ["2"]  # type: ignore[union-attr]
+    assert not grafted.surgeon_graft.kept  # type: ignore[union-attr]
+    assert not torch.allclose(grafted(x().mean(1)), dense(x().mean(1)), atol=1e-3)
+    surgeon.set_tau(surgery.graph, 0.0)
+    surgeon.set_tau(grafted, 0.0)
+    torch.testing.assert_close(grafted(x().mean(1)), surgery.graph(x().mean(1)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_grafted_model_can_be_converted_further() -> None:
+    dense = model(Whole(), Inline())
+    first = surgeon.graft(dense, operate(dense, x(), (Moeify(experts=4, only=("1",)),)))
+    surgery = operate(first, x(), (Moeify(experts=2), Lower()))
+    surgeon.set_tau(surgery.graph, 0.9)
+    surgeon.set_rule(surgery.graph, "top_k", "1")
+    second = surgeon.graft(first, surgery)
+    assert set(second.surgeon_graft.plan.layers) == {"1", "2.up"}  # type: ignore[union-attr]
+    assert surgeon.get_rule(second) == {"1": "top_k", "2.up": "max"}
+    assert second[1].form == "dynamic"  # type: ignore[index]
+    torch.testing.assert_close(second(x()), surgery.graph(x()), rtol=1e-4, atol=1e-5)
+    assert first[1].form == "masked"  # type: ignore[index]
+    assert surgeon.get_rule(first) == {"1": "max"}
 
 
 def test_another_model_is_refused() -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from huggingface_hub import ModelCard
 
 import surgeon
 from surgeon.errors import SaveError, UsageError
+from surgeon.jobs.generate import GenerateOptions, generate, open_generator
 from surgeon.passes import Lower, Moeify
 from tests.cli.harness import run_surgeon
 from tests.models.tiny import BERT
@@ -141,6 +145,19 @@ def test_an_exported_model_can_be_opened_like_any_other(shelf: Shelf) -> None:
     assert re.search(r"transformer\.h\.1\.mlp\.c_fc +4 × 32 +dynamic", result.out)
 
 
+def test_an_exported_model_can_be_converted_further_and_exported_again(tmp_path: Path) -> None:
+    inputs = {"input_ids": IDS}
+    passes: Any = [(Moeify(experts=4, only=("encoder.layer.0",)), Lower()), (Moeify(experts=2),)]
+    dense = bert()
+    made: Any = dense
+    for index, some in enumerate(passes):
+        surgeon.Pipeline(some).run(made, inputs=inputs).save_pretrained(tmp_path / str(index))
+        made, info = transformers.BertModel.from_pretrained(tmp_path / str(index), output_loading_info=True)
+        assert not any(info.values())
+    assert len(surgeon.get_tau(made)) == 2
+    torch.testing.assert_close(made(IDS)[0], dense(IDS)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_generate(shelf: Shelf) -> None:
     result = run_surgeon("generate", str(shelf.surgery), "the film was", "--tau", "0.9", "--max-new-tokens", "5",
                          "--rounds", "1", "--output", "json")  # fmt: skip
@@ -167,12 +184,24 @@ def test_the_record_does_not_say_where_the_model_lay(shelf: Shelf) -> None:
     assert str(shelf.dense.parent) not in (shelf.exported / "README.md").read_text()
 
 
+def test_a_chat_template_writes_the_special_tokens_itself(shelf: Shelf) -> None:
+    opened = open_generator(shelf.surgery, None, stage=nullcontext)
+    given = opened.tokenizer
+    given.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer = Mock(wraps=given, chat_template=given.chat_template)
+    for chat in (False, True):
+        options = GenerateOptions(2, chat=chat, rounds=1)
+        generate(replace(opened, tokenizer=tokenizer), "the film", [], options, stage=nullcontext)
+    assert [call.kwargs["add_special_tokens"] for call in tokenizer.call_args_list] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--chat",), "The tokenizer has no chat template"),
         (("--tau", "2"), "--tau"),
-        (("--dense", "nowhere"), "nowhere"),
+        (("--dense", "nowhere"), "No file or directory 'nowhere'"),
+        (("--max-new-tokens", "1000"), "Give a lower --max-new-tokens"),
     ],
 )
 def test_generate_refuses(shelf: Shelf, options: tuple[str, ...], message: str) -> None:

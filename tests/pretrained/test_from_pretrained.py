@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import transformers
 import surgeon
 from surgeon.errors import LoadError, UsageError
 from surgeon.moe.module import MoE
+from surgeon.pretrained.quantizer import SurgeonConfig, fitted
 from tests.pretrained.conftest import Shelf
 
 IDS = torch.tensor([[2, 3, 4, 5], [2, 7, 4, 6]])
@@ -130,6 +132,31 @@ def test_generate_gives_the_dense_models_tokens(shelf: Shelf, options: dict[str,
     assert torch.equal(*tokens)
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"experts": -1}, "has a wrong experts -1"),
+        ({"shared": 4}, "has a wrong experts - shared 0"),
+        ({"filling": 1000}, "has a wrong experts [*] size - filling"),
+        ({"shared": -1}, "has a wrong shared [+] 1 0"),
+        ({"biases": ["b3"]}, "has a wrong biases"),
+        ({"router_width": 0}, "has a wrong router_width 0"),
+    ],
+)
+def test_values_that_no_layer_has_are_refused(shelf: Shelf, part: dict[str, Any], message: str) -> None:
+    values = shelf.model().config.quantization_config.to_dict()
+    next(iter(values["plan"]["layers"].values()))["parts"][0] |= part
+    with pytest.raises(LoadError, match=message):
+        SurgeonConfig(values["plan"])
+
+
+def test_a_plan_may_only_replace_functions_that_a_module_holds(shelf: Shelf) -> None:
+    model = shelf.model()
+    plan = replace(model.config.quantization_config.plan, functions=(("transformer.h.0.mlp", "forward"),))
+    with pytest.raises(LoadError, match=r"GPT2LMHeadModel has no function transformer.h.0.mlp.forward"):
+        fitted(plan, model)
+
+
 def test_a_damaged_plan_is_refused_in_words(shelf: Shelf, tmp_path: Path) -> None:
     shelf.model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -138,9 +165,23 @@ def test_a_damaged_plan_is_refused_in_words(shelf: Shelf, tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(LoadError, match=r"config.json is damaged: quantization_config.plan.layers.*experts"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    del config["quantization_config"]["plan"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=r"config.json is damaged: quantization_config.plan: "):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     config["quantization_config"]["schema"] = 99
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(LoadError, match="schema 99, but this version reads schema 1"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_weights_that_the_plan_has_and_the_files_have_not(shelf: Shelf, tmp_path: Path) -> None:
+    shelf.model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for layer in config["quantization_config"]["plan"]["layers"].values():
+        layer["parts"][0]["gated"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=r"The weight files do not contain transformer\.h\.0\.mlp\.c_fc\.gate"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -1,0 +1,60 @@
+"""Give a layer that stays dense the weights that its experts have: what `moeify` does, backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.graph.traced import TracedGraph
+from surgeon.moe.filling import neurons_of_experts
+from surgeon.moe.module import MoE
+from surgeon.moe.rebuild import moe_module
+from surgeon.moe.site import find_moes
+from surgeon.sites.ffn import FFN
+from surgeon.sites.linear_site import LinearSite
+from surgeon.sites.nonlinearity import Nonlinearity
+
+
+@torch.no_grad()
+def unsplit(graph: TracedGraph, model: nn.Module, sites: Mapping[str, FFN | LinearSite]) -> dict[str, nn.Parameter]:
+    """Return the weights of experts as those of the linear layers that they were split from, by name.
+
+    The order of the neurons may be another one, which changes no output. Left out are layers that passes changed in
+    more than their weights, and those whose linear layers are not `nn.Linear` modules.
+
+    Args:
+        model: the dense model. sites: its layers, by the path of their experts in `graph`.
+    """
+    moes = {site.path: site for site in find_moes(graph)}
+    found: dict[str, nn.Parameter] = {}
+    for path, site in sites.items():
+        if path not in moes or not isinstance(site, FFN):
+            continue
+        layer, modules = moe_module(graph, moes[path]), dict(model.named_modules(remove_duplicate=False))
+        *ups, down = [linear.path for linear in site.linears]
+        if any(type(modules.get(name)) is not nn.Linear for name in (*ups, down)) or not _same(site, layer):
+            continue
+        # The gate comes first among a gated layer's linear layers.
+        rows = [(layer.w1, layer.b1)] if layer.gate is None else [(layer.gate, layer.b_gate), (layer.w1, layer.b1)]
+        found[f"{down}.weight"] = nn.Parameter(_neurons(layer, layer.weights.w2).t().contiguous())
+        if layer.b2 is not None:
+            found[f"{down}.bias"] = nn.Parameter(layer.b2.detach())
+        for name, (weight, bias) in zip(ups, rows, strict=True):
+            assert weight is not None
+            found[f"{name}.weight"] = nn.Parameter(_neurons(layer, weight))
+            if bias is not None:
+                found[f"{name}.bias"] = nn.Parameter(_neurons(layer, bias))
+    return found
+
+
+def _same(site: FFN, layer: MoE) -> bool:
+    """Whether a layer of experts is the dense layer but for its weights."""
+    return site.nonlinearity == Nonlinearity(layer.activation, layer.gate is not None, site.nonlinearity.gate_leaf)
+
+
+def _neurons(layer: MoE, values: Tensor) -> Tensor:
+    """Turn values of experts [E, s, ...] into those of the dense layer's neurons [h, ...]."""
+    counts = neurons_of_experts(layer.shape.experts, layer.shape.size, layer.filling)
+    return torch.cat([rows[:count] for rows, count in zip(values, counts, strict=True)])
