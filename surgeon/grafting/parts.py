@@ -237,6 +237,10 @@ def put_one(model: nn.Module, path: str, module: nn.Module) -> None:
         for name, child in owner._modules.items():
             if child is old:
                 owner._modules[name] = module
+        # Some models keep their modules in a plain list as well, and call those.
+        for name, value in vars(owner).items():
+            if isinstance(value, list | tuple) and any(item is old for item in value):
+                vars(owner)[name] = type(value)(module if item is old else item for item in value)
 
 
 _HOOKS = (

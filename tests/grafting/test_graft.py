@@ -174,6 +174,25 @@ def test_a_layer_under_two_names_is_replaced_under_both() -> None:
     torch.testing.assert_close(grafted(x()), surgery.graph(x()), rtol=1e-4, atol=1e-5)
 
 
+def test_modules_that_are_called_from_a_plain_list_are_replaced_there_too() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)])
+            self.order = [*self.parts]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.order:
+                x = part(x)
+            return x
+
+    dense = model(Listed())
+    surgery = operate(dense, x()).set_tau(0.9)
+    grafted = surgeon.graft(dense, surgery)
+    assert len(surgeon.get_tau(grafted)) == 1
+    torch.testing.assert_close(grafted(x()), surgery.graph(x()), rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_to_put_anywhere_is_an_error() -> None:
     dense = model(NoPlace())
     with pytest.raises(UsageError, match="No converted layer of the graph can be put into Sequential: 1: no module"):
