@@ -106,7 +106,9 @@ DATA_OPTIONS: dict[str, Any] = {
     ],
     "task": Task,
     "batch_size": Annotated[int, typer.Option("--batch-size", help="Samples in a batch.")],
-    "max_length": Annotated[int, typer.Option("--max-length", help="Cut texts after this many tokens.")],
+    "max_length": Annotated[
+        int, typer.Option("--max-length", help="Cut texts after this many tokens, or as many as the model takes.")
+    ],
     "limit": Annotated[int | None, typer.Option("--limit", help="Read at most this many rows of each split.")],
     "eval_fraction": Annotated[
         float,

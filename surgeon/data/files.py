@@ -69,8 +69,8 @@ def load_data(
         task: one of `surgeon.data.features.READABLE`, by default the config's. "imitate" reads what the model's own
             task reads, and labels only if there are any.
         batch_size: samples (for causal-lm: chunks of `max_length` tokens) in a batch. The last batch may be smaller.
-        max_length: the number of tokens to which texts are truncated. For causal-lm the texts are joined and cut into
-            chunks of this length.
+        max_length: the number of tokens to which texts are truncated, or that of the model's positions if it has fewer.
+            For causal-lm the texts are joined and cut into chunks of this length.
         seed: seed of the order, which changes with each epoch, the division and the masking.
         eval_fraction: share of a single split to hold out; 0 holds out nothing.
         limit: the most rows to read from each split: the first ones for causal-lm, else random ones.
@@ -97,6 +97,10 @@ def load_data(
     splits = _splits(found, spec)
     own = task_of(config) if task == IMITATE else task
     chosen = [_limited(split, limit, seed, in_order=own == "causal-lm") for split in splits]
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 2 <= positions < max_length:
+        log.info("Texts are cut after %d tokens instead of %d: the model has no more positions.", positions, max_length)
+        max_length = positions
     options = ReadOptions(spec, tokenizer, processor, config, text, label, max_length, task == IMITATE)
     with _quiet_datasets(spec):
         features = make_features(task, options, splits, chosen)

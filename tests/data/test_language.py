@@ -27,6 +27,13 @@ def test_causal_text_is_joined_and_cut(tmp_path: Path, tokenizer: Any) -> None:
     assert torch.isfinite(data.loss(torch.zeros(2, 4, 10), batch))
 
 
+def test_no_text_is_longer_than_the_model_has_positions(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.txt").write_text("a b c d e\n" * 20)
+    config = hf.GPT2Config(n_positions=8, vocab_size=10, bos_token_id=2, eos_token_id=3)
+    data = load_data(str(tmp_path / "a.txt"), tokenizer=tokenizer, config=config, task="causal-lm", eval_fraction=0)
+    assert {batch.kwargs["input_ids"].shape[1] for batch in data.train} == {8}
+
+
 def test_causal_text_shorter_than_a_chunk(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "a.txt").write_text("a b")
     (batch,) = load_data(str(tmp_path / "a.txt"), tokenizer=tokenizer, task="causal-lm", eval_fraction=0).train
