@@ -16,6 +16,8 @@ import surgeon
 from surgeon.training import loop
 from tests.cli.shelf import write_bert
 
+ROOT = Path(__file__).parents[2]
+
 # Batches of 5, 4 and 1 samples, with padding and predicted tokens spread unevenly. Dropout would draw other numbers.
 DRIVER = """
 import json, os, signal, sys
@@ -83,7 +85,8 @@ processes.leave()
 def run(processes: int, *args: Any, script: Path | str) -> subprocess.CompletedProcess[str]:
     """Run a script, or a module given as "-m name", in a number of processes."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"] if processes == 2 else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SURGEON_CPU": "torch"}
+    paths = os.pathsep.join([str(ROOT), *sys.path])  # pytest's own entry point leaves the root out of sys.path
+    environment = {**os.environ, "PYTHONPATH": paths, "SURGEON_CPU": "torch"}
     command = [sys.executable, *launcher, *str(script).split(), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
