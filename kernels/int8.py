@@ -1,0 +1,425 @@
+"""Experts with 8-bit weights: how they are laid out, and the operator that routes tokens to them and runs them.
+
+A number w is stored as an integer q from -127 to 127 and scales. For the first product, w ≈ w1_scale · q / x_scale: every
+neuron has a scale, and so may every input, which is multiplied by x_scale before it is rounded (as in SmoothQuant,
+arXiv 2211.10438). For the second product, w ≈ w2_scale · q · y_scale: every neuron has a scale, and every output has
+one, which all experts share. A few outputs of a transformer have far larger weights than the others; without scales of
+their own the rounding of all others is several times as coarse.
+
+The operator reads its weights as they are stored, in *panels*: a matrix [N, K], which is multiplied with vectors of K
+values, is [N / 16, K / 4, 16, 4], with panels[n // 16, k // 4, n % 16, k % 4] = q[n, k] and zeros behind the end. This
+is the order in which the 8-bit dot products of processors read them, four values of K in each of 16 lanes. The trunk of
+the router has 16 bits, because an expert whose score is near the threshold runs or is skipped by the last ones. Its
+panels are [N / 16, K / 2, 16, 2].
+
+`surgeon::routed_ffn_int8` scores the experts, selects them and adds up the outputs of those that are selected:
+
+    x          [..., d_in]      floating
+    tau        scalar           floating
+    rule       a name of `surgeon.kernels.selection.RULES`
+    shared     how many experts, the first ones, run for every token; the router scores the others
+    x_scale    [d_in] or None
+    fc1        the router's trunk [R, d_in] in panels, int16 [R / 16, d_in / 2, 16, 2], or None
+    fc1_scale  [R], or None without a trunk
+    fc1_bias   [R] or None
+    fc2        [E - shared, R], or [E - shared, d_in] without a trunk, floating
+    fc2_bias   [E - shared] or None
+    hidden     "relu" or "tanh", the trunk's activation; output: as in `surgeon.moe.router.OUTPUT`
+    w1         [E, s, d_in] in panels, int8 [E, s / 16, d_in / 4, 16, 4]
+    w1_scale   [E, s]
+    b1         [E, s] or None
+    gate, gate_scale, b_gate: as w1, w1_scale and b1, or None: the FFN is gated
+    w2         [E, d_out, s] in panels, int8 [E, d_out / 16, s / 4, 16, 4]
+    w2_scale   [E, s]
+    y_scale    [d_out]
+    b2         [d_out] or None
+    activation a name of `surgeon.kernels.activations.ACTIVATIONS`
+
+All divisions round up. It returns [..., d_out] in the dtype of x. Scales, biases and tau are floating of any dtype and
+are read as float32. In between it computes:
+
+    z   = x · x_scale
+    t   = hidden(s_t fc1_scale · (fc1 q_t) + fc1_bias), with q_t = z / s_t, rounded, and s_t = max |z| / 2047
+    h   = act(s_x w1_scale · (w1 q_x) + b1), with q_x = z / s_x, rounded, and s_x = max |z| / 127; gated as in `surgeon.kernels.dynamic_k`, times w2_scale
+    y   = y_scale · Σ over selected experts of s_h (w2 q_h), plus b2, with q_h = h / s_h, rounded, and s_h for each token
+          and expert: max h / 255 if hidden values are never negative (`is_positive`), max |h| / 127 otherwise
+
+The scores are output(fc2 t + fc2_bias), or output(fc2 x + fc2_bias) without a trunk. Sums of products of integers are
+exact: int32 holds them for up to 65,536 inputs, and the weights of a trunk are made such that it does
+(`quantise_trunk`). All else is in float32. A token with values that are not finite gives NaN. `surgeon::router_scores_int8` returns the scores
+[..., E - shared] alone, in float32.
+
+Wrong shapes, dtypes, devices or names raise `UsageError`. There is no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from surgeon.errors import UsageError
+from surgeon.kernels.activations import activation as find_activation
+from surgeon.kernels.experts import Experts, selected
+from surgeon.kernels.selection import check_rule, selection_threshold
+
+LANES = 16
+"""Outputs side by side in a panel."""
+_MOST = 127
+_MOST_TRUNK = 2047  # of the router's input and of the trunk
+# Activations that are never negative.
+_POSITIVE = ("relu", "relu2", "relu6", "sigmoid", "softplus")
+_EXACT = 2**24  # integers up to here are exact in float32
+
+Panels = Tensor
+
+
+def _depth(dtype: torch.dtype) -> int:
+    """Values of an input one after the other in a panel: 4 bytes."""
+    return 4 if dtype == torch.int8 else 2
+
+
+def pack(matrix: Tensor) -> Panels:
+    """Lay out a matrix [..., N, K] of int8 or int16 in panels, [..., N / 16, K / 4 (or 2), 16, 4 (or 2)], contiguous."""
+    rows, columns = matrix.shape[-2:]
+    depth = _depth(matrix.dtype)
+    filled = F.pad(matrix, (0, -columns % depth, 0, -rows % LANES))
+    split = filled.unflatten(-1, (-1, depth)).unflatten(-3, (-1, LANES))  # [..., N / 16, 16, K / depth, depth]
+    return split.transpose(-3, -2).contiguous()
+
+
+def unpack(panels: Panels, rows: int, columns: int) -> Tensor:
+    """Return the matrix [..., rows, columns] of `pack`."""
+    filled = panels.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    return filled[..., :rows, :columns]
+
+
+def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a matrix to int8 with a scale for every row: [..., N, K] → int8 of the same shape, float32 [..., N]."""
+    matrix = matrix.float()
+    scale = matrix.abs().amax(-1, keepdim=True) / _MOST
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (matrix / scale).round().to(torch.int8), scale.squeeze(-1)
+
+
+def quantise_trunk(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a trunk [R, K] to 12 bits: int16 of the same shape, and a float32 scale for every row, [R].
+
+    Rows of very many inputs get fewer bits, such that no sum of products is too large for int32.
+    """
+    matrix = matrix.float()
+    # Rounding adds at most a half to every number.
+    room = 2**31 // _MOST_TRUNK - matrix.shape[-1]
+    scale = torch.maximum(matrix.abs().amax(-1) / _MOST_TRUNK, matrix.abs().sum(-1) / room)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (matrix / scale.unsqueeze(-1)).round().to(torch.int16), scale
+
+
+class Int8Experts(NamedTuple):
+    """The weights of E experts of s neurons, as the operator takes them (see the module)."""
+
+    w1: Panels
+    w1_scale: Tensor
+    b1: Tensor | None
+    gate: Panels | None
+    gate_scale: Tensor | None
+    b_gate: Tensor | None
+    w2: Panels
+    w2_scale: Tensor
+    y_scale: Tensor
+
+    @classmethod
+    def of(cls, experts: Experts, x_scale: Tensor | None = None) -> Int8Experts:
+        """Quantise the weights of experts whose input is multiplied by `x_scale` [d_in]."""
+
+        def first(matrix: Tensor) -> tuple[Tensor, Tensor]:
+            whole, scale = quantise(matrix.float() if x_scale is None else matrix.float() / x_scale.float())
+            return pack(whole), scale
+
+        w1, w1_scale = first(experts.w1)
+        gate, gate_scale = (None, None) if experts.gate is None else first(experts.gate)
+        y_scale = experts.w2.float().abs().amax((0, 1))
+        y_scale = torch.where(y_scale > 0, y_scale, 1.0)
+        w2, w2_scale = quantise(experts.w2.float() / y_scale)
+        biases = _float(experts.b1), _float(experts.b_gate)
+        return cls(
+            w1, w1_scale, biases[0], gate, gate_scale, biases[1], pack(w2.transpose(1, 2)), w2_scale, y_scale
+        )  # fmt: skip
+
+    def floats(self, x_scale: Tensor | None, d_in: int) -> Experts:
+        """Return the weights as numbers in float32. x_scale: as in `of`. d_in: the width of the input."""
+        neurons, d_out = self.w1_scale.shape[1], len(self.y_scale)
+
+        def first(panels: Panels, scale: Tensor) -> Tensor:
+            numbers = unpack(panels, neurons, d_in) * scale.float().unsqueeze(-1)
+            return numbers if x_scale is None else numbers * x_scale.float()
+
+        w2 = unpack(self.w2, d_out, neurons).transpose(1, 2) * self.w2_scale.float().unsqueeze(-1)
+        gate = None if self.gate is None or self.gate_scale is None else first(self.gate, self.gate_scale)
+        w1, biases = first(self.w1, self.w1_scale), (_float(self.b1), _float(self.b_gate))
+        return Experts(w1, biases[0], gate, biases[1], w2 * self.y_scale.float())
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()
+
+
+class Int8Call(NamedTuple):
+    """The arguments of `surgeon::routed_ffn_int8`, as the module describes them."""
+
+    x: Tensor
+    tau: Tensor
+    rule: str
+    shared: int
+    x_scale: Tensor | None
+    fc1: Tensor | None
+    fc1_scale: Tensor | None
+    fc1_bias: Tensor | None
+    fc2: Tensor
+    fc2_bias: Tensor | None
+    hidden: str
+    output: str
+    w1: Tensor
+    w1_scale: Tensor
+    b1: Tensor | None
+    gate: Tensor | None
+    gate_scale: Tensor | None
+    b_gate: Tensor | None
+    w2: Tensor
+    w2_scale: Tensor
+    y_scale: Tensor
+    b2: Tensor | None
+    activation: str
+
+    @property
+    def router(self) -> tuple[Any, ...]:
+        """The arguments of `surgeon::router_scores_int8`."""
+        return (
+            self.x,
+            self.x_scale,
+            self.fc1,
+            self.fc1_scale,
+            self.fc1_bias,
+            self.fc2,
+            self.fc2_bias,
+            self.hidden,
+            self.output,
+        )
+
+    @property
+    def experts(self) -> Int8Experts:
+        """The experts' weights."""
+        return Int8Experts(*self[12:21])
+
+
+# --- the same in torch ------------------------------------------------------------------------------------------------
+
+
+def _rounded(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Round every row of float32 x [..., d] to integers up to `most`, in float32. Return them and the scales [..., 1]."""
+    scale = x.abs().amax(-1, keepdim=True) / most
+    return (x / torch.where(scale == 0, 1.0, scale)).round(), scale
+
+
+def _scaled(x: Tensor, x_scale: Tensor | None) -> Tensor:
+    return x if x_scale is None else x * x_scale.float()
+
+
+def _product(q: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply integers q [..., K] with a matrix [..., N, K] of integers: float32 [..., N], the exact sums rounded."""
+    exact = torch.float32 if matrix.dtype == torch.int8 and q.shape[-1] * 255 * _MOST < _EXACT else torch.float64
+    return (q.to(exact) @ matrix.to(exact).transpose(-2, -1)).float()
+
+
+_HIDDEN = {"relu": torch.relu, "tanh": torch.tanh}
+_OUTPUT = {
+    "abs": torch.abs,
+    "relu": torch.relu,
+    "softplus": lambda z: F.softplus(z, 50.0),
+    "exp": torch.exp,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def _scores(
+    x: Tensor,
+    x_scale: Tensor | None,
+    fc1: Tensor | None,
+    fc1_scale: Tensor | None,
+    fc1_bias: Tensor | None,
+    fc2: Tensor,
+    fc2_bias: Tensor | None,
+    hidden: str,
+    output: str,
+) -> Tensor:
+    """Return the scores [N, E - shared] of float32 x [N, d_in]."""
+    if fc1 is not None and fc1_scale is not None:
+        q, scale = _rounded(_scaled(x, x_scale), _MOST_TRUNK)
+        x = _product(q, unpack(fc1, len(fc1_scale), x.shape[-1])) * (scale * fc1_scale.float())
+        x = _HIDDEN[hidden](x if fc1_bias is None else x + fc1_bias.float())
+    return _OUTPUT[output](F.linear(x, fc2.float(), _float(fc2_bias)))
+
+
+def _routed(call: Int8Call) -> Tensor:
+    """Compute the operator with every expert and a mask, in float32: [N, d_out]."""
+    x = call.x.reshape(-1, call.x.shape[-1]).float()
+    scores = _scores(x, *call.router[1:])
+    threshold = selection_threshold(scores, call.tau, call.rule)
+    mask = selected(F.pad(scores, (call.shared, 0), value=float("inf")), threshold)
+    weights, act = call.experts, find_activation(call.activation)
+    (experts, neurons), d_in = weights.w1_scale.shape, x.shape[-1]
+    q, scale = _rounded(_scaled(x, call.x_scale), _MOST)
+
+    def up(panels: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        found = _product(q, unpack(panels, neurons, d_in).flatten(0, 1)) * (scale * scales.float().flatten())
+        return found if bias is None else found + bias.float().flatten()
+
+    h = up(weights.w1, weights.w1_scale, weights.b1)
+    if weights.gate is None or weights.gate_scale is None:
+        h = act.fn(h)
+    else:
+        h = act.fn(up(weights.gate, weights.gate_scale, weights.b_gate)) * (h if act.up is None else act.up.fn(h))
+    h = (h * weights.w2_scale.float().flatten()).view(-1, experts, neurons)
+    h, scales = _rounded(h, 255 if is_positive(call) else _MOST)
+    d_out = len(call.y_scale)
+    y = x.new_zeros(len(x), d_out)
+    for expert in range(experts):
+        found = _product(h[:, expert], unpack(weights.w2[expert], d_out, neurons)) * scales[:, expert]
+        y += found.masked_fill(~mask[:, expert, None], 0)
+    y = y * call.y_scale.float()
+    y = y if call.b2 is None else y + call.b2.float()
+    return y.masked_fill(~x.isfinite().all(-1, keepdim=True), float("nan"))
+
+
+def is_positive(call: Int8Call) -> bool:
+    """Whether hidden values are never negative, so that they are stored without a sign."""
+    return call.activation == "relu_relu" or (call.activation in _POSITIVE and call.gate is None)
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+_ROUTER = (
+    "Tensor? x_scale, Tensor? fc1, Tensor? fc1_scale, Tensor? fc1_bias, Tensor fc2, Tensor? fc2_bias, str hidden, str output"
+)  # fmt: skip
+_SIGNATURE = (
+    f"(Tensor x, Tensor tau, str rule, int shared, {_ROUTER}, Tensor w1, Tensor w1_scale, Tensor? b1, Tensor? gate, "
+    "Tensor? gate_scale, Tensor? b_gate, Tensor w2, Tensor w2_scale, Tensor y_scale, Tensor? b2, str activation) -> Tensor"
+)
+
+
+@torch.library.custom_op("surgeon::routed_ffn_int8", mutates_args=(), schema=_SIGNATURE)
+def _routed_ffn_int8(*given: Any) -> Tensor:
+    call = _check(*given)
+    return _routed(call).to(call.x.dtype).view(*call.x.shape[:-1], -1)
+
+
+@_routed_ffn_int8.register_fake
+def _(*given: Any) -> Tensor:
+    call = _check(*given)
+    return call.x.new_empty((*call.x.shape[:-1], len(call.y_scale)))
+
+
+@torch.library.custom_op("surgeon::router_scores_int8", mutates_args=(), schema=f"(Tensor x, {_ROUTER}) -> Tensor")
+def _router_scores_int8(x: Tensor, *router: Any) -> Tensor:
+    _check_router(x, *router)
+    return _scores(x.reshape(-1, x.shape[-1]).float(), *router).view(*x.shape[:-1], -1)
+
+
+@_router_scores_int8.register_fake
+def _(x: Tensor, *router: Any) -> Tensor:
+    _check_router(x, *router)
+    return x.new_empty((*x.shape[:-1], router[4].shape[0]), dtype=torch.float32)
+
+
+routed_ffn_int8 = torch.ops.surgeon.routed_ffn_int8
+router_scores_int8 = torch.ops.surgeon.router_scores_int8
+
+
+def _check(*given: Any) -> Int8Call:
+    """Return the arguments by name.
+
+    Raises:
+        UsageError: they are not as the module describes.
+    """
+    call = Int8Call(*given)
+    check_rule(call.rule)
+    find_activation(call.activation)
+    _check_router(*call.router)
+    x, weights = call.x, call.experts
+    if weights.w1_scale.dim() != 2:
+        raise UsageError(f"int8 FFN: w1_scale needs 2 dimensions [E, s], got {tuple(weights.w1_scale.shape)}")
+    if weights.y_scale.dim() != 1:
+        raise UsageError(f"int8 FFN: y_scale needs 1 dimension [d_out], got {tuple(weights.y_scale.shape)}")
+    (experts, neurons), d_in, d_out = weights.w1_scale.shape, x.shape[-1], weights.y_scale.shape[0]
+    rows = (experts, neurons)
+    if call.fc2.shape[0] + call.shared != experts:
+        raise UsageError(
+            f"int8 FFN: the router scores {call.fc2.shape[0]} experts and {call.shared} are shared, but there are "
+            f"{experts}"
+        )
+    if (weights.gate is None) != (weights.gate_scale is None) or (weights.gate is None and weights.b_gate is not None):
+        raise UsageError("int8 FFN: gate and gate_scale belong together, and b_gate needs them")
+    ups, downs = (experts, *_panels(neurons, d_in, torch.int8)), (experts, *_panels(d_out, neurons, torch.int8))
+    for name, tensor, shape, dtype in (
+        ("tau", call.tau, (), None),
+        ("w1", weights.w1, ups, torch.int8),
+        ("w1_scale", weights.w1_scale, rows, None),
+        ("b1", weights.b1, rows, None),
+        ("gate", weights.gate, ups, torch.int8),
+        ("gate_scale", weights.gate_scale, rows, None),
+        ("b_gate", weights.b_gate, rows, None),
+        ("w2", weights.w2, downs, torch.int8),
+        ("w2_scale", weights.w2_scale, rows, None),
+        ("y_scale", weights.y_scale, (d_out,), None),
+        ("b2", call.b2, (d_out,), None),
+    ):
+        _check_one(name, tensor, shape, x, dtype)
+    return call
+
+
+def _panels(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The shape of a matrix in panels."""
+    return (-(-rows // LANES), -(-columns // _depth(dtype)), LANES, _depth(dtype))
+
+
+def _check_router(
+    x: Tensor,
+    x_scale: Tensor | None,
+    fc1: Tensor | None,
+    fc1_scale: Tensor | None,
+    fc1_bias: Tensor | None,
+    fc2: Tensor,
+    fc2_bias: Tensor | None,
+    hidden: str,
+    output: str,
+) -> None:
+    if not x.is_floating_point() or x.dim() < 1:
+        raise UsageError(f"int8 FFN: x must be floating with at least 1 dimension, got {x.dtype} {tuple(x.shape)}")
+    if hidden not in _HIDDEN or output not in _OUTPUT:
+        raise UsageError(f"int8 FFN: no router with hidden {hidden!r} and output {output!r}")
+    if fc2.dim() != 2:
+        raise UsageError(f"int8 FFN: fc2 needs 2 dimensions, got {tuple(fc2.shape)}")
+    if (fc1 is None) != (fc1_scale is None) or (fc1 is None and fc1_bias is not None):
+        raise UsageError("int8 FFN: fc1 and fc1_scale belong together, and fc1_bias needs them")
+    (experts, width), d_in = fc2.shape, x.shape[-1]
+    if fc1 is not None:
+        _check_one("fc1", fc1, _panels(width, d_in, torch.int16), x, torch.int16)
+    _check_one("x_scale", x_scale, (d_in,), x, None)
+    _check_one("fc1_scale", fc1_scale, (width,), x, None)
+    _check_one("fc1_bias", fc1_bias, (width,), x, None)
+    _check_one("fc2", fc2, (experts, d_in if fc1 is None else width), x, None)
+    _check_one("fc2_bias", fc2_bias, (experts,), x, None)
+
+
+def _check_one(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype | None) -> None:
+    """Check an argument. dtype: that of its integers, None for floating ones."""
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape:
+        raise UsageError(f"int8 FFN: {name} has shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
+    if tensor.device != x.device:
+        raise UsageError(f"int8 FFN: {name} is on {tensor.device}, x on {x.device}")
+    if tensor.dtype != dtype if dtype else not tensor.is_floating_point():
+        raise UsageError(f"int8 FFN: {name} is {tensor.dtype}, expected {dtype or 'a floating dtype'}")
