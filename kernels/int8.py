@@ -1,10 +1,10 @@
 """Experts with 8-bit weights: how they are laid out, and the operator that routes tokens to them and runs them.
 
-A number w is stored as an integer q from -127 to 127 and scales. For the first product, w ≈ w1_scale · q / x_scale: every
-neuron has a scale, and so may every input, which is multiplied by x_scale before it is rounded (as in SmoothQuant,
-arXiv 2211.10438). For the second product, w ≈ w2_scale · q · y_scale: every neuron has a scale, and every output has
-one, which all experts share. A few outputs of a transformer have far larger weights than the others; without scales of
-their own the rounding of all others is several times as coarse.
+A number w is stored as an integer q from -127 to 127 and scales. For the first product, w ≈ w1_scale · q / x_scale:
+every neuron has a scale, and so may every input, which is multiplied by x_scale before it is rounded (as in
+SmoothQuant, arXiv 2211.10438). For the second product, w ≈ w2_scale · q · y_scale: every neuron has a scale, and every
+output has one, which all experts share. A few outputs of a transformer have far larger weights than the others; without
+scales of their own the rounding of all others is several times as coarse.
 
 The operator reads its weights as they are stored, in *panels*: a matrix [N, K], which is multiplied with vectors of K
 values, is [N / 16, K / 4, 16, 4], with panels[n // 16, k // 4, n % 16, k % 4] = q[n, k] and zeros behind the end. This
@@ -40,20 +40,24 @@ are read as float32. In between it computes:
 
     z   = x · x_scale
     t   = hidden(s_t fc1_scale · (fc1 q_t) + fc1_bias), with q_t = z / s_t, rounded, and s_t = max |z| / 2047
-    h   = act(s_x w1_scale · (w1 q_x) + b1), with q_x = z / s_x, rounded, and s_x = max |z| / 127; gated as in `surgeon.kernels.dynamic_k`, times w2_scale
-    y   = y_scale · Σ over selected experts of s_h (w2 q_h), plus b2, with q_h = h / s_h, rounded, and s_h for each token
-          and expert: max h / 255 if hidden values are never negative (`is_positive`), max |h| / 127 otherwise
+    h   = act(s_x w1_scale · (w1 q_x) + b1) · w2_scale, with q_x = z / s_x, rounded, and s_x = max |z| / 127; gated as
+          in `surgeon.kernels.dynamic_k`
+    y   = y_scale · Σ over selected experts of s_h (w2 q_h), plus b2, with q_h = h / s_h, rounded, and s_h for each
+          token and expert: max h / 255 if hidden values are never negative (`is_positive`), max |h| / 127 otherwise
 
 The scores are output(fc2 t + fc2_bias), or output(fc2 x + fc2_bias) without a trunk. Sums of products of integers are
 exact: int32 holds them for up to 65,536 inputs, and the weights of a trunk are made such that it does
-(`quantise_trunk`). All else is in float32. A token with values that are not finite gives NaN. `surgeon::router_scores_int8` returns the scores
-[..., E - shared] alone, in float32.
+(`quantise_trunk`). All else is in float32. A token with values that are not finite gives NaN.
+
+`surgeon::router_scores_int8` takes x and the arguments from x_scale to output. It returns the scores alone,
+[..., E - shared] in float32.
 
 Wrong shapes, dtypes, devices or names raise `UsageError`. There is no gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -82,17 +86,18 @@ def _depth(dtype: torch.dtype) -> int:
 
 
 def pack(matrix: Tensor) -> Panels:
-    """Lay out a matrix [..., N, K] of int8 or int16 in panels, [..., N / 16, K / 4 (or 2), 16, 4 (or 2)], contiguous."""
+    """Lay out a matrix [..., N, K] in panels: int8 [..., N / 16, K / 4, 16, 4] or int16 [..., N / 16, K / 2, 16, 2]."""
     rows, columns = matrix.shape[-2:]
     depth = _depth(matrix.dtype)
     filled = F.pad(matrix, (0, -columns % depth, 0, -rows % LANES))
     split = filled.unflatten(-1, (-1, depth)).unflatten(-3, (-1, LANES))  # [..., N / 16, 16, K / depth, depth]
-    return split.transpose(-3, -2).contiguous()
+    panels: Panels = split.transpose(-3, -2).contiguous()
+    return panels
 
 
 def unpack(panels: Panels, rows: int, columns: int) -> Tensor:
     """Return the matrix [..., rows, columns] of `pack`."""
-    filled = panels.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+    filled: Tensor = panels.transpose(-3, -2).flatten(-2).flatten(-3, -2)
     return filled[..., :rows, :columns]
 
 
@@ -218,7 +223,7 @@ class Int8Call(NamedTuple):
 
 
 def _rounded(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Round every row of float32 x [..., d] to integers up to `most`, in float32. Return them and the scales [..., 1]."""
+    """Round every row of float32 x [..., d] to integers up to `most`, in float32. Return them and scales [..., 1]."""
     scale = x.abs().amax(-1, keepdim=True) / most
     return (x / torch.where(scale == 0, 1.0, scale)).round(), scale
 
@@ -233,8 +238,8 @@ def _product(q: Tensor, matrix: Tensor) -> Tensor:
     return (q.to(exact) @ matrix.to(exact).transpose(-2, -1)).float()
 
 
-_HIDDEN = {"relu": torch.relu, "tanh": torch.tanh}
-_OUTPUT = {
+_HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh}
+_OUTPUT: dict[str, Callable[[Tensor], Tensor]] = {
     "abs": torch.abs,
     "relu": torch.relu,
     "softplus": lambda z: F.softplus(z, 50.0),
@@ -301,11 +306,13 @@ def is_positive(call: Int8Call) -> bool:
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 _ROUTER = (
-    "Tensor? x_scale, Tensor? fc1, Tensor? fc1_scale, Tensor? fc1_bias, Tensor fc2, Tensor? fc2_bias, str hidden, str output"
-)  # fmt: skip
+    "Tensor? x_scale, Tensor? fc1, Tensor? fc1_scale, Tensor? fc1_bias, Tensor fc2, Tensor? fc2_bias, str hidden, "
+    "str output"
+)
 _SIGNATURE = (
-    f"(Tensor x, Tensor tau, str rule, int shared, {_ROUTER}, Tensor w1, Tensor w1_scale, Tensor? b1, Tensor? gate, "
-    "Tensor? gate_scale, Tensor? b_gate, Tensor w2, Tensor w2_scale, Tensor y_scale, Tensor? b2, str activation) -> Tensor"
+    f"(Tensor x, Tensor tau, str rule, int shared, {_ROUTER}, Tensor w1, Tensor w1_scale, Tensor? b1, "
+    "Tensor? gate, Tensor? gate_scale, Tensor? b_gate, Tensor w2, Tensor w2_scale, Tensor y_scale, Tensor? b2, "
+    "str activation) -> Tensor"
 )
 
 
