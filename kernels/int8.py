@@ -57,6 +57,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (registers the gradient of the experts)
 from surgeon.errors import UsageError
+from surgeon.kernels import cpu
 from surgeon.kernels.activations import activation as find_activation
 from surgeon.kernels.experts import selected
 from surgeon.kernels.panels import MOST, MOST_TRUNK, Int8Experts, panels_shape, unpack
@@ -206,10 +207,22 @@ _SIGNATURE = (
 )
 
 
-@torch.library.custom_op("surgeon::routed_ffn_int8", mutates_args=(), schema=_SIGNATURE)
-def _routed_ffn_int8(*given: Any) -> Tensor:
+def _routed_ffn_int8_torch(*given: Any) -> Tensor:
     call = _check(*given)
     return _routed(call).to(call.x.dtype).view(*call.x.shape[:-1], -1)
+
+
+@torch.library.custom_op("surgeon::routed_ffn_int8", mutates_args=(), schema=_SIGNATURE)
+def _routed_ffn_int8(*given: Any) -> Tensor:
+    _check(*given)
+    if _natively(given[0]):
+        return routed_ffn_int8(*given)  # type: ignore[no-any-return]
+    return _routed_ffn_int8_torch(*given)
+
+
+def _natively(x: Tensor) -> bool:
+    """Whether the native kernels compute a call. The first one loads them; the dispatcher sends later ones there."""
+    return x.device.type == "cpu" and cpu.ready()
 
 
 @_routed_ffn_int8.register_fake
@@ -218,10 +231,17 @@ def _(*given: Any) -> Tensor:
     return call.x.new_empty((*call.x.shape[:-1], len(call.y_scale)))
 
 
+def _router_scores_int8_torch(x: Tensor, *router: Any) -> Tensor:
+    _check_router(x, *router)
+    return _scores(x.reshape(-1, x.shape[-1]).float(), *router).view(*x.shape[:-1], -1)
+
+
 @torch.library.custom_op("surgeon::router_scores_int8", mutates_args=(), schema=f"(Tensor x, {_ROUTER}) -> Tensor")
 def _router_scores_int8(x: Tensor, *router: Any) -> Tensor:
     _check_router(x, *router)
-    return _scores(x.reshape(-1, x.shape[-1]).float(), *router).view(*x.shape[:-1], -1)
+    if _natively(x):
+        return router_scores_int8(x, *router)  # type: ignore[no-any-return]
+    return _router_scores_int8_torch(x, *router)
 
 
 @_router_scores_int8.register_fake
@@ -229,6 +249,17 @@ def _(x: Tensor, *router: Any) -> Tensor:
     _check_router(x, *router)
     return x.new_empty((*x.shape[:-1], router[4].shape[0]), dtype=torch.float32)
 
+
+_library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyped-call]
+"""Holds the registrations below: they last as long as it does."""
+
+# What the native kernels hand on: dtypes and activations that they do not have, wrong arguments.
+for _name, _op, _arguments in (
+    ("routed_ffn_int8_torch", _routed_ffn_int8_torch, _SIGNATURE),
+    ("router_scores_int8_torch", _router_scores_int8_torch, f"(Tensor x, {_ROUTER}) -> Tensor"),
+):
+    _library.define(_name + _arguments)  # type: ignore[no-untyped-call]
+    _library.impl(_name, _op, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 routed_ffn_int8 = torch.ops.surgeon.routed_ffn_int8
 router_scores_int8 = torch.ops.surgeon.router_scores_int8

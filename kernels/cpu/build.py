@@ -48,7 +48,13 @@ def _root() -> Path:
 
 def sources() -> list[Path]:
     """Return the files to compile."""
-    return sorted(Path(__file__).parent.glob("*.cpp"))
+    return [file for file in _files() if file.suffix == ".cpp"]
+
+
+def _files() -> list[Path]:
+    """Return all files of the source."""
+    here = Path(__file__).parent
+    return sorted(file for file in here.rglob("*.*") if file.suffix in (".cpp", ".h", ".inc"))
 
 
 def built() -> bool:
@@ -200,9 +206,8 @@ def _command() -> list[str]:
 def _fingerprint() -> str:
     """A hash of everything that the library depends on."""
     found = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.*")):
-        if file.suffix in (".cpp", ".h", ".inc"):
-            found.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in _files():
+        found.update(file.name.encode() + b"\0" + file.read_bytes())
     try:
         version = subprocess.run([*_command(), "--version"], capture_output=True, text=True, check=False).stdout
     except OSError:
