@@ -46,7 +46,7 @@ def collect(
     device = next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     enough, warned = 0, False
-    with torch.no_grad(), evaluating(inner):
+    with evaluating(inner):
         for item in data.train:
             whole = Batch.from_any(item)
             batch = whole.part().to(device)
