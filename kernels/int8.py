@@ -288,6 +288,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _routed_ffn_int8.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _Differentiable(torch.autograd.Function):
+    """The same, for the native kernels, which come here if x needs a gradient."""
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def forward(*given: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return routed_ffn_int8(*given)  # type: ignore[no-any-return]
+
+
+def _differentiable(*given: Any) -> Tensor:
+    return _Differentiable.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
+
+
+_library.define("routed_ffn_int8_differentiable" + _SIGNATURE)  # type: ignore[no-untyped-call]
+_library.impl("routed_ffn_int8_differentiable", _differentiable, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+
 @register_flop_formula(routed_ffn_int8, get_raw=True)
 def _flops(*given: Any, **_: Any) -> int:
     """2 FLOP per multiply-add of the router and of the selected experts; of all experts if there are no values."""

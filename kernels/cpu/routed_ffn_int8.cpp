@@ -214,6 +214,16 @@ Tensor scores(const Tensor& x, ROUTER) {
   return found;
 }
 
+// Without Python where nothing wants a gradient.
+Tensor autograd(ARGUMENTS) {
+  bool wanted = at::GradMode::is_enabled() && x.requires_grad();
+  if (wanted || x._fw_grad(0).defined())
+    return general<Signature>("surgeon::routed_ffn_int8_differentiable").call(GIVEN);
+  static auto op = general<Signature>("surgeon::routed_ffn_int8");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(GIVEN);
+}
+
 TORCH_LIBRARY_FRAGMENT(surgeon, library) {
   // Python has declared them before it loads this library.
   auto declare = [&](const char* name, const char* schema) {
@@ -228,9 +238,9 @@ TORCH_LIBRARY_IMPL(surgeon, CPU, library) {
   library.impl("router_scores_int8", &scores);
 }
 
-// There is no gradient, and whoever asks for one is told so.
+// Scores have no gradient, and whoever asks for one is told so.
 TORCH_LIBRARY_IMPL(surgeon, AutogradCPU, library) {
-  library.impl("routed_ffn_int8", torch::autograd::autogradNotImplementedFallback());
+  library.impl("routed_ffn_int8", &autograd);
   library.impl("router_scores_int8", torch::autograd::autogradNotImplementedFallback());
 }
 
