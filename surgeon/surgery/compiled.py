@@ -176,7 +176,7 @@ class _Package:
 
         forward.__signature__ = signature  # type: ignore[attr-defined]
         module = nn.Module()
-        # Under the graph's own names, by which constants can be set in the compiled model.
+        # Under the graph's own names, by which tau can be set in the compiled model.
         module._parameters, module._buffers, module._modules = graph._parameters, graph._buffers, graph._modules
         module.forward = forward
         module.training = False
@@ -199,8 +199,9 @@ class _Package:
         try:
             with quiet(), torch.no_grad(), checked_code(self.sizes) as checked:
                 program = torch.export.export(module, args, kwargs, strict=False, dynamic_shapes=dims)
-                # Otherwise tau, a scalar, would be a number in the code.
-                options = {"always_keep_tensor_constants": True}
+                # Weights are laid out for the processor, and what follows from them alone is computed now. tau, a
+                # scalar, would be a number in the code, and could not be set.
+                options = {"freezing": True, "always_keep_tensor_constants": True}
                 torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
         except Exception as error:
             raise SaveError(f"The model cannot be compiled: {first_line(error)}. Nothing was written.") from error
@@ -211,9 +212,12 @@ class _Package:
         """Return the largest relative error of the compiled model, on the example inputs and at other sizes.
 
         Raises:
-            SaveError: it is too large, or the compiled model fails.
+            SaveError: it is too large, or the compiled model fails or has no constant for a tau.
         """
         model = torch._inductor.aoti_load_package(str(file))
+        for path in get_tau(self._graph):
+            if f"{path}.tau" not in model.get_constant_fqns():
+                raise SaveError(f"This version of torch compiled a model in which {path}.tau cannot be set.")
         errors = []
         for sizes in self._sizes_to_try():
             flat = resized(self._all_sizes, self._flat, sizes)
