@@ -85,6 +85,7 @@ def test_knobs_are_saved_with_it(exported: Any, tmp_path: Path) -> None:
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft reads it
 def test_adapters_train_through_it(exported: Any) -> None:
     config = peft.LoraConfig(target_modules=["c_attn"], r=2, fan_in_fan_out=True)
     model = peft.get_peft_model(loaded(exported), config)
