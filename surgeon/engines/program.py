@@ -62,6 +62,19 @@ class Program:
         """The program's inputs among the graph's."""
         return [flat[place] for place in self._kept]
 
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The program's inputs by name, of a call of the graph."""
+        return self._by_name(flat_inputs(self._graph, args, kwargs))
+
+    def _by_name(self, flat: Sequence[Any]) -> dict[str, Tensor]:
+        return {given.name: leaf for given, leaf in zip(self.sizes.inputs, self.tensors(flat), strict=True)}
+
+    def examples(self) -> Iterator[tuple[str, dict[str, Tensor], list[Tensor]]]:
+        """At each of the sizes of `to_try`: these in words, the inputs by name, and what the graph gives."""
+        for sizes, flat in self.to_try():
+            words = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            yield words, self._by_name(flat), pytree.tree_leaves(self.expected(flat))
+
     def call(self, flat: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call of the program, copied, of flat inputs of the graph."""
         args, kwargs = copied(unflatten_inputs(self._graph, flat))
@@ -131,7 +144,7 @@ class Program:
         return self.leaves, self.expected(self._flat)
 
     def output_names(self) -> list[str]:
-        """The places of the outputs, such as "logits" or "0"."""
+        """The places of the outputs, such as "logits" or "0"; "output" for a single tensor."""
         places = pytree.tree_flatten_with_path(self.expected(self._flat))[0]
         return [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in places]
 
