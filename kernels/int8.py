@@ -1,16 +1,6 @@
-"""Experts with 8-bit weights: how they are laid out, and the operator that routes tokens to them and runs them.
+"""The operator that routes tokens to experts with 8-bit weights and runs them.
 
-A number w is stored as an integer q from -127 to 127 and scales. For the first product, w ≈ w1_scale · q / x_scale:
-every neuron has a scale, and so may every input, which is multiplied by x_scale before it is rounded (as in
-SmoothQuant, arXiv 2211.10438). For the second product, w ≈ w2_scale · q · y_scale: every neuron has a scale, and every
-output has one, which all experts share. A few outputs of a transformer have far larger weights than the others; without
-scales of their own the rounding of all others is several times as coarse.
-
-The operator reads its weights as they are stored, in *panels*: a matrix [N, K], which is multiplied with vectors of K
-values, is [N / 16, K / 4, 16, 4], with panels[n // 16, k // 4, n % 16, k % 4] = q[n, k] and zeros behind the end. This
-is the order in which the 8-bit dot products of processors read them, four values of K in each of 16 lanes. The trunk of
-the router has 16 bits, because an expert whose score is near the threshold runs or is skipped by the last ones. Its
-panels are [N / 16, K / 2, 16, 2].
+`surgeon.kernels.panels` describes how the weights are stored.
 
 `surgeon::routed_ffn_int8` scores the experts, selects them and adds up the outputs of those that are selected:
 
@@ -24,7 +14,7 @@ panels are [N / 16, K / 2, 16, 2].
     fc1_bias   [R] or None
     fc2        [E - shared, R], or [E - shared, d_in] without a trunk, floating
     fc2_bias   [E - shared] or None
-    hidden     "relu" or "tanh", the trunk's activation; output: as in `surgeon.moe.router.OUTPUT`
+    hidden     "relu" or "tanh", the trunk's activation; output: as in `surgeon.kernels.scores.OUTPUT`
     w1         [E, s, d_in] in panels, int8 [E, s / 16, d_in / 4, 16, 4]
     w1_scale   [E, s]
     b1         [E, s] or None
@@ -52,123 +42,31 @@ exact: int32 holds them for up to 65,536 inputs, and the weights of a trunk are 
 `surgeon::router_scores_int8` takes x and the arguments from x_scale to output. It returns the scores alone,
 [..., E - shared] in float32.
 
-Wrong shapes, dtypes, devices or names raise `UsageError`. There is no gradient.
+The gradient of x is that of the experts as they are stored, without the roundings of x and h. Nothing else has one.
+Wrong shapes, dtypes, devices or names raise `UsageError`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+import surgeon.kernels.dynamic_k  # noqa: F401  (registers the gradient of the experts)
 from surgeon.errors import UsageError
+from surgeon.kernels import cpu
 from surgeon.kernels.activations import activation as find_activation
-from surgeon.kernels.experts import Experts, selected
+from surgeon.kernels.experts import selected
+from surgeon.kernels.panels import MOST, MOST_TRUNK, Int8Experts, panels_shape, unpack
+from surgeon.kernels.scores import HIDDEN, OUTPUT, Output
 from surgeon.kernels.selection import check_rule, selection_threshold
 
-LANES = 16
-"""Outputs side by side in a panel."""
-_MOST = 127
-_MOST_TRUNK = 2047  # of the router's input and of the trunk
 # Activations that are never negative.
 _POSITIVE = ("relu", "relu2", "relu6", "sigmoid", "softplus")
 _EXACT = 2**24  # integers up to here are exact in float32
-
-Panels = Tensor
-
-
-def _depth(dtype: torch.dtype) -> int:
-    """Values of an input one after the other in a panel: 4 bytes."""
-    return 4 if dtype == torch.int8 else 2
-
-
-def pack(matrix: Tensor) -> Panels:
-    """Lay out a matrix [..., N, K] in panels: int8 [..., N / 16, K / 4, 16, 4] or int16 [..., N / 16, K / 2, 16, 2]."""
-    rows, columns = matrix.shape[-2:]
-    depth = _depth(matrix.dtype)
-    filled = F.pad(matrix, (0, -columns % depth, 0, -rows % LANES))
-    split = filled.unflatten(-1, (-1, depth)).unflatten(-3, (-1, LANES))  # [..., N / 16, 16, K / depth, depth]
-    panels: Panels = split.transpose(-3, -2).contiguous()
-    return panels
-
-
-def unpack(panels: Panels, rows: int, columns: int) -> Tensor:
-    """Return the matrix [..., rows, columns] of `pack`."""
-    filled: Tensor = panels.transpose(-3, -2).flatten(-2).flatten(-3, -2)
-    return filled[..., :rows, :columns]
-
-
-def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a matrix to int8 with a scale for every row: [..., N, K] → int8 of the same shape, float32 [..., N]."""
-    matrix = matrix.float()
-    scale = matrix.abs().amax(-1, keepdim=True) / _MOST
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (matrix / scale).round().to(torch.int8), scale.squeeze(-1)
-
-
-def quantise_trunk(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a trunk [R, K] to 12 bits: int16 of the same shape, and a float32 scale for every row, [R].
-
-    Rows of very many inputs get fewer bits, such that no sum of products is too large for int32.
-    """
-    matrix = matrix.float()
-    # Rounding adds at most a half to every number.
-    room = 2**31 // _MOST_TRUNK - matrix.shape[-1]
-    scale = torch.maximum(matrix.abs().amax(-1) / _MOST_TRUNK, matrix.abs().sum(-1) / room)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (matrix / scale.unsqueeze(-1)).round().to(torch.int16), scale
-
-
-class Int8Experts(NamedTuple):
-    """The weights of E experts of s neurons, as the operator takes them (see the module)."""
-
-    w1: Panels
-    w1_scale: Tensor
-    b1: Tensor | None
-    gate: Panels | None
-    gate_scale: Tensor | None
-    b_gate: Tensor | None
-    w2: Panels
-    w2_scale: Tensor
-    y_scale: Tensor
-
-    @classmethod
-    def of(cls, experts: Experts, x_scale: Tensor | None = None) -> Int8Experts:
-        """Quantise the weights of experts whose input is multiplied by `x_scale` [d_in]."""
-
-        def first(matrix: Tensor) -> tuple[Tensor, Tensor]:
-            whole, scale = quantise(matrix.float() if x_scale is None else matrix.float() / x_scale.float())
-            return pack(whole), scale
-
-        w1, w1_scale = first(experts.w1)
-        gate, gate_scale = (None, None) if experts.gate is None else first(experts.gate)
-        y_scale = experts.w2.float().abs().amax((0, 1))
-        y_scale = torch.where(y_scale > 0, y_scale, 1.0)
-        w2, w2_scale = quantise(experts.w2.float() / y_scale)
-        biases = _float(experts.b1), _float(experts.b_gate)
-        return cls(
-            w1, w1_scale, biases[0], gate, gate_scale, biases[1], pack(w2.transpose(1, 2)), w2_scale, y_scale
-        )  # fmt: skip
-
-    def floats(self, x_scale: Tensor | None, d_in: int) -> Experts:
-        """Return the weights as numbers in float32. x_scale: as in `of`. d_in: the width of the input."""
-        neurons, d_out = self.w1_scale.shape[1], len(self.y_scale)
-
-        def first(panels: Panels, scale: Tensor) -> Tensor:
-            numbers = unpack(panels, neurons, d_in) * scale.float().unsqueeze(-1)
-            return numbers if x_scale is None else numbers * x_scale.float()
-
-        w2 = unpack(self.w2, d_out, neurons).transpose(1, 2) * self.w2_scale.float().unsqueeze(-1)
-        gate = None if self.gate is None or self.gate_scale is None else first(self.gate, self.gate_scale)
-        w1, biases = first(self.w1, self.w1_scale), (_float(self.b1), _float(self.b_gate))
-        return Experts(w1, biases[0], gate, biases[1], w2 * self.y_scale.float())
-
-
-def _float(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.float()
 
 
 class Int8Call(NamedTuple):
@@ -234,18 +132,8 @@ def _scaled(x: Tensor, x_scale: Tensor | None) -> Tensor:
 
 def _product(q: Tensor, matrix: Tensor) -> Tensor:
     """Multiply integers q [..., K] with a matrix [..., N, K] of integers: float32 [..., N], the exact sums rounded."""
-    exact = torch.float32 if matrix.dtype == torch.int8 and q.shape[-1] * 255 * _MOST < _EXACT else torch.float64
+    exact = torch.float32 if matrix.dtype == torch.int8 and q.shape[-1] * 255 * MOST < _EXACT else torch.float64
     return (q.to(exact) @ matrix.to(exact).transpose(-2, -1)).float()
-
-
-_HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh}
-_OUTPUT: dict[str, Callable[[Tensor], Tensor]] = {
-    "abs": torch.abs,
-    "relu": torch.relu,
-    "softplus": lambda z: F.softplus(z, 50.0),
-    "exp": torch.exp,
-    "sigmoid": torch.sigmoid,
-}
 
 
 def _scores(
@@ -261,21 +149,21 @@ def _scores(
 ) -> Tensor:
     """Return the scores [N, E - shared] of float32 x [N, d_in]."""
     if fc1 is not None and fc1_scale is not None:
-        q, scale = _rounded(_scaled(x, x_scale), _MOST_TRUNK)
+        q, scale = _rounded(_scaled(x, x_scale), MOST_TRUNK)
         x = _product(q, unpack(fc1, len(fc1_scale), x.shape[-1])) * (scale * fc1_scale.float())
-        x = _HIDDEN[hidden](x if fc1_bias is None else x + fc1_bias.float())
-    return _OUTPUT[output](F.linear(x, fc2.float(), _float(fc2_bias)))
+        x = HIDDEN[hidden](x if fc1_bias is None else x + fc1_bias.float())
+    op, *rest = OUTPUT[cast(Output, output)]
+    scores: Tensor = op(F.linear(x, fc2.float(), None if fc2_bias is None else fc2_bias.float()), *rest)
+    return scores
 
 
 def _routed(call: Int8Call) -> Tensor:
     """Compute the operator with every expert and a mask, in float32: [N, d_out]."""
     x = call.x.reshape(-1, call.x.shape[-1]).float()
-    scores = _scores(x, *call.router[1:])
-    threshold = selection_threshold(scores, call.tau, call.rule)
-    mask = selected(F.pad(scores, (call.shared, 0), value=float("inf")), threshold)
+    mask = selected(*_with_threshold(_scores(x, *call.router[1:]), call))
     weights, act = call.experts, find_activation(call.activation)
     (experts, neurons), d_in = weights.w1_scale.shape, x.shape[-1]
-    q, scale = _rounded(_scaled(x, call.x_scale), _MOST)
+    q, scale = _rounded(_scaled(x, call.x_scale), MOST)
 
     def up(panels: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         found = _product(q, unpack(panels, neurons, d_in).flatten(0, 1)) * (scale * scales.float().flatten())
@@ -287,15 +175,18 @@ def _routed(call: Int8Call) -> Tensor:
     else:
         h = act.fn(up(weights.gate, weights.gate_scale, weights.b_gate)) * (h if act.up is None else act.up.fn(h))
     h = (h * weights.w2_scale.float().flatten()).view(-1, experts, neurons)
-    h, scales = _rounded(h, 255 if is_positive(call) else _MOST)
-    d_out = len(call.y_scale)
-    y = x.new_zeros(len(x), d_out)
-    for expert in range(experts):
-        found = _product(h[:, expert], unpack(weights.w2[expert], d_out, neurons)) * scales[:, expert]
-        y += found.masked_fill(~mask[:, expert, None], 0)
-    y = y * call.y_scale.float()
+    h, scales = _rounded(h, 255 if is_positive(call) else MOST)
+    h = (h * scales).masked_fill(~mask.unsqueeze(-1), 0)  # one product for all experts
+    w2 = unpack(weights.w2, len(call.y_scale), neurons).transpose(1, 2).flatten(0, 1)
+    y = (h.flatten(1) @ w2.float()) * call.y_scale.float()
     y = y if call.b2 is None else y + call.b2.float()
     return y.masked_fill(~x.isfinite().all(-1, keepdim=True), float("nan"))
+
+
+def _with_threshold(scores: Tensor, call: Int8Call) -> tuple[Tensor, Tensor]:
+    """Return the scores of all experts and the threshold."""
+    threshold = selection_threshold(scores, call.tau, call.rule)
+    return F.pad(scores, (call.shared, 0), value=float("inf")), threshold
 
 
 def is_positive(call: Int8Call) -> bool:
@@ -316,10 +207,22 @@ _SIGNATURE = (
 )
 
 
-@torch.library.custom_op("surgeon::routed_ffn_int8", mutates_args=(), schema=_SIGNATURE)
-def _routed_ffn_int8(*given: Any) -> Tensor:
+def _routed_ffn_int8_torch(*given: Any) -> Tensor:
     call = _check(*given)
     return _routed(call).to(call.x.dtype).view(*call.x.shape[:-1], -1)
+
+
+@torch.library.custom_op("surgeon::routed_ffn_int8", mutates_args=(), schema=_SIGNATURE)
+def _routed_ffn_int8(*given: Any) -> Tensor:
+    _check(*given)
+    if _natively(given[0]):
+        return routed_ffn_int8(*given)  # type: ignore[no-any-return]
+    return _routed_ffn_int8_torch(*given)
+
+
+def _natively(x: Tensor) -> bool:
+    """Whether the native kernels compute a call. The first one loads them; the dispatcher sends later ones there."""
+    return x.device.type == "cpu" and cpu.ready()
 
 
 @_routed_ffn_int8.register_fake
@@ -328,10 +231,17 @@ def _(*given: Any) -> Tensor:
     return call.x.new_empty((*call.x.shape[:-1], len(call.y_scale)))
 
 
+def _router_scores_int8_torch(x: Tensor, *router: Any) -> Tensor:
+    _check_router(x, *router)
+    return _scores(x.reshape(-1, x.shape[-1]).float(), *router).view(*x.shape[:-1], -1)
+
+
 @torch.library.custom_op("surgeon::router_scores_int8", mutates_args=(), schema=f"(Tensor x, {_ROUTER}) -> Tensor")
 def _router_scores_int8(x: Tensor, *router: Any) -> Tensor:
     _check_router(x, *router)
-    return _scores(x.reshape(-1, x.shape[-1]).float(), *router).view(*x.shape[:-1], -1)
+    if _natively(x):
+        return router_scores_int8(x, *router)  # type: ignore[no-any-return]
+    return _router_scores_int8_torch(x, *router)
 
 
 @_router_scores_int8.register_fake
@@ -340,8 +250,61 @@ def _(x: Tensor, *router: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], router[4].shape[0]), dtype=torch.float32)
 
 
+_library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyped-call]
+"""Holds the registrations below: they last as long as it does."""
+
+# What the native kernels hand on: dtypes and activations that they do not have, wrong arguments.
+for _name, _op, _arguments in (
+    ("routed_ffn_int8_torch", _routed_ffn_int8_torch, _SIGNATURE),
+    ("router_scores_int8_torch", _router_scores_int8_torch, f"(Tensor x, {_ROUTER}) -> Tensor"),
+):
+    _library.define(_name + _arguments)  # type: ignore[no-untyped-call]
+    _library.impl(_name, _op, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
 routed_ffn_int8 = torch.ops.surgeon.routed_ffn_int8
 router_scores_int8 = torch.ops.surgeon.router_scores_int8
+
+
+def route(call: Int8Call) -> tuple[Tensor, Tensor]:
+    """Return the scores [..., E] by which the operator selects, and the threshold [...]."""
+    return _with_threshold(router_scores_int8(*call.router), call)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.given = tuple(None if isinstance(value, Tensor) else (value,) for value in inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = iter(ctx.saved_tensors)
+    call = Int8Call(*(next(tensors) if value is None else value[0] for value in ctx.given))
+    weights = call.experts.floats(call.x_scale, call.x.shape[-1])
+    grad_x, *_ = torch.ops.surgeon.dynamic_k_ffn_backward(
+        grad.float(), call.x.float(), *route(call), *weights, call.activation, True, False
+    )
+    return (grad_x.to(call.x.dtype), *(None for _ in call[1:]))
+
+
+_routed_ffn_int8.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(routed_ffn_int8, get_raw=True)
+def _flops(*given: Any, **_: Any) -> int:
+    """2 FLOP per multiply-add of the router and of the selected experts; of all experts if there are no values."""
+    call = Int8Call(*given)
+    x, (experts, neurons) = call.x, call.w1_scale.shape
+    pairs = x[..., 0].numel() * experts
+    if type(x) is Tensor and x.device.type != "meta":
+        pairs = int(selected(*route(call)).sum())
+    per_neuron = x.shape[-1] * (1 if call.gate is None else 2) + call.y_scale.shape[0]
+    return 2 * pairs * neurons * per_neuron + _router_flops(*call.router)
+
+
+@register_flop_formula(router_scores_int8, get_raw=True)
+def _router_flops(x: Any, x_scale: Any, fc1: Any, fc1_scale: Any, fc1_bias: Any, fc2: Any, *_: Any, **__: Any) -> int:
+    """2 FLOP per multiply-add."""
+    trunk = 0 if fc1 is None else fc2.shape[1] * x.shape[-1]
+    return int(2 * x[..., 0].numel() * (trunk + fc2.numel()))
 
 
 def _check(*given: Any) -> Int8Call:
@@ -368,7 +331,10 @@ def _check(*given: Any) -> Int8Call:
         )
     if (weights.gate is None) != (weights.gate_scale is None) or (weights.gate is None and weights.b_gate is not None):
         raise UsageError("int8 FFN: gate and gate_scale belong together, and b_gate needs them")
-    ups, downs = (experts, *_panels(neurons, d_in, torch.int8)), (experts, *_panels(d_out, neurons, torch.int8))
+    ups, downs = (
+        (experts, *panels_shape(neurons, d_in, torch.int8)),
+        (experts, *panels_shape(d_out, neurons, torch.int8)),
+    )
     for name, tensor, shape, dtype in (
         ("tau", call.tau, (), None),
         ("w1", weights.w1, ups, torch.int8),
@@ -386,11 +352,6 @@ def _check(*given: Any) -> Int8Call:
     return call
 
 
-def _panels(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """The shape of a matrix in panels."""
-    return (-(-rows // LANES), -(-columns // _depth(dtype)), LANES, _depth(dtype))
-
-
 def _check_router(
     x: Tensor,
     x_scale: Tensor | None,
@@ -404,7 +365,7 @@ def _check_router(
 ) -> None:
     if not x.is_floating_point() or x.dim() < 1:
         raise UsageError(f"int8 FFN: x must be floating with at least 1 dimension, got {x.dtype} {tuple(x.shape)}")
-    if hidden not in _HIDDEN or output not in _OUTPUT:
+    if hidden not in HIDDEN or output not in OUTPUT:
         raise UsageError(f"int8 FFN: no router with hidden {hidden!r} and output {output!r}")
     if fc2.dim() != 2:
         raise UsageError(f"int8 FFN: fc2 needs 2 dimensions, got {tuple(fc2.shape)}")
@@ -412,7 +373,7 @@ def _check_router(
         raise UsageError("int8 FFN: fc1 and fc1_scale belong together, and fc1_bias needs them")
     (experts, width), d_in = fc2.shape, x.shape[-1]
     if fc1 is not None:
-        _check_one("fc1", fc1, _panels(width, d_in, torch.int16), x, torch.int16)
+        _check_one("fc1", fc1, panels_shape(width, d_in, torch.int16), x, torch.int16)
     _check_one("x_scale", x_scale, (d_in,), x, None)
     _check_one("fc1_scale", fc1_scale, (width,), x, None)
     _check_one("fc1_bias", fc1_bias, (width,), x, None)

@@ -9,6 +9,7 @@ from surgeon.passes.lower import Lower
 from surgeon.passes.mlpify import Mlpify
 from surgeon.passes.moeify import Moeify
 from surgeon.passes.options import PerSite, option
+from surgeon.passes.quantize import Quantize
 from surgeon.passes.recover import Recover
 from surgeon.passes.report import SiteChange
 from surgeon.passes.sparsify import Sparsify
@@ -23,6 +24,7 @@ __all__ = [
     "Moeify",
     "Pass",
     "PerSite",
+    "Quantize",
     "Recover",
     "SiteChange",
     "SiteRefused",

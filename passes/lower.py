@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from surgeon.graph.edit import emit, get_attr, merge_duplicates
+from surgeon.graph.holder import parameters_only
 from surgeon.graph.traced import TracedGraph, aten
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import dynamic_k_ffn
@@ -31,13 +31,13 @@ class Lower(Pass[MoESite]):
     preserves: ClassVar[bool] = True
 
     def match(self, graph: GraphModule, site: MoESite) -> Rejection | None:
-        return Rejection("already-done", "it is already lowered") if site.form == "dynamic" else None
+        return Rejection("already-done", "it is already lowered") if site.skips else None
 
     def rewrite(self, graph: TracedGraph, site: MoESite, seen: None) -> SiteChange:
         names = [self._lower(graph, site, node) for node in site.nodes]
         if site.form == "module":
             # From here on only its parameters matter; the module itself belongs to other copies of the graph too.
-            graph.set_submodule(site.path, _parameters_only(graph.get_submodule(site.path)))
+            graph.set_submodule(site.path, parameters_only(graph.get_submodule(site.path)))
         # Layers that read the same input may share a router's trunk.
         ops = [node for moe in find_moes(graph) if moe.form == "dynamic" for node in moe.nodes]
         merge_duplicates(graph, {part for node in ops for part in router_nodes(node)})
@@ -81,12 +81,3 @@ class Lower(Pass[MoESite]):
         node.replace_all_uses_with(lowered)
         graph.graph.erase_node(node)
         return lowered.name
-
-
-def _parameters_only(module: nn.Module) -> nn.Module:
-    """A tree of plain modules that holds the same parameters and buffers under the same names."""
-    holder = nn.Module()
-    holder._parameters, holder._buffers = dict(module._parameters), dict(module._buffers)
-    for name, child in module.named_children():
-        holder.add_module(name, _parameters_only(child))
-    return holder

@@ -21,12 +21,13 @@ from surgeon.data.data import Data
 from surgeon.errors import UsageError
 from surgeon.graph.traced import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
+from surgeon.kernels.scores import Output
 from surgeon.kernels.selection import RULES
 from surgeon.moe.clustering import nearest_divisors
 from surgeon.moe.filling import mark_filling
 from surgeon.moe.knobs import set_tau
 from surgeon.moe.module import MoE
-from surgeon.moe.router import Goal, Labels, Objective, Output, Router
+from surgeon.moe.router import Goal, Labels, Objective, Router
 from surgeon.moe.site import find_moes
 from surgeon.moe.split import Split, output_sizes, split_neurons
 from surgeon.moe.trunks import trunk_groups, trunk_of

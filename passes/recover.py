@@ -37,7 +37,7 @@ class Recover(FineTunedPass[MoESite, str]):
 
     name: ClassVar[str] = "recover"
     works_on: ClassVar[SiteKind] = "moe"
-    must_precede: ClassVar[frozenset[str]] = frozenset({"lower"})
+    must_precede: ClassVar[frozenset[str]] = frozenset({"lower", "quantize"})
     preserves: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
 

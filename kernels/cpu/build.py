@@ -20,7 +20,7 @@ from surgeon.kernels.building import (
     run_compiler,
 )
 
-__all__ = ["BuildError", "built", "directory", "library", "sources"]
+__all__ = ["BuildError", "built", "directory", "files", "library", "sources"]
 
 _NAME = "surgeon_cpu"
 _FLAGS = ["-O2"]
@@ -28,7 +28,13 @@ _FLAGS = ["-O2"]
 
 def sources() -> list[Path]:
     """Return the files to compile."""
-    return sorted(Path(__file__).parent.glob("*.cpp"))
+    return [file for file in files() if file.suffix == ".cpp"]
+
+
+def files() -> list[Path]:
+    """Return all files of the source."""
+    here = Path(__file__).parent
+    return sorted(file for file in here.rglob("*.*") if file.suffix in (".cpp", ".h", ".inc"))
 
 
 def _compile(scratch: Path) -> None:
@@ -54,8 +60,7 @@ def _check_tools() -> None:
 @cache
 def _depends() -> tuple[str | bytes, ...]:
     """Everything that the library depends on."""
-    files = sorted(file for file in Path(__file__).parent.glob("*.*") if file.suffix in (".cpp", ".h", ".inc"))
-    return (*contents(files), *_FLAGS, torch.__version__, *machine())
+    return (*contents(files()), *_FLAGS, torch.__version__, *machine())
 
 
 _library = Library(_NAME, "cpu", "the native CPU kernels", _depends, _check_tools, _compile)

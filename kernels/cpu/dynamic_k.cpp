@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "activation_names.h"
 #include "layer.h"
 #include "processor.h"
 #include "selection.h"
@@ -41,18 +42,6 @@ constexpr int64_t MOST_HIDDEN = int64_t(1) << 21;
 constexpr int64_t MOST_FLOATS_KEPT = int64_t(1) << 24;
 
 // --- a call ----------------------------------------------------------------------------------------------------------
-
-const char* const ACTIVATIONS[] = {
-#define ACTIVATION(name, ...) #name,
-#include "activations.inc"
-#undef ACTIVATION
-};
-
-std::optional<Activation> find_activation(c10::string_view name) {
-  for (size_t i = 0; i < std::size(ACTIVATIONS); ++i)
-    if (name == ACTIVATIONS[i]) return Activation(i);
-  return std::nullopt;
-}
 
 std::vector<std::string> activations() { return {std::begin(ACTIVATIONS), std::end(ACTIVATIONS)}; }
 

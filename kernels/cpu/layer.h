@@ -43,8 +43,8 @@ struct Selected {
   int32_t expert;
 };
 
-// Rules that select by a share of all scores, see `surgeon.kernels.selection`.
-enum class Rule { cumulative, energy, top_k };
+// The rules that select experts, see `surgeon.kernels.selection`.
+enum class Rule { max, cumulative, energy, top_k };
 
 template <class T>
 struct Functions {

@@ -27,6 +27,18 @@ inline bool may_use_tiles() {
 }
 #endif
 
+#if defined(__x86_64__)
+// Other instructions for experts with 8-bit weights only (see `int8/choice.h`).
+inline const Kernels* avx512_vnni_kernels() {
+  static const Kernels kernels = [] {
+    Kernels found = *avx512_kernels();
+    found.name = "avx512_vnni";
+    return found;
+  }();
+  return &kernels;
+}
+#endif
+
 // What this processor has, the best first. Kernels are asked for only there: what gives them is compiled like they are.
 inline std::vector<const Kernels*> choices() {
   std::vector<const Kernels*> all;
@@ -40,6 +52,7 @@ inline std::vector<const Kernels*> choices() {
   bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   add(amx_bf16_kernels, bf16 && __builtin_cpu_supports("amx-bf16") && may_use_tiles());
   add(avx512_bf16_kernels, bf16);
+  add(avx512_vnni_kernels, avx512 && __builtin_cpu_supports("avx512vnni"));
   add(avx512_kernels, avx512);
   add(avx2_kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 #endif

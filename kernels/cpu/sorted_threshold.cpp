@@ -6,12 +6,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <vector>
 
 #include "layer.h"
 #include "processor.h"
+#include "sorting.h"
 
 namespace surgeon {
 namespace {
@@ -25,26 +25,6 @@ std::optional<Rule> find_rule(c10::string_view name) {
   if (name == "energy") return Rule::energy;
   if (name == "top_k") return Rule::top_k;
   return std::nullopt;
-}
-
-// A row with NaN, infinite or negative scores, step by step as torch does it.
-float by_sorting(const float* scores, int64_t experts, Rule rule, float tau, std::vector<float>& ascending) {
-  ascending.assign(scores, scores + experts);
-  std::sort(ascending.begin(), ascending.end(), [](float a, float b) { return a < b || (b != b && a == a); });
-  if (rule == Rule::top_k) {
-    int64_t skipped = int64_t(std::floor(tau * float(experts) + 1e-4f));
-    return ascending[std::min(skipped, experts - 1)];
-  }
-  auto amount = [&](float score) { return rule == Rule::energy ? score * score : score; };
-  double total = 0, running = 0;
-  for (float score : ascending) total += amount(score);
-  float limit = (rule == Rule::energy ? tau * tau : tau) * float(total);
-  int64_t skipped = 0;
-  for (int64_t e = 0; e + 1 < experts; ++e) {
-    running += amount(ascending[e]);
-    skipped += float(running) < limit;
-  }
-  return ascending[skipped];
 }
 
 Tensor sorted_threshold(const Tensor& scores, const Tensor& tau, c10::string_view name) {
@@ -64,7 +44,7 @@ Tensor sorted_threshold(const Tensor& scores, const Tensor& tau, c10::string_vie
     std::vector<float> row(experts + 16);
     kernels().thresholds(from + begin * experts, end - begin, experts, *rule, share, row.data(), to + begin);
     for (int64_t r = begin; r < end; ++r)
-      if (to[r] != to[r]) to[r] = by_sorting(from + r * experts, experts, *rule, share, row);
+      if (to[r] != to[r]) to[r] = threshold_by_sorting(from + r * experts, experts, *rule, share);
   });
   return out;
 }

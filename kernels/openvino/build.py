@@ -17,17 +17,22 @@ from surgeon.kernels.building import (
     machine,
     run_compiler,
 )
+from surgeon.kernels.cpu.build import files
 
 __all__ = ["BuildError", "built", "directory", "library", "sources"]
 
+_HERE = Path(__file__).parent
 _NAME = "surgeon_openvino"
 # The threads are OpenVINO's own, which its header finds by this name.
 _FLAGS = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DOV_THREAD=OV_THREAD_TBB_ADAPTIVE"]
 
 
 def sources() -> list[Path]:
-    """Return the files to compile."""
-    return sorted(Path(__file__).parent.glob("*.cpp"))
+    """Return the files to compile: the operator, and the kernels for every instruction set."""
+    return [
+        *_HERE.glob("*.cpp"),
+        *(file for file in files() if file.name.startswith("int8_") and file.suffix == ".cpp"),
+    ]
 
 
 def _openvino() -> Path:
@@ -77,12 +82,11 @@ def _compile(scratch: Path) -> None:
 @cache
 def _depends() -> tuple[str | bytes, ...]:
     """Everything that the library depends on."""
-    files = sorted(file for file in Path(__file__).parent.glob("*.*") if file.suffix in (".cpp", ".h"))
     try:
         version = importlib.metadata.version("openvino")
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    return (*contents(files), *_FLAGS, version, *machine())
+    return (*contents([*_HERE.glob("*.cpp"), *files()]), *_FLAGS, version, *machine())
 
 
 _library = Library(_NAME, "openvino", "the int8 experts for OpenVINO", _depends, _check, _compile)

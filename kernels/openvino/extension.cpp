@@ -5,7 +5,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <initializer_list>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <openvino/core/extension.hpp>
@@ -15,9 +19,11 @@
 #include <openvino/core/type/float16.hpp>
 #include <openvino/op/op.hpp>
 
-#include "portable.h"
+#include "../cpu/activation_names.h"
+#include "../cpu/int8/choice.h"
+#include "../cpu/int8/routed.h"
 
-namespace {
+namespace surgeon {
 
 enum Input {
   X, TAU, X_SCALE, FC1, FC1_SCALE, FC1_BIAS, FC2, FC2_BIAS, W1, W1_SCALE, B1, GATE, GATE_SCALE, B_GATE, W2, W2_SCALE,
@@ -27,25 +33,38 @@ constexpr std::array<const char*, INPUTS> NAMES = {
     "x",    "tau",      "x_scale", "fc1",  "fc1_scale",  "fc1_bias", "fc2", "fc2_bias", "w1",
     "w1_scale", "b1",   "gate",    "gate_scale", "b_gate", "w2",     "w2_scale", "y_scale", "b2"};
 
-template <class T>
-void widen(const ov::Tensor& from, std::vector<float>& to) {
-  const T* data = from.data<const T>();
-  to.assign(data, data + from.get_size());
-}
-
 // The values of a floating tensor. `kept` holds them if they are not float32 already.
 const float* floats(const ov::Tensor& from, std::vector<float>& kept) {
+  auto widen = [&](auto* data) { kept.assign(data, data + from.get_size()); };
   switch (ov::element::Type_t(from.get_element_type())) {
     case ov::element::Type_t::f32: return from.data<const float>();
-    case ov::element::Type_t::bf16: widen<ov::bfloat16>(from, kept); break;
-    default: widen<ov::float16>(from, kept);
+    case ov::element::Type_t::bf16: widen(from.data<const ov::bfloat16>()); break;
+    default: widen(from.data<const ov::float16>());
   }
   return kept.data();
 }
 
-template <class T>
-void narrow(const std::vector<float>& from, ov::Tensor& to) {
-  std::transform(from.begin(), from.end(), to.data<T>(), [](float value) { return T(value); });
+Number number_of(const ov::element::Type& type) {
+  return type == ov::element::f32 ? Number::f32 : type == ov::element::bf16 ? Number::bf16 : Number::f16;
+}
+
+template <class Value>
+std::optional<Value> find(const std::string& name, std::initializer_list<std::pair<const char*, Value>> known) {
+  for (auto& [called, value] : known)
+    if (name == called) return value;
+  return std::nullopt;
+}
+
+int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The kernels for this processor, or those that SURGEON_CPU names.
+const Int8Kernels* kernels() {
+  static const Int8Kernels* found = [] {
+    const char* wanted = std::getenv("SURGEON_CPU");
+    const Int8Kernels* named = wanted ? int8_kernels(wanted) : nullptr;
+    return named ? named : int8_kernels("");
+  }();
+  return found;
 }
 
 class RoutedFFNInt8 : public ov::op::Op {
@@ -58,7 +77,7 @@ class RoutedFFNInt8 : public ov::op::Op {
     auto made = std::make_shared<RoutedFFNInt8>();
     made->set_arguments(inputs);
     made->rule = rule, made->hidden = hidden, made->output = output, made->activation = activation;
-    made->shared = shared, made->inputs = inputs_of();
+    made->shared = shared, made->inputs = this->inputs;
     made->constructor_validate_and_infer_types();
     return made;
   }
@@ -89,6 +108,9 @@ class RoutedFFNInt8 : public ov::op::Op {
       bool fits = input == FC1 ? type == ov::element::u8 : input == W1 || input == GATE || input == W2 ? type == ov::element::i8 : type.is_real() && type != ov::element::f64;
       NODE_VALIDATION_CHECK(this, fits || type.is_dynamic(), "the input ", NAMES[input], " is of type ", type);
     }
+    bool known = find_words();
+    NODE_VALIDATION_CHECK(
+        this, known, "no such rule, router or activation: ", rule, ", ", hidden, ", ", output, ", ", activation);
     auto shape = get_input_partial_shape(at[X]);
     if (shape.rank().is_static()) shape[shape.size() - 1] = get_input_partial_shape(at[Y_SCALE])[0];
     set_output_type(0, get_input_element_type(at[X]), shape);
@@ -101,40 +123,84 @@ class RoutedFFNInt8 : public ov::op::Op {
     auto real = [&](Input input) { return at[input] < 0 ? nullptr : floats(given[at[input]], kept[input]); };
     auto bytes = [&](Input input) { return at[input] < 0 ? nullptr : given[at[input]].data<const int8_t>(); };
     auto shape = given[at[X]].get_shape();
+    int64_t d_in = shape.back(), d_out = given[at[Y_SCALE]].get_size();
+    check_shapes(given, d_in, d_out);
     auto scales = given[at[W1_SCALE]].get_shape(), fc2 = given[at[FC2]].get_shape();
-    surgeon::Int8Layer layer{};
-    layer.d_in = shape.back(), layer.d_out = given[at[Y_SCALE]].get_size();
-    layer.experts = scales[0], layer.neurons = scales[1], layer.shared = shared, layer.width = fc2[1];
-    layer.x_scale = real(X_SCALE), layer.fc1_scale = real(FC1_SCALE), layer.fc1_bias = real(FC1_BIAS);
-    layer.fc2 = real(FC2), layer.fc2_bias = real(FC2_BIAS), layer.w1_scale = real(W1_SCALE), layer.b1 = real(B1);
-    layer.gate_scale = real(GATE_SCALE), layer.b_gate = real(B_GATE), layer.w2_scale = real(W2_SCALE);
-    layer.y_scale = real(Y_SCALE), layer.b2 = real(B2);
-    layer.fc1 = at[FC1] < 0 ? nullptr : reinterpret_cast<const int16_t*>(given[at[FC1]].data<const uint8_t>());
-    layer.w1 = bytes(W1), layer.gate = bytes(GATE), layer.w2 = bytes(W2);
-    layer.rule = rule, layer.hidden = hidden, layer.output = output, layer.activation = activation;
-    int64_t tokens = 1;
-    for (size_t dim = 0; dim + 1 < shape.size(); ++dim) tokens *= shape[dim];
-    shape.back() = layer.d_out;
+    Int8Layer layer{};
+    layer.router = {
+        d_in, int64_t(fc2[1]), int64_t(fc2[0]), real(X_SCALE),
+        at[FC1] < 0 ? nullptr : static_cast<const int16_t*>(given[at[FC1]].data()), real(FC1_SCALE), real(FC1_BIAS),
+        real(FC2), real(FC2_BIAS), trunk, score};
+    layer.rule = selects, layer.tau = *real(TAU);
+    layer.experts = scales[0], layer.shared = shared, layer.neurons = scales[1], layer.d_out = d_out;
+    layer.w1 = bytes(W1), layer.w1_scale = real(W1_SCALE), layer.b1 = real(B1);
+    layer.gate = bytes(GATE), layer.gate_scale = real(GATE_SCALE), layer.b_gate = real(B_GATE);
+    layer.w2 = bytes(W2), layer.w2_scale = real(W2_SCALE), layer.y_scale = real(Y_SCALE), layer.b2 = real(B2);
+    layer.activation = function, layer.relu_up = activation == "relu_relu" && layer.gate;
+    int64_t tokens = d_in ? given[at[X]].get_size() / d_in : 0;
+    shape.back() = d_out;
     outputs[0].set_shape(shape);
-    const float* x = real(X);
-    float tau = *real(TAU);
-    bool same = outputs[0].get_element_type() == ov::element::f32;
-    std::vector<float> result(same ? 0 : tokens * layer.d_out);
-    surgeon::run(layer, x, tau, tokens, same ? outputs[0].data<float>() : result.data(), [](int64_t n, const std::function<void(int64_t)>& f) { ov::parallel_for(n, [&](int64_t i) { f(i); }); });
-    if (outputs[0].get_element_type() == ov::element::bf16) narrow<ov::bfloat16>(result, outputs[0]);
-    if (outputs[0].get_element_type() == ov::element::f16) narrow<ov::float16>(result, outputs[0]);
+    if (tokens == 0) return true;
+    routed_ffn_int8(
+        *kernels(), layer, given[at[X]].data(), tokens, outputs[0].data(), number_of(given[at[X]].get_element_type()),
+        parallel_get_max_threads(),
+        [](int64_t count, auto&& part) { ov::parallel_for(count, [&](int64_t index) { part(index); }); });
     return true;
   }
 
  private:
-  const std::vector<std::string>& inputs_of() const { return inputs; }
-
   std::vector<std::string> inputs;
   std::string rule, hidden, output, activation;
   int64_t shared = 0;
   std::array<int, INPUTS> at{};  // the place of every input, -1 where it is left out
+  Rule selects{};
+  TrunkActivation trunk{};
+  RouterOutput score{};
+  Activation function{};
+
+  bool find_words() {
+    using O = RouterOutput;
+    auto a = find<Rule>(
+        rule,
+        {{"max", Rule::max}, {"cumulative", Rule::cumulative}, {"energy", Rule::energy}, {"top_k", Rule::top_k}});
+    auto b = find<TrunkActivation>(hidden, {{"relu", TrunkActivation::relu}, {"tanh", TrunkActivation::tanh}});
+    auto c = find<O>(
+        output,
+        {{"abs", O::abs}, {"relu", O::relu}, {"softplus", O::softplus}, {"exp", O::exp}, {"sigmoid", O::sigmoid}});
+    auto d = find_activation(activation == "relu_relu" ? "relu" : activation);
+    if (!a || !b || !c || !d) return false;
+    selects = *a, trunk = *b, score = *c, function = *d;
+    return true;
+  }
+
+  // The kernels read as far as these shapes say.
+  void check_shapes(const ov::TensorVector& given, int64_t d_in, int64_t d_out) const {
+    auto sizes = [&](Input input) { return given[at[input]].get_shape(); };
+    auto has = [&](Input input, std::initializer_list<int64_t> wanted) {
+      if (at[input] < 0) return;
+      auto found = sizes(input);
+      OPENVINO_ASSERT(
+          std::equal(found.begin(), found.end(), wanted.begin(), wanted.end()), NAMES[input], " has shape ", found,
+          ", expected ", ov::Shape(wanted.begin(), wanted.end()));
+    };
+    OPENVINO_ASSERT(sizes(W1_SCALE).size() == 2 && sizes(FC2).size() == 2, "w1_scale and fc2 need 2 dimensions");
+    int64_t experts = sizes(W1_SCALE)[0], s = sizes(W1_SCALE)[1], scored = sizes(FC2)[0], width = sizes(FC2)[1];
+    OPENVINO_ASSERT(
+        scored > 0 && s > 0 && d_in > 0 && d_out > 0 && shared >= 0 && scored + shared == experts,
+        "there are ", experts, " experts, ", shared, " of them shared, and scores for ", scored);
+    OPENVINO_ASSERT(
+        (at[FC1] < 0) == (at[FC1_SCALE] < 0) && (at[GATE] < 0) == (at[GATE_SCALE] < 0), "panels need their scales");
+    has(TAU, {}), has(X_SCALE, {d_in}), has(FC1_SCALE, {width}), has(FC1_BIAS, {width}), has(FC2_BIAS, {scored});
+    has(FC1, {ceil_of(width, LANES), ceil_of(d_in, 2), LANES, 4});
+    if (at[FC1] < 0) has(FC2, {scored, d_in});
+    for (Input input : {W1, GATE}) has(input, {experts, ceil_of(s, LANES), ceil_of(d_in, 4), LANES, 4});
+    has(W2, {experts, ceil_of(d_out, LANES), ceil_of(s, 4), LANES, 4});
+    for (Input input : {W1_SCALE, B1, GATE_SCALE, B_GATE, W2_SCALE}) has(input, {experts, s});
+    has(Y_SCALE, {d_out}), has(B2, {d_out});
+  }
 };
 
-}  // namespace
+}  // namespace surgeon
 
-OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<RoutedFFNInt8>>()}));
+OPENVINO_CREATE_EXTENSIONS(
+    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<surgeon::RoutedFFNInt8>>()}));

@@ -146,7 +146,10 @@ class Program:
     def output_names(self) -> list[str]:
         """The places of the outputs, such as "logits" or "0"; "output" for a single tensor."""
         places = pytree.tree_flatten_with_path(self.expected(self._flat))[0]
-        return [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in places]
+        return [
+            ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) or "output"
+            for path, _ in places
+        ]
 
 
 def _free(sizes: Sizes, name: str, size: int) -> int:

@@ -18,6 +18,7 @@ from surgeon.grafting.placement import Modules, Placement, placements
 from surgeon.grafting.unsplit import unsplit
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
+from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.knobs import Knobs, get_knobs, set_knobs, set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.rebuild import moe_module
@@ -182,7 +183,11 @@ def _modules(graph: TracedGraph, placed: Iterable[_Converted]) -> dict[str, nn.M
 def _earlier(graph: TracedGraph, model: nn.Module) -> dict[str, nn.Module]:
     """Make the experts that the model had before from the graph, in which passes and knobs may have changed them."""
     known = dict(model.named_modules(remove_duplicate=False))
-    return {site.path: moe_module(graph, site) for site in find_moes(graph) if isinstance(known.get(site.path), MoE)}
+    return {
+        site.path: moe_module(graph, site)
+        for site in find_moes(graph)
+        if isinstance(known.get(site.path), MoE | Int8MoE)
+    }
 
 
 # --- the places -------------------------------------------------------------------------------------------------------

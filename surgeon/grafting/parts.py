@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import Experts, hidden
+from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import MoE, MoEShape
 from surgeon.sites.ffn import FFNWeights
 from surgeon.sites.rejection import Rejection
@@ -165,13 +166,18 @@ def passed(x: Any, *_: Any, **__: Any) -> Any:
 
 def empty_layer(layer: Layer, *, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
     """Make the module of a layer, with weights that are still to be loaded."""
-    parts: list[nn.Module] = [
-        MoE.empty(shape, device=device, dtype=dtype)
-        if isinstance(shape, MoEShape)
-        else MLP(shape, device=device, dtype=dtype)
-        for shape in layer.parts
-    ]
+    parts: list[nn.Module] = [_empty_part(shape, device=device, dtype=dtype) for shape in layer.parts]
     return joined(parts, residual=layer.residual, dropout=layer.dropout)
+
+
+def _empty_part(
+    shape: MoEShape | MLPShape, *, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Module:
+    if isinstance(shape, MLPShape):
+        return MLP(shape, device=device, dtype=dtype)
+    if shape.form == "int8":
+        return Int8MoE.empty(shape, device=device)
+    return MoE.empty(shape, device=device, dtype=dtype)
 
 
 def joined(parts: list[nn.Module], *, residual: bool = False, dropout: float = 0.0) -> nn.Module:
@@ -189,7 +195,7 @@ def layer_of(module: nn.Module) -> Layer:
 
 
 def _part(module: nn.Module) -> MoEShape | MLPShape:
-    assert isinstance(module, MoE | MLP)
+    assert isinstance(module, MoE | Int8MoE | MLP)
     return module.shape
 
 

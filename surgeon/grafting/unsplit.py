@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from surgeon.graph.traced import TracedGraph
 from surgeon.moe.filling import neurons_of_experts
+from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import MoE
 from surgeon.moe.rebuild import moe_module
 from surgeon.moe.site import find_moes
@@ -37,24 +38,26 @@ def unsplit(graph: TracedGraph, model: nn.Module, sites: Mapping[str, FFN | Line
         if any(type(modules.get(name)) is not nn.Linear for name in (*ups, down)) or not _same(site, layer):
             continue
         # The gate comes first among a gated layer's linear layers.
-        rows = [(layer.w1, layer.b1)] if layer.gate is None else [(layer.gate, layer.b_gate), (layer.w1, layer.b1)]
-        found[f"{down}.weight"] = nn.Parameter(_neurons(layer, layer.weights.w2).t().contiguous())
+        weights = layer.weights
+        rows = [(weights.w1, weights.b1)]
+        if weights.gate is not None:
+            rows.insert(0, (weights.gate, weights.b_gate))
+        found[f"{down}.weight"] = nn.Parameter(_neurons(layer, weights.w2).t().contiguous())
         if layer.b2 is not None:
             found[f"{down}.bias"] = nn.Parameter(layer.b2.detach())
         for name, (weight, bias) in zip(ups, rows, strict=True):
-            assert weight is not None
             found[f"{name}.weight"] = nn.Parameter(_neurons(layer, weight))
             if bias is not None:
                 found[f"{name}.bias"] = nn.Parameter(_neurons(layer, bias))
     return found
 
 
-def _same(site: FFN, layer: MoE) -> bool:
+def _same(site: FFN, layer: MoE | Int8MoE) -> bool:
     """Whether a layer of experts is the dense layer but for its weights."""
     return site.nonlinearity == Nonlinearity(layer.activation, layer.gate is not None, site.nonlinearity.gate_leaf)
 
 
-def _neurons(layer: MoE, values: Tensor) -> Tensor:
+def _neurons(layer: MoE | Int8MoE, values: Tensor) -> Tensor:
     """Turn values of experts [E, s, ...] into those of the dense layer's neurons [h, ...]."""
     counts = neurons_of_experts(layer.shape.experts, layer.shape.size, layer.filling)
     return torch.cat([rows[:count] for rows, count in zip(values, counts, strict=True)])

@@ -45,6 +45,15 @@ class Holder(nn.Module):
         return super().register_full_backward_pre_hook(*args, **kwargs)
 
 
+def parameters_only(module: nn.Module) -> nn.Module:
+    """Return a tree of plain modules that holds the same parameters and buffers under the same names."""
+    holder = nn.Module()
+    holder._parameters, holder._buffers = dict(module._parameters), dict(module._buffers)
+    for name, child in module.named_children():
+        holder.add_module(name, parameters_only(child))
+    return holder
+
+
 def mark_holders(graph: nn.Module) -> None:
     """Make a `Holder` of every module of a graph that torch.fx made for the path of a parameter."""
     for path, module in graph.named_modules():

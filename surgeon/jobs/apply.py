@@ -328,7 +328,7 @@ def _next(
     data = _data_words(options.data)
     if not moes:
         return _command(("apply", "--passes", "moeify,lower", place, *data)), "to split the layers into experts"
-    if any(site.form != "dynamic" for site in moes):
+    if not all(site.skips for site in moes):
         return _command(("apply", "--passes", "lower", place)), "to skip the experts that tau leaves out"
     return _command(("sweep", place, *data)), "to see quality and cost at several tau"
 

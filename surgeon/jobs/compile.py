@@ -61,7 +61,7 @@ def compile_saved(
     """
     sites = find_moes(opened.graph)
     notes = []
-    if any(site.form != "dynamic" for site in sites):
+    if not all(site.skips for site in sites):
         notes.append(
             "The surgery is not lowered, so every expert is computed. Run surgeon apply with --passes lower on it."
         )

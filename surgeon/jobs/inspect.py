@@ -119,7 +119,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
         [
             ExpertLayer(
                 site.path,
-                (site.experts, int(site.w1.shape[1])),
+                (site.experts, site.size),
                 layers[site.path].multiply_adds / whole,
                 site.form,
                 float(site.tau),

@@ -20,6 +20,8 @@ from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.traced import TracedGraph, aten
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import hidden, keep_selected
+from surgeon.kernels.int8 import Int8Call
+from surgeon.kernels.panels import Int8Experts
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import knobs_restored, run_batches
 from surgeon.moe.module import SKIPPED_MEAN
@@ -75,7 +77,8 @@ def _buffer(model: nn.Module, site: MoESite) -> Tensor:
     module = model.get_submodule(site.path)
     if hasattr(module, SKIPPED_MEAN):
         return getattr(module, SKIPPED_MEAN)  # type: ignore[no-any-return]
-    module.register_buffer(SKIPPED_MEAN, site.weights.w2.new_zeros(site.weights.w2.shape[2]))
+    like = site.stored.y_scale if isinstance(site.stored, Int8Experts) else site.stored.w2
+    module.register_buffer(SKIPPED_MEAN, like.new_zeros(site.d_out))
     if isinstance(model, TracedGraph):
         _add_mean(model, site)
     return getattr(module, SKIPPED_MEAN)  # type: ignore[no-any-return]
@@ -83,10 +86,11 @@ def _buffer(model: nn.Module, site: MoESite) -> Tensor:
 
 def _add_mean(graph: TracedGraph, site: MoESite) -> None:
     """Add the vector to the output bias of the layer's nodes."""
+    place = Int8Call._fields.index("b2") if site.form == "int8" else 8
     for node in site.nodes:
-        b2 = node.args[8]
+        b2 = node.args[place]
         with graph.graph.inserting_before(node):
             mean = get_attr(graph, f"{site.path}.{SKIPPED_MEAN}")
             value = emit(graph, aten.add.Tensor, b2, mean, path=site.path) if isinstance(b2, Node) else mean
-        node.update_arg(8, value)
+        node.update_arg(place, value)
     graph.recompile()

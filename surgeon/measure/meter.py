@@ -22,7 +22,9 @@ from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
 from surgeon.graph.traced import tensor_key
 from surgeon.kernels.dynamic_k import selected
+from surgeon.kernels.int8 import Int8Call, route
 from surgeon.measure.multiply_adds import Counter
+from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import masked_ffn, selection_threshold
 from surgeon.moe.router import expert_norms
@@ -67,10 +69,10 @@ def measure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         meter.call(args, kwargs)
     counted = counter.multiply_adds
     # What the experts computed, filling included, is replaced by what counts. The module and masked forms compute all
-    # experts; the dynamic form skips some.
+    # experts; the others skip some.
     for site in meter.sites.values():
         layer = meter.layers[site.path]
-        computed = layer.ran if site.form == "dynamic" else layer.pairs
+        computed = layer.ran if site.skips else layer.pairs
         counted -= computed * site.expert_multiply_adds
     everything = sum(layer.multiply_adds for layer in meter.layers.values())
     ran = sum(layer.executed_multiply_adds for layer in meter.layers.values())
@@ -168,7 +170,7 @@ class ExpertMeter:
         """Count what every call of a model that is not a graph runs, for example inside of `generate`."""
         moes = {path: self.module.get_submodule(path) for path in self.sites}
         for path, moe in moes.items():
-            assert isinstance(moe, MoE)
+            assert isinstance(moe, MoE | Int8MoE)
             moe.forward = functools.partial(self._forward, self.sites[path], moe, moe.forward)  # type: ignore[method-assign]
         try:
             yield
@@ -176,7 +178,7 @@ class ExpertMeter:
             for moe in moes.values():
                 del moe.forward
 
-    def _forward(self, site: MoESite, moe: MoE, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _forward(self, site: MoESite, moe: MoE | Int8MoE, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return self.layer(site, x, lambda: moe.route(x), lambda: forward(x), lambda: moe.output_bias)
 
     def layer(
@@ -246,6 +248,9 @@ class _GraphRun(Interpreter):
             moe = self.submodules[str(n.target)]
             assert isinstance(moe, MoE)
             return self.meter.layer(site, args[0], lambda: moe.route(args[0]), run, lambda: moe.output_bias)
+        if site.form == "int8":
+            call = Int8Call(*args)
+            return self.meter.layer(site, args[0], lambda: route(call), run, lambda: call.b2)
         return self.meter.layer(site, args[0], lambda: args[1:3], run, lambda: args[8])
 
 

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from surgeon.errors import UsageError
 from surgeon.graph.patterns import first_fit, matches
 from surgeon.kernels.selection import check_rule
+from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import SKIPPED_MEAN, MoE
 from surgeon.moe.site import MoESite, find_moes
 
@@ -77,13 +78,13 @@ def set_rule(model: nn.Module, rule: str | Mapping[str, str], path: str | None =
     for site, value in changed:
         _reset_compensation(model, site)
         module: Any = model.get_submodule(site.path)
-        if isinstance(module, MoE):
+        if isinstance(module, MoE | Int8MoE):
             module.rule = value
-        else:
-            for node in site.nodes:
-                threshold = node.args[2]
-                assert isinstance(threshold, Node)
-                threshold.update_arg(2, value)
+            continue
+        for node in site.nodes:
+            threshold = node if site.form == "int8" else node.args[2]
+            assert isinstance(threshold, Node)
+            threshold.update_arg(2, value)
     if changed and isinstance(model, GraphModule):  # an unchanged graph keeps its `torch.compile` cache
         model.recompile()
     return [site.path for site, _ in chosen]

@@ -2,7 +2,7 @@
 
 Before `lower`, a layer is one `call_module` node of an `MoE`. After `lower`, the graph has the router's ops and one
 `surgeon::dynamic_k_ffn` node instead. A saved graph has ops in both cases. In a model that is not a graph (see
-`surgeon.graft`), a layer is an `MoE` in either form.
+`surgeon.graft`), a layer is an `MoE` in either form. A layer with 8-bit weights is an `Int8MoE` (`surgeon.moe.int8`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from surgeon.graph.traced import aten
 from surgeon.kernels.experts import Experts
+from surgeon.kernels.scores import Output
 from surgeon.moe.filling import fill, silent_bias
 from surgeon.moe.ops import dynamic_k_ffn, masked_ffn, selection_threshold
-from surgeon.moe.router import Output, Router, Step
+from surgeon.moe.router import Router, Step
 from surgeon.sites.ffn import FFNWeights
 
-Form = Literal["masked", "dynamic"]
+Form = Literal["masked", "dynamic", "int8"]
 # Buffer with the mean output of the experts that a layer skips, see `surgeon.measure.compensation`.
 SKIPPED_MEAN = "skipped_mean"
 
@@ -51,6 +52,14 @@ class MoEShape:
     router_bias: bool
     router_hidden: Literal["relu", "tanh"]
     router_output: Output
+
+    @property
+    def describe(self) -> str:
+        """`48 experts × 32, 384→384 relu, max, dynamic`."""
+        return (
+            f"{self.experts} experts × {self.size}, {self.d_in}→{self.d_out} {self.activation}"
+            f"{' gated' * self.gated}, {self.rule}, {self.form}"
+        )
 
 
 class MoE(nn.Module):
@@ -178,11 +187,7 @@ class MoE(nn.Module):
 
     def extra_repr(self) -> str:
         """`48 experts × 32, 384→384 relu, max, dynamic`."""
-        shape = self.shape
-        return (
-            f"{shape.experts} experts × {shape.size}, {shape.d_in}→{shape.d_out} {shape.activation}"
-            f"{' gated' * shape.gated}, {shape.rule}, {shape.form}"
-        )
+        return self.shape.describe
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores [..., E] and the threshold [...] below which an expert is skipped, for x [..., d_in]."""

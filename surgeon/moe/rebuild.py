@@ -9,12 +9,14 @@ from torch.fx import GraphModule, Node
 
 from surgeon.graph.traced import aten, is_call, tensor_of
 from surgeon.kernels.experts import Experts
+from surgeon.kernels.int8 import Int8Call
+from surgeon.kernels.scores import HIDDEN, OUTPUT, Hidden, Output
+from surgeon.moe.int8 import TENSORS, Int8MoE
 from surgeon.moe.module import SKIPPED_MEAN, MoE, MoEShape
-from surgeon.moe.router import HIDDEN, OUTPUT, Output
 from surgeon.moe.site import MoESite
 
 
-def moe_module(graph: GraphModule, site: MoESite) -> MoE:
+def moe_module(graph: GraphModule, site: MoESite) -> MoE | Int8MoE:
     """Return a layer of a graph as a module of its own, with the same knobs. It shares the graph's tensors.
 
     Raises:
@@ -24,6 +26,8 @@ def moe_module(graph: GraphModule, site: MoESite) -> MoE:
         module = graph.get_submodule(site.path)
         assert isinstance(module, MoE)
         return _filled(module.shape, _tensors(module), module.tau)
+    if site.form == "int8":
+        return _int8(graph, site)
     scores, bias = site.nodes[0].args[1], site.nodes[0].args[8]
     assert isinstance(scores, Node)
     router, parts = _router(graph, scores, site)
@@ -33,8 +37,8 @@ def moe_module(graph: GraphModule, site: MoESite) -> MoE:
         tensors["b2"] = None
     tensors |= {f"router.{name}": tensor for name, tensor in parts.items()}
     shape = MoEShape(
-        d_in=int(site.w1.shape[2]),
-        d_out=int(site.weights.w2.shape[2]),
+        d_in=site.d_in,
+        d_out=site.d_out,
         experts=site.experts,
         size=site.size,
         activation=site.activation,
@@ -51,6 +55,32 @@ def moe_module(graph: GraphModule, site: MoESite) -> MoE:
         router_output=router[1],
     )
     return _filled(shape, tensors, site.tau)
+
+
+def _int8(graph: GraphModule, site: MoESite) -> Int8MoE:
+    call, holder = Int8Call(*site.nodes[0].args), graph.get_submodule(site.path)  # type: ignore[arg-type]
+    tensors: dict[str, Tensor | None] = {name: getattr(holder, name, None) for name in (*TENSORS, SKIPPED_MEAN)}
+    fc2 = tensors["fc2"]
+    assert fc2 is not None
+    shape = MoEShape(
+        d_in=site.d_in,
+        d_out=site.d_out,
+        experts=site.experts,
+        size=site.size,
+        activation=site.activation,
+        gated=tensors["gate"] is not None,
+        biases=tuple(name for name in ("b1", "b_gate", "b2") if tensors[name] is not None),
+        shared=site.shared,
+        rule=site.rule,
+        form="int8",
+        filling=site.filling,
+        compensated=tensors[SKIPPED_MEAN] is not None,
+        router_width=None if tensors["fc1"] is None else fc2.shape[1],
+        router_bias=tensors["fc2_bias"] is not None,
+        router_hidden=cast(Hidden, call.hidden),
+        router_output=cast(Output, call.output),
+    )
+    return Int8MoE.with_tensors(shape, tensors, site.tau)
 
 
 def _tensors(module: MoE) -> dict[str, Tensor | None]:

@@ -15,29 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.collective import largest, mean
-from surgeon.graph.traced import aten
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import Experts, hidden
+from surgeon.kernels.scores import HIDDEN, OUTPUT, Hidden, Output
 
 Objective = Literal["norm", "relative", "log", "activation"]
 Labels = Literal["output", "hidden"]
-Output = Literal["abs", "relu", "softplus", "exp", "sigmoid"]
 Step = Callable[..., Any]
 
 # For "log", differences below this share of the token's largest norm do not matter.
 _LOG_FLOOR = 0.01
-
-HIDDEN = {"relu": aten.relu.default, "tanh": aten.tanh.default}
-# Each output function as an op and its further arguments.
-OUTPUT: dict[Output, tuple[Any, ...]] = {
-    "abs": (aten.abs.default,),
-    "relu": (aten.relu.default,),
-    # Close to a ReLU on targets from 0 to 1, but positive down to -2, where float32 underflows. Scores that are all
-    # zero would be equal, and a rule could not rank them.
-    "softplus": (aten.softplus.default, 50.0),
-    "exp": (aten.exp.default,),
-    "sigmoid": (aten.sigmoid.default,),
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,7 @@ class Router(nn.Module):
         experts: int,
         *,
         bias: bool = False,
-        hidden: Literal["relu", "tanh"] = "relu",
+        hidden: Hidden = "relu",
         output: Output = "abs",
         goal: Goal | None = None,
         like: Tensor | None = None,

@@ -12,9 +12,12 @@ from torch.fx import GraphModule, Node
 from surgeon.graph.traced import aten, is_call, tensor_key, tensor_of
 from surgeon.graph.walk import walk_sources
 from surgeon.kernels.experts import Experts
+from surgeon.kernels.int8 import Int8Call
+from surgeon.kernels.panels import Int8Experts
 from surgeon.moe.filling import filling_of, neurons_of_experts
+from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import MoE
-from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
+from surgeon.moe.ops import dynamic_k_ffn, masked_ffn, routed_ffn_int8
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,32 +25,54 @@ class MoESite:
     """A converted feed-forward layer in a graph, or in a model that is not a graph.
 
     path: the module path of the expert weights, `encoder.layer.0.moe`. nodes: every execution of the layer in a graph.
-    form: "module" (one `call_module` node), "masked" (reference op) or "dynamic" (the op that skips experts).
+    form: "module" (one `call_module` node), "masked" (reference op), "dynamic" (the op that skips experts) or "int8"
+    (the op that routes and skips, with 8-bit weights). stored: the weights, of an int8 layer as panels.
     shared: the number of experts that always run. rule: one of `kernels.selection.RULES`.
     router_parameters: the number of weights in the router's matrices. A trunk that several layers share is counted for
     the first of them. filling: how many neurons fill experts up to the common size (see `surgeon.moe.filling`).
     """
 
     path: str
-    form: Literal["module", "masked", "dynamic"]
+    form: Literal["module", "masked", "dynamic", "int8"]
     nodes: tuple[Node, ...]
-    weights: Experts
+    stored: Experts | Int8Experts
     activation: str
     shared: int
     router_parameters: int
     tau: Tensor
     rule: str
     filling: int = 0
+    x_scale: Tensor | None = None
+
+    @property
+    def weights(self) -> Experts:
+        """The experts' weights; in an int8 layer the numbers that they stand for, made anew at every use."""
+        if isinstance(self.stored, Int8Experts):
+            return self.stored.floats(self.x_scale, self.d_in)
+        return self.stored
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input."""
+        if isinstance(self.stored, Int8Experts):
+            assert self.x_scale is not None
+            return len(self.x_scale)
+        return int(self.stored.w1.shape[2])
+
+    @property
+    def d_out(self) -> int:
+        """Width of the output."""
+        return len(self.stored.y_scale) if isinstance(self.stored, Int8Experts) else int(self.stored.w2.shape[2])
+
+    @property
+    def skips(self) -> bool:
+        """Whether experts that are not selected are not computed."""
+        return self.form in ("dynamic", "int8")
 
     @property
     def output(self) -> Node:
         """Its value in the last of its executions."""
         return self.nodes[-1]
-
-    @property
-    def w1(self) -> Tensor:
-        """The first linear's weights, [E, s, d_in]."""
-        return self.weights.w1
 
     @property
     def routed(self) -> Experts:
@@ -57,17 +82,22 @@ class MoESite:
     @property
     def experts(self) -> int:
         """Number of experts."""
-        return int(self.w1.shape[0])
+        return self._rows[0]
+
+    @property
+    def _rows(self) -> tuple[int, int]:
+        experts, size = (self.stored.w1_scale if isinstance(self.stored, Int8Experts) else self.stored.w1).shape[:2]
+        return int(experts), int(size)
 
     @property
     def size(self) -> int:
         """Number of neurons of an expert, filling included."""
-        return int(self.w1.shape[1])
+        return self._rows[1]
 
     @property
     def neuron_multiply_adds(self) -> int:
         """Multiply-adds of one neuron for one token."""
-        return int(self.w1.shape[2] * (2 if self.weights.gate is not None else 1) + self.weights.w2.shape[2])
+        return self.d_in * (2 if self.stored.gate is not None else 1) + self.d_out
 
     @property
     def expert_multiply_adds(self) -> int:
@@ -94,31 +124,43 @@ class MoESite:
         return f"{self.experts} expert{'s' * (self.experts != 1)} × {self.size}{always}{filled if self.filling else ''}"
 
 
+_FORMS: dict[Any, str] = {dynamic_k_ffn: "dynamic", masked_ffn: "masked", routed_ffn_int8: "int8"}
+W1_OF_INT8 = Int8Call._fields.index("w1")
+
+
 def find_moes(model: nn.Module) -> list[MoESite]:
     """Return every mixture of experts in a graph, in topological order, or in a model, in the order of its modules."""
     if isinstance(model, GraphModule):
         return _in_graph(model)
     counted: set[tuple[object, ...]] = set()
-    return [
-        MoESite(
-            path, module.form, (), module.weights, module.activation, module.shared,
-            _router_size(module.router.parameters(), counted), module.tau, module.rule, module.filling,
-        )
-        for path, module in model.named_modules()
-        if isinstance(module, MoE)
-    ]  # fmt: skip
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, MoE):
+            stored: Experts | Int8Experts = module.weights
+            size, x_scale = _router_size(module.router.parameters(), counted), None
+        elif isinstance(module, Int8MoE):
+            stored, size, x_scale = module.experts, _int8_router_size(module, counted), module.x_scale
+        else:
+            continue
+        found.append(
+            MoESite(
+                path, module.form, (), stored, module.activation, module.shared, size, module.tau, module.rule,
+                module.filling, x_scale,
+            )
+        )  # fmt: skip
+    return found
 
 
 def _in_graph(graph: GraphModule) -> list[MoESite]:
     found: dict[str, list[Node]] = {}
-    forms: dict[str, Literal["module", "masked", "dynamic"]] = {}
+    forms: dict[str, Literal["module", "masked", "dynamic", "int8"]] = {}
     for node in graph.graph.nodes:
         if node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), MoE):
             path, form = str(node.target), "module"
-        elif node.op == "call_function" and node.target in (dynamic_k_ffn, masked_ffn):
-            w1 = node.args[3]
+        elif node.op == "call_function" and node.target in _FORMS:
+            w1 = node.args[W1_OF_INT8 if node.target is routed_ffn_int8 else 3]
             assert isinstance(w1, Node)
-            path, form = str(w1.target).rpartition(".")[0], "dynamic" if node.target is dynamic_k_ffn else "masked"
+            path, form = str(w1.target).rpartition(".")[0], _FORMS[node.target]
         else:
             continue
         found.setdefault(path, []).append(node)
@@ -130,7 +172,7 @@ def _in_graph(graph: GraphModule) -> list[MoESite]:
 def _site(
     graph: GraphModule,
     path: str,
-    form: Literal["module", "masked", "dynamic"],
+    form: Literal["module", "masked", "dynamic", "int8"],
     nodes: list[Node],
     counted: set[tuple[object, ...]],
 ) -> MoESite:
@@ -139,6 +181,15 @@ def _site(
     if form == "module":
         router = list(module.router.parameters())
         activation, shared, rule = module.activation, module.shared, module.rule
+    elif form == "int8":
+        call = Int8Call(*nodes[0].args)  # type: ignore[arg-type]
+        activation, shared, rule = call.activation, call.shared, call.rule
+        stored = Int8Experts(*(getattr(module, name, None) for name in Int8Experts._fields))  # type: ignore[arg-type]
+        size = _int8_router_size(module, counted)
+        return MoESite(
+            path, form, tuple(nodes), stored, activation, shared, size, module.tau, rule, filling_of(graph, path),
+            module.x_scale,
+        )  # fmt: skip
     else:
         scores, threshold, activation = nodes[0].args[1], nodes[0].args[2], str(nodes[0].args[9])
         read = [tensor_of(graph, node) for node in router_nodes(nodes[0])]
@@ -153,6 +204,15 @@ def _site(
         path, form, tuple(nodes), weights, str(activation), shared, _router_size(router, counted), module.tau, rule,
         filling_of(graph, path),
     )  # fmt: skip
+
+
+def _int8_router_size(module: nn.Module, counted: set[tuple[object, ...]]) -> int:
+    """The same for a layer with 8-bit weights. What fills up panels does not count."""
+    trunk, last, x_scale = getattr(module, "fc1", None), module.fc2, module.x_scale
+    assert isinstance(last, Tensor)
+    assert isinstance(x_scale, Tensor)
+    size = _router_size([last], counted)
+    return size if trunk is None else size + last.shape[1] * len(x_scale)
 
 
 def _router_size(weights: Iterable[Tensor], counted: set[tuple[object, ...]]) -> int:

@@ -169,7 +169,7 @@ def make_record(
         passes=tuple(reports),
         projections=projections(graph),
         experts=tuple(
-            ExpertLayer(site.path, site.experts, site.form, (site.size, int(site.w1.shape[2])), site.filling)
+            ExpertLayer(site.path, site.experts, site.form, (site.size, site.d_in), site.filling)
             for site in find_moes(graph)
         ),
         tau=get_tau(graph),

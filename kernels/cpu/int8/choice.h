@@ -1,0 +1,29 @@
+// The choice of the instruction set for experts with 8-bit weights.
+#pragma once
+
+#include <cstring>
+
+#include "int8.h"
+
+namespace surgeon {
+
+// The kernels of the instruction set `name`, or for those that are called so elsewhere; "": the best of this processor.
+// Null where the processor does not have it.
+inline const Int8Kernels* int8_kernels(const char* name) {
+  const Int8Kernels* found = nullptr;
+  auto offer = [&](const char* called, bool supported, const Int8Kernels* (*get)()) {
+    if (!found && supported && (!*name || !std::strcmp(name, called))) found = get();
+  };
+#if defined(__x86_64__)
+  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  for (const char* called : {"amx_bf16", "avx512_bf16", "avx512_vnni"}) offer(called, vnni, int8_avx512_vnni);
+  for (const char* called : {"amx_bf16", "avx512_bf16", "avx512"}) offer(called, avx512, int8_avx512);
+  offer("avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), int8_avx2);
+#endif
+  offer("portable", true, int8_portable);
+  return found;
+}
+
+}  // namespace surgeon
