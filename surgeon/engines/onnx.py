@@ -32,6 +32,7 @@ def save(program: Program, file: Path) -> None:
     """
     installed("onnxscript")
     table = torch.export.default_decompositions()
+    table[torch.ops.aten.softplus.default] = _softplus
     table[dynamic_k_ffn] = _ops.masked_ffn
     table[_ops.sorted_threshold.default] = sorted_threshold
     try:
@@ -47,6 +48,15 @@ def save(program: Program, file: Path) -> None:
             )
     except Exception as error:  # torch raises many types
         raise SaveError(f"torch cannot write the model for ONNX: {first_line(error)}.") from error
+
+
+def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    """Softplus whose small values differ: ONNX has no log1p, and with a logarithm all of them would be zero.
+
+    Scores that are equal select their experts together.
+    """
+    small = torch.exp(-(beta * x).abs())
+    return torch.relu(x) + 2 * torch.atanh(small / (2 + small)) / beta
 
 
 class Session:

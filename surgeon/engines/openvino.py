@@ -23,7 +23,8 @@ from surgeon.errors import SaveError, UsageError, first_line
 from surgeon.kernels.building import BuildError
 from surgeon.kernels.int8 import Int8Call
 from surgeon.kernels.openvino import build
-from surgeon.moe.site import find_moes
+from surgeon.moe.module import MoE
+from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
 
 LINEARS = ("float", "int8", "int8-weights", "int4-weights")
 """What becomes of the linears that are not in experts. int8: weights and inputs, with ranges of the inputs measured on
@@ -37,6 +38,12 @@ _WORDS = ("rule", "shared", "hidden", "output", "activation")  # attributes of t
 def has_int8_experts(graph: GraphModule) -> bool:
     """Whether the graph has experts with 8-bit weights."""
     return any(node.op == "call_function" and node.target == _ROUTED for node in graph.graph.nodes)
+
+
+def _has_float_experts(graph: GraphModule) -> bool:
+    return any(node.target in (dynamic_k_ffn, masked_ffn) for node in graph.graph.nodes) or any(
+        isinstance(module, MoE) for module in graph.modules()
+    )
 
 
 def extension() -> Path:
@@ -61,7 +68,7 @@ def convert(graph: GraphModule, program: Program) -> Any:
         UsageError: the experts have float weights, or OpenVINO is not installed. SaveError: OpenVINO cannot convert it,
             or the operator cannot be built.
     """
-    if any(site.form in ("module", "masked", "dynamic") for site in find_moes(graph)):
+    if _has_float_experts(graph):
         raise UsageError(
             "OpenVINO runs experts with 8-bit weights only. Quantise them first: surgeon apply --passes quantize."
         )

@@ -20,9 +20,9 @@ from surgeon.engines.program import Program
 from surgeon.errors import UsageError
 from surgeon.graph.traced import TracedGraph
 from surgeon.kernels.experts import Experts
-from surgeon.kernels.int8 import Int8Experts, pack, quantise_trunk, routed_ffn_int8
-from surgeon.passes import Lower, Moeify
-from tests.engines import by_hand
+from surgeon.kernels.int8 import routed_ffn_int8
+from surgeon.kernels.panels import Int8Experts, pack, quantise_trunk
+from surgeon.passes import Moeify, Quantize
 
 openvino = pytest.importorskip("openvino")
 pytestmark = [
@@ -167,9 +167,8 @@ INPUTS = tuple(torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(see
 @pytest.fixture(scope="module")
 def net() -> tuple[TracedGraph, Program, Any]:
     torch.manual_seed(0)
-    graph = surgeon.Pipeline([Moeify(expert_size=16), Lower()]).run(Net().eval(), inputs=INPUTS).graph
+    graph = surgeon.Pipeline([Moeify(expert_size=16), Quantize()]).run(Net().eval(), inputs=INPUTS).graph.eval()
     surgeon.set_tau(graph, 0.3)
-    graph = by_hand.quantised(graph)
     program = Program(graph, INPUTS)
     return graph, program, convert(graph, program)
 
