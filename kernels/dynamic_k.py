@@ -1,7 +1,6 @@
 """The operators that a rewritten FFN runs. Importing this module registers them; `torch.export.load` needs that first.
 
-The operator that makes thresholds, `surgeon::selection_threshold` (see `selection`), and those for experts with 8-bit
-weights (see `int8`) are registered along with them.
+The operator that makes thresholds, `surgeon::selection_threshold` (see `selection`), is registered along with them.
 `surgeon::dynamic_k_ffn` computes only the experts each token selected. `surgeon::masked_ffn` is its reference twin:
 it computes every expert and masks, in ordinary differentiable PyTorch. Both have the same arguments:
 
@@ -45,7 +44,6 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from surgeon.errors import UsageError
-from surgeon.kernels import int8 as _int8  # noqa: F401  registers its ops
 from surgeon.kernels import selection as _selection  # noqa: F401  registers its op
 from surgeon.kernels.activations import activation as find_activation
 from surgeon.kernels.backends import Call, backends

@@ -53,6 +53,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._library.autograd import make_autograd_impl
 from torch.utils.flop_counter import register_flop_formula
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (registers the gradient of the experts)
@@ -286,6 +287,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _routed_ffn_int8.register_autograd(_backward, setup_context=_setup_context)
+# The native kernels hand on calls with a gradient too.
+_library.impl(  # type: ignore[no-untyped-call]
+    "routed_ffn_int8_torch",
+    make_autograd_impl(_routed_ffn_int8._opoverload, _routed_ffn_int8),
+    "Autograd",
+    with_keyset=True,
+)
 
 
 @register_flop_formula(routed_ffn_int8, get_raw=True)

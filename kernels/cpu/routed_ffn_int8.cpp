@@ -214,13 +214,24 @@ Tensor scores(const Tensor& x, ROUTER) {
   return found;
 }
 
+// In Python a call with a gradient goes to the general operator, which calls this one below autograd.
+Tensor routed_with_gradient(ARGUMENTS) {
+  auto wants = [](const auto&... tensors) { return (... || tensors.requires_grad()); };
+  auto may_want = [](const auto&... tensors) { return (... || (tensors && tensors->requires_grad())); };
+  if (at::GradMode::is_enabled() &&
+      (wants(x, tau, fc2, w1_scale, w2_scale, y_scale) ||
+       may_want(x_scale, fc1_scale, fc1_bias, fc2_bias, b1, gate_scale, b_gate, b2)))
+    return general<Signature>("surgeon::routed_ffn_int8_torch").call(GIVEN);
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("surgeon::routed_ffn_int8", "").typed<Signature>();
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(GIVEN);
+}
+
 TORCH_LIBRARY_FRAGMENT(surgeon, library) {
-  // Python has declared them before it loads this library.
-  auto declare = [&](const char* name, const char* schema) {
-    if (!c10::Dispatcher::singleton().findSchema({name, ""})) library.def(schema);
-  };
-  declare("surgeon::routed_ffn_int8", SCHEMA);
-  declare("surgeon::router_scores_int8", SCORES_SCHEMA);
+  // Python declares them itself, before or after it loads this library; it has declared this operator before.
+  if (c10::Dispatcher::singleton().findSchema({"surgeon::masked_ffn", ""})) return;
+  library.def(SCHEMA);
+  library.def(SCORES_SCHEMA);
 }
 
 TORCH_LIBRARY_IMPL(surgeon, CPU, library) {
@@ -228,9 +239,9 @@ TORCH_LIBRARY_IMPL(surgeon, CPU, library) {
   library.impl("router_scores_int8", &scores);
 }
 
-// There is no gradient, and whoever asks for one is told so.
 TORCH_LIBRARY_IMPL(surgeon, AutogradCPU, library) {
-  library.impl("routed_ffn_int8", torch::autograd::autogradNotImplementedFallback());
+  library.impl("routed_ffn_int8", &routed_with_gradient);
+  // There is no gradient, and whoever asks for one is told so.
   library.impl("router_scores_int8", torch::autograd::autogradNotImplementedFallback());
 }
 
