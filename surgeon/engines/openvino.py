@@ -40,7 +40,8 @@ def has_int8_experts(graph: GraphModule) -> bool:
     return any(node.op == "call_function" and node.target == _ROUTED for node in graph.graph.nodes)
 
 
-def _has_float_experts(graph: GraphModule) -> bool:
+def has_float_experts(graph: GraphModule) -> bool:
+    """Whether the graph has experts with float weights."""
     return any(node.target in (dynamic_k_ffn, masked_ffn) for node in graph.graph.nodes) or any(
         isinstance(module, MoE) for module in graph.modules()
     )
@@ -68,7 +69,7 @@ def convert(graph: GraphModule, program: Program) -> Any:
         UsageError: the experts have float weights, or OpenVINO is not installed. SaveError: OpenVINO cannot convert it,
             or the operator cannot be built.
     """
-    if _has_float_experts(graph):
+    if has_float_experts(graph):
         raise UsageError(
             "OpenVINO runs experts with 8-bit weights only. Quantise them first: surgeon apply --passes quantize."
         )
