@@ -6,6 +6,7 @@ Every engine gets both models in float32 and, where it can, with 8 bits around t
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -152,7 +153,8 @@ def _error(found: Any, expected: Sequence[Tensor]) -> float:
         if b.is_floating_point()
     ]
     off = sum(float((a - b).square().sum()) for a, b in pairs)
-    return (off / max(sum(float(b.square().sum()) for _, b in pairs), 1e-24)) ** 0.5
+    size = sum(float(b.square().sum()) for _, b in pairs)
+    return math.sqrt(off / max(size, 1e-24))
 
 
 @dataclass(frozen=True)
