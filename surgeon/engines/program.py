@@ -93,7 +93,7 @@ class Program:
 
         forward.__signature__ = signature  # type: ignore[attr-defined]
         module = nn.Module()
-        # Under the graph's own names, by which constants can be set in the compiled model.
+        # Under the graph's own names, by which tau can be set in the compiled model.
         module._parameters, module._buffers, module._modules = graph._parameters, graph._buffers, graph._modules
         module.forward = forward
         module.training = False

@@ -164,31 +164,34 @@ class _CheckedCodeGen(_PyTreeCodeGen):
 
     def process_inputs(self, *inputs: Any) -> Any:
         """Called by `torch.export`, which runs the nodes of a graph and not its `forward`."""
-        flat = super().process_inputs(*self._completed(inputs))
+        flat = self._flattened(inputs)
         _refuse_one_for_two(flat)
         return self.checked(flat)
 
-    def _completed(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the inputs of an export in the order of the graph, None for those that are missing.
+    def _flattened(self, inputs: tuple[Any, ...]) -> list[Any]:
+        """Return the inputs of an export, flat and in the order of the graph, None for those that are missing.
+
+        Keyword inputs, and the entries of dicts, come in the caller's order (torch 2.13). The nodes of a graph take
+        their inputs by place, so each is put where its name belongs.
 
         Raises:
-            UsageError: keyword inputs stand in another order than the graph's, in which torch.export (2.13) would tie
-                them to its inputs; or the graph has no input for one.
+            UsageError: the graph has no input for one. SizeError: a container has other entries than in the trace.
         """
-        parts = [self.pytree_info.in_spec, *self.pytree_info.in_spec.children()]
-        if [part.type for part in parts[:3]] != [tuple, tuple, dict] or len(parts) != 3:
-            return inputs
+        in_spec = self.pytree_info.in_spec
+        parts = in_spec.children()
+        if [in_spec.type, *(part.type for part in parts)] != [tuple, tuple, dict]:
+            return list(super().process_inputs(*inputs))
         names = [parameter.name for parameter in self.parameters if parameter.kind is not parameter.KEYWORD_ONLY]
         given = _keywords_of_export(inputs)
         refuse_untraced(self.sizes, **{name: value for name, value in given.items() if name not in names})
         positional = inputs[: len(inputs) - len(given)]
-        in_order = [name for name in names[len(positional) :] if name in given]
-        if in_order != [name for name in given if name in names]:
-            raise UsageError(
-                "torch.export ties keyword inputs to a graph by their order. Give them in the order of the graph: "
-                f"{', '.join(in_order)}."
-            )
-        return *positional, *(given.get(name) for name in names[len(positional) :])
+        values = [*positional, *(given.get(name) for name in names[len(positional) :])]
+        if len(values) > len(names):  # they are flat already
+            return list(super().process_inputs(*values))
+        first = parts[0].num_children
+        arranged = (tuple(values[:first]), dict(zip(names[first:], values[first:], strict=True)))
+        check_tree(arranged, in_spec, names)
+        return list(fx_pytree.tree_flatten_spec(arranged, in_spec))
 
 
 def _keywords_of_export(inputs: tuple[Any, ...]) -> dict[str, Any]:

@@ -132,8 +132,9 @@ def _compile(program: Program, file: Path) -> None:
     """
     try:
         with quiet(), torch.no_grad(), checked_code(program.sizes) as checked:
-            # Otherwise tau, a scalar, would be a number in the code.
-            options = {"always_keep_tensor_constants": True}
+            # Weights are laid out for the processor, and what follows from them alone is computed now. tau, a scalar,
+            # would be a number in the code, and could not be set.
+            options = {"freezing": True, "always_keep_tensor_constants": True}
             torch._inductor.aoti_compile_and_package(program.export(), package_path=str(file), inductor_configs=options)
     except Exception as error:
         raise SaveError(f"The model cannot be compiled: {first_line(error)}. Nothing was written.") from error
@@ -145,9 +146,12 @@ def _compare(program: Program, graph: TracedGraph, file: Path) -> float:
     """Return the largest relative error of the compiled model, on the example inputs and at other sizes.
 
     Raises:
-        SaveError: it is too large, or the compiled model fails.
+        SaveError: it is too large, or the compiled model fails or has no constant for a tau.
     """
     model = torch._inductor.aoti_load_package(str(file))
+    for path in get_tau(graph):
+        if f"{path}.tau" not in model.get_constant_fqns():
+            raise SaveError(f"This version of torch compiled a model in which {path}.tau cannot be set.")
     errors = []
     for sizes, flat in program.to_try():
         args, kwargs = program.call(flat)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from surgeon.data.batch import Batch, gathered_from
 from surgeon.data.data import Data
+from surgeon.data.losses import evaluating
 from surgeon.data.padding import real_tokens, warn_of_masks
 from surgeon.graph.capture import Capture
 from surgeon.progress import Progress
@@ -41,11 +42,11 @@ def collect(
         The values by name, [N, d] with N at most `tokens`.
     """
     names = list(dict.fromkeys(names))
-    inner = Capture(graph, names).eval()
+    inner = Capture(graph, names)
     device = next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     enough, warned = 0, False
-    with torch.no_grad():
+    with evaluating(inner):
         for item in data.train:
             whole = Batch.from_any(item)
             batch = whole.part().to(device)

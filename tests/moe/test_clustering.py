@@ -63,6 +63,30 @@ def test_refinements_do_not_lose_and_beat_a_random_split() -> None:
     assert inertia(points, once) < 0.8 * inertia(points, np.arange(len(points)) % 16)
 
 
+def test_wide_rows_lose_nothing_by_their_principal_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    columns = np.arange(1, 301) ** -0.5  # as in trained weights, some directions matter more than others
+    points = (generator.standard_normal((512, 300)) * columns).astype(np.float32)
+    reduced = [balanced_clusters(points, 16, seed=seed) for seed in range(4)]
+    assert torch.equal(reduced[0], balanced_clusters(points, 16, seed=0))
+    seen = clustering._principal_components(points - points.mean(0), 0)
+    assert seen.shape == (512, 96)
+    monkeypatch.setattr(clustering, "_COMPONENTS", 300)
+    full = [balanced_clusters(points, 16, seed=seed) for seed in range(4)]
+    assert not torch.equal(reduced[0], full[0])
+    assert np.mean([inertia(points, x.numpy()) for x in reduced]) < 1.005 * np.mean(
+        [inertia(points, x.numpy()) for x in full]
+    )
+
+
+def test_finds_more_blobs_than_components() -> None:
+    generator = np.random.default_rng(0)
+    truth = generator.permutation(np.repeat(np.arange(128), 4))
+    points = generator.standard_normal((128, 200))[truth] + 0.05 * generator.standard_normal((512, 200))
+    labels = balanced_clusters(points, 128, seed=0).tolist()
+    assert len(set(zip(truth.tolist(), labels, strict=True))) == 128
+
+
 def test_a_constant_offset_changes_nothing() -> None:
     points, _ = blobs(4, 8, spread=3.0)
     shifted = balanced_clusters(points.astype(np.float64) + 2.0**10, 4, seed=0)

@@ -23,7 +23,7 @@ from surgeon.measure.meter import measure
 from surgeon.moe.knobs import get_rule, get_tau, set_rule, set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.site import find_moes, router_nodes
-from surgeon.passes import Lower, Mlpify, Moeify
+from surgeon.passes import Lower, Mlpify, Moeify, Quantize
 from surgeon.surgery.artifact import load
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.record import read_record
@@ -32,11 +32,11 @@ from tests.small_models import WIDTH, classifier, labelled, labelled_vectors, st
 
 FIRST, SECOND = "blocks.0.ffn.moe", "blocks.1.ffn.moe"
 FORMS = ("module", "masked", "dynamic")
-every_form = pytest.mark.parametrize("form", FORMS)
+every_form = pytest.mark.parametrize("form", [*FORMS, "int8"])
 
 
 class Made:
-    """The same experts in each of the three forms; the masked one comes out of a saved surgery."""
+    """The same experts in every form; the masked one comes out of a saved surgery."""
 
     def __init__(self, place: Path, **options: Any) -> None:
         moeify = Moeify(experts=8, router_width=8, steps=20, lr=1e-2, **options)
@@ -51,6 +51,8 @@ class Made:
         own_parameters(graph)
         if form == "dynamic":
             Lower().apply(graph, inputs=vectors())
+        if form == "int8":
+            Quantize().apply(graph, inputs=vectors(), data=labelled_vectors())
         return graph.eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.engines.program import plain
 from surgeon.errors import SaveError, UsageError
+from surgeon.kernels import cpu
+from surgeon.passes import Lower, Moeify
 from surgeon.surgery import compiled
 from surgeon.surgery.compiled import compile_graph
 
@@ -60,6 +63,45 @@ def test_constants_and_optional_inputs_are_no_inputs(tmp_path: Path) -> None:
         torch.testing.assert_close(rest["sum"], expected.rest["sum"])
     with pytest.raises(RuntimeError, match="tokens is not 0 to 16"):
         model(torch.randn(1, 17, 4))
+
+
+class Scaled(nn.Module):
+    """A feed-forward layer with a factor that follows from a weight alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.log = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x))) * self.log.exp()
+
+
+def test_what_follows_from_weights_is_computed_once_and_tau_stays(tmp_path: Path) -> None:
+    if cpu.load().path is None:
+        pytest.skip(f"the native kernels do not run here: {cpu.load().why}")
+    x = torch.randn(4, 8)
+    graph = surgeon.Pipeline([Moeify(experts=4, rule="top_k"), Lower()]).run(Scaled().eval(), inputs=(x,)).graph
+    made = compile_graph(graph, (x,), tmp_path / "out")
+    model = torch._inductor.aoti_load_package(str(tmp_path / "out" / "model.pt2"))
+    constants = model.get_constant_fqns()
+    assert "log" not in constants
+    assert {*made.tau} <= {*constants}
+    surgeon.set_tau(graph, 0.5)
+    assert not torch.allclose(model(x), graph(x))
+    model.load_constants(dict.fromkeys(made.tau, torch.tensor(0.5)), check_full_update=False)
+    torch.testing.assert_close(model(x), graph(x))
+
+
+def test_a_model_without_its_tau_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu.load().path is None:
+        pytest.skip(f"the native kernels do not run here: {cpu.load().why}")
+    x = torch.randn(4, 8)
+    graph = surgeon.Pipeline([Moeify(experts=4), Lower()]).run(Scaled().eval(), inputs=(x,)).graph
+    monkeypatch.setattr(compiled, "_compile", lambda program, file: None)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda file: SimpleNamespace(get_constant_fqns=list))
+    with pytest.raises(SaveError, match=r"moe\.tau cannot be set"):
+        compile_graph(graph, (x,), tmp_path / "out")
 
 
 def test_what_cannot_be_left_out(tmp_path: Path) -> None:

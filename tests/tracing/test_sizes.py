@@ -21,6 +21,7 @@ from surgeon.graph.traced import TracedGraph, fork
 from surgeon.tracing.trace import from_program
 
 WIDTH = 4
+AUTO = torch.export.Dim.AUTO
 
 
 class Sequence(nn.Module):
@@ -187,7 +188,7 @@ def cropped() -> tuple[nn.Module, TracedGraph]:
 )
 def test_the_check_goes_along(cropped: tuple[nn.Module, TracedGraph], way: str, tmp_path: Any) -> None:
     model, graph = cropped
-    dynamic = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    dynamic = ({0: AUTO, 1: AUTO},)
     example, short, long = torch.randn(2, 6, WIDTH), torch.randn(4, 5, WIDTH), torch.randn(4, 17, WIDTH)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -215,7 +216,7 @@ def test_the_check_goes_along(cropped: tuple[nn.Module, TracedGraph], way: str, 
 
 def test_a_program_of_torch_keeps_its_conditions(tmp_path: Any) -> None:
     model = Sequence(SPECIAL["padding to a multiple"][0]).eval()
-    shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    shapes = ({0: AUTO, 1: AUTO},)
     program = torch.export.export(model, (torch.randn(2, 8, WIDTH),), dynamic_shapes=shapes)
     torch.export.save(program, tmp_path / "model.pt2")
     for given in (program, torch.export.load(tmp_path / "model.pt2")):
@@ -225,25 +226,49 @@ def test_a_program_of_torch_keeps_its_conditions(tmp_path: Any) -> None:
             graph(torch.randn(2, 6, WIDTH))
 
 
-def test_keywords_in_another_order_are_not_swapped_by_an_export() -> None:
-    class Difference(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(WIDTH, WIDTH)
+class Mixed(nn.Module):
+    """Inputs of one shape that each do something else."""
 
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return self.fc(a) - 2 * b
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
 
-    a, b = torch.randn(2, WIDTH), torch.randn(2, WIDTH)
-    model = Difference().eval()
-    graph = surgeon.trace(model, {"a": a, "b": b}).eval()
-    assert torch.equal(graph(b=b, a=a), model(a, b))
-    again = torch.export.export(graph, (), {"a": a, "b": b}).module()
-    assert torch.equal(again(b=b, a=a), model(a, b))
-    with pytest.raises(Exception, match="Give them in the order of the graph: a, b"):
-        torch.export.export(graph, (), {"b": b, "a": a})
+    def forward(self, a: Tensor, b: Tensor, both: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
+        y = self.fc(a) - 2 * b + 3 * both["c"].exp() + 5 * both["d"].cos()
+        return y if mask is None else y * mask[:, None]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("by_place", [0, 1])
+@pytest.mark.parametrize("order", [["b", "a", "both"], ["both", "mask", "b", "a"], ["mask", "a", "both", "b"]])
+def test_an_export_takes_keywords_in_any_order(order: list[str], by_place: int, strict: bool) -> None:
+    def inputs(rows: int) -> dict[str, Any]:
+        a, b, c, d = torch.randn(4, rows, WIDTH)
+        return {"a": a, "b": b, "both": {"d": d, "c": c}, "mask": torch.rand(rows)}
+
+    model = Mixed().eval()
+    graph = surgeon.trace(model, {**inputs(3), "mask": torch.ones(3)}).eval()
+    keywords = [name for name in order if name not in ["a"][:by_place]]
+
+    def arguments(of: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (of["a"],)[:by_place], {name: of[name] for name in keywords}
+
+    free = {name: {"c": {0: AUTO}, "d": {0: AUTO}} if name == "both" else {0: AUTO} for name in ["a", *order]}
+    example = arguments(inputs(3))
+    program = torch.export.export(graph, *example, dynamic_shapes=free, strict=strict).module()
+    args, kwargs = arguments(inputs(5))
+    want = model(*args, **kwargs)
+    assert relative_error(program(*args, **kwargs), want) < 1e-5
+    assert relative_error(program(*args, **dict(reversed(kwargs.items()))), want) < 1e-5
+
+
+def test_an_export_refuses_one_tensor_for_two_inputs_and_other_entries() -> None:
+    a, b, c, d = torch.randn(4, 2, WIDTH)
+    graph = surgeon.trace(Mixed().eval(), {"a": a, "b": b, "both": {"c": c, "d": d}}).eval()
     with pytest.raises(Exception, match=r"Give each its own: x\.clone\(\)"):
-        torch.export.export(graph, (), {"a": a, "b": a})
+        torch.export.export(graph, (), {"a": a, "b": a, "both": {"c": c, "d": d}})
+    with pytest.raises(SizeError, match="both has the entries"):
+        torch.export.export(graph, (), {"a": a, "b": b, "both": {"c": c, "d": d, "e": c.clone()}})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,198 @@
+"""quantize: small integers in place of the experts' weights, what it reports, and that everything else still works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import surgeon
+from surgeon.data.batch import Batch
+from surgeon.errors import UsageError
+from surgeon.graph.traced import fork
+from surgeon.measure.meter import measure
+from surgeon.measure.sweep import sweep
+from surgeon.moe.int8 import TENSORS, Int8MoE
+from surgeon.moe.knobs import get_knobs, set_knobs, set_rule, set_tau
+from surgeon.moe.site import find_moes
+from surgeon.passes import Lower, Mlpify, Moeify, Quantize, Recover
+from surgeon.surgery.pipeline import Pipeline
+from tests.small_models import classifier, labelled, labelled_vectors, stack, tokens, vectors
+
+PATHS = ["blocks.0.ffn.moe", "blocks.1.ffn.moe"]
+
+
+def converted(traces: Any, name: str = "relu", tau: float = 0.0, **options: Any) -> Any:
+    graph = traces(f"stack:{name}")
+    Moeify(**{"experts": 4, "router_width": 8, **options}).apply(graph)
+    set_tau(graph, tau)
+    return graph
+
+
+def moved(graph: Any, want: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((graph(**vectors()) - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("name", ["gelu", "relu", "gated", "fused", "biasless"])
+@pytest.mark.parametrize("lowered", [False, True])
+def test_the_output_stays_near(traces: Any, name: str, lowered: bool) -> None:
+    graph = converted(traces, name)
+    if lowered:
+        Lower().apply(graph)
+    with torch.no_grad():
+        want = graph(**vectors())
+    report = Quantize().apply(graph, inputs=vectors())
+    assert report.matched == PATHS
+    assert {site.form for site in find_moes(graph)} == {"int8"}
+    assert 0 < moved(graph, want) < 0.01
+    assert report.max_error is not None
+    assert 0 < report.max_error < 0.05
+    assert not report.preserved
+
+
+def test_nothing_of_the_float_layers_is_left(traces: Any) -> None:
+    graph = converted(traces, tau=0.3)
+    Lower().apply(graph)
+    Quantize().apply(graph, inputs=vectors())
+    names = {name.removeprefix("blocks.0.ffn.moe.") for name in graph.state_dict() if ".0.ffn." in name}
+    assert names - {"tau"} <= set(TENSORS)
+    assert {str(value.dtype) for name, value in graph.state_dict().items() if name.endswith(("w1", "w2"))} == {
+        "torch.int8"
+    }
+    assert not any("linear" in str(node.target) and ".moe" in str(node.args[1]) for node in graph.graph.nodes)
+    assert surgeon.get_tau(graph) == dict.fromkeys(PATHS, pytest.approx(0.3))
+
+
+def test_reports_what_was_lost_and_saved(traces: Any) -> None:
+    graph = converted(traces)
+    report = Quantize().apply(graph, inputs=vectors(), data=labelled_vectors())
+    for site in report.sites:
+        assert "4 experts × 8 in 8 bits, error 0." in site.after
+        assert "of the selections the same" in site.after
+        before, after = site.multiply_adds
+        assert before == after
+    weights = sum(value.numel() for name, value in converted(traces).state_dict().items() if ".moe.w" in name)
+    assert weights > 0
+    assert report.notes[0].startswith("The experts' weights take ")
+    assert "Without data" not in " ".join(report.notes)
+    blind = Quantize().apply(converted(traces), inputs=vectors())
+    assert "Without data the inputs' sizes are unknown" in " ".join(blind.notes)
+    assert all(site.after == "4 experts × 8 in 8 bits" for site in blind.sites)
+
+
+def test_data_makes_it_more_exact_where_inputs_differ_in_size(traces: Any) -> None:
+    """One input that is a hundred times as large leaves the others few steps."""
+    errors = {}
+    for smooth in (0.0, 0.5):
+        graph = converted(traces)
+        with torch.no_grad():
+            for block in ("blocks.0", "blocks.1"):
+                graph.get_parameter(f"{block}.norm.weight")[3] *= 100
+                for moe in (graph.get_submodule(f"{block}.ffn.moe"),):
+                    moe.w1[..., 3] /= 100
+        with torch.no_grad():
+            want = graph(**vectors())
+        Quantize(smooth=smooth).apply(graph, inputs=vectors(), data=labelled_vectors())
+        errors[smooth] = moved(graph, want)
+    assert errors[0.5] < errors[0.0] / 3
+
+
+def test_knobs_and_costs_work_as_before(traces: Any) -> None:
+    graph, before = (converted(traces, router="neurons") for _ in range(2))
+    Quantize().apply(graph, inputs=vectors())
+    for rule, tau in (("top_k", 0.5), ("max", 0.9)):
+        for one in (graph, before):
+            set_rule(one, rule)
+            set_tau(one, tau)
+        cost, layers = measure(graph, (), vectors())
+        want, _ = measure(before, (), vectors())
+        assert cost.multiply_adds == want.multiply_adds
+        assert cost.executed_multiply_adds == pytest.approx(want.executed_multiply_adds, rel=0.02)
+        if rule == "top_k":
+            assert {layer.share for layer in layers.values()} == {0.5}
+    surgeon.compensate(graph, labelled_vectors())
+    kept = get_knobs(graph)
+    assert set(kept.means) == set(PATHS)
+    compensated = graph(**vectors())
+    set_tau(graph, 0.1)
+    set_knobs(graph, kept)
+    assert torch.equal(graph(**vectors()), compensated)
+
+
+def test_sweep_takes_it(traces: Any) -> None:
+    graph = converted(traces)
+    Quantize().apply(graph, inputs=vectors())
+    shares = [
+        point.executed
+        for point in sweep(
+            graph, map(Batch.from_any, labelled_vectors()), "classification", (0.0, 0.5, 1.0), inputs=vectors()
+        )
+    ]
+    assert shares[0] == 1.0
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_is_saved_loaded_and_grafted(tmp_path: Path) -> None:
+    model = stack("relu")
+    surgery = Pipeline([Moeify(experts=4, router_width=8), Quantize()]).run(
+        model, inputs=vectors(), data=labelled_vectors()
+    )
+    set_tau(surgery.graph, 0.4)
+    want = surgery.graph.eval()(**vectors())
+    directory = surgery.save(tmp_path / "made")
+    loaded = surgeon.load(directory)
+    assert torch.allclose(loaded(**vectors()), want, atol=1e-6)
+    assert {site.form for site in find_moes(loaded)} == {"int8"}
+    grafted = surgeon.graft(model, directory)
+    assert [type(module) for module in grafted.modules() if isinstance(module, Int8MoE)] == [Int8MoE] * 2
+    assert torch.allclose(grafted(**vectors()), want, atol=1e-6)
+    assert list(surgeon.get_tau(grafted).values()) == list(surgeon.get_tau(loaded).values())
+    assert torch.allclose(surgeon.graft(model, surgery)(**vectors()), want, atol=1e-6)
+
+
+def test_layers_that_share_a_trunk() -> None:
+    graph = surgeon.trace(classifier("relu", layers=1, dropout=0.0), tokens())
+    Mlpify(steps=1).apply(graph, inputs=tokens(), data=labelled(1))
+    Moeify(experts=4, router_width=8, steps=2).apply(graph, inputs=tokens(), data=labelled(1))
+    graph.eval()
+    apart = fork(graph)
+    Lower().apply(graph, inputs=tokens())
+    for one in (graph, apart):
+        with torch.no_grad():
+            want = one(**tokens())
+        Quantize().apply(one, inputs=tokens())
+        assert len([site for site in find_moes(one) if site.form == "int8"]) == 5
+        with torch.no_grad():
+            assert float((one(**tokens()) - want).norm() / want.norm()) < 0.02
+
+
+def test_refusals(traces: Any) -> None:
+    graph = converted(traces)
+    with torch.no_grad():
+        graph.get_parameter(f"{PATHS[0]}.w2")[0, 0, 0] = float("nan")
+    report = Quantize().apply(graph, inputs=vectors())
+    assert [(rejection.path, rejection.code) for rejection in report.rejected] == [(PATHS[0], "not-finite")]
+    again = Quantize().apply(graph, inputs=vectors())
+    assert {rejection.code for rejection in again.rejected} == {"not-finite", "already-done"}
+    with pytest.raises(UsageError, match=r"smooth is 1\.5"):
+        Quantize(smooth=1.5)
+
+
+def test_what_trains_comes_first(traces: Any) -> None:
+    with pytest.raises(UsageError, match="recover must run before quantize"):
+        Pipeline([Moeify(experts=4), Quantize(), Recover()]).check(has_moes=False, has_data=True)
+    graph = converted(traces)
+    Quantize().apply(graph, inputs=vectors())
+    report = Recover(steps=1).apply(graph, inputs=vectors(), data=labelled_vectors())
+    assert {rejection.code for rejection in report.rejected} == {"in-op-form"}
+
+
+def test_lower_leaves_it_alone(traces: Any) -> None:
+    graph = converted(traces)
+    Quantize(only=(PATHS[0],)).apply(graph, inputs=vectors())
+    report = Lower().apply(graph, inputs=vectors())
+    assert report.matched == [PATHS[1]]
+    assert {site.path: site.form for site in find_moes(graph)} == {PATHS[0]: "int8", PATHS[1]: "dynamic"}
