@@ -4,7 +4,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt")
 #define SURGEON_VECTOR_BYTES 64
 #define SURGEON_VECTOR_REGISTERS 32
 #define SURGEON_NAME "avx512_bf16"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
 import torch
 
+from surgeon.bench.engines import ENGINES
 from surgeon.bench.layer import Case, Problem, make_problem
 from surgeon.bench.machine import Machine
-from surgeon.bench.methods import METHODS, Method, UnavailableError
+from surgeon.bench.method import Method, UnavailableError
+from surgeon.bench.methods import METHODS
 from surgeon.bench.timing import TimedCall, median_seconds
 from surgeon.errors import first_line
 from surgeon.kernels.cpu.crossover import threads as using_threads
@@ -39,11 +41,11 @@ class Cell:
     """One layer, computed by every method.
 
     executed: share of the token-expert pairs that were selected. gain: the faster of the dense layers, eager and
-    compiled, over ours. kernel_gain: ours with every expert on, over ours. ceiling: the largest possible kernel_gain,
-    1 / executed. limit: least milliseconds that the machine needs, either for the selected multiply-adds at its rate of
-    matrix products, or for reading the selected weights from memory. limited_by: which of the two takes longer.
-    of_limit: limit over ours; it can exceed 1, because ours need not read what ReLU switched off. Ratios are None where
-    a method is missing.
+    compiled, over ours. int8_gain: the fastest other engine over ours_int8. kernel_gain: ours with every expert on,
+    over ours. ceiling: the largest possible kernel_gain, 1 / executed. limit: least milliseconds that the machine
+    needs, either for the selected multiply-adds at its rate of matrix products, or for reading the selected weights
+    from memory. limited_by: which of the two takes longer. of_limit: limit over ours; it can exceed 1, because ours
+    need not read what ReLU switched off. Ratios are None where a method is missing.
     """
 
     dtype: str
@@ -54,6 +56,7 @@ class Cell:
     executed: float
     methods: Mapping[str, Timing]
     gain: float | None
+    int8_gain: float | None
     kernel_gain: float | None
     ceiling: float
     limit: float
@@ -116,12 +119,11 @@ def _cell(layers: Sequence[Problem], methods: Sequence[str], machine: Machine, s
     }
     by = max(needed, key=lambda what: needed[what])
     ours = _milliseconds(timings, "ours")
-    dense = min(
-        (ms for name in ("dense", "compiled") if (ms := _milliseconds(timings, name)) is not None), default=None
-    )
+    dense = _fastest(timings, ("dense", "compiled"))
     return Cell(
         case.dtype, case.tokens, case.shape.size, case.mask, case.share, problem.executed, timings,
-        gain=_ratio(dense, ours), kernel_gain=_ratio(_milliseconds(timings, "ours_dense"), ours),
+        gain=_ratio(dense, ours), int8_gain=_ratio(_fastest(timings, ENGINES), _milliseconds(timings, "ours_int8")),
+        kernel_gain=_ratio(_milliseconds(timings, "ours_dense"), ours),
         ceiling=1.0 / problem.executed, limit=needed[by], limited_by=by, of_limit=_ratio(needed[by], ours),
     )  # fmt: skip
 
@@ -146,9 +148,14 @@ def _first(layers: Sequence[Problem], method: Method) -> tuple[Timing, TimedCall
         for call in timed:
             call()
 
-    return Timing(None, problem.error(result, every=method.every)), TimedCall(
+    mask = None if method.mask is None else method.mask(problem)
+    return Timing(None, problem.error(result, every=method.every, mask=mask)), TimedCall(
         run, lambda: method.around(problem), method.waits, first
     )
+
+
+def _fastest(timings: Mapping[str, Timing], names: Iterable[str]) -> float | None:
+    return min((ms for name in names if (ms := _milliseconds(timings, name)) is not None), default=None)
 
 
 def _milliseconds(timings: Mapping[str, Timing], name: str) -> float | None:

@@ -75,12 +75,13 @@ class Problem:
     def _expert_weights(self) -> int:
         return self.case.shape.weights // self.case.shape.experts
 
-    def error(self, result: Tensor, *, every: bool) -> float:
+    def error(self, result: Tensor, *, every: bool, mask: Tensor | None = None) -> float:
         """Largest difference from the float64 result, relative to its largest value.
 
-        every: compare with the result of all experts, not of the selected ones.
+        every: compare with the result of all experts, not of the selected ones. mask: the experts [N, E] that run, if
+        they are others than those of the scores.
         """
-        wanted = self.full if every else self.chosen
+        wanted = self.full if every else self.chosen if mask is None else self._of(mask[self.checked])
         found = result[self.checked].double()
         return float((found - wanted).abs().max() / wanted.abs().max())
 
@@ -103,10 +104,13 @@ class Problem:
     @cached_property
     def _exact(self) -> tuple[Tensor, Tensor]:
         mask = selected(self.scores, self.threshold)[self.checked]
+        return self._of(torch.ones_like(mask)), self._of(mask)
+
+    def _of(self, mask: Tensor) -> Tensor:
+        """The result of the experts of `mask` [n, E] for the tokens that are checked, in float64."""
         flat = self.experts.flat().to(torch.float64)
         h = hidden(self.x[self.checked].double(), flat, activation(self.case.activation))
-        b2 = self.b2.double()
-        return torch.addmm(b2, h, flat.w2), torch.addmm(b2, keep_selected(h, mask), flat.w2)
+        return torch.addmm(self.b2.double(), keep_selected(h, mask), flat.w2)
 
 
 def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:

@@ -8,63 +8,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from surgeon.bench.engines import ENGINES
 from surgeon.bench.layer import Problem
+from surgeon.bench.method import Method, UnavailableError, dense_ffn
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import Activation, activation
 from surgeon.kernels.cpu.crossover import taking
 from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn, selected
+from surgeon.kernels.int8 import Int8Call, route, routed_ffn_int8
+from surgeon.kernels.panels import Int8Experts, pack, quantise_trunk
 
 
-class UnavailableError(Exception):
-    """A method cannot compute this layer; the message says why."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method to compute the layer. prepare: returns the call to be timed, or raises `UnavailableError`.
-
-    every: the result is that of all experts. around: a context for each call, which is not timed. waits: the host needs
-    the selected pairs, so on a GPU it waits for them.
-    """
-
-    summary: str
-    prepare: Callable[[Problem], Callable[[], Tensor]]
-    every: bool = False
-    around: Callable[[Problem], AbstractContextManager[None]] = lambda problem: nullcontext()
-    waits: bool = False
-
-
-def _ffn(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    gate: Tensor | None,
-    b_gate: Tensor | None,
-    w2: Tensor,
-    b2: Tensor,
-    act: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The dense layer as in a model, with weights [d_out, d_in]."""
-    h = F.linear(x, w1, b1)
-    h = act(h) if gate is None else act(F.linear(x, gate, b_gate)) * h
-    return F.linear(h, w2, b2)
-
-
-def _dense(problem: Problem, run: Callable[..., Tensor] = _ffn) -> Callable[[], Tensor]:
+def _dense(problem: Problem, run: Callable[..., Tensor] = dense_ffn) -> Callable[[], Tensor]:
     flat = problem.experts.flat()
     x, act, w2 = problem.x, _activation(problem).fn, flat.w2.t().contiguous()
     return lambda: run(x, flat.w1, flat.b1, flat.gate, flat.b_gate, w2, problem.b2, act)
 
 
 def _compiled(problem: Problem) -> Callable[[], Tensor]:
-    return _dense(problem, torch.compile(_ffn, dynamic=False, fullgraph=True))
+    return _dense(problem, torch.compile(dense_ffn, dynamic=False, fullgraph=True))
 
 
 def _masked(problem: Problem) -> Callable[[], Tensor]:
@@ -164,6 +132,48 @@ def _ours_dense(problem: Problem) -> Callable[[], Tensor]:
     return lambda: dynamic_k_ffn(x, scores, everything, *rest)
 
 
+# The router of `_int8_call` takes this share of the multiply-adds that it routes, with a width within limits, as those
+# that `moeify` makes.
+_ROUTER_SHARE, _ROUTER_WIDTHS = 0.025, (8, 128)
+
+
+def _int8_call(problem: Problem) -> Int8Call:
+    """The problem with 8-bit weights and a router with random weights, which selects as many experts of every token."""
+    shape = problem.case.shape
+    if problem.x.device.type != "cpu":
+        raise UnavailableError("there are kernels for 8-bit weights for CPUs only")
+    if problem.case.mask != "uniform":
+        raise UnavailableError("its own router selects the experts, about uniformly")
+    generator = torch.Generator().manual_seed(shape.width)
+    least, most = _ROUTER_WIDTHS
+    width = min(max(round(_ROUTER_SHARE * shape.weights / (shape.width + shape.experts)), least), most)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator) * float(sizes[-1]) ** -0.5
+
+    fc1, fc1_scale = quantise_trunk(draw(width, shape.width))
+    return Int8Call(
+        problem.x, torch.tensor(1 - problem.case.share), "top_k", 0, None, pack(fc1), fc1_scale, None,
+        draw(shape.experts, width), None, "relu", "abs", *Int8Experts.of(problem.experts), problem.b2.float(),
+        problem.case.activation,
+    )  # fmt: skip
+
+
+def _ours_int8(problem: Problem) -> Callable[[], Tensor]:
+    call = _int8_call(problem)
+
+    def run() -> Tensor:
+        y: Tensor = routed_ffn_int8(*call)
+        return y
+
+    return run
+
+
+def _int8_mask(problem: Problem) -> Tensor:
+    scores, threshold = route(_int8_call(problem))
+    return selected(scores, threshold)
+
+
 @contextmanager
 def _never_dense(problem: Problem) -> Iterator[None]:
     """Make the kernels run expert by expert, even where the dense product is known to be faster."""
@@ -201,6 +211,10 @@ METHODS: dict[str, Method] = {
     "ours_dense": Method(
         "the operator with every expert on, without the dense product", _ours_dense, True, _never_dense
     ),
+    "ours_int8": Method(
+        "the operator with 8-bit weights, its router and the selection included", _ours_int8, mask=_int8_mask
+    ),
+    **ENGINES,
 }
 """Name → method, in the order in which they are shown."""
 

@@ -38,8 +38,17 @@ def layer(
         typer.Option(
             "--methods",
             metavar="M,M,...",
-            help="Methods to time: dense, compiled, masked, loop, grouped_mm, published, torch, ours, ours_dense.  "
-            "[default: all]",
+            help="Methods to time: dense, compiled, masked, loop, grouped_mm, published, torch, ours, ours_dense, "
+            "ours_int8.  [default: all]",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="E,E,...",
+            help="Other engines to time the dense layer in, with 8-bit weights, if they are installed: openvino, "
+            "openvino_weights, onnxruntime, torchao.",
         ),
     ] = None,
     threads: Threads = TimingOptions.threads,
@@ -58,9 +67,12 @@ def layer(
 
     Example: surgeon bench layer --width 2048 --hidden 5632 --gated --activation silu --methods dense,compiled,ours
 
+    Example: surgeon bench layer --size 32 --methods ours_int8 --against openvino,onnxruntime
+
     JSON: {machine: {device, processor, instruction_set, threads, torch, kernels, gpu, clock, gemm, bandwidth},
     width, hidden, gated, activation, cells: [{dtype, tokens, size, mask, share, executed, methods: {name:
-    {milliseconds, error, why}}, gain, kernel_gain, ceiling, limit, limited_by, of_limit}]}. Times are milliseconds.
+    {milliseconds, error, why}}, gain, int8_gain, kernel_gain, ceiling, limit, limited_by, of_limit}]}. Times are
+    milliseconds.
     """
     from surgeon.jobs.bench_layer import bench_layer
     from surgeon.render.bench_layer import layer_plot, layer_view
@@ -73,6 +85,7 @@ def layer(
         activation=activation,
         mask=mask,
         methods=methods,
+        against=against,
         stage=run.screen.stage,
         progress=run.screen.progress,
     )

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import product
 from typing import cast
 
+from surgeon.bench.engines import ENGINES
 from surgeon.bench.grid import Cell, time_grid
 from surgeon.bench.layer import MASKS, Case, MaskKind
 from surgeon.bench.machine import Machine, examine
 from surgeon.bench.methods import METHODS
+from surgeon.errors import UsageError
 from surgeon.jobs.bench import device_of, grid_of, names
 from surgeon.jobs.open_model import Stage
 from surgeon.jobs.options import LayerOptions, TimingOptions
@@ -39,6 +42,7 @@ def bench_layer(
     activation: str,
     mask: str,
     methods: str | None,
+    against: str | None = None,
     stage: Stage = nullcontext,
     progress: Callable[[Progress], None] | None = None,
 ) -> LayerBenchmark:
@@ -46,12 +50,14 @@ def bench_layer(
 
     Args:
         activation: its name. mask: how experts are selected, as names separated by commas. methods: likewise; None for
-            all. stage: called with the name of each step before the timing.
+            all of torch's and ours. against: other engines, likewise. stage: called with the name of each step before
+            the timing.
 
     Raises:
-        UsageError: as `grid_of` and `device_of`; an activation, a mask or a method does not exist.
+        UsageError: as `grid_of` and `device_of`; an activation, a mask, a method or an engine does not exist, or is not
+            installed.
     """
-    cases, chosen, device = _cases(layers, activation, mask), _methods(methods), device_of(timing)
+    cases, chosen, device = _cases(layers, activation, mask), _methods(methods, against), device_of(timing)
     if device.type == "cpu" and not cpu.built():
         with stage("building the kernels"):
             cpu.load()
@@ -74,9 +80,15 @@ def _cases(layers: LayerOptions, activation: str, mask: str) -> list[Case]:
     ]
 
 
-def _methods(typed: str | None) -> tuple[str, ...]:
+def _methods(typed: str | None, against: str | None) -> tuple[str, ...]:
     """The methods to time, in the order of `METHODS`."""
-    if typed is None:
-        return tuple(METHODS)
-    chosen = names("methods", typed.replace("-", "_"), METHODS)
-    return tuple(name for name in METHODS if name in chosen)
+    own = [name for name in METHODS if name not in ENGINES]
+    chosen = own if typed is None else list(names("methods", typed.replace("-", "_"), own))
+    engines = [] if against is None else list(names("against", against.replace("-", "_"), ENGINES))
+    for name in engines:
+        if missing := [package for package in ENGINES[name].packages if find_spec(package) is None]:
+            raise UsageError(
+                f"--against {name}: {', '.join(missing)} is not installed. Install it: "
+                f"pip install {' '.join(ENGINES[name].packages)}."
+            )
+    return tuple(name for name in METHODS if name in chosen or name in engines)

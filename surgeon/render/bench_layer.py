@@ -29,11 +29,17 @@ _NAMES = {
     "torch": "\ntorch",
     "ours": "\nours",
     "ours_dense": "ours,\nall on",
+    "ours_int8": "ours,\nint8",
+    "openvino": "open-\nvino",
+    "openvino_weights": "openvino\nweights",
+    "onnxruntime": "onnx-\nruntime",
+    "torchao": "torch-\nao",
 }
 _LEGEND = (
     "Times are medians in milliseconds for one layer, with its weights not in a cache. dense / ours: the faster of "
-    "dense and compiled, over ours. ours, all on: every expert runs, without the dense product. all on / ours stands "
-    "before its highest possible value, 1 / share.",
+    "dense and compiled, over ours. engine / int8: the fastest other engine over ours, int8, whose time includes its "
+    "router. ours, all on: every expert runs, without the dense product. all on / ours stands before its highest "
+    "possible value, 1 / share.",
     "of limit: the least time that the machine needs, over ours. The limit is arithmetic (a) for the selected "
     "multiply-adds, or memory (m) for reading the selected weights. error: the largest difference in the column from "
     "float64, relative to the largest output.",
@@ -80,16 +86,23 @@ def _slow_types(machine: Machine) -> list[str]:
 def _block(cells: Sequence[Cell]) -> RenderableType:
     names = [name for name in cells[0].methods if any(cell.methods[name].milliseconds for cell in cells)]
     compared = any(cell.gain is not None for cell in cells)
+    engines = any(cell.int8_gain is not None for cell in cells)
     beside = any(cell.kernel_gain is not None for cell in cells)
     limited = any(cell.of_limit is not None for cell in cells)
     header = ["\nshare", *(_NAMES[name] for name in names)]
-    header += ["dense\n/ours"] * compared + ["all on\n/ours"] * beside + ["of\nlimit"] * limited
+    header += (
+        ["dense\n/ours"] * compared + ["engine\n/int8"] * engines + ["all on\n/ours"] * beside + ["of\nlimit"] * limited
+    )
     table = grid(*(["right"] * len(header)), header=header)  # type: ignore[arg-type]
     for cell in cells:
         row: list[RenderableType] = [percent(cell.share)]
         for name in names:
             row.append(Text(milliseconds(cell.methods[name].milliseconds), style="bold" if name == "ours" else ""))
-        row += [factor(cell.gain)] * compared + [_of(cell.kernel_gain, cell.ceiling)] * beside
+        row += (
+            [factor(cell.gain)] * compared
+            + [factor(cell.int8_gain)] * engines
+            + [_of(cell.kernel_gain, cell.ceiling)] * beside
+        )
         row += [f"{percent(cell.of_limit)} {cell.limited_by[0]}"] * limited
         table.add_row(*row)
     worst = (max((c.methods[name].error or 0.0 for c in cells), default=0.0) for name in names)
