@@ -8,7 +8,9 @@
 | the table of activations | `activations` |
 | what a backend offers, and the list of backends | `backends` |
 | the general backend, in torch code: every device, dtype and activation | `torch/` |
+| libraries that are built on this machine: cache, lock, checksum, compiler | `building` |
 | native kernels for CPUs, in C++ built on the machine where they run | `cpu/` |
+| the operator with 8-bit weights for OpenVINO, with the same kernels | `openvino/` |
 | kernels for GPUs, in Triton | `triton/` |
 | a cost model of the ways to compute a layer on a GPU, by which `triton/` chooses | `gpu_model/` |
 

@@ -54,10 +54,11 @@ def _by_a_backend(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
             found = backend.sorted_threshold(scores, tau, rule)
             if found is not None:
                 return found
-    return _sorted_threshold(scores, tau, rule)
+    return sorted_threshold(scores, tau, rule)
 
 
-def _sorted_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
+def sorted_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor:
+    """Compute `surgeon::sorted_threshold` in torch."""
     ascending = scores.sort(-1).values
     if rule == "top_k":
         # The epsilon: a share such as 0.29 of 100 is 28.999… in floating point.
@@ -84,7 +85,7 @@ _library.impl("sorted_threshold", _by_a_backend, "CompositeExplicitAutograd")  #
 _library.impl("sorted_threshold", torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
 # What the native kernels hand on: float64.
 _library.define("sorted_threshold_torch" + _SORTED)  # type: ignore[no-untyped-call]
-_library.impl("sorted_threshold_torch", _sorted_threshold, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("sorted_threshold_torch", sorted_threshold, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 @torch.library.register_fake("surgeon::sorted_threshold", lib=_library)  # type: ignore[untyped-decorator]

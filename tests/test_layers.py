@@ -19,7 +19,7 @@ LAYERS = (
     ("text", "pretrained"),
     ("grafting",),
     ("passes", "bench"),
-    ("training", "measure"),
+    ("training", "measure", "engines"),
     ("moe", "data", "tracing"),
     ("models", "sites"),
     ("graph", "kernels"),

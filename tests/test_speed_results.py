@@ -40,3 +40,14 @@ def test_a_surgery_without_a_dense_model_has_no_factor(tables: ModuleType) -> No
 
 def test_there_are_results() -> None:
     assert {path.parent.name for path in LAYERS} == {"amx", "avx2", "avx512", "h100"}
+
+
+def test_a_row_for_every_engine_and_form(tables: ModuleType) -> None:
+    def row(engine: str, experts: bool, milliseconds: float | None, error: float | None) -> dict[str, object]:
+        return {
+            "engine": engine, "numbers": "int8", "experts": experts, "milliseconds": milliseconds, "error": error
+        }  # fmt: skip
+
+    rows = [row("openvino", False, 2.0, 0.01), row("openvino", True, 1.0, 0.123), row("torchao", False, None, None)]
+    table = tables.engines({"found": {"rows": rows}})
+    assert table.splitlines()[2:] == ["| openvino | int8 | 2 | 1 | 12.3% |"]

@@ -3,7 +3,7 @@
     python examples/speed/tables.py examples/speed/results/amx/*.json
 
 One layer: how many times as fast as the dense layer, the faster of eager and compiled, ours is and, in brackets, the
-torch backend where it was timed. A surgery: milliseconds at every tau.
+torch backend where it was timed. A surgery: milliseconds at every tau, or in every engine.
 """
 
 from __future__ import annotations
@@ -72,12 +72,29 @@ def surgery(found: dict[str, Any]) -> str:
     return markdown(head, *rows)
 
 
+def engines(found: dict[str, Any]) -> str:
+    """A table with a row for every engine and way to store the other linears: dense, with experts, how far off."""
+    rows: dict[tuple[str, str], dict[bool, dict[str, Any]]] = {}
+    for row in found["found"]["rows"]:
+        rows.setdefault((row["engine"], row["numbers"]), {})[row["experts"]] = row
+    lines = []
+    for (engine, numbers), pair in rows.items():
+        took = [pair.get(experts, {}).get("milliseconds") for experts in (False, True)]
+        if any(took):
+            off = pair.get(True, {}).get("error")
+            lines.append([engine, numbers, *map(milliseconds, took), "" if off is None else f"{off:.1%}"])
+    return markdown(["engine", "stored in", "dense", "with experts", "differs by"], *lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="what `surgeon bench layer -o` wrote")
     for path in parser.parse_args().results:
         found = json.loads(path.read_text())
-        parts = [part for pair in layer(found) for part in pair] if "cells" in found else [surgery(found)]
+        if "cells" in found:
+            parts = [part for pair in layer(found) for part in pair]
+        else:
+            parts = [engines(found) if "found" in found else surgery(found)]
         print(f"\n{path}", *parts, sep="\n\n")
 
 

@@ -1,12 +1,15 @@
 """Whole models with a fifth of their experts selected, beside the dense ones.
 
-    pip install ".[examples]"
+    pip install ".[examples,engines]"
     python examples/speed/whole.py work results
 
 On a processor MiniLM, and a GPT-2 with random weights; on a GPU (`--device cuda`) that GPT-2, and two layers of the
 shape of Llama 3 8B's in bfloat16, with random weights and few words. Nothing is trained. The routers are as `moeify`
 makes them without data, and the rule `top_k` selects the same share of experts for every token, so what is measured is
 time and says nothing of quality. Commands are printed as they run; models and surgeries stay in `work`.
+
+On a processor the surgery is also quantised to 8 bits, and compared with the dense model in other engines, each in
+float and quantised: once with the model as it is, and once with ReLU in its layers, which is faster in some of them.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ CASES = {
     "cpu": (Case("minilm", 32, ((8, 128), (1, 16))), Case("gpt2", 128, ((1, 128), (1, 1)))),
     "cuda": (Case("gpt2", 128, ((8, 1024), (1, 1))), Case("llama", 128, ((1, 2048), (1, 1)), LLAMA)),
 }
+ENGINES = "eager,compile,torchao,onnxruntime,openvino"
 # Of top_k: the share that is skipped.
 TAUS = {"cpu": "0,0.5,0.9,0.95", "cuda": "0,0.5,0.8,0.9"}
 
@@ -77,6 +81,20 @@ def run(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "surgeon", *words], check=True)
 
 
+def compare(case: Case, model: Path, made: Path, work: Path, results: Path) -> None:
+    """Quantise a surgery, and time it beside the dense model in other engines."""
+    int8, relu = work / f"{case.model}-int8", work / f"{case.model}-relu"
+    if not int8.exists():
+        run("-q", "apply", made, "--passes", "quantize", "-o", int8)
+    if not relu.exists():
+        run("-q", "apply", model, "--passes", "swap-activation", "-o", relu)
+    for batch, length in case.calls:
+        for name, dense_model in (("engines", model), ("engines-relu", relu)):
+            shape = ("--batch", batch, "--length", length, "--device", "cpu", "--against", ENGINES)
+            to = results / f"{case.model}-{batch}x{length}-{name}.json"
+            run("bench", "surgery", int8, "--dense", dense_model, *shape, "-o", to)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="where models and surgeries are kept")
@@ -95,6 +113,8 @@ def main() -> None:
             to = args.results / f"{case.model}-{batch}x{length}"
             shape = ("--batch", batch, "--length", length, "--tau", TAUS[args.device], "--device", args.device)
             run("bench", "surgery", made, "--dense", model, *shape, "-o", f"{to}.json", "-o", f"{to}.png")
+        if args.device == "cpu":
+            compare(case, model, made, args.work, args.results)
 
 
 if __name__ == "__main__":

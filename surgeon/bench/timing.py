@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+log = logging.getLogger("surgeon")
 
 _ROUNDS = 5  # at least
 _WARMUP = 10  # milliseconds, on a GPU
@@ -40,7 +43,8 @@ def median_seconds(
 
     On a CPU the calls take turns, so that a slow moment of the machine affects all of them. Each runs at least five
     times, and for `seconds` on average. Before each call the caches are emptied, as the other layers of a model would
-    do. With one thread, the CPU time of the thread is taken, so that other work on the machine does not count.
+    do. With one thread, the CPU time of the thread is taken, so that other work on the machine does not count. Ctrl-C
+    ends it early, once each has run.
 
     On a GPU `do_bench` times the calls in sequence, with the cache emptied. Calls that do not wait for the device are
     captured in a CUDA graph and replayed. Otherwise small calls would show how fast Python starts kernels.
@@ -52,18 +56,23 @@ def median_seconds(
     found: dict[str, list[float]] = {name: [] for name in calls}
     end = time.monotonic() + 2.0 * seconds * len(calls)  # includes what is not timed
     spent, rounds = 0.0, 0
-    while rounds < _ROUNDS or (rounds < _MOST_ROUNDS and spent < seconds * len(calls) and time.monotonic() < end):
-        for name, call in calls.items():
-            other.sum()
-            with call.around():
-                if call.first is not None:
-                    call.first()
-                started = clock()
-                call.run()
-                took = clock() - started
-            found[name].append(took)
-            spent += took
-        rounds += 1
+    try:
+        while rounds < _ROUNDS or (rounds < _MOST_ROUNDS and spent < seconds * len(calls) and time.monotonic() < end):
+            for name, call in calls.items():
+                other.sum()
+                with call.around():
+                    if call.first is not None:
+                        call.first()
+                    started = clock()
+                    call.run()
+                    took = clock() - started
+                found[name].append(took)
+                spent += took
+            rounds += 1
+    except KeyboardInterrupt:
+        if not all(found.values()):
+            raise
+        log.warning("Stopped after %d rounds: these are the medians so far.", rounds)
     return {name: statistics.median(times) for name, times in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""`surgeon export`: write a saved surgery as a model of transformers."""
+"""`surgeon export`: write a saved surgery for transformers, OpenVINO or ONNX."""
 
 # The annotations are read when commands are made, so they are not postponed.
 from pathlib import Path
@@ -8,6 +8,7 @@ import typer
 
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import Saved, TrustModules
+from surgeon.jobs.options import DataOptions
 
 
 @command(order=92)
@@ -15,9 +16,25 @@ def export(
     run: Run,
     model: Saved,
     *,
+    to: Annotated[
+        str, typer.Option("--to", metavar="T", help="What the model is for: transformers, openvino or onnx.")
+    ] = "transformers",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="OUT", help="Directory of the model.  [default: DIR-hf]")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="OUT", help="Directory of the model.  [default: DIR-hf, DIR-openvino or DIR-onnx]"
+        ),
     ] = None,
+    linears: Annotated[
+        str,
+        typer.Option(
+            "--linears",
+            metavar="L",
+            help="For openvino, the linears that are not in experts: float, int8 (weights and inputs, with ranges "
+            "measured on --data), int8-weights or int4-weights.",
+        ),
+    ] = "float",
+    data: DataOptions | None = None,
     base: Annotated[
         Path | None,
         typer.Option(
@@ -33,26 +50,48 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that was exported before.")] = False,
     trust_modules: TrustModules = None,
 ) -> None:
-    """Write a saved surgery as a model that from_pretrained of transformers reads.
+    """Write a saved surgery for transformers, OpenVINO or ONNX.
 
-    After `import surgeon` the model works like any other: generate, pipeline, Trainer, adapters, device_map. The
-    directory has a model card and can be pushed to the hub as it is.
+    For transformers it is a model that from_pretrained reads. After `import surgeon` it works like any other: generate,
+    pipeline, Trainer, adapters, device_map. The directory has a model card and can be pushed to the hub as it is.
+
+    For OpenVINO it is a model that runs without this package and without torch. A library beside it has the operator of
+    the experts, whose weights must have 8 bits. For ONNX every expert is computed, so that it is for exchange, not for
+    speed. Both are compared with the surgery first. To compile with torch, use surgeon compile.
 
     Example: surgeon export gpt2-surgery -o gpt2-experts
 
-    JSON: {model, directory, model_class, layers: {path: experts}, refused, kept, bytes}
-    """
-    from surgeon.jobs.export import export_surgery
-    from surgeon.render.export import export_view
+    Example: surgeon export bert-int8 --to openvino --linears int8 --data reviews.csv
 
-    found = export_surgery(
+    JSON: {model, directory, model_class, layers: {path: experts}, refused, kept, bytes}, or for other engines {model,
+    directory, made: {engine, inputs, outputs, linears, error, float_error, samples, library, bytes, versions}, notes}
+    """
+    from surgeon.jobs import export as job
+    from surgeon.render.export import engine_view, export_view
+
+    target, trusted = job.check_target(model, out, to, linears, overwrite=overwrite), tuple(trust_modules or ())
+    if to == "transformers":
+        found = job.export_surgery(
+            model,
+            target,
+            base=base,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            trust_modules=trusted,
+            stage=run.screen.stage,
+        )
+        run.screen.show(export_view(found))
+        run.screen.result(found)
+        return
+    made = job.export_for_engine(
         model,
-        out,
-        base=base,
+        target,
+        to,
+        linears=linears,
+        data=data,
         overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        trust_modules=tuple(trust_modules or ()),
+        trust_modules=trusted,
         stage=run.screen.stage,
     )
-    run.screen.show(export_view(found))
-    run.screen.result(found)
+    run.screen.show(engine_view(made))
+    run.screen.result(made)

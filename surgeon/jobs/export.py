@@ -1,18 +1,24 @@
-"""Write a saved surgery as a directory that transformers' `from_pretrained` reads."""
+"""Write a saved surgery for transformers or for another engine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgeon.engines.openvino import LINEARS
 from surgeon.errors import UsageError
-from surgeon.jobs.open_model import Stage
+from surgeon.jobs.open_model import Stage, open_model
+from surgeon.jobs.options import DataOptions
 from surgeon.jobs.store import check_parent
 from surgeon.moe.site import find_moes
 from surgeon.sites.rejection import Rejection
 from surgeon.surgery.artifact import load, load_inputs
+from surgeon.surgery.engines import FILES, EngineModel, check_engine_directory, export_onnx, export_openvino
 from surgeon.surgery.export import check_exportable, export, origin_of, read_base
 from surgeon.surgery.record import earlier_passes, read_record
+
+TARGETS = ("transformers", *FILES)
+_SUFFIX = {"transformers": "hf", "openvino": "openvino", "onnx": "onnx"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +36,46 @@ class Exported:
     bytes: int
 
 
+@dataclass(frozen=True)
+class ExportedForEngine:
+    """A model for another engine that was written."""
+
+    model: str
+    directory: Path
+    made: EngineModel
+    notes: tuple[str, ...]
+
+
+def check_target(directory: Path, out: Path | None, to: str, linears: str, *, overwrite: bool) -> Path:
+    """Return the directory for the result, checked before anything is loaded.
+
+    out: by default the name of the surgery with `-hf`, `-openvino` or `-onnx`.
+
+    Raises:
+        UsageError: there is no such target, the option does not fit it, or `out` is in the surgery. LoadError:
+            `directory` is no surgery. SaveError: `out` has other content.
+    """
+    if to not in TARGETS:
+        raise UsageError(f"--to {to}: there are {', '.join(TARGETS)}.")
+    if linears not in LINEARS:
+        raise UsageError(f"--linears {linears}: there are {', '.join(LINEARS)}.")
+    if linears != "float" and to != "openvino":
+        raise UsageError(f"--linears {linears} is for --to openvino.")
+    read_record(directory)
+    out = Path(f"{directory.resolve().name}-{_SUFFIX[to]}") if out is None else out
+    if directory.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UsageError(f"{out} is the surgery itself, which is never changed. Give another directory with -o.")
+    if to == "transformers":
+        check_exportable(out, overwrite=overwrite)
+    else:
+        check_engine_directory(to, out, overwrite=overwrite)
+    check_parent(out)
+    return out
+
+
 def export_surgery(
     directory: Path,
-    out: Path | None,
+    out: Path,
     *,
     base: Path | None,
     overwrite: bool,
@@ -43,17 +86,12 @@ def export_surgery(
     """Graft a saved surgery into its model, and write the model.
 
     Args:
-        out: the target; by default the name of the surgery with `-hf`. base: a directory with the original model.
+        out: the target, as `check_target` gives it. base: a directory with the original model.
 
     Raises:
         LoadError, UsageError, SaveError, TraceError, VerificationError: as `surgeon.surgery.export.export`.
     """
-    out = Path(f"{directory.resolve().name}-hf") if out is None else out
     record = read_record(directory)
-    if directory.resolve() in (out.resolve(), *out.resolve().parents):
-        raise UsageError(f"{out} is the surgery itself, which is never changed. Give another directory with -o.")
-    check_exportable(out, overwrite=overwrite)
-    check_parent(out)
     with stage(f"loading {directory}"):
         graph = load(directory, trust_modules=trust_modules)
         inputs = load_inputs(directory)
@@ -75,3 +113,40 @@ def export_surgery(
         graft.kept,  # type: ignore[union-attr, arg-type]
         sum(file.stat().st_size for file in out.glob("*.safetensors")),
     )
+
+
+def export_for_engine(
+    directory: Path,
+    out: Path,
+    to: str,
+    *,
+    linears: str = "float",
+    data: DataOptions | None = None,
+    overwrite: bool = False,
+    trust_modules: tuple[str, ...] = (),
+    stage: Stage,
+) -> ExportedForEngine:
+    """Convert a saved surgery for another engine, and write it.
+
+    Args:
+        out: the target, as `check_target` gives it. to: the engine. linears, data: see `export_openvino`.
+
+    Raises:
+        LoadError, DataError: as `open_model`. UsageError, SaveError: as `surgeon.surgery.engines.export_openvino`.
+    """
+    opened = open_model(str(directory), data=data, trust_modules=trust_modules, stage=stage)
+    assert opened.record is not None
+    notes: tuple[str, ...] = ()
+    with stage(f"converting for {to}"):
+        if to == "onnx":
+            made = export_onnx(
+                opened.graph, opened.inputs, out, record=opened.record, origin=opened.origin, overwrite=overwrite
+            )
+        else:
+            made = export_openvino(
+                opened.graph, opened.inputs, out, record=opened.record, origin=opened.origin, overwrite=overwrite,
+                linears=linears, calibration=None if opened.data is None else opened.data.train,
+            )  # fmt: skip
+            if linears == "int8" and data is None:
+                notes = ("Ranges were measured on the example inputs alone. Give texts or images with --data.",)
+    return ExportedForEngine(str(directory), out, made, notes)

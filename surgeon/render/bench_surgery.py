@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.jobs.bench_surgery import SurgeryBenchmark
+from surgeon.jobs.bench_surgery import EngineBenchmark, SurgeryBenchmark
 from surgeon.render.bench import factor, machine_lines, machine_name, milliseconds
 from surgeon.render.bench_plot import Panel, Plot
 from surgeon.text.layout import grid, heading, sentences
@@ -39,6 +39,37 @@ def surgery_view(found: SurgeryBenchmark) -> RenderableType:
     legend = "Times are medians in milliseconds for one call. torch: with the torch backend instead of the kernels."
     legend += " gain: the faster of the dense times over the faster of ours." if times.dense is not None else ""
     return Group(*lines, table, sentences((legend, *found.notes), indent=0))
+
+
+def engines_view(found: EngineBenchmark) -> RenderableType:
+    """Show a row for each model in each engine, the fastest first."""
+    table = grid("left", "left", "left", "right", "right", header=("engine", "model", "stored in", "ms", "differs by"))
+    rows = [row for row in found.found.rows if row.milliseconds is not None]
+    for row in sorted(rows, key=lambda row: row.milliseconds or 0.0):
+        style = "bold" if row.experts else ""
+        table.add_row(
+            row.engine,
+            Text("with experts" if row.experts else "dense", style=style),
+            row.numbers,
+            Text(milliseconds(row.milliseconds), style=style),
+            percent(row.error),
+        )
+    lines: list[RenderableType] = [
+        *machine_lines(found.machine),
+        Text(""),
+        heading(found.model, found.called_with),
+        table,
+    ]
+    notes = ["Times are medians in milliseconds for one call. differs by: ‖difference‖ / ‖output of the dense model‖."]
+    if found.gain is not None:
+        notes.append(f"The fastest with experts is {found.gain:.2f} times as fast as the fastest dense one.")
+    notes += [
+        f"{row.engine}, {'with experts' if row.experts else 'dense'}, {row.numbers}: {row.why}"
+        for row in found.found.rows
+        if row.milliseconds is None
+    ]
+    notes.append(", ".join(f"{name} {version}" for name, version in found.found.versions.items()) + ".")
+    return Group(*lines, sentences((*notes, *found.notes), indent=0))
 
 
 def surgery_plot(found: SurgeryBenchmark) -> Plot:

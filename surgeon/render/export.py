@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.jobs.export import Exported
-from surgeon.text.layout import sentences
+from surgeon.jobs.export import Exported, ExportedForEngine
+from surgeon.surgery.engines import loading
+from surgeon.text.layout import dim, grid, sentences
 from surgeon.text.summary import join_like
 
 
@@ -27,4 +28,20 @@ def export_view(found: Exported) -> RenderableType:
     lines.append(
         Text(f'  import surgeon, transformers\n  transformers.{found.model_class}.from_pretrained("{found.directory}")')
     )
+    return Group(*lines)
+
+
+def engine_view(found: ExportedForEngine) -> RenderableType:
+    """Show what the model takes and returns, how far it is from the surgery, and how to load it."""
+    made, table = found.made, grid("left", "left")
+    table.add_row(dim("size"), f"{made.bytes / 1e6:.1f} MB, linears outside of experts: {made.linears}")
+    table.add_row(dim("takes"), ", ".join(made.inputs))
+    table.add_row(dim("returns"), ", ".join(made.outputs))
+    off = f"{made.error:.1e} from the surgery, relative"
+    table.add_row(dim("off by"), off if made.linears == "float" else f"{off} ({made.float_error:.1e} in float)")
+    lines: list[RenderableType] = [table]
+    if found.notes:
+        lines.append(sentences(found.notes, indent=0))
+    lines += [Text.assemble("Saved to ", (str(found.directory), "bold"), ". To load it, without surgeon:"), Text("")]
+    lines += [Text(f"  {line}") for line in loading(made, str(found.directory)).splitlines()]
     return Group(*lines)

@@ -8,32 +8,27 @@ compiled.json    the names of inputs and outputs, the sizes they may have, and t
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgeon.directories import replaced, restore
-from surgeon.errors import SaveError, UsageError, first_line
-from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
-from surgeon.graph.calls import argument_names, as_args_kwargs, flat_inputs, input_places, unflatten_inputs
-from surgeon.graph.sizes import Sizes
+from surgeon.engines.program import Program
+from surgeon.errors import SaveError, first_line
+from surgeon.graph.agreement import relative_error, tolerance_for
 from surgeon.graph.traced import TracedGraph
 from surgeon.kernels import cpu
 from surgeon.moe.knobs import get_tau
 from surgeon.moe.site import find_moes
 from surgeon.surgery.compiled_check import checked_code
-from surgeon.tracing.dynamic_sizes import free_shapes
-from surgeon.tracing.narrowing import resized, sizes_of
-from surgeon.tracing.setup import copied
 from surgeon.tracing.trace import quiet
 from surgeon.version import __version__
 
@@ -74,20 +69,20 @@ def compile_graph(
     """
     check_directory(directory, overwrite=overwrite)
     library = _library(graph)
-    package = _Package(graph.eval(), inputs, leave_out)
+    program = Program(graph.eval(), inputs, leave_out)
     began = time.monotonic()
     try:
         with replaced(directory) as fresh:
-            package.compile(fresh / MODEL)
+            _compile(program, fresh / MODEL)
             seconds = time.monotonic() - began
-            max_error = package.compare(fresh / MODEL)
+            max_error = _compare(program, graph, fresh / MODEL)
             if library is not None:
                 shutil.copyfile(library, fresh / LIBRARY)
-            torch.save(package.example(), fresh / EXAMPLE)
+            torch.save(_example(program), fresh / EXAMPLE)
             made = Compiled(
-                {given.name: str(leaf.dtype) for given, leaf in zip(package.sizes.inputs, package.leaves, strict=True)},
-                str(package.sizes),
-                package.output_names(),
+                {given.name: str(leaf.dtype) for given, leaf in zip(program.sizes.inputs, program.leaves, strict=True)},
+                str(program.sizes),
+                program.output_names(),
                 {f"{path}.tau": tau for path, tau in get_tau(graph).items()},
                 max_error,
                 seconds,
@@ -129,156 +124,48 @@ def _library(graph: TracedGraph) -> Path | None:
     return state.path
 
 
-class _Package:
-    """A graph as a module that takes tensors only and returns plain containers of tensors.
+def _compile(program: Program, file: Path) -> None:
+    """Export and compile into a file.
 
-    sizes, leaves: of the inputs it takes, flat.
+    Raises:
+        SaveError: that fails.
     """
+    try:
+        with quiet(), torch.no_grad(), checked_code(program.sizes) as checked:
+            # Weights are laid out for the processor, and what follows from them alone is computed now. tau, a scalar,
+            # would be a number in the code, and could not be set.
+            options = {"freezing": True, "always_keep_tensor_constants": True}
+            torch._inductor.aoti_compile_and_package(program.export(), package_path=str(file), inductor_configs=options)
+    except Exception as error:
+        raise SaveError(f"The model cannot be compiled: {first_line(error)}. Nothing was written.") from error
+    if not checked:
+        raise SaveError("This version of torch compiled the model without the check of its inputs.")
 
-    def __init__(self, graph: TracedGraph, inputs: Any, leave_out: Sequence[str]) -> None:
-        sizes, places = Sizes.parse(graph.meta["trace"].sizes), input_places(graph)
-        optional = [name for name, place in places.items() if sizes.inputs[place].optional]
-        if wrong := [name for name in leave_out if name not in optional]:
-            raise UsageError(
-                f"{wrong[0]} cannot be left out. Optional inputs of this graph: {', '.join(optional) or 'none'}."
-            )
-        flat = flat_inputs(graph, *as_args_kwargs(inputs))
-        self._graph, self._all_sizes = graph, sizes
-        self._flat = resized(sizes, flat, {name: _free(sizes, name, n) for name, n in sizes_of(sizes, flat).items()})
-        constants = {name: place for name, place in places.items() if sizes.inputs[place].shape is None}
-        self._constants = {name: flat[place] for name, place in constants.items()}
-        self._dropped = {*constants, *leave_out}
-        gone = {places[name] for name in self._dropped}
-        self._kept = [i for i, given in enumerate(sizes.inputs) if given.shape is not None and i not in gone]
-        # None of them is optional: a package takes all of its inputs.
-        taken = tuple(replace(sizes.inputs[place], fill="", dtype=None) for place in self._kept)
-        self.sizes = replace(sizes, inputs=taken, untraced={})
-        self.leaves = self._tensors(self._flat)
 
-    def _tensors(self, flat: Sequence[Any]) -> list[Tensor]:
-        return [flat[place] for place in self._kept]
+def _compare(program: Program, graph: TracedGraph, file: Path) -> float:
+    """Return the largest relative error of the compiled model, on the example inputs and at other sizes.
 
-    def _call(self, flat: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call of the compiled model."""
-        args, kwargs = unflatten_inputs(self._graph, flat)
-        names = argument_names(self._graph)
-        given = dict(zip(names, args, strict=False))
-        args = tuple(value for name, value in given.items() if name not in self._dropped)
-        return args, {name: value for name, value in kwargs.items() if name not in self._dropped}
-
-    def _module(self) -> nn.Module:
-        graph, constants = self._graph, self._constants
-        names = [name for name in argument_names(graph) if name not in self._dropped]
-        signature = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return _plain(graph(**signature.bind(*args, **kwargs).arguments, **constants))
-
-        forward.__signature__ = signature  # type: ignore[attr-defined]
-        module = nn.Module()
-        # Under the graph's own names, by which tau can be set in the compiled model.
-        module._parameters, module._buffers, module._modules = graph._parameters, graph._buffers, graph._modules
-        module.forward = forward
-        module.training = False
-        return module
-
-    def compile(self, file: Path) -> None:
-        """Export and compile into a file.
-
-        Raises:
-            SaveError: that fails.
-        """
-        module = self._module()
-        args, kwargs = copied(self._call(self._flat))
-        leaves = pytree.tree_leaves((args, kwargs))
-        shapes = {
-            id(leaf): [dim for dim, size in enumerate(given.shape or ()) if isinstance(size, str)]
-            for given, leaf in zip(self.sizes.inputs, [x for x in leaves if isinstance(x, Tensor)], strict=True)
-        }
-        dims = free_shapes(module, args, kwargs, [shapes.get(id(leaf), []) for leaf in leaves])
+    Raises:
+        SaveError: it is too large, or the compiled model fails or has no constant for a tau.
+    """
+    model = torch._inductor.aoti_load_package(str(file))
+    for path in get_tau(graph):
+        if f"{path}.tau" not in model.get_constant_fqns():
+            raise SaveError(f"This version of torch compiled a model in which {path}.tau cannot be set.")
+    errors = []
+    for sizes, flat in program.to_try():
+        args, kwargs = program.call(flat)
+        expected = program.expected(flat)
         try:
-            with quiet(), torch.no_grad(), checked_code(self.sizes) as checked:
-                program = torch.export.export(module, args, kwargs, strict=False, dynamic_shapes=dims)
-                # Weights are laid out for the processor, and what follows from them alone is computed now. tau, a
-                # scalar, would be a number in the code, and could not be set.
-                options = {"freezing": True, "always_keep_tensor_constants": True}
-                torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
-        except Exception as error:
-            raise SaveError(f"The model cannot be compiled: {first_line(error)}. Nothing was written.") from error
-        if not checked:
-            raise SaveError("This version of torch compiled the model without the check of its inputs.")
-
-    def compare(self, file: Path) -> float:
-        """Return the largest relative error of the compiled model, on the example inputs and at other sizes.
-
-        Raises:
-            SaveError: it is too large, or the compiled model fails or has no constant for a tau.
-        """
-        model = torch._inductor.aoti_load_package(str(file))
-        for path in get_tau(self._graph):
-            if f"{path}.tau" not in model.get_constant_fqns():
-                raise SaveError(f"This version of torch compiled a model in which {path}.tau cannot be set.")
-        errors = []
-        for sizes in self._sizes_to_try():
-            flat = resized(self._all_sizes, self._flat, sizes)
-            args, kwargs = copied(self._call(flat))
-            expected = self._expected(flat)
-            try:
-                error = relative_error(model(*args, **kwargs), expected)
-            except Exception as failure:
-                raise SaveError(f"The compiled model fails at {sizes}: {first_line(failure)}.") from failure
-            if not error <= tolerance_for(expected, self._graph):
-                raise SaveError(f"The compiled model differs from the graph by {error:.1e}, relative, at {sizes}.")
-            errors.append(error)
-        return max(errors)
-
-    def _sizes_to_try(self) -> Iterator[dict[str, int]]:
-        """The example's sizes, each at its least with the others a little larger, all at their least, and larger."""
-        example = sizes_of(self._all_sizes, self._flat)
-        axes = self._all_sizes.axes
-        least = {name: max(axis.least, axis.multiple) for name, axis in axes.items()}
-        more = {
-            name: n if (n := example[name] + axis.multiple) in axis else example[name] for name, axis in axes.items()
-        }
-        for sizes in (example, more, *({**more, name: size} for name, size in least.items()), least):
-            if self._all_sizes.allow(sizes):
-                yield sizes
-
-    def _expected(self, flat: Sequence[Any]) -> Any:
-        args, kwargs = copied(self._call(flat))
-        names = [name for name in argument_names(self._graph) if name not in self._dropped]
-        named = {**dict(zip(names, args, strict=False)), **kwargs, **self._constants}
-        return _plain(call_reproducibly(self._graph, (), named))
-
-    def example(self) -> dict[str, list[Tensor]]:
-        """Example inputs, and what the graph gives for them."""
-        outputs = pytree.tree_leaves(self._expected(self._flat))
-        return {"inputs": [leaf.clone() for leaf in self.leaves], "outputs": [leaf.clone() for leaf in outputs]}
-
-    def output_names(self) -> list[str]:
-        """The places of the outputs, such as "logits" or "0"."""
-        places = pytree.tree_flatten_with_path(self._expected(self._flat))[0]
-        return [".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) for path, _ in places]
+            error = relative_error(model(*args, **kwargs), expected)
+        except Exception as failure:
+            raise SaveError(f"The compiled model fails at {sizes}: {first_line(failure)}.") from failure
+        if not error <= tolerance_for(expected, graph):
+            raise SaveError(f"The compiled model differs from the graph by {error:.1e}, relative, at {sizes}.")
+        errors.append(error)
+    return max(errors)
 
 
-def _free(sizes: Sizes, name: str, size: int) -> int:
-    """The size of an axis in the example: 2 at least, since export fixes sizes of 0 and 1."""
-    axis = sizes.axes[name]
-    if size >= 2 or axis.most == 1:
-        return size
-    return next(larger for larger in range(2, 2 + 2 * axis.multiple) if larger in axis)
-
-
-def _plain(output: Any) -> Any:
-    """An output in containers that a process without other packages knows, without what is no tensor."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        return {str(key): _plain(value) for key, value in output.items() if _holds_tensors(value)}
-    if type(output) in pytree.SUPPORTED_NODES and not isinstance(output, tuple | list):
-        output = pytree.tree_leaves(output)
-    return tuple(_plain(value) for value in output if _holds_tensors(value))
-
-
-def _holds_tensors(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+def _example(program: Program) -> dict[str, list[Tensor]]:
+    inputs, outputs = program.example()
+    return {"inputs": [t.clone() for t in inputs], "outputs": [t.clone() for t in pytree.tree_leaves(outputs)]}

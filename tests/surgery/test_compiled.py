@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.engines.program import plain
 from surgeon.errors import SaveError, UsageError
 from surgeon.kernels import cpu
 from surgeon.passes import Lower, Moeify
 from surgeon.surgery import compiled
-from surgeon.surgery.compiled import _plain, compile_graph
+from surgeon.surgery.compiled import compile_graph
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler"),
@@ -97,7 +98,7 @@ def test_a_model_without_its_tau_is_refused(tmp_path: Path, monkeypatch: pytest.
         pytest.skip(f"the native kernels do not run here: {cpu.load().why}")
     x = torch.randn(4, 8)
     graph = surgeon.Pipeline([Moeify(experts=4), Lower()]).run(Scaled().eval(), inputs=(x,)).graph
-    monkeypatch.setattr(compiled._Package, "compile", lambda self, file: None)
+    monkeypatch.setattr(compiled, "_compile", lambda program, file: None)
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda file: SimpleNamespace(get_constant_fqns=list))
     with pytest.raises(SaveError, match=r"moe\.tau cannot be set"):
         compile_graph(graph, (x,), tmp_path / "out")
@@ -119,8 +120,8 @@ def test_nothing_wrong_is_put_in_place(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", pretend)
     with pytest.raises(SaveError, match="without the check of its inputs"):
         compile_graph(graph, INPUTS, tmp_path / "out")
-    monkeypatch.setattr(compiled._Package, "compile", lambda self, file: None)
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda file: lambda *args: _plain(graph(*args, True)))
+    monkeypatch.setattr(compiled, "_compile", lambda program, file: None)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda file: lambda *args: plain(graph(*args, True)))
     with pytest.raises(SaveError, match=r"The compiled model (fails|differs)"):
         compile_graph(graph, INPUTS, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -129,5 +130,5 @@ def test_nothing_wrong_is_put_in_place(tmp_path: Path, monkeypatch: pytest.Monke
 def test_outputs_without_what_is_no_tensor() -> None:
     x = torch.ones(1)
     given = {"a": x, "b": None, "c": [x, "text", (x, 1)], "d": {"e": 3.0}}
-    assert _plain(given) == {"a": x, "c": (x, (x,))}
-    assert _plain(x) is x
+    assert plain(given) == {"a": x, "c": (x, (x,))}
+    assert plain(x) is x

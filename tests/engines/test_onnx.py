@@ -1,0 +1,31 @@
+"""Graphs as ONNX models, in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import surgeon
+from surgeon.engines import onnx
+from surgeon.engines.program import Program
+from surgeon.passes import Lower, Moeify
+from tests.small_models import stack, vectors
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, on the way to ONNX
+
+
+@pytest.mark.parametrize(("rule", "lowered"), [("max", True), ("top_k", True), ("energy", False)])
+def test_it_gives_what_the_graph_gives(rule: str, lowered: bool, tmp_path: Path) -> None:
+    passes = [Moeify(expert_size=8, rule=rule), *([Lower()] if lowered else [])]
+    graph = surgeon.Pipeline(passes).run(stack(), inputs=vectors()).graph.eval()
+    surgeon.set_tau(graph, 0.4)
+    program = Program(graph, vectors())
+    onnx.save(program, tmp_path / "model.onnx")
+    session = onnx.Session(tmp_path / "model.onnx", threads=1)
+    for _, inputs, expected in program.examples():
+        for found, wanted in zip(session(inputs), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
