@@ -44,7 +44,6 @@ MUTANTS = (
     Mutant("dots.inc", "ADDED = 128;", "ADDED = 127;", VNNI),
     Mutant("rows.inc", "0x4b400000", "0x4b3fffff"),
     Mutant("rows.inc", "sum = sum * load_some(layer.y_scale + c, d - c);", ""),
-    Mutant("rows.inc", "if (largest >= 0x7f800000u)", "if (largest > 0x7f800000u)"),
     Mutant("router.inc", "(factor * scale[m]) + bias", "factor + bias"),
     Mutant("experts.inc", "positive ? 255.f : MOST", "positive ? 256.f : MOST"),
     Mutant("experts.inc", "Rounding by(largest_of(largest), positive", "Rounding by(largest_of(largest) / 2, positive"),
