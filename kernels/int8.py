@@ -287,9 +287,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _routed_ffn_int8.register_autograd(_backward, setup_context=_setup_context)
-# The native kernels hand on calls with a gradient too.
+# The native kernels hand on calls with a gradient, which come back below autograd.
+_library.define("routed_ffn_int8_differentiable" + _SIGNATURE)  # type: ignore[no-untyped-call]
 _library.impl(  # type: ignore[no-untyped-call]
-    "routed_ffn_int8_torch",
+    "routed_ffn_int8_differentiable",
     make_autograd_impl(_routed_ffn_int8._opoverload, _routed_ffn_int8),
     "Autograd",
     with_keyset=True,

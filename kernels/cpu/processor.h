@@ -28,14 +28,17 @@ inline bool may_use_tiles() {
 #endif
 
 #if defined(__x86_64__)
-// Other instructions for experts with 8-bit weights only (see `int8/choice.h`).
+// Sets with other instructions for experts with 8-bit weights only (see `int8/choice.h`).
+inline const Kernels* called(const char* name, const Kernels* kernels) {
+  return kernels ? new Kernels{name, kernels->f32, kernels->bf16_, kernels->thresholds} : nullptr;
+}
 inline const Kernels* avx512_vnni_kernels() {
-  static const Kernels kernels = [] {
-    Kernels found = *avx512_kernels();
-    found.name = "avx512_vnni";
-    return found;
-  }();
-  return &kernels;
+  static const Kernels* found = called("avx512_vnni", avx512_kernels());
+  return found;
+}
+inline const Kernels* avx2_vnni_kernels() {
+  static const Kernels* found = called("avx2_vnni", avx2_kernels());
+  return found;
 }
 #endif
 
@@ -54,7 +57,9 @@ inline std::vector<const Kernels*> choices() {
   add(avx512_bf16_kernels, bf16);
   add(avx512_vnni_kernels, avx512 && __builtin_cpu_supports("avx512vnni"));
   add(avx512_kernels, avx512);
-  add(avx2_kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  add(avx2_vnni_kernels, avx2 && __builtin_cpu_supports("avxvnni"));
+  add(avx2_kernels, avx2);
 #endif
   add(portable_kernels, true);
   return all;

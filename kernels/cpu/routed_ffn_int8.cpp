@@ -214,14 +214,14 @@ Tensor scores(const Tensor& x, ROUTER) {
   return found;
 }
 
-// In Python a call with a gradient goes to the general operator, which calls this one below autograd.
+// In Python a call with a gradient goes to an operator that has one, and calls this one below autograd.
 Tensor routed_with_gradient(ARGUMENTS) {
   auto wants = [](const auto&... tensors) { return (... || tensors.requires_grad()); };
   auto may_want = [](const auto&... tensors) { return (... || (tensors && tensors->requires_grad())); };
   if (at::GradMode::is_enabled() &&
       (wants(x, tau, fc2, w1_scale, w2_scale, y_scale) ||
        may_want(x_scale, fc1_scale, fc1_bias, fc2_bias, b1, gate_scale, b_gate, b2)))
-    return general<Signature>("surgeon::routed_ffn_int8_torch").call(GIVEN);
+    return general<Signature>("surgeon::routed_ffn_int8_differentiable").call(GIVEN);
   static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("surgeon::routed_ffn_int8", "").typed<Signature>();
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(GIVEN);

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,23 @@ def _on_cpu(problem: Problem) -> tuple[_Layer, Tensor]:
     return _Layer(problem).eval().requires_grad_(False), problem.x.float()
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the progress bars and the advice of converters off the screen."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), torch.inference_mode(False):
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _openvino(problem: Problem, compress: Callable[[Any, Any, Tensor], Any]) -> Callable[[], Tensor]:
     layer, x = _on_cpu(problem)
     openvino, nncf = import_module("openvino"), import_module("nncf")
-    nncf.set_log_level(logging.ERROR)
-    with torch.inference_mode(False):
-        program = torch.export.export(layer, (x.clone(),))
-    model = compress(nncf, openvino.convert_model(program), x)
+    with _quietly():
+        model = compress(nncf, openvino.convert_model(torch.export.export(layer, (x.clone(),))), x)
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
     request = openvino.compile_model(model, "CPU", options).create_infer_request()
     given = x.numpy()
@@ -79,9 +91,9 @@ def _onnxruntime(problem: Problem) -> Callable[[], Tensor]:
     runtime, quantization = import_module("onnxruntime"), import_module("onnxruntime.quantization")
     with tempfile.TemporaryDirectory() as folder:
         whole, small = Path(folder) / "layer.onnx", Path(folder) / "int8.onnx"
-        with torch.inference_mode(False):
+        with _quietly():
             torch.onnx.export(layer, (x.clone(),), whole, dynamo=True, verbose=False, external_data=False)
-        quantization.quantize_dynamic(whole, small, weight_type=quantization.QuantType.QInt8)
+            quantization.quantize_dynamic(whole, small, weight_type=quantization.QuantType.QInt8)
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
         session = runtime.InferenceSession(str(small), options, providers=["CPUExecutionProvider"])
@@ -92,7 +104,7 @@ def _onnxruntime(problem: Problem) -> Callable[[], Tensor]:
 def _torchao(problem: Problem) -> Callable[[], Tensor]:
     layer, x = _on_cpu(problem)
     quantization = import_module("torchao.quantization")
-    with torch.inference_mode(False):
+    with _quietly():
         quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig())
     compiled: Callable[[Tensor], Tensor] = torch.compile(layer, dynamic=False, fullgraph=True)
     return lambda: compiled(x)

@@ -13,6 +13,11 @@ _LABELS = {
     "masked": "dense, masked",
     "ours_dense": "ours, every expert on",
     "ours_compiled": "ours, compiled",
+    "ours_int8": "ours, int8",
+    "openvino": "OpenVINO, int8",
+    "openvino_weights": "OpenVINO, int8 weights",
+    "onnxruntime": "ONNX Runtime, int8",
+    "torchao": "torchao, int8",
 }
 # A method looks the same in every panel, also where others did not run.
 _STYLES: dict[str, dict[str, Any]] = {
@@ -26,6 +31,11 @@ _STYLES: dict[str, dict[str, Any]] = {
     "ours": {"color": "tab:red", "lw": 2.5, "zorder": 3},
     "ours_dense": {"color": "lightcoral"},
     "ours_compiled": {"color": "darkred", "lw": 2.5, "zorder": 3},
+    "ours_int8": {"color": "tab:cyan", "lw": 2.5, "zorder": 3},
+    "openvino": {"color": "tab:olive"},
+    "openvino_weights": {"color": "tab:pink"},
+    "onnxruntime": {"color": "navy"},
+    "torchao": {"color": "teal"},
     "limit": {"color": "tab:red", "ls": "--", "marker": ""},
 }
 

@@ -20,7 +20,9 @@ inline const Int8Kernels* int8_kernels(const char* name) {
   bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   for (const char* called : {"amx_bf16", "avx512_bf16", "avx512_vnni"}) offer(called, vnni, int8_avx512_vnni);
   for (const char* called : {"amx_bf16", "avx512_bf16", "avx512"}) offer(called, avx512, int8_avx512);
-  offer("avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), int8_avx2);
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  offer("avx2_vnni", avx2 && __builtin_cpu_supports("avxvnni"), int8_avx2_vnni);
+  offer("avx2", avx2, int8_avx2);
 #endif
   offer("portable", true, int8_portable);
   return found;

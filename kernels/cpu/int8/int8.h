@@ -79,6 +79,7 @@ struct Int8Kernels {
 // One for each instruction set, to be called only on processors that have it; null where the compiler does not know it.
 const Int8Kernels* int8_portable();
 const Int8Kernels* int8_avx2();
+const Int8Kernels* int8_avx2_vnni();
 const Int8Kernels* int8_avx512();
 const Int8Kernels* int8_avx512_vnni();
 

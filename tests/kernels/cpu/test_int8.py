@@ -1,7 +1,9 @@
 """The native kernels for experts with 8-bit weights."""
 
+import shutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.dynamic_k import dynamic_k_ffn  # noqa: F401  the library needs it
 from surgeon.kernels.int8 import Int8Call, routed_ffn_int8, router_scores_int8
 from surgeon.kernels.selection import RULES
+from tests.kernels.cpu import int8_mutants as mutants
 from tests.kernels.int8_calls import HIDDEN, OUTPUT, int8_call, oracle, oracle_scores
 
 ops = torch.ops.surgeon
@@ -267,3 +270,15 @@ def test_several_threads_at_once() -> None:
     for worker in workers:
         worker.join()
     assert all(torch.equal(y, expected[i % 2]) for many in found.values() for i, y in enumerate(many))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["int8_portable", mutants.VNNI])
+def test_broken_kernels_are_noticed(kernels: str, tmp_path: Path) -> None:
+    if shutil.which("c++") is None or (kernels == mutants.VNNI and "avx512_vnni" not in ops.cpu_instruction_sets()):
+        pytest.skip("needs c++ and a processor that has the instructions")
+    assert not mutants.noticed(mutants.build(tmp_path / "original", kernels, None), STEP)
+    for i, mutant in enumerate(mutants.MUTANTS):
+        if mutant.kernels == kernels:
+            library = mutants.build(tmp_path / str(i), kernels, mutant)
+            assert mutants.noticed(library, STEP), mutant.name

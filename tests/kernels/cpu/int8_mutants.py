@@ -1,0 +1,114 @@
+"""Broken int8 kernels, to see that comparisons as those of `test_int8` notice."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import surgeon.kernels
+from surgeon.kernels.int8 import Int8Call
+from surgeon.kernels.selection import RULES
+from tests.kernels.int8_calls import int8_call
+
+SOURCE = Path(surgeon.kernels.__path__[0]) / "cpu"
+HOST = Path(__file__).with_name("int8_host.cpp")
+HIDDEN, OUTPUT = ("relu", "tanh"), ("abs", "relu", "softplus", "exp", "sigmoid")
+ACTIVATIONS = ("relu", "gelu")  # the first ones of `activations.inc`
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, found once in `file`, becomes `new`; in the kernels of the instruction set `kernels`."""
+
+    file: str
+    old: str
+    new: str
+    kernels: str = "int8_portable"
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernels}, {self.file}: {self.old} → {self.new}"
+
+
+VNNI = "int8_avx512_vnni"
+MUTANTS = (
+    Mutant("dots.inc", "w[1] = ints(both >> 8)", "w[1] = ints(both >> 7)"),
+    Mutant("dots.inc", "spread_group(x + 4), w[1]", "spread_group(x), w[1]"),
+    Mutant("dots.inc", "int c = 1; c < CHAINS", "int c = 2; c < CHAINS", VNNI),
+    Mutant("dots.inc", "ADDED = 128;", "ADDED = 127;", VNNI),
+    Mutant("rows.inc", "0x4b400000", "0x4b3fffff"),
+    Mutant("rows.inc", "sum = sum * load_some(layer.y_scale + c, d - c);", ""),
+    Mutant("router.inc", "(factor * scale[m]) + bias", "factor + bias"),
+    Mutant("experts.inc", "positive ? 255.f : MOST", "positive ? 256.f : MOST"),
+    Mutant("experts.inc", "Rounding by(largest_of(largest), positive", "Rounding by(largest_of(largest) / 2, positive"),
+    Mutant("experts.inc", "if (positive) down_product", "if (!positive) down_product", VNNI),
+    Mutant("routed.h", "layer.shared + w * 64", "w * 64"),
+    Mutant("routed.h", "< all * part", "< all * (part + 1)"),
+    Mutant("routed.h", "first * layer.router.d_in * bytes", "first * layer.d_out * bytes"),
+)  # fmt: skip
+
+
+def calls() -> list[tuple[Int8Call, int]]:
+    """Calls with the number of threads."""
+    made = []
+    for tokens, threads in ((1, 1), (3, 2), (20, 1), (300, 1)):
+        for gated, activation in ((False, "relu"), (False, "gelu"), (True, "gelu")):
+            call = int8_call(
+                (tokens,), 5, 40, 70, 50, shared=1, scaled=True, gated=gated, activation=activation, width=20, seed=3
+            )
+            if tokens == 20:
+                call.x[1, 7], call.x[2] = float("inf"), 0.0
+            made.append((call, threads))
+    return made
+
+
+def build(folder: Path, kernels: str, mutant: Mutant | None) -> ctypes.CDLL:
+    """Compile a copy of the kernels with the mutant's change.
+
+    Raises:
+        CalledProcessError: it does not compile.
+    """
+    shutil.copytree(SOURCE, folder / "cpu")
+    if mutant is not None:
+        file = folder / "cpu" / "int8" / mutant.file
+        text = file.read_text()
+        assert text.count(mutant.old) == 1, mutant.name
+        file.write_text(text.replace(mutant.old, mutant.new))
+    library = folder / "kernels.so"
+    sources = [str(folder / "cpu" / "int8" / f"{kernels}.cpp"), str(HOST)]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-I{folder / 'cpu'}", f"-DKERNELS={kernels}"]
+    subprocess.run(["c++", *flags, *sources, "-o", str(library)], check=True, capture_output=True)
+    return ctypes.CDLL(str(library))
+
+
+def run(library: ctypes.CDLL, call: Int8Call, threads: int) -> Tensor:
+    """The result of a call, [tokens, d_out]."""
+    (experts, neurons), d_out, (tokens, d_in) = call.w1_scale.shape, len(call.y_scale), call.x.shape
+    y = torch.empty(tokens, d_out)
+    tensors = [value for i, value in enumerate(call) if i != 1 and not isinstance(value, str | int)]
+    pointers = (ctypes.c_void_p * (len(tensors) + 1))(*(None if t is None else t.data_ptr() for t in (*tensors, y)))
+    names = (RULES.index(call.rule), HIDDEN.index(call.hidden), OUTPUT.index(call.output))
+    sizes = (
+        tokens, d_in, call.fc2.shape[1], experts, call.shared, neurons, d_out, *names,
+        ACTIVATIONS.index(call.activation), threads,
+    )  # fmt: skip
+    library.run_int8(pointers, (ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_float(float(call.tau)))
+    return y
+
+
+def noticed(library: ctypes.CDLL, step: float) -> bool:
+    """Whether a result differs by more than the steps of rounding do: most tokens by none, and all by few."""
+    for call, threads in calls():
+        found, wanted = run(library, call, threads), torch.ops.surgeon.routed_ffn_int8_torch(*call)
+        if not torch.equal(found.isnan(), wanted.isnan()):
+            return True
+        error = ((found - wanted).abs().amax(-1) / wanted.abs().amax(-1)).nan_to_num()
+        if float(error.max()) > step or float((error > 1e-5).double().mean()) > 0.25:
+            return True
+    return False
