@@ -104,6 +104,8 @@ class Int8Experts(NamedTuple):
         y_scale = experts.w2.float().abs().amax((0, 1))
         y_scale = torch.where(y_scale > 0, y_scale, 1.0)
         w2, w2_scale = quantise(experts.w2.float() / y_scale)
+        # Hidden values are rounded after they have this scale: one that no output reads must not be the largest.
+        w2_scale = torch.where((w2 != 0).any(-1), w2_scale, 0.0)
         biases = _float(experts.b1), _float(experts.b_gate)
         return cls(
             w1, w1_scale, biases[0], gate, gate_scale, biases[1], pack(w2.transpose(1, 2)), w2_scale, y_scale

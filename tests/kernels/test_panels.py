@@ -5,6 +5,7 @@ import torch
 
 from surgeon.kernels.experts import Experts
 from surgeon.kernels.panels import MOST_TRUNK, Int8Experts, pack, panels_shape, quantise, quantise_trunk, unpack
+from tests.kernels.int8_calls import int8_call
 
 
 @pytest.mark.parametrize(("dtype", "depth"), [(torch.int8, 4), (torch.int16, 2)])
@@ -56,3 +57,15 @@ def test_one_output_with_large_weights_leaves_the_others_exact() -> None:
         apart = torch.arange(want.shape[-1]) != 4
         assert float((got - want).norm() / want.norm()) < 0.01
         assert float((got - want)[..., apart].norm() / want[..., apart].norm()) < 0.01
+
+
+def test_neurons_that_no_output_reads_leave_the_others_exact() -> None:
+    """Their hidden values are rounded together with those of the others, and must not be the largest."""
+    call = int8_call((4,), 2, 16, 8, 5, width=None, tau=0.0, activation="relu", bias=False)
+    floats = call.experts.floats(call.x_scale, 8)
+    floats.w2[:, ::3] = 0
+    given = call._replace(**Int8Experts.of(floats)._asdict())
+    hidden = (call.x @ floats.w1.transpose(-2, -1)).relu()
+    want = (hidden @ floats.w2).sum(0)
+    got = torch.ops.surgeon.routed_ffn_int8_torch(*given)
+    assert float((got - want).norm() / want.norm()) < 0.02
