@@ -32,7 +32,7 @@ def main() -> None:
             balanced_clusters(rows, experts, seed=0)
         seconds = time.process_time() - started
         size = rows.numel() * rows.element_size()
-        print(f"| {neurons:,} | {width:,} | {experts} | {seconds:.0f} | {memory.grown / size:.1f} × |", flush=True)
+        print(f"| {neurons:,} | {width:,} | {experts} | {seconds:.1f} | {memory.grown / size:.1f} × |", flush=True)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ class Contract(ABC, Generic[Site, Seen]):
         must_precede: names of passes that cannot run before this one.
         preserves: whether the output stays the same, up to rounding. This is checked.
         needs_data: whether it is useless without data. trains: whether it fits something when it has data.
+        calibrates: whether it looks at values of the model on the data, if there is data, without training.
         untrained: a note for the user if nothing was fitted.
         wrong_options: codes of rejections which mean that an option fits no site. If no site matches, the first
             rejection with such a code is raised as an error in the options.
@@ -79,6 +80,7 @@ class Contract(ABC, Generic[Site, Seen]):
     preserves: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
     trains: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
     untrained: ClassVar[str] = ""
     wrong_options: ClassVar[frozenset[str]] = frozenset()
 

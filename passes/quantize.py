@@ -55,6 +55,7 @@ class Quantize(Pass[MoESite, Tensor | None]):
     name: ClassVar[str] = "quantize"
     works_on: ClassVar[SiteKind] = "moe"
     preserves: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = True
 
     smooth: float = option(
         0.5,

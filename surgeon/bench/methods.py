@@ -6,6 +6,7 @@ weights that suits it, which is made before anything is timed.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -149,7 +150,7 @@ def _int8_call(problem: Problem) -> Int8Call:
     width = min(max(round(_ROUTER_SHARE * shape.weights / (shape.width + shape.experts)), least), most)
 
     def draw(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator) * float(sizes[-1]) ** -0.5
+        return torch.randn(*sizes, generator=generator) / math.sqrt(sizes[-1])
 
     fc1, fc1_scale = quantise_trunk(draw(width, shape.width))
     return Int8Call(

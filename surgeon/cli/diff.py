@@ -33,9 +33,6 @@ def diff(
 
     JSON: {passes: [{report, graph}]} for one; {names, costs, sites, difference, note, nodes} for two
     """
-    from surgeon.jobs.diff import compare_models
-    from surgeon.jobs.open_model import open_model
-    from surgeon.render.diff import comparison_view
     from surgeon.surgery.artifact import load_diff
     from surgeon.text.diff import diff_view
 
@@ -47,6 +44,10 @@ def diff(
         run.screen.show(diff_view(recorded.passes, detail))
         run.screen.result(recorded)
         return
+    from surgeon.jobs.diff import compare_models
+    from surgeon.jobs.open_model import open_model
+    from surgeon.render.diff import comparison_view
+
     opened = [
         open_model(
             spec,

@@ -19,8 +19,8 @@ def passes(
 
     Example: surgeon passes moeify
 
-    JSON: {passes: [{name, summary, description, works_on, makes, must_precede, preserves, needs_data, trains}],
-    recipes: {name: {summary, passes: [[name, options]]}}, broken: {name: why}}; for one pass {name, ..., trains,
+    JSON: {passes: [{name, summary, description, works_on, makes, must_precede, preserves, needs_data, trains,
+    calibrates}], recipes: {name: {summary, passes: [[name, options]]}}, broken: {name: why}}; for one pass {name, ...,
     options: [{name, type, default, help}], example}
     """
     from surgeon.jobs.passes import describe, example_of, options_of

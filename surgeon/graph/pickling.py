@@ -9,12 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx._graph_pickler import GraphPickler, Options
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from surgeon.errors import SaveError, first_line
+
+# torch's own way is imported where it is used: it brings its compilers along, which take longer than torch itself.
 
 # Where the graph was traced: no pass reads it, and some of it cannot be pickled.
 _LEFT_OUT = ("from_node", "stack_trace", "torch_fn", "source_fn_stack", "fwd_source_fn_stack", "tensor_meta")
@@ -26,6 +25,8 @@ def dumps(graph: GraphModule) -> bytes:
     Raises:
         SaveError: something in it cannot be pickled.
     """
+    from torch.fx._graph_pickler import GraphPickler, Options
+
     kept = Options(ops_filter=None, node_metadata_key_filter=lambda key: key not in _LEFT_OUT)
     try:
         return GraphPickler.dumps(graph, kept)
@@ -38,6 +39,10 @@ def dumps(graph: GraphModule) -> bytes:
 
 def loads(content: bytes) -> GraphModule:
     """Read what `dumps` wrote. Like every pickle, it can run code: read only what you wrote yourself."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx._graph_pickler import GraphPickler
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     importlib.import_module("surgeon.kernels.dynamic_k")  # registers the operators that the graph may run
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     graph = cast("GraphModule", GraphPickler.loads(content, mode))

@@ -40,6 +40,7 @@ def describe(kind: type[Pass[Any]]) -> dict[str, Any]:
         "preserves": kind.preserves,
         "needs_data": kind.needs_data,
         "trains": kind.trains,
+        "calibrates": kind.calibrates,
     }
 
 

@@ -24,19 +24,23 @@ from torch import Tensor
 from surgeon.errors import LoadError, first_line
 from surgeon.models.pickles import TRUST, allowing_registered_classes, unsafe_globals
 
+# What is hashed at once. Small parts would each wait for the interpreter's lock, if another thread is busy.
+_PART = 1 << 25
+
 
 def sha256_of(paths: Iterable[Path], root: Path | None = None) -> str:
-    """Hash files without reading them into memory at once.
+    """Hash files without reading them into memory at once. Other threads run meanwhile.
 
     For one file the result is what `sha256sum` prints. For several files it is the hash of their names and hashes,
     sorted by name. Names are relative to `root`; without a root they have no folder.
     """
     digests = {}
     for path in paths:
-        with path.open("rb") as file:
-            digests[str(path.relative_to(root) if root else path.name)] = hashlib.file_digest(
-                file, "sha256"
-            ).hexdigest()
+        digest, part = hashlib.sha256(), memoryview(bytearray(min(path.stat().st_size, _PART)))
+        with path.open("rb", buffering=0) as file:
+            while length := file.readinto(part):
+                digest.update(part[:length])
+        digests[str(path.relative_to(root) if root else path.name)] = digest.hexdigest()
     if len(digests) == 1:
         return next(iter(digests.values()))
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
@@ -135,11 +139,14 @@ def check_safetensors(path: Path) -> None:
         raise LoadError(f"{path.name} is damaged or truncated: {error}") from error
 
 
-def read_program(path: Path, *, trust_pickle: bool = False) -> torch.export.ExportedProgram:
+def read_program(path: Path, *, trust_pickle: bool = False, checksums: bool = True) -> torch.export.ExportedProgram:
     """Load a `.pt2` file written by `torch.export.save`.
 
     The operators of rewritten graphs and the output classes of transformers are registered if the program uses them.
     Other operators and classes must be registered before: see `surgeon.models.user_function.import_modules`.
+
+    Args:
+        checksums: False leaves out the checksums of the weights, for a caller who compares a hash of the whole file.
 
     Raises:
         LoadError: the file is damaged or truncated; holds anything that `torch.export.save` does not write, or pickled
@@ -151,7 +158,7 @@ def read_program(path: Path, *, trust_pickle: bool = False) -> torch.export.Expo
     from surgeon.models.program_guard import check_program
 
     with allowing_registered_classes():
-        check_program(path, trusted=trust_pickle)
+        check_program(path, trusted=trust_pickle, checksums=checksums)
         try:
             # Not torch.export.load, which prints the reason of a failure and raises another error.
             with _errors_only("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize"):

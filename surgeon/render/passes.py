@@ -25,7 +25,7 @@ def passes_view(
     """
     table = grid("left", "left", "left", "left", header=("pass", "output", "data", "what it does"))
     for kind in passes:
-        data = "needed" if kind.needs_data else "to train" if kind.trains else ""
+        data = "needed" if kind.needs_data else _use_of_data(kind)
         table.add_row(Text(kind.name, style="bold cyan"), promise(kind), data, first_sentence(kind))
     named = grid("left", "left", header=("recipe", "several passes with their options"))
     for name, (what, _) in recipes.items():
@@ -81,6 +81,10 @@ def promise(kind: type[Pass[Any]]) -> str:
     return "stays" if kind().keeps_output(True) else "stays until trained"
 
 
+def _use_of_data(kind: type[Pass[Any]]) -> str:
+    return "to train" if kind.trains else "to calibrate" if kind.calibrates else ""
+
+
 def pass_facts(kind: type[Pass[Any]]) -> list[tuple[str, str]]:
     """What a pass works on, what it makes, what it needs, and what it promises."""
     sites = {"ffn": "feed-forward layers", "linear": "standalone linear layers", "moe": "expert layers"}
@@ -90,7 +94,8 @@ def pass_facts(kind: type[Pass[Any]]) -> list[tuple[str, str]]:
     if kind.must_precede:
         facts.append(("runs before", ", ".join(sorted(kind.must_precede))))
     facts.append(("output", promise(kind)))
-    facts.append(("data", "needed" if kind.needs_data else "optional, to train" if kind.trains else "not used"))
+    use = _use_of_data(kind)
+    facts.append(("data", "needed" if kind.needs_data else f"optional, {use}" if use else "not used"))
     if kind.untrained:
         facts.append(("without data", kind.untrained))
     return facts

@@ -17,6 +17,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -132,11 +133,8 @@ def load(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> TracedG
     model = directory / MODEL
     if not model.exists():
         raise LoadError(f"{directory} has no {MODEL}, so the saved surgery is incomplete. Save it again.")
-    if sha256_of([model]) != record.model_sha256:
-        raise LoadError(f"{model} is damaged or was changed: its hash differs from the one in {RECORD}. Save it again.")
     import_modules(trust_modules)
-    with quiet():
-        graph = from_program(read_program(model), record.trace)
+    graph = _read_graph(model, record)
     _check_trace(graph, record, directory)
     if record.output_texts:
         replace_outputs(graph, dict(record.output_texts))
@@ -151,6 +149,24 @@ def load(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> TracedG
         # The model is intact; only the record of what was done to it is not.
         log.warning("%s Results that start from this surgery will not include its diff.", error)
     return graph
+
+
+def _read_graph(model: Path, record: Record) -> TracedGraph:
+    """Read the graph, and hash its file meanwhile on another core.
+
+    Raises:
+        LoadError: as `load`. That the file is damaged comes before what else is wrong with it.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(sha256_of, [model])
+        try:
+            with quiet():
+                return from_program(read_program(model, checksums=False), record.trace)
+        finally:
+            if digest.result() != record.model_sha256:
+                raise LoadError(
+                    f"{model} is damaged or was changed: its hash differs from the one in {RECORD}. Save it again."
+                )
 
 
 def _check_trace(graph: TracedGraph, record: Record, directory: Path) -> None:

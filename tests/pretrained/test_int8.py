@@ -85,6 +85,7 @@ def test_knobs_are_saved_with_it(exported: Any, tmp_path: Path) -> None:
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft reads it
 def test_adapters_train_through_it(exported: Any) -> None:
     config = peft.LoraConfig(target_modules=["c_attn"], r=2, fan_in_fan_out=True)
     model = peft.get_peft_model(loaded(exported), config)
@@ -94,3 +95,21 @@ def test_adapters_train_through_it(exported: Any) -> None:
     assert gradients
     assert all(gradient is not None for gradient in gradients)
     assert any(bool(gradient.any()) for gradient in gradients if gradient is not None)
+
+
+def test_weights_may_stay_on_disk(exported: Any, tmp_path: Path) -> None:
+    model = loaded(exported, device_map="auto", max_memory={"cpu": "12KB"}, offload_folder=tmp_path)
+    assert "disk" in model.hf_device_map.values()
+    moe = next(module for module in model.modules() if isinstance(module, Int8MoE))
+    assert moe.w1.device.type == "meta"
+    assert torch.equal(model(IDS).logits, loaded(exported)(IDS).logits)
+
+
+def test_is_traced_again(exported: Any) -> None:
+    """A model with quantised layers is a model to trace: its layers are found as they are."""
+    model = loaded(exported).eval()
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    graph = surgeon.trace(model, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(**inputs).logits, model(**inputs).logits)
+    assert surgeon.get_tau(graph) == surgeon.get_tau(model)
