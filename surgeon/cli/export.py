@@ -34,6 +34,10 @@ def export(
             "measured on --data), int8-weights or int4-weights.",
         ),
     ] = "float",
+    cache: Annotated[
+        bool,
+        typer.Option("--cache", help="For openvino, a language model that keeps its cache, to generate with."),
+    ] = False,
     data: DataOptions | None = None,
     base: Annotated[
         Path | None,
@@ -69,7 +73,10 @@ def export(
     from surgeon.jobs import export as job
     from surgeon.render.export import engine_view, export_view
 
-    target, trusted = job.check_target(model, out, to, linears, overwrite=overwrite), tuple(trust_modules or ())
+    target, trusted = (
+        job.check_target(model, out, to, linears, cache=cache, overwrite=overwrite),
+        tuple(trust_modules or ()),
+    )
     if to == "transformers":
         found = job.export_surgery(
             model,
@@ -88,6 +95,8 @@ def export(
         target,
         to,
         linears=linears,
+        cache=cache,
+        base=base,
         data=data,
         overwrite=overwrite,
         trust_modules=trusted,

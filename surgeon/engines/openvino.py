@@ -74,7 +74,7 @@ def convert(graph: GraphModule, program: Program) -> Any:
             "OpenVINO runs experts with 8-bit weights only. Quantise them first: surgeon apply --passes quantize."
         )
     openvino = installed("openvino")
-    options = {"extension": _conversion()} if has_int8_experts(graph) else {}
+    options = {"extension": conversion()} if has_int8_experts(graph) else {}
     try:
         exported = program.export()
         with silent():
@@ -161,8 +161,12 @@ class Compiled:
         return lambda: self._request.infer(given, share_inputs=True, share_outputs=True)
 
 
-def _conversion() -> Any:
-    """How OpenVINO's frontend makes the operator's node."""
+def conversion() -> Any:
+    """How OpenVINO's frontend makes the operator's node: an extension to convert with.
+
+    Raises:
+        SaveError: the operator cannot be built.
+    """
     openvino = installed("openvino")
     factory = importlib.import_module("openvino.utils.node_factory").NodeFactory()
     factory.add_extension(str(extension()))

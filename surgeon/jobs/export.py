@@ -13,8 +13,15 @@ from surgeon.jobs.store import check_parent
 from surgeon.moe.site import find_moes
 from surgeon.sites.rejection import Rejection
 from surgeon.surgery.artifact import load, load_inputs
-from surgeon.surgery.engines import FILES, EngineModel, check_engine_directory, export_onnx, export_openvino
-from surgeon.surgery.export import check_exportable, export, origin_of, read_base
+from surgeon.surgery.engines import (
+    FILES,
+    EngineModel,
+    check_engine_directory,
+    export_generator,
+    export_onnx,
+    export_openvino,
+)
+from surgeon.surgery.export import base_of, check_exportable, export, origin_of, read_base, rebuilt
 from surgeon.surgery.record import earlier_passes, read_record
 
 TARGETS = ("transformers", *FILES)
@@ -46,7 +53,9 @@ class ExportedForEngine:
     notes: tuple[str, ...]
 
 
-def check_target(directory: Path, out: Path | None, to: str, linears: str, *, overwrite: bool) -> Path:
+def check_target(
+    directory: Path, out: Path | None, to: str, linears: str, *, cache: bool = False, overwrite: bool
+) -> Path:
     """Return the directory for the result, checked before anything is loaded.
 
     out: by default the name of the surgery with `-hf`, `-openvino` or `-onnx`.
@@ -61,6 +70,8 @@ def check_target(directory: Path, out: Path | None, to: str, linears: str, *, ov
         raise UsageError(f"--linears {linears}: there are {', '.join(LINEARS)}.")
     if linears != "float" and to != "openvino":
         raise UsageError(f"--linears {linears} is for --to openvino.")
+    if cache and to != "openvino":
+        raise UsageError("--cache is for --to openvino.")
     read_record(directory)
     out = Path(f"{directory.resolve().name}-{_SUFFIX[to]}") if out is None else out
     if directory.resolve() in (out.resolve(), *out.resolve().parents):
@@ -121,6 +132,8 @@ def export_for_engine(
     to: str,
     *,
     linears: str = "float",
+    cache: bool = False,
+    base: Path | None = None,
     data: DataOptions | None = None,
     overwrite: bool = False,
     trust_modules: tuple[str, ...] = (),
@@ -130,15 +143,24 @@ def export_for_engine(
 
     Args:
         out: the target, as `check_target` gives it. to: the engine. linears, data: see `export_openvino`.
+        cache: a language model is to keep its cache; base: a directory with the original model for it.
 
     Raises:
         LoadError, DataError: as `open_model`. UsageError, SaveError: as `surgeon.surgery.engines.export_openvino`.
+        TraceError, VerificationError: as `surgeon.surgery.export.rebuilt`.
     """
     opened = open_model(str(directory), data=data, trust_modules=trust_modules, stage=stage)
     assert opened.record is not None
     notes: tuple[str, ...] = ()
     with stage(f"converting for {to}"):
-        if to == "onnx":
+        if cache:
+            given = base_of(opened.record, opened.origin) if base is None else read_base(base, opened.origin)
+            reports = [pass_.report for pass_ in earlier_passes(opened.graph)]
+            model = rebuilt(given, opened.graph, reports, opened.inputs, opened.origin, share=True)
+            made = export_generator(
+                model.eval(), out, record=opened.record, origin=opened.origin, linears=linears, overwrite=overwrite
+            )
+        elif to == "onnx":
             made = export_onnx(
                 opened.graph, opened.inputs, out, record=opened.record, origin=opened.origin, overwrite=overwrite
             )

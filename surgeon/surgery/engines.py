@@ -24,6 +24,7 @@ from torch import Tensor
 from surgeon.data.batch import Batch
 from surgeon.directories import restore
 from surgeon.engines import onnx, openvino
+from surgeon.engines.generation import INPUTS, convert_generator
 from surgeon.engines.installed import installed
 from surgeon.engines.program import Program
 from surgeon.errors import SaveError, UsageError, first_line
@@ -117,6 +118,62 @@ def export_openvino(
             shutil.copyfile(library, fresh / LIBRARY)
 
     return _written(made, directory, record, origin, write)
+
+
+def export_generator(
+    model: Any, directory: Path, *, record: Record, origin: Origin, linears: str = "float", overwrite: bool = False
+) -> EngineModel:
+    """Convert a language model of transformers for OpenVINO, with its cache as state, compare it, and write it.
+
+    Args:
+        model: with the surgery's layers in it, in evaluation mode. It has no experts with float weights.
+        record, origin, linears: as `export_openvino` takes them; inputs are not quantised.
+
+    Raises:
+        UsageError, SaveError: as `export_openvino`; the model has no cache of keys and values.
+    """
+    check_engine_directory("openvino", directory, overwrite=overwrite)
+    package = installed("openvino")
+    if linears == "int8":
+        raise UsageError("With --cache the inputs of linears are not quantised. Use --linears int8-weights.")
+    made = convert_generator(model)
+    float_error = error = _generating(made, model, TOLERANCE[True])
+    if linears != "float":
+        made = openvino.quantised(made, linears, ())
+        error = _generating(made, model, QUANTISED_TOLERANCE)
+    library = openvino.extension()
+    about = EngineModel(
+        "openvino", [*INPUTS], ["logits"], linears, error, float_error, 0, True, 0,
+        {"surgeon": __version__, "openvino": package.__version__},
+    )  # fmt: skip
+
+    def write(fresh: Path) -> None:
+        package.save_model(made, str(fresh / FILES["openvino"]), compress_to_fp16=False)
+        shutil.copyfile(library, fresh / LIBRARY)
+
+    return _written(about, directory, record, origin, write)
+
+
+def _generating(made: Any, model: Any, tolerance: float) -> float:
+    """The largest difference of the logits of new tokens from those that the model gives for all tokens at once.
+
+    Raises:
+        SaveError: it is too large, or the converted model fails.
+    """
+    compiled, errors = openvino.Compiled(made), []
+    tokens = torch.randint(0, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    for start, end in ((0, 6), (6, 7), (7, 9)):
+        given = tokens[:, start:end], torch.ones_like(tokens[:, :end]), torch.arange(start, end).repeat(2, 1)
+        try:
+            (found,) = compiled(dict(zip(INPUTS, (*given, torch.arange(2)), strict=True)))
+        except Exception as error:  # OpenVINO raises many types
+            raise SaveError(f"The converted model fails: {first_line(error)}.") from error
+        errors.append(difference(found, expected[:, start:end]))
+    if not max(errors) <= tolerance:
+        raise SaveError(f"The converted model differs from the surgery by {max(errors):.1e}, relative.")
+    return max(errors)
 
 
 def export_onnx(
