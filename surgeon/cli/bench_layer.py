@@ -39,7 +39,7 @@ def layer(
             "--methods",
             metavar="M,M,...",
             help="Methods to time: dense, compiled, masked, loop, grouped_mm, published, torch, ours, ours_dense, "
-            "ours_int8.  [default: all]",
+            "ours_int8.  [default: all, the last one only with --against]",
         ),
     ] = None,
     against: Annotated[

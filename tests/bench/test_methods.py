@@ -8,15 +8,17 @@ from types import SimpleNamespace as Namespace
 import pytest
 import torch
 
+from surgeon.bench.engines import ENGINES
 from surgeon.bench.layer import Case, Problem, make_problem
-from surgeon.bench.methods import METHODS, UnavailableError
+from surgeon.bench.method import UnavailableError
+from surgeon.bench.methods import METHODS
 from surgeon.kernels import cpu
 from surgeon.kernels.cpu import crossover
 from surgeon.kernels.gpu_model.cost import LayerShape
 from surgeon.kernels.triton import backend as triton
 
 # torch.compile takes longer than all the others together; that it may fail is tested in test_run.
-NAMES = [name for name in METHODS if name != "compiled"]
+NAMES = [name for name in METHODS if name != "compiled" and name not in ENGINES]
 
 
 def problem(dtype: str = "float32", *, gated: bool = False, tokens: int = 20, share: float = 0.3) -> Problem:
@@ -36,7 +38,24 @@ def test_a_method_computes_the_layer(name: str, gated: bool, dtype: str) -> None
         with method.around(asked):
             found = method.prepare(asked)()
         assert found.shape == (tokens, 16)
-        assert asked.error(found, every=method.every) < (1e-6 if dtype == "float32" else 0.05)
+        mask = None if method.mask is None else method.mask(asked)
+        rounded = dtype == "bfloat16" or name == "ours_int8"
+        assert asked.error(found, every=method.every, mask=mask) < (0.05 if rounded else 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torchao's, when it is compiled
+@pytest.mark.parametrize("name", ENGINES)
+def test_another_engine_computes_the_dense_layer(name: str) -> None:
+    for package in ENGINES[name].packages:
+        pytest.importorskip(package)
+    asked = problem()
+    assert asked.error(ENGINES[name].prepare(asked)(), every=True) < 0.1
+
+
+def test_where_experts_with_8_bit_weights_are_not_timed() -> None:
+    case = Case(LayerShape(16, 48, 8, False), "float32", 20, "skewed", 0.3)
+    with pytest.raises(UnavailableError, match="its own router selects"):
+        METHODS["ours_int8"].prepare(make_problem(case, torch.device("cpu")))
 
 
 def test_a_method_that_selects_is_not_the_dense_layer() -> None:

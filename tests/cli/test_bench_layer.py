@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from surgeon.bench.engines import ENGINES
 from surgeon.bench.methods import METHODS
 
 from .harness import Run
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 SMALL = ("--width", "8", "--hidden", "32", "--seconds", "0.0001")
-METHODS_BUT_COMPILED = ",".join(name for name in METHODS if name != "compiled")
+METHODS_BUT_COMPILED = ",".join(
+    name for name in METHODS if name not in ("compiled", "ours_int8") and name not in ENGINES
+)
 
 
 def test_a_layer_is_timed_by_every_method(run: Run, tmp_path: Path) -> None:
@@ -79,6 +82,7 @@ def test_chosen_methods_are_shown(run: Run) -> None:
         (("--dtype", "int8"), "--dtype int8: choose from float32, bfloat16, float16."),
         (("--mask", "random"), "--mask random: choose from uniform, skewed, clustered."),
         (("--methods", "best"), "--methods best: choose from dense, compiled, masked"),
+        (("--against", "best"), "--against best: choose from openvino, openvino_weights, onnxruntime, torchao"),
         (("--activation", "step"), "unknown activation 'step'"),
         (("--threads", "0"), "--threads must be at least 1"),
         (("--seconds", "0"), "--seconds above 0"),
@@ -92,6 +96,13 @@ def test_what_cannot_work_is_refused(run: Run, args: tuple[str, ...], words: str
     result = run("bench", "layer", *args)
     assert (result.code, result.out) == (2, "")
     assert words in result.err
+
+
+def test_an_engine_that_is_not_installed_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgeon.jobs.bench_layer.find_spec", lambda name: None)
+    result = run("bench", "layer", "--against", "torchao")
+    assert result.code == 2
+    assert "--against torchao: torchao is not installed. Install it: pip install torchao." in result.err
 
 
 def test_a_gpu_that_is_not_there_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

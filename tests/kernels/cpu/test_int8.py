@@ -144,6 +144,15 @@ def test_any_number_of_tokens_of_an_expert(place: int, count: int) -> None:
         agree(routed_ffn_int8(*call), ops.routed_ffn_int8_torch(*call), torch.float32)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 32, 33])
+def test_threads_share_the_experts_of_few_tokens(tokens: int, threads: int) -> None:
+    """With enough weights for each of them."""
+    use(0, threads)
+    call = int8_call((tokens,), 60, 64, 100, 100, activation="gelu")
+    agree(routed_ffn_int8(*call), ops.routed_ffn_int8_torch(*call), torch.float32)
+
+
 @pytest.mark.parametrize("place", range(7))
 def test_sums_of_the_largest_numbers_are_exact(place: int) -> None:
     """Pairs of the largest products are too large for 16 bits."""
