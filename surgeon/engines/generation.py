@@ -16,7 +16,8 @@ from surgeon.tracing.trace import quiet
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
 """What the model takes, as OpenVINO GenAI and Optimum Intel give it: new tokens [batch, new], the mask of all tokens
-[batch, all], the places of the new ones [batch, new], and for each sample which one's cache it goes on with [batch]."""
+[batch, all], the places of the new ones [batch, new], and for each sample which one's cache it goes on with [batch].
+The last is int32, the others int64."""
 
 _BATCH, _NEW, _PAST = 2, 3, 5  # of the example
 _AUTO = torch.export.Dim.AUTO
@@ -35,10 +36,11 @@ class _Step(nn.Module):
         from transformers.cache_utils import DynamicCache, DynamicLayer
 
         cache = DynamicCache()
+        beams = beam_idx.long()  # with int32 indices OpenVINO 2026.4 fuses the cache into attention, and fails at it
         for keys, values in zip(past[::2], past[1::2], strict=True):
             layer = DynamicLayer()  # type: ignore[no-untyped-call]
             layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys.index_select(0, beam_idx), values.index_select(0, beam_idx)
+            layer.keys, layer.values = keys.index_select(0, beams), values.index_select(0, beams)
             cache.layers.append(layer)
         made = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
@@ -61,7 +63,7 @@ def convert_generator(model: Any) -> Any:
     past = [torch.randn(shape) for shape in shapes]
     ones = torch.ones(_BATCH, _PAST + _NEW, dtype=torch.long)
     places = torch.arange(_PAST, _PAST + _NEW).repeat(_BATCH, 1)
-    args = (torch.ones_like(places), ones, places, torch.arange(_BATCH), past)
+    args = (torch.ones_like(places), ones, places, torch.arange(_BATCH, dtype=torch.int32), past)
     free: dict[str, Any] = {name: {0: _AUTO, 1: _AUTO} for name in INPUTS[:3]}
     free |= {"beam_idx": {0: _AUTO}, "past": [{0: _AUTO, 2: _AUTO}] * len(past)}
     inside, outside = ([f"{way}.{place}" for place in range(len(past))] for way in ("past", "present"))

@@ -167,7 +167,7 @@ def _generating(made: Any, model: Any, tolerance: float) -> float:
     for start, end in ((0, 6), (6, 7), (7, 9)):
         given = tokens[:, start:end], torch.ones_like(tokens[:, :end]), torch.arange(start, end).repeat(2, 1)
         try:
-            (found,) = compiled(dict(zip(INPUTS, (*given, torch.arange(2)), strict=True)))
+            (found,) = compiled(dict(zip(INPUTS, (*given, torch.arange(2, dtype=torch.int32)), strict=True)))
         except Exception as error:  # OpenVINO raises many types
             raise SaveError(f"The converted model fails: {first_line(error)}.") from error
         errors.append(difference(found, expected[:, start:end]))

@@ -43,7 +43,7 @@ def test_new_tokens_alone_give_what_all_tokens_give(make: object) -> None:
     with torch.no_grad():
         expected = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
         swapped = model(input_ids=tokens[[1, 0, 2]], attention_mask=torch.ones_like(tokens)).logits
-    order = torch.arange(3)
+    order = torch.arange(3, dtype=torch.int32)
     for start, end, beams, wanted in (
         (0, 5, order, expected),
         (5, 6, order, expected),
