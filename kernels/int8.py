@@ -36,8 +36,8 @@ are read as float32. In between it computes:
           token and expert: max h / 255 if hidden values are never negative (`is_positive`), max |h| / 127 otherwise
 
 The scores are output(fc2 t + fc2_bias), or output(fc2 x + fc2_bias) without a trunk. Sums of products of integers are
-exact: int32 holds them for up to 65,536 inputs, and the weights of a trunk are made such that it does
-(`quantise_trunk`). All else is in float32. A token with values that are not finite gives NaN.
+exact: int32 holds them for up to 65,536 inputs or neurons of an expert, and the weights of a trunk are made such that
+it does (`quantise_trunk`). All else is in float32. A token with values that are not finite gives NaN.
 
 `surgeon::router_scores_int8` takes x and the arguments from x_scale to output. It returns the scores alone,
 [..., E - shared] in float32.
@@ -61,7 +61,7 @@ from surgeon.errors import UsageError
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import activation as find_activation
 from surgeon.kernels.experts import selected
-from surgeon.kernels.panels import MOST, MOST_TRUNK, Int8Experts, panels_shape, unpack
+from surgeon.kernels.panels import MOST, MOST_TRUNK, WIDEST, Int8Experts, panels_shape, unpack
 from surgeon.kernels.scores import HIDDEN, OUTPUT, Output
 from surgeon.kernels.selection import check_rule, selection_threshold
 
@@ -333,6 +333,8 @@ def _check(*given: Any) -> Int8Call:
         raise UsageError(f"int8 FFN: y_scale needs 1 dimension [d_out], got {tuple(weights.y_scale.shape)}")
     (experts, neurons), d_in, d_out = weights.w1_scale.shape, x.shape[-1], weights.y_scale.shape[0]
     rows = (experts, neurons)
+    if max(neurons, d_in) > WIDEST:
+        raise UsageError(f"int8 FFN: at most {WIDEST} inputs, and neurons of an expert, got {d_in} and {neurons}")
     if call.fc2.shape[0] + call.shared != experts:
         raise UsageError(
             f"int8 FFN: the router scores {call.fc2.shape[0]} experts and {call.shared} are shared, but there are "

@@ -26,6 +26,8 @@ from surgeon.kernels.experts import Experts
 LANES = 16
 """Outputs side by side in a panel."""
 MOST = 127
+WIDEST = 2**16
+"""The most products of 8-bit numbers, one of them without a sign, whose sum always has room in 32 bits."""
 MOST_TRUNK = 2047  # of the router's input and of the trunk
 Panels = Tensor
 

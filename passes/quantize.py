@@ -16,13 +16,14 @@ from surgeon.graph.holder import parameters_only
 from surgeon.graph.traced import TracedGraph, aten
 from surgeon.kernels.experts import selected
 from surgeon.kernels.int8 import Int8Call
+from surgeon.kernels.panels import WIDEST
 from surgeon.moe.int8 import TENSORS, Int8MoE
 from surgeon.moe.module import SKIPPED_MEAN, MoE
 from surgeon.moe.ops import masked_ffn, routed_ffn_int8, selection_threshold
 from surgeon.moe.rebuild import moe_module
 from surgeon.moe.site import MoESite, find_moes
 from surgeon.passes.base import Pass
-from surgeon.passes.contract import SiteKind
+from surgeon.passes.contract import SiteKind, SiteRefused
 from surgeon.passes.options import option
 from surgeon.passes.report import SiteChange
 from surgeon.sites.rejection import Rejection
@@ -67,6 +68,8 @@ class Quantize(Pass[MoESite, Tensor | None]):
     def match(self, graph: GraphModule, site: MoESite) -> Rejection | None:
         if site.form == "int8":
             return Rejection("already-done", "its weights already have 8 bits")
+        if (width := max(site.d_in, site.size)) > WIDEST:
+            return Rejection("too-wide", f"{width} products would be added up, and 32 bits hold {WIDEST}")
         try:
             moe = moe_module(graph, site)
         except ValueError as error:
@@ -85,6 +88,8 @@ class Quantize(Pass[MoESite, Tensor | None]):
 
     @torch.no_grad()
     def rewrite(self, graph: TracedGraph, site: MoESite, seen: Tensor | None) -> SiteChange:
+        if seen is not None and not bool(torch.isfinite(seen).all()):
+            raise SiteRefused("not-finite", "its inputs on the data contain NaN or infinity")
         moe = moe_module(graph, site)
         assert isinstance(moe, MoE)
         made = Int8MoE.of(moe, None if seen is None else _input_scale(moe, seen, self.smooth))
@@ -145,14 +150,15 @@ def _accuracy(moe: MoE, made: Int8MoE, x: Tensor) -> _Accuracy:
     for part in torch.split(x, _PART):
         scores, threshold = moe.route(part)
         before = masked_ffn(part, scores, threshold, *moe.weights, moe.output_bias, moe.activation)
-        different += float((made(part).float() - before.float()).square().sum())
-        whole += float(before.float().square().sum())
+        # In float32 the squares of large outputs are infinite.
+        different += float((made(part).double() - before.double()).square().sum())
+        whole += float(before.double().square().sum())
         masks = [
             selected(found, selection_threshold(found, tau, "top_k"))
             for found in (layer.route(part)[0][..., moe.shared :] for layer in (moe, made))
         ]
         same, chosen = same + int((masks[0] & masks[1]).sum()), chosen + int(masks[0].sum())
-    return _Accuracy((different / max(whole, 1e-30)) ** 0.5, same / max(chosen, 1))
+    return _Accuracy((different / max(whole, 1e-300)) ** 0.5, same / max(chosen, 1))
 
 
 def _replace(graph: TracedGraph, site: MoESite, node: Node, made: Int8MoE) -> str:

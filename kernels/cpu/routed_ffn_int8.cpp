@@ -122,6 +122,9 @@ struct Input {
   const void* data() const { return x.const_data_ptr(); }
 };
 
+// The most products whose sum has room in int32.
+constexpr int64_t WIDEST = 1 << 16;
+
 int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Int8Router router_of(const Input& in, ROUTER, Operands& operands) {
@@ -149,6 +152,7 @@ Int8Layer layer_of(ARGUMENTS, const Input& in, Operands& operands) {
   if (!operands.fits()) return {};
   int64_t experts = w1_scale.size(0), s = w1_scale.size(1), d_out = y_scale.size(0);
   operands.need(shared >= 0 && experts == router.experts + shared && s > 0 && d_out > 0);
+  operands.need(in.d_in <= WIDEST && s <= WIDEST);
   int64_t ups[] = {experts, ceil_of(s, LANES), ceil_of(in.d_in, 4), LANES, 4};
   int64_t downs[] = {experts, ceil_of(d_out, LANES), ceil_of(s, 4), LANES, 4}, rows[] = {experts, s};
   const float* share = operands.floats(tau, {});

@@ -42,6 +42,8 @@ CODES = {
     "not-finite": "Repair the weights, or leave the layer alone with `skip`.",
     "nothing-to-route": "Use more experts, or fewer experts that always run.",
     "too-narrow": "Raise cost_factor, or leave the layer alone with `skip`.",
+    "unknown-router": "Run the pass before the router is changed by other code.",
+    "too-wide": "Leave the layer alone with `skip`, or split it into more experts if its neurons are too many.",
     "both-activated": "Keep its activations: the layer would be no known one with another activation on one side.",
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",
     "in-op-form": "Run the pass before `lower`.",

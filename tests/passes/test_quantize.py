@@ -181,6 +181,35 @@ def test_refusals(traces: Any) -> None:
         Quantize(smooth=1.5)
 
 
+def test_values_on_the_data_that_are_not_finite(traces: Any) -> None:
+    graph, data = converted(traces), labelled_vectors()
+    data[0][0]["x"][0, 0, 0] = float("nan")
+    report = Quantize().apply(graph, inputs=vectors(), data=data)
+    assert {(rejection.path, rejection.code) for rejection in report.rejected} == {
+        (path, "not-finite") for path in PATHS
+    }
+    assert "on the data" in report.rejected[0].reason
+
+
+def test_large_outputs_have_an_error(traces: Any) -> None:
+    """Their squares are infinite in float32."""
+    graph = converted(traces)
+    with torch.no_grad():
+        for path in PATHS:
+            graph.get_parameter(f"{path}.w2").mul_(1e25)
+    report = Quantize().apply(graph, inputs=vectors(), data=labelled_vectors())
+    assert report.sites[0].after.startswith("4 experts × 8 in 8 bits, error 0.")
+    assert "error 0.00%" not in report.sites[0].after
+
+
+def test_sums_that_32_bits_may_not_hold(traces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgeon.passes.quantize.WIDEST", 15)
+    report = Quantize().apply(converted(traces), inputs=vectors())
+    assert [(rejection.code, rejection.reason) for rejection in report.rejected] == [
+        ("too-wide", "16 products would be added up, and 32 bits hold 15")
+    ] * 2
+
+
 def test_what_trains_comes_first(traces: Any) -> None:
     with pytest.raises(UsageError, match="recover must run before quantize"):
         Pipeline([Moeify(experts=4), Quantize(), Recover()]).check(has_moes=False, has_data=True)

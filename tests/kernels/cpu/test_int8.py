@@ -245,6 +245,13 @@ def test_what_they_do_not_take_goes_to_the_plain_twin() -> None:
         router_scores_int8(*call._replace(hidden="some").router)
 
 
+def test_more_products_than_32_bits_may_hold_are_refused() -> None:
+    use(0)
+    for shape in ({"d_in": 2**16 + 4}, {"neurons": 2**16 + 16}):
+        with pytest.raises(UsageError, match="at most 65536 inputs"):
+            routed_ffn_int8(*int8_call((1,), 1, width=None, **shape))
+
+
 def test_a_gradient_goes_through_the_native_kernels() -> None:
     use(0)
     call = int8_call((20,), 5, 16, 32, 24, activation="gelu")
