@@ -60,6 +60,7 @@ import surgeon.kernels.dynamic_k  # noqa: F401  (registers the gradient of the e
 from surgeon.errors import UsageError
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import activation as find_activation
+from surgeon.kernels.backends import say_once
 from surgeon.kernels.experts import selected
 from surgeon.kernels.panels import MOST, MOST_TRUNK, WIDEST, Int8Experts, panels_shape, unpack
 from surgeon.kernels.scores import HIDDEN, OUTPUT, Output
@@ -223,6 +224,8 @@ def _routed_ffn_int8(*given: Any) -> Tensor:
 
 def _natively(x: Tensor) -> bool:
     """Whether the native kernels compute a call. The first one loads them; the dispatcher sends later ones there."""
+    if x.device.type != "cpu":
+        say_once("kernels for 8-bit experts", f"there are none for {x.device.type}, so every expert is computed")
     return x.device.type == "cpu" and cpu.ready()
 
 
