@@ -122,7 +122,7 @@ class Quantize(Pass[MoESite, Tensor | None]):
             return ()
         before = sum(_bytes(site) for site in sites)
         after = sum(_bytes(site) for site in find_moes(graph) if site.path in {change.path for change in changes})
-        notes = [f"The experts' weights take {after / 1e6:.1f} MB instead of {before / 1e6:.1f} MB."]
+        notes = [f"The experts' weights take {_size(after)} instead of {_size(before)}."]
         if " error " not in changes[0].after:
             notes.append("Without data the inputs' sizes are unknown, so nothing was smoothed and no error measured.")
         else:
@@ -188,3 +188,7 @@ def _replace(graph: TracedGraph, site: MoESite, node: Node, made: Int8MoE) -> st
 
 def _bytes(site: MoESite) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in site.stored if tensor is not None)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -111,7 +111,7 @@ def nearest_divisors(n: int, k: int) -> tuple[int, ...]:
 
 
 def _as_points(features: NDArray[np.floating] | Tensor) -> NDArray[np.float32]:
-    """Convert `features` to float32 with mean zero. This keeps all distances and loses fewer digits."""
+    """Convert `features` to float32 with mean zero and sizes up to 1. This keeps which rows are near to which."""
     array = features.detach().float().cpu().numpy() if isinstance(features, Tensor) else np.asarray(features)
     if array.ndim != 2 or 0 in array.shape:
         raise UsageError(f"features has shape {array.shape}, but must be a matrix [n, d].")
@@ -120,6 +120,9 @@ def _as_points(features: NDArray[np.floating] | Tensor) -> NDArray[np.float32]:
     centred = np.empty(array.shape, dtype=np.float32)
     # In float64, a part at a time: a copy of all in float64 would be twice as large as the weights themselves.
     np.subtract(array, array.mean(0, dtype=np.float64), out=centred, casting="unsafe")
+    # Squares of large values would be infinite. A power of two changes no digit.
+    _, exponent = np.frexp(max(centred.max(), -centred.min()))
+    np.ldexp(centred, -exponent, out=centred)
     return centred
 
 

@@ -13,6 +13,7 @@ from surgeon.data.batch import Batch, gathered_from
 from surgeon.data.data import Data
 from surgeon.data.losses import evaluating
 from surgeon.data.padding import real_tokens, warn_of_masks
+from surgeon.errors import DataError
 from surgeon.graph.capture import Capture
 from surgeon.progress import Progress
 from surgeon.sites.ffn import FFN
@@ -40,6 +41,9 @@ def collect(
 
     Returns:
         The values by name, [N, d] with N at most `tokens`.
+
+    Raises:
+        DataError: the data holds no tokens.
     """
     names = list(dict.fromkeys(names))
     inner = Capture(graph, names)
@@ -59,6 +63,8 @@ def collect(
                 progress(Progress("calibration", min(enough, tokens), tokens))
             if enough >= tokens:
                 break
+    if not enough:
+        raise DataError("The data holds no tokens: its batches have no rows, or nothing but padding.")
     return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
 
 

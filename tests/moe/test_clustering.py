@@ -93,6 +93,14 @@ def test_a_constant_offset_changes_nothing() -> None:
     assert torch.equal(shifted, balanced_clusters(points, 4, seed=0))
 
 
+@pytest.mark.parametrize("width", [8, 128])
+@pytest.mark.parametrize("power", [-90, 90])
+def test_the_size_of_all_values_changes_nothing(width: int, power: int) -> None:
+    """Squares of large ones are infinite in float32."""
+    points = torch.randn(128, width, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(balanced_clusters(points, 4, seed=0), balanced_clusters(points * 2.0**power, 4, seed=0))
+
+
 def test_identical_rows_are_spread_over_all_clusters() -> None:
     assert torch.bincount(balanced_clusters(np.ones((12, 3)), 4, seed=0)).tolist() == [3] * 4
 

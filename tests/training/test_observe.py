@@ -10,6 +10,7 @@ from torch import nn
 
 import surgeon
 from surgeon.data.data import Data
+from surgeon.errors import DataError
 from surgeon.sites.search import find_ffns
 from surgeon.training.observe import collect, collect_calls
 from tests.small_models import WIDTH, Function
@@ -45,3 +46,10 @@ def test_tokens_are_shared_out_among_nodes() -> None:
     assert torch.equal(found["both"][:5], X.flatten(0, 1)[:5])
     assert found["both"].shape == (10, WIDTH)
     assert not torch.equal(found["both"][5:], X.flatten(0, 1)[5:10])
+
+
+def test_data_without_tokens_is_refused() -> None:
+    graph = surgeon.trace(Function(lambda m, x: torch.relu(m.a(x)), a=(WIDTH, WIDTH)), X)
+    x = next(node.name for node in graph.graph.nodes if node.op == "placeholder")
+    with pytest.raises(DataError, match="holds no tokens"):
+        collect(graph, [x], Data.of([X[:0]]), tokens=10)
