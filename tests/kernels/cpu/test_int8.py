@@ -134,6 +134,17 @@ def test_every_activation(place: int, activation: str, gated: bool) -> None:
     agree(routed_ffn_int8(*call), ops.routed_ffn_int8_torch(*call), torch.float32)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 1e-7])
+@pytest.mark.parametrize("place", range(7))
+def test_a_trunk_of_tanh_is_exact_near_zero(place: int, factor: float) -> None:
+    use(place)
+    call = int8_call((9,), 4, 16, 8, 8, hidden="tanh", bias=False)
+    router = call._replace(x=call.x * factor).router
+    torch.testing.assert_close(
+        router_scores_int8(*router), ops.router_scores_int8_torch(*router), rtol=1e-3, atol=1e-5 * factor
+    )
+
+
 @pytest.mark.parametrize("count", range(1, 30))
 @pytest.mark.parametrize("place", range(7))
 def test_any_number_of_tokens_of_an_expert(place: int, count: int) -> None:
