@@ -49,8 +49,8 @@ class Quantize(Pass[MoESite, Tensor | None]):
 
     Every neuron has a scale, and so has every output. Inputs and hidden values are rounded to 8 bits when the op runs,
     with a scale for each token. With data, inputs that are often large are made smaller and their weights larger first
-    (SmoothQuant, arXiv 2211.10438); inputs that the data never shows are then rounded coarsely. A quantised layer cannot
-    be trained: run passes that train before. tau, rule and compensation work as before. This pass is not part of
+    (SmoothQuant, arXiv 2211.10438); inputs that the data never shows are then rounded coarsely. A quantised layer
+    cannot be trained: run passes that train before. tau, rule and compensation work as before. This pass is not part of
     D2DMoE.
     """
 
