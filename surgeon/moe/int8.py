@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from surgeon.kernels.experts import Experts
 from surgeon.kernels.int8 import Int8Call, route
 from surgeon.kernels.panels import Int8Experts, pack, panels_shape, quantise_trunk
-from surgeon.moe.module import SKIPPED_MEAN, MoE, MoEShape
+from surgeon.moe.module import SKIPPED_MEAN, MoE, MoEShape, output_bias
 from surgeon.moe.ops import routed_ffn_int8
 
 TENSORS = (
@@ -158,11 +158,8 @@ class Int8MoE(nn.Module):
 
     @property
     def output_bias(self) -> Tensor | None:
-        """As in `MoE`: b2 and, in a compensated layer, the mean of what it skips, [d_out]."""
-        mean: Tensor | None = getattr(self, SKIPPED_MEAN, None)
-        if mean is None or self.b2 is None:
-            return self.b2 if mean is None else mean
-        return self.b2 + mean
+        """What is added to the experts' outputs, [d_out]."""
+        return output_bias(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer."""

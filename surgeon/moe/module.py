@@ -62,6 +62,15 @@ class MoEShape:
         )
 
 
+def output_bias(layer: nn.Module) -> Tensor | None:
+    """Return what a layer adds to its experts' outputs: b2 and, if it is compensated, the mean of what it skips."""
+    b2: Any = layer.b2
+    mean: Any = getattr(layer, SKIPPED_MEAN, None)
+    if mean is None or b2 is None:
+        return b2 if mean is None else mean  # type: ignore[no-any-return]
+    return b2 + mean  # type: ignore[no-any-return]
+
+
 class MoE(nn.Module):
     """A feed-forward layer split into experts of equal size, in ordinary trainable torch code.
 
@@ -179,11 +188,8 @@ class MoE(nn.Module):
 
     @property
     def output_bias(self) -> Tensor | None:
-        """What is added to the experts' outputs, [d_out]: b2 and, in a compensated layer, the mean of what it skips."""
-        mean: Tensor | None = getattr(self, SKIPPED_MEAN, None)
-        if mean is None or self.b2 is None:
-            return self.b2 if mean is None else mean
-        return self.b2 + mean
+        """What is added to the experts' outputs, [d_out]."""
+        return output_bias(self)
 
     def extra_repr(self) -> str:
         """`48 experts × 32, 384→384 relu, max, dynamic`."""
