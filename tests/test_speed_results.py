@@ -39,7 +39,7 @@ def test_a_surgery_without_a_dense_model_has_no_factor(tables: ModuleType) -> No
 
 
 def test_there_are_results() -> None:
-    assert {path.parent.name for path in LAYERS} == {"amx", "avx2", "avx512", "h100"}
+    assert {path.parent.name for path in LAYERS} == {"amx", "avx2", "avx512", "h100", "int8"}
 
 
 def test_a_row_for_every_engine_and_form(tables: ModuleType) -> None:

@@ -39,8 +39,29 @@ def gains(cell: dict[str, Any]) -> str:
     return f"{times(cell['gain'])} ({times(dense / took['torch'])})"
 
 
+def eight_bits(found: dict[str, Any]) -> str:
+    """A table of milliseconds with 8-bit weights: a row for every number of tokens and share of the experts."""
+    others = [name for name in found["cells"][0]["methods"] if name not in ("ours", "ours_int8")]
+    rows = []
+    for cell in found["cells"]:
+        took = {name: timing["milliseconds"] for name, timing in cell["methods"].items()}
+        fastest = min(took[name] for name in others if took[name] is not None)
+        rows.append(
+            [
+                f"{cell['tokens']:,}",
+                f"{cell['share']:.0%}",
+                *(milliseconds(took[name]) for name in (*others, "ours_int8")),
+                f"{times(fastest / took['ours_int8'])}×",
+            ]
+        )
+    return markdown(["tokens", "experts selected", *others, "ours", "as fast"], *rows)
+
+
 def layer(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """A title and a table for each dtype: shares of the experts down, tokens and sizes of experts across."""
+    if "ours_int8" in found["cells"][0]["methods"]:
+        yield f"{found['width']} → {found['hidden']}{', gated' * found['gated']}, 8 bits:", eight_bits(found)
+        return
     cells = {(cell["dtype"], cell["tokens"], cell["size"], cell["share"]): cell for cell in found["cells"]}
     dtypes, tokens, sizes, shares = ({key[at]: None for key in cells} for at in range(4))
     for dtype in dtypes:

@@ -47,7 +47,7 @@ def make() -> Callable[[], TracedGraph]:
 
 def experts(graph: TracedGraph) -> dict[str, Tensor]:
     """The weights of every layer's experts, which training the routers leaves as they are."""
-    return {site.path: site.w1.clone() for site in find_moes(graph)}
+    return {site.path: site.weights.w1.clone() for site in find_moes(graph)}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
