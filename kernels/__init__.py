@@ -5,6 +5,8 @@
 | the operators: schemas, checks, autograd, autocast, FLOP counts | `dynamic_k` |
 | thresholds: the rules that say which experts a token needs | `selection` |
 | weights of experts, and what selection means | `experts` |
+| experts with 8-bit weights: the operator, its arguments, how weights are stored | `int8`, `int8_arguments`, `panels` |
+| the functions of routers | `scores` |
 | the table of activations | `activations` |
 | what a backend offers, and the list of backends | `backends` |
 | the general backend, in torch code: every device, dtype and activation | `torch/` |

@@ -33,7 +33,7 @@ are read as float32. In between it computes:
     h   = act(s_x w1_scale · (w1 q_x) + b1) · w2_scale, with q_x = z / s_x, rounded, and s_x = max |z| / 127; gated as
           in `surgeon.kernels.dynamic_k`
     y   = y_scale · Σ over selected experts of s_h (w2 q_h), plus b2, with q_h = h / s_h, rounded, and s_h for each
-          token and expert: max h / 255 if hidden values are never negative (`is_positive`), max |h| / 127 otherwise
+          token and expert: max h / 255 if hidden values are never negative (see `is_positive`), max |h| / 127 otherwise
 
 The scores are output(fc2 t + fc2_bias), or output(fc2 x + fc2_bias) without a trunk. Sums of products of integers are
 exact: int32 holds them for up to 65,536 inputs or neurons of an expert, and the weights of a trunk are made such that
@@ -48,7 +48,7 @@ Wrong shapes, dtypes, devices or names raise `UsageError`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,66 +57,16 @@ from torch._library.autograd import make_autograd_impl
 from torch.utils.flop_counter import register_flop_formula
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (registers the gradient of the experts)
-from surgeon.errors import UsageError
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import activation as find_activation
 from surgeon.kernels.backends import say_once
 from surgeon.kernels.experts import selected
-from surgeon.kernels.panels import MOST, MOST_TRUNK, WIDEST, Int8Experts, panels_shape, unpack
+from surgeon.kernels.int8_arguments import Int8Call, check_call, check_router, is_positive
+from surgeon.kernels.panels import MOST, MOST_TRUNK, unpack
 from surgeon.kernels.scores import HIDDEN, OUTPUT, Output
-from surgeon.kernels.selection import check_rule, selection_threshold
+from surgeon.kernels.selection import selection_threshold
 
-# Activations that are never negative.
-_POSITIVE = ("relu", "relu2", "relu6", "sigmoid", "softplus")
 _EXACT = 2**24  # integers up to here are exact in float32
-
-
-class Int8Call(NamedTuple):
-    """The arguments of `surgeon::routed_ffn_int8`, as the module describes them."""
-
-    x: Tensor
-    tau: Tensor
-    rule: str
-    shared: int
-    x_scale: Tensor | None
-    fc1: Tensor | None
-    fc1_scale: Tensor | None
-    fc1_bias: Tensor | None
-    fc2: Tensor
-    fc2_bias: Tensor | None
-    hidden: str
-    output: str
-    w1: Tensor
-    w1_scale: Tensor
-    b1: Tensor | None
-    gate: Tensor | None
-    gate_scale: Tensor | None
-    b_gate: Tensor | None
-    w2: Tensor
-    w2_scale: Tensor
-    y_scale: Tensor
-    b2: Tensor | None
-    activation: str
-
-    @property
-    def router(self) -> tuple[Any, ...]:
-        """The arguments of `surgeon::router_scores_int8`."""
-        return (
-            self.x,
-            self.x_scale,
-            self.fc1,
-            self.fc1_scale,
-            self.fc1_bias,
-            self.fc2,
-            self.fc2_bias,
-            self.hidden,
-            self.output,
-        )
-
-    @property
-    def experts(self) -> Int8Experts:
-        """The experts' weights."""
-        return Int8Experts(*self[12:21])
 
 
 # --- the same in torch ------------------------------------------------------------------------------------------------
@@ -191,11 +141,6 @@ def _with_threshold(scores: Tensor, call: Int8Call) -> tuple[Tensor, Tensor]:
     return F.pad(scores, (call.shared, 0), value=float("inf")), threshold
 
 
-def is_positive(call: Int8Call) -> bool:
-    """Whether hidden values are never negative, so that they are stored without a sign."""
-    return call.activation == "relu_relu" or (call.activation in _POSITIVE and call.gate is None)
-
-
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 _ROUTER = (
@@ -210,13 +155,13 @@ _SIGNATURE = (
 
 
 def _routed_ffn_int8_torch(*given: Any) -> Tensor:
-    call = _check(*given)
+    call = check_call(*given)
     return _routed(call).to(call.x.dtype).view(*call.x.shape[:-1], -1)
 
 
 @torch.library.custom_op("surgeon::routed_ffn_int8", mutates_args=(), schema=_SIGNATURE)
 def _routed_ffn_int8(*given: Any) -> Tensor:
-    _check(*given)
+    check_call(*given)
     if _natively(given[0]):
         return routed_ffn_int8(*given)  # type: ignore[no-any-return]
     return _routed_ffn_int8_torch(*given)
@@ -231,18 +176,18 @@ def _natively(x: Tensor) -> bool:
 
 @_routed_ffn_int8.register_fake
 def _(*given: Any) -> Tensor:
-    call = _check(*given)
+    call = check_call(*given)
     return call.x.new_empty((*call.x.shape[:-1], len(call.y_scale)))
 
 
 def _router_scores_int8_torch(x: Tensor, *router: Any) -> Tensor:
-    _check_router(x, *router)
+    check_router(x, *router)
     return _scores(x.reshape(-1, x.shape[-1]).float(), *router).view(*x.shape[:-1], -1)
 
 
 @torch.library.custom_op("surgeon::router_scores_int8", mutates_args=(), schema=f"(Tensor x, {_ROUTER}) -> Tensor")
 def _router_scores_int8(x: Tensor, *router: Any) -> Tensor:
-    _check_router(x, *router)
+    check_router(x, *router)
     if _natively(x):
         return router_scores_int8(x, *router)  # type: ignore[no-any-return]
     return _router_scores_int8_torch(x, *router)
@@ -250,7 +195,7 @@ def _router_scores_int8(x: Tensor, *router: Any) -> Tensor:
 
 @_router_scores_int8.register_fake
 def _(x: Tensor, *router: Any) -> Tensor:
-    _check_router(x, *router)
+    check_router(x, *router)
     return x.new_empty((*x.shape[:-1], router[4].shape[0]), dtype=torch.float32)
 
 
@@ -317,91 +262,3 @@ def _router_flops(x: Any, x_scale: Any, fc1: Any, fc1_scale: Any, fc1_bias: Any,
     """2 FLOP per multiply-add."""
     trunk = 0 if fc1 is None else fc2.shape[1] * x.shape[-1]
     return int(2 * x[..., 0].numel() * (trunk + fc2.numel()))
-
-
-def _check(*given: Any) -> Int8Call:
-    """Return the arguments by name.
-
-    Raises:
-        UsageError: they are not as the module describes.
-    """
-    call = Int8Call(*given)
-    check_rule(call.rule)
-    find_activation(call.activation)
-    _check_router(*call.router)
-    x, weights = call.x, call.experts
-    if weights.w1_scale.dim() != 2:
-        raise UsageError(f"int8 FFN: w1_scale needs 2 dimensions [E, s], got {tuple(weights.w1_scale.shape)}")
-    if weights.y_scale.dim() != 1:
-        raise UsageError(f"int8 FFN: y_scale needs 1 dimension [d_out], got {tuple(weights.y_scale.shape)}")
-    (experts, neurons), d_in, d_out = weights.w1_scale.shape, x.shape[-1], weights.y_scale.shape[0]
-    rows = (experts, neurons)
-    if max(neurons, d_in) > WIDEST:
-        raise UsageError(f"int8 FFN: at most {WIDEST} inputs, and neurons of an expert, got {d_in} and {neurons}")
-    if call.fc2.shape[0] + call.shared != experts:
-        raise UsageError(
-            f"int8 FFN: the router scores {call.fc2.shape[0]} experts and {call.shared} are shared, but there are "
-            f"{experts}"
-        )
-    if (weights.gate is None) != (weights.gate_scale is None) or (weights.gate is None and weights.b_gate is not None):
-        raise UsageError("int8 FFN: gate and gate_scale belong together, and b_gate needs them")
-    ups, downs = (
-        (experts, *panels_shape(neurons, d_in, torch.int8)),
-        (experts, *panels_shape(d_out, neurons, torch.int8)),
-    )
-    for name, tensor, shape, dtype in (
-        ("tau", call.tau, (), None),
-        ("w1", weights.w1, ups, torch.int8),
-        ("w1_scale", weights.w1_scale, rows, None),
-        ("b1", weights.b1, rows, None),
-        ("gate", weights.gate, ups, torch.int8),
-        ("gate_scale", weights.gate_scale, rows, None),
-        ("b_gate", weights.b_gate, rows, None),
-        ("w2", weights.w2, downs, torch.int8),
-        ("w2_scale", weights.w2_scale, rows, None),
-        ("y_scale", weights.y_scale, (d_out,), None),
-        ("b2", call.b2, (d_out,), None),
-    ):
-        _check_one(name, tensor, shape, x, dtype)
-    return call
-
-
-def _check_router(
-    x: Tensor,
-    x_scale: Tensor | None,
-    fc1: Tensor | None,
-    fc1_scale: Tensor | None,
-    fc1_bias: Tensor | None,
-    fc2: Tensor,
-    fc2_bias: Tensor | None,
-    hidden: str,
-    output: str,
-) -> None:
-    if not x.is_floating_point() or x.dim() < 1:
-        raise UsageError(f"int8 FFN: x must be floating with at least 1 dimension, got {x.dtype} {tuple(x.shape)}")
-    if hidden not in HIDDEN or output not in OUTPUT:
-        raise UsageError(f"int8 FFN: no router with hidden {hidden!r} and output {output!r}")
-    if fc2.dim() != 2:
-        raise UsageError(f"int8 FFN: fc2 needs 2 dimensions, got {tuple(fc2.shape)}")
-    if (fc1 is None) != (fc1_scale is None) or (fc1 is None and fc1_bias is not None):
-        raise UsageError("int8 FFN: fc1 and fc1_scale belong together, and fc1_bias needs them")
-    (experts, width), d_in = fc2.shape, x.shape[-1]
-    if fc1 is not None:
-        _check_one("fc1", fc1, panels_shape(width, d_in, torch.int16), x, torch.int16)
-    _check_one("x_scale", x_scale, (d_in,), x, None)
-    _check_one("fc1_scale", fc1_scale, (width,), x, None)
-    _check_one("fc1_bias", fc1_bias, (width,), x, None)
-    _check_one("fc2", fc2, (experts, d_in if fc1 is None else width), x, None)
-    _check_one("fc2_bias", fc2_bias, (experts,), x, None)
-
-
-def _check_one(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype | None) -> None:
-    """Check an argument. dtype: that of its integers, None for floating ones."""
-    if tensor is None:
-        return
-    if tuple(tensor.shape) != shape:
-        raise UsageError(f"int8 FFN: {name} has shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
-    if tensor.device != x.device:
-        raise UsageError(f"int8 FFN: {name} is on {tensor.device}, x on {x.device}")
-    if tensor.dtype != dtype if dtype else not tensor.is_floating_point():
-        raise UsageError(f"int8 FFN: {name} is {tensor.dtype}, expected {dtype or 'a floating dtype'}")

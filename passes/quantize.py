@@ -15,7 +15,7 @@ from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.holder import parameters_only
 from surgeon.graph.traced import TracedGraph, aten
 from surgeon.kernels.experts import selected
-from surgeon.kernels.int8 import Int8Call
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.panels import WIDEST
 from surgeon.moe.int8 import TENSORS, Int8MoE
 from surgeon.moe.module import SKIPPED_MEAN, MoE

@@ -22,7 +22,8 @@ from surgeon.kernels import cpu
 from surgeon.kernels.activations import Activation, activation
 from surgeon.kernels.cpu.crossover import taking
 from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn, selected
-from surgeon.kernels.int8 import Int8Call, route, routed_ffn_int8
+from surgeon.kernels.int8 import route, routed_ffn_int8
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.panels import Int8Experts, pack, quantise_trunk
 
 

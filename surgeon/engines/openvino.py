@@ -21,7 +21,7 @@ from surgeon.engines.installed import installed, silent
 from surgeon.engines.program import Program
 from surgeon.errors import SaveError, UsageError, first_line
 from surgeon.kernels.building import BuildError
-from surgeon.kernels.int8 import Int8Call
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.openvino import build
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import dynamic_k_ffn, masked_ffn

@@ -20,7 +20,7 @@ from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.traced import TracedGraph, aten
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import hidden, keep_selected
-from surgeon.kernels.int8 import Int8Call
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.panels import Int8Experts
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import knobs_restored, run_batches

@@ -22,7 +22,8 @@ from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
 from surgeon.graph.traced import tensor_key
 from surgeon.kernels.dynamic_k import selected
-from surgeon.kernels.int8 import Int8Call, route
+from surgeon.kernels.int8 import route
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.measure.multiply_adds import Counter
 from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import MoE

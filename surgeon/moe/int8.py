@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.kernels.experts import Experts
-from surgeon.kernels.int8 import Int8Call, route
+from surgeon.kernels.int8 import route
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.panels import Int8Experts, pack, panels_shape, quantise_trunk
 from surgeon.moe.module import SKIPPED_MEAN, MoE, MoEShape, output_bias
 from surgeon.moe.ops import routed_ffn_int8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.graph.traced import aten, is_call, tensor_of
 from surgeon.kernels.experts import Experts
-from surgeon.kernels.int8 import Int8Call
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.scores import HIDDEN, OUTPUT, Hidden, Output
 from surgeon.moe.int8 import TENSORS, Int8MoE
 from surgeon.moe.module import SKIPPED_MEAN, MoE, MoEShape
@@ -36,25 +37,8 @@ def moe_module(graph: GraphModule, site: MoESite) -> MoE | Int8MoE:
     if bias is None:
         tensors["b2"] = None
     tensors |= {f"router.{name}": tensor for name, tensor in parts.items()}
-    shape = MoEShape(
-        d_in=site.d_in,
-        d_out=site.d_out,
-        experts=site.experts,
-        size=site.size,
-        activation=site.activation,
-        gated=site.weights.gate is not None,
-        biases=tuple(name for name in ("b1", "b_gate", "b2") if tensors[name] is not None),
-        shared=site.shared,
-        rule=site.rule,
-        form=site.form,
-        filling=site.filling,
-        compensated=tensors[SKIPPED_MEAN] is not None,
-        router_width=None if "fc1.weight" not in parts else len(parts["fc1.weight"]),
-        router_bias="fc2.bias" in parts,
-        router_hidden=router[0],
-        router_output=router[1],
-    )
-    return _filled(shape, tensors, site.tau)
+    width = None if "fc1.weight" not in parts else len(parts["fc1.weight"])
+    return _filled(_shape(site, tensors, width, "fc2.bias" in parts, *router), tensors, site.tau)
 
 
 def _int8(graph: GraphModule, site: MoESite) -> Int8MoE:
@@ -62,7 +46,22 @@ def _int8(graph: GraphModule, site: MoESite) -> Int8MoE:
     tensors: dict[str, Tensor | None] = {name: getattr(holder, name, None) for name in (*TENSORS, SKIPPED_MEAN)}
     fc2 = tensors["fc2"]
     assert fc2 is not None
-    shape = MoEShape(
+    width = None if tensors["fc1"] is None else fc2.shape[1]
+    functions = cast(Hidden, call.hidden), cast(Output, call.output)
+    shape = _shape(site, tensors, width, tensors["fc2_bias"] is not None, *functions)
+    return Int8MoE.with_tensors(shape, tensors, site.tau)
+
+
+def _shape(
+    site: MoESite,
+    tensors: Mapping[str, Tensor | None],
+    router_width: int | None,
+    router_bias: bool,
+    router_hidden: Hidden,
+    router_output: Output,
+) -> MoEShape:
+    assert site.form != "module"
+    return MoEShape(
         d_in=site.d_in,
         d_out=site.d_out,
         experts=site.experts,
@@ -72,15 +71,14 @@ def _int8(graph: GraphModule, site: MoESite) -> Int8MoE:
         biases=tuple(name for name in ("b1", "b_gate", "b2") if tensors[name] is not None),
         shared=site.shared,
         rule=site.rule,
-        form="int8",
+        form=site.form,
         filling=site.filling,
         compensated=tensors[SKIPPED_MEAN] is not None,
-        router_width=None if tensors["fc1"] is None else fc2.shape[1],
-        router_bias=tensors["fc2_bias"] is not None,
-        router_hidden=cast(Hidden, call.hidden),
-        router_output=cast(Output, call.output),
+        router_width=router_width,
+        router_bias=router_bias,
+        router_hidden=router_hidden,
+        router_output=router_output,
     )
-    return Int8MoE.with_tensors(shape, tensors, site.tau)
 
 
 def _tensors(module: MoE) -> dict[str, Tensor | None]:

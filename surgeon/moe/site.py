@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from surgeon.graph.traced import aten, is_call, tensor_key, tensor_of
 from surgeon.graph.walk import walk_sources
 from surgeon.kernels.experts import Experts
-from surgeon.kernels.int8 import Int8Call
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.panels import Int8Experts
 from surgeon.moe.filling import filling_of, neurons_of_experts
 from surgeon.moe.int8 import Int8MoE

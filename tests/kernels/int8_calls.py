@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from surgeon.kernels.experts import Experts
-from surgeon.kernels.int8 import Int8Call, is_positive
+from surgeon.kernels.int8_arguments import Int8Call, is_positive
 from surgeon.kernels.panels import Int8Experts, pack, quantise_trunk
 from surgeon.kernels.selection import selection_threshold
 from tests.kernels.oracle import FUNCTIONS

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from surgeon.errors import UsageError
 from surgeon.kernels.dynamic_k import masked_ffn
 from surgeon.kernels.experts import Experts, selected
-from surgeon.kernels.int8 import Int8Call, routed_ffn_int8
+from surgeon.kernels.int8 import routed_ffn_int8
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.moe.int8 import TENSORS, Int8MoE
 from surgeon.moe.module import MoE
 from surgeon.moe.router import Router

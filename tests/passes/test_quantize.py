@@ -63,7 +63,9 @@ def test_nothing_of_the_float_layers_is_left(traces: Any) -> None:
     assert {str(value.dtype) for name, value in graph.state_dict().items() if name.endswith(("w1", "w2"))} == {
         "torch.int8"
     }
-    assert not any("linear" in str(node.target) and ".moe" in str(node.args[1]) for node in graph.graph.nodes)
+    read = [node.args[1].target for node in graph.graph.nodes if node.target is torch.ops.aten.linear.default]
+    assert read  # of other layers
+    assert not any(".moe." in target for target in read)
     assert surgeon.get_tau(graph) == dict.fromkeys(PATHS, pytest.approx(0.3))
 
 
@@ -75,8 +77,6 @@ def test_reports_what_was_lost_and_saved(traces: Any) -> None:
         assert "of the selections the same" in site.after
         before, after = site.multiply_adds
         assert before == after
-    weights = sum(value.numel() for name, value in converted(traces).state_dict().items() if ".moe.w" in name)
-    assert weights > 0
     assert re.match(r"The experts' weights take [1-9]\d*\.\d kB instead of [1-9]\d*\.\d kB\.", report.notes[0])
     assert "Without data" not in " ".join(report.notes)
     blind = Quantize().apply(converted(traces), inputs=vectors())
@@ -92,9 +92,7 @@ def test_data_makes_it_more_exact_where_inputs_differ_in_size(traces: Any) -> No
         with torch.no_grad():
             for block in ("blocks.0", "blocks.1"):
                 graph.get_parameter(f"{block}.norm.weight")[3] *= 100
-                for moe in (graph.get_submodule(f"{block}.ffn.moe"),):
-                    moe.w1[..., 3] /= 100
-        with torch.no_grad():
+                graph.get_parameter(f"{block}.ffn.moe.w1")[..., 3] /= 100
             want = graph(**vectors())
         Quantize(smooth=smooth).apply(graph, inputs=vectors(), data=labelled_vectors())
         errors[smooth] = moved(graph, want)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import surgeon.kernels
-from surgeon.kernels.int8 import Int8Call
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.selection import RULES
 from tests.kernels.int8_calls import int8_call
 

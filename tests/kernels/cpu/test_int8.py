@@ -15,7 +15,8 @@ from surgeon.errors import UsageError
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.dynamic_k import dynamic_k_ffn  # noqa: F401  the library needs it
-from surgeon.kernels.int8 import Int8Call, routed_ffn_int8, router_scores_int8
+from surgeon.kernels.int8 import routed_ffn_int8, router_scores_int8
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.selection import RULES
 from tests.kernels.cpu import int8_mutants as mutants
 from tests.kernels.int8_calls import HIDDEN, OUTPUT, int8_call, oracle, oracle_scores
