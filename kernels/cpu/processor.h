@@ -3,11 +3,6 @@
 
 #include <c10/util/Exception.h>
 
-#if defined(__x86_64__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -15,17 +10,9 @@
 #include <vector>
 
 #include "layer.h"
+#include "tiles_permission.h"
 
 namespace surgeon {
-
-#if defined(__x86_64__)
-// A process has to ask Linux for the registers of AMX once, on behalf of all its threads.
-inline bool may_use_tiles() {
-  constexpr int REQUEST = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
-  return granted;
-}
-#endif
 
 #if defined(__x86_64__)
 // Sets with other instructions for experts with 8-bit weights only (see `int8/choice.h`).

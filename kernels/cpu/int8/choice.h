@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "../tiles_permission.h"
 #include "int8.h"
 
 namespace surgeon {
@@ -18,6 +19,8 @@ inline const Int8Kernels* int8_kernels(const char* name) {
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  bool amx = vnni && __builtin_cpu_supports("amx-int8") && may_use_tiles();
+  for (const char* called : {"amx_bf16", "amx_int8"}) offer(called, amx, int8_amx);
   for (const char* called : {"amx_bf16", "avx512_bf16", "avx512_vnni"}) offer(called, vnni, int8_avx512_vnni);
   for (const char* called : {"amx_bf16", "avx512_bf16", "avx512"}) offer(called, avx512, int8_avx512);
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -42,6 +42,10 @@ struct Int8Layer {
   bool relu_up;
 };
 
+// Tokens that go through all experts together: with more of them weights are read less often, with fewer what is read of
+// the tokens stays in the cache.
+constexpr int64_t INT8_BLOCK = 256;
+
 inline int64_t padded_to(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 // The inputs of `count` tokens as integers, and which of them selected which expert: those of expert e are
@@ -82,5 +86,6 @@ const Int8Kernels* int8_avx2();
 const Int8Kernels* int8_avx2_vnni();
 const Int8Kernels* int8_avx512();
 const Int8Kernels* int8_avx512_vnni();
+const Int8Kernels* int8_amx();
 
 }  // namespace surgeon

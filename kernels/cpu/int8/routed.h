@@ -135,9 +135,6 @@ class Int8Block {
   }
 };
 
-// Tokens that go through all experts together: with more of them weights are read less often, with fewer what is read of
-// the tokens stays in the cache.
-constexpr int64_t INT8_BLOCK = 256;
 // Up to so many tokens threads share the experts, and each weight is read by one of them.
 constexpr int64_t INT8_FEW = 32;
 // Bytes of weights that are worth a thread.

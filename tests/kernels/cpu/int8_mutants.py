@@ -36,7 +36,7 @@ class Mutant:
         return f"{self.kernels}, {self.file}: {self.old} → {self.new}"
 
 
-VNNI = "int8_avx512_vnni"
+VNNI, AMX = "int8_avx512_vnni", "int8_amx"
 MUTANTS = (
     Mutant("dots.inc", "w[1] = ints(both >> 8)", "w[1] = ints(both >> 7)"),
     Mutant("dots.inc", "spread_group(x + 4), w[1]", "spread_group(x), w[1]"),
@@ -48,6 +48,12 @@ MUTANTS = (
     Mutant("experts.inc", "positive ? 255.f : MOST", "positive ? 256.f : MOST"),
     Mutant("experts.inc", "Rounding by(largest_of(largest), positive", "Rounding by(largest_of(largest) / 2, positive"),
     Mutant("experts.inc", "if (positive) down_product", "if (!positive) down_product", VNNI),
+    Mutant("tiles_int8.inc", "if (POSITIVE) TILE_POSITIVE(0, 2, 4)", "if (!POSITIVE) TILE_POSITIVE(0, 2, 4)", AMX),
+    Mutant("tiles_int8.inc", "memcpy(rest[n], panel[n], left * STEP)", "memcpy(rest[n], panel[n], STEP)", AMX),
+    Mutant("trunk_tiles.inc", "TILE_SIGNED(1, 6, 4)", "TILE_SIGNED(1, 6, 5)", AMX),
+    Mutant("trunk_tiles.inc", "v & spread_int(0x001f001f)", "v & spread_int(0x000f001f)", AMX),
+    Mutant("experts_tiles.inc", "finished + 2 < begun", "finished + 3 < begun", AMX),
+    Mutant("experts_tiles.inc", "memset(to + held, 0, bytes - held)", "memset(to + held, 1, bytes - held)", AMX),
     Mutant("routed.h", "layer.shared + w * 64", "w * 64"),
     Mutant("routed.h", "< all * part", "< all * (part + 1)"),
     Mutant("routed.h", "first * layer.router.d_in * bytes", "first * layer.d_out * bytes"),

@@ -301,9 +301,10 @@ def test_several_threads_at_once() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["int8_portable", mutants.VNNI])
+@pytest.mark.parametrize("kernels", ["int8_portable", mutants.VNNI, mutants.AMX])
 def test_broken_kernels_are_noticed(kernels: str, tmp_path: Path) -> None:
-    if shutil.which("c++") is None or (kernels == mutants.VNNI and "avx512_vnni" not in ops.cpu_instruction_sets()):
+    needed = {mutants.VNNI: "avx512_vnni", mutants.AMX: "amx_bf16"}.get(kernels, "portable")
+    if shutil.which("c++") is None or needed not in ops.cpu_instruction_sets():
         pytest.skip("needs c++ and a processor that has the instructions")
     assert not mutants.noticed(mutants.build(tmp_path / "original", kernels, None), STEP)
     for i, mutant in enumerate(mutants.MUTANTS):
