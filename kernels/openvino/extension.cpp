@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <initializer_list>
 #include <optional>
@@ -21,6 +22,7 @@
 
 #include "../cpu/activation_names.h"
 #include "../cpu/int8/choice.h"
+#include "../cpu/pages.h"
 #include "../cpu/int8/routed.h"
 
 namespace surgeon {
@@ -137,6 +139,11 @@ class RoutedFFNInt8 : public ov::op::Op {
     layer.gate = bytes(GATE), layer.gate_scale = real(GATE_SCALE), layer.b_gate = real(B_GATE);
     layer.w2 = bytes(W2), layer.w2_scale = real(W2_SCALE), layer.y_scale = real(Y_SCALE), layer.b2 = real(B2);
     layer.activation = function, layer.relu_up = activation == "relu_relu" && layer.gate;
+    if (weights != layer.w1) {
+      for (Input input : {FC1, W1, GATE, W2})
+        if (at[input] >= 0) use_large_pages(given[at[input]].data(), given[at[input]].get_byte_size());
+      weights = layer.w1;
+    }
     int64_t tokens = d_in ? given[at[X]].get_size() / d_in : 0;
     shape.back() = d_out;
     outputs[0].set_shape(shape);
@@ -157,6 +164,7 @@ class RoutedFFNInt8 : public ov::op::Op {
   TrunkActivation trunk{};
   RouterOutput score{};
   Activation function{};
+  mutable std::atomic<const int8_t*> weights{nullptr};  // that lie in large pages, if they can
 
   bool find_words() {
     using O = RouterOutput;
