@@ -20,8 +20,7 @@ from typing import Any
 
 from surgeon.errors import first_line
 from surgeon.passes.base import Pass
-
-GROUP = "surgeon.passes"
+from surgeon.passes.catalogue import GROUP
 
 
 def all_passes() -> Mapping[str, type[Pass[Any, Any]]]:
