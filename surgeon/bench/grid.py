@@ -44,8 +44,8 @@ class Cell:
     compiled, over ours. int8_gain: the fastest other engine over ours_int8. kernel_gain: ours with every expert on,
     over ours. ceiling: the largest possible kernel_gain, 1 / executed. limit: least milliseconds that the machine
     needs, either for the selected multiply-adds at its rate of matrix products, or for reading the selected weights
-    from memory. limited_by: which of the two takes longer. of_limit: limit over ours; it can exceed 1, because ours
-    need not read what ReLU switched off. Ratios are None where a method is missing.
+    from memory. What ReLU switched off is needed for neither. limited_by: which of the two takes longer. of_limit:
+    limit over ours. Ratios are None where a method is missing.
     """
 
     dtype: str

@@ -41,8 +41,8 @@ _LEGEND = (
     "router. ours, all on: every expert runs, without the dense product. all on / ours stands before its highest "
     "possible value, 1 / share.",
     "of limit: the least time that the machine needs, over ours. The limit is arithmetic (a) for the selected "
-    "multiply-adds, or memory (m) for reading the selected weights. error: the largest difference in the column from "
-    "float64, relative to the largest output.",
+    "multiply-adds, or memory (m) for reading the selected weights, in both cases without what ReLU switched off. "
+    "error: the largest difference in the column from float64, relative to the largest output.",
 )
 
 
