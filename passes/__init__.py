@@ -1,6 +1,7 @@
 """The passes. Each has a file of its own; all of them share `contract`, `base`, `options` and `verification`.
 
-`registry` finds the passes, including those of other packages. `catalogue` describes them without importing them.
+`registry` finds the passes, including those of other packages. `catalogue` describes them without importing
+them.
 """
 
 from __future__ import annotations

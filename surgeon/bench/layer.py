@@ -88,7 +88,7 @@ class Problem:
             return self.pairs * self.case.shape.size, self.used * self.case.shape.size
         values, neurons = 0, torch.zeros(self.case.shape.hidden, dtype=torch.bool, device=self.x.device)
         mask = selected(self.scores, self.threshold)
-        for x, chosen in zip(self.x.split(_CHECKED), mask.split(_CHECKED), strict=True):
+        for x, chosen in zip(torch.split(self.x, _CHECKED), torch.split(mask, _CHECKED), strict=True):
             active = keep_selected(hidden(x, self.experts.flat(), function), chosen) != 0
             values += int(active.sum())
             neurons |= active.any(0)

@@ -9,7 +9,7 @@ from surgeon.cli.app import Run, command
 from surgeon.errors import UsageError
 
 if TYPE_CHECKING:
-    from surgeon.passes.catalogue import About
+    from surgeon.passes.about import About
     from surgeon.passes.report import PassDiff
 
 

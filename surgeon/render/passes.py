@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.passes.catalogue import About
+from surgeon.passes.about import About
 from surgeon.text.layout import dim, grid, heading, indented, sentences
 
 

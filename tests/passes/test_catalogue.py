@@ -7,7 +7,8 @@ import json
 import pytest
 
 from surgeon.passes import catalogue, registry
-from surgeon.passes.catalogue import FILE, all_about, describe, written
+from surgeon.passes.about import describe
+from surgeon.passes.catalogue import FILE, all_about, written
 from surgeon.passes.registry import all_passes
 
 
