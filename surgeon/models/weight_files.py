@@ -155,14 +155,20 @@ def read_program(path: Path, *, trust_pickle: bool = False, checksums: bool = Tr
     from torch.export.pt2_archive._package import load_pt2
 
     import surgeon.kernels.dynamic_k  # noqa: F401  registers surgeon::dynamic_k_ffn
-    from surgeon.models.program_guard import check_program
+    from surgeon.models.program_guard import INPUTS, checked_program
+    from surgeon.models.program_reader import make_program
 
-    with allowing_registered_classes():
-        check_program(path, trusted=trust_pickle, checksums=checksums)
+    with (
+        allowing_registered_classes(),
+        checked_program(path, trusted=trust_pickle, checksums=checksums) as (archive, checked),
+    ):
         try:
             # Not torch.export.load, which prints the reason of a failure and raises another error.
             with _errors_only("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize"):
-                program = load_pt2(path).exported_programs["model"]
+                if checked is None:
+                    program = load_pt2(path).exported_programs["model"]
+                else:
+                    program = make_program(checked, archive, INPUTS)
                 program.module(check_guards=False)  # its parts fit each other
                 return program
         except Exception as error:
