@@ -7,6 +7,7 @@ run code, unless the caller trusts the file.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import pickle
@@ -159,6 +160,7 @@ def read_program(path: Path, *, trust_pickle: bool = False, checksums: bool = Tr
     from surgeon.models.program_reader import make_program
 
     with (
+        _no_collection(),
         allowing_registered_classes(),
         checked_program(path, trusted=trust_pickle, checksums=checksums) as (archive, checked),
     ):
@@ -173,6 +175,18 @@ def read_program(path: Path, *, trust_pickle: bool = False, checksums: bool = Tr
                 return program
         except Exception as error:
             raise LoadError(f"{path.name} cannot be loaded as a torch.export program: {_reason(error)}.") from error
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from looking for garbage among the many small objects of a program, again and again: it has none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _reason(error: Exception) -> str:
