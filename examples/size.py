@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Width, hidden width, layers, heads. The vocabulary has 32,000 tokens and is tied to the head.
@@ -43,14 +44,12 @@ class Run:
     seconds: dict[str, float]
 
 
-def make(name: str, directory: str) -> None:
-    """Write a model with random weights."""
-    import torch
+def llama(name: str) -> torch.nn.Module:
+    """A model with random weights in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     width, hidden, layers, heads = SHAPES[name]
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=hidden,
@@ -59,8 +58,9 @@ def make(name: str, directory: str) -> None:
         num_key_value_heads=max(1, heads // 4),
         vocab_size=500 if name == "tiny" else 32000,
         tie_word_embeddings=True,
+        dtype=torch.bfloat16,
     )
-    LlamaForCausalLM(config).save_pretrained(directory, max_shard_size="500MB")
+    return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
 def convert(name: str, place: Path) -> Run:
@@ -90,7 +90,8 @@ def convert(name: str, place: Path) -> Run:
 def main() -> None:
     """Print the table."""
     if sys.argv[1:2] == ["--make"]:
-        make(*sys.argv[2:])
+        name, directory = sys.argv[2:]
+        llama(name).save_pretrained(directory, max_shard_size="500MB")
         return
     names = sys.argv[1:] or [name for name in SHAPES if name != "tiny"]
     with tempfile.TemporaryDirectory() as directory:

@@ -1,4 +1,5 @@
-"""What the tool itself costs: seconds and memory of converting models, of loading one, and of `surgeon --help`.
+"""What the tool itself costs: seconds and memory of converting models, of loading one, and of commands that
+only show text.
 
     pip install ".[examples]"
     python examples/tool_cost.py
@@ -60,15 +61,19 @@ def gpt2() -> dict[str, float]:
     return {"seconds": seconds, "memory over weights": memory.grown / weights}
 
 
-def help_page() -> dict[str, float]:
-    """`surgeon --help`, the fastest of five runs."""
-    surgeon = Path(sys.executable).with_name("surgeon")
-    times = []
+def text() -> dict[str, float]:
+    """CPU-seconds of commands that only show text, and of torch's import; the medians of five runs, in turn."""
+    python = sys.executable
+    commands = {args: [python, "-m", "surgeon", *args.split()] for args in ("--help", "passes", "passes moeify")}
+    commands["import torch"] = [python, "-c", "import torch"]
+    times: dict[str, list[float]] = {what: [] for what in commands}
     for _ in range(5):
-        started = time.monotonic()
-        subprocess.run([surgeon, "--help"], check=True, capture_output=True)
-        times.append(time.monotonic() - started)
-    return {"seconds": min(times)}
+        for what, command in commands.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(command, check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times[what].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return {what: statistics.median(taken) for what, taken in times.items()}
 
 
 # Loading a saved surgery in a process of its own, and what torch and transformers cost alone for the same file.
@@ -125,7 +130,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-CASES = {"minilm": minilm, "gpt2": gpt2, "load": load, "help": help_page}
+CASES = {"minilm": minilm, "gpt2": gpt2, "load": load, "text": text}
 
 
 def main() -> None:

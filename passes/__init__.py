@@ -1,35 +1,61 @@
 """The passes. Each has a file of its own; all of them share `contract`, `base`, `options` and `verification`.
 
-`registry` finds the passes, including those of other packages.
+`registry` finds the passes, including those of other packages. `catalogue` describes them without importing
+them.
 """
 
-from surgeon.passes.base import Pass
-from surgeon.passes.contract import FitContext, SiteRefused
-from surgeon.passes.lower import Lower
-from surgeon.passes.mlpify import Mlpify
-from surgeon.passes.moeify import Moeify
-from surgeon.passes.options import PerSite, option
-from surgeon.passes.quantize import Quantize
-from surgeon.passes.recover import Recover
-from surgeon.passes.report import SiteChange
-from surgeon.passes.sparsify import Sparsify
-from surgeon.passes.swap_activation import SwapActivation
-from surgeon.passes.trained import FineTunedPass, TrainedPass
+from __future__ import annotations
 
-__all__ = [
-    "FineTunedPass",
-    "FitContext",
-    "Lower",
-    "Mlpify",
-    "Moeify",
-    "Pass",
-    "PerSite",
-    "Quantize",
-    "Recover",
-    "SiteChange",
-    "SiteRefused",
-    "Sparsify",
-    "SwapActivation",
-    "TrainedPass",
-    "option",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Loaded on first use: what describes the passes, or reads their reports, does not wait for all of them.
+_EXPORTS = {
+    "FineTunedPass": "trained",
+    "FitContext": "contract",
+    "Lower": "lower",
+    "Mlpify": "mlpify",
+    "Moeify": "moeify",
+    "Pass": "base",
+    "PerSite": "options",
+    "Quantize": "quantize",
+    "Recover": "recover",
+    "SiteChange": "report",
+    "SiteRefused": "contract",
+    "Sparsify": "sparsify",
+    "SwapActivation": "swap_activation",
+    "TrainedPass": "trained",
+    "option": "options",
+}
+
+if TYPE_CHECKING:
+    from surgeon.passes.base import Pass as Pass
+    from surgeon.passes.contract import FitContext as FitContext
+    from surgeon.passes.contract import SiteRefused as SiteRefused
+    from surgeon.passes.lower import Lower as Lower
+    from surgeon.passes.mlpify import Mlpify as Mlpify
+    from surgeon.passes.moeify import Moeify as Moeify
+    from surgeon.passes.options import PerSite as PerSite
+    from surgeon.passes.options import option as option
+    from surgeon.passes.quantize import Quantize as Quantize
+    from surgeon.passes.recover import Recover as Recover
+    from surgeon.passes.report import SiteChange as SiteChange
+    from surgeon.passes.sparsify import Sparsify as Sparsify
+    from surgeon.passes.swap_activation import SwapActivation as SwapActivation
+    from surgeon.passes.trained import FineTunedPass as FineTunedPass
+    from surgeon.passes.trained import TrainedPass as TrainedPass
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'surgeon.passes' has no attribute '{name}'")
+
+    value = getattr(importlib.import_module(f"surgeon.passes.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

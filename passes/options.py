@@ -77,6 +77,12 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
 
 
+def option_types(kind: type[Any]) -> dict[str, Any]:
+    """The type of every option of a pass, by name."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
 @functools.cache
 def limits_of(kind: Hashable) -> Mapping[str, Limits]:
     """The limits of every option of a pass, by name."""

@@ -17,7 +17,7 @@ from surgeon.graph.traced import TracedGraph, aten
 from surgeon.kernels.experts import selected
 from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.panels import WIDEST
-from surgeon.moe.int8 import TENSORS, Int8MoE
+from surgeon.moe.int8 import TENSORS, Int8MoE, parameter_sizes
 from surgeon.moe.module import SKIPPED_MEAN, MoE
 from surgeon.moe.ops import masked_ffn, routed_ffn_int8, selection_threshold
 from surgeon.moe.rebuild import moe_module
@@ -110,7 +110,7 @@ class Quantize(Pass[MoESite, Tensor | None]):
             site.path,
             site.describe,
             words,
-            (before, sum(parameter.numel() for parameter in made.parameters())),
+            (before, sum(parameter_sizes(made).values())),
             (site.multiply_adds, after.multiply_adds),
             (site.nodes[-1].name, names[-1]),
             made=(site.path,),
@@ -121,8 +121,9 @@ class Quantize(Pass[MoESite, Tensor | None]):
     ) -> tuple[str, ...]:
         if not sites:
             return ()
-        before = sum(_bytes(site) for site in sites)
-        after = sum(_bytes(site) for site in find_moes(graph) if site.path in {change.path for change in changes})
+        made = {site.path: site for site in find_moes(graph)}
+        before = sum(_float_bytes(site, made[site.path]) for site in sites)
+        after = sum(_bytes(made[site.path]) for site in sites)
         notes = [f"The experts' weights take {_size(after)} instead of {_size(before)}."]
         if " error " not in changes[0].after:
             notes.append("Without data the inputs' sizes are unknown, so nothing was smoothed and no error measured.")
@@ -187,7 +188,15 @@ def _replace(graph: TracedGraph, site: MoESite, node: Node, made: Int8MoE) -> st
     return call.name
 
 
+def _float_bytes(before: MoESite, after: MoESite) -> int:
+    """The bytes that a layer's experts took, whose tensors are empty by now if the run had to save memory."""
+    biases = sum(bias is not None for bias in (before.stored.b1, before.stored.b_gate))
+    numbers = after.experts * after.size * (after.neuron_multiply_adds + biases)
+    return numbers * before.stored.w1.element_size()
+
+
 def _bytes(site: MoESite) -> int:
+    """The bytes that the experts of an 8-bit layer take, scales included."""
     return sum(tensor.numel() * tensor.element_size() for tensor in site.stored if tensor is not None)
 
 

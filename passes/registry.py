@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import first_line
+from surgeon.passes.about import GROUP
 from surgeon.passes.base import Pass
-
-GROUP = "surgeon.passes"
 
 
 def all_passes() -> Mapping[str, type[Pass[Any, Any]]]:

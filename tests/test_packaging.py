@@ -32,7 +32,7 @@ from tests.small_models import stack, vectors
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-SHIPPED = (".py", ".cpp", ".h", ".inc", ".typed")
+SHIPPED = (".py", ".json", ".cpp", ".h", ".inc", ".typed")
 
 # Distributions whose modules have another name.
 DISTRIBUTION = {
@@ -57,7 +57,7 @@ UNDECLARED = {
 }
 
 # Slow to import, and only some work needs them: no module imports one before that work is asked for.
-ON_USE = ("accelerate", "datasets", "matplotlib", "networkx", "pandas", "PIL", "scipy", "sklearn", "soundfile")
+ON_USE = ("accelerate", "datasets", "matplotlib", "networkx", "pandas", "PIL", "scipy", "sklearn", "soundfile", "sympy")
 
 
 def python(code: str, *args: str, program: str | Path = sys.executable, **options: Any) -> subprocess.CompletedProcess:
@@ -160,11 +160,10 @@ for name in modules:
     importlib.import_module(name)
 if saved is not None:
     import torch
-    from surgeon import load
-    from surgeon.surgery.artifact import load_inputs
+    from surgeon.surgery.artifact import load_with_inputs
     with torch.no_grad():
-        args, kwargs = load_inputs(saved)
-        load(saved)(*args, **kwargs)
+        graph, (args, kwargs) = load_with_inputs(saved)
+        graph(*args, **kwargs)
 print(json.dumps({name: way for name, way in by.items() if name in sys.modules}))
 """
 

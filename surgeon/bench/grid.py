@@ -44,8 +44,8 @@ class Cell:
     compiled, over ours. int8_gain: the fastest other engine over ours_int8. kernel_gain: ours with every expert on,
     over ours. ceiling: the largest possible kernel_gain, 1 / executed. limit: least milliseconds that the machine
     needs, either for the selected multiply-adds at its rate of matrix products, or for reading the selected weights
-    from memory. limited_by: which of the two takes longer. of_limit: limit over ours; it can exceed 1, because ours
-    need not read what ReLU switched off. Ratios are None where a method is missing.
+    from memory. What ReLU switched off is needed for neither. limited_by: which of the two takes longer. of_limit:
+    limit over ours. Ratios are None where a method is missing.
     """
 
     dtype: str
@@ -72,7 +72,10 @@ def time_grid(
     seconds: float,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Cell]:
-    """Time every method on every case. seconds: average time spent on each method and case."""
+    """Time every method on every case. seconds: average time spent on each method and case.
+
+    Ctrl-C ends it with the cells that are done, if there is one.
+    """
     device, cells, before = torch.device(machine.device), [], None
     with torch.inference_mode(), using_threads(machine.threads):
         for index, case in enumerate(cases):
@@ -80,8 +83,13 @@ def time_grid(
                 # Code compiled for other sizes is not needed again, and would count towards torch's limit.
                 torch.compiler.reset()
             before = case.dtype, case.tokens
-            layers = [make_problem(case, device, seed) for seed in range(_layers(case, device))]
-            cells.append(_cell(layers, methods, machine, seconds))
+            try:
+                layers = [make_problem(case, device, seed) for seed in range(_layers(case, device))]
+                cells.append(_cell(layers, methods, machine, seconds))
+            except KeyboardInterrupt:
+                if not cells:
+                    raise
+                break
             if progress is not None:
                 progress(Progress("bench", index + 1, len(cases), {"tokens": case.tokens, "share": case.share}))
     return cells
@@ -106,7 +114,7 @@ def _cell(layers: Sequence[Problem], methods: Sequence[str], machine: Machine, s
         if call is not None:
             calls[name] = call
     problem, layers = layers[0], layers[1:] or layers
-    found = median_seconds(calls, problem.x.device, seconds=seconds, threads=machine.threads)
+    found = median_seconds(calls, problem.x.device, seconds=seconds, threads=machine.threads, early=False)
     for name, taken in found.items():
         timings[name] = Timing(1000 * taken / len(layers), timings[name].error)
     case = problem.case

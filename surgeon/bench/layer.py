@@ -58,13 +58,16 @@ class Problem:
 
     @property
     def multiply_adds(self) -> int:
-        """Multiply-adds of the selected pairs."""
-        return self.pairs * self._expert_weights
+        """Multiply-adds that the selected pairs need: none with values that the activation made zero."""
+        return self.pairs * self._first_weights + self._active[0] * self.case.shape.width
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights of the experts that some token selects."""
-        return self.used * self._expert_weights * self.x.element_size()
+        """Bytes of the weights that have to be read: of the experts that some token selects, without the rows of w2 of
+        neurons that are zero for all of these tokens.
+        """
+        weights = self.used * self._first_weights + self._active[1] * self.case.shape.width
+        return weights * self.x.element_size()
 
     @property
     def executed(self) -> float:
@@ -72,8 +75,24 @@ class Problem:
         return self.pairs / self.scores.numel()
 
     @property
-    def _expert_weights(self) -> int:
-        return self.case.shape.weights // self.case.shape.experts
+    def _first_weights(self) -> int:
+        """Weights of an expert in w1 and gate."""
+        shape = self.case.shape
+        return shape.size * shape.width * (2 if shape.gated else 1)
+
+    @cached_property
+    def _active(self) -> tuple[int, int]:
+        """How many values of neurons in selected experts are not zero, and how many neurons have such a value."""
+        function = activation(self.case.activation)
+        if not function.leaves_zeros:
+            return self.pairs * self.case.shape.size, self.used * self.case.shape.size
+        values, neurons = 0, torch.zeros(self.case.shape.hidden, dtype=torch.bool, device=self.x.device)
+        mask = selected(self.scores, self.threshold)
+        for x, chosen in zip(torch.split(self.x, _CHECKED), torch.split(mask, _CHECKED), strict=True):
+            active = keep_selected(hidden(x, self.experts.flat(), function), chosen) != 0
+            values += int(active.sum())
+            neurons |= active.any(0)
+        return values, int(neurons.sum())
 
     def error(self, result: Tensor, *, every: bool, mask: Tensor | None = None) -> float:
         """Largest difference from the float64 result, relative to its largest value.

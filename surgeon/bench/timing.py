@@ -37,14 +37,14 @@ class TimedCall:
 
 
 def median_seconds(
-    calls: Mapping[str, TimedCall], device: torch.device, *, seconds: float, threads: int
+    calls: Mapping[str, TimedCall], device: torch.device, *, seconds: float, threads: int, early: bool = True
 ) -> dict[str, float]:
     """Median seconds of each call. Each call must have run once before.
 
     On a CPU the calls take turns, so that a slow moment of the machine affects all of them. Each runs at least five
     times, and for `seconds` on average. Before each call the caches are emptied, as the other layers of a model would
     do. With one thread, the CPU time of the thread is taken, so that other work on the machine does not count. Ctrl-C
-    ends it early, once each has run.
+    ends it early, once each has run, unless `early` is False.
 
     On a GPU `do_bench` times the calls in sequence, with the cache emptied. Calls that do not wait for the device are
     captured in a CUDA graph and replayed. Otherwise small calls would show how fast Python starts kernels.
@@ -70,7 +70,7 @@ def median_seconds(
                 spent += took
             rounds += 1
     except KeyboardInterrupt:
-        if not all(found.values()):
+        if not early or not all(found.values()):
             raise
         log.warning("Stopped after %d rounds: these are the medians so far.", rounds)
     return {name: statistics.median(times) for name, times in found.items()}

@@ -51,6 +51,12 @@ class Run:
         self.output = output or self.output
         self.verbose, self.quiet, self.debug = max(verbose, self.verbose), quiet or self.quiet, debug or self.debug
 
+    @property
+    def to_continue(self) -> str:
+        """How to go on with this run after it was interrupted."""
+        again = [arg for arg in self.args if arg != "--resume"]
+        return f"To continue, run:\n  {shlex.join(['surgeon', *again, '--resume'])}"
+
     @functools.cached_property
     def screen(self) -> "Screen":
         """The screen that this run writes to."""
@@ -207,9 +213,7 @@ def _interrupted(run: Run, workdir: Path | None) -> NoReturn:
     if workdir is None:
         text = "interrupted; nothing was saved"
     else:
-        again = [arg for arg in run.args if arg != "--resume"]
-        command_line = shlex.join(["surgeon", *again, "--resume"])
-        text = f"interrupted; checkpoints are in {workdir}. To continue, run:\n  {command_line}"
+        text = f"interrupted; checkpoints are in {workdir}. {run.to_continue}"
     run.screen.error(text, kind="Interrupted", exit_code=130)
     raise typer.Exit(130)
 

@@ -57,11 +57,14 @@ def layer(
         float, typer.Option("--seconds", help="Seconds for each method and layer; at least five calls are timed.")
     ] = TimingOptions.seconds,
     out: Files = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a stopped run, whose numbers are in the .json file of -o.")
+    ] = False,
 ) -> None:
     """Time a feed-forward layer with random weights, computed by every method.
 
     The error of each method is measured against float64. The method ours is compared with the limits of this
-    machine.
+    machine. A run that is stopped (Ctrl-C, SIGTERM) shows and writes the layers that are done.
 
     Example: surgeon bench layer --tokens 1,2048 --size 128 --share 0.1,0.2 -o bench.png
 
@@ -71,10 +74,10 @@ def layer(
 
     JSON: {machine: {device, processor, instruction_set, threads, torch, kernels, gpu, clock, gemm, bandwidth},
     width, hidden, gated, activation, cells: [{dtype, tokens, size, mask, share, executed, methods: {name:
-    {milliseconds, error, why}}, gain, int8_gain, kernel_gain, ceiling, limit, limited_by, of_limit}]}. Times are
-    milliseconds.
+    {milliseconds, error, why}}, gain, int8_gain, kernel_gain, ceiling, limit, limited_by, of_limit}], untimed}. Times
+    are milliseconds. untimed: the number of layers that a stopped run left out.
     """
-    from surgeon.jobs.bench_layer import bench_layer
+    from surgeon.jobs.bench_layer import bench_layer, read_stopped
     from surgeon.render.bench_layer import layer_plot, layer_view
     from surgeon.render.files import check_files
 
@@ -86,7 +89,13 @@ def layer(
         mask=mask,
         methods=methods,
         against=against,
+        earlier=read_stopped(out) if resume else None,
         stage=run.screen.stage,
         progress=run.screen.progress,
     )
     answer(run, found, layer_view(found), out, lambda file: layer_plot(found).draw(file))
+    if found.untimed:
+        left = f"interrupted; {found.untimed} of {len(found.cells) + found.untimed} layers were not timed."
+        has_numbers = any(file.suffix == ".json" for file in out or ())
+        run.screen.warn(f"{left} {run.to_continue}" if has_numbers else left)
+        raise typer.Exit(130)

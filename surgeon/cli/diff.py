@@ -55,6 +55,7 @@ def diff(
             trust_pickle=trust_pickle,
             trust_modules=trust_modules or (),
             arch=arch,
+            only_graph=True,
             stage=run.screen.stage,
         )
         for spec in (first, second)

@@ -49,6 +49,7 @@ def explain(
         trust_modules=trust_modules or (),
         arch=arch,
         task=task,
+        only_graph=True,
         stage=run.screen.stage,
     )
     with run.screen.stage("explaining"):

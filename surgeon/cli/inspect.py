@@ -48,6 +48,7 @@ def inspect(
         trust_modules=trust_modules or (),
         arch=arch,
         task=task,
+        only_graph=True,
         stage=run.screen.stage,
     )
     with run.screen.stage("measuring"):

@@ -1,42 +1,71 @@
 """`surgeon passes`: list the passes, or show the options of a pass."""
 
 # The annotations are read when commands are made, so they are not postponed.
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from surgeon.cli.app import Run, command
+from surgeon.errors import UsageError
+
+if TYPE_CHECKING:
+    from surgeon.passes.about import About
+    from surgeon.passes.report import PassDiff
 
 
 @command(order=30)
 def passes(
     run: Run,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass and its options.")] = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Also run the pass on a small model, and show what changes.")
+    ] = False,
 ) -> None:
     """List the passes, or show one of them.
 
-    For one pass, show what it does, what it needs, how it affects the output, its options, and an example.
+    For one pass, show what it does, what it needs, how it affects the output, and its options.
 
-    Example: surgeon passes moeify
+    Example: surgeon passes moeify --example
 
     JSON: {passes: [{name, summary, description, works_on, makes, must_precede, preserves, needs_data, trains,
-    calibrates}], recipes: {name: {summary, passes: [[name, options]]}}, broken: {name: why}}; for one pass {name, ...,
-    options: [{name, type, default, help}], example}
+    calibrates, untrained, output}], recipes: {name: {summary, passes: [[name, options]]}}, broken: {name: why}}; for
+    one pass {name, ..., options: [{name, type, default, help}], example}
     """
-    from surgeon.jobs.passes import describe, example_of, options_of
-    from surgeon.passes.registry import all_passes, broken_passes
-    from surgeon.render.passes import pass_help_view, passes_view
-    from surgeon.surgery.recipe import RECIPES, find_pass
+    from surgeon.passes.catalogue import all_about, broken
+    from surgeon.render.passes import pass_view, passes_view
+    from surgeon.surgery.recipes import RECIPES
 
+    known = all_about()
     if name is None:
-        run.screen.show(passes_view(all_passes().values(), RECIPES, broken_passes()))
+        if example:
+            raise UsageError("--example runs one pass. Name it: surgeon passes moeify --example.")
+        run.screen.show(passes_view(known.values(), RECIPES, broken()))
         recipes = {name: {"summary": what, "passes": steps} for name, (what, steps) in RECIPES.items()}
-        passes = [describe(kind) for kind in all_passes().values()]
-        run.screen.result({"passes": passes, "recipes": recipes, "broken": broken_passes()})
+        passes = [_plain(about) for about in known.values()]
+        run.screen.result({"passes": passes, "recipes": recipes, "broken": broken()})
         return
-    kind = find_pass(name)
+    if name not in known:
+        from surgeon.surgery.recipe import find_pass
+
+        find_pass(name)  # which says what is wrong with it
+    about = known[name]
+    run.screen.show(pass_view(about))
+    changed = _example(run, name) if example else None
+    run.screen.result({**_plain(about), "options": about.options, "example": changed})
+
+
+def _plain(about: "About") -> dict[str, Any]:
+    """A pass without its options."""
+    return {key: value for key, value in vars(about).items() if key != "options"}
+
+
+def _example(run: Run, name: str) -> "PassDiff":
+    """Run a pass on a small model, and show what changes."""
+    from surgeon.jobs.passes import example_of
+    from surgeon.render.pass_example import example_view
+    from surgeon.surgery.recipe import find_pass
+
     with run.screen.stage(f"running {name} on a small model"):
-        example = example_of(kind)
-    about, options = describe(kind), options_of(kind)
-    run.screen.show(pass_help_view(kind, about["description"], options, example))
-    run.screen.result({**about, "options": options, "example": example})
+        changed = example_of(find_pass(name))
+    run.screen.show(example_view(changed))
+    return changed

@@ -76,9 +76,9 @@ def check_no_pass(model: str) -> None:
     Raises:
         UsageError: `model` is a pass; the message names the command that shows it.
     """
-    from surgeon.passes.registry import all_passes
+    from surgeon.passes.catalogue import all_about
 
-    if model in all_passes() and not Path(model).exists():
+    if model in all_about() and not Path(model).exists():
         raise UsageError(f"'{model}' is a pass, not a model. To see its options, run surgeon passes {model}.")
 
 

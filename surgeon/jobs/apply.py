@@ -37,7 +37,8 @@ from surgeon.passes.report import PassDiff, PassReport
 from surgeon.processes import agreed, connect, is_main, wait
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
-from surgeon.surgery.recipe import RECIPES, build
+from surgeon.surgery.recipe import build
+from surgeon.surgery.recipes import RECIPES
 from surgeon.surgery.record import RECORD, Recipe, Step, read_record, validated
 from surgeon.surgery.surgery import Surgery
 from surgeon.text.reasons import count_reasons

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from typing import cast
 
 from surgeon.bench.engines import ENGINES
@@ -21,11 +23,15 @@ from surgeon.jobs.options import LayerOptions, TimingOptions
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import activation as activation_of
 from surgeon.progress import Progress
+from surgeon.surgery.record import parse, read_json
 
 
 @dataclass(frozen=True)
 class LayerBenchmark:
-    """Times of layers with random weights, computed by every method on this machine."""
+    """Times of layers with random weights, computed by every method on this machine.
+
+    untimed: the number of layers that are missing, because the run was stopped.
+    """
 
     machine: Machine
     width: int
@@ -33,6 +39,7 @@ class LayerBenchmark:
     gated: bool
     activation: str
     cells: list[Cell]
+    untimed: int = 0
 
 
 def bench_layer(
@@ -43,30 +50,101 @@ def bench_layer(
     mask: str,
     methods: str | None,
     against: str | None = None,
+    earlier: LayerBenchmark | None = None,
     stage: Stage = nullcontext,
     progress: Callable[[Progress], None] | None = None,
 ) -> LayerBenchmark:
-    """Time every method on every layer that the options ask for.
+    """Time every method on every layer that the options ask for. Ctrl-C and SIGTERM end it with what is done by then.
 
     Args:
         activation: its name. mask: how experts are selected, as names separated by commas. methods: likewise; None for
-            all of torch's and ours. against: other engines, likewise. stage: called with the name of each step before
-            the timing.
+            all of torch's and ours. against: other engines, likewise. earlier: a stopped run to go on with. stage:
+            called with the name of each step before the timing.
 
     Raises:
         UsageError: as `grid_of` and `device_of`; an activation, a mask, a method or an engine does not exist, or is not
-            installed.
+            installed; the earlier run had other options or another machine.
+        KeyboardInterrupt: it was stopped before a layer was done.
     """
     cases, chosen, device = _cases(layers, activation, mask), _methods(methods, against), device_of(timing)
     if device.type == "cpu" and not cpu.built():
         with stage("building the kernels"):
             cpu.load()
-    with stage("measuring the machine's limits"):
-        dtypes = list(dict.fromkeys(case.dtype for case in cases))
-        machine = examine(device, timing.threads, dtypes, timing.seconds)
-    cells = time_grid(cases, chosen, machine, seconds=timing.seconds, progress=progress)
     shape = cases[0].shape
-    return LayerBenchmark(machine, shape.width, shape.hidden, shape.gated, activation, cells)
+    if earlier is not None:
+        machine, done = earlier.machine, earlier.cells
+        here = replace(examine(device, timing.threads), gemm=machine.gemm, bandwidth=machine.bandwidth)
+        made = LayerBenchmark(here, shape.width, shape.hidden, shape.gated, activation, done, len(cases) - len(done))
+        _check_same(earlier, made, cases, chosen)
+    else:
+        with stage("measuring the machine's limits"):
+            dtypes = list(dict.fromkeys(case.dtype for case in cases))
+            machine, done = examine(device, timing.threads, dtypes, timing.seconds), []
+    with _stopped_by_sigterm():
+        cells = [*done, *time_grid(cases[len(done) :], chosen, machine, seconds=timing.seconds, progress=progress)]
+    untimed = len(cases) - len(cells)
+    return LayerBenchmark(machine, shape.width, shape.hidden, shape.gated, activation, cells, untimed)
+
+
+def read_stopped(files: Sequence[Path] | None) -> LayerBenchmark:
+    """Read the numbers of a stopped run from the first `.json` file.
+
+    Raises:
+        UsageError: there is no such file, or its run was not stopped. LoadError: it is damaged.
+    """
+    file = next((file for file in files or () if file.suffix == ".json"), None)
+    if file is None:
+        raise UsageError(
+            "--resume goes on from the numbers of a stopped run. Give the .json file that has them with -o."
+        )
+    if not file.is_file():
+        raise UsageError(f"There is nothing to resume: no {file}. Run the command without --resume.")
+    found = parse(LayerBenchmark, read_json(file), file)
+    if not found.untimed:
+        raise UsageError(f"There is nothing to resume: {file} is complete. Run the command without --resume.")
+    return found
+
+
+def _check_same(earlier: LayerBenchmark, now: LayerBenchmark, cases: Sequence[Case], methods: Sequence[str]) -> None:
+    """Refuse to go on with a run that measured something else.
+
+    Raises:
+        UsageError: names the first difference.
+    """
+
+    def told(run: LayerBenchmark) -> dict[str, object]:
+        return {**vars(run.machine), **vars(run), "machine": None, "cells": None}
+
+    pairs = [(what, value, told(now)[what]) for what, value in told(earlier).items()]
+    pairs += [
+        ("layer", (cell.dtype, cell.tokens, cell.size, cell.mask, cell.share), _key(case))
+        for cell, case in zip(earlier.cells, cases, strict=False)
+    ]
+    pairs += [("methods", tuple(cell.methods), tuple(methods)) for cell in earlier.cells[:1]]
+    for what, before, after in pairs:
+        if before != after:
+            raise UsageError(
+                f"The stopped run differs from this one. Its {what}: {before}; now: {after}. Give the same options on "
+                "the same machine, or run the command without --resume."
+            )
+
+
+def _key(case: Case) -> tuple[str, int, int, str, float]:
+    return case.dtype, case.tokens, case.shape.size, case.mask, case.share
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, by which other programs end a process, stop the timing as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _cases(layers: LayerOptions, activation: str, mask: str) -> list[Case]:

@@ -11,6 +11,7 @@ from surgeon.graph.snapshot import GraphDiff, compare_unrelated, snapshot
 from surgeon.jobs.inspect import outside_experts
 from surgeon.jobs.open_model import Opened
 from surgeon.measure.meter import Cost, measure
+from surgeon.moe.int8 import parameter_sizes
 from surgeon.moe.site import find_moes
 
 
@@ -70,7 +71,9 @@ def _sides(opened: Opened) -> dict[str, SiteSide]:
     }
     _, layers = measure(graph, *as_args_kwargs(opened.inputs))
     for site in find_moes(graph):
-        count = sum(parameter.numel() for parameter in graph.get_submodule(site.path).parameters())
+        experts = graph.get_submodule(site.path)
+        sizes = parameter_sizes(experts) if site.form == "int8" else {}
+        count = sum(sizes.values()) or sum(parameter.numel() for parameter in experts.parameters())
         side = SiteSide(site.describe, count, site.multiply_adds, layers[site.path].share)
         found[site.path.rpartition(".")[0]] = side
     return found

@@ -12,7 +12,7 @@ from surgeon.jobs.options import DataOptions
 from surgeon.jobs.store import check_parent
 from surgeon.moe.site import find_moes
 from surgeon.sites.rejection import Rejection
-from surgeon.surgery.artifact import load, load_inputs
+from surgeon.surgery.artifact import load_with_inputs
 from surgeon.surgery.engines import (
     FILES,
     EngineModel,
@@ -104,8 +104,7 @@ def export_surgery(
     """
     record = read_record(directory)
     with stage(f"loading {directory}"):
-        graph = load(directory, trust_modules=trust_modules)
-        inputs = load_inputs(directory)
+        graph, inputs = load_with_inputs(directory, trust_modules=trust_modules)
         origin = origin_of(directory)
         model = None if base is None else read_base(base, origin)
     reports = [pass_.report for pass_ in earlier_passes(graph)]

@@ -19,7 +19,7 @@ from surgeon.measure.meter import ExpertMeter
 from surgeon.models.source import load_model
 from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.moe.site import find_moes
-from surgeon.surgery.artifact import load, load_inputs
+from surgeon.surgery.artifact import load_with_inputs
 from surgeon.surgery.export import base_of, origin_of, rebuilt
 from surgeon.surgery.record import RECORD, earlier_passes, read_record
 
@@ -93,9 +93,9 @@ def open_generator(directory: Path, dense: Path | None, *, stage: Stage) -> Gene
         if (directory / RECORD).is_file():
             record, origin = read_record(directory), origin_of(directory)
             base = base_of(record, origin)
-            graph = load(directory)
+            graph, inputs = load_with_inputs(directory)
             reports = [pass_.report for pass_ in earlier_passes(graph)]
-            model: Any = rebuilt(base, graph, reports, load_inputs(directory), origin, share=True)
+            model: Any = rebuilt(base, graph, reports, inputs, origin, share=True)
             tokenizer = origin.tokenizer
         else:
             found = load_model(directory)

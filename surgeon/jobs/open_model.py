@@ -23,7 +23,7 @@ from surgeon.models.hugging_face import companions
 from surgeon.models.source import Source, check_finite, load_model
 from surgeon.models.tasks import HEADS
 from surgeon.models.user_function import import_modules
-from surgeon.surgery.artifact import load, load_inputs
+from surgeon.surgery.artifact import load_with_inputs
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import Record, record_of
 from surgeon.tracing.trace import TraceInfo, from_program, trace
@@ -76,6 +76,7 @@ def open_model(
     arch: str | None = None,
     task: str | None = None,
     data: DataOptions | None = None,
+    only_graph: bool = False,
     stage: Stage = nullcontext,
 ) -> Opened:
     """Load a model or a saved surgery, find example inputs, trace it, and read data for it.
@@ -85,6 +86,8 @@ def open_model(
             of the data for a model that has none.
         trust_modules: imported first. The file may use output classes and operators that they register.
         task: chooses the head of a Hugging Face model. stage: called with the name of each step.
+        only_graph: leave out config, tokenizer and processor beside a saved surgery, for a caller who neither reads
+            data nor saves anything.
 
     Raises:
         LoadError, TraceError, UsageError, DataError: as the steps raise them.
@@ -95,7 +98,7 @@ def open_model(
         head = task if task in HEADS else None
         source = load_model(spec, trust_pickle=trust_pickle, arch=arch, task=head)
         if source.kind == "artifact":
-            return _open_artifact(spec, source, given, data, stage)
+            return _open_artifact(spec, source, given, data, only_graph, stage)
         assert source.model is not None
         check_finite(source.model)
     read = _read(data, source.tokenizer, source.processor, source.config, None, 0, stage)
@@ -125,18 +128,20 @@ def open_model(
     return Opened(spec, graph, given, origin, (*notes, *info.notes), None, read)
 
 
-def _open_artifact(spec: str, source: Source, given: Any, data: DataOptions | None, stage: Stage) -> Opened:
-    graph = load(source.path)
+def _open_artifact(
+    spec: str, source: Source, given: Any, data: DataOptions | None, only_graph: bool, stage: Stage
+) -> Opened:
+    graph, inputs = load_with_inputs(source.path)
     if given is None:
-        given = load_inputs(source.path)
+        given = inputs
     _check_runs(graph, given, spec)
-    config, tokenizer, processor, generation = companions(source.path)
+    config, tokenizer, processor, generation = (None,) * 4 if only_graph else companions(source.path)
     info: TraceInfo = graph.meta["trace"]
     record = record_of(graph)
     assert record is not None
     read = _read(data, tokenizer, processor, config, info.task, record.recipe.seed, stage)
     _check_names(read, graph)
-    origin = Origin(str(source.path), "artifact", source.sha256, config, tokenizer, processor, (), generation)
+    origin = Origin(str(source.path), "artifact", record.model_sha256, config, tokenizer, processor, (), generation)
     return Opened(spec, graph, given, origin, info.notes, record, read)
 
 

@@ -25,7 +25,7 @@ from surgeon.kernels.dynamic_k import selected
 from surgeon.kernels.int8 import route
 from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.measure.multiply_adds import Counter
-from surgeon.moe.int8 import Int8MoE
+from surgeon.moe.int8 import Int8MoE, parameter_sizes
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import masked_ffn, selection_threshold
 from surgeon.moe.router import expert_norms
@@ -56,8 +56,16 @@ class LayerRun:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Count the numbers in the model's parameters. Parameters that share memory count once."""
-    return sum({tensor_key(parameter): parameter.numel() for parameter in model.parameters()}.values())
+    """Count the numbers in the model's parameters. Parameters that share memory count once.
+
+    A layer with 8-bit weights counts as the float layer that it was made of: see `surgeon.moe.int8.parameter_sizes`.
+    """
+    sizes = {tensor_key(parameter): parameter.numel() for parameter in model.parameters()}
+    for site in find_moes(model):
+        if site.form == "int8":
+            layer = model.get_submodule(site.path)
+            sizes |= {tensor_key(getattr(layer, name)): size for name, size in parameter_sizes(layer).items()}
+    return sum(sizes.values())
 
 
 def measure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Cost, dict[str, LayerRun]]:

@@ -9,6 +9,7 @@ then the directory, then its end, and nothing else.
 from __future__ import annotations
 
 import io
+import mmap
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -30,8 +31,8 @@ _CHUNK = 1 << 20
 class Archive:
     """The records of an archive, by name without the folder that all of them are in."""
 
-    def __init__(self, zipped: zipfile.ZipFile, label: str) -> None:
-        self._zipped, self._label = zipped, label
+    def __init__(self, zipped: zipfile.ZipFile, raw: BinaryIO, label: str) -> None:
+        self._zipped, self._raw, self._label = zipped, raw, label
         self.records = {info.filename.partition("/")[2]: info for info in zipped.infolist()}
 
     def read(self, record: str) -> bytes:
@@ -43,6 +44,17 @@ class Archive:
         if record not in self.records:
             raise LoadError(f"{self._label} is damaged or truncated: it has no record {record}.")
         return self._zipped.read(self.records[record])
+
+    def start(self, record: str) -> int:
+        """The place in the file where the content of a record starts."""
+        header = self.records[record].header_offset
+        self._raw.seek(header)
+        local = _LOCAL.unpack(self._raw.read(_LOCAL.size))
+        return header + _LOCAL.size + int(local[9]) + int(local[10])
+
+    def mapped(self) -> mmap.mmap:
+        """The file in memory. What is written there does not reach the file."""
+        return mmap.mmap(self._raw.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 @contextmanager
@@ -64,7 +76,7 @@ def open_archive(file: Path | bytes, label: str, *, checksums: bool = True) -> I
                 with zipped.open(info) as record:
                     while record.read(_CHUNK):
                         pass
-            yield Archive(zipped, label)
+            yield Archive(zipped, raw, label)
     # struct.error and the rest: zipfile does not check every number that it reads.
     except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, ValueError, OverflowError) as error:
         raise LoadError(f"{label} is damaged or truncated: {first_line(error)}.") from error

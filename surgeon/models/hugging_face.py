@@ -88,6 +88,8 @@ def companions(path: Path) -> tuple[Any | None, Any | None, Any | None, Any | No
     Raises:
         LoadError: a file of theirs is damaged.
     """
+    if not (path / "config.json").is_file():
+        return None, None, None, None
     import transformers
 
     def part(file: str, loader: str) -> Any | None:
@@ -104,8 +106,6 @@ def companions(path: Path) -> tuple[Any | None, Any | None, Any | None, Any | No
 
     with quiet_transformers():
         config = part("config.json", "AutoConfig")
-        if config is None:
-            return None, None, None, None
         tokenizer = part("tokenizer_config.json", "AutoTokenizer")
         processor = part("preprocessor_config.json", "AutoProcessor")
         return config, tokenizer, processor, part("generation_config.json", "GenerationConfig")

@@ -10,12 +10,14 @@ registered classes. The values of the program have the types of torch's schema, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,13 @@ from surgeon.models.program_names import (
 )
 from surgeon.models.program_sizes import NotAllowedError, check_expression, check_guard, short
 
-_MODEL, _INPUTS = "models/model.json", "data/sample_inputs/model.pt"
+_MODEL, INPUTS = "models/model.json", "data/sample_inputs/model.pt"
 _CONFIGS = {
     "data/weights/": "data/weights/model_weights_config.json",
     "data/constants/": "data/constants/model_constants_config.json",
 }
 _UNTIL_2_8 = {"data/weights/model.pt", "data/constants/model.pt"}  # torch wrote all weights in one record
-_NEEDED = {"archive_format", "archive_version", _MODEL, _INPUTS}
+_NEEDED = {"archive_format", "archive_version", _MODEL, INPUTS}
 _RECORDS = {*_NEEDED, *_CONFIGS.values(), *_UNTIL_2_8, "byteorder", ".data/version", ".data/serialization_id"}
 _NUMBERED = re.compile(r"data/weights/weight_[0-9]+|data/constants/tensor_[0-9]+|extra/[\w\-./ ]+", re.ASCII)
 _PICKLED_PARTS = re.compile(
@@ -55,8 +57,11 @@ _PICKLED_PARTS = re.compile(
 _LARGEST = 2**64
 
 
-def check_program(path: Path, *, trusted: bool, checksums: bool = True) -> None:
-    """Check an archive that `torch.export.load` is about to read.
+@contextmanager
+def checked_program(
+    path: Path, *, trusted: bool, checksums: bool = True
+) -> Iterator[tuple[Archive, schema.ExportedProgram | None]]:
+    """Check an archive, and open it. The program is None if it is not checked.
 
     Args:
         trusted: only look for damage. The archive may hold anything. checksums: False leaves out those of the weights.
@@ -68,16 +73,18 @@ def check_program(path: Path, *, trusted: bool, checksums: bool = True) -> None:
     with open_archive(path, path.name, checksums=checksums) as archive:
         _check_format(archive, path.name)
         if trusted:
+            yield archive, None
             return
         try:
             _check_records(archive, path.name)
-            _check_graphs(_parsed(archive, _MODEL))
+            program = _checked_graphs(_parsed(archive, _MODEL))
         except UnregisteredError as error:
             raise LoadError(f"{path.name} cannot be loaded: {error}.") from error
         except NotAllowedError as error:
             raise LoadError(f"{path.name} is not what torch.export.save writes: {error}.") from error
         except RecursionError as error:
             raise LoadError(f"{path.name} is not what torch.export.save writes: it is nested too deeply.") from error
+        yield archive, program
 
 
 def _check_format(archive: Archive, name: str) -> None:
@@ -104,11 +111,11 @@ def _check_records(archive: Archive, name: str) -> None:
         raise NotAllowedError(f"it has no record {record}")
     if archive.read("archive_format") != b"pt2":
         raise NotAllowedError("its format is not pt2")
-    pickled = {_INPUTS} | (_UNTIL_2_8 & set(archive.records))
+    pickled = {INPUTS} | (_UNTIL_2_8 & set(archive.records))
     for folder, config in _CONFIGS.items():
         if config in archive.records:
             content = _parsed(archive, config)
-            _check_value(schema.PayloadConfig, content, config)
+            _checked(schema.PayloadConfig, content, config)
             entries = content["config"].values()
             pickled |= {folder + entry["path_name"] for entry in entries if entry["use_pickle"]}
     for record in sorted(pickled):
@@ -143,10 +150,11 @@ def _parsed(archive: Archive, record: str) -> Any:
         raise NotAllowedError(f"{record} is not valid JSON") from error
 
 
-def _check_graphs(program: Any) -> None:
-    _check_value(schema.ExportedProgram, program, _MODEL)
+def _checked_graphs(program: Any) -> schema.ExportedProgram:
+    made: schema.ExportedProgram = _checked(schema.ExportedProgram, program, _MODEL)
     for argument in program["graph_module"]["graph"]["inputs"]:
         check_plain(argument.get("as_string", ""))  # torch compares it with what it is called with, in source code
+    return made
 
 
 def _free(text: str) -> None:
@@ -217,27 +225,30 @@ TEXTS: dict[type, dict[str, Check]] = {
 }  # fmt: skip
 
 
-def _check_value(kind: Any, value: Any, where: str, text: Check | None = None) -> None:
-    """Check a value of JSON against a type of the schema, as torch will convert it. text: the form of texts in it."""
+def _checked(kind: Any, value: Any, where: str, text: Check | None = None) -> Any:
+    """Check a value of JSON against a type of the schema, and convert it as torch does. text: the form of its texts."""
     if isinstance(kind, str):
         kind = getattr(schema, kind)
     arguments, origin = typing.get_args(kind), typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        if value is not None:
-            _check_value(next(part for part in arguments if part is not types.NoneType), value, where, text)
-    elif origin is list:
-        for part in _of(list, value, where):
-            _check_value(arguments[0], part, where, text)
-    elif origin is dict:
+        if value is None:
+            return None
+        return _checked(next(part for part in arguments if part is not types.NoneType), value, where, text)
+    if origin is list:
+        return [_checked(arguments[0], part, where, text) for part in _of(list, value, where)]
+    if origin is dict:
+        made = {}
         for key, part in _of(dict, value, where).items():
             _check_text(text, key, where)
             if arguments[1] is str:
                 _metadata(key, _of(str, part, where))
+                made[key] = part
             else:
-                _check_value(arguments[1], part, where, text)
-    elif dataclasses.is_dataclass(kind):
-        _check_fields(kind, _of(dict, value, where), where)
-    elif isinstance(kind, type) and issubclass(kind, IntEnum):
+                made[key] = _checked(arguments[1], part, where, text)
+        return made
+    if dataclasses.is_dataclass(kind):
+        return _made(kind, _of(dict, value, where), where)
+    if isinstance(kind, type) and issubclass(kind, IntEnum):
         if type(value) is not int or value not in list(kind):
             raise NotAllowedError(f"{where} is {short(str(value))}, which is no {kind.__name__}")
     elif kind is str:
@@ -245,31 +256,43 @@ def _check_value(kind: Any, value: Any, where: str, text: Check | None = None) -
     elif kind is float:
         if value not in ("Infinity", "-Infinity", "NaN"):
             _of((int, float), value, where)
+        return float(value)
     elif abs(_of(kind, value, where)) >= _LARGEST:
         raise NotAllowedError(f"{where} is too large a number")
+    return value
 
 
-def _check_fields(kind: Any, value: dict[str, Any], where: str) -> None:
-    """Check the fields of a dataclass. One of a union has exactly one; torch ignores those that it does not know."""
-    if issubclass(kind, _Union) and (len(value) != 1 or next(iter(value)) not in _hints(kind)):
+def _made(kind: Any, value: dict[str, Any], where: str) -> Any:
+    """Make a dataclass of checked fields. A union has exactly one; torch ignores those that it does not know."""
+    hints, union = _hints(kind), issubclass(kind, _Union)
+    if union and (len(value) != 1 or next(iter(value)) not in hints):
         raise NotAllowedError(f"{where} is not one of the kinds of {kind.__name__}")
-    for field in () if issubclass(kind, _Union) else dataclasses.fields(kind):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and field.name not in value:
-            raise NotAllowedError(f"{kind.__name__}.{field.name} is missing in {where}")
+    for name in () if union else _required(kind):
+        if name not in value:
+            raise NotAllowedError(f"{kind.__name__}.{name} is missing in {where}")
     forms = TEXTS.get(kind, {})
-    for name, hint in _hints(kind).items():
-        if name in value:
-            _check_value(hint, value[name], f"{kind.__name__}.{name}", forms.get(name))
+    fields = {
+        name: _checked(hint, value[name], f"{kind.__name__}.{name}", forms.get(name))
+        for name, hint in hints.items()
+        if name in value
+    }
+    return kind.create(**fields) if union else kind(**fields)
 
 
+@functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    if kind not in _HINTS:
-        _HINTS[kind] = typing.get_type_hints(kind, vars(schema))
-    return _HINTS[kind]
+    return typing.get_type_hints(kind, vars(schema))
 
 
-_HINTS: dict[Any, dict[str, Any]] = {}
+@functools.cache
+def _required(kind: Any) -> tuple[str, ...]:
+    """The names of the fields of a dataclass that have no default."""
+    missing = dataclasses.MISSING
+    return tuple(
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is missing and field.default_factory is missing
+    )
 
 
 def _check_text(text: Check | None, value: str, where: str) -> None:

@@ -6,6 +6,7 @@ Texts are parsed here, and never evaluated. They must have the form that torch i
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import re
 
@@ -48,6 +49,7 @@ def short(text: str) -> str:
 # --- expressions ------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(4096)  # thousands of tensors have few sizes
 def check_expression(text: str) -> None:
     """A size as torch prints it, for example `Mul(Integer(2), Symbol('s77', integer=True))` or `2*s77`."""
     try:

@@ -46,7 +46,7 @@ class Source:
         `surgeon.surgery.artifact` loads.
     tokenizer, processor, config: those of a Hugging Face model, None if it has none.
     sha256: the hash of the weight file. Of several files, it is the hash of their names and hashes. Without a file, it
-        is the hash of the parameters' names and values.
+        is the hash of the parameters' names and values. None for a saved surgery, whose record has it.
     notes: what a user should know about the model, one sentence each.
     """
 
@@ -56,7 +56,7 @@ class Source:
     tokenizer: Any | None
     processor: Any | None
     config: Any | None
-    sha256: str
+    sha256: str | None
     notes: tuple[str, ...] = ()
 
 
@@ -123,8 +123,7 @@ def check_finite(model: nn.Module | ExportedProgram) -> None:
 
 def _from_directory(path: Path, task: str | None) -> Source:
     if (path / "surgery.json").is_file():
-        weights = [file for file in [path / "model.pt2"] if file.is_file()]
-        return Source(path, "artifact", None, None, None, None, sha256_of(weights))
+        return Source(path, "artifact", None, None, None, None, None)
     if (path / ADAPTER).is_file():
         adapted = load_adapter(path, task)
         digest = sha256_of(adapted.files)

@@ -20,11 +20,29 @@ TENSORS = (
     "w1", "w1_scale", "b1", "gate", "gate_scale", "b_gate", "w2", "w2_scale", "y_scale", "b2",
 )  # fmt: skip
 """The names of a layer's tensors, in the order of the operator's arguments."""
+_SCALES = ("x_scale", "fc1_scale", "w1_scale", "gate_scale", "w2_scale", "y_scale")
 INTEGERS = {"fc1": torch.int16, "w1": torch.int8, "gate": torch.int8, "w2": torch.int8}
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
+
+
+def parameter_sizes(layer: nn.Module) -> dict[str, int]:
+    """How many numbers of the float layer each parameter of an 8-bit layer stands for, by its name.
+
+    Scales stand for none, and what fills up panels does not count, so that the sum is the float layer's.
+
+    Args:
+        layer: an `Int8MoE`, or a module that holds its parameters.
+    """
+    tensors: dict[str, Tensor] = {
+        name: tensor for name in TENSORS if isinstance(tensor := getattr(layer, name, None), Tensor)
+    }
+    d_in, d_out, rows = len(tensors["x_scale"]), len(tensors["y_scale"]), tensors["w1_scale"].numel()
+    whole = {"fc1": tensors["fc2"].shape[1] * d_in, "w1": rows * d_in, "gate": rows * d_in, "w2": rows * d_out}
+    whole |= dict.fromkeys(_SCALES, 0)
+    return {name: whole.get(name, tensor.numel()) for name, tensor in tensors.items()}
 
 
 class Int8MoE(nn.Module):

@@ -41,8 +41,8 @@ _LEGEND = (
     "router. ours, all on: every expert runs, without the dense product. all on / ours stands before its highest "
     "possible value, 1 / share.",
     "of limit: the least time that the machine needs, over ours. The limit is arithmetic (a) for the selected "
-    "multiply-adds, or memory (m) for reading the selected weights. error: the largest difference in the column from "
-    "float64, relative to the largest output.",
+    "multiply-adds, or memory (m) for reading the selected weights, in both cases without what ReLU switched off. "
+    "error: the largest difference in the column from float64, relative to the largest output.",
 )
 
 
@@ -51,11 +51,17 @@ def layer_view(found: LayerBenchmark) -> RenderableType:
     kind = f"{'gated ' if found.gated else ''}{found.activation}"
     layer = f"Layer {found.width} → {found.hidden} → {found.width}, {kind}, random weights."
     blocks: list[RenderableType] = [*machine_lines(found.machine), Text(layer)]
+    if found.untimed:
+        blocks.append(Text(_incomplete(found), style="yellow"))
     for (dtype, tokens, size, mask), cells in groupby(found.cells, lambda c: (c.dtype, c.tokens, c.size, c.mask)):
         what = f"{dtype}, {count(tokens, 'token')}, {count(found.hidden // size, 'expert')} × {size}"
         blocks += [Text(""), heading(what, f"{mask} selection"), _block(list(cells))]
     legend = (*_LEGEND, *_calls(found.machine), *_slow_types(found.machine))
     return Group(*blocks, Text(""), sentences(legend, indent=0))
+
+
+def _incomplete(found: LayerBenchmark) -> str:
+    return f"Incomplete: {found.untimed} of {len(found.cells) + found.untimed} layers were not timed."
 
 
 def _calls(machine: Machine) -> list[str]:
@@ -138,4 +144,6 @@ def layer_plot(found: LayerBenchmark) -> Plot:
         title = f"{dtype}, {count(tokens, 'token')}, experts of {size}"
         panels.append(Panel(title + (f", {mask}" if len(several) > 1 else ""), [c.executed for c in cells], lines))
     title = f"One layer {found.width} → {found.hidden} → {found.width}, {machine_name(found.machine)}"
+    if found.untimed:
+        title += f"\n{_incomplete(found)}"
     return Plot(title, panels, columns)

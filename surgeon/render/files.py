@@ -28,15 +28,20 @@ def check_files(files: Sequence[Path] | None) -> None:
 
 
 def write_result(result: object, file: Path, draw: Callable[[Path], None]) -> None:
-    """Write a result to a `.json` file, or draw it to a `.png` file.
+    """Write a result to a `.json` file, or draw it to a `.png` file. The file appears whole or not at all.
 
     Raises:
         SaveError: the file cannot be written.
     """
+    fresh = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
     try:
-        if file.suffix == ".json":
-            file.write_text(json.dumps(to_json(result), indent=1), encoding="utf-8")
-        else:
-            draw(file)
+        try:
+            if file.suffix == ".json":
+                fresh.write_text(json.dumps(to_json(result), indent=1), encoding="utf-8")
+            else:
+                draw(fresh)
+            fresh.replace(file)
+        finally:
+            fresh.unlink(missing_ok=True)
     except OSError as error:
         raise SaveError(f"Cannot write {file}: {error.strerror or error}.") from error

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -17,6 +16,9 @@ from surgeon.graph.traced import shape_of, tensor_of
 from surgeon.sites.constants import evaluate
 from surgeon.sites.linear import Linear
 from surgeon.sites.rejection import Rejection
+
+if TYPE_CHECKING:
+    import sympy  # type: ignore[import-untyped]
 
 _ATOL, _RTOL = 1e-5, 1e-5
 

@@ -53,6 +53,9 @@ log = logging.getLogger("surgeon")
 
 MODEL, DIFF = "model.pt2", "diff.json"
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Example inputs as positional and keyword arguments."""
+
 
 def save(
     graph: TracedGraph,
@@ -128,13 +131,22 @@ def load(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> TracedG
             write, or another version of surgeon wrote it; the model uses a class or an operator that is not registered;
             a trusted module cannot be imported.
     """
+    return load_with_inputs(directory, trust_modules=trust_modules)[0]
+
+
+def load_with_inputs(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> tuple[TracedGraph, Inputs]:
+    """Load a saved graph as `load`, and its example inputs.
+
+    Raises:
+        LoadError: as `load`.
+    """
     directory = Path(directory)
     record = read_record(directory)
     model = directory / MODEL
     if not model.exists():
         raise LoadError(f"{directory} has no {MODEL}, so the saved surgery is incomplete. Save it again.")
     import_modules(trust_modules)
-    graph = _read_graph(model, record)
+    graph, inputs = _read_graph(model, record)
     _check_trace(graph, record, directory)
     if record.output_texts:
         replace_outputs(graph, dict(record.output_texts))
@@ -148,11 +160,11 @@ def load(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> TracedG
     except LoadError as error:
         # The model is intact; only the record of what was done to it is not.
         log.warning("%s Results that start from this surgery will not include its diff.", error)
-    return graph
+    return graph, inputs
 
 
-def _read_graph(model: Path, record: Record) -> TracedGraph:
-    """Read the graph, and hash its file meanwhile on another core.
+def _read_graph(model: Path, record: Record) -> tuple[TracedGraph, Inputs]:
+    """Read the graph and its example inputs, and hash the file meanwhile on another core.
 
     Raises:
         LoadError: as `load`. That the file is damaged comes before what else is wrong with it.
@@ -161,7 +173,12 @@ def _read_graph(model: Path, record: Record) -> TracedGraph:
         digest = pool.submit(sha256_of, [model])
         try:
             with quiet():
-                return from_program(read_program(model, checksums=False), record.trace)
+                program = read_program(model, checksums=False)
+                graph = from_program(program, record.trace)
+            if program.example_inputs is None:
+                raise LoadError(f"{model} has no example inputs. Save the surgery again.")
+            args, kwargs = program.example_inputs
+            return graph, (tuple(args), dict(kwargs))
         finally:
             if digest.result() != record.model_sha256:
                 raise LoadError(
@@ -184,20 +201,6 @@ def _check_trace(graph: TracedGraph, record: Record, directory: Path) -> None:
     constants = dict(enumerate(output_leaves(graph)))
     if any(constants.get(index, "") is not None for index, _ in record.output_texts):
         raise LoadError(f"{directory / RECORD} is damaged: output_texts are not constants of {MODEL}.")
-
-
-def load_inputs(directory: str | Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example inputs of a saved surgery, as positional and keyword arguments.
-
-    Raises:
-        LoadError: as `load`, or the file has no example inputs.
-    """
-    read_record(Path(directory))
-    program = read_program(Path(directory) / MODEL)
-    if program.example_inputs is None:
-        raise LoadError(f"{Path(directory) / MODEL} has no example inputs. Save the surgery again.")
-    args, kwargs = program.example_inputs
-    return tuple(args), dict(kwargs)
 
 
 def load_diff(directory: str | Path) -> Diff:

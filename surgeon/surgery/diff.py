@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from surgeon.passes.report import PassDiff
-from surgeon.text.diff import Detail
-from surgeon.text.plain import diff_text
+from surgeon.text.diff import Detail, diff_text
 
 
 @dataclass(frozen=True)

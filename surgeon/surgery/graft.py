@@ -10,7 +10,7 @@ from torch import nn
 from surgeon.errors import UsageError
 from surgeon.grafting.graft import graft as graft_graph
 from surgeon.models.hugging_face import is_pretrained
-from surgeon.surgery.artifact import load, load_inputs
+from surgeon.surgery.artifact import load_with_inputs
 from surgeon.surgery.record import earlier_passes
 from surgeon.surgery.surgery import Surgery
 
@@ -45,9 +45,9 @@ def graft(model: nn.Module, surgery: Surgery | str | Path) -> nn.Module:
             raise UsageError("The surgery has no example inputs to compare with. Pass them to Pipeline.run as inputs=…")
         made: Any = graft_graph(model, surgery.graph, reports, surgery.inputs)
     else:
-        graph = load(surgery)
+        graph, inputs = load_with_inputs(surgery)
         reports = [pass_.report for pass_ in earlier_passes(graph)]
-        made = graft_graph(model, graph, reports, load_inputs(surgery), share=True)
+        made = graft_graph(model, graph, reports, inputs, share=True)
     if is_pretrained(made):
         from surgeon.pretrained.quantizer import attach
 

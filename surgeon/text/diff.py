@@ -11,10 +11,11 @@ from rich.text import Text
 
 from surgeon.graph.snapshot import GraphDiff
 from surgeon.measure.meter import Cost
-from surgeon.passes.registry import all_passes
+from surgeon.passes.catalogue import all_about
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.sites.rejection import Rejection
 from surgeon.text.layout import MODEL, Fitting, dim, grid, indented, refused, sentences
+from surgeon.text.plain import plain_text
 from surgeon.text.reasons import count_reasons
 from surgeon.text.summary import (
     SiteGroup,
@@ -31,6 +32,11 @@ from surgeon.training.loop import FitReport
 from surgeon.training.penalty import Sparsity
 
 Detail = Literal["sites", "stat", "full"]
+
+
+def diff_text(passes: Sequence[PassDiff], detail: Detail = "sites") -> str:
+    """The pass-by-pass diff as plain text."""
+    return plain_text(diff_view(passes, detail))
 
 
 def diff_view(passes: Sequence[PassDiff], detail: Detail) -> RenderableType:
@@ -139,11 +145,11 @@ def _output(report: PassReport, *, short: bool = False) -> Text:
 def _training(report: PassReport, *, short: bool = False) -> Text:
     if report.fit is not None:
         return Text(f"{report.fit.steps} steps" if report.fit.steps else "closed form") if short else Text("")
-    kind = all_passes().get(report.name)
-    if kind is None or not report.matched:
+    about = all_about().get(report.name)
+    if about is None or not report.matched:
         return Text("")
     # Whether a pass trains depends on its options. This note is there only if it should have trained.
-    untrained = kind.untrained in report.notes if kind.untrained else kind.needs_data
+    untrained = about.untrained in report.notes if about.untrained else about.needs_data
     return Text("none" if short else "not trained", style="yellow") if untrained else Text("")
 
 

@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from surgeon.passes.report import SiteChange
+if TYPE_CHECKING:
+    from surgeon.passes.report import SiteChange
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _LAST_NUMBER = re.compile(r"^(?P<head>(?:.*\.)?)(?P<number>\d+)(?P<tail>(?:\.\D[^.]*)*)$")

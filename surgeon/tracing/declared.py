@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.printers import PythonPrinter
 
 from surgeon.graph.calls import input_paths
 from surgeon.graph.sizes import Axis, Input, Sizes, check_expression, evaluate, kind_of, names_in, substitute
@@ -96,6 +95,9 @@ def _text(expression: Any, names: Mapping[Any, str]) -> str | None:
     if not expression.free_symbols <= names.keys():
         return None
     symbols = {str(symbol): names[symbol] for symbol in expression.free_symbols}
+    # It brings sympy along, which takes a third of the time of torch itself.
+    from torch.utils._sympy.printers import PythonPrinter
+
     text = str(PythonPrinter().doprint(expression))
     try:
         check_expression(text, symbols)

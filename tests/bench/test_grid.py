@@ -61,7 +61,7 @@ def test_the_cache_has_a_size() -> None:
 
 @pytest.fixture(scope="module")
 def cells() -> list[Cell]:
-    wanted = [Case(SHAPE, "float32", tokens, "uniform", share) for tokens in (1, 40) for share in (0.25, 1.0)]
+    wanted = [Case(SHAPE, "float32", tokens, "uniform", share, "gelu") for tokens in (1, 40) for share in (0.25, 1.0)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("surgeon.bench.timing.cache_size", lambda: 1024)
         return time_grid(wanted, ["dense", "loop", "ours", "ours_dense"], MACHINE, seconds=1e-4)
@@ -90,10 +90,17 @@ def test_the_limit_is_arithmetic_or_memory(cells: list[Cell]) -> None:
     assert (many.limit, many.limited_by) == (pytest.approx(1000 * 2 * 80 * 4 * 16 / 1e9), "arithmetic")
 
 
+def test_the_limit_leaves_out_what_relu_switches_off(cells: list[Cell]) -> None:
+    wanted = [Case(SHAPE, "float32", tokens, "uniform", 0.25, "relu") for tokens in (1, 40)]
+    for cell, all_neurons in zip(time_grid(wanted, ["ours"], MACHINE, seconds=1e-4), cells[::2], strict=True):
+        assert cell.limited_by == all_neurons.limited_by
+        assert all_neurons.limit / 2 < cell.limit < all_neurons.limit  # it needs w1, and some rows of w2
+
+
 def test_a_half_type_is_limited_by_the_faster_product() -> None:
     slow = dataclasses.replace(MACHINE, gemm={"float32": 1e9, "bfloat16": 1e8})
     limits = [
-        time_grid([Case(SHAPE, "bfloat16", 40, "uniform", 1.0)], ["ours"], machine, seconds=1e-4)[0].limit
+        time_grid([Case(SHAPE, "bfloat16", 40, "uniform", 1.0, "gelu")], ["ours"], machine, seconds=1e-4)[0].limit
         for machine in (slow, dataclasses.replace(slow, gemm={"float32": 1e9, "bfloat16": 2e9}))
     ]
     assert limits == [pytest.approx(1000 * 2 * 320 * 4 * 16 / rate) for rate in (1e9, 2e9)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,10 +41,29 @@ def test_masks_differ_as_they_say() -> None:
 
 
 def test_work_is_counted_by_hand() -> None:
-    problem = make_problem(case(1, 0.25, gated=True), CPU)
+    problem = make_problem(dataclasses.replace(case(1, 0.25, gated=True), activation="silu"), CPU)
     assert (problem.pairs, problem.used) == (6, 6)
     assert problem.multiply_adds == 6 * 4 * 8 * 3
     assert problem.weight_bytes == 6 * 4 * 8 * 3 * 4
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_rows_of_neurons_that_are_zero_need_no_work(gated: bool) -> None:
+    problem = make_problem(case(300, 0.2, gated=gated), CPU)
+    w1, b1, gate, b_gate, _ = problem.experts
+    values, neurons = 0, set()
+    for token, expert in selected(problem.scores, problem.threshold).nonzero().tolist():
+        z = (
+            b1[expert] + w1[expert] @ problem.x[token]
+            if gate is None
+            else b_gate[expert] + gate[expert] @ problem.x[token]
+        )
+        active = (z > 0).nonzero().flatten().tolist()
+        values += len(active)
+        neurons |= {(expert, neuron) for neuron in active}
+    first = 4 * 8 * (2 if gated else 1)
+    assert problem.multiply_adds == problem.pairs * first + values * 8
+    assert problem.weight_bytes == 4 * (problem.used * first + len(neurons) * 8)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from surgeon.bench.engines import ENGINES
 from surgeon.bench.methods import METHODS
+from surgeon.bench.timing import median_seconds
 
 from .harness import Run
 
@@ -38,7 +42,8 @@ def test_a_layer_is_timed_by_every_method(run: Run, tmp_path: Path) -> None:
     )
     assert result.code == 0, result.err
     found = result.json
-    assert set(found) == {"machine", "width", "hidden", "gated", "activation", "cells"}
+    assert set(found) == {"machine", "width", "hidden", "gated", "activation", "cells", "untimed"}
+    assert found["untimed"] == 0
     assert len(found["cells"]) == 2 * 2 * 2 * 2
     assert [(c["tokens"], c["size"], c["mask"]) for c in found["cells"][::2]] == [
         (tokens, size, mask) for tokens in (1, 20) for size in (8, 4) for mask in ("uniform", "skewed")
@@ -54,6 +59,91 @@ def test_a_layer_is_timed_by_every_method(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
     assert "Written to times.png." in result.err
     assert "bench  16/16" in result.err
+
+
+GRID = ("--tokens", "1,20", "--size", "4", "--share", "0.25,1", "--dtype", "float32", "--device", "cpu")
+ASKED = ("bench", "layer", *SMALL, *GRID, "--methods", "dense,ours", "-o", "times.json", "-o", "times.png")
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
+    """`stop(layers, signal)`: send this process the signal while it times the layer after so many."""
+
+    def at(layers: int, number: signal.Signals) -> None:
+        timed = 0
+
+        def stopping(*args: Any, **options: Any) -> dict[str, float]:
+            nonlocal timed
+            timed += 1
+            if timed > layers:
+                signal.raise_signal(number)
+            return median_seconds(*args, **options)
+
+        monkeypatch.setattr("surgeon.bench.grid.median_seconds", stopping)
+
+    return at
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_keeps_what_is_done_and_goes_on(
+    run: Run, tmp_path: Path, stop: Callable[[int, signal.Signals], None], number: signal.Signals
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    stop(3, number)
+    stopped = run(*ASKED)
+    assert stopped.code == 130
+    assert "Incomplete: 1 of 4 layers were not timed." in stopped.out
+    assert "warning: interrupted; 1 of 4 layers were not timed. To continue, run:\n  surgeon bench" in stopped.err
+    kept = json.loads((tmp_path / "times.json").read_text())
+    assert (len(kept["cells"]), kept["untimed"]) == (3, 1)
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+    assert signal.getsignal(signal.SIGTERM) is before
+    stop(1, number)
+    rest = run(*ASKED, "--resume", "--output", "json")
+    assert rest.code == 0, rest.err
+    assert rest.json["cells"][:3] == kept["cells"]
+    assert [(cell["tokens"], cell["share"]) for cell in rest.json["cells"]] == [
+        (tokens, share) for tokens in (1, 20) for share in (0.25, 1)
+    ]
+    assert rest.json["untimed"] == 0
+    assert rest.json["machine"] == kept["machine"]
+    assert json.loads((tmp_path / "times.json").read_text()) == rest.json
+    assert not list(tmp_path.glob(".times*"))
+    complete = run(*ASKED, "--resume")
+    assert (complete.code, "times.json is complete" in complete.err) == (2, True)
+
+
+def test_a_run_that_is_stopped_before_a_layer_is_done_writes_nothing(
+    run: Run, tmp_path: Path, stop: Callable[[int, signal.Signals], None]
+) -> None:
+    stop(0, signal.SIGTERM)
+    result = run(*ASKED)
+    assert (result.code, "interrupted; nothing was saved" in result.err) == (130, True)
+    assert not list(tmp_path.glob("*times*"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (("--hidden", "64"), "Its hidden: 32; now: 64."),
+        (
+            ("--share", "0.25,0.5"),
+            "Its layer: ('float32', 1, 4, 'uniform', 1.0); now: ('float32', 1, 4, 'uniform', 0.5).",
+        ),
+        (("--methods", "ours"), "Its methods: ('dense', 'ours'); now: ('ours',)."),
+        (("--threads", "2"), "Its threads: 1; now: 2."),
+    ],
+)
+def test_only_the_same_run_goes_on(
+    run: Run, stop: Callable[[int, signal.Signals], None], changed: tuple[str, str], words: str
+) -> None:
+    nothing = run(*ASKED, "--resume")
+    assert (nothing.code, "There is nothing to resume: no times.json" in nothing.err) == (2, True)
+    stop(2, signal.SIGINT)
+    assert run(*ASKED).code == 130
+    other = run(*ASKED, *changed, "--resume")
+    assert other.code == 2
+    assert words in other.err
 
 
 def test_chosen_methods_are_shown(run: Run) -> None:

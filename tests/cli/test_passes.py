@@ -26,11 +26,14 @@ def test_passes_are_listed_with_what_they_promise() -> None:
 
 @pytest.mark.parametrize("name", list(all_passes()))
 def test_a_pass_is_shown_with_options_and_a_living_example(name: str) -> None:
-    result = run_surgeon("-q", "passes", name)
+    result = run_surgeon("-q", "passes", name, "--example")
     assert result.code == 0
+    without = run_surgeon("passes", name)
+    assert (without.code, without.err) == (0, "")
+    assert result.out.startswith(without.out.rstrip("\n") + "\n\nexample")
     assert f"--set {name}.OPTION=VALUE" in result.out
     assert bool(re.search(r"^    \+ ", result.out, re.MULTILINE)) == (name != "recover")  # which changes weights only
-    shown = run_surgeon("-q", "passes", name, "--output", "json").json
+    shown = run_surgeon("-q", "passes", name, "--example", "--output", "json").json
     assert {
         "name",
         "summary",
@@ -48,6 +51,12 @@ def test_a_pass_is_shown_with_options_and_a_living_example(name: str) -> None:
     assert [option["name"] for option in shown["options"]][-2:] == ["only", "skip"]
     assert all(option["help"] and option["type"] for option in shown["options"])
     assert shown["example"]["report"]["matched"]
+
+
+def test_only_a_pass_has_an_example() -> None:
+    result = run_surgeon("passes", "--example")
+    assert result.code == 2
+    assert "--example runs one pass. Name it" in result.err
 
 
 def test_options_are_described_in_words() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 import surgeon
 from surgeon.measure.meter import measure
-from surgeon.surgery.artifact import load, load_inputs
-from surgeon.surgery.recipe import RECIPES
+from surgeon.surgery.artifact import load, load_with_inputs
+from surgeon.surgery.recipes import RECIPES
 
 from .harness import Run, recorded, run_surgeon
 
@@ -60,7 +60,7 @@ def test_recipes_run(run: Run, name: str) -> None:
             "epochs": 5.0, "steps": 2, "experts": 4,
         }  # fmt: skip
         surgeon.set_tau(graph, 0.5)
-        _, layers = measure(graph, *load_inputs(Path("out")))
+        _, layers = measure(graph, *load_with_inputs(Path("out"))[1])
         assert {layer.share for layer in layers.values()} == {0.5}
     if name == "d2dmoe-attention":
         assert record["recipe"]["passes"][0]["options"] == {"init": "random", "error": "mse", "steps": 2}

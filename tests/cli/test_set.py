@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.surgery.artifact import load, load_diff, load_inputs
+from surgeon.surgery.artifact import load, load_diff, load_with_inputs
 
 from .harness import Run, left, recorded
 
@@ -102,7 +102,7 @@ def test_the_mean_of_what_is_skipped_is_added_and_dropped(run: Run, mine: str) -
     assert recorded(Path(mine))["compensated"] == [FIRST, SECOND]
     graph, again = load("bert-moe"), load(mine)
     surgeon.set_tau(graph, 0.9)
-    inputs = load_inputs(mine)[1]
+    inputs = load_with_inputs(mine)[1][1]
     with torch.no_grad():
         assert not torch.allclose(again(**inputs).logits, graph(**inputs).logits, atol=1e-6)
     result = run("-q", "set", mine, "--tau", "*.layer.0:0.5")

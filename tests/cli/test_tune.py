@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import surgeon
-from surgeon.surgery.artifact import load, load_diff, load_inputs
+from surgeon.surgery.artifact import load, load_diff, load_with_inputs
 from tests.worked_time import DENSE, milliseconds, replace_clock
 
 from .harness import NET, Run, left, recorded
@@ -110,7 +110,7 @@ def test_the_mean_of_what_is_skipped_can_be_added(run: Run, trained: Path) -> No
     assert recorded(Path("plain"))["compensated"] == []
     skipping = [path for path, share in added["tuned"]["shares"].items() if share < 1.0]
     assert recorded(Path("added"))["compensated"] == skipping != []
-    inputs = load_inputs("added")[1]
+    inputs = load_with_inputs("added")[1][1]
     assert not torch.allclose(graphs[0](**inputs).logits, graphs[1](**inputs).logits, atol=1e-6)
     surgeon.set_tau(graphs[0], 0.0)
     surgeon.set_tau(graphs[1], 0.0)

@@ -84,6 +84,23 @@ def test_reports_what_was_lost_and_saved(traces: Any) -> None:
     assert all(site.after == "4 experts × 8 in 8 bits" for site in blind.sites)
 
 
+@pytest.mark.parametrize("name", ["gelu", "gated", "biasless"])
+@pytest.mark.parametrize("lowered", [False, True])
+def test_counts_the_bytes_and_numbers_of_the_float_layers(traces: Any, name: str, lowered: bool) -> None:
+    graph = converted(traces, name, experts=5)  # neither they nor the router fill their panels
+    if lowered:
+        Lower().apply(graph)
+    weights = [tensor for site in find_moes(graph) for tensor in site.weights if tensor is not None]
+    want = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+    # The tensors of a layer are freed once it is quantised.
+    (report,) = Pipeline([Quantize()]).run(graph, inputs=vectors(), consume=True).reports
+    assert report.notes[0].endswith(f" instead of {want / 1e3:.1f} kB.")
+    assert report.before is not None
+    assert report.after is not None
+    assert report.before.parameters == report.after.parameters
+    assert all(site.parameters[0] == site.parameters[1] for site in report.sites)
+
+
 def test_data_makes_it_more_exact_where_inputs_differ_in_size(traces: Any) -> None:
     """One input that is a hundred times as large leaves the others few steps."""
     errors = {}

@@ -56,7 +56,7 @@ def test_it_passes_the_conformance_suite(package: Path) -> None:
 
 
 def test_the_command_line_knows_it(package: Path) -> None:
-    shown = json.loads(run(package, "-m", "surgeon", "passes", "clip-hidden", "--output", "json").stdout)
+    shown = json.loads(run(package, "-m", "surgeon", "passes", "clip-hidden", "--example", "--output", "json").stdout)
     assert shown["options"][0]["name"] == "limit"
     assert shown["options"][0]["type"] == "number above 0"
     assert shown["example"]["report"]["matched"]

@@ -9,8 +9,9 @@ import pytest
 
 from surgeon.errors import UsageError
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify, SwapActivation
+from surgeon.passes.options import option_types
 from surgeon.passes.registry import all_passes
-from surgeon.surgery.recipe import build, find_pass, option_types, parse_settings
+from surgeon.surgery.recipe import build, find_pass, parse_settings
 
 
 def test_passes_are_found_by_name() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from surgeon.passes import SwapActivation
-from surgeon.surgery.artifact import load, load_diff, load_inputs
+from surgeon.surgery.artifact import load, load_diff, load_with_inputs
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import build
@@ -65,7 +65,7 @@ def test_diff_comes_back(surgeries: dict[str, Surgery], saved: dict[str, Path]) 
 
 
 def test_inputs_come_back(saved: dict[str, Path]) -> None:
-    args, kwargs = load_inputs(saved["dynamic"])
+    _, (args, kwargs) = load_with_inputs(saved["dynamic"])
     assert args == ()
     assert set(kwargs) == {"x"}
     assert torch.equal(kwargs["x"], vectors()["x"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from surgeon.surgery.origin import Origin
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.record import RECORD, read_record, record_of
 from surgeon.surgery.surgery import Surgery
+from tests.cli.harness import run_surgeon
 from tests.small_models import WIDTH, Plain, Wrapped, stack, vectors
 from tests.surgery.forms import FORMS, forms
 
@@ -53,6 +55,41 @@ def test_tau_can_be_set_after_loading(saved: dict[str, Path], form: str) -> None
     assert not torch.allclose(graph(**inputs), before, atol=1e-6)
     set_tau(graph, 0.0)
     assert torch.allclose(graph(**inputs), stack("gelu")(**inputs), atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the system's list of maps")
+@forms
+def test_weights_stay_in_the_file_until_they_are_written_to(saved: dict[str, Path], tmp_path: Path, form: str) -> None:
+    place = Path(shutil.copytree(saved[form], tmp_path / "copy"))
+    content = (place / MODEL).read_bytes()
+    graph, inputs = load(place), vectors()
+    tensors = [*graph.parameters(), *graph.buffers()]
+    starts = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [
+        range(*(int(end, 16) for end in addresses.split("-")))
+        for addresses, permissions, *_, path in (line for line in maps if len(line) == 6)
+        if path == str(place / MODEL) and permissions == "rw-p"
+    ]
+    assert all(any(start in one for one in mapped) for start in starts)
+    # What is saved or freed is a whole storage.
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+    assert all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in tensors)
+    with torch.no_grad():
+        for parameter in graph.parameters():
+            parameter.mul_(2.0)
+    assert not torch.allclose(graph(**inputs), load(place)(**inputs), atol=1e-3)
+    assert (place / MODEL).read_bytes() == content
+
+
+@forms
+def test_is_saved_over_what_it_was_loaded_from(saved: dict[str, Path], tmp_path: Path, form: str) -> None:
+    place = Path(shutil.copytree(saved[form], tmp_path / "copy"))
+    graph, inputs = load(place), vectors()
+    want = load(saved[form])(**inputs)
+    assert run_surgeon("set", str(place), "--tau", "0").code == 0
+    shutil.rmtree(place)
+    assert torch.equal(graph(**inputs), want)  # the file goes when nothing maps it any more
 
 
 @forms

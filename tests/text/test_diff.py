@@ -9,8 +9,8 @@ from surgeon.measure.meter import Cost
 from surgeon.passes.report import PassDiff, PassReport, SiteChange
 from surgeon.sites.rejection import Rejection
 from surgeon.surgery.diff import Diff
-from surgeon.text.diff import Detail, diff_view
-from surgeon.text.plain import diff_text, plain_text
+from surgeon.text.diff import Detail, diff_text, diff_view
+from surgeon.text.plain import plain_text
 from surgeon.training.loop import FitReport
 from surgeon.training.penalty import Sparsity
 from tests.text.reports import report
