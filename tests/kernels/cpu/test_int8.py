@@ -71,6 +71,7 @@ SHAPES = {
     "hidden": st.sampled_from(sorted(HIDDEN)),
     "output": st.sampled_from(sorted(OUTPUT)),
     "dtype": st.sampled_from(list(DTYPES)),
+    "group": st.sampled_from([None, 8, 16, 32, 40]),
     "seed": st.integers(0, 9),
 }
 
