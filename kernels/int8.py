@@ -28,8 +28,8 @@
     gate_group likewise, as w1_group, if the FFN is gated
     w2_group   likewise, uint8 [E, d_out / 16, G of their own, 16]
 
-With factors, w1, gate and w2 are uint8 [E, s / 16, d_in / 8, 16, 4] and [E, d_out / 16, s / 8, 16, 4], and stand for the
-8-bit weights that everything below is computed with.
+With factors, w1, gate and w2 are uint8 [E, s / 16, d_in / 8, 16, 4] and [E, d_out / 16, s / 8, 16, 4]. They stand for
+the 8-bit weights that everything below is computed with.
 
 All divisions round up. It returns [..., d_out] in the dtype of x. Scales, biases and tau are floating of any dtype and
 are read as float32. In between it computes:

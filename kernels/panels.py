@@ -12,12 +12,12 @@ is the order in which the 8-bit dot products of processors read them, four value
 the router has 16 bits, because an expert whose score is near the threshold runs or is skipped by the last ones. Its
 panels are [N / 16, K / 2, 16, 2].
 
-Weights of 4 bits stand for some of those of 8 bits. Up to `group` neighbouring inputs of an output share a factor g from
-1 to 17, and q[n, k] = g · v with v from -8 to 7, so that q is from -127 to 127 and sums are the same integers
-(progressive groups, QServe, arXiv 2405.04532). A matrix [N, K] is uint8 [N / 16, K / 8, 16, 4]: in place
-[n // 16, k // 8, n % 16, k % 4] the low half is v + 8 of k = 0 to 3 (modulo 8), and the high half that of 4 to 7, so a
-byte's halves belong to two neighbouring places of the panels above. The factors are uint8 [N / 16, G, 16], with
-factors[n // 16, k // size, n % 16] and the size that `group_size` gives for G groups.
+Weights of 4 bits stand for weights of 8 bits. Neighbouring inputs of an output, a group, share a factor g from 1 to 17,
+and q[n, k] = g · v with v from -8 to 7, so that q is from -127 to 127 and sums are the same integers (progressive
+groups, QServe, arXiv 2405.04532). A matrix [N, K] is uint8 [N / 16, K / 8, 16, 4]. In place
+[n // 16, k // 8, n % 16, k % 4] the low half of a byte has v + 8 of k % 8 = 0 to 3, and the high half that of 4 to 7: the
+halves belong to two neighbouring places of the panels above. The factors are uint8 [N / 16, G, 16], with
+factors[n // 16, k // size, n % 16] = g and the size that `group_size` gives for G groups.
 """
 
 from __future__ import annotations

@@ -48,12 +48,12 @@ class _Accuracy(NamedTuple):
 class Quantize(Pass[MoESite, Tensor | None]):
     """Store the experts' weights in 8 or 4 bits and the routers' in 12, and route and run the experts in one op.
 
-    Every neuron has a scale, and so has every output. Weights of 4 bits have a factor for each group of inputs too,
-    which makes weights of 8 bits of them while the op runs: they are for decoding, where reading weights takes the time.
-    Inputs and hidden values are rounded to 8 bits when the op runs, with a scale for each token. With data, inputs that are often large are made smaller and their weights larger first
-    (SmoothQuant, arXiv 2211.10438); inputs that the data never shows are then rounded coarsely. A quantised layer
-    cannot be trained: run passes that train before. tau, rule and compensation work as before. This pass is not part of
-    D2DMoE.
+    Every neuron has a scale, and so has every output. Inputs and hidden values are rounded to 8 bits when the op runs,
+    with a scale for each token. With data, inputs that are often large are made smaller and their weights larger first
+    (SmoothQuant, arXiv 2211.10438); inputs that the data never shows are then rounded coarsely. Weights of 4 bits have
+    a factor for each group of inputs too (as in QServe, arXiv 2405.04532). They are for decoding, where reading weights
+    takes most of the time. A quantised layer cannot be trained: run passes that train before. tau, rule and
+    compensation work as before. This pass is not part of D2DMoE.
     """
 
     name: ClassVar[str] = "quantize"
@@ -72,7 +72,7 @@ class Quantize(Pass[MoESite, Tensor | None]):
     )
     group: int = option(
         32,
-        "With weights=int4, how many inputs share a factor. A multiple of 8; fewer are more exact and take more memory.",
+        "With weights=int4, how many inputs share a factor: a multiple of 8. Fewer are more exact and take more memory.",
         least=PLACES,
     )
 

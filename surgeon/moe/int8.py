@@ -39,7 +39,7 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 class Int8MoE(nn.Module):
-    """A mixture of experts with weights of 8 or 4 bits, which calls `surgeon::routed_ffn_int8`: x [..., d_in] → [..., d_out].
+    """A mixture of experts with weights of 8 or 4 bits: x [..., d_in] → [..., d_out], by `surgeon::routed_ffn_int8`.
 
     Its parameters have the names and shapes of the operator's arguments (`surgeon.kernels.int8`), and None where there
     is none. They cannot be trained; gradients flow to x. They keep their dtypes if the model is cast to another one.
@@ -107,7 +107,8 @@ class Int8MoE(nn.Module):
             "x_scale": (d_in,),
             "fc2": (scored, d_in if width is None else width),
             "fc2_bias": (scored,) if shape.router_bias else None,
-            "w1": panels(size, d_in), "w1_scale": rows, "w2": panels(d_out, size), "w2_scale": rows, "y_scale": (d_out,),
+            "w1": panels(size, d_in), "w1_scale": rows, "w2": panels(d_out, size), "w2_scale": rows,
+            "y_scale": (d_out,),
             "b1": rows if "b1" in shape.biases else None,
             "b2": (d_out,) if "b2" in shape.biases else None,
         }  # fmt: skip

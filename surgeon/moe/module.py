@@ -2,7 +2,8 @@
 
 Before `lower`, a layer is one `call_module` node of an `MoE`. After `lower`, the graph has the router's ops and one
 `surgeon::dynamic_k_ffn` node instead. A saved graph has ops in both cases. In a model that is not a graph (see
-`surgeon.graft`), a layer is an `MoE` in either form. A layer with weights of 8 or 4 bits is an `Int8MoE` (`surgeon.moe.int8`).
+`surgeon.graft`), a layer is an `MoE` in either form. A layer with weights of 8 or 4 bits is an `Int8MoE`
+(`surgeon.moe.int8`).
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ def run(library: ctypes.CDLL, call: Int8Call, threads: int) -> Tensor:
     sizes = (
         tokens, d_in, call.fc2.shape[1], experts, call.shared, neurons, d_out, *names,
         ACTIVATIONS.index(call.activation), threads,
+        *(0 if factors is None else factors.shape[2] for factors in (call.w1_group, call.w2_group)),
     )  # fmt: skip
     library.run_int8(pointers, (ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_float(float(call.tau)))
     return y
