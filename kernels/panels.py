@@ -15,14 +15,13 @@ panels are [N / 16, K / 2, 16, 2].
 Weights of 4 bits stand for weights of 8 bits. Neighbouring inputs of an output, a group, share a factor g from 1 to 17,
 and q[n, k] = g · v with v from -8 to 7, so that q is from -127 to 127 and sums are the same integers (progressive
 groups, QServe, arXiv 2405.04532). A matrix [N, K] is uint8 [N / 16, K / 8, 16, 4]. In place
-[n // 16, k // 8, n % 16, k % 4] the low half of a byte has v + 8 of k % 8 = 0 to 3, and the high half that of 4 to 7: the
-halves belong to two neighbouring places of the panels above. The factors are uint8 [N / 16, G, 16], with
+[n // 16, k // 8, n % 16, k % 4] the low half of a byte has v + 8 of k % 8 = 0 to 3, and the high half that of 4 to 7.
+The halves belong to two neighbouring places of the panels above. The factors are uint8 [N / 16, G, 16], with
 factors[n // 16, k // size, n % 16] = g and the size that `group_size` gives for G groups.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -42,7 +41,7 @@ MOST_IN_GROUPS = 119
 PLACES = 8
 """Inputs of a group come in multiples of these: so many are in a byte's halves side by side."""
 _LARGEST_FACTOR, _LARGEST = 17, 7
-_FACTORS = 6  # that are tried for a group
+_FACTORS = 3  # that are tried for a group: with more of them the error was the same
 _PART = 2**22  # numbers that are rounded to 4 bits at a time
 Panels = Tensor
 
@@ -130,51 +129,43 @@ def _scaled(matrix: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return matrix / scale, scale.squeeze(-1)
 
 
-def quantise_groups(matrix: Tensor, group: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Round numbers from -119 to 119 to products of 4 bits and factors, with the smallest squared errors.
+def quantise_groups(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Round numbers from -119 to 119 to products of 4 bits and factors, with small squared errors.
 
     Args:
         matrix: float32 [..., N, K].
         group: how many inputs share a factor at most, a multiple of `PLACES`.
-        importance: what squared errors are multiplied by, float32 [..., 1, K] with the same leading sizes; None for 1.
 
     Returns:
         int8 [..., N, K] from -8 to 7, and factors from 1 to 17, uint8 [..., N, G].
     """
     columns = matrix.shape[-1]
     groups = groups_of(columns, group)
-    size = group_size(columns, groups)
-    whole = torch.empty_like(matrix, dtype=torch.int8)
-    factors = torch.empty((*matrix.shape[:-1], groups), dtype=torch.uint8, device=matrix.device)
-
-    def in_groups(part: Tensor) -> Tensor:
-        return F.pad(part, (0, groups * size - columns)).unflatten(-1, (groups, size))
-
-    rows = max(1, _PART // columns)
-    for at in itertools.product(*map(range, matrix.shape[:-2])):
-        weight = None if importance is None else in_groups(importance[at])
-        for first in range(0, matrix.shape[-2], rows):
-            some = slice(first, first + rows)
-            found, factor = _best(in_groups(matrix[at][some]), weight)
-            whole[at][some] = found.flatten(-2)[..., :columns].to(torch.int8)
-            factors[at][some] = factor.squeeze(-1).to(torch.uint8)
-    return whole, factors
+    size, rows = group_size(columns, groups), matrix.flatten(0, -2)
+    halves = torch.empty_like(rows, dtype=torch.int8)
+    factors = torch.empty((len(rows), groups), dtype=torch.uint8, device=matrix.device)
+    parts = (tensor.split(max(1, _PART // columns)) for tensor in (rows, halves, factors))
+    for part, to_halves, to_factors in zip(*parts, strict=True):
+        best, factor = _best(F.pad(part, (0, groups * size - columns)).unflatten(-1, (groups, size)))
+        to_halves.copy_(best.flatten(-2)[:, :columns])
+        to_factors.copy_(factor.squeeze(-1))
+    return halves.view(matrix.shape), factors.view(*matrix.shape[:-1], groups)
 
 
-def _best(numbers: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+def _best(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Return 4 bits [..., size] and factors [..., 1] for float numbers [..., size]."""
     largest = (numbers.abs().amax(-1, keepdim=True) / _LARGEST).ceil().clamp(1, _LARGEST_FACTOR)
-    best = torch.zeros_like(numbers), largest, torch.full_like(largest, torch.inf)
+    halves, chosen, least_error = torch.zeros_like(numbers), largest, torch.full_like(largest, torch.inf)
     for less in range(_FACTORS):
         factor = (largest - less).clamp_min(1)
         # -8 · 16 would be less than -127.
         least = torch.where(factor < MOST / (_LARGEST + 1), -_LARGEST - 1, -_LARGEST)
-        whole = torch.maximum((numbers / factor).round().clamp_max(_LARGEST), least)
-        different = (whole * factor - numbers).square()
-        error = (different if importance is None else different * importance).sum(-1, keepdim=True)
-        new = (whole, factor, error)
-        best = tuple(torch.where(error < best[2], *pair) for pair in zip(new, best, strict=True))  # type: ignore[assignment]
-    return best[:2]
+        rounded = torch.maximum((numbers / factor).round().clamp_max(_LARGEST), least)
+        error = (rounded * factor - numbers).square().sum(-1, keepdim=True)
+        better = error < least_error
+        halves, chosen = torch.where(better, rounded, halves), torch.where(better, factor, chosen)
+        least_error = torch.where(better, error, least_error)
+    return halves, chosen
 
 
 def quantise_trunk(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +217,7 @@ class Int8Experts(NamedTuple):
         y_scale = experts.w2.float().abs().amax((0, 1))
         y_scale = torch.where(y_scale > 0, y_scale, 1.0)
         scaled, w2_scale = _scaled(experts.w2.float() / y_scale, most)
-        w2, w2_group = _packed(scaled.transpose(1, 2), group, w2_scale.square().unsqueeze(1))
+        w2, w2_group = _packed(scaled.transpose(1, 2), group)
         biases = _float(experts.b1), _float(experts.b_gate)
         made = cls(
             w1, w1_scale, biases[0], gate, gate_scale, biases[1], w2, w2_scale, y_scale, w1_group, gate_group, w2_group
@@ -272,12 +263,12 @@ class Int8Experts(NamedTuple):
         return Experts(w1, biases[0], gate, biases[1], w2 * self.y_scale.float())
 
 
-def _packed(scaled: Tensor, group: int | None, importance: Tensor | None = None) -> tuple[Panels, Tensor | None]:
+def _packed(scaled: Tensor, group: int | None) -> tuple[Panels, Tensor | None]:
     """Round numbers to panels of 8 bits, or of 4 bits with factors (see `quantise_groups`)."""
     if group is None:
         return pack(scaled.round().to(torch.int8)), None
-    whole, factors = quantise_groups(scaled, group, importance)
-    return pack_halves(whole), pack_factors(factors)
+    halves, factors = quantise_groups(scaled, group)
+    return pack_halves(halves), pack_factors(factors)
 
 
 def _float(bias: Tensor | None) -> Tensor | None:

@@ -72,7 +72,7 @@ class Quantize(Pass[MoESite, Tensor | None]):
     )
     group: int = option(
         32,
-        "With weights=int4, how many inputs share a factor: a multiple of 8. Fewer are more exact and take more memory.",
+        "With weights=int4, how many inputs share a factor, a multiple of 8. Few are more exact and take more memory.",
         least=PLACES,
     )
 

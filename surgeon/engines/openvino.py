@@ -173,7 +173,8 @@ def conversion() -> Any:
 
     def make(context: Any) -> Any:
         inputs, names, words = [], [], {}
-        for place, name in enumerate(Int8Call._fields):
+        # The last ones may be left out.
+        for place, name in enumerate(Int8Call._fields[: context.get_input_size()]):
             given = context.get_input(place)
             node = given.get_node()
             if name in _WORDS:
