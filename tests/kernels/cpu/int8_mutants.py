@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant("unpack.inc", "half ? both >> 4 : both", "both"),
     Mutant("unpack.inc", "w.factors + n * w.groups * LANES", "w.factors"),
     Mutant("unpack.inc", "factors + i * w.groups * LANES", "factors", VNNI),
-    Mutant("unpack.inc", "k / AT_ONCE * (M * LINE)", "k / AT_ONCE * LINE"),
+    Mutant("unpack.inc", "k / AT_ONCE * (M * LINE)", "k / AT_ONCE * LINE", VNNI),
     Mutant("unpack.inc", "half % CHAINS][m][v] =", "0][m][v] ="),
     Mutant("unpack.inc", "store_ints(by[p].whole(both >> 4), at + STEP)", "store_ints(by[p].whole(both), at + STEP)"),
     Mutant("unpack.inc", "factors + e * rows * groups", "factors + e * rows"),
