@@ -102,7 +102,8 @@ def pack_halves(matrix: Tensor) -> Panels:
 def pack_factors(factors: Tensor) -> Tensor:
     """Lay out factors [..., N, G] as uint8 [..., N / 16, G, 16], with zeros behind the end."""
     filled = F.pad(factors, (0, 0, 0, -factors.shape[-2] % LANES))
-    return filled.unflatten(-2, (-1, LANES)).transpose(-2, -1).contiguous()
+    *lead, height, groups = filled.shape
+    return filled.reshape(*lead, height // LANES, LANES, groups).transpose(-2, -1).contiguous()
 
 
 def unpack_halves(panels: Panels, factors: Tensor, columns: int) -> Panels:
@@ -144,9 +145,9 @@ def quantise_groups(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
     size, rows = group_size(columns, groups), matrix.flatten(0, -2)
     halves = torch.empty_like(rows, dtype=torch.int8)
     factors = torch.empty((len(rows), groups), dtype=torch.uint8, device=matrix.device)
-    parts = (tensor.split(max(1, _PART // columns)) for tensor in (rows, halves, factors))
+    parts = (torch.split(tensor, max(1, _PART // columns)) for tensor in (rows, halves, factors))
     for part, to_halves, to_factors in zip(*parts, strict=True):
-        best, factor = _best(F.pad(part, (0, groups * size - columns)).unflatten(-1, (groups, size)))
+        best, factor = _best(F.pad(part, (0, groups * size - columns)).reshape(-1, groups, size))
         to_halves.copy_(best.flatten(-2)[:, :columns])
         to_factors.copy_(factor.squeeze(-1))
     return halves.view(matrix.shape), factors.view(*matrix.shape[:-1], groups)
