@@ -1,4 +1,4 @@
-"""The operator that routes tokens to experts with 8-bit weights and runs them.
+"""The operator that routes tokens to experts with weights of 8 or 4 bits and runs them.
 
 `surgeon.kernels.panels` describes how the weights are stored.
 
@@ -24,6 +24,12 @@
     y_scale    [d_out]
     b2         [d_out] or None
     activation a name of `surgeon.kernels.activations.ACTIVATIONS`
+    w1_group   the factors of weights of 4 bits, uint8 [E, s / 16, G, 16], or None: weights have 8 bits
+    gate_group likewise, as w1_group, if the FFN is gated
+    w2_group   likewise, uint8 [E, d_out / 16, G of their own, 16]
+
+With factors, w1, gate and w2 are uint8 [E, s / 16, d_in / 8, 16, 4] and [E, d_out / 16, s / 8, 16, 4]. They stand for
+the 8-bit weights that everything below is computed with.
 
 All divisions round up. It returns [..., d_out] in the dtype of x. Scales, biases and tau are floating of any dtype and
 are read as float32. In between it computes:
@@ -113,8 +119,9 @@ def _routed(call: Int8Call) -> Tensor:
     """Compute the operator with every expert and a mask, in float32: [N, d_out]."""
     x = call.x.reshape(-1, call.x.shape[-1]).float()
     mask = selected(*_with_threshold(_scores(x, *call.router[1:]), call))
-    weights, act = call.experts, find_activation(call.activation)
-    (experts, neurons), d_in = weights.w1_scale.shape, x.shape[-1]
+    d_in, act = x.shape[-1], find_activation(call.activation)
+    weights = call.experts.in_8_bits(d_in)
+    experts, neurons = weights.w1_scale.shape
     q, scale = _rounded(_scaled(x, call.x_scale), MOST)
 
     def up(panels: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -150,7 +157,7 @@ _ROUTER = (
 _SIGNATURE = (
     f"(Tensor x, Tensor tau, str rule, int shared, {_ROUTER}, Tensor w1, Tensor w1_scale, Tensor? b1, "
     "Tensor? gate, Tensor? gate_scale, Tensor? b_gate, Tensor w2, Tensor w2_scale, Tensor y_scale, Tensor? b2, "
-    "str activation) -> Tensor"
+    "str activation, Tensor? w1_group=None, Tensor? gate_group=None, Tensor? w2_group=None) -> Tensor"
 )
 
 

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from surgeon.errors import UsageError
 from surgeon.kernels.activations import activation as find_activation
-from surgeon.kernels.panels import WIDEST, Int8Experts, panels_shape
+from surgeon.kernels.panels import (
+    WIDEST,
+    Int8Experts,
+    factors_shape,
+    group_size,
+    groups_of,
+    halves_shape,
+    panels_shape,
+)
 from surgeon.kernels.scores import HIDDEN, OUTPUT
 from surgeon.kernels.selection import check_rule
 
@@ -43,6 +51,9 @@ class Int8Call(NamedTuple):
     y_scale: Tensor
     b2: Tensor | None
     activation: str
+    w1_group: Tensor | None = None
+    gate_group: Tensor | None = None
+    w2_group: Tensor | None = None
 
     @property
     def router(self) -> tuple[Any, ...]:
@@ -62,7 +73,7 @@ class Int8Call(NamedTuple):
     @property
     def experts(self) -> Int8Experts:
         """The experts' weights."""
-        return Int8Experts(*self[12:21])
+        return Int8Experts(*(getattr(self, name) for name in Int8Experts._fields))
 
 
 def is_positive(call: Int8Call) -> bool:
@@ -86,7 +97,7 @@ def check_call(*given: Any) -> Int8Call:
     if weights.y_scale.dim() != 1:
         raise UsageError(f"int8 FFN: y_scale needs 1 dimension [d_out], got {tuple(weights.y_scale.shape)}")
     (experts, neurons), d_in, d_out = weights.w1_scale.shape, x.shape[-1], weights.y_scale.shape[0]
-    rows = (experts, neurons)
+    neuron = (experts, neurons)
     if max(neurons, d_in) > WIDEST:
         raise UsageError(f"int8 FFN: at most {WIDEST} inputs, and neurons of an expert, got {d_in} and {neurons}")
     if call.fc2.shape[0] + call.shared != experts:
@@ -94,27 +105,44 @@ def check_call(*given: Any) -> Int8Call:
             f"int8 FFN: the router scores {call.fc2.shape[0]} experts and {call.shared} are shared, but there are "
             f"{experts}"
         )
-    if (weights.gate is None) != (weights.gate_scale is None) or (weights.gate is None and weights.b_gate is not None):
+    gated = weights.gate is not None
+    if gated != (weights.gate_scale is not None) or (not gated and weights.b_gate is not None):
         raise UsageError("int8 FFN: gate and gate_scale belong together, and b_gate needs them")
-    ups, downs = (
-        (experts, *panels_shape(neurons, d_in, torch.int8)),
-        (experts, *panels_shape(d_out, neurons, torch.int8)),
-    )
-    for name, tensor, shape, dtype in (
+    first, second = (neurons, d_in), (d_out, neurons)
+    halves = weights.w1_group is not None
+    if (weights.w2_group is not None) != halves or (weights.gate_group is not None) != (halves and gated):
+        raise UsageError("int8 FFN: w1_group, gate_group if there is a gate, and w2_group belong together")
+    shape_of, dtype = (halves_shape, torch.uint8) if halves else (_int8_panels, torch.int8)
+    ups, downs = ((experts, *shape_of(*matrix)) for matrix in (first, second))
+    for name, tensor, shape, wanted in (
         ("tau", call.tau, (), None),
-        ("w1", weights.w1, ups, torch.int8),
-        ("w1_scale", weights.w1_scale, rows, None),
-        ("b1", weights.b1, rows, None),
-        ("gate", weights.gate, ups, torch.int8),
-        ("gate_scale", weights.gate_scale, rows, None),
-        ("b_gate", weights.b_gate, rows, None),
-        ("w2", weights.w2, downs, torch.int8),
-        ("w2_scale", weights.w2_scale, rows, None),
+        ("w1", weights.w1, ups, dtype),
+        ("w1_scale", weights.w1_scale, neuron, None),
+        ("b1", weights.b1, neuron, None),
+        ("gate", weights.gate, ups, dtype),
+        ("gate_scale", weights.gate_scale, neuron, None),
+        ("b_gate", weights.b_gate, neuron, None),
+        ("w2", weights.w2, downs, dtype),
+        ("w2_scale", weights.w2_scale, neuron, None),
         ("y_scale", weights.y_scale, (d_out,), None),
         ("b2", call.b2, (d_out,), None),
     ):
-        _check_one(name, tensor, shape, x, dtype)
+        _check_one(name, tensor, shape, x, wanted)
+    for name, factors, (rows, columns) in (
+        ("w1_group", weights.w1_group, first),
+        ("gate_group", weights.gate_group, first),
+        ("w2_group", weights.w2_group, second),
+    ):
+        # Any number of groups that some size gives; w1 and the gate have the same.
+        like = weights.w1_group if name == "gate_group" else factors
+        groups = like.shape[2] if like is not None and like.dim() == 4 else 1
+        there = groups_of(columns, group_size(columns, max(1, groups)))
+        _check_one(name, factors, (experts, *factors_shape(rows, there)), x, torch.uint8)
     return call
+
+
+def _int8_panels(rows: int, columns: int) -> tuple[int, ...]:
+    return panels_shape(rows, columns, torch.int8)
 
 
 def check_router(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
+from surgeon.errors import UsageError
 from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.holder import parameters_only
 from surgeon.graph.traced import TracedGraph, aten
 from surgeon.kernels.experts import selected
 from surgeon.kernels.int8_arguments import Int8Call
-from surgeon.kernels.panels import WIDEST
+from surgeon.kernels.panels import PLACES, WIDEST
 from surgeon.moe.int8 import TENSORS, Int8MoE, parameter_sizes
 from surgeon.moe.module import SKIPPED_MEAN, MoE
 from surgeon.moe.ops import masked_ffn, routed_ffn_int8, selection_threshold
@@ -45,13 +46,14 @@ class _Accuracy(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass[MoESite, Tensor | None]):
-    """Store the experts' weights in 8 bits and the routers' in 12, and route and run the experts in one op.
+    """Store the experts' weights in 8 or 4 bits and the routers' in 12, and route and run the experts in one op.
 
     Every neuron has a scale, and so has every output. Inputs and hidden values are rounded to 8 bits when the op runs,
     with a scale for each token. With data, inputs that are often large are made smaller and their weights larger first
-    (SmoothQuant, arXiv 2211.10438); inputs that the data never shows are then rounded coarsely. A quantised layer
-    cannot be trained: run passes that train before. tau, rule and compensation work as before. This pass is not part of
-    D2DMoE.
+    (SmoothQuant, arXiv 2211.10438); inputs that the data never shows are then rounded coarsely. Weights of 4 bits have
+    a factor for each group of inputs too (as in QServe, arXiv 2405.04532). They are for decoding, where reading weights
+    takes most of the time. A quantised layer cannot be trained: run passes that train before. tau, rule and
+    compensation work as before. This pass is not part of D2DMoE.
     """
 
     name: ClassVar[str] = "quantize"
@@ -65,10 +67,25 @@ class Quantize(Pass[MoESite, Tensor | None]):
         least=0,
         most=1,
     )
+    weights: Literal["int8", "int4"] = option(
+        "int8", "How many bits the experts' weights have. int4 is smaller and faster for few tokens, and less exact."
+    )
+    group: int = option(
+        32,
+        "With weights=int4, how many inputs share a factor, a multiple of 8. Few are more exact and take more memory.",
+        least=PLACES,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group % PLACES:
+            raise UsageError(f"quantize: group is {self.group}, but must be a multiple of {PLACES}.")
+        if self.weights == "int8" and self.group != type(self).group:
+            raise UsageError("quantize: only weights=int4 have groups. Drop group, or add weights=int4.")
 
     def match(self, graph: GraphModule, site: MoESite) -> Rejection | None:
         if site.form == "int8":
-            return Rejection("already-done", "its weights already have 8 bits")
+            return Rejection("already-done", "its weights already are small integers")
         if (width := max(site.d_in, site.size)) > WIDEST:
             return Rejection("too-wide", f"{width} products would be added up, and 32 bits hold {WIDEST}")
         try:
@@ -93,7 +110,8 @@ class Quantize(Pass[MoESite, Tensor | None]):
             raise SiteRefused("not-finite", "its inputs on the data contain NaN or infinity")
         moe = moe_module(graph, site)
         assert isinstance(moe, MoE)
-        made = Int8MoE.of(moe, None if seen is None else _input_scale(moe, seen, self.smooth))
+        x_scale = None if seen is None else _input_scale(moe, seen, self.smooth)
+        made = Int8MoE.of(moe, x_scale, self.group if self.weights == "int4" else None)
         accuracy = None if seen is None else _accuracy(moe, made, seen)
         before = sum(parameter.numel() for parameter in moe.parameters())
         holder = parameters_only(made)
@@ -103,7 +121,7 @@ class Quantize(Pass[MoESite, Tensor | None]):
         graph.set_submodule(site.path, holder)
         names = [_replace(graph, site, node, made) for node in site.nodes]
         after = next(found for found in find_moes(graph) if found.path == site.path)
-        words = f"{after.describe} in 8 bits"
+        words = f"{after.describe} in {'4' if self.weights == 'int4' else '8'} bits"
         if accuracy is not None:
             words += f", error {accuracy.error:.2%}, {accuracy.agreement:.2%} of the selections the same"
         return SiteChange(

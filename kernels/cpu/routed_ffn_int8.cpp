@@ -30,7 +30,8 @@ using Optional = std::optional<Tensor>;
 constexpr const char* SCHEMA =
     "routed_ffn_int8(Tensor x, Tensor tau, str rule, int shared, " ROUTER_SCHEMA
     ", Tensor w1, Tensor w1_scale, Tensor? b1, Tensor? gate, Tensor? gate_scale, Tensor? b_gate, Tensor w2, "
-    "Tensor w2_scale, Tensor y_scale, Tensor? b2, str activation) -> Tensor";
+    "Tensor w2_scale, Tensor y_scale, Tensor? b2, str activation, Tensor? w1_group=None, Tensor? gate_group=None, "
+    "Tensor? w2_group=None) -> Tensor";
 constexpr const char* SCORES_SCHEMA = "router_scores_int8(Tensor x, " ROUTER_SCHEMA ") -> Tensor";
 
 #define ROUTER                                                                                                 \
@@ -41,10 +42,11 @@ constexpr const char* SCORES_SCHEMA = "router_scores_int8(Tensor x, " ROUTER_SCH
   const Tensor &x, const Tensor &tau, c10::string_view rule, int64_t shared, ROUTER, const Tensor &w1,         \
       const Tensor &w1_scale, const Optional &b1, const Optional &gate, const Optional &gate_scale,            \
       const Optional &b_gate, const Tensor &w2, const Tensor &w2_scale, const Tensor &y_scale,                 \
-      const Optional &b2, c10::string_view activation
+      const Optional &b2, c10::string_view activation, const Optional &w1_group, const Optional &gate_group,   \
+      const Optional &w2_group
 #define GIVEN                                                                                                  \
   x, tau, rule, shared, ROUTER_GIVEN, w1, w1_scale, b1, gate, gate_scale, b_gate, w2, w2_scale, y_scale, b2,   \
-      activation
+      activation, w1_group, gate_group, w2_group
 using Signature = Tensor(ARGUMENTS);
 using ScoresSignature = Tensor(const Tensor& x, ROUTER);
 
@@ -141,6 +143,12 @@ Int8Router router_of(const Input& in, ROUTER, Operands& operands) {
       operands.floats(fc2, {experts, width}), operands.floats(fc2_bias, {experts}), *function, *score};
 }
 
+// How many groups the factors are for, if they have a shape that factors can have; otherwise another number.
+int64_t groups_of(const Optional& factors, int64_t columns) {
+  if (!factors) return 0;
+  return groups_there(columns, factors->dim() == 4 && factors->size(2) > 0 ? factors->size(2) : 1);
+}
+
 Int8Layer layer_of(ARGUMENTS, const Input& in, Operands& operands) {
   Int8Router router = router_of(in, ROUTER_GIVEN, operands);
   auto selects = find_rule(rule);
@@ -153,15 +161,26 @@ Int8Layer layer_of(ARGUMENTS, const Input& in, Operands& operands) {
   int64_t experts = w1_scale.size(0), s = w1_scale.size(1), d_out = y_scale.size(0);
   operands.need(shared >= 0 && experts == router.experts + shared && s > 0 && d_out > 0);
   operands.need(in.d_in <= WIDEST && s <= WIDEST);
-  int64_t ups[] = {experts, ceil_of(s, LANES), ceil_of(in.d_in, 4), LANES, 4};
-  int64_t downs[] = {experts, ceil_of(d_out, LANES), ceil_of(s, 4), LANES, 4}, rows[] = {experts, s};
+  bool halves = w1_group.has_value();
+  operands.need(w2_group.has_value() == halves && gate_group.has_value() == (halves && gate));
+  if (!operands.fits()) return {};
+  int64_t at_once = halves ? PLACES : 4, rows[] = {experts, s};
+  int64_t ups[] = {experts, ceil_of(s, LANES), ceil_of(in.d_in, at_once), LANES, 4};
+  int64_t downs[] = {experts, ceil_of(d_out, LANES), ceil_of(s, at_once), LANES, 4};
+  auto panels = [&](const auto& tensor, at::IntArrayRef shape) {
+    return halves ? reinterpret_cast<const int8_t*>(operands.panels<uint8_t>(tensor, shape))
+                  : operands.panels<int8_t>(tensor, shape);
+  };
+  int64_t up_groups = groups_of(w1_group, in.d_in), down_groups = groups_of(w2_group, s);
+  int64_t up_factors[] = {experts, ups[1], up_groups, LANES}, down_factors[] = {experts, downs[1], down_groups, LANES};
   const float* share = operands.floats(tau, {});
   return {
-      router, *selects, share ? *share : 0.f, experts, shared, s, d_out, operands.panels<int8_t>(w1, ups),
-      operands.floats(w1_scale, rows), operands.floats(b1, rows), operands.panels<int8_t>(gate, ups),
-      operands.floats(gate_scale, rows), operands.floats(b_gate, rows), operands.panels<int8_t>(w2, downs),
+      router, *selects, share ? *share : 0.f, experts, shared, s, d_out, panels(w1, ups),
+      operands.floats(w1_scale, rows), operands.floats(b1, rows), panels(gate, ups),
+      operands.floats(gate_scale, rows), operands.floats(b_gate, rows), panels(w2, downs),
       operands.floats(w2_scale, rows), operands.floats(y_scale, {d_out}), operands.floats(b2, {d_out}), *function,
-      relu_up && gate};
+      relu_up && gate, operands.panels<uint8_t>(w1_group, up_factors), operands.panels<uint8_t>(gate_group, up_factors),
+      operands.panels<uint8_t>(w2_group, down_factors), up_groups, down_groups};
 }
 
 const Int8Kernels& chosen_int8() {

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cstdlib>
 #include <initializer_list>
 #include <optional>
@@ -22,18 +21,18 @@
 
 #include "../cpu/activation_names.h"
 #include "../cpu/int8/choice.h"
-#include "../cpu/pages.h"
 #include "../cpu/int8/routed.h"
 
 namespace surgeon {
 
 enum Input {
   X, TAU, X_SCALE, FC1, FC1_SCALE, FC1_BIAS, FC2, FC2_BIAS, W1, W1_SCALE, B1, GATE, GATE_SCALE, B_GATE, W2, W2_SCALE,
-  Y_SCALE, B2, INPUTS
+  Y_SCALE, B2, W1_GROUP, GATE_GROUP, W2_GROUP, INPUTS
 };
 constexpr std::array<const char*, INPUTS> NAMES = {
     "x",    "tau",      "x_scale", "fc1",  "fc1_scale",  "fc1_bias", "fc2", "fc2_bias", "w1",
-    "w1_scale", "b1",   "gate",    "gate_scale", "b_gate", "w2",     "w2_scale", "y_scale", "b2"};
+    "w1_scale", "b1",   "gate",    "gate_scale", "b_gate", "w2",     "w2_scale", "y_scale", "b2",
+    "w1_group", "gate_group", "w2_group"};
 
 // The values of a floating tensor. `kept` holds them if they are not float32 already.
 const float* floats(const ov::Tensor& from, std::vector<float>& kept) {
@@ -107,7 +106,11 @@ class RoutedFFNInt8 : public ov::op::Op {
     for (int input = 0; input < INPUTS; ++input) {
       if (at[input] < 0) continue;
       auto type = get_input_element_type(at[input]);
-      bool fits = input == FC1 ? type == ov::element::u8 : input == W1 || input == GATE || input == W2 ? type == ov::element::i8 : type.is_real() && type != ov::element::f64;
+      bool panels = input == W1 || input == GATE || input == W2;
+      bool bytes = input == FC1 || input >= W1_GROUP || (panels && at[W1_GROUP] >= 0);
+      bool fits = bytes   ? type == ov::element::u8
+                  : panels ? type == ov::element::i8
+                           : type.is_real() && type != ov::element::f64;
       NODE_VALIDATION_CHECK(this, fits || type.is_dynamic(), "the input ", NAMES[input], " is of type ", type);
     }
     bool known = find_words();
@@ -123,7 +126,11 @@ class RoutedFFNInt8 : public ov::op::Op {
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& given) const override {
     std::array<std::vector<float>, INPUTS> kept;
     auto real = [&](Input input) { return at[input] < 0 ? nullptr : floats(given[at[input]], kept[input]); };
-    auto bytes = [&](Input input) { return at[input] < 0 ? nullptr : given[at[input]].data<const int8_t>(); };
+    auto bytes = [&](Input input) {
+      return at[input] < 0 ? nullptr : static_cast<const int8_t*>(given[at[input]].data());
+    };
+    auto factors = [&](Input input) { return at[input] < 0 ? nullptr : given[at[input]].data<const uint8_t>(); };
+    auto groups = [&](Input input) { return at[input] < 0 ? 0 : int64_t(given[at[input]].get_shape()[2]); };
     auto shape = given[at[X]].get_shape();
     int64_t d_in = shape.back(), d_out = given[at[Y_SCALE]].get_size();
     check_shapes(given, d_in, d_out);
@@ -138,12 +145,9 @@ class RoutedFFNInt8 : public ov::op::Op {
     layer.w1 = bytes(W1), layer.w1_scale = real(W1_SCALE), layer.b1 = real(B1);
     layer.gate = bytes(GATE), layer.gate_scale = real(GATE_SCALE), layer.b_gate = real(B_GATE);
     layer.w2 = bytes(W2), layer.w2_scale = real(W2_SCALE), layer.y_scale = real(Y_SCALE), layer.b2 = real(B2);
+    layer.w1_group = factors(W1_GROUP), layer.gate_group = factors(GATE_GROUP), layer.w2_group = factors(W2_GROUP);
+    layer.up_groups = groups(W1_GROUP), layer.down_groups = groups(W2_GROUP);
     layer.activation = function, layer.relu_up = activation == "relu_relu" && layer.gate;
-    if (weights != layer.w1) {
-      for (Input input : {FC1, W1, GATE, W2})
-        if (at[input] >= 0) use_large_pages(given[at[input]].data(), given[at[input]].get_byte_size());
-      weights = layer.w1;
-    }
     int64_t tokens = d_in ? given[at[X]].get_size() / d_in : 0;
     shape.back() = d_out;
     outputs[0].set_shape(shape);
@@ -164,7 +168,6 @@ class RoutedFFNInt8 : public ov::op::Op {
   TrunkActivation trunk{};
   RouterOutput score{};
   Activation function{};
-  mutable std::atomic<const int8_t*> weights{nullptr};  // that lie in large pages, if they can
 
   bool find_words() {
     using O = RouterOutput;
@@ -201,8 +204,22 @@ class RoutedFFNInt8 : public ov::op::Op {
     has(TAU, {}), has(X_SCALE, {d_in}), has(FC1_SCALE, {width}), has(FC1_BIAS, {width}), has(FC2_BIAS, {scored});
     has(FC1, {ceil_of(width, LANES), ceil_of(d_in, 2), LANES, 4});
     if (at[FC1] < 0) has(FC2, {scored, d_in});
-    for (Input input : {W1, GATE}) has(input, {experts, ceil_of(s, LANES), ceil_of(d_in, 4), LANES, 4});
-    has(W2, {experts, ceil_of(d_out, LANES), ceil_of(s, 4), LANES, 4});
+    bool halves = at[W1_GROUP] >= 0;
+    OPENVINO_ASSERT(
+        halves == (at[W2_GROUP] >= 0) && (at[GATE_GROUP] >= 0) == (halves && at[GATE] >= 0),
+        "the factors of all matrices belong together");
+    int64_t at_once = halves ? PLACES : 4, ups = ceil_of(s, LANES), downs = ceil_of(d_out, LANES);
+    for (Input input : {W1, GATE}) has(input, {experts, ups, ceil_of(d_in, at_once), LANES, 4});
+    has(W2, {experts, downs, ceil_of(s, at_once), LANES, 4});
+    // Any number of groups that some size gives; w1 and the gate have the same.
+    auto groups = [&](Input input, int64_t columns) {
+      if (at[input] < 0) return int64_t(0);
+      OPENVINO_ASSERT(sizes(input).size() == 4 && sizes(input)[2] > 0, NAMES[input], " has shape ", sizes(input));
+      return groups_there(columns, sizes(input)[2]);
+    };
+    int64_t up_groups = groups(W1_GROUP, d_in), down_groups = groups(W2_GROUP, s);
+    for (Input input : {W1_GROUP, GATE_GROUP}) has(input, {experts, ups, up_groups, LANES});
+    has(W2_GROUP, {experts, downs, down_groups, LANES});
     for (Input input : {W1_SCALE, B1, GATE_SCALE, B_GATE, W2_SCALE}) has(input, {experts, s});
     has(Y_SCALE, {d_out}), has(B2, {d_out});
   }

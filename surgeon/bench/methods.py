@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -139,8 +140,14 @@ def _ours_dense(problem: Problem) -> Callable[[], Tensor]:
 _ROUTER_SHARE, _ROUTER_WIDTHS = 0.025, (8, 128)
 
 
-def _int8_call(problem: Problem) -> Int8Call:
-    """The problem with 8-bit weights and a router with random weights, which selects as many experts of every token."""
+_GROUP = 32  # inputs with a factor of their own, of weights of 4 bits
+
+
+def _int8_call(problem: Problem, group: int | None = None) -> Int8Call:
+    """The problem with 8-bit weights and a router with random weights, which selects as many experts of every token.
+
+    group: as in `Int8Experts.of`.
+    """
     shape = problem.case.shape
     if problem.x.device.type != "cpu":
         raise UnavailableError("there are kernels for 8-bit weights for CPUs only")
@@ -156,13 +163,13 @@ def _int8_call(problem: Problem) -> Int8Call:
     fc1, fc1_scale = quantise_trunk(draw(width, shape.width))
     return Int8Call(
         problem.x, torch.tensor(1 - problem.case.share), "top_k", 0, None, pack(fc1), fc1_scale, None,
-        draw(shape.experts, width), None, "relu", "abs", *Int8Experts.of(problem.experts), problem.b2.float(),
-        problem.case.activation,
+        draw(shape.experts, width), None, "relu", "abs", b2=problem.b2.float(), activation=problem.case.activation,
+        **Int8Experts.of(problem.experts, group=group)._asdict(),
     )  # fmt: skip
 
 
-def _ours_int8(problem: Problem) -> Callable[[], Tensor]:
-    call = _int8_call(problem)
+def _ours_int8(problem: Problem, group: int | None = None) -> Callable[[], Tensor]:
+    call = _int8_call(problem, group)
 
     def run() -> Tensor:
         y: Tensor = routed_ffn_int8(*call)
@@ -215,6 +222,9 @@ METHODS: dict[str, Method] = {
     ),
     "ours_int8": Method(
         "the operator with 8-bit weights, its router and the selection included", _ours_int8, mask=_int8_mask
+    ),
+    "ours_int4": Method(
+        f"the same with 4-bit weights in groups of {_GROUP}", partial(_ours_int8, group=_GROUP), mask=_int8_mask
     ),
     **ENGINES,
 }

@@ -1,6 +1,6 @@
 """Graphs as models of OpenVINO.
 
-Experts with 8-bit weights (`surgeon::routed_ffn_int8`) become one node each, an operator of the extension that
+Experts with weights of 8 or 4 bits (`surgeon::routed_ffn_int8`) become one node each, an operator of the extension that
 `surgeon.kernels.openvino` builds. Everything else is OpenVINO's own: `torch.export` gives the program, OpenVINO's
 frontend for PyTorch converts it, and NNCF quantises the other linears if that is wanted.
 """
@@ -36,7 +36,7 @@ _WORDS = ("rule", "shared", "hidden", "output", "activation")  # attributes of t
 
 
 def has_int8_experts(graph: GraphModule) -> bool:
-    """Whether the graph has experts with 8-bit weights."""
+    """Whether the graph has experts with weights of 8 or 4 bits."""
     return any(node.op == "call_function" and node.target == _ROUTED for node in graph.graph.nodes)
 
 
@@ -173,7 +173,8 @@ def conversion() -> Any:
 
     def make(context: Any) -> Any:
         inputs, names, words = [], [], {}
-        for place, name in enumerate(Int8Call._fields):
+        # The last ones may be left out.
+        for place, name in enumerate(Int8Call._fields[: context.get_input_size()]):
             given = context.get_input(place)
             node = given.get_node()
             if name in _WORDS:

@@ -44,7 +44,7 @@ class FFNLayer(Layer):
 
 @dataclass(frozen=True)
 class ExpertLayer(Layer):
-    """An expert layer (experts, neurons each). form: "module", "masked" or "dynamic". executed: share that ran."""
+    """An expert layer (experts, neurons each). form: as `MoESite` shows it. executed: share that ran."""
 
     form: str
     tau: float
@@ -121,7 +121,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
                 site.path,
                 (site.experts, site.size),
                 layers[site.path].multiply_adds / whole,
-                site.form,
+                site.shown_form,
                 float(site.tau),
                 layers[site.path].share,
             )

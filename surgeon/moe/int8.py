@@ -1,4 +1,4 @@
-"""A feed-forward layer whose experts have 8-bit weights: what `quantize` makes of an `MoE`."""
+"""A feed-forward layer whose experts have weights of 8 or 4 bits: what `quantize` makes of an `MoE`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,28 @@ from torch import Tensor, nn
 from surgeon.kernels.experts import Experts
 from surgeon.kernels.int8 import route
 from surgeon.kernels.int8_arguments import Int8Call
-from surgeon.kernels.panels import Int8Experts, pack, panels_shape, quantise_trunk
+from surgeon.kernels.panels import (
+    Int8Experts,
+    factors_shape,
+    groups_of,
+    halves_shape,
+    pack,
+    panels_shape,
+    quantise_trunk,
+)
 from surgeon.moe.module import SKIPPED_MEAN, MoE, MoEShape, output_bias
 from surgeon.moe.ops import routed_ffn_int8
 
 TENSORS = (
     "x_scale", "fc1", "fc1_scale", "fc1_bias", "fc2", "fc2_bias",
     "w1", "w1_scale", "b1", "gate", "gate_scale", "b_gate", "w2", "w2_scale", "y_scale", "b2",
+    "w1_group", "gate_group", "w2_group",
 )  # fmt: skip
 """The names of a layer's tensors, in the order of the operator's arguments."""
 _SCALES = ("x_scale", "fc1_scale", "w1_scale", "gate_scale", "w2_scale", "y_scale")
 INTEGERS = {"fc1": torch.int16, "w1": torch.int8, "gate": torch.int8, "w2": torch.int8}
+"""The dtypes of those that are not float32, for weights of 8 bits."""
+_HALVES = dict.fromkeys(("w1", "gate", "w2", "w1_group", "gate_group", "w2_group"), torch.uint8)
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
@@ -46,7 +57,7 @@ def parameter_sizes(layer: nn.Module) -> dict[str, int]:
 
 
 class Int8MoE(nn.Module):
-    """A mixture of experts with 8-bit weights, which calls `surgeon::routed_ffn_int8`: x [..., d_in] → [..., d_out].
+    """A mixture of experts with weights of 8 or 4 bits: x [..., d_in] → [..., d_out], by `surgeon::routed_ffn_int8`.
 
     Its parameters have the names and shapes of the operator's arguments (`surgeon.kernels.int8`), and None where there
     is none. They cannot be trained; gradients flow to x. They keep their dtypes if the model is cast to another one.
@@ -65,11 +76,12 @@ class Int8MoE(nn.Module):
     form: Literal["int8"] = "int8"
 
     @classmethod
-    def of(cls, moe: MoE, x_scale: Tensor | None = None) -> Int8MoE:
+    def of(cls, moe: MoE, x_scale: Tensor | None = None, group: int | None = None) -> Int8MoE:
         """Quantise a layer.
 
         Args:
             x_scale: float32 [d_in], what inputs are multiplied by before they are rounded; None for 1.
+            group: as in `Int8Experts.of`.
         """
         made = cls.__new__(cls)
         nn.Module.__init__(made)
@@ -82,7 +94,7 @@ class Int8MoE(nn.Module):
             if router.fc1 is not None:
                 trunk, tensors["fc1_scale"] = quantise_trunk(router.fc1.weight.float() / x_scale)
                 tensors |= {"fc1": pack(trunk), "fc1_bias": _float(router.fc1.bias)}
-            tensors |= Int8Experts.of(moe.weights, x_scale)._asdict()
+            tensors |= Int8Experts.of(moe.weights, x_scale, group)._asdict()
             made._fill(moe.shape, tensors, moe.tau.detach().clone())
             if isinstance(mean := getattr(moe, SKIPPED_MEAN, None), Tensor):
                 made.register_buffer(SKIPPED_MEAN, mean.float())
@@ -102,14 +114,19 @@ class Int8MoE(nn.Module):
     def empty(cls, shape: MoEShape, *, device: torch.device | str | None) -> Int8MoE:
         """Make a layer whose weights are still to be loaded."""
         experts, size, d_in, d_out = shape.experts, shape.size, shape.d_in, shape.d_out
-        rows, ups = (experts, size), (experts, *panels_shape(size, d_in, torch.int8))
+        rows, halves = (experts, size), shape.group is not None
+
+        def panels(outputs: int, inputs: int) -> tuple[int, ...]:
+            one = halves_shape(outputs, inputs) if halves else panels_shape(outputs, inputs, torch.int8)
+            return experts, *one
+
         scored, width = experts - shape.shared, shape.router_width
         sizes: dict[str, tuple[int, ...] | None] = {
             "x_scale": (d_in,),
             "fc2": (scored, d_in if width is None else width),
             "fc2_bias": (scored,) if shape.router_bias else None,
-            "w1": ups, "w1_scale": rows, "w2_scale": rows, "y_scale": (d_out,),
-            "w2": (experts, *panels_shape(d_out, size, torch.int8)),
+            "w1": panels(size, d_in), "w1_scale": rows, "w2": panels(d_out, size), "w2_scale": rows,
+            "y_scale": (d_out,),
             "b1": rows if "b1" in shape.biases else None,
             "b2": (d_out,) if "b2" in shape.biases else None,
         }  # fmt: skip
@@ -117,9 +134,14 @@ class Int8MoE(nn.Module):
             sizes |= {"fc1": panels_shape(width, d_in, torch.int16), "fc1_scale": (width,)}
             sizes["fc1_bias"] = (width,) if shape.router_bias else None
         if shape.gated:
-            sizes |= {"gate": ups, "gate_scale": rows, "b_gate": rows if "b_gate" in shape.biases else None}
+            sizes |= {"gate": sizes["w1"], "gate_scale": rows, "b_gate": rows if "b_gate" in shape.biases else None}
+        if shape.group is not None:
+            sizes["w1_group"] = (experts, *factors_shape(size, groups_of(d_in, shape.group)))
+            sizes["gate_group"] = sizes["w1_group"] if shape.gated else None
+            sizes["w2_group"] = (experts, *factors_shape(d_out, groups_of(size, shape.group)))
+        dtypes = INTEGERS | (_HALVES if halves else {})
         tensors: dict[str, Tensor | None] = {
-            name: torch.empty(size, device=device, dtype=INTEGERS.get(name, torch.float32))
+            name: torch.empty(size, device=device, dtype=dtypes.get(name, torch.float32))
             for name, size in sizes.items()
             if size is not None
         }
@@ -163,6 +185,7 @@ class Int8MoE(nn.Module):
             tuple(name for name in ("b1", "b_gate", "b2") if getattr(self, name) is not None),
             self.shared, self.rule, "int8", self.filling, hasattr(self, SKIPPED_MEAN),
             None if self.fc1 is None else scored.shape[1], self.fc2_bias is not None, self.hidden, self.output,
+            self.experts.group(len(self.x_scale)),
         )  # fmt: skip
 
     @property
@@ -189,5 +212,5 @@ class Int8MoE(nn.Module):
         return route(Int8Call(x, *self.call))
 
     def extra_repr(self) -> str:
-        """`48 experts × 32, 384→384 relu, max, int8`."""
+        """`48 experts × 32, 384→384 relu, max, int8`, `int4 in groups of 32`."""
         return self.shape.describe

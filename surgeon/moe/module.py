@@ -2,7 +2,8 @@
 
 Before `lower`, a layer is one `call_module` node of an `MoE`. After `lower`, the graph has the router's ops and one
 `surgeon::dynamic_k_ffn` node instead. A saved graph has ops in both cases. In a model that is not a graph (see
-`surgeon.graft`), a layer is an `MoE` in either form. A layer with 8-bit weights is an `Int8MoE` (`surgeon.moe.int8`).
+`surgeon.graft`), a layer is an `MoE` in either form. A layer with weights of 8 or 4 bits is an `Int8MoE`
+(`surgeon.moe.int8`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class MoEShape:
     d_in, d_out: widths of its input and output. experts, size: E and s. biases: which of b1, b_gate and b2 it has.
     shared, rule, form, filling: as in `MoE`. compensated: whether it adds the mean of what it skips.
     router_width: the width of the router's trunk, None without one. router_bias, router_hidden, router_output: as in
-    `Router`.
+    `Router`. group: how many inputs share a factor of weights of 4 bits, None for others (`surgeon.kernels.panels`).
     """
 
     d_in: int
@@ -52,13 +53,15 @@ class MoEShape:
     router_bias: bool
     router_hidden: Literal["relu", "tanh"]
     router_output: Output
+    group: int | None = None
 
     @property
     def describe(self) -> str:
         """`48 experts × 32, 384→384 relu, max, dynamic`."""
+        form = self.form if self.group is None else f"int4 in groups of {self.group}"
         return (
             f"{self.experts} experts × {self.size}, {self.d_in}→{self.d_out} {self.activation}"
-            f"{' gated' * self.gated}, {self.rule}, {self.form}"
+            f"{' gated' * self.gated}, {self.rule}, {form}"
         )
 
 

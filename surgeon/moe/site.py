@@ -26,7 +26,7 @@ class MoESite:
 
     path: the module path of the expert weights, `encoder.layer.0.moe`. nodes: every execution of the layer in a graph.
     form: "module" (one `call_module` node), "masked" (reference op), "dynamic" (the op that skips experts) or "int8"
-    (the op that routes and skips, with 8-bit weights). stored: the weights, of an int8 layer as panels.
+    (the op that routes and skips, with weights of 8 or 4 bits). stored: the weights, of an int8 layer as panels.
     shared: the number of experts that always run. rule: one of `kernels.selection.RULES`.
     router_parameters: the number of weights in the router's matrices. A trunk that several layers share is counted for
     the first of them. filling: how many neurons fill experts up to the common size (see `surgeon.moe.filling`).
@@ -63,6 +63,12 @@ class MoESite:
     def d_out(self) -> int:
         """Width of the output."""
         return len(self.stored.y_scale) if isinstance(self.stored, Int8Experts) else int(self.stored.w2.shape[2])
+
+    @property
+    def shown_form(self) -> str:
+        """The form, "int4" for an int8 layer whose weights have 4 bits."""
+        halves = isinstance(self.stored, Int8Experts) and self.stored.w1_group is not None
+        return "int4" if halves else self.form
 
     @property
     def skips(self) -> bool:

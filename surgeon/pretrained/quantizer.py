@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from surgeon.errors import LoadError, UsageError, some
 from surgeon.grafting.parts import GRAFT, Graft, Layer, Plan, empty_layer, plan_of, put
+from surgeon.kernels.panels import PLACES
 from surgeon.moe.module import MoEShape
 from surgeon.pretrained.register import METHOD
 
@@ -74,6 +75,7 @@ def _check(plan: Plan) -> None:
             if isinstance(part, MoEShape):
                 sizes |= {"experts": part.experts, "size": part.size, "experts - shared": part.experts - part.shared}
                 sizes |= {} if part.router_width is None else {"router_width": part.router_width}
+                sizes |= {} if part.group is None else {"group": 0 if part.group % PLACES else part.group}
                 sizes |= {"shared + 1": part.shared + 1, "filling + 1": part.filling + 1}
                 sizes |= {"experts * size - filling": part.experts * part.size - part.filling}
             else:

@@ -30,6 +30,7 @@ _NAMES = {
     "ours": "\nours",
     "ours_dense": "ours,\nall on",
     "ours_int8": "ours,\nint8",
+    "ours_int4": "ours,\nint4",
     "openvino": "open-\nvino",
     "openvino_weights": "openvino\nweights",
     "onnxruntime": "onnx-\nruntime",

@@ -165,7 +165,7 @@ def test_the_machine_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_method_has_a_summary() -> None:
-    assert [name for name in METHODS if name not in ENGINES][-3:] == ["ours", "ours_dense", "ours_int8"]
+    assert [name for name in METHODS if name not in ENGINES][-4:] == ["ours", "ours_dense", "ours_int8", "ours_int4"]
     assert all(method.summary for method in all_methods.METHODS.values())
 
 

@@ -37,7 +37,8 @@ class Layer(nn.Module):
     """The operator, with random weights."""
 
     def __init__(self, *, rule: str = "max", shared: int = 0, trunk: bool = True, gated: bool = False,
-                 biases: bool = True, scaled: bool = False, activation: str = "relu") -> None:  # fmt: skip
+                 biases: bool = True, scaled: bool = False, activation: str = "relu",
+                 group: int | None = None) -> None:  # fmt: skip
         super().__init__()
         torch.manual_seed(0)
 
@@ -48,11 +49,10 @@ class Layer(nn.Module):
         gate, b_gate = (torch.randn(up), bias(*up[:2])) if gated else (None, None)
         x_scale = torch.rand(WIDTH) + 0.5 if scaled else None
         weights = Int8Experts.of(
-            Experts(torch.randn(up), bias(*up[:2]), gate, b_gate, torch.randn(EXPERTS, NEURONS, OUT)), x_scale
+            Experts(torch.randn(up), bias(*up[:2]), gate, b_gate, torch.randn(EXPERTS, NEURONS, OUT)), x_scale, group
         )
         fc1, fc1_scale = quantise_trunk(torch.randn(TRUNK, WIDTH))
         scored = EXPERTS - shared
-        self._order = list(weights._asdict())
         tensors: Mapping[str, Tensor | None] = {
             "tau": torch.tensor(0.4),
             "x_scale": x_scale,
@@ -74,8 +74,10 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rule, shared, activation = self._words
         router = [getattr(self, name) for name in ("x_scale", "fc1", "fc1_scale", "fc1_bias", "fc2", "fc2_bias")]
-        experts = [getattr(self, name) for name in (*self._order, "b2")]
-        return routed_ffn_int8(torch.sin(x), self.tau, rule, shared, *router, "tanh", "sigmoid", *experts, activation)
+        names = (*Int8Experts._fields[:9], "b2")
+        experts, groups = ([getattr(self, name) for name in some] for some in (names, Int8Experts._fields[9:]))
+        given = (torch.sin(x), self.tau, rule, shared, *router, "tanh", "sigmoid", *experts, activation, *groups)
+        return routed_ffn_int8(*given)
 
 
 def made(module: nn.Module, *inputs: Tensor) -> tuple[TracedGraph, Program, Any]:
@@ -96,8 +98,10 @@ def layer() -> tuple[TracedGraph, Program, Any]:
         {"rule": "cumulative", "shared": 2},
         {"rule": "energy", "trunk": False, "biases": False},
         {"gated": True, "activation": "silu", "scaled": True},
+        {"gated": True, "activation": "silu", "group": 16},
+        {"activation": "gelu", "group": 64},
     ],
-    ids=lambda form: form.get("rule", "gated"),
+    ids=lambda form: ", ".join(f"{name}={value}" for name, value in form.items()),
 )
 def test_the_operator_gives_what_it_gives_in_torch(form: dict[str, Any]) -> None:
     graph, _, model = made(Layer(**form), torch.randn(2, 3, WIDTH))

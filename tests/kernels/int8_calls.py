@@ -41,9 +41,13 @@ def int8_call(
     hidden: str = "relu",
     output: str = "abs",
     dtype: torch.dtype = torch.float32,
+    group: int | None = None,
     seed: int = 0,
 ) -> Int8Call:
-    """Arguments with about normal values. width: of the router's trunk, None for none."""
+    """Arguments with about normal values. width: of the router's trunk, None for none.
+
+    group: as in `Int8Experts.of`.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -73,7 +77,7 @@ def int8_call(
         fc2_bias=draw(experts - shared) if bias else None,
         hidden=hidden,
         output=output,
-        **Int8Experts.of(floats, x_scale)._asdict(),
+        **Int8Experts.of(floats, x_scale, group)._asdict(),
         b2=draw(d_out) if bias else None,
         activation=activation,
     )
@@ -83,6 +87,20 @@ def _integers(panels: Tensor, row: int, columns: int) -> Tensor:
     """Row `row` of a matrix in panels [N / 16, K / depth, 16, depth]."""
     depth = panels.shape[-1]
     return torch.stack([panels[row // 16, k // depth, row % 16, k % depth] for k in range(columns)]).double()
+
+
+def _numbers(panels: Tensor, factors: Tensor | None, row: int, columns: int) -> Tensor:
+    """Row `row` of a matrix of weights of 8 bits, or of 4 bits with factors [N / 16, G, 16]."""
+    if factors is None:
+        return _integers(panels, row, columns)
+    # Groups have as many eights of inputs each as so many groups need.
+    size = 8 * math.ceil(math.ceil(columns / 8) / factors.shape[1])
+    found = []
+    for k in range(columns):
+        byte = int(panels[row // 16, k // 8, row % 16, k % 4])
+        half = byte // 16 if k % 8 >= 4 else byte % 16
+        found.append((half - 8) * int(factors[row // 16, k // size, row % 16]))
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _rounded(z: Tensor, most: int) -> tuple[Tensor, float]:
@@ -129,21 +147,25 @@ def oracle(call: Int8Call, scores: Tensor) -> Tensor:
             if e >= call.shared and score[e - call.shared] < threshold:
                 continue
 
-            def into(panels: Tensor, scales: Tensor, bias: Tensor | None, j: int, e: int = e) -> float:
-                product = _integers(panels[e], j, d_in) @ q * scale * scales[e, j].double()  # noqa: B023
+            def into(
+                panels: Tensor, factors: Tensor | None, scales: Tensor, bias: Tensor | None, j: int, e: int = e
+            ) -> float:
+                row = _numbers(panels[e], None if factors is None else factors[e], j, d_in)
+                product = row @ q * scale * scales[e, j].double()  # noqa: B023
                 return float(product + (0.0 if bias is None else bias[e, j].double()))
 
             h = []
             for j in range(neurons):
-                up = into(call.w1, call.w1_scale, call.b1, j)
+                up = into(call.w1, call.w1_group, call.w1_scale, call.b1, j)
                 if call.gate is None or call.gate_scale is None:
                     h.append(act(up))
                 else:
                     up = act(up) if call.activation == "relu_relu" else up
-                    h.append(act(into(call.gate, call.gate_scale, call.b_gate, j)) * up)
+                    h.append(act(into(call.gate, call.gate_group, call.gate_scale, call.b_gate, j)) * up)
             values = torch.tensor(h, dtype=torch.float64) * call.w2_scale[e].double()
             whole, h_scale = _rounded(values, 255 if is_positive(call) else 127)
             for c in range(d_out):
-                y[c] += _integers(call.w2[e], c, neurons) @ whole * h_scale
+                row = _numbers(call.w2[e], None if call.w2_group is None else call.w2_group[e], c, neurons)
+                y[c] += row @ whole * h_scale
         rows.append(y * call.y_scale.double() + _or_zeros(call.b2, d_out))
     return torch.stack(rows)

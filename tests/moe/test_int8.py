@@ -46,15 +46,17 @@ def error(got: Tensor, want: Tensor) -> float:
     return float(((got.float() - want).norm() / want.norm()).detach())
 
 
+@pytest.mark.parametrize(("group", "accepted"), [(None, 0.02), (8, 0.15)])
 @pytest.mark.parametrize("options", [
     {}, {"gated": True, "activation": "silu"}, {"width": None}, {"shared": 2}, {"activation": "gelu"},
 ])  # fmt: skip
-def test_computes_nearly_what_the_layer_computes(options: dict[str, Any]) -> None:
+def test_computes_nearly_what_the_layer_computes(options: dict[str, Any], group: int | None, accepted: float) -> None:
     moe = layer(**options)
-    made = Int8MoE.of(moe, torch.rand(D_IN) + 0.5)
+    made = Int8MoE.of(moe, torch.rand(D_IN) + 0.5, group)
     assert torch.equal(selected(*made.route(X)), selected(*moe.route(X)))  # no score is near its threshold
-    assert 1e-4 < error(made(X), moe(X)) < 0.02
-    assert made.shape == dataclasses.replace(moe.shape, form="int8")
+    assert 1e-4 < error(made(X), moe(X)) < accepted
+    assert made.shape == dataclasses.replace(moe.shape, form="int8", group=group)
+    assert ("int4 in groups of 8" if group else "int8") in repr(made)
 
 
 def test_is_as_exact_as_its_numbers() -> None:
@@ -66,17 +68,19 @@ def test_is_as_exact_as_its_numbers() -> None:
     assert error(made(X), want) < error(moe(X), want) < 0.02
 
 
-def test_the_gradient_of_the_input_is_that_of_the_experts() -> None:
+@pytest.mark.parametrize(("group", "accepted"), [(None, 0.03), (8, 0.2)])
+def test_the_gradient_of_the_input_is_that_of_the_experts(group: int | None, accepted: float) -> None:
     moe = layer("silu", gated=True)
-    made = Int8MoE.of(moe)
+    made = Int8MoE.of(moe, None, group)
     x = X.clone().requires_grad_()
     (got,) = torch.autograd.grad(made(x).square().sum(), x)
     (want,) = torch.autograd.grad(moe(x).square().sum(), x)
-    assert error(got, want) < 0.03
+    assert error(got, want) < accepted
 
 
-def test_keeps_its_dtypes_and_runs_in_others() -> None:
-    made = Int8MoE.of(layer())
+@pytest.mark.parametrize("group", [None, 16])
+def test_keeps_its_dtypes_and_runs_in_others(group: int | None) -> None:
+    made = Int8MoE.of(layer(), None, group)
     before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     want = made(X)
     made.to(torch.bfloat16).to(torch.float64)
@@ -85,18 +89,19 @@ def test_keeps_its_dtypes_and_runs_in_others() -> None:
         got = made(X.to(dtype))
         assert got.dtype == dtype
         assert error(got, want) < most
-    assert made.to("meta").w1.dtype == torch.int8
+    assert made.to("meta").w1.dtype == (torch.uint8 if group else torch.int8)
 
 
-def test_an_empty_layer_takes_its_weights() -> None:
+@pytest.mark.parametrize(("group", "accepted"), [(None, 0.02), (8, 0.15), (16, 0.15), (64, 0.2)])
+def test_an_empty_layer_takes_its_weights(group: int | None, accepted: float) -> None:
     moe = layer("silu", gated=True)
     moe.register_buffer("skipped_mean", torch.randn(D_OUT))
-    made = Int8MoE.of(moe)
+    made = Int8MoE.of(moe, None, group)
     empty = Int8MoE.empty(made.shape, device=None)
     empty.load_state_dict(made.state_dict())
     assert empty.shape == made.shape
     assert torch.equal(empty(X), made(X))
-    assert error(empty(X), moe(X)) < 0.02
+    assert error(empty(X), moe(X)) < accepted
 
 
 def test_tau_and_rule_count_at_the_next_call() -> None:

@@ -40,18 +40,19 @@ def moved(graph: Any, want: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", ["gelu", "relu", "gated", "fused", "biasless"])
 @pytest.mark.parametrize("lowered", [False, True])
 def test_the_output_stays_near(traces: Any, name: str, lowered: bool) -> None:
-    graph = converted(traces, name)
-    if lowered:
-        Lower().apply(graph)
-    with torch.no_grad():
-        want = graph(**vectors())
-    report = Quantize().apply(graph, inputs=vectors())
-    assert report.matched == PATHS
-    assert {site.form for site in find_moes(graph)} == {"int8"}
-    assert 0 < moved(graph, want) < 0.01
-    assert report.max_error is not None
-    assert 0 < report.max_error < 0.05
-    assert not report.preserved
+    for options, accepted in (({}, 0.01), ({"weights": "int4", "group": 8}, 0.1)):
+        graph = converted(traces, name)
+        if lowered:
+            Lower().apply(graph)
+        with torch.no_grad():
+            want = graph(**vectors())
+        report = Quantize(**options).apply(graph, inputs=vectors())
+        assert report.matched == PATHS
+        assert {site.form for site in find_moes(graph)} == {"int8"}
+        assert 0 < moved(graph, want) < accepted
+        assert report.max_error is not None
+        assert 0 < report.max_error < 5 * accepted
+        assert not report.preserved
 
 
 def test_nothing_of_the_float_layers_is_left(traces: Any) -> None:
@@ -79,6 +80,12 @@ def test_reports_what_was_lost_and_saved(traces: Any) -> None:
         assert before == after
     assert re.match(r"The experts' weights take [1-9]\d*\.\d kB instead of [1-9]\d*\.\d kB\.", report.notes[0])
     assert "Without data" not in " ".join(report.notes)
+    halves = Quantize(weights="int4").apply(converted(traces), inputs=vectors(), data=labelled_vectors())
+    for site in halves.sites:
+        assert "4 experts × 8 in 4 bits, error " in site.after
+        assert "of the selections the same" in site.after
+    sizes = [float(re.search(r"take (\d+\.\d) kB", made.notes[0])[1]) for made in (report, halves)]  # type: ignore[index]
+    assert sizes[1] < 0.8 * sizes[0]  # of small experts: scales and biases are the larger part
     blind = Quantize().apply(converted(traces), inputs=vectors())
     assert "Without data the inputs' sizes are unknown" in " ".join(blind.notes)
     assert all(site.after == "4 experts × 8 in 8 bits" for site in blind.sites)
@@ -151,9 +158,11 @@ def test_sweep_takes_it(traces: Any) -> None:
     assert shares == sorted(shares, reverse=True)
 
 
-def test_is_saved_loaded_and_grafted(tmp_path: Path) -> None:
-    model = stack("relu")
-    surgery = Pipeline([Moeify(experts=4, router_width=8), Quantize()]).run(
+@pytest.mark.parametrize("name", ["relu", "gated"])
+@pytest.mark.parametrize("options", [{}, {"weights": "int4", "group": 16}], ids=["int8", "int4"])
+def test_is_saved_loaded_and_grafted(tmp_path: Path, options: dict[str, Any], name: str) -> None:
+    model = stack(name)
+    surgery = Pipeline([Moeify(experts=4, router_width=8), Quantize(**options)]).run(
         model, inputs=vectors(), data=labelled_vectors()
     )
     set_tau(surgery.graph, 0.4)
@@ -163,7 +172,8 @@ def test_is_saved_loaded_and_grafted(tmp_path: Path) -> None:
     assert torch.allclose(loaded(**vectors()), want, atol=1e-6)
     assert {site.form for site in find_moes(loaded)} == {"int8"}
     grafted = surgeon.graft(model, directory)
-    assert [type(module) for module in grafted.modules() if isinstance(module, Int8MoE)] == [Int8MoE] * 2
+    layers = [module for module in grafted.modules() if isinstance(module, Int8MoE)]
+    assert [layer.shape.group for layer in layers] == [options.get("group")] * 2
     assert torch.allclose(grafted(**vectors()), want, atol=1e-6)
     assert list(surgeon.get_tau(grafted).values()) == list(surgeon.get_tau(loaded).values())
     assert torch.allclose(surgeon.graft(model, surgery)(**vectors()), want, atol=1e-6)
@@ -195,6 +205,12 @@ def test_refusals(traces: Any) -> None:
     assert {rejection.code for rejection in again.rejected} == {"not-finite", "already-done"}
     with pytest.raises(UsageError, match=r"smooth is 1\.5"):
         Quantize(smooth=1.5)
+    with pytest.raises(UsageError, match="group is 12, but must be a multiple of 8"):
+        Quantize(weights="int4", group=12)
+    with pytest.raises(UsageError, match="group is 0, but must be at least 8"):
+        Quantize(weights="int4", group=0)
+    with pytest.raises(UsageError, match="only weights=int4 have groups"):
+        Quantize(group=64)
 
 
 def test_values_on_the_data_that_are_not_finite(traces: Any) -> None:

@@ -1,4 +1,4 @@
-"""Models whose experts have 8-bit weights: exported, loaded, saved again, generated with, and extended."""
+"""Models whose experts have weights of 8 or 4 bits: exported, loaded, saved again, generated with, and extended."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from tests.pretrained.conftest import Shelf
 IDS = torch.tensor([[2, 3, 4, 5], [2, 7, 4, 6]])
 
 
-@pytest.fixture(scope="module")
-def exported(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def exported(
+    request: pytest.FixtureRequest, shelf: Shelf, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, torch.Tensor]:
     """The directory of the exported model, and the logits of its graph."""
     model = shelf.model("dense").eval()
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    surgery = surgeon.Pipeline([Moeify(experts=4), Quantize()]).run(model, inputs=inputs)
+    surgery = surgeon.Pipeline([Moeify(experts=4), Quantize(weights=request.param)]).run(model, inputs=inputs)
     surgeon.set_tau(surgery.graph, 0.25)
-    place = tmp_path_factory.mktemp("int8") / "exported"
+    place = tmp_path_factory.mktemp(request.param) / "exported"
     surgery.save_pretrained(place)
     with torch.no_grad():
         return place, surgery.graph.eval()(**inputs).logits
@@ -47,8 +49,9 @@ def test_comes_back_as_it_was(exported: Any, shelf: Shelf) -> None:
 def test_weights_are_small_integers_in_the_file(exported: Any, shelf: Shelf) -> None:
     stored = load_file(exported[0] / "model.safetensors")
     kinds = {name.rpartition(".")[2]: value.dtype for name, value in stored.items() if ".mlp." in name}
+    dtype = torch.uint8 if exported[0].parent.name.startswith("int4") else torch.int8
     assert {name: kinds[name] for name in INTEGERS if name in kinds} == {
-        "fc1": torch.int16, "w1": torch.int8, "w2": torch.int8,
+        "fc1": torch.int16, "w1": dtype, "w2": dtype,
     }  # fmt: skip
 
 

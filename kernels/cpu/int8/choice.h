@@ -1,4 +1,4 @@
-// The choice of the instruction set for experts with 8-bit weights.
+// The choice of the instruction set for experts with weights of 8 or 4 bits.
 #pragma once
 
 #include <cstring>

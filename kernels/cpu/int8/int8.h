@@ -1,4 +1,4 @@
-// Experts with 8-bit weights on processors: the arguments, and what each instruction set offers. Nothing here or in the
+// Experts with weights of 8 or 4 bits on processors: the arguments, and what each instruction set offers. Nothing here or in the
 // files of this folder needs torch. `surgeon.kernels.int8` describes the layouts and what is computed; `routed.h` computes
 // it.
 #pragma once
@@ -40,11 +40,23 @@ struct Int8Layer {
   const float *w2_scale, *y_scale, *b2;
   Activation activation;
   bool relu_up;
+  // Of weights of 4 bits, two of which are in a byte of w1, gate and w2: their factors, and how many groups an output has.
+  const uint8_t *w1_group, *gate_group, *w2_group;  // null: the weights have 8 bits
+  int64_t up_groups, down_groups;
 };
 
 // Tokens that go through all experts together: with more of them weights are read less often, with fewer what is read of
 // the tokens stays in the cache.
 constexpr int64_t INT8_BLOCK = 256;
+
+// Inputs whose weights of 4 bits are in the halves of bytes side by side, and of which a group has a multiple.
+constexpr int64_t PLACES = 8;
+
+// How many groups there are if each has as many inputs as `groups` of them need.
+inline int64_t groups_there(int64_t columns, int64_t groups) {
+  int64_t places = (columns + PLACES - 1) / PLACES, size = (places + groups - 1) / groups;
+  return (places + size - 1) / size;
+}
 
 inline int64_t padded_to(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 

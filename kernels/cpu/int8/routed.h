@@ -150,6 +150,7 @@ void routed_ffn_int8(
     Int8Block block(layer, kernels, tokens, threads);
     block.enter(x, number, tokens);
     int64_t weights = layer.neurons * (layer.router.d_in * (layer.gate ? 2 : 1) + layer.d_out);
+    if (layer.w1_group) weights /= 2;
     int64_t parts = std::min(threads, block.experts() * weights / INT8_LEAST);
     if (parts <= 1) {
       block.run(0, block.experts(), 0, block.scratch());

@@ -4,7 +4,8 @@
 using namespace surgeon;
 
 // operands: the tensors of the call in the order of surgeon::routed_ffn_int8, x and y (last) in float; null: none.
-// sizes: tokens, d_in, width, experts, shared, neurons, d_out, rule, hidden, output, activation, threads.
+// sizes: tokens, d_in, width, experts, shared, neurons, d_out, rule, hidden, output, activation, threads, groups of the
+// inputs and of the neurons.
 extern "C" void run_int8(void** operands, const int64_t* sizes, float tau) {
   int i = 1;
   auto floats = [&] { return static_cast<const float*>(operands[i++]); };
@@ -21,6 +22,9 @@ extern "C" void run_int8(void** operands, const int64_t* sizes, float tau) {
   layer.w1 = bytes(), layer.w1_scale = floats(), layer.b1 = floats();
   layer.gate = bytes(), layer.gate_scale = floats(), layer.b_gate = floats();
   layer.w2 = bytes(), layer.w2_scale = floats(), layer.y_scale = floats(), layer.b2 = floats();
+  auto factors = [&] { return static_cast<const uint8_t*>(operands[i++]); };
+  layer.w1_group = factors(), layer.gate_group = factors(), layer.w2_group = factors();
+  layer.up_groups = sizes[12], layer.down_groups = sizes[13];
   layer.activation = Activation(sizes[10]);
   routed_ffn_int8(
       *KERNELS(), layer, operands[0], sizes[0], operands[i], Number::f32, sizes[11], [](int64_t count, auto f) {

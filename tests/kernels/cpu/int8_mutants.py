@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -54,6 +55,16 @@ MUTANTS = (
     Mutant("trunk_tiles.inc", "v & spread_int(0x001f001f)", "v & spread_int(0x000f001f)", AMX),
     Mutant("experts_tiles.inc", "finished + 2 < begun", "finished + 3 < begun", AMX),
     Mutant("experts_tiles.inc", "memset(to + held, 0, bytes - held)", "memset(to + held, 1, bytes - held)", AMX),
+    Mutant("unpack.inc", "halves & 0x0f0f0f0fu", "halves & 0x0f0f0f07u"),
+    Mutant("unpack.inc", "both << 3 | both << 11) - uint8_t(added)", "both << 3 | both << 11)", VNNI),
+    Mutant("unpack.inc", "half ? both >> 4 : both", "both"),
+    Mutant("unpack.inc", "w.factors + n * w.groups * LANES", "w.factors"),
+    Mutant("unpack.inc", "factors + i * w.groups * LANES", "factors", VNNI),
+    Mutant("unpack.inc", "k / AT_ONCE * (M * LINE)", "k / AT_ONCE * LINE", VNNI),
+    Mutant("unpack.inc", "half % CHAINS][m][v] =", "0][m][v] ="),
+    Mutant("unpack.inc", "store_ints(by[p].whole(both >> 4), at + STEP)", "store_ints(by[p].whole(both), at + STEP)"),
+    Mutant("unpack.inc", "factors + e * rows * groups", "factors + e * rows"),
+    Mutant("unpack.inc", "unpack(from.gate, s, d_in, scratch + up)", "unpack(from.w1, s, d_in, scratch + up)"),
     Mutant("routed.h", "layer.shared + w * 64", "w * 64"),
     Mutant("routed.h", "< all * part", "< all * (part + 1)"),
     Mutant("routed.h", "first * layer.router.d_in * bytes", "first * layer.d_out * bytes"),
@@ -64,10 +75,11 @@ def calls() -> list[tuple[Int8Call, int]]:
     """Calls with the number of threads."""
     made = []
     for tokens, threads in ((1, 1), (3, 2), (20, 1), (300, 1)):
-        for gated, activation in ((False, "relu"), (False, "gelu"), (True, "gelu")):
+        for gated, activation, group in product((False, True), ("relu", "gelu"), (None, 32)):
             call = int8_call(
-                (tokens,), 5, 40, 70, 50, shared=1, scaled=True, gated=gated, activation=activation, width=20, seed=3
-            )
+                (tokens,), 5, 40, 70, 50, shared=1, scaled=True, gated=gated, activation=activation, width=20,
+                group=group, seed=3,
+            )  # fmt: skip
             if tokens == 20:
                 call.x[1, 7], call.x[2] = float("inf"), 0.0
             made.append((call, threads))
@@ -103,6 +115,7 @@ def run(library: ctypes.CDLL, call: Int8Call, threads: int) -> Tensor:
     sizes = (
         tokens, d_in, call.fc2.shape[1], experts, call.shared, neurons, d_out, *names,
         ACTIVATIONS.index(call.activation), threads,
+        *(0 if factors is None else factors.shape[2] for factors in (call.w1_group, call.w2_group)),
     )  # fmt: skip
     library.run_int8(pointers, (ctypes.c_int64 * len(sizes))(*sizes), ctypes.c_float(float(call.tau)))
     return y

@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ SHAPES = {
     "hidden": st.sampled_from(sorted(HIDDEN)),
     "output": st.sampled_from(sorted(OUTPUT)),
     "dtype": st.sampled_from(list(DTYPES)),
+    "group": st.sampled_from([None, 8, 16, 32, 40]),
     "seed": st.integers(0, 9),
 }
 
@@ -151,17 +153,18 @@ def test_a_trunk_of_tanh_is_exact_near_zero(place: int, factor: float) -> None:
 def test_any_number_of_tokens_of_an_expert(place: int, count: int) -> None:
     """They are taken some at a time, and every number of those that are left has code of its own."""
     use(place)
-    for activation in ("relu", "gelu"):  # hidden values without a sign and with one
-        call = int8_call((count,), 2, 40, 70, 50, tau=0.0, activation=activation, seed=count)
+    for activation, group in product(("relu", "gelu"), (None, 32)):  # hidden values without a sign and with one
+        call = int8_call((count,), 2, 40, 70, 50, tau=0.0, activation=activation, group=group, seed=count)
         agree(routed_ffn_int8(*call), ops.routed_ffn_int8_torch(*call), torch.float32)
 
 
+@pytest.mark.parametrize("group", [None, 32])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("tokens", [1, 3, 32, 33])
-def test_threads_share_the_experts_of_few_tokens(tokens: int, threads: int) -> None:
+def test_threads_share_the_experts_of_few_tokens(tokens: int, threads: int, group: int | None) -> None:
     """With enough weights for each of them."""
     use(0, threads)
-    call = int8_call((tokens,), 60, 64, 100, 100, activation="gelu")
+    call = int8_call((tokens,), 90, 64, 100, 100, activation="gelu", group=group)
     agree(routed_ffn_int8(*call), ops.routed_ffn_int8_torch(*call), torch.float32)
 
 
@@ -177,6 +180,38 @@ def test_sums_of_the_largest_numbers_are_exact(place: int) -> None:
     torch.testing.assert_close(routed_ffn_int8(*call), torch.full((2, 16), expected), rtol=1e-5, atol=0)
     signed = call._replace(activation="identity", w1=-full)
     torch.testing.assert_close(routed_ffn_int8(*signed), torch.full((2, 16), -expected), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("place", range(7))
+@pytest.mark.parametrize("half", [-7, 7])
+def test_sums_of_the_largest_numbers_of_4_bits_are_exact(place: int, half: int) -> None:
+    use(place)
+    for tokens in (1, 40):  # multiplied as they are, and unpacked first
+        call = int8_call((tokens,), 1, 16, 512, 16, width=None, tau=0.0, bias=False, activation="identity", group=512)
+        assert call.w1_group is not None
+        assert call.w2_group is not None
+        call = call._replace(
+            x=torch.ones(tokens, 512),
+            w1=torch.full_like(call.w1, (half + 8) * 17),  # both halves of a byte
+            w2=torch.full_like(call.w2, (half + 8) * 17),
+            w1_group=torch.full_like(call.w1_group, 17),
+            w2_group=torch.full_like(call.w2_group, 17),
+            w1_scale=torch.ones(1, 16),
+            w2_scale=torch.ones(1, 16),
+            y_scale=torch.ones(16),
+        )
+        expected = torch.full((tokens, 16), 512.0 * 17 * half * 16 * 17 * half)
+        torch.testing.assert_close(routed_ffn_int8(*call), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(ops.routed_ffn_int8_torch(*call), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_weights_of_4_bits_compute_what_the_8_bits_do_that_they_stand_for(place: int) -> None:
+    use(place)
+    for tokens in (1, 7, 60):
+        call = int8_call((tokens,), 4, 40, 70, 50, gated=True, activation="gelu", group=24)
+        whole = call._replace(**call.experts.in_8_bits(70)._asdict())
+        torch.testing.assert_close(routed_ffn_int8(*call), routed_ffn_int8(*whole), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [5, 100])
@@ -199,9 +234,9 @@ def test_a_token_that_is_not_finite_gives_nan_and_leaves_the_others_alone(
 
 
 def test_tokens_and_hidden_values_that_are_zero() -> None:
-    for place in range(7):
+    for place, group in product(range(7), (None, 16)):
         use(place)
-        call = int8_call((4,), 3, 16, 32, 20, tau=0.0)
+        call = int8_call((4,), 3, 16, 32, 20, tau=0.0, group=group)
         call.x[2] = 0
         agree(routed_ffn_int8(*call), ops.routed_ffn_int8_torch(*call), torch.float32)
         dead = call._replace(b1=torch.full_like(call.w1_scale, -1e6))
@@ -241,6 +276,7 @@ def test_scales_of_other_dtypes_and_operands_that_are_not_contiguous() -> None:
 def test_what_they_do_not_take_goes_to_the_plain_twin() -> None:
     use(0)
     call = int8_call((3,))
+    halves = int8_call((3,), d_in=20, gated=True, group=8)
     double = call._replace(x=call.x.double())
     assert routed_ffn_int8(*double).dtype == torch.float64
     for wrong, what in (
@@ -250,6 +286,16 @@ def test_what_they_do_not_take_goes_to_the_plain_twin() -> None:
         (call._replace(activation="swoosh"), "unknown activation"),
         (call._replace(rule="some"), "No selection rule"),
         (call._replace(output="some"), "no router"),
+        (halves._replace(w2_group=None), "belong together"),
+        (halves._replace(gate_group=None), "belong together"),
+        (call._replace(w1_group=halves.w1_group), "belong together"),
+        (halves._replace(w1=call.w1), "w1 has shape"),
+        (halves._replace(w2=halves.w2.to(torch.int8)), "expected torch.uint8"),
+        (halves._replace(w1_group=halves.w1_group.to(torch.int8)), "expected torch.uint8"),  # type: ignore[union-attr]
+        (halves._replace(w1_group=halves.w1_group.repeat(1, 1, 3, 1)), "w1_group has shape"),  # type: ignore[union-attr]
+        (halves._replace(gate_group=halves.gate_group[:, :, :1]), "gate_group has shape"),  # type: ignore[index]
+        (halves._replace(w2_group=halves.w2_group[0]), "w2_group has shape"),  # type: ignore[index]
+        (halves._replace(w2_group=halves.w2_group[:, :, :0]), "w2_group has shape"),  # type: ignore[index]
     ):
         with pytest.raises(UsageError, match=what):
             routed_ffn_int8(*wrong)
@@ -264,9 +310,10 @@ def test_more_products_than_32_bits_may_hold_are_refused() -> None:
             routed_ffn_int8(*int8_call((1,), 1, width=None, **shape))
 
 
-def test_a_gradient_goes_through_the_native_kernels() -> None:
+@pytest.mark.parametrize("group", [None, 8])
+def test_a_gradient_goes_through_the_native_kernels(group: int | None) -> None:
     use(0)
-    call = int8_call((20,), 5, 16, 32, 24, activation="gelu")
+    call = int8_call((20,), 5, 16, 32, 24, activation="gelu", group=group)
     x = call.x.clone().requires_grad_()
     found = routed_ffn_int8(*call._replace(x=x))
     assert torch.equal(found, routed_ffn_int8(*call))
@@ -275,9 +322,10 @@ def test_a_gradient_goes_through_the_native_kernels() -> None:
     assert float(gradient.abs().max()) > 0
 
 
-def test_it_compiles_whole() -> None:
+@pytest.mark.parametrize("group", [None, 8])
+def test_it_compiles_whole(group: int | None) -> None:
     use(0)
-    call = int8_call((40,), 5, 16, 32, 24)
+    call = int8_call((40,), 5, 16, 32, 24, group=group)
     compiled = torch.compile(lambda *given: routed_ffn_int8(*given) * 2, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*call), routed_ffn_int8(*call) * 2)
     torch.library.opcheck(routed_ffn_int8, tuple(call), test_utils=("test_schema", "test_faketensor"))
