@@ -29,7 +29,9 @@ TENSORS = (
     "w1_group", "gate_group", "w2_group",
 )  # fmt: skip
 """The names of a layer's tensors, in the order of the operator's arguments."""
-_SCALES = ("x_scale", "fc1_scale", "w1_scale", "gate_scale", "w2_scale", "y_scale")
+_SCALES = (
+    "x_scale", "fc1_scale", "w1_scale", "gate_scale", "w2_scale", "y_scale", "w1_group", "gate_group", "w2_group"
+)  # fmt: skip
 INTEGERS = {"fc1": torch.int16, "w1": torch.int8, "gate": torch.int8, "w2": torch.int8}
 """The dtypes of those that are not float32, for weights of 8 bits."""
 _HALVES = dict.fromkeys(("w1", "gate", "w2", "w1_group", "gate_group", "w2_group"), torch.uint8)

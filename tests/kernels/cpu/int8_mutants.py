@@ -48,7 +48,7 @@ MUTANTS = (
     Mutant("router.inc", "(factor * scale[m]) + bias", "factor + bias"),
     Mutant("experts.inc", "positive ? 255.f : MOST", "positive ? 256.f : MOST"),
     Mutant("experts.inc", "Rounding by(largest_of(largest), positive", "Rounding by(largest_of(largest) / 2, positive"),
-    Mutant("experts.inc", "if (positive) down_product", "if (!positive) down_product", VNNI),
+    Mutant("experts.inc", "if (is_positive(layer)) down_product", "if (!is_positive(layer)) down_product", VNNI),
     Mutant("tiles_int8.inc", "if (POSITIVE) TILE_POSITIVE(0, 2, 4)", "if (!POSITIVE) TILE_POSITIVE(0, 2, 4)", AMX),
     Mutant("tiles_int8.inc", "memcpy(rest[n], panel[n], left * STEP)", "memcpy(rest[n], panel[n], STEP)", AMX),
     Mutant("trunk_tiles.inc", "TILE_SIGNED(1, 6, 4)", "TILE_SIGNED(1, 6, 5)", AMX),
