@@ -39,7 +39,7 @@ class Case:
 # What makes neurons alike says nothing where weights are random, and takes long for many.
 LLAMA = ("--passes", "moeify,lower", "--set", "moeify.split=random")
 CASES = {
-    "cpu": (Case("minilm", 32, ((8, 128), (1, 16))), Case("gpt2", 128, ((1, 128), (1, 1)))),
+    "cpu": (Case("minilm", 32, ((8, 128), (1, 128), (1, 16))), Case("gpt2", 128, ((1, 128), (1, 1)))),
     "cuda": (Case("gpt2", 128, ((8, 1024), (1, 1))), Case("llama", 128, ((1, 2048), (1, 1)), LLAMA)),
 }
 ENGINES = "eager,compile,torchao,onnxruntime,openvino"
