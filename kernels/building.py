@@ -15,7 +15,8 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Library:
     """A library that can be built.
 
     Attributes:
-        name: its file is `name`.so. folder: its directory in the cache. what: what is built, in words.
+        name, suffix: of its file. folder: its directory in the cache. what: what is built, in words.
         depends: what it is made of and for, in words that change whenever it does.
         check: raises `BuildError` if something is missing that building needs.
         compile: `compile(scratch)` writes the file into an empty directory; raises `BuildError`.
@@ -45,6 +46,7 @@ class Library:
     depends: Callable[[], Iterable[str | bytes]]
     check: Callable[[], None]
     compile: Callable[[Path], None]
+    suffix: str = ".so"
 
     def directory(self) -> Path:
         """Return the directory of the built library."""
@@ -84,7 +86,7 @@ class Library:
         return made
 
     def _path(self) -> Path:
-        return self.directory() / f"{self.name}.so"
+        return self.directory() / f"{self.name}{self.suffix}"
 
     def _build(self, made: Path) -> None:
         for left in made.parent.glob("build-*"):  # of builds that were killed: only the holder of the lock is here
@@ -194,6 +196,22 @@ def run_compiler(command: list[str], environment: dict[str, str] | None = None) 
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         shown = next((line for line in lines if "error:" in line), lines[-1] if lines else f"code {done.returncode}")
         raise BuildError(f"the compiler {compiler()} failed: {shown}")
+
+
+def compile_files(sources: Iterable[Path], flags: Sequence[str], scratch: Path) -> list[Path]:
+    """Compile source files side by side, and return their object files in the directory `scratch`.
+
+    Raises:
+        BuildError: as `run_compiler`.
+    """
+    objects = {source: scratch / f"{source.stem}.o" for source in sources}
+
+    def one(source: Path) -> None:
+        run_compiler([*compiler_words(), *flags, "-c", str(source), "-o", str(objects[source])])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, objects))
+    return list(objects.values())
 
 
 def machine() -> list[str]:

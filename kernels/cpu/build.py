@@ -19,6 +19,7 @@ from surgeon.kernels.building import (
     machine,
     run_compiler,
 )
+from surgeon.kernels.cpu import archive
 
 __all__ = ["BuildError", "built", "directory", "files", "library", "sources"]
 
@@ -27,8 +28,8 @@ _FLAGS = ["-O2"]
 
 
 def sources() -> list[Path]:
-    """Return the files to compile."""
-    return [file for file in files() if file.suffix == ".cpp"]
+    """Return the files to compile, besides those of `archive`."""
+    return sorted(Path(__file__).parent.glob("*.cpp"))
 
 
 def files() -> list[Path]:
@@ -39,7 +40,7 @@ def files() -> list[Path]:
 
 def _compile(scratch: Path) -> None:
     # In a process of its own, since what torch compiles it also loads.
-    command = [sys.executable, str(Path(__file__).resolve()), str(scratch)]
+    command = [sys.executable, str(Path(__file__).resolve()), str(scratch), str(archive.path())]
     program = compiler()
     if len(compiler_words()) > 1:  # torch takes CXX for the name of one program
         script = scratch / "c++"
@@ -74,6 +75,7 @@ if __name__ == "__main__":
         name=_NAME,
         sources=[str(source) for source in sources()],
         extra_cflags=_FLAGS,
+        extra_ldflags=[sys.argv[2]],
         build_directory=sys.argv[1],
         is_python_module=False,
     )

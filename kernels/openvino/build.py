@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -12,27 +11,21 @@ from surgeon.kernels.building import (
     BuildError,
     Library,
     check_compiler,
+    compile_files,
     compiler_words,
     contents,
     machine,
     run_compiler,
 )
+from surgeon.kernels.cpu import archive
 from surgeon.kernels.cpu.build import files
 
-__all__ = ["BuildError", "built", "directory", "library", "sources"]
+__all__ = ["BuildError", "built", "directory", "library"]
 
 _HERE = Path(__file__).parent
 _NAME = "surgeon_openvino"
 # The threads are OpenVINO's own, which its header finds by this name.
 _FLAGS = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DOV_THREAD=OV_THREAD_TBB_ADAPTIVE"]
-
-
-def sources() -> list[Path]:
-    """Return the files to compile: the operator, and the kernels for every instruction set."""
-    return [
-        *_HERE.glob("*.cpp"),
-        *(file for file in files() if file.name.startswith("int8_") and file.suffix == ".cpp"),
-    ]
 
 
 def _openvino() -> Path:
@@ -65,17 +58,11 @@ def _check() -> None:
 def _compile(scratch: Path) -> None:
     at = _openvino()
     libraries = [_found(at / "libs", name) for name in ("libopenvino", "libtbb")]
-    objects = {source: scratch / f"{source.stem}.o" for source in sources()}
-
-    def compile_one(source: Path) -> None:
-        # As headers of the system: what compilers warn of in them is none of ours.
-        include = ["-isystem", str(at / "include")]
-        run_compiler([*compiler_words(), *_FLAGS, *include, "-c", str(source), "-o", str(objects[source])])
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, objects))
+    # As headers of the system: what compilers warn of in them is none of ours.
+    flags = [*_FLAGS, "-isystem", str(at / "include")]
+    made = [*compile_files(_HERE.glob("*.cpp"), flags, scratch), archive.path(), *libraries]
     # No path is written into it: the process that loads it has these libraries already.
-    link = ["-shared", *map(str, objects.values()), *map(str, libraries), "-Wl,--no-undefined"]
+    link = ["-shared", *map(str, made), "-Wl,--no-undefined"]
     run_compiler([*compiler_words(), *link, "-o", str(scratch / f"{_NAME}.so")])
 
 
