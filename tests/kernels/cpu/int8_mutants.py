@@ -100,7 +100,7 @@ def build(folder: Path, kernels: str, mutant: Mutant | None) -> ctypes.CDLL:
         file.write_text(text.replace(mutant.old, mutant.new))
     library = folder / "kernels.so"
     sources = [str(folder / "cpu" / "int8" / f"{kernels}.cpp"), str(HOST)]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-I{folder / 'cpu'}", f"-DKERNELS={kernels}"]
+    flags = ["-std=c++17", "-O0", "-fPIC", "-shared", f"-I{folder / 'cpu'}", f"-DKERNELS={kernels}"]
     subprocess.run(["c++", *flags, *sources, "-o", str(library)], check=True, capture_output=True)
     return ctypes.CDLL(str(library))
 
