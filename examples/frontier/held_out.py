@@ -32,12 +32,12 @@ DATA = "editorials"
 LENGTH = 64  # tokens; longer snippets are cut
 
 
-def train_dense(out: Path) -> None:
-    """MiniLM, trained as in the study of movie reviews."""
+def train_dense(out: Path, of: str = DATA) -> None:
+    """MiniLM, trained as in the study of movie reviews, on this data."""
     torch.manual_seed(0)
     source = load_model(sentiment.MODEL, task=sentiment.TASK)
     data = load_data(
-        DATA, tokenizer=source.tokenizer, config=source.config, task=sentiment.TASK, batch_size=32, max_length=LENGTH
+        of, tokenizer=source.tokenizer, config=source.config, task=sentiment.TASK, batch_size=32, max_length=LENGTH
     )
     train(source.model, data, **sentiment.STUDY.dense, seed=0)
     print(f"dense: {evaluate(source.model, data.eval, sentiment.TASK)}", flush=True)

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgeon.bench.timing import TimedCall, median_seconds
-from surgeon.engines import onnx, openvino
-from surgeon.engines.installed import installed, silent
+from surgeon.engines import onnx, openvino, torchao
+from surgeon.engines.installed import installed
 from surgeon.engines.program import Program
 from surgeon.errors import SurgeonError, UsageError, first_line
-from surgeon.graph.traced import TracedGraph, aten, fork, tensor_of
+from surgeon.graph.traced import TracedGraph, fork
 from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.progress import Progress
 
@@ -191,40 +191,13 @@ def _compiled(setting: _Setting) -> Ways:
 
 def _torchao(setting: _Setting) -> Ways:
     """Linears with 8-bit weights and inputs, or weights alone, compiled."""
-    quantization = importlib.import_module("torchao.quantization")
-    for numbers, name in (
-        ("int8", "Int8DynamicActivationInt8WeightConfig"),
-        ("int8-weights", "Int8WeightOnlyConfig"),
-    ):
+    for linears in torchao.LINEARS:
 
-        def make(name: str = name) -> Call:
-            with silent():
-                graph = _with_linears(setting.graph, quantization, getattr(quantization, name)())
+        def make(linears: str = linears) -> Call:
+            graph = torchao.quantised(setting.graph, linears)
             return _bound(torch.compile(graph, dynamic=False, fullgraph=True), setting.call)
 
-        yield numbers, make
-
-
-def _with_linears(graph: TracedGraph, quantization: Any, config: Any) -> TracedGraph:
-    """The graph with the weights of its linears quantised by torchao."""
-    made = fork(graph).eval()
-    for node in made.graph.nodes:
-        if node.op != "call_function" or node.target != aten.linear.default:
-            continue
-        weight = tensor_of(made, node.args[1])
-        if weight is None or weight.shape[0] < 16:  # a head of few classes
-            continue
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        quantization.quantize_(linear, config)
-        name = f"{node.name}_quantised"
-        made.register_parameter(name, linear.weight)
-        with made.graph.inserting_before(node):
-            replacement = made.graph.get_attr(name)
-        node.args = (node.args[0], replacement, *node.args[2:])
-        node.target = nn.functional.linear  # torchao's weights know this function, and not the operator
-    made.recompile()
-    return made
+        yield linears, make
 
 
 def _onnxruntime(setting: _Setting) -> Ways:
@@ -243,10 +216,8 @@ def _onnxruntime(setting: _Setting) -> Ways:
         return session(file)
 
     def dynamic() -> Call:
-        with silent():
-            quantization = importlib.import_module("onnxruntime.quantization")
-            to = file.with_suffix(".int8.onnx")
-            quantization.quantize_dynamic(str(file), str(to), per_channel=True)
+        to = file.with_suffix(".int8.onnx")
+        onnx.quantise(file, to)
         return session(to)
 
     yield "float32", plain

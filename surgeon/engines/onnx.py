@@ -5,6 +5,7 @@ ONNX's standard operators have no way to skip experts, so such a model is no fas
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def save(program: Program, file: Path) -> None:
             )
     except Exception as error:  # torch raises many types
         raise SaveError(f"torch cannot write the model for ONNX: {first_line(error)}.") from error
+
+
+def quantise(file: Path, to: Path) -> None:
+    """Write an ONNX model with 8-bit weights, a scale for each output. Ranges of inputs are measured as it runs.
+
+    Raises:
+        UsageError: onnxruntime is not installed.
+    """
+    installed("onnxruntime")
+    with silent():
+        quantization = importlib.import_module("onnxruntime.quantization")
+        quantization.quantize_dynamic(str(file), str(to), per_channel=True)
 
 
 def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 import surgeon
 from surgeon.bench import against, timing
+from surgeon.engines import torchao
 from surgeon.errors import UsageError
 from surgeon.passes import Lower, Moeify, Quantize
 from tests.small_models import stack, vectors
@@ -71,10 +72,10 @@ def test_onnxruntime_runs_the_dense_model() -> None:
 
 
 def test_torchao_gets_the_linears_of_the_graph() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
+    pytest.importorskip("torchao")
     graph = surgeon.trace(stack(), vectors()).eval()
     with torch.no_grad():
-        made = against._with_linears(graph, quantization, quantization.Int8WeightOnlyConfig())
+        made = torchao.quantised(graph, "int8-weights")
         found, expected = made(**vectors()), graph(**vectors())
         off = (found - expected).norm() / expected.norm()
     assert 1e-5 < off < 0.1
