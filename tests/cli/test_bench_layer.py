@@ -66,8 +66,12 @@ ASKED = ("bench", "layer", *SMALL, *GRID, "--methods", "dense,ours", "-o", "time
 
 
 @pytest.fixture
-def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
+def stop(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[[int, signal.Signals], None]:
     """`stop(layers, signal)`: send this process the signal while it times the layer after so many."""
+
+    # A process in the background may have been told to ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def at(layers: int, number: signal.Signals) -> None:
         timed = 0

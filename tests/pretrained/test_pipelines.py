@@ -121,4 +121,5 @@ def test_same_answers(kind: str, tmp_path: Path) -> None:
     wanted, found = (pytree.tree_leaves(pipeline(given)) for pipeline in pipelines)
     assert wanted
     for mine, other in zip(found, wanted, strict=True):
-        assert mine == (pytest.approx(other, abs=1e-4) if isinstance(other, float) else other)
+        number = isinstance(other, float | np.floating)
+        assert mine == (pytest.approx(float(other), abs=1e-4) if number else other)
