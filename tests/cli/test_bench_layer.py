@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,11 @@ ASKED = ("bench", "layer", *SMALL, *GRID, "--methods", "dense,ours", "-o", "time
 
 
 @pytest.fixture
-def stop(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[[int, signal.Signals], None]:
+def stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, signal.Signals], None]]:
     """`stop(layers, signal)`: send this process the signal while it times the layer after so many."""
 
     # A process in the background may have been told to ignore Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def at(layers: int, number: signal.Signals) -> None:
         timed = 0
@@ -85,7 +84,8 @@ def stop(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Cal
 
         monkeypatch.setattr("surgeon.bench.grid.median_seconds", stopping)
 
-    return at
+    yield at
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
