@@ -37,6 +37,9 @@ ENGINES = {
 }
 """The packages that each engine needs besides torch."""
 
+BROKEN = 10.0
+"""An error from the dense model, ‖difference‖ / ‖output‖, that neither rounding nor skipped experts make."""
+
 Call = Callable[[], Any]
 
 
@@ -66,9 +69,19 @@ class Compared:
 
     @property
     def gain(self) -> float | None:
-        """How many times as fast as the fastest dense engine the fastest one with experts is."""
+        """How many times as fast as the fastest dense engine the fastest one with experts is.
+
+        What is off by more than `BROKEN` does not count: engines that compute something else without an error exist.
+        """
         times = [
-            [row.milliseconds for row in self.rows if row.experts == experts and row.milliseconds is not None]
+            [
+                row.milliseconds
+                for row in self.rows
+                if row.experts == experts
+                and row.milliseconds is not None
+                and row.error is not None
+                and row.error <= BROKEN
+            ]
             for experts in (False, True)
         ]
         return min(times[0]) / min(times[1]) if all(times) else None

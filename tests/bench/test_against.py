@@ -104,3 +104,14 @@ def test_a_bench_that_is_stopped_keeps_what_it_has() -> None:
     rounds = 2
     with pytest.raises(KeyboardInterrupt):
         timing.median_seconds({"a": timing.TimedCall(call)}, torch.device("cpu"), seconds=9, threads=1)
+
+
+@pytest.mark.parametrize("error", [26000.0, float("nan")])
+def test_an_engine_that_computes_something_else_is_not_the_fastest(error: float) -> None:
+    rows = [
+        against.EngineTime("eager", False, "float32", 4.0, 0.0),
+        against.EngineTime("torchao", False, "int8", 1.0, error),
+        against.EngineTime("eager", True, "float32", 2.0, 1.2),
+        against.EngineTime("torchao", True, "int8", 0.5, error),
+    ]
+    assert against.Compared(rows, {}).gain == 2.0
