@@ -19,7 +19,7 @@ from surgeon.kernels.building import (
     machine,
     run_compiler,
 )
-from surgeon.kernels.cpu import archive
+from surgeon.kernels.cpu import int8_archive
 
 __all__ = ["BuildError", "built", "directory", "files", "library", "sources"]
 
@@ -28,7 +28,7 @@ _FLAGS = ["-O2"]
 
 
 def sources() -> list[Path]:
-    """Return the files to compile, besides those of `archive`."""
+    """Return the files to compile, besides those of `int8_archive`."""
     return sorted(Path(__file__).parent.glob("*.cpp"))
 
 
@@ -40,7 +40,7 @@ def files() -> list[Path]:
 
 def _compile(scratch: Path) -> None:
     # In a process of its own, since what torch compiles it also loads.
-    command = [sys.executable, str(Path(__file__).resolve()), str(scratch), str(archive.path())]
+    command = [sys.executable, str(Path(__file__).resolve()), str(scratch), str(int8_archive.path())]
     program = compiler()
     if len(compiler_words()) > 1:  # torch takes CXX for the name of one program
         script = scratch / "c++"

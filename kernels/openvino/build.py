@@ -17,7 +17,7 @@ from surgeon.kernels.building import (
     machine,
     run_compiler,
 )
-from surgeon.kernels.cpu import archive
+from surgeon.kernels.cpu import int8_archive
 from surgeon.kernels.cpu.build import files
 
 __all__ = ["BuildError", "built", "directory", "library"]
@@ -60,7 +60,7 @@ def _compile(scratch: Path) -> None:
     libraries = [_found(at / "libs", name) for name in ("libopenvino", "libtbb")]
     # As headers of the system: what compilers warn of in them is none of ours.
     flags = [*_FLAGS, "-isystem", str(at / "include")]
-    made = [*compile_files(_HERE.glob("*.cpp"), flags, scratch), archive.path(), *libraries]
+    made = [*compile_files(_HERE.glob("*.cpp"), flags, scratch), int8_archive.path(), *libraries]
     # No path is written into it: the process that loads it has these libraries already.
     link = ["-shared", *map(str, made), "-Wl,--no-undefined"]
     run_compiler([*compiler_words(), *link, "-o", str(scratch / f"{_NAME}.so")])
