@@ -33,6 +33,7 @@ of `torch.func` compute a dense product, as `masked_linear` does. Wrong shapes, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -209,7 +210,10 @@ def _autograd(keyset: Any, *given: Any) -> Tensor:
     return _reverse_mode(keyset, *given)  # type: ignore[no-any-return]
 
 
-_library.impl("sparse_linear", _autograd, "Autograd", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
+# The native kernels have a kernel of their own here, which hands calls with a derivative on; they come back below it.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+    _library.impl("sparse_linear", _autograd, "Autograd", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
 
 masked_linear = torch.ops.surgeon.masked_linear
 sparse_linear = torch.ops.surgeon.sparse_linear

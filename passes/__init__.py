@@ -23,6 +23,7 @@ _EXPORTS = {
     "SiteChange": "report",
     "SiteRefused": "contract",
     "Sparsify": "sparsify",
+    "SparsifyInputs": "sparsify_inputs",
     "SwapActivation": "swap_activation",
     "TrainedPass": "trained",
     "option": "options",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from surgeon.passes.recover import Recover as Recover
     from surgeon.passes.report import SiteChange as SiteChange
     from surgeon.passes.sparsify import Sparsify as Sparsify
+    from surgeon.passes.sparsify_inputs import SparsifyInputs as SparsifyInputs
     from surgeon.passes.swap_activation import SwapActivation as SwapActivation
     from surgeon.passes.trained import FineTunedPass as FineTunedPass
     from surgeon.passes.trained import TrainedPass as TrainedPass

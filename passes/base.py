@@ -17,13 +17,10 @@ from surgeon.graph.ownership import adopt_changes
 from surgeon.graph.patterns import matches
 from surgeon.graph.traced import TracedGraph, tidy
 from surgeon.graph.weights import free_unused
-from surgeon.moe.site import MoESite
-from surgeon.passes.contract import Contract, FitContext, Seen, Site, SiteRefused
+from surgeon.passes.contract import AnySite, Contract, FitContext, Seen, Site, SiteRefused
 from surgeon.passes.options import check_patterns
 from surgeon.passes.report import PassReport, SiteChange
 from surgeon.passes.verification import expect, verify
-from surgeon.sites.ffn import FFN
-from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.rejection import Rejection
 from surgeon.tracing.trace import adopt, is_aten_graph
 from surgeon.training.loop import FitReport, RunSettings, start_alike
@@ -180,7 +177,7 @@ class Pass(Contract[Site, Seen]):
         return (not self.only or matches(self.only, path)) and not matches(self.skip, path)
 
 
-def _paths(sites: Iterable[FFN | LinearSite | MoESite], rejected: Iterable[Rejection]) -> list[str]:
+def _paths(sites: Iterable[AnySite], rejected: Iterable[Rejection]) -> list[str]:
     """The paths of all candidates, each once."""
     return list(dict.fromkeys([*(site.path for site in sites), *(rejection.path for rejection in rejected)]))
 

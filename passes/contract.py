@@ -8,13 +8,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, cast
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, cast
 
 from torch.fx import GraphModule
 from typing_extensions import TypeVar
 
 from surgeon.data.data import Data
+from surgeon.dynamic import find_dynamic
 from surgeon.graph.traced import TracedGraph
+from surgeon.inputs.site import SparseLinearSite
 from surgeon.moe.site import MoESite, find_moes
 from surgeon.passes.options import check_values, option
 from surgeon.passes.report import SiteChange
@@ -24,10 +26,12 @@ from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns, find_linear_sites
 from surgeon.training.loop import FitReport, RunSettings
 
-Site = TypeVar("Site", bound=FFN | LinearSite | MoESite)
+AnySite: TypeAlias = FFN | LinearSite | MoESite | SparseLinearSite
+Site = TypeVar("Site", bound=AnySite)
 Seen = TypeVar("Seen", default=Any)
 """What a pass has to know about a site beyond the site itself. Most passes need nothing more and get None."""
-SiteKind = Literal["ffn", "linear", "moe"]
+SiteKind = Literal["ffn", "linear", "moe", "dynamic"]
+"""What a pass works on. "dynamic": layers that skip work by tau, which are experts and linears that skip inputs."""
 
 
 class SiteRefused(Exception):  # noqa: N818  (not an error: the run goes on without the site)
@@ -59,7 +63,7 @@ class Contract(ABC, Generic[Site, Seen]):
 
     A subclass says what it works on and what it promises:
         name: its name on the command line.
-        works_on: the kind of site. "moe" sites exist only after a pass that `makes` them.
+        works_on: the kind of site. "moe" and "dynamic" sites exist only after a pass that `makes` them.
         makes: the kind of site that it leaves behind, if that is not the kind that it works on.
         must_precede: names of passes that cannot run before this one.
         preserves: whether the output stays the same, up to rounding. This is checked.
@@ -98,7 +102,9 @@ class Contract(ABC, Generic[Site, Seen]):
             return cast("tuple[list[Site], list[Rejection]]", find_ffns(graph))
         if self.works_on == "linear":
             return cast("tuple[list[Site], list[Rejection]]", find_linear_sites(graph))
-        return cast("list[Site]", find_moes(graph)), []
+        if self.works_on == "moe":
+            return cast("list[Site]", find_moes(graph)), []
+        return cast("list[Site]", find_dynamic(graph)), []
 
     def match(self, graph: GraphModule, site: Site) -> Rejection | None:
         """Say why this site cannot be changed, or return None if it can."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
+from surgeon.dynamic import DynamicSite
 from surgeon.graph.edit import emit, get_attr, merge_duplicates
 from surgeon.graph.holder import parameters_only
-from surgeon.graph.traced import TracedGraph, aten
+from surgeon.graph.traced import TracedGraph, aten, is_call, tensor_of
+from surgeon.inputs.site import SparseLinearSite, sparse_linear
+from surgeon.kernels.sparse_linear import LinearCall
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import dynamic_k_ffn
 from surgeon.moe.site import MoESite, find_moes, router_nodes
@@ -20,20 +24,24 @@ from surgeon.sites.rejection import Rejection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lower(Pass[MoESite]):
+class Lower(Pass[DynamicSite]):
     """Lower each mixture of experts to `surgeon::dynamic_k_ffn`, which skips the experts below the threshold.
 
-    The router and the threshold become ordinary nodes of the graph; parameters and tau keep their names.
+    The router and the threshold become ordinary nodes of the graph; parameters and tau keep their names. Linear layers
+    that skip inputs are lowered to `surgeon::sparse_linear`, which reads the rows of the inputs that are left. It gets
+    its own copy of a weight that is stored the other way round.
     """
 
     name: ClassVar[str] = "lower"
-    works_on: ClassVar[SiteKind] = "moe"
+    works_on: ClassVar[SiteKind] = "dynamic"
     preserves: ClassVar[bool] = True
 
-    def match(self, graph: GraphModule, site: MoESite) -> Rejection | None:
+    def match(self, graph: GraphModule, site: DynamicSite) -> Rejection | None:
         return Rejection("already-done", "it is already lowered") if site.skips else None
 
-    def rewrite(self, graph: TracedGraph, site: MoESite, seen: None) -> SiteChange:
+    def rewrite(self, graph: TracedGraph, site: DynamicSite, seen: None) -> SiteChange:
+        if isinstance(site, SparseLinearSite):
+            return self._lower_inputs(graph, site)
         names = [self._lower(graph, site, node) for node in site.nodes]
         if site.form == "module":
             # From here on only its parameters matter; the module itself belongs to other copies of the graph too.
@@ -49,6 +57,36 @@ class Lower(Pass[MoESite]):
             (parameters, parameters),
             (site.multiply_adds, site.multiply_adds),
             (site.nodes[-1].name, names[-1]),
+            made=(site.path,),
+        )
+
+    def _lower_inputs(self, graph: TracedGraph, site: SparseLinearSite) -> SiteChange:
+        call = LinearCall(*site.nodes[0].args)  # type: ignore[arg-type]
+        weight = call.weight
+        assert isinstance(weight, Node)
+        if is_call(weight, aten.t.default):
+            rows = weight.args[0]
+            assert isinstance(rows, Node)
+            target = str(rows.target)
+        else:
+            tensor = tensor_of(graph, weight)
+            assert tensor is not None
+            holder, target = parameters_only(graph.get_submodule(site.path)), f"{site.path}.weight"
+            own = nn.Parameter(tensor.detach().t().contiguous(), requires_grad=tensor.requires_grad)
+            holder.register_parameter("weight", own)
+            graph.set_submodule(site.path, holder)
+        for node in site.nodes:
+            with graph.graph.inserting_before(node):
+                node.update_arg(1, get_attr(graph, target))
+            node.target = sparse_linear
+        count = site.multiply_adds + (site.d_out if call.bias is not None else 0)
+        return SiteChange(
+            site.path,
+            "masked inputs",
+            "sparse_linear",
+            (count, count),
+            (site.multiply_adds, site.multiply_adds),
+            (site.output.name, site.output.name),
             made=(site.path,),
         )
 

@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
+from surgeon.dynamic import DynamicSite
 from surgeon.errors import VerificationError
 from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
 from surgeon.measure.meter import Cost, LayerRun, measure
-from surgeon.moe.site import MoESite
 from surgeon.passes.report import SiteChange
 from surgeon.sites.ffn import FFN
 from surgeon.sites.linear_site import LinearSite
@@ -65,7 +65,7 @@ class Expected:
 
 
 def expect(
-    graph: TracedGraph, sites: Sequence[FFN | LinearSite | MoESite], inputs: Any, settings: RunSettings
+    graph: TracedGraph, sites: Sequence[FFN | LinearSite | DynamicSite], inputs: Any, settings: RunSettings
 ) -> Expected | None:
     """Measure and run a graph before a pass rewrites its sites. None without example inputs."""
     if inputs is None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from surgeon.data.quality import Quality
+from surgeon.dynamic import find_dynamic
 from surgeon.errors import NothingChangedError, UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.jobs.evaluation import (
@@ -31,7 +32,6 @@ from surgeon.jobs.store import check_target
 from surgeon.jobs.workdir import WorkDirectory
 from surgeon.measure.meter import Cost, measure
 from surgeon.models.hugging_face import quiet_transformers
-from surgeon.moe.site import find_moes
 from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.processes import agreed, connect, is_main, wait
@@ -112,6 +112,9 @@ def check_changed(report: PassReport, looks_for: str) -> str | None:
     )
 
 
+_SKIP = ("moe", "dynamic")
+
+
 def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions) -> None:
     """Refuse options that cannot work, as far as this is known before the model is loaded.
 
@@ -122,11 +125,13 @@ def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions)
     artifact = (Path(spec) / RECORD).is_file()
     if options.report_to is not None:
         check_tracker(options.report_to)
-    Pipeline(passes).check(has_moes=artifact, has_data=options.data is not None or options.dry_run)
+    Pipeline(passes).check(
+        there={"moe", "dynamic"} if artifact else (), has_data=options.data is not None or options.dry_run
+    )
     if options.tau is not None and not 0.0 <= options.tau <= 1.0:
         raise UsageError(f"--tau {options.tau:g} is not a number from 0 to 1. At 0 every expert runs.")
-    if options.tau is not None and not artifact and not any(pass_.makes == "moe" for pass_ in passes):
-        raise UsageError("--tau needs experts. Add moeify to --passes.")
+    if options.tau is not None and not artifact and not any(pass_.makes in _SKIP for pass_ in passes):
+        raise UsageError("--tau needs layers that skip. Add moeify or sparsify-inputs to --passes.")
     if options.tau and options.data is None and not options.dry_run and any(pass_.makes == "moe" for pass_ in passes):
         raise UsageError("--tau needs fitted routers. Give --data to fit them.")
     trains = options.data is not None and not options.dry_run and any(pass_.will_fit for pass_ in passes)
@@ -325,7 +330,7 @@ def _next(
     if any(pass_.will_fit and pass_.name not in trained for pass_ in passes):
         again = [word for word in options.typed if word != "--overwrite"]
         return _command((*again, "--data", "DATA", "--overwrite")), "to train what was not trained"
-    moes, place = find_moes(surgery.graph), str(directory)
+    moes, place = find_dynamic(surgery.graph), str(directory)
     data = _data_words(options.data)
     if not moes:
         return _command(("apply", "--passes", "moeify,lower", place, *data)), "to split the layers into experts"

@@ -11,10 +11,9 @@ from surgeon.errors import UsageError
 from surgeon.graph.patterns import matches
 from surgeon.jobs.inspect import LOOKS_FOR
 from surgeon.jobs.open_model import Opened
-from surgeon.moe.site import find_moes
 from surgeon.passes import Pass
 from surgeon.sites.rejection import Rejection
-from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.pipeline import Pipeline, kinds_of
 from surgeon.tracing.trace import adopt
 from surgeon.training.loop import RunSettings
 
@@ -41,7 +40,7 @@ def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) 
     Raises:
         UsageError: the order of the passes cannot work, or no candidate has this path.
     """
-    Pipeline(passes).check(has_moes=bool(find_moes(opened.graph)), has_data=True)
+    Pipeline(passes).check(there=kinds_of(opened.graph), has_data=True)
     graph, found = adopt(opened.graph), []
     for pass_ in passes:
         matched, rejected = pass_.explain(graph)

@@ -21,7 +21,12 @@ from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns, find_linear_sites
 
-LOOKS_FOR = {"ffn": "feed-forward layer", "linear": "standalone linear layer", "moe": "expert layer"}
+LOOKS_FOR = {
+    "ffn": "feed-forward layer",
+    "linear": "standalone linear layer",
+    "moe": "expert layer",
+    "dynamic": "layer that skips by tau",
+}
 
 
 @dataclass(frozen=True)

@@ -32,5 +32,5 @@ def example_of(kind: type[Pass[Any]]) -> PassDiff:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, inputs = _Example().eval(), torch.randn(2, 4, 64)
-    passes: list[Pass[Any]] = [Moeify()] if kind.works_on == "moe" else []
+    passes: list[Pass[Any]] = [Moeify()] if kind.works_on in ("moe", "dynamic") else []
     return Pipeline([*passes, kind()]).run(model, inputs=inputs, dry_run=True).diff().passes[-1]

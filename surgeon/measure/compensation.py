@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from surgeon.data.batch import Batch
+from surgeon.dynamic import DynamicSite
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.traced import TracedGraph, aten
@@ -57,7 +58,9 @@ def compensate(model: nn.Module, batches: Iterable[Any]) -> list[str]:
     with knobs_restored(model):
         meter = ExpertMeter(model)
 
-        def add(site: MoESite, x: Tensor, ran: Tensor) -> None:
+        def add(site: DynamicSite, x: Tensor, ran: Tensor) -> None:
+            if not isinstance(site, MoESite):
+                return
             h = hidden(x, site.weights.flat(), ACTIVATIONS[site.activation])
             skipped = keep_selected(h, ~ran).float().sum(0)
             sums[site.path] = sums.get(site.path, torch.zeros_like(skipped)) + skipped

@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
+from surgeon.dynamic import DynamicSite, find_dynamic
 from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
 from surgeon.graph.traced import tensor_key
+from surgeon.inputs.site import SparseLinearSite
 from surgeon.kernels.dynamic_k import selected
 from surgeon.kernels.int8 import route
 from surgeon.kernels.int8_arguments import Int8Call
+from surgeon.kernels.sparse_linear import kept
 from surgeon.measure.multiply_adds import Counter
-from surgeon.moe.int8 import Int8MoE, parameter_sizes
+from surgeon.moe.int8 import parameter_sizes
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import masked_ffn, selection_threshold
 from surgeon.moe.router import expert_norms
@@ -77,11 +80,10 @@ def measure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     with torch.no_grad(), _frozen(model), Counter() as counter:
         meter.call(args, kwargs)
     counted = counter.multiply_adds
-    # What the experts computed, filling included, is replaced by what counts. The module and masked forms compute all
-    # experts; the others skip some.
+    # What the experts computed, filling included, is replaced by what counts.
     for site in meter.sites.values():
         layer = meter.layers[site.path]
-        computed = layer.ran if site.skips else layer.pairs
+        computed = layer.pairs if site.counts_skipped else layer.ran
         counted -= computed * site.expert_multiply_adds
     everything = sum(layer.multiply_adds for layer in meter.layers.values())
     ran = sum(layer.executed_multiply_adds for layer in meter.layers.values())
@@ -131,7 +133,7 @@ def token_load(model: nn.Module, inputs: Any) -> Tensor:
     args, kwargs = as_args_kwargs(inputs)
     meter = ExpertMeter(model)
     if not meter.sites:
-        raise UsageError("The model has no experts, so no token has a load. Apply moeify first.")
+        raise UsageError("The model has no layers that skip, so no token has a load. Apply moeify first.")
     seen: list[tuple[Tensor, Tensor]] = []
     meter.on_selection = lambda site, ran: seen.append((ran, torch.tensor(site.costs).to(ran.device)))
     with torch.no_grad():
@@ -157,11 +159,11 @@ class ExpertMeter:
         oracle: the true norms of the experts' outputs replace the router's scores.
         """
         self.module, self.oracle = model, oracle
-        self.sites: dict[str, MoESite] = {site.path: site for site in find_moes(model)}
+        self.sites: dict[str, DynamicSite] = {site.path: site for site in find_dynamic(model)}
         self.layers = {path: LayerRun(per_token=site.router_parameters) for path, site in self.sites.items()}
         self.token_mask: Callable[[Sequence[int]], Tensor | None] | None = None
-        self.on_selection: Callable[[MoESite, Tensor], None] | None = None
-        self.on_tokens: Callable[[MoESite, Tensor, Tensor], None] | None = None
+        self.on_selection: Callable[[DynamicSite, Tensor], None] | None = None
+        self.on_tokens: Callable[[DynamicSite, Tensor, Tensor], None] | None = None
         self._run = _GraphRun(model, self) if isinstance(model, GraphModule) else None
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -177,18 +179,19 @@ class ExpertMeter:
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Count what every call of a model that is not a graph runs, for example inside of `generate`."""
-        moes = {path: self.module.get_submodule(path) for path in self.sites}
-        for path, moe in moes.items():
-            assert isinstance(moe, MoE | Int8MoE)
-            moe.forward = functools.partial(self._forward, self.sites[path], moe, moe.forward)  # type: ignore[method-assign]
+        modules: dict[str, Any] = {path: self.module.get_submodule(path) for path in self.sites}
+        for path, module in modules.items():
+            module.forward = functools.partial(self._forward, self.sites[path], module, module.forward)
         try:
             yield
         finally:
-            for moe in moes.values():
-                del moe.forward
+            for module in modules.values():
+                del module.forward
 
-    def _forward(self, site: MoESite, moe: MoE | Int8MoE, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return self.layer(site, x, lambda: moe.route(x), lambda: forward(x), lambda: moe.output_bias)
+    def _forward(self, site: DynamicSite, module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if isinstance(site, SparseLinearSite):
+            return self.linear(site, x, lambda: forward(x))
+        return self.layer(site, x, lambda: module.route(x), lambda: forward(x), lambda: module.output_bias)
 
     def layer(
         self,
@@ -205,16 +208,24 @@ class ExpertMeter:
         # The flop counter must not count what the meter itself computes.
         with _disable_current_modes(), torch.no_grad():
             scores, threshold = _oracle(site, x) if self.oracle else route()
-            self._count(site, x, scores, threshold)
+            self._count(site, x, selected(scores, threshold))
             if self.oracle:
                 return masked_ffn(x, scores, threshold, *site.weights, b2(), site.activation)  # type: ignore[no-any-return]
+        return self._timed(site, x, run)
+
+    def linear(self, site: SparseLinearSite, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """Run one linear layer that skips inputs and count those that it keeps. run: runs it."""
+        with _disable_current_modes(), torch.no_grad():
+            self._count(site, x, kept(x, site.scale, site.centre, site.levels, site.tau))
+        return self._timed(site, x, run)
+
+    def _timed(self, site: DynamicSite, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
         started = clock(x.device)
         result = run()
         self.layers[site.path].seconds += clock(x.device) - started
         return result
 
-    def _count(self, site: MoESite, x: Tensor, scores: Tensor, threshold: Tensor) -> None:
-        ran = selected(scores, threshold)
+    def _count(self, site: DynamicSite, x: Tensor, ran: Tensor) -> None:
         if self.on_selection is not None:
             self.on_selection(site, ran)
         mask = None if self.token_mask is None else self.token_mask(ran.shape[:-1])
@@ -244,7 +255,7 @@ class _GraphRun(Interpreter):
     def __init__(self, graph: GraphModule, meter: ExpertMeter) -> None:
         super().__init__(graph)
         self.meter = meter
-        self._site_of: dict[Node, MoESite] = {node: site for site in meter.sites.values() for node in site.nodes}
+        self._site_of: dict[Node, DynamicSite] = {node: site for site in meter.sites.values() for node in site.nodes}
 
     def run_node(self, n: Node) -> Any:
         """Run one node. If it is an expert layer, count the selected experts first."""
@@ -253,6 +264,8 @@ class _GraphRun(Interpreter):
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
         run = functools.partial(super().run_node, n)
+        if isinstance(site, SparseLinearSite):
+            return self.meter.linear(site, args[0], run)
         if site.form == "module":
             moe = self.submodules[str(n.target)]
             assert isinstance(moe, MoE)

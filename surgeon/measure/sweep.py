@@ -17,13 +17,13 @@ from surgeon.data.imitation import made_for
 from surgeon.data.losses import device_of, evaluating
 from surgeon.data.padding import token_mask
 from surgeon.data.quality import Quality, Scores
+from surgeon.dynamic import find_dynamic
 from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.measure.judge import Criteria, Judge
 from surgeon.measure.meter import ExpertMeter, LayerRun, clock, measure
 from surgeon.models.tasks import needs_labels
 from surgeon.moe.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
-from surgeon.moe.site import find_moes
 from surgeon.progress import Progress
 from surgeon.tracing.trace import class_task
 
@@ -117,11 +117,11 @@ def sweep(
             first replaced by one with another cost.
 
     Raises:
-        UsageError: the graph has no experts, there is no such rule, or a tau is outside [0, 1].
+        UsageError: the graph has no layers that skip, there is no such rule, or a tau is outside [0, 1].
         DataError: labels are missing.
     """
-    if not find_moes(graph):
-        raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
+    if not find_dynamic(graph):
+        raise UsageError("The graph has no layers that skip, so tau changes nothing. Apply moeify first.")
     batches = list(batches)
     combined = [
         (router, None if tau is None else rule, tau)
@@ -192,7 +192,8 @@ def sweep(
 def usual_taus(graph: nn.Module, rule: str | None = None) -> tuple[float, ...]:
     """Return the default values of tau for this rule, or for the graph's own rules."""
     rules = set(get_rule(graph).values()) if rule is None else {rule}
-    return _TOP_K_TAUS if rules == {"top_k"} else _USUAL_TAUS
+    # Without experts, tau is the share of the inputs that linear layers skip.
+    return _TOP_K_TAUS if rules <= {"top_k"} else _USUAL_TAUS
 
 
 @contextmanager

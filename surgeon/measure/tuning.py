@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.imitation import answer, made_for
+from surgeon.dynamic import find_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.calls import as_args_kwargs
+from surgeon.inputs.site import SparseLinearSite
 from surgeon.measure.meter import ExpertMeter, LayerRun, measure
 from surgeon.measure.sweep import knobs_restored, run_batches, time_settings
 from surgeon.moe.knobs import set_tau
-from surgeon.moe.site import find_moes
 from surgeon.progress import Progress
 from surgeon.tracing.trace import class_task
 
@@ -55,7 +56,8 @@ class Tuned:
     taus: the chosen values, by layer. shares: the share of the experts that run, by layer.
     cost, damage: the cost relative to the dense model, and the damage to the output: nats, or a relative squared error
         if `unit` says so.
-    uniform, uniform_cost, uniform_damage: the best single tau for all layers, and its cost and damage.
+    uniform, uniform_cost, uniform_damage: the best single tau for all layers, and its cost and damage. Linear layers
+        that skip inputs get its cube root.
     rounds: how often cost was moved between layers.
     """
 
@@ -156,14 +158,16 @@ class Tuner:
             UsageError: the graph has no experts.
             DataError: there are no batches, or they contain only padding.
         """
-        if not find_moes(graph):
-            raise UsageError("The graph has no experts, so tau changes nothing. Apply moeify first.")
+        sites = find_dynamic(graph)
+        if not sites:
+            raise UsageError("The graph has no layers that skip, so tau changes nothing. Apply moeify first.")
         self._graph, self._metric, self._progress = graph, metric, progress
         self._task = made_for(task, class_task(graph))
         self._batches = [Batch.from_any(item) for item in batches]
         if not self._batches:
             raise DataError("There is no data to tune on: no batches were given.")
-        self._layers = [site.path for site in find_moes(graph)]
+        self._layers = [site.path for site in sites]
+        self._skip_inputs = {site.path for site in sites if isinstance(site, SparseLinearSite)}
         self._done, self._total = 0, 0
         with knobs_restored(graph):
             self._prepare(inputs, dense)
@@ -202,9 +206,11 @@ class Tuner:
         self._dense = float(cost.multiply_adds) if dense is None or metric == "ms" else dense
         if metric == "ms":
             self._measure_time(dense)
-        self._uniform_trials = [self._try(dict.fromkeys(self._layers, tau)) for tau in _UNIFORM_TAUS]
-        measured = list(zip(self._uniform_trials, _UNIFORM_TAUS, strict=True))
-        self._curves = {name: _monotone((trial.shares[name], tau) for trial, tau in measured) for name in self._layers}
+        self._uniform_trials = [self._try(self._alike(tau)) for tau in _UNIFORM_TAUS]
+        self._curves = {
+            name: _monotone((trial.shares[name], trial.taus[name]) for trial in self._uniform_trials)
+            for name in self._layers
+        }
 
     def _search(self, budget: float) -> Tuned:
         least = self._uniform_trials[-1]
@@ -214,7 +220,7 @@ class Tuner:
                 f"model still costs {least.cost:.1%} of the dense model. Layers that are not converted, routers and at "
                 "least one expert per layer always run. Raise the budget."
             )
-        uniform = self._uniform(budget)
+        tau, uniform = self._uniform(budget)
         best, rounds = uniform, 0
         # If the budget allows every expert, there is nothing to move.
         for number in range(_ROUNDS if any(uniform.taus.values()) else 0):
@@ -223,23 +229,29 @@ class Tuner:
                 break
             best, rounds = moved, rounds + 1
         return Tuned(
-            best.taus, best.shares, best.cost, best.damage, next(iter(uniform.taus.values())), uniform.cost,
-            uniform.damage, rounds, self._unit,
-        )  # fmt: skip
+            best.taus, best.shares, best.cost, best.damage, tau, uniform.cost, uniform.damage, rounds, self._unit
+        )
 
-    def _uniform(self, budget: float) -> _Trial:
+    def _alike(self, tau: float) -> dict[str, float]:
+        """Return the tau of every layer for a single one, which is that of experts.
+
+        A linear layer that skips inputs gets the cube root: at tau 0.1 it skips 46%, about when experts skip most.
+        """
+        return {path: tau ** (1 / 3) if path in self._skip_inputs else tau for path in self._layers}
+
+    def _uniform(self, budget: float) -> tuple[float, _Trial]:
         """Find the smallest single tau that meets the budget, by bisection."""
         high = next(index for index, trial in enumerate(self._uniform_trials) if trial.cost <= budget)
         found = self._uniform_trials[high]
         low_tau, high_tau = _UNIFORM_TAUS[max(0, high - 1)], _UNIFORM_TAUS[high]
         for _ in range(6 if high else 0):
             middle = 0.5 * (low_tau + high_tau)
-            trial = self._try(dict.fromkeys(self._layers, middle))
+            trial = self._try(self._alike(middle))
             if trial.cost <= budget:
                 found, high_tau = trial, middle
             else:
                 low_tau = middle
-        return found
+        return high_tau, found
 
     def _move(self, base: _Trial, budget: float, factors: Sequence[float]) -> _Trial | None:
         """Move cost between layers; None if no move reduces the damage."""
@@ -318,7 +330,7 @@ class Tuner:
         set_tau(self._graph, 0.0)
         (total,) = time_settings(self._graph, batch, [lambda: None], 3)
         for tau in _UNIFORM_TAUS[::2]:
-            set_tau(self._graph, tau)
+            set_tau(self._graph, self._alike(tau))
             runs: list[dict[str, LayerRun]] = []
             for _ in range(4):
                 meter = ExpertMeter(self._graph)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,21 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from surgeon.dynamic import DynamicSite, find_dynamic
 from surgeon.errors import UsageError
 from surgeon.graph.patterns import first_fit, matches
 from surgeon.kernels.selection import check_rule
 from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import SKIPPED_MEAN, MoE
-from surgeon.moe.site import MoESite, find_moes
+from surgeon.moe.site import find_moes
 
 Value = TypeVar("Value")
+Site = TypeVar("Site", bound=DynamicSite)
 
 
 def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None = None) -> list[str]:
-    """Set tau, the threshold of each layer's selection rule. A larger tau is cheaper, and 0 runs all experts.
+    """Set tau, which says what each layer skips. A larger tau is cheaper, and at 0 everything runs.
 
     For the rule "max", an expert is skipped if its score is below tau times the largest score (D2DMoE, section 3.4).
-    `surgeon.kernels.selection` describes the other rules. The change takes effect at the next call, in every form of
+    `surgeon.kernels.selection` describes the other rules. A linear layer that skips inputs skips a share tau of them,
+    as measured on the data that it was calibrated on. The change takes effect at the next call, in every form of
     the layers, and needs no retraining.
 
     Args:
@@ -43,7 +46,10 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None
     for value in wanted.values():
         if not 0.0 <= value <= 1.0:
             raise UsageError(f"tau is {value}, but must be from 0 to 1.")
-    chosen = _chosen(model, wanted)
+    sites = find_dynamic(model)
+    if not sites:
+        raise UsageError("The model has no layers that skip, so there is nothing to set. Apply moeify first.")
+    chosen = _chosen(sites, wanted)
     with torch.no_grad():
         for site, value in chosen:
             if abs(float(site.tau) - value) > 1e-6:
@@ -54,7 +60,7 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None
 
 def get_tau(model: nn.Module) -> dict[str, float]:
     """Return the tau of every layer, by the path of its experts."""
-    return {site.path: float(site.tau) for site in find_moes(model)}
+    return {site.path: float(site.tau) for site in find_dynamic(model)}
 
 
 def set_rule(model: nn.Module, rule: str | Mapping[str, str], path: str | None = None) -> list[str]:
@@ -73,7 +79,10 @@ def set_rule(model: nn.Module, rule: str | Mapping[str, str], path: str | None =
     wanted = rule if isinstance(rule, Mapping) else {path or "*": rule}
     for value in wanted.values():
         check_rule(value)
-    chosen = _chosen(model, wanted)
+    sites = find_moes(model)
+    if not sites:
+        raise UsageError("The model has no experts, so there is no rule to set. Apply moeify first.")
+    chosen = _chosen(sites, wanted)
     changed = [(site, value) for site, value in chosen if site.rule != value]
     for site, value in changed:
         _reset_compensation(model, site)
@@ -120,13 +129,14 @@ def get_knobs(model: nn.Module) -> Knobs:
 def set_knobs(model: nn.Module, knobs: Knobs) -> None:
     """Restore all settings."""
     set_tau(model, knobs.taus)
-    set_rule(model, knobs.rules)
+    if knobs.rules:
+        set_rule(model, knobs.rules)
     with torch.no_grad():
         for path, mean in knobs.means.items():
             getattr(model.get_submodule(path), SKIPPED_MEAN).copy_(mean)
 
 
-def _reset_compensation(model: nn.Module, site: MoESite) -> None:
+def _reset_compensation(model: nn.Module, site: DynamicSite) -> None:
     """Set the mean of what is skipped to zero, because other experts are skipped from now on."""
     mean = getattr(model.get_submodule(site.path), SKIPPED_MEAN, None)
     if mean is not None:
@@ -134,21 +144,18 @@ def _reset_compensation(model: nn.Module, site: MoESite) -> None:
             mean.zero_()
 
 
-def _chosen(model: nn.Module, wanted: Mapping[str, Value]) -> list[tuple[MoESite, Value]]:
+def _chosen(sites: Sequence[Site], wanted: Mapping[str, Value]) -> list[tuple[Site, Value]]:
     """Return every layer that a pattern matches, with the value of the first such pattern.
 
     Raises:
-        UsageError: the model has no experts, or a pattern matches no layer.
+        UsageError: a pattern matches no layer.
     """
-    sites = find_moes(model)
-    if not sites:
-        raise UsageError("The model has no experts, so there is nothing to set. Apply moeify first.")
     for pattern in wanted:
         if not any(matches([pattern], *_names(site)) for site in sites):
-            raise UsageError(f"No layer '{pattern}'. Layers with experts: {', '.join(site.path for site in sites)}.")
+            raise UsageError(f"No layer '{pattern}'. Layers that can be set: {', '.join(site.path for site in sites)}.")
     return [(site, value) for site in sites if (value := first_fit(wanted, *_names(site))) is not None]
 
 
-def _names(site: MoESite) -> tuple[str, str]:
-    """Return the path of the experts and the path of the feed-forward layer they came from."""
+def _names(site: DynamicSite) -> tuple[str, str]:
+    """Return the path of the experts, or of what selects inputs, and the path of the layer that it came from."""
     return site.path, site.path.rpartition(".")[0]

@@ -76,6 +76,11 @@ class MoESite:
         return self.form in ("dynamic", "int8")
 
     @property
+    def counts_skipped(self) -> bool:
+        """Whether the multiply-adds that a counter sees include experts that are skipped: those forms compute all."""
+        return not self.skips
+
+    @property
     def output(self) -> Node:
         """Its value in the last of its executions."""
         return self.nodes[-1]

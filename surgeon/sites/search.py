@@ -59,6 +59,35 @@ def find_linear_sites(graph: GraphModule) -> tuple[list[LinearSite], list[Reject
     return sites, [*rejections, *refused_in_regions(graph, _standalone)]
 
 
+def find_all_linears(graph: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
+    """Return every linear layer, also those in feed-forward layers and heads, grouped by weight, and refused ones."""
+    sites, rejections = _every_linear(graph)
+    return sites, [*rejections, *refused_in_regions(graph, _every_linear)]
+
+
+def _every_linear(graph: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
+    linears, opaque = find_linears(graph)
+    uses = WeightUses(graph)
+    groups: dict[tuple[object, ...], list[Linear]] = defaultdict(list)
+    for linear in linears:
+        groups[uses.key(linear.weight)].append(linear)
+    sites = []
+    rejections = [Rejection("unreadable-linear", one.why, one.path, one.output.name) for one in opaque]
+    for calls in groups.values():
+        refused = unsound(graph, calls[:1])
+        if refused is None:
+            sites.append(LinearSite(calls[0].path, tuple(calls)))
+        else:
+            rejections.append(replace(refused, path=calls[0].path, node=calls[0].output.name))
+    return _unique(sites), rejections
+
+
+def _unique(sites: list[LinearSite]) -> list[LinearSite]:
+    """Name layers whose weights lie in the same module by their weights."""
+    count = Counter(site.path for site in sites)
+    return [replace(site, path=str(site.calls[0].weight.target)) if count[site.path] > 1 else site for site in sites]
+
+
 def _standalone(graph: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
     linears, _ = find_linears(graph)
     ffns, _ = _Search(graph).run()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,12 @@ from surgeon.data.example_rows import example_rows
 from surgeon.errors import UsageError
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import fork
+from surgeon.inputs.site import find_sparse_linears
 from surgeon.models.example_inputs import example_inputs
 from surgeon.models.source import check_finite
 from surgeon.moe.site import find_moes
 from surgeon.passes import Pass
+from surgeon.passes.contract import SiteKind
 from surgeon.passes.report import PassDiff
 from surgeon.processes import connect, is_main
 from surgeon.progress import Progress
@@ -80,10 +82,10 @@ class Pipeline:
             PassError, VerificationError: a pass failed; the message names it, and no later pass ran.
         """
         given = None if data is None else Data.of(data)
-        has_moes = isinstance(model, GraphModule) and is_aten_graph(model) and bool(find_moes(model))
+        there = kinds_of(model) if isinstance(model, GraphModule) and is_aten_graph(model) else set()
         if report_to is not None:
             check_tracker(report_to)
-        self.check(has_moes=has_moes, has_data=given is not None or dry_run)
+        self.check(there=there, has_data=given is not None or dry_run)
         if isinstance(model, GraphModule) and is_aten_graph(model):
             graph = adopt(model)
         else:
@@ -116,24 +118,38 @@ class Pipeline:
                 on_pass(surgery.diff().passes[-1])
         return surgery
 
-    def check(self, *, has_moes: bool, has_data: bool) -> None:
+    def check(self, *, there: Collection[SiteKind], has_data: bool) -> None:
         """Check order and requirements, before anything runs.
+
+        Args:
+            there: the kinds of sites that passes make which the model has already (`kinds_of`).
 
         Raises:
             UsageError: the passes cannot run in this order, or data is missing; the message says what to do.
         """
         if not self.passes:
             raise UsageError("No passes to run. `surgeon passes` lists the available ones.")
-        made = {"moe"} if has_moes else set()
+        made = set(there)
         for position, pass_ in enumerate(self.passes):
             early = next((p.name for p in self.passes[:position] if p.name in pass_.must_precede), None)
             if early is not None:
                 raise UsageError(f"{pass_.name} must run before {early}. Swap the two passes.")
             if pass_.works_on == "moe" and "moe" not in made:
                 raise UsageError(f"{pass_.name} works on experts, but there are none. Put moeify before it.")
+            if pass_.works_on == "dynamic" and not made & {"moe", "dynamic"}:
+                raise UsageError(
+                    f"{pass_.name} works on layers that skip by tau, but there are none. Put moeify or sparsify-inputs "
+                    "before it."
+                )
             if pass_.why_data and not has_data:
                 raise UsageError(
                     f"{pass_.name} needs data: {pass_.why_data}. Give --data, or --dry-run to see what would change."
                 )
             if pass_.makes is not None:
                 made.add(pass_.makes)
+
+
+def kinds_of(graph: GraphModule) -> set[SiteKind]:
+    """Return the kinds of sites that passes make, as far as a graph has them."""
+    found: set[SiteKind] = {"moe"} if find_moes(graph) else set()
+    return found | ({"dynamic"} if find_sparse_linears(graph) else set())

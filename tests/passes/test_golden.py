@@ -31,7 +31,9 @@ def model() -> torch.nn.Module:
 
 def needs(one: type[Pass[Any]]) -> list[str]:
     """The passes that leave behind what this one works on, where a model has none."""
-    return [name for name, other in all_passes().items() if other.makes == one.works_on == "moe"]
+    if one.works_on not in ("moe", "dynamic"):
+        return []
+    return [name for name, other in all_passes().items() if other.makes in ("moe", one.works_on)]
 
 
 def as_text(graph: TracedGraph) -> str:

@@ -158,13 +158,13 @@ def test_lowered_experts_are_refused_with_the_reason(traces: Any) -> None:
     Lower(only=("blocks.1.*",)).apply(graph)
     matched, rejected = Recover().explain(graph)
     assert [site.path for site in matched] == ["blocks.0.ffn.moe"]
-    assert [one.reason for one in rejected] == ["it is already in the graph as ops: run recover right after moeify"]
+    assert [one.reason for one in rejected] == ["it is already in the graph as ops: run recover before lower"]
 
 
 def test_it_needs_data_and_experts() -> None:
     with pytest.raises(UsageError, match=r"recover needs data: it is useless without training\. Give --data"):
         Pipeline([Moeify(experts=4), Recover()]).run(stack("relu"), inputs=vectors())
-    with pytest.raises(UsageError, match=r"recover works on experts, but there are none\. Put moeify before it"):
+    with pytest.raises(UsageError, match=r"recover works on layers that skip by tau, but there are none\. Put moeify"):
         Pipeline([Recover()]).run(stack("relu"), inputs=vectors(), data=DATA)
     with pytest.raises(UsageError, match="recover must run before lower"):
         surgeon.Pipeline([Moeify(experts=4), Lower(), Recover()]).run(stack("relu"), inputs=vectors(), data=DATA)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgeon.passes import Lower, Mlpify, Moeify, Pass, Recover, Sparsify, SwapActivation
+from surgeon.passes import Lower, Mlpify, Moeify, Pass, Recover, Sparsify, SparsifyInputs, SwapActivation
 from surgeon.passes.registry import all_passes
 from surgeon.testing import PassConformance
 from surgeon.testing.models import vectors
@@ -53,13 +53,18 @@ class TestLower(PassConformance):
     options = {"only": ["blocks.1.*"]}  # noqa: RUF012
 
 
+class TestSparsifyInputs(PassConformance):
+    make = staticmethod(SparsifyInputs)
+    options = {"criterion": "magnitude", "centre": False, "tau": 0.5}  # noqa: RUF012
+
+
 def suite_of(kind: type[Pass[Any]]) -> type[PassConformance]:
     """The suite of a pass that needs no options of its own."""
-    settings = {"make": staticmethod(kind), "first": EXPERTS if kind.works_on == "moe" else ()}
+    settings = {"make": staticmethod(kind), "first": EXPERTS if kind.works_on in ("moe", "dynamic") else ()}
     return type(f"Test{kind.__name__}", (PassConformance,), settings)
 
 
-USUAL = (TestMlpify, TestSwapActivation, TestSparsify, TestMoeify, TestRecover, TestLower)
+USUAL = (TestMlpify, TestSwapActivation, TestSparsify, TestMoeify, TestSparsifyInputs, TestRecover, TestLower)
 SUITES = [*USUAL]
 for name, kind in all_passes().items():
     if kind.__module__.startswith("surgeon.") and name not in [suite.make().name for suite in SUITES]:

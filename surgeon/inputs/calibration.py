@@ -1,0 +1,77 @@
+"""Find out on data which inputs of a linear layer matter: what each usually is, and how far it usually goes from there.
+
+An input is skipped if |x - centre| · scale is at most a threshold. The centre then takes its place, so that the best
+centre is the mean of the values that are skipped. It depends on the threshold, and the threshold on it: they are found
+in turn, for the threshold that skips half of all inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surgeon.inputs.module import LEVELS
+
+# How often threshold and centres are found in turn. On real activations, they barely change after that.
+_TURNS = 6
+# Scores that quantiles are computed from: more make no difference, and sorting takes most of the time.
+_SCORES = 2**20
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a layer knows about its inputs. scale, centre: [d_in] or None. levels: quantiles of the scores, [257]."""
+
+    scale: Tensor | None
+    centre: Tensor | None
+    levels: Tensor
+
+
+@torch.no_grad()
+def calibrate(x: Tensor, weight: Tensor, *, weighted: bool, centred: bool) -> Calibration:
+    """Calibrate a layer on its inputs.
+
+    Args:
+        x: inputs [N, d_in], floating. weight: [d_out, d_in].
+        weighted: multiply scores by the norms of the weight's columns (WINA, arXiv 2505.19427). Without, scores are
+            those of TEAL (arXiv 2408.14690).
+        centred: measure how far inputs are from a centre in place of zero.
+    """
+    x = x.float()
+    scale = weight.float().norm(dim=0) if weighted else None
+    centre = _centre(x, scale) if centred else None
+    return Calibration(scale, centre, levels_of(scores(x, scale, centre)))
+
+
+def scores(x: Tensor, scale: Tensor | None, centre: Tensor | None) -> Tensor:
+    """Return how much each input of x [N, d_in] matters, float32."""
+    distance = (x if centre is None else x - centre).abs()
+    return distance if scale is None else distance * scale
+
+
+def _centre(x: Tensor, scale: Tensor | None) -> Tensor:
+    centre = x.median(0).values
+    for _ in range(_TURNS):
+        found = scores(x, scale, centre)
+        skipped = found <= _some(found).median()
+        count = skipped.sum(0)
+        centre = torch.where(count > 0, torch.where(skipped, x, 0.0).sum(0) / count.clamp_min(1), centre)
+    return centre
+
+
+def levels_of(found: Tensor) -> Tensor:
+    """Return the quantiles of scores [N, d_in] at 0, 1/256, ... 1. The first level is 0."""
+    ordered = _some(found).sort().values
+    places = torch.linspace(0, len(ordered) - 1, LEVELS, device=ordered.device).round().long()
+    levels = ordered[places]
+    levels[0] = 0.0
+    return levels
+
+
+def _some(found: Tensor) -> Tensor:
+    """Return evenly spaced ones of the scores, flat."""
+    # An odd step, so that not always the same inputs are looked at.
+    step = max(1, found.numel() // _SCORES)
+    return found.flatten()[:: step + (step % 2 == 0)]

@@ -1,0 +1,110 @@
+"""A linear layer that skips inputs, in a graph or in a model: its place, its form and its cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+import surgeon.kernels.sparse_linear  # noqa: F401  (it registers the ops)
+from surgeon.inputs.module import SparseLinear
+from surgeon.kernels.sparse_linear import LinearCall
+
+masked_linear = torch.ops.surgeon.masked_linear.default
+sparse_linear = torch.ops.surgeon.sparse_linear.default
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLinearSite:
+    """A linear layer that skips the inputs near their usual value.
+
+    path: the module path of its levels and tau, `encoder.layer.0.query.inputs`. nodes: every execution in a graph.
+    form: "masked" (reference op), "dynamic" (the op that reads only what it needs) or "module" (in a model).
+    centred, weighted: whether inputs are compared with a centre, and weighted by the norms of the weight's columns.
+    """
+
+    path: str
+    form: Literal["masked", "dynamic", "module"]
+    nodes: tuple[Node, ...]
+    d_in: int
+    d_out: int
+    tau: Tensor
+    levels: Tensor
+    scale: Tensor | None
+    centre: Tensor | None
+
+    # As a mixture of experts has them: every input is an expert of one row of the weight, and there is no router.
+    router_parameters = 0
+    counts_skipped = True
+
+    @property
+    def output(self) -> Node:
+        """Its value in the last of its executions."""
+        return self.nodes[-1]
+
+    @property
+    def costs(self) -> list[int]:
+        """Multiply-adds of each input for one token."""
+        return [self.d_out] * self.d_in
+
+    @property
+    def expert_multiply_adds(self) -> int:
+        """Multiply-adds of one input for one token."""
+        return self.d_out
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds for one token when every input is read."""
+        return self.d_in * self.d_out
+
+    @property
+    def skips(self) -> bool:
+        """Whether inputs that are not needed are not read."""
+        return self.form == "dynamic"
+
+    @property
+    def shown_form(self) -> str:
+        """The form, for tables."""
+        return self.form
+
+    @property
+    def describe(self) -> str:
+        """`768 inputs → 3072`."""
+        return f"{self.d_in} inputs → {self.d_out}"
+
+
+_FORMS: dict[Any, Literal["masked", "dynamic"]] = {masked_linear: "masked", sparse_linear: "dynamic"}
+
+
+def find_sparse_linears(model: nn.Module) -> list[SparseLinearSite]:
+    """Return every linear layer that skips inputs, in topological order of a graph or in the order of the modules."""
+    if not isinstance(model, GraphModule):
+        return [
+            SparseLinearSite(
+                path, "module", (), module.shape.d_in, module.shape.d_out, module.tau, module.levels, module.scale,
+                module.centre,
+            )
+            for path, module in model.named_modules()
+            if isinstance(module, SparseLinear)
+        ]  # fmt: skip
+    found: dict[str, list[Node]] = {}
+    for node in model.graph.nodes:
+        if node.op == "call_function" and node.target in _FORMS:
+            levels = LinearCall(*node.args).levels
+            assert isinstance(levels, Node)
+            found.setdefault(str(levels.target).rpartition(".")[0], []).append(node)
+    return [_site(model, path, nodes) for path, nodes in found.items()]
+
+
+def _site(graph: GraphModule, path: str, nodes: list[Node]) -> SparseLinearSite:
+    holder: Any = graph.get_submodule(path)
+    form = _FORMS[nodes[0].target]
+    weight = LinearCall(*nodes[0].args).weight  # type: ignore[arg-type]
+    assert isinstance(weight, Node)
+    rows, columns = weight.meta["val"].shape
+    d_out, d_in = (int(rows), int(columns)) if form == "masked" else (int(columns), int(rows))
+    optional = {name: getattr(holder, name, None) for name in ("scale", "centre")}
+    return SparseLinearSite(path, form, tuple(nodes), d_in, d_out, holder.tau, holder.levels, **optional)
