@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from surgeon.errors import SaveError, UsageError
-from surgeon.render.screen import to_json
+from surgeon.json_values import to_json
 
 
 def check_files(files: Sequence[Path] | None) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from surgeon.data.quality import Change, Quality
 from surgeon.jobs.sweep import Swept
+from surgeon.json_values import to_json
 from surgeon.measure.sweep import Dense, Point
 from surgeon.render.files import write_result
-from surgeon.render.screen import to_json
 from surgeon.render.sweep import _change, draw_sweep, sweep_view
 from surgeon.text.plain import plain_text
 
