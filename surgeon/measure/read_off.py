@@ -8,8 +8,10 @@ same samples, so what is hard for all of them cancels. The costs of the settings
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,11 +41,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two costs on the same samples, with its 95% interval; bounds as in `Kept`."""
+    """A difference of two costs on the same samples, with its 95% interval as in `Kept`.
+
+    bound: "at least" or "at most" if one of the costs is only known to be at most its value.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
+    bound: Literal["at least", "at most"] | None = None
 
 
 def kept_at(costs: Sequence[float], values: Sequence[float], wanted: float, *, higher_is_better: bool) -> Kept | None:
@@ -146,6 +152,8 @@ def interval(values: Numbers) -> tuple[float | None, float | None]:
 
     values: [R]. What is not a number counts as unknown, which makes the interval wider.
     """
-    low = np.quantile(np.where(np.isnan(values), -np.inf, values), _INTERVAL[0], method="inverted_cdf")
-    high = np.quantile(np.where(np.isnan(values), np.inf, values), _INTERVAL[1], method="inverted_cdf")
-    return (float(low) if np.isfinite(low) else None), (float(high) if np.isfinite(high) else None)
+    low, high = (
+        float(np.quantile(np.where(np.isnan(values), unknown, values), share, method="inverted_cdf"))
+        for unknown, share in zip((-math.inf, math.inf), _INTERVAL, strict=True)
+    )
+    return (low if math.isfinite(low) else None), (high if math.isfinite(high) else None)
