@@ -61,7 +61,7 @@ def named_surgeries(typed: Sequence[str]) -> dict[str, Path]:
         place = Path(rest if named else one)
         if same := next((other for other in found.values() if other.resolve() == place.resolve()), None):
             raise UsageError(f"{place} is given twice" + (f", also as {same}." if same != place else "."))
-        called = name.strip() if named else place.resolve().name
+        called = name.strip() if named else place.absolute().name
         if not called or not str(place).strip():
             raise UsageError(f"'{one}' names nothing. Give a directory that surgeon saved, or NAME=DIR.")
         if called in found:

@@ -207,7 +207,7 @@ def _words(found: Comparison) -> str:
     if found.dense.quality is None:
         words = [f"{share} of full agreement with the dense model is to be kept, on {measured_on(quality)}."]
     else:
-        times = share if quality.higher_is_better else f"{1 / found.keep:.4g} times it"
+        times = f"{share} of it" if quality.higher_is_better else f"{1 / found.keep:.4g} times it"
         words = [
             f"The dense model has {quality.name} {with_interval(found.dense.quality)} on {measured_on(quality)}; "
             f"{times} is {wanted}."
