@@ -145,7 +145,11 @@ def compare(
         dense_multiply_adds=dense_multiply_adds(first),
         dense_layers={name: dense_layers_of(opened) for name, opened in surgeries.items()},
     )  # fmt: skip
-    notes = [f"{name}: {note}" for name, opened in surgeries.items() for note in other_data(opened)]
+    of_note: dict[str, list[str]] = {}
+    for name, opened in surgeries.items():
+        for note in other_data(opened):
+            of_note.setdefault(note, []).append(name)
+    notes = [f"{', '.join(found_in)}: {note}" for note, found_in in of_note.items()]
     notes += measure(first.graph, *as_args_kwargs(first.inputs))[0].notes
     return Compared(
         {name: opened.spec for name, opened in surgeries.items()}, first.data.description, found, tuple(notes)

@@ -136,10 +136,11 @@ class _Panel:
         if kept is None:
             return
         axes, wanted, colour = self.axes, self.found.wanted, self.colours[curve.surgery]
-        if kept.low is not None and kept.high is not None:
+        if kept.low is not None:
             bottom, top = axes.get_ylim()
             below = wanted - 0.011 * number * (top - bottom)
-            axes.plot([kept.low, kept.high], [below, below], color=colour, lw=2, alpha=0.8, solid_capstyle="butt")
+            high = axes.get_xlim()[1] if kept.high is None else kept.high
+            axes.plot([kept.low, high], [below, below], color=colour, lw=2, alpha=0.8, solid_capstyle="butt")
         axes.plot(kept.share, wanted, "<" if kept.at_most else "D", ms=6, mfc="white", mec=colour, mew=1.5, zorder=5)
 
     def write(self) -> None:
@@ -201,10 +202,11 @@ def _limits(found: Comparison) -> tuple[float, float]:
     sign, dense = 1.0 if _higher(found) else -1.0, _dense_value(found)
     qualities = [point.quality for curve in found.curves for point in curve.points]
     widths = [one.high - one.low for one in qualities if one.low is not None and one.high is not None]
-    reach = max(0.06 * abs(dense), 3 * abs(found.wanted - dense), 1.5 * max(widths, default=0.0))
+    widest = max(widths, default=0.0)
+    reach = max(0.06 * abs(dense), 3 * abs(found.wanted - dense), 1.2 * widest)
     best = [max(sign * point.quality.value for point in curve.points) for curve in found.curves]
     bottom = min(sign * dense - reach, *(value - reach / 4 for value in best))
-    top = max(sign * dense + reach / 4, *(value + reach / 6 for value in best))
+    top = max(sign * dense + reach / 4, *(value + max(reach / 6, 0.55 * widest) for value in best))
     if _higher(found) and _at_most_one(found):
         top = min(top, 1.0 + reach / 10)
     return sign * bottom, sign * top

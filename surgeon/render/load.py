@@ -19,7 +19,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _BINS = 16
 # From white to blue: the load of a token against the largest of its sample.
 _SHADES = ("#ffffff", "#e3eef8", "#c3dbee", "#95c1de", "#5b9fcb", "#2b7ab5", "#08519c")
-_DARK = 4  # from this shade on letters are white
+_DARK = 5  # from this shade on letters are white
 
 
 def loaded_view(found: Loaded) -> RenderableType:
