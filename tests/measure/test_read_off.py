@@ -96,3 +96,24 @@ def test_an_interval_ends_where_it_is_not_known() -> None:
     assert interval(np.full(10, math.inf)) == (None, None)
     values[:50] = math.nan  # infinity minus infinity: both ends
     assert interval(values) == (None, None)
+
+
+def test_the_interval_holds_the_true_cost_as_often_as_it_says() -> None:
+    """Models that are right on samples easier than a limit, with some luck: what one finds hard, the others do too."""
+    draw = torch.Generator().manual_seed(0)
+    costs, shares, dense, count = [0.2, 0.4, 0.6, 1.0], [0.85, 0.885, 0.9, 0.91], 0.905, 360
+    true = kept_at(costs, shares, 0.99 * dense, higher_is_better=True)
+    assert true is not None
+
+    def right(share: float, hard: torch.Tensor) -> Scores:
+        z = 0.7**0.5 * hard + 0.3**0.5 * torch.randn(count, generator=draw)
+        limit = 2.0**0.5 * torch.erfinv(torch.tensor(2 * share - 1))
+        return Scores(ACCURACY, (z < limit).double(), torch.ones(count).double())
+
+    held, runs = 0, 120
+    for _ in range(runs):
+        hard = torch.randn(count, generator=draw)
+        own = [right(share, hard) for share in shares]
+        low, high = interval(Resampled(right(dense, hard), 0.99, own, rounds=200).costs([0, 1, 2, 3], costs))
+        held += (low is None or low <= true.share) and (high is None or true.share <= high)
+    assert 0.88 <= held / runs <= 1.0
