@@ -92,3 +92,9 @@ ACTIVATIONS["relu_relu"] = replace(ACTIVATIONS["relu"], up=ACTIVATIONS["relu"])
 
 `relu_relu` has a ReLU on both sides of a gated FFN: relu(gate) · relu(up).
 """
+
+
+def active_share(a: Tensor) -> Tensor:
+    """Return the share of neurons above a hundredth of the token's largest activation: [..., h] → [...]."""
+    size = a.abs()
+    return (size > 0.01 * size.amax(-1, keepdim=True)).float().mean(-1)

@@ -18,7 +18,7 @@ from surgeon.data.padding import real_tokens
 from surgeon.graph.capture import Capture
 from surgeon.graph.edit import emit, emit_dropout, erase_unread, get_attr, replace_value
 from surgeon.graph.traced import TracedGraph, aten, free_target
-from surgeon.kernels.activations import ACTIVATIONS
+from surgeon.kernels.activations import ACTIVATIONS, active_share
 from surgeon.passes.activation_ops import TARGETS
 from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import option
@@ -36,7 +36,6 @@ from surgeon.training.penalty import (
     PENALTY_NAMES,
     AlphaSchedule,
     Penalty,
-    active_share,
     alpha_at,
     penalised_values,
 )

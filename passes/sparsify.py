@@ -22,7 +22,7 @@ from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
 from surgeon.graph.edit import set_path
 from surgeon.graph.traced import TracedGraph, free_target
-from surgeon.kernels.activations import ACTIVATIONS
+from surgeon.kernels.activations import ACTIVATIONS, active_share
 from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import PerSite, for_site, option
 from surgeon.passes.report import SiteChange
@@ -41,7 +41,6 @@ from surgeon.training.penalty import (
     AlphaControl,
     AlphaSchedule,
     Penalty,
-    active_share,
     alpha_at,
     penalised_values,
 )

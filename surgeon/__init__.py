@@ -45,6 +45,7 @@ register()
 # Loaded on first use: `import surgeon` and `surgeon --help` do not wait for torch.
 _EXPORTS = {
     "Data": "surgeon.data.data",
+    "compare": "surgeon.measure.compare",
     "compensate": "surgeon.measure.compensation",
     "Pipeline": "surgeon.surgery.pipeline",
     "Surgery": "surgeon.surgery.surgery",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from surgeon.errors import SurgeonError as SurgeonError
     from surgeon.graph.traced import TracedGraph as TracedGraph
     from surgeon.graph.traced import to_networkx as to_networkx
+    from surgeon.measure.compare import compare as compare
     from surgeon.measure.compensation import compensate as compensate
     from surgeon.measure.meter import token_load as token_load
     from surgeon.measure.tuning import tune as tune

@@ -16,6 +16,7 @@ import torch
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.jobs.demo import DigitsViT
+from surgeon.measure.read_off import Kept
 from surgeon.surgery.pipeline import Pipeline
 
 FRONTIER = Path(__file__).parents[1] / "examples" / "frontier"
@@ -103,22 +104,8 @@ def test_a_study_runs_and_goes_on(frontier: Any, tmp_path: Path) -> None:
         study.run(changed, tmp_path, [0])
 
 
-def test_cost_at_a_quality(frontier: Any) -> None:
-    report = frontier("report")
-
-    def cost_at(points: Any, quality: float, higher: bool) -> Any:
-        found = report.cost_at([{"cost": x, "quality": y} for x, y in points], quality, "cost", higher)
-        return None if found is None else (pytest.approx(found.share), found.at_most)
-
-    accuracies = ((0.5, 0.8), (0.1, 0.6), (0.2, 0.5), (1.0, 0.9))
-    assert cost_at(accuracies, 0.7, True) == (0.4, False)  # from the point at 0.2, not from the better one at 0.1
-    assert cost_at(accuracies, 0.6, True) == (0.1, True)
-    assert cost_at(accuracies, 0.95, True) is None
-    losses = ((0.1, 6.0), (0.3, 5.0))
-    assert cost_at(losses, 5.5, False) == (0.2, False)
-    assert cost_at(losses, 6.5, False) == (0.1, True)
-    assert cost_at(losses, 4.9, False) is None
-    assert report.percent([report.Cost(0.1), report.Cost(0.2, at_most=True), None]) == "≤ 15.0% ± 7.1, by 2 of 3"
+def test_costs_of_several_seeds_in_words(frontier: Any) -> None:
+    assert frontier("report").percent([Kept(0.1), Kept(0.2, at_most=True), None]) == "≤ 15.0% ± 7.1, by 2 of 3"
 
 
 def test_tables_of_quantised_models_are_those_of_the_results(frontier: Any) -> None:

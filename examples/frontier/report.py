@@ -9,12 +9,13 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+
+from surgeon.measure.read_off import Kept, kept_at
 
 NAMES = {
     "moefication": "MoEfication",
@@ -27,26 +28,6 @@ NAMES = {
 COLOURS = ("tab:grey", "tab:orange", "tab:brown", "tab:blue", "tab:green", "tab:purple")
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Share of the dense model's cost; at_most: nothing cheaper was measured that could fall short."""
-
-    share: float
-    at_most: bool = False
-
-
-def cost_at(points: Sequence[dict[str, Any]], quality: float, cost: str, higher: bool) -> Cost | None:
-    """The lowest cost at which a curve reaches a quality, on a line from the next cheaper point; None if never."""
-    sign = 1.0 if higher else -1.0
-    ordered = sorted((p[cost], sign * p["quality"]) for p in points)
-    wanted = sign * quality
-    reached = next((index for index, (_, y) in enumerate(ordered) if y >= wanted), None)
-    if not reached:
-        return None if reached is None else Cost(ordered[0][0], at_most=True)
-    (x0, y0), (x1, y1) = ordered[reached - 1 : reached + 1]
-    return Cost(x0 + (x1 - x0) * (wanted - y0) / (y1 - y0))
-
-
 def cells(results: dict[str, Any], variant: str, curve: str, reference: str) -> list[str]:
     """What the converted layers and the whole model cost where the quality of a dense model is kept."""
     found, seeds = [], [one for one in results["seeds"].values() if variant in one and reference in one]
@@ -55,12 +36,14 @@ def cells(results: dict[str, Any], variant: str, curve: str, reference: str) -> 
         for one in seeds:
             dense = one[reference]
             points = one[variant]["curves"][curve]
-            values.append(cost_at(points, dense["value"] * results["keep"], cost, dense["higher_is_better"]))
+            costs, qualities = [point[cost] for point in points], [point["quality"] for point in points]
+            wanted = dense["value"] * results["keep"]
+            values.append(kept_at(costs, qualities, wanted, higher_is_better=dense["higher_is_better"]))
         found.append(percent(values))
     return found
 
 
-def percent(values: Sequence[Cost | None]) -> str:
+def percent(values: Sequence[Kept | None]) -> str:
     """Mean and spread over the seeds."""
     reached = [value for value in values if value is not None]
     if not reached:

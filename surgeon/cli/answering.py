@@ -15,7 +15,7 @@ def answer(
 ) -> None:
     """Show an answer, write it to the requested files, and print it as JSON with `--output json`.
 
-    view: the answer for people. draw: draws the answer to a `.png` file.
+    view: the answer for people. draw: draws the answer to a file that is not `.json`.
 
     Raises:
         SaveError: a file cannot be written.

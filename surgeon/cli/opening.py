@@ -26,7 +26,21 @@ def open_saved(
     from surgeon.jobs.open_model import open_model
 
     opened = open_model(str(model), data=data, trust_modules=trust_modules, stage=run.screen.stage)
+    return opened, open_dense(run, dense, opened, data, trust_pickle=trust_pickle)
+
+
+def open_dense(
+    run: Run, dense: str | None, surgery: "Opened", data: DataOptions | None, *, trust_pickle: bool
+) -> "Opened | None":
+    """Open the dense model of a surgery with a head for the same task; None if it was not given.
+
+    A model whose inputs are unknown is traced with those of the surgery.
+    """
+    from surgeon.jobs.open_model import open_model
+
     if dense is None:
-        return opened, None
-    task = (data.task if data is not None else None) or opened.task
-    return opened, open_model(dense, task=task, trust_pickle=trust_pickle, stage=run.screen.stage)
+        return None
+    task = (data.task if data is not None else None) or surgery.task
+    return open_model(
+        dense, task=task, trust_pickle=trust_pickle, fallback_inputs=surgery.inputs, stage=run.screen.stage
+    )

@@ -130,6 +130,22 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="DIR", help="Directory for the result; by default it replaces DIR."),
 ]
+Taus = Annotated[
+    str | None,
+    typer.Option(
+        "--tau",
+        metavar="T,T,...",
+        help="Values of tau; 0, at which every expert runs, is added. By default up to 0.5, for top_k up to 0.95.",
+    ),
+]
+Rules = Annotated[
+    str | None,
+    typer.Option(
+        "--rule",
+        metavar="R,R,...",
+        help="Selection rules: max, cumulative, energy, top_k. By default the stored ones.",
+    ),
+]
 Files = Annotated[
     list[Path] | None,
     typer.Option("--out", "-o", metavar="FILE", help="Also write the numbers (.json) or a plot (.png)."),

@@ -8,7 +8,7 @@ import typer
 from surgeon.cli.answering import answer
 from surgeon.cli.app import Run, command
 from surgeon.cli.opening import open_saved
-from surgeon.cli.options import DenseModel, Files, Saved, TrustModules, TrustPickle
+from surgeon.cli.options import DenseModel, Files, Rules, Saved, Taus, TrustModules, TrustPickle
 from surgeon.jobs.options import DataOptions
 
 
@@ -17,22 +17,8 @@ def sweep(
     run: Run,
     model: Saved,
     *,
-    tau: Annotated[
-        str | None,
-        typer.Option(
-            "--tau",
-            metavar="T,T,...",
-            help="Values of tau; 0, at which every expert runs, is added. By default up to 0.5, for top_k up to 0.95.",
-        ),
-    ] = None,
-    rule: Annotated[
-        str | None,
-        typer.Option(
-            "--rule",
-            metavar="R,R,...",
-            help="Selection rules: max, cumulative, energy, top_k. By default the stored ones.",
-        ),
-    ] = None,
+    tau: Taus = None,
+    rule: Rules = None,
     oracle: Annotated[
         bool, typer.Option(help="Also select by the true norms of the experts' outputs, the best a router could do.")
     ] = True,

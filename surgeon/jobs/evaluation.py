@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from surgeon.data.batch import Batch
@@ -45,9 +45,14 @@ def eval_criteria(opened: Opened) -> Criteria | None:
 
 def eval_batches(opened: Opened) -> list[Batch]:
     """The held-out part of the data; all of it if nothing is held out."""
+    return list(held_out(opened))
+
+
+def held_out(opened: Opened) -> Iterator[Batch]:
+    """Read what `eval_batches` gives, batch by batch."""
     assert opened.data is not None
     data = opened.data
-    return [Batch.from_any(item) for item in (data.eval if data.eval is not None else data.train)]
+    return map(Batch.from_any, data.eval if data.eval is not None else data.train)
 
 
 def dense_multiply_adds(opened: Opened) -> int | None:

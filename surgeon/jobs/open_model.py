@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from torch.export import ExportedProgram
 
 from surgeon.data.data import Data
@@ -71,6 +72,7 @@ def open_model(
     spec: str,
     *,
     inputs: str | None = None,
+    fallback_inputs: Any = None,
     trust_pickle: bool = False,
     trust_modules: Sequence[str] = (),
     arch: str | None = None,
@@ -84,6 +86,7 @@ def open_model(
     Args:
         inputs: as `surgeon.models.given_inputs.inputs_from` takes them. By default the model's own, or the first rows
             of the data for a model that has none.
+        fallback_inputs: example inputs for a model for which none can be made.
         trust_modules: imported first. The file may use output classes and operators that they register.
         task: chooses the head of a Hugging Face model. stage: called with the name of each step.
         only_graph: leave out config, tokenizer and processor beside a saved surgery, for a caller who neither reads
@@ -113,9 +116,7 @@ def open_model(
                 given = example_rows(read)
                 notes.append("The example inputs are two rows of the data.")
             else:
-                given = example_inputs(
-                    source.model, tokenizer=source.tokenizer, processor=source.processor, config=source.config
-                )
+                given = _made_inputs(source.model, source, fallback_inputs)
         with stage(f"tracing {type(source.model).__name__}"):
             graph = trace(source.model, given).eval()
     origin = Origin.of(
@@ -126,6 +127,15 @@ def open_model(
     _check_names(read, graph)
     info: TraceInfo = graph.meta["trace"]
     return Opened(spec, graph, given, origin, (*notes, *info.notes), None, read)
+
+
+def _made_inputs(model: nn.Module, source: Source, fallback: Any) -> Any:
+    try:
+        return example_inputs(model, tokenizer=source.tokenizer, processor=source.processor, config=source.config)
+    except UsageError:
+        if fallback is None:
+            raise
+        return fallback
 
 
 def _open_artifact(

@@ -119,16 +119,16 @@ def sweep(
         )
     points = run_sweep(
         opened.graph, batches, criteria.task, taus, inputs=opened.inputs, rules=rules, timed=timed,
-        stored=not _among(opened, taus, rules), routers=("own", "oracle") if oracle else ("own",),
+        stored=not is_among(opened, taus, rules), routers=("own", "oracle") if oracle else ("own",),
         dense=None if dense is None else dense.graph, dense_scores=scores, blank=criteria.blank,
-        dense_multiply_adds=multiply_adds, dense_layers=_dense_layers(opened), progress=progress,
+        dense_multiply_adds=multiply_adds, dense_layers=dense_layers_of(opened), progress=progress,
     )  # fmt: skip
     assert opened.data is not None
     cost, _ = measure(opened.graph, *as_args_kwargs(opened.inputs))
     return Swept(opened.spec, opened.data.description, criteria.task, beside, points, (*notes, *cost.notes))
 
 
-def _among(opened: Opened, taus: Sequence[float] | None, rules: Sequence[str] | None) -> bool:
+def is_among(opened: Opened, taus: Sequence[float] | None, rules: Sequence[str] | None) -> bool:
     """Whether the stored setting is among these: one tau and one rule for all layers, both in the lists."""
     own_taus, own_rules = set(get_tau(opened.graph).values()), set(get_rule(opened.graph).values())
     # Without given rules the stored ones are used. At tau 0 every expert runs, whatever the rule.
@@ -139,5 +139,6 @@ def _among(opened: Opened, taus: Sequence[float] | None, rules: Sequence[str] | 
     return len(own_taus) == 1 and any(abs(tau - own) < 1e-6 for tau in taus for own in own_taus)
 
 
-def _dense_layers(opened: Opened) -> dict[str, float]:
+def dense_layers_of(opened: Opened) -> dict[str, float]:
+    """The cost of the dense layers, by the path of their experts (`surgeon.passes.report.dense_layers`)."""
     return dense_layers(() if opened.record is None else opened.record.passes)

@@ -34,16 +34,23 @@ class Verdict:
 
     quality: of the task, compared with the dense model if its scores are known; None without labels. scores: of the
     samples. agreement: with the dense model: top-1 and KL divergence of logits, the cosine of other outputs.
+    agreed: the scores of the first agreement.
     """
 
     quality: Quality | None
     agreement: tuple[Quality, ...] = ()
     scores: Scores | None = None
+    agreed: Scores | None = None
 
     @property
     def first(self) -> Quality:
         """The quality of the task, else the first agreement."""
         return self.agreement[0] if self.quality is None else self.quality
+
+    @property
+    def first_scores(self) -> Scores | None:
+        """The scores of `first`."""
+        return self.agreed if self.quality is None else self.scores
 
 
 class Judge:
@@ -71,11 +78,12 @@ class Judge:
         Raises:
             DataError: no labelled item was added.
         """
-        agreement = tuple(scores.quality() for scores in self._agreement.scores())
+        agreed = self._agreement.scores()
+        agreement, first = tuple(scores.quality() for scores in agreed), agreed[0] if agreed else None
         if self._own is None:
-            return Verdict(None, agreement)
+            return Verdict(None, agreement, agreed=first)
         scores = self._own.scores()
-        return Verdict(scores.quality(dense), agreement, scores)
+        return Verdict(scores.quality(dense), agreement, scores, first)
 
 
 def judge(

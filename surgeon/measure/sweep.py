@@ -20,6 +20,7 @@ from surgeon.data.quality import Quality, Scores
 from surgeon.dynamic import find_dynamic
 from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs
+from surgeon.json_values import NOT_IN_JSON
 from surgeon.measure.judge import Criteria, Judge
 from surgeon.measure.meter import ExpertMeter, LayerRun, clock, measure
 from surgeon.models.tasks import needs_labels
@@ -49,6 +50,7 @@ class Point:
     milliseconds: the time of one call on the first batch, None if it was not timed.
     shares: the share of its experts that each layer ran, by path.
     agreement: with the dense model's outputs: top-1 and KL divergence of logits, the cosine of other outputs.
+    scores: of the quality, on each sample; not in JSON.
     """
 
     tau: float | None
@@ -62,6 +64,7 @@ class Point:
     milliseconds: float | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
     agreement: tuple[Quality, ...] = ()
+    scores: Scores | None = field(default=None, repr=False, compare=False, metadata=NOT_IN_JSON)
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,7 @@ def sweep(
         counter = _Counter(graph, inputs)
 
         def choose(rule: str | None, tau: float | None) -> None:
-            set_knobs(graph, own)
-            if rule is not None:
-                set_rule(graph, rule)
-            if tau is not None:
-                set_tau(graph, tau)
+            choose_setting(graph, own, rule, tau)
 
         def outputs_of_dense(batch: Batch) -> Any:
             if dense is None and own_task is not None:
@@ -180,6 +179,7 @@ def sweep(
                     router,
                     shares={path: layer.share for path, layer in meter.layers.items()},
                     agreement=verdict.agreement,
+                    scores=verdict.first_scores,
                 )
             )
         if timed:
@@ -187,6 +187,15 @@ def sweep(
             times = iter(time_settings(graph, batches[0], calls))
             points = [replace(p, milliseconds=next(times)) if p.router == "own" else p for p in points]
     return points
+
+
+def choose_setting(graph: nn.Module, own: Knobs, rule: str | None, tau: float | None) -> None:
+    """Set one rule and one tau for all layers; where one is None, the graph's own."""
+    set_knobs(graph, own)
+    if rule is not None:
+        set_rule(graph, rule)
+    if tau is not None:
+        set_tau(graph, tau)
 
 
 def usual_taus(graph: nn.Module, rule: str | None = None) -> tuple[float, ...]:
@@ -252,14 +261,24 @@ def time_settings(
     graph: nn.Module, batch: Batch, choices: Sequence[Callable[[], None]], repeats: int = _REPEATS
 ) -> list[float]:
     """Return the median milliseconds of a call for each choice. The choices take turns, and this is repeated."""
+    return time_in_turns([(graph, choose) for choose in choices], batch, repeats)
+
+
+def time_in_turns(
+    choices: Sequence[tuple[nn.Module, Callable[[], None]]], batch: Batch, repeats: int = _REPEATS
+) -> list[float]:
+    """Return the median milliseconds of a call of each model, which is made ready by the function beside it.
+
+    The models take turns, and this is repeated.
+    """
     times: list[list[float]] = [[] for _ in choices]
-    device = device_of(graph)
-    batch = batch.to(device)
     with torch.no_grad():
         for _ in range(repeats + 1):
-            for found, choose in zip(times, choices, strict=True):
+            for found, (model, choose) in zip(times, choices, strict=True):
+                device = device_of(model)
+                moved = batch.to(device)
                 choose()
                 started = clock(device)
-                graph(*batch.args, **batch.kwargs)
+                model(*moved.args, **moved.kwargs)
                 found.append(1000 * (clock(device) - started))
     return [statistics.median(found[1:]) for found in times]

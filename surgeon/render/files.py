@@ -1,26 +1,31 @@
-"""Write results to files: numbers as JSON, plots as PNG."""
+"""Write results to files: numbers as JSON, plots as PNG, and what else a command has."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from surgeon.errors import SaveError, UsageError
-from surgeon.render.screen import to_json
+from surgeon.json_values import to_json
+
+KINDS = {".json": "numbers", ".png": "a plot"}
 
 
-def check_files(files: Sequence[Path] | None) -> None:
+def check_files(files: Sequence[Path] | None, kinds: Mapping[str, str] = KINDS) -> None:
     """Refuse files that cannot be written, before anything is measured.
 
+    kinds: what is written to files by the ends of their names, in words.
+
     Raises:
-        UsageError: the name ends neither in .json nor in .png.
+        UsageError: the name has another end.
         SaveError: there is no such directory, no permission to write to it, or the file is a directory.
     """
     for file in files or ():
-        if file.suffix not in (".json", ".png"):
-            raise UsageError(f"Cannot write {file}: give a name that ends in .json, for numbers, or .png, for a plot.")
+        if file.suffix not in kinds:
+            ends = [f"{end}, for {what}" for end, what in kinds.items()]
+            raise UsageError(f"Cannot write {file}: give a name that ends in {', '.join(ends[:-1])}, or {ends[-1]}.")
         if not os.access(file.parent, os.W_OK | os.X_OK):
             raise SaveError(f"Cannot write {file}: {file.parent} does not exist or cannot be written to.")
         if file.is_dir():
@@ -28,7 +33,9 @@ def check_files(files: Sequence[Path] | None) -> None:
 
 
 def write_result(result: object, file: Path, draw: Callable[[Path], None]) -> None:
-    """Write a result to a `.json` file, or draw it to a `.png` file. The file appears whole or not at all.
+    """Write a result to a `.json` file, or have it drawn to a file of another kind.
+
+    The file appears whole or not at all.
 
     Raises:
         SaveError: the file cannot be written.

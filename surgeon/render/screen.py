@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
-import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from enum import Enum
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from rich.console import Console, RenderableType
@@ -20,6 +16,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
+from surgeon.json_values import to_json
 from surgeon.progress import Progress
 from surgeon.text.plain import UNBOUNDED, plain_text
 from surgeon.text.summary import seconds
@@ -27,26 +24,6 @@ from surgeon.text.summary import seconds
 Mode = Literal["rich", "plain", "json"]
 _LINE_SECONDS = 10.0
 _LINES_PER_FIT = 5
-
-
-def to_json(value: Any) -> Any:
-    """Convert to plain JSON values.
-
-    Dataclasses become objects, paths become strings, and numbers that are not finite become null.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: to_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [to_json(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value.value if isinstance(value, Enum) else value
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 class Screen:

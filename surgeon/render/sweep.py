@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.data.quality import TELLING, Quality
+from surgeon.data.quality import TELLING, Change
 from surgeon.jobs.sweep import Swept
 from surgeon.measure.sweep import Dense, Point
 from surgeon.render.numbers import INTERVALS
@@ -51,7 +51,7 @@ def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
         quality = "" if dense.quality is None else with_interval(dense.quality)
         add(
             "", "", "dense", quality, "", *("" for _ in agreed), "", "100%", number(dense.multiply_adds), "100%",
-            _milliseconds(dense),
+            milliseconds_text(dense),
         )  # fmt: skip
     for point in points:
         tau = "as stored" if point.tau is None else f"{point.tau:g}" + (" (all experts)" if point.tau == 0 else "")
@@ -60,13 +60,13 @@ def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
             point.rule,
             tau,
             with_interval(point.quality),
-            _change(point.quality),
+            change_text(point.quality.change, higher_is_better=point.quality.higher_is_better),
             *(with_interval(quality) for quality in point.agreement if quality.name in agreed),
             percent(point.executed),
             percent(point.layers),
             number(point.multiply_adds),
             percent(point.relative),
-            _milliseconds(point),
+            milliseconds_text(point),
         )
     lines: list[RenderableType] = [table, sentences([_words(points, dense)], indent=0)]
     if dense.quality is None and not first.agreement:
@@ -74,10 +74,9 @@ def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
     return Group(*lines)
 
 
-def _change(quality: Quality) -> Text:
-    """The difference from the dense model: red or green only if it is more than chance."""
-    change = quality.change
-    better = change is not None and (change.value > 0) == quality.higher_is_better
+def change_text(change: Change | None, *, higher_is_better: bool) -> Text:
+    """A difference of qualities: red or green only if it is more than chance."""
+    better = change is not None and (change.value > 0) == higher_is_better
     style = "" if change is None or not change.telling else "green" if better else "red"
     return Text(change_words(change), style=style)
 
@@ -98,7 +97,8 @@ def _words(points: Sequence[Point], dense: Dense) -> str:
     return " ".join(words)
 
 
-def _milliseconds(timed: Point | Dense) -> str:
+def milliseconds_text(timed: Point | Dense) -> str:
+    """The time of a call; nothing if it was not timed."""
     return "" if timed.milliseconds is None else f"{timed.milliseconds:.1f}"
 
 

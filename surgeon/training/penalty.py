@@ -87,12 +87,6 @@ class Sparsity:
         return 1.0 - self.below_100th
 
 
-def active_share(a: Tensor) -> Tensor:
-    """Return the share of neurons above a hundredth of the token's largest activation: [..., h] → [...]."""
-    size = a.abs()
-    return (size > 0.01 * size.amax(-1, keepdim=True)).float().mean(-1)
-
-
 class AlphaControl:
     """Controls the weight of each layer's penalty so that its share of active neurons reaches a target.
 

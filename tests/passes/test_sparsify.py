@@ -14,11 +14,11 @@ from surgeon.data.data import Data
 from surgeon.errors import UsageError
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
+from surgeon.kernels.activations import active_share
 from surgeon.passes import Mlpify, Moeify, Sparsify, SwapActivation
 from surgeon.passes.sparsify import SparsityTap
 from surgeon.sites.search import find_ffns
 from surgeon.training.loop import RunSettings
-from surgeon.training.penalty import active_share
 from tests.small_models import (
     WIDTH,
     Fused,

@@ -13,9 +13,9 @@ from surgeon.bench.grid import Cell, Timing
 from surgeon.bench.methods import METHODS
 from surgeon.errors import SaveError
 from surgeon.jobs.bench_layer import LayerBenchmark
+from surgeon.json_values import to_json
 from surgeon.render.bench_layer import layer_plot, layer_view
 from surgeon.render.files import write_result
-from surgeon.render.screen import to_json
 from surgeon.text.plain import plain_text
 
 from .benchmarks import MACHINE, lines

@@ -10,9 +10,9 @@ import pytest
 
 from surgeon.bench.whole import TimedSetting, WholeTimes
 from surgeon.jobs.bench_surgery import SurgeryBenchmark
+from surgeon.json_values import to_json
 from surgeon.render.bench_surgery import surgery_plot, surgery_view
 from surgeon.render.files import write_result
-from surgeon.render.screen import to_json
 
 from .benchmarks import MACHINE, lines
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from rich.text import Text
 
+from surgeon.json_values import to_json
 from surgeon.measure.meter import Cost
 from surgeon.progress import Progress
-from surgeon.render.screen import Screen, to_json
+from surgeon.render.screen import Screen
 
 ANSI = re.compile(r"\x1b\[")
 

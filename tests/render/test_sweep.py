@@ -9,10 +9,10 @@ import pytest
 
 from surgeon.data.quality import Change, Quality
 from surgeon.jobs.sweep import Swept
+from surgeon.json_values import to_json
 from surgeon.measure.sweep import Dense, Point
 from surgeon.render.files import write_result
-from surgeon.render.screen import to_json
-from surgeon.render.sweep import _change, draw_sweep, sweep_view
+from surgeon.render.sweep import change_text, draw_sweep, sweep_view
 from surgeon.text.plain import plain_text
 
 
@@ -72,7 +72,7 @@ def test_agreement_has_columns_of_its_own() -> None:
 ])  # fmt: skip
 def test_colours_stand_for_more_than_chance(low: float, high: float, samples: int, higher: bool, style: str) -> None:
     change = Change((low + high) / 2, low, high, samples)
-    shown = _change((accuracy if higher else token_loss)(0.9, change))
+    shown = change_text(change, higher_is_better=higher)
     assert shown.style == style
     assert str(shown)
 

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
+from surgeon.kernels.activations import active_share
 from surgeon.passes.report import PassReport
 from surgeon.training.loop import FitReport
 from surgeon.training.penalty import (
     AlphaControl,
     AlphaSchedule,
     Sparsity,
-    active_share,
     alpha_at,
     l1,
     penalised_values,
