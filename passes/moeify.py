@@ -83,9 +83,8 @@ class Moeify(TrainedPass[FFN, _Seen]):
     name: ClassVar[str] = "moeify"
     works_on: ClassVar[SiteKind] = "ffn"
     makes: ClassVar[SiteKind | None] = "moe"
-    # It would find no feed-forward layers any more.
-    must_precede: ClassVar[frozenset[str]] = frozenset({"sparsify-inputs"})
-    must_precede: ClassVar[frozenset[str]] = frozenset({"lower"})
+    # After sparsify-inputs there are no feed-forward layers left.
+    must_precede: ClassVar[frozenset[str]] = frozenset({"sparsify-inputs", "lower"})
     preserves: ClassVar[bool] = True
     optional: ClassVar[bool] = True
     wrong_options: ClassVar[frozenset[str]] = frozenset({"too-few-neurons"})
