@@ -179,6 +179,42 @@ def decode(chip: Chip, dtype: torch.dtype, tokens: int, neurons: int, *, gated: 
     return Tiles(16, 16, deep, deep, 4, 2 if chip.backend == "hip" else 3)
 
 
+def depth_int8(width: int, most: int) -> int:
+    """Return how many products of 8-bit integers are added up at a time; tensor cores take at least 32."""
+    return max(32, _padded(width, most))
+
+
+def hidden_int8(chip: Chip, rows: int, neurons: int, *, gated: bool) -> Tiles:
+    """Sizes for `int8_kernels.hidden_int8`: as `hidden`, with twice the depth, whose elements are half as large."""
+    wide = _padded(neurons, 64 if gated else 128)
+    return Tiles(rows, wide, 2 * _depth(chip, torch.int8), 0, _warps(chip, torch.int8, rows * wide), _stages(chip))
+
+
+def combine_int8(chip: Chip, rows: int, neurons: int) -> Tiles:
+    """Sizes for `int8_kernels.combine_int8`. Hidden values wait in registers, as fp32, so steps of the sum are short."""
+    columns = 64 if chip.backend == "hip" else 128
+    return Tiles(rows, depth_int8(neurons, 32), 0, columns, _warps(chip, torch.int8, rows * columns), _stages(chip))
+
+
+def decode_int8(width: int) -> Tiles:
+    """Sizes for the kernels of `int8_kernels` for a few tokens, whose results have `width` elements.
+
+    Few neurons or columns per program, so that a few selected experts still occupy the chip.
+    """
+    few = _padded(width, 32)
+    return Tiles(16, few, 128, few, 4, 2)
+
+
+def trunk(tokens: int, width: int) -> Tiles:
+    """Sizes for `int8_kernels.trunk`: three accumulators of rows × neurons, and parts of both factors in registers."""
+    return Tiles(_padded(tokens, 32), _padded(width, 32), 64, 0, 4, 2)
+
+
+def round_rows(width: int) -> Tiles:
+    """Sizes for `int8_kernels.round_rows`: a part of a token's inputs. A thread reads 16 bytes in half types."""
+    return Tiles(1, 0, 0, min(1024, triton.next_power_of_2(width)), 4, 1)
+
+
 def _warps(chip: Chip, dtype: torch.dtype, elements: int) -> int:
     """Return 8 warps if 4 would have 32 or more elements per thread, since each also has a 64-bit address; else 4.
 
