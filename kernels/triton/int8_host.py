@@ -35,7 +35,7 @@ def trunk(x: Tensor, x_scale: Tensor | None, fc1: Panels, fc1_scale: Tensor, fc1
     if out.numel() == 0:
         return out
     q, scale = _rounded(x.contiguous(), x_scale, MOST_TRUNK, torch.int16)
-    sizes = _tiles.trunk(tokens, width)
+    sizes = _tiles.trunk(tokens)
     launch.launch(
         _kernels.trunk,
         (triton.cdiv(tokens, sizes.rows), triton.cdiv(width, sizes.neurons)),

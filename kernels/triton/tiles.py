@@ -185,15 +185,16 @@ def depth_int8(width: int, most: int) -> int:
 
 
 def hidden_int8(chip: Chip, rows: int, neurons: int, *, gated: bool) -> Tiles:
-    """Sizes for `int8_kernels.hidden_int8`: as `hidden`, with twice the depth, whose elements are half as large."""
-    wide = _padded(neurons, 64 if gated else 128)
-    return Tiles(rows, wide, 2 * _depth(chip, torch.int8), 0, _warps(chip, torch.int8, rows * wide), _stages(chip))
+    """Sizes for `int8_kernels.hidden_int8`. Weights and addresses wait in registers, so tiles are narrower than in
+    `hidden`, with twice the depth, whose elements are half as large."""
+    wide = _padded(neurons, 32 if gated else 64)
+    return Tiles(rows, wide, 2 * _depth(chip, torch.int8), 0, 8 if rows > 64 else 4, _stages(chip))
 
 
 def combine_int8(chip: Chip, rows: int, neurons: int) -> Tiles:
-    """Sizes for `int8_kernels.combine_int8`. Hidden values wait in registers, as fp32, so steps of the sum are short."""
-    columns = 64 if chip.backend == "hip" else 128
-    return Tiles(rows, depth_int8(neurons, 32), 0, columns, _warps(chip, torch.int8, rows * columns), _stages(chip))
+    """Sizes for `int8_kernels.combine_int8`. Hidden values wait in registers, as fp32: with more loads in flight, steps
+    of the sum are shorter."""
+    return Tiles(rows, depth_int8(neurons, 32 if chip.roomy else 64), 0, 64, 8 if chip.roomy else 4, _stages(chip))
 
 
 def decode_int8(width: int) -> Tiles:
@@ -205,9 +206,12 @@ def decode_int8(width: int) -> Tiles:
     return Tiles(16, few, 128, few, 4, 2)
 
 
-def trunk(tokens: int, width: int) -> Tiles:
-    """Sizes for `int8_kernels.trunk`: three accumulators of rows × neurons, and parts of both factors in registers."""
-    return Tiles(_padded(tokens, 32), _padded(width, 32), 64, 0, 4, 2)
+def trunk(tokens: int) -> Tiles:
+    """Sizes for `int8_kernels.trunk`. It has three accumulators, and parts of both factors in registers.
+
+    For a few tokens there are few programs, which take long steps to keep memory busy.
+    """
+    return Tiles(16, 16, 128, 0, 4, 2) if tokens <= 16 else Tiles(32, 32, 32, 0, 4, 2)
 
 
 def round_rows(width: int) -> Tiles:
