@@ -172,7 +172,7 @@ _SIGNATURE = (
 
 def _routed_ffn_int8_torch(*given: Any) -> Tensor:
     call = check_call(*given)
-    return _routed(call).to(call.x.dtype).view(*call.x.shape[:-1], -1)
+    return _routed(call).to(call.x.dtype).view(*call.x.shape[:-1], len(call.y_scale))
 
 
 @torch.library.custom_op("surgeon::routed_ffn_int8", mutates_args=(), schema=_SIGNATURE)
@@ -206,7 +206,7 @@ def _(*given: Any) -> Tensor:
 
 def _router_scores_int8_torch(x: Tensor, *router: Any) -> Tensor:
     check_router(x, *router)
-    return _scores(_rows(x), *router).view(*x.shape[:-1], -1)
+    return _scores(_rows(x), *router).view(*x.shape[:-1], len(router[4]))
 
 
 @torch.library.custom_op("surgeon::router_scores_int8", mutates_args=(), schema=f"(Tensor x, {_ROUTER}) -> Tensor")
@@ -216,7 +216,7 @@ def _router_scores_int8(x: Tensor, *router: Any) -> Tensor:
         return router_scores_int8(x, *router)  # type: ignore[no-any-return]
     if not triton.takes_router(x):
         return _router_scores_int8_torch(x, *router)
-    return _scores(_rows(x), *router, triton.trunk_int8).view(*x.shape[:-1], -1)
+    return _scores(_rows(x), *router, triton.trunk_int8).view(*x.shape[:-1], len(router[4]))
 
 
 @_router_scores_int8.register_fake

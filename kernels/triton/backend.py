@@ -36,32 +36,12 @@ def supports(x: Tensor, experts: Experts, activation: str) -> str | None:
         experts: the weights, same dtype and device as `x`.
         activation: a name of `surgeon.kernels.activations.ACTIVATIONS`.
     """
-    why = _runs_nowhere(x.device)
-    if why is not None:
-        return why
-    from surgeon.kernels.triton.elementwise import ACTIVATIONS
-
-    if x.dtype not in _DTYPES:
-        return f"Triton's kernels compute in float32, float16 and bfloat16, not in {x.dtype}"
-    if activation not in ACTIVATIONS:
-        return f"Triton's kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}"
-    if 0 in (*experts.w1.shape, experts.w2.shape[2]):
-        return "Triton's kernels need every dimension of the weights to be at least 1"
-    return None
+    return _computes_nowhere(x, (*experts.w1.shape, experts.w2.shape[2]), activation)
 
 
 def supports_int8(call: Int8Call) -> str | None:
     """Say the same of a call of `surgeon::routed_ffn_int8` whose arguments fit together."""
-    why = supports_router(call.x)
-    if why is not None:
-        return why
-    from surgeon.kernels.triton.elementwise import ACTIVATIONS
-
-    if call.activation not in ACTIVATIONS:
-        return f"Triton's kernels know the activations {', '.join(ACTIVATIONS)}, not {call.activation}"
-    if 0 in (*call.w1_scale.shape, call.x.shape[-1], len(call.y_scale)):
-        return "Triton's kernels need every dimension of the weights to be at least 1"
-    return None
+    return _computes_nowhere(call.x, (*call.w1_scale.shape, call.x.shape[-1], len(call.y_scale)), call.activation)
 
 
 def supports_router(x: Tensor) -> str | None:
@@ -70,6 +50,19 @@ def supports_router(x: Tensor) -> str | None:
     if why is None and x.dtype not in _DTYPES:
         return f"Triton's kernels compute in float32, float16 and bfloat16, not in {x.dtype}"
     return why
+
+
+def _computes_nowhere(x: Tensor, sizes: tuple[int, ...], activation: str) -> str | None:
+    why = supports_router(x)
+    if why is not None:
+        return why
+    from surgeon.kernels.triton.elementwise import ACTIVATIONS
+
+    if activation not in ACTIVATIONS:
+        return f"Triton's kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}"
+    if 0 in sizes:
+        return "Triton's kernels need every dimension of the weights to be at least 1"
+    return None
 
 
 def _runs_nowhere(device: torch.device) -> str | None:
@@ -169,9 +162,7 @@ def forward_int8(call: Int8Call, scores: Tensor, threshold: Tensor) -> Tensor:
     return int8_host.forward(call, scores, threshold, ordered=torch.are_deterministic_algorithms_enabled())
 
 
-def trunk_int8(
-    x: Tensor, x_scale: Tensor | None, fc1: Tensor, fc1_scale: Tensor, fc1_bias: Tensor | None
-) -> Tensor:
+def trunk_int8(x: Tensor, x_scale: Tensor | None, fc1: Tensor, fc1_scale: Tensor, fc1_bias: Tensor | None) -> Tensor:
     """Compute what goes into a trunk's activation, for x [N, d_in] that `takes_router` accepts: float32 [N, R]."""
     from surgeon.kernels.triton import int8_host
 

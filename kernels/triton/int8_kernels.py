@@ -119,8 +119,8 @@ def trunk(
 ):  # fmt: skip
     """out = scale fc1_scale · (fc1 q) + fc1_bias: [N, R] fp32, q [N, d] and fc1 int16 of up to 12 bits.
 
-    A number is 128 · high + low, and both fit in 8 bits. Sums of parts may leave 32 bits on the way, as the whole does
-    not.
+    A number is 128 · high + low, and both fit in 8 bits. Sums of their products have room in 32 bits, where tensor cores
+    would saturate. What is put together of them may wrap around on the way, since the whole has room again.
     """
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     panel = (tl.program_id(1) * (NEURONS // 16) + tl.arange(0, NEURONS // 16)).to(tl.int64)
@@ -212,7 +212,7 @@ def outputs_of(
         a = rounded(value, step)
         w = weights_of(w2, w2_group, expert * panels + panel, (expert + 1) * panels, first, s, w2_run, COLUMNS, NEURONS)
         if POSITIVE:
-            # From 0 to 255: products are of numbers with a sign, so 128 times the weights are added behind.
+            # From 0 to 255: tensor cores take numbers with a sign, so 128 times the weights are added behind.
             a -= 128.0
             sums += tl.sum(w.to(tl.int32), 0)
         y = tl.dot(a.to(tl.int8), w, y)
