@@ -170,6 +170,10 @@ def every_kernel(chip: Chip) -> list[Launch]:
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, backward=True)
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, way="masked", backward=True)
         thresholds(40, 50, "energy")
+        for group in (None, 16):
+            for tokens in (8, 5000):
+                pass_through_int8(tokens, 50, 50, 75, gated=True, group=group)
+        pass_through_int8(40, 50, 50, 75, gated=True, ordered=True)
     kinds = {(one.name, one.constants.get("SPREAD"), *(a is None for a in one.arguments)): one for one in launches}
     return list(kinds.values())
 
@@ -241,7 +245,7 @@ def build(one: Launch, target: GPUTarget, scratch: Path) -> Built:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found is not None
     text = made.asm["ptx"]
-    matrix = re.findall(r"wgmma\.mma_async[\w.]*|mma\.sync[\w.]*|tcgen05\.mma[\w.]*", text)
+    matrix = re.findall(r"wgmma\.mma_async[\w.]*|mma\.sync[\w.]*|tcgen05\.mma[\w.:]*", text)
     return Built(
         int(found[1]),
         int(found[2]) + int(found[3]),

@@ -16,6 +16,7 @@ from surgeon.kernels import cpu
 from surgeon.kernels.int8 import routed_ffn_int8, router_scores_int8
 from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.panels import unpack
+from surgeon.kernels.triton import backend
 from tests.kernels.int8_calls import agree, oracle
 
 from .checks import module
@@ -48,6 +49,8 @@ def on_kernels(sizes: Sizes | None) -> Iterator[None]:
     assert not cpu.loaded(), "then the dispatcher sends all calls on a processor there: set SURGEON_CPU=torch"
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, SURGEON_GPU="triton"))
+        # Thresholds have tests of their own, and take most of the time.
+        stack.enter_context(patch.object(backend, "sorts", lambda *_: False))
         if sizes is not None:
             tiles = module("tiles")
             small = tiles.Tiles(sizes.rows, sizes.tile, sizes.tile, sizes.tile, 4, 2)
