@@ -113,6 +113,7 @@ def _scores(
     fc2_bias: Tensor | None,
     hidden: str,
     output: str,
+    *,
     trunk: Callable[..., Tensor] = _trunk,
 ) -> Tensor:
     """Return the scores [N, E - shared] of x [N, d_in]. trunk: what computes that part."""
@@ -183,7 +184,7 @@ def _routed_ffn_int8(*given: Any) -> Tensor:
     if not triton.takes_int8(call):
         return _routed_ffn_int8_torch(*given)
     x = _rows(call.x)
-    scores = _scores(x, *call.router[1:], triton.trunk_int8)
+    scores = _scores(x, *call.router[1:], trunk=triton.trunk_int8)
     return triton.forward_int8(call, *_with_threshold(scores, call)).view(*call.x.shape[:-1], len(call.y_scale))
 
 
@@ -216,7 +217,7 @@ def _router_scores_int8(x: Tensor, *router: Any) -> Tensor:
         return router_scores_int8(x, *router)  # type: ignore[no-any-return]
     if not triton.takes_router(x):
         return _router_scores_int8_torch(x, *router)
-    return _scores(_rows(x), *router, triton.trunk_int8).view(*x.shape[:-1], len(router[4]))
+    return _scores(_rows(x), *router, trunk=triton.trunk_int8).view(*x.shape[:-1], len(router[4]))
 
 
 @_router_scores_int8.register_fake

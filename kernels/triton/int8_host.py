@@ -1,4 +1,4 @@
-"""Compute the operator with weights of 8 or 4 bits: choose the kernels with their sizes and buffers, and launch them."""
+"""Compute the operator with weights of 8 or 4 bits: choose kernels, sizes and buffers, and launch."""
 
 from __future__ import annotations
 

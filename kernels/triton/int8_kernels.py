@@ -14,7 +14,7 @@ sizes as in `forward_kernels`, of which NEURONS, COLUMNS and DEPTH are multiples
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: N803, SIM102
+# ruff: noqa: N803
 # Triton gives parameters their types when it compiles; the only annotation it reads is `constexpr`, and those are
 # constants. Conditions on them decide what is compiled, so each is a statement of its own.
 
@@ -119,8 +119,8 @@ def trunk(
 ):  # fmt: skip
     """out = scale fc1_scale · (fc1 q) + fc1_bias: [N, R] fp32, q [N, d] and fc1 int16 of up to 12 bits.
 
-    A number is 128 · high + low, and both fit in 8 bits. Sums of their products have room in 32 bits, where tensor cores
-    would saturate. What is put together of them may wrap around on the way, since the whole has room again.
+    A number is 128 · high + low, with low from 0 to 127, and both fit in 8 bits. Sums of their products have room in 32
+    bits, where tensor cores would saturate. What is put together of them may wrap around, since the whole has room.
     """
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     panel = (tl.program_id(1) * (NEURONS // 16) + tl.arange(0, NEURONS // 16)).to(tl.int64)
@@ -132,13 +132,13 @@ def trunk(
         k = first + tl.arange(0, DEPTH)
         a = tl.load(q + token[:, None] * d + k[None, :], mask=there[:, None] & (k < d)[None, :], other=0)
         w = panels_of(fc1, panel, tl.cdiv(R, 16), first, d, 2, NEURONS, DEPTH)
-        a_high = (a + 64) >> 7
-        w_high = (w + 64) >> 7
-        a_low = (a - a_high * 128).to(tl.int8)
-        w_low = (w - w_high * 128).to(tl.int8)
-        high = tl.dot(a_high.to(tl.int8), w_high.to(tl.int8), high)
-        mixed = tl.dot(a_high.to(tl.int8), w_low, mixed)
-        mixed = tl.dot(a_low, w_high.to(tl.int8), mixed)
+        a_high = (a >> 7).to(tl.int8)
+        w_high = (w >> 7).to(tl.int8)
+        a_low = (a & 127).to(tl.int8)
+        w_low = (w & 127).to(tl.int8)
+        high = tl.dot(a_high, w_high, high)
+        mixed = tl.dot(a_high, w_low, mixed)
+        mixed = tl.dot(a_low, w_high, mixed)
         low = tl.dot(a_low, w_low, low)
     neuron = tl.program_id(1) * NEURONS + tl.arange(0, NEURONS)
     known = neuron < R
@@ -198,10 +198,7 @@ def outputs_of(
         neuron = first + tl.arange(0, NEURONS)
         value = tl.load(h_row + neuron[None, :], mask=there[:, None] & (neuron < s)[None, :], other=0.0)
         sizes = tl.maximum(sizes, size_of(value))
-    if POSITIVE:
-        step = step_of(tl.max(sizes, 1), 255.0)[:, None]
-    else:
-        step = step_of(tl.max(sizes, 1), 127.0)[:, None]
+    step = step_of(tl.max(sizes, 1), 255.0 if POSITIVE else 127.0)[:, None]
     panel = (block * (COLUMNS // 16) + tl.arange(0, COLUMNS // 16)).to(tl.int64)
     panels = tl.cdiv(d_out, 16)
     y = tl.zeros((ROWS, COLUMNS), tl.int32)

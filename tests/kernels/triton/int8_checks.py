@@ -83,7 +83,7 @@ def among_garbage(call: Int8Call, device: str = "cpu") -> Int8Call:
     return Int8Call(*(between(value) for value in call))
 
 
-def check_int8(call: Int8Call, sizes: Sizes | None = Sizes(), device: str = "cpu") -> None:  # noqa: B008
+def check_int8(call: Int8Call, sizes: Sizes | None = Sizes(), device: str = "cpu") -> None:
     """The scores and the outputs of a call, against the plain twin in torch."""
     call = among_garbage(call, device)
     assert module("backend").supports_int8(call) is None

@@ -117,7 +117,9 @@ def test_products_of_trunks_are_exact(tokens: int) -> None:
     check_trunk(call)
     assert call.fc1 is not None
     weights = torch.tensor([2047, -2047, 64, 63, -64, -65], dtype=torch.int16)
-    check_trunk(call._replace(x=call.x.sign(), fc1=weights.repeat(call.fc1.numel())[: call.fc1.numel()].view_as(call.fc1)))
+    check_trunk(
+        call._replace(x=call.x.sign(), fc1=weights.repeat(call.fc1.numel())[: call.fc1.numel()].view_as(call.fc1))
+    )
 
 
 @pytest.mark.parametrize("ordered", [False, True])

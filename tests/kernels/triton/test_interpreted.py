@@ -1,4 +1,4 @@
-"""`parity`, `parity_int8` and `mutants` in processes of their own: what is interpreted is settled when triton is imported."""
+"""`parity`, `parity_int8` and `mutants` in other processes: what is interpreted is settled when triton is imported."""
 
 from __future__ import annotations
 
