@@ -50,6 +50,9 @@ it does (`quantise_trunk`). All else is in float32. A token with values that are
 
 The gradient of x is that of the experts as they are stored, without the roundings of x and h. Nothing else has one.
 Wrong shapes, dtypes, devices or names raise `UsageError`.
+
+On CPUs native kernels compute it, on GPUs those in Triton. What neither takes, and other devices, get torch code, which
+computes every expert and says so once.
 """
 
 from __future__ import annotations

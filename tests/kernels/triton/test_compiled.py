@@ -312,3 +312,4 @@ def test_what_is_not_supported_is_said() -> None:
     reason = backend.supports(torch.empty(5, 4), weights, "relu")
     assert reason is not None
     assert "not on cpu" in reason
+    assert backend.supports_router(torch.empty(5, 4)) == reason
