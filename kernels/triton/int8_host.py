@@ -126,7 +126,7 @@ def _decode_into(
     tensors, (neurons, *rest) = _first(q, weights)
     h = q.new_empty((tokens, experts, neurons), dtype=torch.float32)
     compare, run = _plan.comparison_type(scores, threshold), _run(neurons, weights.w2_group)
-    sizes = _tiles.decode_int8(neurons)
+    sizes = _tiles.decode_int8(d_out)
     launch.launch(
         _kernels.decode_hidden_int8,
         (experts * triton.cdiv(neurons, sizes.neurons),),
@@ -135,7 +135,6 @@ def _decode_into(
         COMPARE=compare,
         **sizes.constants("rows", "neurons", "depth"),
     )
-    sizes = _tiles.decode_int8(d_out)
     launch.launch(
         _kernels.decode_combine_int8,
         (experts * triton.cdiv(d_out, sizes.columns),),
@@ -143,7 +142,7 @@ def _decode_into(
         *(tokens, experts, neurons, d_out, run),
         POSITIVE=is_positive(call),
         COMPARE=compare,
-        **(sizes.constants("rows", "columns") | {"NEURONS": _tiles.depth_int8(neurons, sizes.depth)}),
+        **(sizes.constants("rows", "columns") | {"NEURONS": _tiles.depth_int8(neurons, sizes.depth // 2)}),
     )
 
 

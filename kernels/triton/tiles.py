@@ -198,12 +198,12 @@ def combine_int8(chip: Chip, rows: int, neurons: int) -> Tiles:
 
 
 def decode_int8(width: int) -> Tiles:
-    """Sizes for the kernels of `int8_kernels` for a few tokens, whose results have `width` elements.
+    """Sizes for the kernels of `int8_kernels` for a few tokens, whose output has `width` elements.
 
-    Few neurons or columns per program, so that a few selected experts still occupy the chip.
+    Few neurons or columns per program, so that a few selected experts still occupy the chip, and long steps to keep
+    memory busy. Steps over hidden values, which wait in registers, are at most half as long: `depth_int8`.
     """
-    few = _padded(width, 32)
-    return Tiles(16, few, 128, few, 4, 2)
+    return Tiles(16, 16, 256, _padded(width, 32), 4, 2)
 
 
 def trunk(tokens: int) -> Tiles:
