@@ -123,18 +123,18 @@ def test_products_of_trunks_are_exact(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("tokens", [1, 5, 20])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("tokens", [5, 18])
 def test_a_token_that_is_not_finite_gives_nan_and_leaves_the_others_alone(
     tokens: int, value: float, ordered: bool
 ) -> None:
     for activation, group in (("relu", None), ("silu", 16)):
-        call = int8_call((tokens,), 4, 16, 32, 20, scaled=True, activation=activation, group=group)
+        call = int8_call((tokens,), 2, 16, 32, 20, scaled=True, activation=activation, group=group)
         call.x[tokens // 2, 7] = value
         check_int8(call, Sizes(ordered=ordered))
 
 
-@pytest.mark.parametrize("tokens", [4, 20])
+@pytest.mark.parametrize("tokens", [4, 17])
 def test_tokens_and_hidden_values_that_are_zero(tokens: int) -> None:
     for group in (None, 16):
         call = int8_call((tokens,), 2, 16, 32, 20, tau=0.0, group=group)

@@ -30,18 +30,18 @@ def run(*arguments: str, interpret: bool) -> str:
     return done.stdout
 
 
-def parity(marked: str) -> None:
-    files = (str(HERE / f"{name}.py") for name in ("parity", "parity_int8"))
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, *files, interpret=True)
+def parity(name: str, marked: str) -> None:
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, str(HERE / f"{name}.py"), interpret=True)
 
 
-def test_parity() -> None:
-    parity("not slow")
+@pytest.mark.parametrize("name", ["parity", "parity_int8"])
+def test_parity(name: str) -> None:
+    parity(name, "not slow")
 
 
 @pytest.mark.slow
 def test_parity_where_32_bits_overflow() -> None:
-    parity("slow")
+    parity("parity", "slow")
 
 
 @pytest.mark.slow
