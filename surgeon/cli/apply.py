@@ -103,10 +103,11 @@ def apply(
     from surgeon.surgery.recipe import parse_settings
     from surgeon.text.diff import pass_view
 
+    given = parse_settings(settings or [])
     if recipe is not None:
         if passes is not None:
             raise UsageError("Give --recipe or --passes, not both.")
-        built, recorded_seed = applying.read_recipe(recipe, parse_settings(settings or []))
+        built, recorded_seed = applying.read_recipe(recipe, given)
         seed = recorded_seed if seed is None else seed
     else:
         built = build(passes, settings)
@@ -126,6 +127,8 @@ def apply(
         data=data,
         stage=run.screen.stage,
     )
+    if recipe is not None:
+        built, opened = applying.recipe_for(opened, recipe, given) or (built, opened)
     for note in opened.notes:
         run.screen.say(f"note: {note}")
     applied = applying.apply(

@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +36,14 @@ from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.processes import agreed, connect, is_main, wait
 from surgeon.progress import Progress
+from surgeon.surgery.families import choose
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import build
-from surgeon.surgery.recipes import RECIPES
+from surgeon.surgery.recipes import BY_FAMILY, RECIPES, all_recipes
 from surgeon.surgery.record import RECORD, Recipe, Step, read_record, validated
 from surgeon.surgery.surgery import Surgery
 from surgeon.text.reasons import count_reasons
+from surgeon.tracing.trace import TraceInfo
 from surgeon.training.trackers import check_tracker
 
 
@@ -378,13 +380,15 @@ def read_recipe(name: str, settings: Mapping[str, Mapping[str, Any]]) -> tuple[l
     """The passes of a recipe and its seed.
 
     Args:
-        name: of a recipe, or the path of a saved surgery, its `surgery.json`, or a file with the `recipe` in it.
+        name: of a recipe, or the path of a saved surgery, its `surgery.json`, or a file with the `recipe` in it. Of a
+            recipe that depends on the model, any of those that it stands for: see `recipe_for`.
         settings: options by pass, which replace those of the recipe.
 
     Raises:
         UsageError: there is no such recipe or file, the file has no recipe, or a pass or an option does not exist.
     """
     seed = None
+    name = next(iter(BY_FAMILY[name][1].values())) if name in BY_FAMILY else name
     if name in RECIPES:
         steps = tuple(Step(*step) for step in RECIPES[name][1])
     else:
@@ -396,6 +400,24 @@ def read_recipe(name: str, settings: Mapping[str, Mapping[str, Any]]) -> tuple[l
     return [build([step.name], {step.name: {**step.options, **settings.get(step.name, {})}})[0] for step in steps], seed
 
 
+def recipe_for(
+    opened: Opened, name: str, settings: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[Pass[Any]], Opened] | None:
+    """The passes of a recipe that depends on the model, and the model with a note that says which recipe it is.
+
+    Returns:
+        None for a recipe that does not depend on the model.
+
+    Raises:
+        UsageError: nothing was published for such a model.
+    """
+    if name not in BY_FAMILY:
+        return None
+    info: TraceInfo = opened.graph.meta["trace"]
+    chosen, why = choose(name, opened.graph, info.task or opened.task, opened.inputs)
+    return read_recipe(chosen, settings)[0], replace(opened, notes=(*opened.notes, why))
+
+
 def _recorded_recipe(name: str) -> Recipe:
     """The recipe in a file, or in the record of a saved surgery."""
     path = Path(name)
@@ -404,7 +426,7 @@ def _recorded_recipe(name: str) -> Recipe:
         return validated(Recipe, content.get("recipe", content) if isinstance(content, dict) else content)
     except FileNotFoundError:
         raise UsageError(
-            f"--recipe {name}: there is no recipe and no file of that name. Recipes: {', '.join(RECIPES)}."
+            f"--recipe {name}: there is no recipe and no file of that name. Recipes: {', '.join(all_recipes())}."
         ) from None
     except OSError as error:
         raise UsageError(f"--recipe {name} cannot be read: {error.strerror or error}.") from error
