@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from surgeon.jobs.evaluation import (
 from surgeon.jobs.inspect import LOOKS_FOR
 from surgeon.jobs.open_model import Opened, Stage
 from surgeon.jobs.options import DataOptions
+from surgeon.jobs.search import Searcher, settings_for, with_options
 from surgeon.jobs.store import check_target
 from surgeon.jobs.workdir import WorkDirectory
 from surgeon.measure.meter import Cost, measure
@@ -42,6 +43,7 @@ from surgeon.surgery.recipe import build
 from surgeon.surgery.recipes import BY_FAMILY, RECIPES, all_recipes
 from surgeon.surgery.record import RECORD, Recipe, Step, read_record, validated
 from surgeon.surgery.surgery import Surgery
+from surgeon.surgery.trials import Search
 from surgeon.text.reasons import count_reasons
 from surgeon.tracing.trace import TraceInfo
 from surgeon.training.trackers import check_tracker
@@ -77,7 +79,11 @@ class Applied:
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """Options of a run: see `surgeon apply --help`. typed: the words of the command line, to suggest the next one."""
+    """Options of a run: see `surgeon apply --help`.
+
+    typed: the words of the command line, to suggest the next one. given: the options of passes that the user set, which
+    a search for settings leaves as they are.
+    """
 
     out: Path | None = None
     overwrite: bool = False
@@ -89,6 +95,8 @@ class ApplyOptions:
     data: DataOptions | None = None
     report_to: str | None = None
     typed: tuple[str, ...] = ()
+    budget_minutes: float | None = None
+    given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def check_changed(report: PassReport, looks_for: str) -> str | None:
@@ -172,10 +180,11 @@ def apply(
     stage: Stage = nullcontext,
     progress: Callable[[Progress], None] | None = None,
     on_pass: Callable[[PassDiff], None] | None = None,
+    on_search: Callable[[Search], None] | None = None,
 ) -> Applied:
     """Run passes over a model, measure it before and after, and save the result.
 
-    The opened model is consumed (see `Pipeline.run`).
+    The opened model is consumed (see `Pipeline.run`). With a budget, settings are searched first.
 
     Raises:
         NothingChangedError: a pass changed nothing; nothing is saved.
@@ -197,7 +206,18 @@ def apply(
         if criteria is not None:
             with stage("measuring quality before"):
                 before = judge_before(opened, criteria)
+        search = None
+        if options.budget_minutes is not None:
+            assert workdir is not None
+            searcher = Searcher(
+                opened, passes, options.budget_minutes, options.seed, workdir, started=started, progress=progress
+            )
+            search = searcher.run(settings_for(options.given))
+            passes = with_options(passes, search.options)
+            if on_search is not None:
+                on_search(search)
         surgery = _run(opened, passes, options, workdir, notes, progress=progress, on_pass=on_pass)
+        surgery.search = search
         _set_tau(surgery, options, notes)
         surgery.graph.eval()
         after = None
@@ -240,6 +260,7 @@ def _checkpoints(opened: Opened, passes: Sequence[Pass[Any]], options: ApplyOpti
             "passes": [{"name": pass_.name, "options": pass_.options()} for pass_ in passes],
             "seed": options.seed,
             "data": opened.data.fingerprint,
+            "budget_minutes": options.budget_minutes,
         }
         result = target_of(opened.spec, passes, options)
         if is_main():
@@ -365,6 +386,7 @@ def applied_json(applied: Applied, opened: Opened) -> dict[str, Any]:
         "model": opened.spec,
         "directory": applied.directory,
         "dry_run": applied.directory is None,
+        "search": applied.surgery.search,
         "passes": [report.to_json() for report in applied.surgery.reports],
         "before": applied.before,
         "after": applied.after,

@@ -28,6 +28,7 @@ from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.sites.ffn import projections
 from surgeon.surgery.origin import Origin
+from surgeon.surgery.trials import Search
 from surgeon.tracing.trace import TraceInfo
 from surgeon.version import __version__
 
@@ -98,6 +99,7 @@ class Record:
     schema: version of the format. versions: of the packages that wrote it. experts: layers with experts, in order.
     projections: paths of the feed-forward layers that replaced linear layers.
     tau, rule: by the path of a layer's experts. compensated: the layers that add the mean output of skipped experts.
+    search: for the settings, if there was one.
     output_texts: (place in the flat output, text) of texts that the graph returns. model_sha256: of the program.
     """
 
@@ -113,6 +115,7 @@ class Record:
     rule: dict[str, str]
     compensated: tuple[str, ...]
     quality: MeasuredQuality | None
+    search: Search | None = None
     output_texts: tuple[tuple[int, str], ...] = ()
     model_sha256: str = ""
 
@@ -138,6 +141,7 @@ def make_record(
     data: str | None = None,
     fingerprint: str | None = None,
     quality: MeasuredQuality | None = None,
+    search: Search | None = None,
 ) -> Record:
     """Make the record of a graph as it is now.
 
@@ -146,6 +150,7 @@ def make_record(
     Args:
         reports: of every pass, those of the saved surgery first.
         origin: of the model. seed, data, fingerprint: of this run.
+        search: of this run. None keeps the saved surgery's.
         quality: measured now. None keeps the saved surgery's quality, as far as it still holds.
     """
     first = record_of(graph)
@@ -176,6 +181,7 @@ def make_record(
         rule=get_rule(graph),
         compensated=tuple(compensated(graph)),
         quality=quality,
+        search=search if search is not None or first is None else first.search,
     )
     return made if first is None else replace(made, quality=_quality(made, first))
 
