@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from surgeon.jobs import search
-from surgeon.jobs.search import SETTINGS, Searcher, at_share, settings_for
+from surgeon.jobs.search import Searcher, at_share
+from surgeon.jobs.search_settings import SETTINGS, settings_for
 from surgeon.surgery.trials import Trial, merged
 
 from .harness import NET, Run, left, recorded
@@ -98,7 +99,9 @@ def table(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     def trial(self: Searcher, name: str, options: Any, steps: int) -> Trial:
         ran.append((name, steps))
-        return Trial(name, options, steps, None if name == SETTINGS[-1][0] else float(losses[name]), 0.5)
+        if name == SETTINGS[-1][0]:
+            return Trial(name, options, steps, None, 0.5, "too costly")
+        return Trial(name, options, steps, float(losses[name]), 0.5)
 
     speed = search._Speed({"sparsify": 0.1, "moeify": 0.001, "recover": 0.1}, 0.1, 0.1, 0.001)
     monkeypatch.setattr(Searcher, "_trial", trial)
@@ -176,6 +179,18 @@ def test_steps_are_fewer_where_time_is_short(
     seconds = 0.1 * steps["sparsify"] + 0.001 * steps["moeify"] + 0.1 * steps["recover"]
     assert 0.2 * 60 < seconds < 60
     assert steps["sparsify"] / 3200 == pytest.approx(steps["recover"] / 1000, rel=0.05)
+
+
+def test_a_trial_that_diverges_loses(
+    run: Run, tmp_path: Path, args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    high = ("learning rates times 4", {"sparsify": {"lr": 1e30}})
+    monkeypatch.setattr("surgeon.jobs.search_settings.SETTINGS", (SETTINGS[0], high))
+    result = run(*args, *MINUTES, "-o", "out")
+    assert result.code == 0, result.err
+    found = recorded(tmp_path / "out")["search"]
+    assert [(one["loss"] is None, one["why"]) for one in found["trials"]] == [(False, ""), (True, "diverged")]
+    assert found["chosen"] == "the recipe"
 
 
 @pytest.mark.parametrize(("changed", "words"), [
