@@ -44,7 +44,9 @@ from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+import surgeon.kernels.dynamic_k  # noqa: F401  (its operators are there before the native kernels are loaded)
 from surgeon.errors import UsageError
+from surgeon.kernels import cpu
 
 __all__ = ["kept", "masked_linear", "sparse_linear", "threshold"]
 
@@ -122,7 +124,10 @@ def _by_rows(x: Tensor, weight: Tensor, *rest: Tensor | None) -> LinearCall:
 
 @torch.library.custom_op("surgeon::sparse_linear", mutates_args=(), schema=_SIGNATURE)
 def _sparse_linear(*given: Any) -> Tensor:
-    return _linear(_by_rows(*given))
+    call = _by_rows(*given)
+    if call.x.device.type == "cpu" and cpu.ready():
+        return sparse_linear(*given)  # type: ignore[no-any-return]  # by the native kernels, as later calls
+    return _linear(call)
 
 
 @_sparse_linear.register_fake
@@ -157,7 +162,16 @@ _sparse_linear.register_autograd(_backward, setup_context=_setup_context)
 _library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyped-call]
 """Holds the registrations below: they last as long as it does."""
 
-_library.define("masked_linear" + _SIGNATURE)  # type: ignore[no-untyped-call]
+for _name in ("masked_linear", "sparse_linear_torch", "sparse_linear_differentiable"):
+    _library.define(_name + _SIGNATURE)  # type: ignore[no-untyped-call]
+
+
+def _sparse_linear_torch(*given: Any) -> Tensor:
+    # What the native kernels hand on: other dtypes, wrong arguments.
+    return _linear(_by_rows(*given))
+
+
+_library.impl("sparse_linear_torch", _sparse_linear_torch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def _masked_linear(*given: Any) -> Tensor:
@@ -214,6 +228,7 @@ def _autograd(keyset: Any, *given: Any) -> Tensor:
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
     _library.impl("sparse_linear", _autograd, "Autograd", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
+_library.impl("sparse_linear_differentiable", _autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 masked_linear = torch.ops.surgeon.masked_linear
 sparse_linear = torch.ops.surgeon.sparse_linear
