@@ -46,7 +46,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (its operators are there before the native kernels are loaded)
 from surgeon.errors import UsageError
-from surgeon.kernels import cpu
+from surgeon.kernels.backends import backends
 
 __all__ = ["kept", "masked_linear", "sparse_linear", "threshold"]
 
@@ -125,8 +125,10 @@ def _by_rows(x: Tensor, weight: Tensor, *rest: Tensor | None) -> LinearCall:
 @torch.library.custom_op("surgeon::sparse_linear", mutates_args=(), schema=_SIGNATURE)
 def _sparse_linear(*given: Any) -> Tensor:
     call = _by_rows(*given)
-    if call.x.device.type == "cpu" and cpu.ready():
-        return sparse_linear(*given)  # type: ignore[no-any-return]  # by the native kernels, as later calls
+    for backend in backends():
+        found = None if backend.sparse_linear is None else backend.sparse_linear(*given)
+        if found is not None:
+            return found
     return _linear(call)
 
 

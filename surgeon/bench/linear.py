@@ -159,7 +159,7 @@ def _time(problem: _Problem, machine: Machine, seconds: float) -> LinearCell:
     found: dict[str, dict[str, float]] = {}
     calls = {method: (problem.call(method, spare), problem.call(method, every)) for method in METHODS}
     for state in ("warm", "cold"):
-        timed = {}
+        timed: dict[str, TimedCall] = {}
         for method, (again, others) in calls.items():
             # What is not timed brings code into the caches, and for "warm" the weights as well.
             again(), others()

@@ -21,7 +21,7 @@ def linear_view(found: LinearBenchmark) -> RenderableType:
     """Show a row for each layer."""
     times = [f"{state}: {method}" for state in ("warm", "cold") for method in ("dense", "compiled", "ours", "gain")]
     header = ("layer", "dtype", "tokens", "kept", "rows", *(name.replace(": ", ":\n") for name in times))
-    table = grid("left", "left", *["right"] * 11, header=header)  # type: ignore[arg-type, list-item]
+    table = grid("left", "left", *["right"] * 11, header=header)  # type: ignore[arg-type]
     for cell in found.cells:
         row = [f"{cell.d_in} → {cell.d_out}", cell.dtype, f"{cell.tokens:,}", percent(cell.kept), percent(cell.rows)]
         entries: list[str | Text] = [*row]

@@ -39,7 +39,7 @@ const std::string SCHEMA =
 #define GIVEN x, weight, bias, scale, centre, levels, tau, w_scale
 
 // Products that a thread should have at least.
-constexpr int64_t LEAST_PRODUCTS = 65536;
+constexpr int64_t LEAST_PRODUCTS = 131072;
 // Sums of a block of columns, for all tokens, that should stay in the fastest cache.
 constexpr int64_t MOST_SUMS = 4096;
 
@@ -224,7 +224,8 @@ using Signature = Tensor(ARGUMENTS);
 auto general(const char* name) {
   auto found = c10::Dispatcher::singleton().findSchema({name, ""});
   TORCH_CHECK(
-      found, "surgeon::sparse_linear: these arguments do not fit together, or the native kernels do not know their dtype");
+      found, "surgeon::sparse_linear: these arguments do not fit together, or the native kernels do not know their dtype "
+      "or derivative");
   return found->typed<Signature>();
 }
 
