@@ -99,14 +99,19 @@ def _deviation(x: Tensor, centre: Tensor | None) -> Tensor:
     return wide if centre is None else wide - centre.to(wide.dtype)
 
 
+def _weight(weight: Tensor, w_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight [d_out, d_in] in the dtype of the product. Sums of int8 would not fit into float16."""
+    if w_scale is None:
+        return weight
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (weight.to(wide) * w_scale.detach().to(wide).unsqueeze(1)).to(dtype)
+
+
 def _linear(call: LinearCall) -> Tensor:
     x, weight, bias, scale, centre, levels, tau, w_scale = call
     deviation = _deviation(x, centre)
     deviation = torch.where(_kept(deviation, scale, levels, tau), deviation, 0.0).to(x.dtype)
-    if w_scale is None:
-        return F.linear(deviation, weight, bias)
-    y = F.linear(deviation, weight.to(x.dtype)) * w_scale.detach().float()
-    return (y if bias is None else y + bias).to(x.dtype)
+    return F.linear(deviation, _weight(weight, w_scale, x.dtype), bias)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -148,8 +153,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight, need_bias, _, need_centre, *_ = ctx.needs_input_grad
     deviation = _deviation(x, centre)
     mask = _kept(deviation, scale, levels, tau)
-    rows = grad if w_scale is None else (grad * w_scale.detach().float()).to(x.dtype)
-    to_x = torch.where(mask, rows @ weight.to(x.dtype).t(), 0.0) if need_x or need_centre else None
+    to_x = torch.where(mask, grad @ _weight(weight.t(), w_scale, x.dtype), 0.0) if need_x or need_centre else None
     to_weight = None
     if need_weight:
         deviation = torch.where(mask, deviation, 0.0).to(x.dtype)

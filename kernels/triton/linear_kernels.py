@@ -57,7 +57,7 @@ def linear_one(
         deviation, keep = deviations(x + i, inside, scale, centre, i, inside, threshold)
         at = i.to(tl.int64)[:, None] * d_out + column[None, :]
         w = tl.load(weight + at, mask=keep[:, None] & known[None, :], other=0.0).to(tl.float32)
-        parts += tl.where(keep, deviation, 0.0)[:, None] * w
+        parts += deviation[:, None] * w  # zeros where it is not kept
     y = tl.sum(parts, 0)
     if w_scale is not None:
         y *= tl.load(w_scale + column, mask=known, other=0.0)

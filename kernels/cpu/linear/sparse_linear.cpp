@@ -202,15 +202,11 @@ struct LinearCall {
       values.mask(
           keeping, data<T>(x) + begin * d_in, end - begin, static_cast<T*>(masked.mutable_data_ptr()) + begin * d_in);
     });
-    Tensor flat = y.view({tokens, d_out});
-    if (w_scale.defined()) {
-      Tensor scaled = at::mm(masked, weight.to(x.scalar_type())) * w_scale;
-      flat.copy_(bias.defined() ? scaled.add_(bias) : scaled);
-    } else if (bias.defined()) {
-      at::addmm_out(flat, bias, masked, weight);
-    } else {
-      at::mm_out(flat, masked, weight);
-    }
+    Tensor flat = y.view({tokens, d_out}), wide = weight;
+    // Sums of int8 would not fit into float16.
+    if (w_scale.defined()) wide = weight.to(at::kFloat).mul_(w_scale).to(x.scalar_type());
+    if (bias.defined()) at::addmm_out(flat, bias, masked, wide);
+    else at::mm_out(flat, masked, wide);
   }
 
   template <class D>
