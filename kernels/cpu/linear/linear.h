@@ -16,7 +16,7 @@ struct fp16 {
 // Up to so many tokens go through the rows that they keep; with more, together they keep nearly every row.
 constexpr int MOST_TOKENS = 16;
 
-// Which inputs are kept: null where there is no scale or centre [d_in].
+// What decides which of d_in inputs are kept: scale and centre [d_in], or null.
 struct Keeping {
   int64_t d_in;
   const float *scale, *centre;
@@ -58,7 +58,7 @@ struct LinearKernels {
   AddRows<bf16> bf16_rows;
   AddRows<fp16> fp16_rows;
   AddRows<int8_t> int8_rows;
-  int64_t lanes;  // columns of a vector: at other widths from there on the last columns take long
+  int64_t lanes;  // columns of a vector: a wide layer is best cut into multiples of it
 
   const LinearValues<float>& of(float) const { return f32; }
   const LinearValues<bf16>& of(bf16) const { return bf16_; }

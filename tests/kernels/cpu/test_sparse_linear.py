@@ -130,12 +130,24 @@ def test_the_same_inputs_are_kept_as_in_torch(way: str, dtype: torch.dtype, name
 def test_all_half_numbers_are_read_and_rounded(dtype: torch.dtype, name: str) -> None:
     use(name)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    ones, levels, tau = torch.ones(2, dtype=dtype), torch.tensor([0.0, 1.0]), torch.zeros(())
-    for shift in (0, 1, 7001):
-        weight = torch.stack([every, every.roll(shift)])
-        expected = (weight[0].float() + weight[1].float()).to(dtype)
-        found = sparse_linear(ones, weight, None, None, None, levels, tau)
+    levels, tau = torch.tensor([0.0, 1.0]), torch.zeros(())
+    # A quarter of the smallest numbers has to be rounded.
+    for shift, factor in ((0, 1.0), (1, 1.0), (7001, 1.0), (7001, 0.25)):
+        x, weight = torch.tensor([1.0, factor], dtype=dtype), torch.stack([every, every.roll(shift)])
+        expected = (weight[0].float() + factor * weight[1].float()).to(dtype)
+        found = sparse_linear(x, weight, None, None, None, levels, tau)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@every_set
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_tau_that_is_nan_keeps_all_inputs_and_no_more(tokens: int, name: str) -> None:
+    use(name)
+    args = linear((tokens,), 37, 40, dtype=torch.float32, tau=float("nan"))
+    behind = torch.full((64, 40), float("nan"))
+    behind[:37] = args.weight
+    found = sparse_linear(*args._replace(weight=behind[:37]))
+    torch.testing.assert_close(found, (args.x - args.centre) @ args.weight + args.bias, rtol=1e-5, atol=1e-5)
 
 
 @every_set
