@@ -50,10 +50,14 @@ it does (`quantise_trunk`). All else is in float32. A token with values that are
 
 The gradient of x is that of the experts as they are stored, without the roundings of x and h. Nothing else has one.
 Wrong shapes, dtypes, devices or names raise `UsageError`.
+
+On CPUs native kernels compute it, on GPUs those in Triton. What neither takes, and other devices, get torch code, which
+computes every expert and says so once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -71,6 +75,7 @@ from surgeon.kernels.int8_arguments import Int8Call, check_call, check_router, i
 from surgeon.kernels.panels import MOST, MOST_TRUNK, unpack
 from surgeon.kernels.scores import HIDDEN, OUTPUT, Output
 from surgeon.kernels.selection import selection_threshold
+from surgeon.kernels.triton import backend as triton
 
 _EXACT = 2**24  # integers up to here are exact in float32
 
@@ -94,6 +99,13 @@ def _product(q: Tensor, matrix: Tensor) -> Tensor:
     return (q.to(exact) @ matrix.to(exact).transpose(-2, -1)).float()
 
 
+def _trunk(x: Tensor, x_scale: Tensor | None, fc1: Tensor, fc1_scale: Tensor, fc1_bias: Tensor | None) -> Tensor:
+    """Return what goes into a trunk's activation, float32 [N, R], for x [N, d_in]."""
+    q, scale = _rounded(_scaled(x.float(), x_scale), MOST_TRUNK)
+    found = _product(q, unpack(fc1, len(fc1_scale), x.shape[-1])) * (scale * fc1_scale.float())
+    return found if fc1_bias is None else found + fc1_bias.float()
+
+
 def _scores(
     x: Tensor,
     x_scale: Tensor | None,
@@ -104,20 +116,21 @@ def _scores(
     fc2_bias: Tensor | None,
     hidden: str,
     output: str,
+    *,
+    trunk: Callable[..., Tensor] = _trunk,
 ) -> Tensor:
-    """Return the scores [N, E - shared] of float32 x [N, d_in]."""
+    """Return the scores [N, E - shared] of x [N, d_in]. trunk: what computes that part."""
+    t = x
     if fc1 is not None and fc1_scale is not None:
-        q, scale = _rounded(_scaled(x, x_scale), MOST_TRUNK)
-        x = _product(q, unpack(fc1, len(fc1_scale), x.shape[-1])) * (scale * fc1_scale.float())
-        x = HIDDEN[hidden](x if fc1_bias is None else x + fc1_bias.float())
+        t = HIDDEN[hidden](trunk(x, x_scale, fc1, fc1_scale, fc1_bias))
     op, *rest = OUTPUT[cast(Output, output)]
-    scores: Tensor = op(F.linear(x, fc2.float(), None if fc2_bias is None else fc2_bias.float()), *rest)
+    scores: Tensor = op(F.linear(t.float(), fc2.float(), None if fc2_bias is None else fc2_bias.float()), *rest)
     return scores
 
 
 def _routed(call: Int8Call) -> Tensor:
     """Compute the operator with every expert and a mask, in float32: [N, d_out]."""
-    x = call.x.reshape(-1, call.x.shape[-1]).float()
+    x = _rows(call.x).float()
     mask = selected(*_with_threshold(_scores(x, *call.router[1:]), call))
     d_in, act = x.shape[-1], find_activation(call.activation)
     weights = call.experts.in_8_bits(d_in)
@@ -163,20 +176,28 @@ _SIGNATURE = (
 
 def _routed_ffn_int8_torch(*given: Any) -> Tensor:
     call = check_call(*given)
-    return _routed(call).to(call.x.dtype).view(*call.x.shape[:-1], -1)
+    return _routed(call).to(call.x.dtype).view(*call.x.shape[:-1], len(call.y_scale))
 
 
 @torch.library.custom_op("surgeon::routed_ffn_int8", mutates_args=(), schema=_SIGNATURE)
 def _routed_ffn_int8(*given: Any) -> Tensor:
-    check_call(*given)
-    if _natively(given[0]):
+    call = check_call(*given)
+    if _natively(call.x):
         return routed_ffn_int8(*given)  # type: ignore[no-any-return]
-    return _routed_ffn_int8_torch(*given)
+    if not triton.takes_int8(call):
+        return _routed_ffn_int8_torch(*given)
+    x = _rows(call.x)
+    scores = _scores(x, *call.router[1:], trunk=triton.trunk_int8)
+    return triton.forward_int8(call, *_with_threshold(scores, call)).view(*call.x.shape[:-1], len(call.y_scale))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _natively(x: Tensor) -> bool:
     """Whether the native kernels compute a call. The first one loads them; the dispatcher sends later ones there."""
-    if x.device.type != "cpu":
+    if x.device.type not in ("cpu", "cuda"):
         say_once("kernels for 8-bit experts", f"there are none for {x.device.type}, so every expert is computed")
     return x.device.type == "cpu" and cpu.ready()
 
@@ -189,7 +210,7 @@ def _(*given: Any) -> Tensor:
 
 def _router_scores_int8_torch(x: Tensor, *router: Any) -> Tensor:
     check_router(x, *router)
-    return _scores(x.reshape(-1, x.shape[-1]).float(), *router).view(*x.shape[:-1], -1)
+    return _scores(_rows(x), *router).view(*x.shape[:-1], len(router[4]))
 
 
 @torch.library.custom_op("surgeon::router_scores_int8", mutates_args=(), schema=f"(Tensor x, {_ROUTER}) -> Tensor")
@@ -197,7 +218,9 @@ def _router_scores_int8(x: Tensor, *router: Any) -> Tensor:
     check_router(x, *router)
     if _natively(x):
         return router_scores_int8(x, *router)  # type: ignore[no-any-return]
-    return _router_scores_int8_torch(x, *router)
+    if not triton.takes_router(x):
+        return _router_scores_int8_torch(x, *router)
+    return _scores(_rows(x), *router, trunk=triton.trunk_int8).view(*x.shape[:-1], len(router[4]))
 
 
 @_router_scores_int8.register_fake

@@ -20,6 +20,7 @@ _EXPORTS = {
     "PerSite": "options",
     "Quantize": "quantize",
     "Recover": "recover",
+    "Refit": "refit",
     "SiteChange": "report",
     "SiteRefused": "contract",
     "Sparsify": "sparsify",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from surgeon.passes.options import option as option
     from surgeon.passes.quantize import Quantize as Quantize
     from surgeon.passes.recover import Recover as Recover
+    from surgeon.passes.refit import Refit as Refit
     from surgeon.passes.report import SiteChange as SiteChange
     from surgeon.passes.sparsify import Sparsify as Sparsify
     from surgeon.passes.sparsify_inputs import SparsifyInputs as SparsifyInputs

@@ -14,7 +14,7 @@ from surgeon.data.data import Data
 from surgeon.graph.edit import emit, erase_unread, get_attr, replace_value
 from surgeon.graph.holder import mark_holders
 from surgeon.graph.traced import TracedGraph, aten, free_target
-from surgeon.inputs.calibration import Calibration, calibrate
+from surgeon.inputs.calibration import Calibration, calibrate, in_groups
 from surgeon.inputs.module import LEVELS
 from surgeon.inputs.site import find_sparse_linears, masked_linear
 from surgeon.passes.base import Pass
@@ -29,8 +29,8 @@ from surgeon.sites.soundness import not_finite
 from surgeon.training.loop import RunSettings
 from surgeon.training.observe import collect_calls
 
-# Tokens to calibrate on, and the most numbers to hold of the inputs of several layers at a time: 1 GiB.
-_TOKENS, _HELD = 4096, 2**28
+# Tokens to calibrate on.
+_TOKENS = 4096
 
 Criterion = Literal["weighted", "magnitude"]
 
@@ -86,7 +86,7 @@ class SparsifyInputs(Pass[LinearSite, Calibration | Rejection | None]):
         if data is None:
             return {}
         found: dict[str, Calibration | Rejection] = {}
-        for part in _parts(sites):
+        for part in in_groups(sites, _TOKENS):
             names = {site.path: [call.input.name for call in site.calls] for site in part}
             values = collect_calls(graph, names, data, tokens=_TOKENS, progress=settings.progress)
             for site in part:
@@ -139,17 +139,3 @@ class SparsifyInputs(Pass[LinearSite, Calibration | Rejection | None]):
         replace_value(call.output, value, call.input, call.nodes)
         erase_unread(graph, call.nodes)
         return value
-
-
-def _parts(sites: Sequence[LinearSite]) -> list[list[LinearSite]]:
-    """Split layers into groups whose inputs are held at the same time."""
-    parts: list[list[LinearSite]] = []
-    held = _HELD
-    for site in sites:
-        size = _TOKENS * site.d_in
-        if held + size > _HELD:
-            parts.append([])
-            held = 0
-        parts[-1].append(site)
-        held += size
-    return parts

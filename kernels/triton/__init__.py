@@ -39,6 +39,16 @@ token.
 | backward | 4 | 1, and 1 for x (2 if ordered), and 2 for the weights (3 if gated) |
 | backward, masked | 0 | 1, beside torch's products |
 | thresholds | 0 | 1 |
+| 8 or 4 bits: the trunk of a router | 0 | 2 |
+| 8 or 4 bits, up to 16 tokens | 0 | 3 |
+| 8 or 4 bits, atomic | 4 for each range of tokens | 1, and 2 for each range |
+| 8 or 4 bits, ordered | 4 for each range of tokens | 1, 1 for each range, and 2 for each range of columns |
+
+Weights of 8 and 4 bits (`int8_host`, `int8_kernels`) always go expert by expert, forward only: the gradient of x is
+that of the same weights as numbers, by the kernels above. A kernel rounds the tokens, one writes the hidden values in
+fp32, and one rounds these, multiplies and adds up. They never stay on the chip: their scale takes all neurons of an
+expert. Products are of bytes, summed in int32. Of the router the trunk is a kernel; its output, the scores and a
+`max` threshold are torch's.
 
 In addition, PyTorch fills the fp32 output with the bias, and converts it if x has a half type: one launch each. If
 spread, it fills the hidden values with zeros.
@@ -47,12 +57,13 @@ Memory is allocated for every pair, because the host does not know how many run.
 ordered. The forward in two kernels takes one hidden value in the dtype of x per neuron and token, as the dense FFN
 does. The backward takes two, or three if gated. If ordered, the outputs of the pairs take up to 512 MiB
 (`host.PARTIAL_BYTES`): they are computed in ranges of columns, and in ranges of tokens if 128 columns of all tokens are
-too much.
+too much. With weights of 8 or 4 bits the hidden values take up to 512 MiB too, by ranges of tokens.
 
 The plan, the ordered forward, the ordered gradient of x and the gradients of the weights are reproducible. Atomic sums
 change in their last bits from run to run.
 
-All this was verified on an NVIDIA H100 with torch 2.11 and Triton 3.6 (`tests/kernels/triton/test_hardware.py`):
+All this but weights of 8 and 4 bits was verified on an NVIDIA H100 with torch 2.11 and Triton 3.6
+(`tests/kernels/triton/test_hardware.py`):
 
 - fp32, TF32, fp16 and bf16 against float64, all ways and backward, with drawn and with real sizes;
 - thresholds, several thousand experts, more than 2³¹ elements, and NaN in one row;
@@ -61,9 +72,10 @@ All this was verified on an NVIDIA H100 with torch 2.11 and Triton 3.6 (`tests/k
 
 Tile sizes for such chips were chosen there by time (examples/speed has the results).
 
-No other chip was verified on hardware. The tests compare all kernels with a float64 reference in Triton's interpreter.
-They also compile them for sm_80, sm_90, sm_100 and gfx942, and read registers, spills, shared memory and instructions.
-That says nothing about races or speed on sm_80, sm_100 and gfx942, whose tile sizes are estimates.
+No other chip was verified on hardware, and the kernels for weights of 8 and 4 bits on none. The tests compare all
+kernels with a float64 reference in Triton's interpreter. They also compile them for sm_80, sm_90, sm_100 and gfx942,
+and read registers, spills, shared memory and instructions. That says nothing about races or speed where nothing was
+run. Tile sizes there are estimates.
 
 Tiles of fewer than 16 neurons are padded to 16, which `tl.dot` needs, and the padding is computed.
 """

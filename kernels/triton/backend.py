@@ -15,6 +15,7 @@ from surgeon.kernels.experts import Experts, Gradients
 from surgeon.kernels.gpu_model import cost as cost_model
 from surgeon.kernels.gpu_model.cost import Way
 from surgeon.kernels.gpu_model.devices import model_of
+from surgeon.kernels.int8_arguments import Int8Call
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,16 +36,31 @@ def supports(x: Tensor, experts: Experts, activation: str) -> str | None:
         experts: the weights, same dtype and device as `x`.
         activation: a name of `surgeon.kernels.activations.ACTIVATIONS`.
     """
+    return _computes_nowhere(x, (*experts.w1.shape, experts.w2.shape[2]), activation)
+
+
+def supports_int8(call: Int8Call) -> str | None:
+    """Say the same of a call of `surgeon::routed_ffn_int8` whose arguments fit together."""
+    return _computes_nowhere(call.x, (*call.w1_scale.shape, call.x.shape[-1], len(call.y_scale)), call.activation)
+
+
+def supports_router(x: Tensor) -> str | None:
+    """Say the same of the trunk of a router with 12-bit weights."""
     why = _runs_nowhere(x.device)
+    if why is None and x.dtype not in _DTYPES:
+        return f"Triton's kernels compute in float32, float16 and bfloat16, not in {x.dtype}"
+    return why
+
+
+def _computes_nowhere(x: Tensor, sizes: tuple[int, ...], activation: str) -> str | None:
+    why = supports_router(x)
     if why is not None:
         return why
     from surgeon.kernels.triton.elementwise import ACTIVATIONS
 
-    if x.dtype not in _DTYPES:
-        return f"Triton's kernels compute in float32, float16 and bfloat16, not in {x.dtype}"
     if activation not in ACTIVATIONS:
         return f"Triton's kernels know the activations {', '.join(ACTIVATIONS)}, not {activation}"
-    if 0 in (*experts.w1.shape, experts.w2.shape[2]):
+    if 0 in sizes:
         return "Triton's kernels need every dimension of the weights to be at least 1"
     return None
 
@@ -69,6 +85,16 @@ def takes(call: Call) -> bool:
     On a processor only in Triton's interpreter (`TRITON_INTERPRET=1`) with `SURGEON_GPU=triton`, for tests.
     """
     return _wanted(call.x.device) and _or_say(supports(call.x, call.experts, call.activation))
+
+
+def takes_int8(call: Int8Call) -> bool:
+    """The same of a call of `surgeon::routed_ffn_int8`."""
+    return _wanted(call.x.device) and _or_say(supports_int8(call))
+
+
+def takes_router(x: Tensor) -> bool:
+    """The same of the trunk of a router with 12-bit weights."""
+    return _wanted(x.device) and _or_say(supports_router(x))
 
 
 def sorts(scores: Tensor, tau: Tensor) -> bool:
@@ -127,6 +153,20 @@ def _backward(call: Call, grad: Tensor, need_x: bool, need_weights: bool) -> Gra
 
 def _how(call: Call) -> dict[str, Any]:
     return {"way": fastest_way(call.x, call.experts), "ordered": torch.are_deterministic_algorithms_enabled()}
+
+
+def forward_int8(call: Int8Call, scores: Tensor, threshold: Tensor) -> Tensor:
+    """Compute a call that `takes_int8` accepts, for scores [N, E] and thresholds [N]: [N, d_out] in the dtype of x."""
+    from surgeon.kernels.triton import int8_host
+
+    return int8_host.forward(call, scores, threshold, ordered=torch.are_deterministic_algorithms_enabled())
+
+
+def trunk_int8(x: Tensor, x_scale: Tensor | None, fc1: Tensor, fc1_scale: Tensor, fc1_bias: Tensor | None) -> Tensor:
+    """Compute what goes into a trunk's activation, for x [N, d_in] that `takes_router` accepts: float32 [N, R]."""
+    from surgeon.kernels.triton import int8_host
+
+    return int8_host.trunk(x, x_scale, fc1, fc1_scale, fc1_bias)
 
 
 def _sorted_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor | None:

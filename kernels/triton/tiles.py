@@ -179,6 +179,46 @@ def decode(chip: Chip, dtype: torch.dtype, tokens: int, neurons: int, *, gated: 
     return Tiles(16, 16, deep, deep, 4, 2 if chip.backend == "hip" else 3)
 
 
+def depth_int8(width: int, most: int) -> int:
+    """Return how many products of 8-bit integers are added up at a time; tensor cores take at least 32."""
+    return max(32, _padded(width, most))
+
+
+def hidden_int8(chip: Chip, rows: int, neurons: int, *, gated: bool) -> Tiles:
+    """Sizes for `int8_kernels.hidden_int8`. Weights and addresses wait in registers, so tiles are narrower than in
+    `hidden`, with twice the depth, whose elements are half as large."""
+    wide = _padded(neurons, 32 if gated else 64)
+    return Tiles(rows, wide, 2 * _depth(chip, torch.int8), 0, 8 if rows > 64 else 4, _stages(chip))
+
+
+def combine_int8(chip: Chip, rows: int, neurons: int) -> Tiles:
+    """Sizes for `int8_kernels.combine_int8`. Hidden values wait in registers, as fp32: with more loads in flight, steps
+    of the sum are shorter."""
+    return Tiles(rows, depth_int8(neurons, 32 if chip.roomy else 64), 0, 64, 8 if chip.roomy else 4, _stages(chip))
+
+
+def decode_int8(width: int) -> Tiles:
+    """Sizes for the kernels of `int8_kernels` for a few tokens, whose output has `width` elements.
+
+    Few neurons or columns per program, so that a few selected experts still occupy the chip, and long steps to keep
+    memory busy. Steps over hidden values, which wait in registers, are at most half as long: `depth_int8`.
+    """
+    return Tiles(16, 16, 256, _padded(width, 32), 4, 2)
+
+
+def trunk(tokens: int) -> Tiles:
+    """Sizes for `int8_kernels.trunk`. It has three accumulators, and parts of both factors in registers.
+
+    For a few tokens there are few programs, which take long steps to keep memory busy.
+    """
+    return Tiles(16, 16, 128, 0, 4, 2) if tokens <= 16 else Tiles(32, 32, 32, 0, 4, 2)
+
+
+def round_rows(width: int) -> Tiles:
+    """Sizes for `int8_kernels.round_rows`: a part of a token's inputs. A thread reads 16 bytes in half types."""
+    return Tiles(1, 0, 0, min(1024, triton.next_power_of_2(width)), 4, 1)
+
+
 def _warps(chip: Chip, dtype: torch.dtype, elements: int) -> int:
     """Return 8 warps if 4 would have 32 or more elements per thread, since each also has a 64-bit address; else 4.
 

@@ -148,9 +148,9 @@ def _int8_call(problem: Problem, group: int | None = None) -> Int8Call:
 
     group: as in `Int8Experts.of`.
     """
-    shape = problem.case.shape
-    if problem.x.device.type != "cpu":
-        raise UnavailableError("there are kernels for 8-bit weights for CPUs only")
+    shape, device = problem.case.shape, problem.x.device
+    if device.type not in ("cpu", "cuda"):
+        raise UnavailableError("there are kernels for 8-bit weights for CPUs and for NVIDIA's and AMD's GPUs only")
     if problem.case.mask != "uniform":
         raise UnavailableError("its own router selects the experts, about uniformly")
     generator = torch.Generator().manual_seed(shape.width)
@@ -158,11 +158,12 @@ def _int8_call(problem: Problem, group: int | None = None) -> Int8Call:
     width = min(max(round(_ROUTER_SHARE * shape.weights / (shape.width + shape.experts)), least), most)
 
     def draw(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator) / math.sqrt(sizes[-1])
+        return (torch.randn(*sizes, generator=generator) / math.sqrt(sizes[-1])).to(device)
 
+    tau = torch.tensor(1 - problem.case.share, device=device)
     fc1, fc1_scale = quantise_trunk(draw(width, shape.width))
     return Int8Call(
-        problem.x, torch.tensor(1 - problem.case.share), "top_k", 0, None, pack(fc1), fc1_scale, None,
+        problem.x, tau, "top_k", 0, None, pack(fc1), fc1_scale, None,
         draw(shape.experts, width), None, "relu", "abs", b2=problem.b2.float(), activation=problem.case.activation,
         **Int8Experts.of(problem.experts, group=group)._asdict(),
     )  # fmt: skip

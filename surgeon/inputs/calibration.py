@@ -7,7 +7,9 @@ in turn, for the threshold that skips half of all inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,33 @@ from surgeon.inputs.module import LEVELS
 _TURNS = 6
 # Scores that quantiles are computed from: more make no difference, and sorting takes most of the time.
 _SCORES = 2**20
+# The most numbers to hold of the inputs of several layers at a time: 1 GiB.
+_HELD = 2**28
+
+
+class Wide(Protocol):
+    """A layer with so many inputs."""
+
+    @property
+    def d_in(self) -> int:
+        """Number of inputs."""
+
+
+Layer = TypeVar("Layer", bound=Wide)
+
+
+def in_groups(layers: Sequence[Layer], tokens: int) -> list[list[Layer]]:
+    """Split layers into groups whose inputs for so many tokens can be held at the same time."""
+    groups: list[list[Layer]] = []
+    held = _HELD
+    for layer in layers:
+        size = tokens * layer.d_in
+        if held + size > _HELD:
+            groups.append([])
+            held = 0
+        groups[-1].append(layer)
+        held += size
+    return groups
 
 
 @dataclass(frozen=True)

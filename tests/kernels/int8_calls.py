@@ -1,4 +1,4 @@
-"""Random arguments for the int8 operators, and what they compute, written from the definition in float64."""
+"""Random arguments for the int8 operators, what they compute, written from the definition in float64, and how near."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ OUTPUT = {
     "exp": math.exp,
     "sigmoid": lambda z: 1 / (1 + math.exp(-z)),
 }
+
+
+# Of the largest output of a token. A value next to the middle between two integers may be rounded either way; a step of
+# an input or of a hidden value is about a hundredth of it.
+STEP = 0.03
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def int8_call(
@@ -169,3 +175,17 @@ def oracle(call: Int8Call, scores: Tensor) -> Tensor:
                 y[c] += row @ whole * h_scale
         rows.append(y * call.y_scale.double() + _or_zeros(call.b2, d_out))
     return torch.stack(rows)
+
+
+def errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """The largest difference of every token, relative to its largest output."""
+    found, wanted = found.double().view(wanted.shape), wanted.double()
+    return (found - wanted).abs().amax(-1) / wanted.abs().amax(-1).clamp_min(1e-3)
+
+
+def agree(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """All tokens up to steps of rounding, and most without them (in half types many values lie in the middle)."""
+    error = errors(found, wanted)
+    assert float(error.max()) < STEP
+    if dtype == torch.float32:
+        assert float((error > DTYPES[dtype]).double().mean()) <= 0.2

@@ -20,13 +20,9 @@ from surgeon.kernels.int8 import routed_ffn_int8, router_scores_int8
 from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.selection import RULES
 from tests.kernels.cpu import int8_mutants as mutants
-from tests.kernels.int8_calls import HIDDEN, OUTPUT, int8_call, oracle, oracle_scores
+from tests.kernels.int8_calls import DTYPES, HIDDEN, OUTPUT, STEP, agree, errors, int8_call, oracle, oracle_scores
 
 ops = torch.ops.surgeon
-# Of the largest output of a token. A value next to the middle between two integers may be rounded either way; a step of
-# an input or of a hidden value is about a hundredth of it.
-STEP = 0.03
-DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,20 +37,6 @@ def use(place: int, threads: int = 1) -> None:
     known = ops.cpu_instruction_sets()
     ops.cpu_use_instruction_set(known[place % len(known)])
     torch.set_num_threads(threads)
-
-
-def errors(found: Tensor, wanted: Tensor) -> Tensor:
-    """The largest difference of every token, relative to its largest output."""
-    found, wanted = found.double().view(wanted.shape), wanted.double()
-    return (found - wanted).abs().amax(-1) / wanted.abs().amax(-1).clamp_min(1e-3)
-
-
-def agree(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    """All tokens up to steps of rounding, and most without them (in half types many values lie in the middle)."""
-    error = errors(found, wanted)
-    assert float(error.max()) < STEP
-    if dtype == torch.float32:
-        assert float((error > DTYPES[dtype]).double().mean()) <= 0.2
 
 
 SHAPES = {

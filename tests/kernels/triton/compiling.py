@@ -21,8 +21,10 @@ from triton.compiler.compiler import make_backend
 
 from surgeon.kernels.experts import Experts
 from surgeon.kernels.gpu_model.cost import Way
+from surgeon.kernels.panels import factors_shape, groups_of, halves_shape, panels_shape
 from surgeon.kernels.triton.launch import Chip
 
+from ..int8_calls import int8_call
 from .checks import module
 
 KIB, MIB = 1024, 2**20
@@ -41,6 +43,9 @@ _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -108,6 +113,46 @@ def pass_through(
         module("host").forward(x, scores, threshold, weights, empty(width), activation, way=way, ordered=ordered)
 
 
+def pass_through_int8(
+    tokens: int,
+    experts: int,
+    neurons: int,
+    width: int,
+    *,
+    gated: bool,
+    group: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    ordered: bool = False,
+) -> None:
+    """A router's trunk and the experts of the operator with weights of 8 bits, or of 4 bits, over tensors without
+    values."""
+    call = int8_call((1,), 2, 16, 16, 16, gated=gated, group=None if group is None else 8, scaled=True, dtype=dtype)
+    rows, up, down = (experts, neurons), (neurons, width), (width, neurons)
+    sizes: dict[str, tuple[int, ...]] = {
+        "x": (tokens, width), "x_scale": (width,), "y_scale": (width,), "b2": (width,),
+        "fc1": panels_shape(96, width, torch.int16), "fc1_scale": (96,), "fc1_bias": (96,),
+        "w1_scale": rows, "gate_scale": rows, "w2_scale": rows, "b1": rows, "b_gate": rows,
+    }  # fmt: skip
+    for name, matrix in (("w1", up), ("gate", up), ("w2", down)):
+        shape = panels_shape(*matrix, torch.int8) if group is None else halves_shape(*matrix)
+        sizes[name] = (experts, *shape)
+        if group is not None:
+            sizes[f"{name}_group"] = (experts, *factors_shape(matrix[0], groups_of(matrix[1], group)))
+    tensors = {name: getattr(call, name) for name in sizes}
+    call = call._replace(
+        activation="silu" if gated else "relu",
+        **{
+            name: torch.empty(sizes[name], dtype=tensor.dtype, device="meta")
+            for name, tensor in tensors.items()
+            if tensor is not None
+        },
+    )
+    host = module("int8_host")
+    host.trunk(call.x, call.x_scale, call.fc1, call.fc1_scale, call.fc1_bias)
+    scores, threshold = (torch.empty(shape, device="meta") for shape in ((tokens, experts), (tokens,)))
+    host.forward(call, scores, threshold, ordered=ordered)
+
+
 def thresholds(tokens: int, experts: int, rule: str) -> None:
     """Those of scores without values."""
     module("host").sorted_threshold(torch.empty(tokens, experts, device="meta"), torch.empty((), device="meta"), rule)
@@ -125,6 +170,10 @@ def every_kernel(chip: Chip) -> list[Launch]:
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, backward=True)
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, way="masked", backward=True)
         thresholds(40, 50, "energy")
+        for group in (None, 16):
+            for tokens in (8, 5000):
+                pass_through_int8(tokens, 50, 50, 75, gated=True, group=group)
+        pass_through_int8(40, 50, 50, 75, gated=True, ordered=True)
     kinds = {(one.name, one.constants.get("SPREAD"), *(a is None for a in one.arguments)): one for one in launches}
     return list(kinds.values())
 
@@ -196,7 +245,7 @@ def build(one: Launch, target: GPUTarget, scratch: Path) -> Built:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found is not None
     text = made.asm["ptx"]
-    matrix = re.findall(r"wgmma\.mma_async[\w.]*|mma\.sync[\w.]*|tcgen05\.mma[\w.]*", text)
+    matrix = re.findall(r"wgmma\.mma_async[\w.]*|mma\.sync[\w.]*|tcgen05\.mma[\w.:]*", text)
     return Built(
         int(found[1]),
         int(found[2]) + int(found[3]),

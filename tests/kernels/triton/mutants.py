@@ -16,12 +16,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-import surgeon.kernels
 
 from .checks import (
     PACKAGE,
@@ -33,34 +30,8 @@ from .checks import (
     check_plan,
     check_thresholds,
 )
-
-SOURCE = Path(surgeon.kernels.__path__[0]) / "triton"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """`old`, found once in `module` (behind the text `after`, if that is given), becomes `new`.
-
-    `equivalent` is the reason why nothing can notice.
-    """
-
-    module: str
-    old: str
-    new: str
-    after: str = ""
-    equivalent: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.module}: {self.old} → {self.new}" + (f" in {self.after}" if self.after else "")
-
-    def apply(self, folder: Path) -> None:
-        file = folder / f"{self.module}.py"
-        before, found, text = file.read_text().partition(self.after) if self.after else ("", "", file.read_text())
-        assert bool(found) == bool(self.after), self.name
-        assert text.count(self.old) == 1 or (self.after and self.old in text), self.name
-        file.write_text(before + found + text.replace(self.old, self.new, 1))
-
+from .mutant import SOURCE, Mutant
+from .mutants_int8 import CALCULATE_INT8, OVERFLOW_INT8, checks_int8
 
 COUNT, ADD_BLOCKS = "def _count(", "def _add_blocks("
 ADD_FFN, HIDDEN, COMBINE = "def add_ffn(", "def hidden(", "def combine("
@@ -200,6 +171,7 @@ OVERFLOW = (
 
 def checks(module: str) -> Iterator[Callable[[], None]]:
     """What notices mutants of a module, the quick ones first."""
+    yield from checks_int8(module)
     if module == "elementwise":
         for name in ("relu", "relu2", "gelu", "gelu_tanh", "quick_gelu", "silu"):
             yield lambda name=name: check_activation(name)
@@ -283,6 +255,7 @@ def verdict(mutant: Mutant | None, folder: Path, found_by: Callable[[str], Itera
     """Whether a check fails with a mutant; for None, with none at all."""
     shutil.copytree(SOURCE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     modules = ["elementwise", "threshold_kernels", "plan", "decode_kernels", "forward_kernels", "backward_kernels"]
+    modules.append("int8_kernels")
     if mutant is not None:
         mutant.apply(folder)
         modules = [mutant.module]
@@ -302,7 +275,10 @@ def verdict(mutant: Mutant | None, folder: Path, found_by: Callable[[str], Itera
 
 
 def main(how: str) -> None:
-    mutants, found_by = {"interpreted": (CALCULATE, checks), "compiled": (OVERFLOW, products)}[how]
+    mutants, found_by = {
+        "interpreted": (CALCULATE + CALCULATE_INT8, checks),
+        "compiled": (OVERFLOW + OVERFLOW_INT8, products),
+    }[how]
     results = {}
     with tempfile.TemporaryDirectory() as scratch:
         for i, mutant in enumerate((None, *mutants)):

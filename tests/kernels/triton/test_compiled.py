@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from .compiling import (
     distinct,
     every_kernel,
     pass_through,
+    pass_through_int8,
     products_in_32_bits,
     recorded,
     thresholds,
@@ -46,8 +48,11 @@ DTYPES = {
     "fp32": (torch.float32, False),
 }
 PLANS = {"count", "add_blocks", "add_experts", "fill"}
-MULTIPLIES = {"fused", "hidden", "combine", "decode_tokens", "grad_hidden", "grad_weight"}
-ADDS_TO_MEMORY = {"fused", "combine", "decode_tokens", "decode_one"}
+INTEGERS = {"trunk", "hidden_int8", "combine_int8", "decode_hidden_int8", "decode_combine_int8"}
+MULTIPLIES = {"fused", "hidden", "combine", "decode_tokens", "grad_hidden", "grad_weight"} | INTEGERS
+ADDS_TO_MEMORY = {"fused", "combine", "decode_tokens", "decode_one", "combine_int8", "decode_combine_int8"}
+# What tensor cores multiply bytes to 32 bits with; `kind::i8` stands behind the size of a group of NVIDIA's newest.
+OF_BYTES = re.compile(r"\.s32\.s8\.s8|kind::i8|v_mfma_i32_\w+_i8")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,6 +72,7 @@ def assert_fits(one: Launch, name: str, scratch: Path) -> None:
     assert not built.spilled, one
     if one.name in MULTIPLIES and not (full_fp32 and chip.backend == "cuda"):
         assert built.matrix, one
+        assert all(bool(OF_BYTES.search(matrix)) == (one.name in INTEGERS) for matrix in built.matrix), built.matrix
     else:
         assert not built.matrix
     if one.name in ADDS_TO_MEMORY and not one.constants.get("ORDERED"):
@@ -110,6 +116,25 @@ def test_decoding_fits_the_chip(tokens: int, tmp_path: Path) -> None:
     assert_fits(launches[0], "sm_90", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "kernel", "group", "gated"),
+    [
+        ("sm_80", "hidden_int8", None, True),
+        ("sm_90", "combine_int8", 32, False),
+        ("sm_100", "trunk", None, False),
+        ("gfx942", "hidden_int8", 32, True),
+        ("gfx942", "combine_int8", None, False),
+    ],
+)
+def test_weights_of_8_and_4_bits_fit_the_chip(
+    name: str, kernel: str, group: int | None, gated: bool, tmp_path: Path
+) -> None:
+    with recorded(adding_atomically(name)) as launches:
+        pass_through_int8(4096, 24, 128, 768, gated=gated, group=group)
+    (one,) = [one for one in launches if one.name == kernel]
+    assert_fits(one, name, tmp_path)
+
+
 # sm_100 has the tiles for fp32 of sm_80 and sm_90. sm_86 and sm_120 are here for their shared memory.
 TABLE = [(name, dtype) for name in ("sm_80", "sm_90", "sm_100") for dtype in ("bf16", "tf32", "fp32")]
 TABLE.remove(("sm_100", "fp32"))
@@ -120,6 +145,18 @@ TABLE += [("gfx942", "bf16"), ("gfx942", "fp32"), ("sm_86", "bf16"), ("sm_120", 
 @pytest.mark.parametrize(("name", "dtype"), TABLE)
 def test_the_whole_table_fits(name: str, dtype: str, tmp_path: Path) -> None:
     for one in distinct(whole_table(name, dtype)):
+        assert_fits(one, name, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CHIPS))
+def test_the_whole_table_for_weights_of_8_and_4_bits_fits(name: str, tmp_path: Path) -> None:
+    with recorded(adding_atomically(name)) as launches:
+        for gated, group, neurons in ((True, None, 128), (False, 32, 24)):
+            for tokens in (1, 4096):
+                pass_through_int8(tokens, 3072 // neurons, neurons, 768, gated=gated, group=group)
+        pass_through_int8(4096, 24, 24, 768, gated=False, ordered=True)
+    for one in distinct([one for one in launches if one.name in INTEGERS | {"round_rows"}]):
         assert_fits(one, name, tmp_path)
 
 
@@ -188,6 +225,19 @@ def test_launches() -> None:
         assert names(8, way=way, backward=True) == names(4096, way=way, ordered=True, backward=True) == ["grad_mask"]
 
 
+def test_launches_with_weights_of_8_bits() -> None:
+    def names(tokens: int, *, ordered: bool = False) -> list[str]:
+        with recorded(CHIPS["sm_90"][0]) as launches:
+            pass_through_int8(tokens, 24, 128, 768, gated=True, ordered=ordered)
+        return [one.name for one in launches]
+
+    before = ["round_rows", "trunk", "round_rows"]
+    planned = [*before, "count", "add_blocks", "add_experts", "fill", "hidden_int8", "combine_int8"]
+    assert names(1) == names(16) == [*before, "decode_hidden_int8", "decode_combine_int8"]
+    assert names(17) == names(4096) == planned
+    assert names(16, ordered=True) == names(10000) == [*planned, "reduce"]
+
+
 @pytest.mark.parametrize(("name", "device"), [("sm_90", "h100"), ("sm_80", "a100")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_cost_model_has_the_tiles_of_the_table(name: str, device: str, dtype: str) -> None:
@@ -224,6 +274,7 @@ def test_offsets_have_64_bits() -> None:
         "grad_mask",
         "reduce",
         "sorted_threshold",
+        "round_rows",
     }
     for one in launches:
         assert products_in_32_bits(one, target) == [], one.name
@@ -239,6 +290,8 @@ def test_sizes_of_one_compile(tokens: int, experts: int, neurons: int, width: in
         pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=True, ordered=True, backward=True)
         pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=True, way="masked", backward=True)
         thresholds(tokens, experts, "cumulative")
+        for group in (None, 8):
+            pass_through_int8(tokens, experts, neurons, width, gated=True, group=group)
     for one in launches:
         assert products_in_32_bits(one, target) == [], one.name
 
@@ -259,3 +312,4 @@ def test_what_is_not_supported_is_said() -> None:
     reason = backend.supports(torch.empty(5, 4), weights, "relu")
     assert reason is not None
     assert "not on cpu" in reason
+    assert backend.supports_router(torch.empty(5, 4)) == reason

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from surgeon.kernels.dynamic_k import dynamic_k_ffn, masked_ffn
 from surgeon.kernels.experts import Experts
 from surgeon.kernels.gpu_model.cost import Way
+from tests.kernels.int8_calls import int8_call
 
 from . import checks
 from .checks import (
@@ -40,7 +41,9 @@ from .checks import (
     check_thresholds,
     module,
 )
+from .int8_checks import Sizes, check_int8
 from .parity import ACTIVATED, DTYPES, RULES, WAYS, cases, scores
+from .parity_int8 import SHAPES
 
 pytestmark = [
     # Of torch's own threads and compiler, here and there.
@@ -118,6 +121,27 @@ def test_activations_and_their_gradients(activation: str) -> None:
 @pytest.mark.parametrize(("tokens", "way"), WAYS)
 def test_a_nan_stays_in_its_row(where: str, tokens: int, way: str) -> None:
     check_nan(Case(tokens=tokens, way=way, experts=3, neurons=5, activation="relu", device=GPU), where)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ordered", [False, True])
+@drawn(10)
+@given(shapes=st.fixed_dictionaries(SHAPES), tokens=st.sampled_from([1, 3, 16, 17, 200]))
+def test_weights_of_8_and_4_bits(shapes: dict[str, Any], tokens: int, ordered: bool, dtype: torch.dtype) -> None:
+    check_int8(int8_call((tokens,), dtype=dtype, **shapes), Sizes(ordered=ordered), GPU)
+
+
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("neurons", [24, 128])
+def test_layers_of_a_real_size_with_weights_of_8_and_4_bits(neurons: int, gated: bool, group: int | None) -> None:
+    activation = "silu" if gated else "relu"
+    for tokens in (1, 16, 700):
+        call = int8_call(
+            (tokens,), 3072 // neurons, neurons, 768, 768, gated=gated, activation=activation, group=group, tau=0.8,
+            width=96, scaled=True,
+        )  # fmt: skip
+        check_int8(call, None, GPU)
 
 
 def errors(case: Case) -> None:
