@@ -63,7 +63,7 @@ class SparseLinearSite:
     @property
     def skips(self) -> bool:
         """Whether inputs that are not needed are not read."""
-        return self.form == "dynamic"
+        return self.form != "masked"
 
     @property
     def shown_form(self) -> str:

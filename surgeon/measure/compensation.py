@@ -45,7 +45,7 @@ def compensate(model: nn.Module, batches: Iterable[Any]) -> list[str]:
     """
     sites = find_moes(model)
     if not sites:
-        raise UsageError("The model has no experts, so nothing is skipped. Apply moeify first.")
+        raise UsageError("The model has no experts, so there are none to compensate for. Apply moeify first.")
     if any(site.form == "module" for site in sites):
         raise UsageError("Compensation needs lowered experts. Apply lower first.")
     rest = iter(batches)

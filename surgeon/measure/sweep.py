@@ -124,7 +124,9 @@ def sweep(
         DataError: labels are missing.
     """
     if not find_dynamic(graph):
-        raise UsageError("The graph has no layers that skip, so tau changes nothing. Apply moeify first.")
+        raise UsageError(
+            "The graph has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
+        )
     batches = list(batches)
     combined = [
         (router, None if tau is None else rule, tau)

@@ -160,7 +160,9 @@ class Tuner:
         """
         sites = find_dynamic(graph)
         if not sites:
-            raise UsageError("The graph has no layers that skip, so tau changes nothing. Apply moeify first.")
+            raise UsageError(
+                "The graph has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
+            )
         self._graph, self._metric, self._progress = graph, metric, progress
         self._task = made_for(task, class_task(graph))
         self._batches = [Batch.from_any(item) for item in batches]

@@ -38,6 +38,22 @@ def inspection_view(found: Inspection) -> RenderableType:
                 percent(layer.share),
             )  # fmt: skip
         lines += [indented(table), Text("")]
+    if found.skipping:
+        what = (
+            f"{len(found.skipping)} linear layers skip inputs"
+            if len(found.skipping) > 1
+            else "1 linear layer skips inputs"
+        )
+        lines.append(heading(what, f"{_share(found.skipping)} of the multiply-adds"))
+        table = grid(
+            "left", "left", "left", "right", "right", "right", header=("path", "shape", "form", "tau", "ran", "share")
+        )
+        for linear in found.skipping:
+            table.add_row(
+                Text(linear.path, style="cyan"), "→".join(map(str, linear.shape)), linear.form, f"{linear.tau:g}",
+                percent(linear.executed), percent(linear.share),
+            )  # fmt: skip
+        lines += [indented(table), Text("")]
     lines.append(_count_heading(len(found.ffns), "feed-forward layer", _share(found.ffns)))
     if found.ffns:
         table = grid("left", "left", "left", "left", "right", header=("path", "shape", "activation", "", "share"))

@@ -157,7 +157,7 @@ def test_layers_weigh_by_their_cost_and_layers_of_other_tokens_are_left_out() ->
 
 
 def test_a_load_needs_experts(traces: Any) -> None:
-    with pytest.raises(UsageError, match="The model has no experts, so no token has a load"):
+    with pytest.raises(UsageError, match="The model has no layers that skip, so no token has a load"):
         surgeon.token_load(traces("stack:gelu"), vectors())
 
 
