@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens
-from surgeon.dynamic import DynamicSite, find_dynamic
+from surgeon.dynamic.site import DynamicSite, find_dynamic
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.site import SparseLinearSite

@@ -14,13 +14,13 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from surgeon.bench.timing import TimedCall, captured, median_seconds
+from surgeon.dynamic.knobs import Knobs, set_knobs, set_tau
 from surgeon.errors import UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import executed_share, knobs_restored
-from surgeon.moe.knobs import Knobs, set_knobs, set_tau
 from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
 from surgeon.moe.site import find_moes
 from surgeon.progress import Progress

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from surgeon.data.quality import Quality
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import NothingChangedError, UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.jobs.evaluation import (

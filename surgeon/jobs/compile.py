@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgeon.dynamic.knobs import compensated
 from surgeon.errors import UsageError
 from surgeon.jobs.open_model import Opened
-from surgeon.moe.knobs import compensated
 from surgeon.moe.site import find_moes
 from surgeon.surgery.compiled import LIBRARY, MODEL, check_directory, compile_graph
 from surgeon.surgery.record import read_record

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from surgeon.dynamic.knobs import get_tau, set_tau
 from surgeon.errors import UsageError
 from surgeon.jobs.open_model import Stage
 from surgeon.measure.meter import ExpertMeter
 from surgeon.models.source import load_model
-from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.moe.site import find_moes
 from surgeon.surgery.artifact import load_with_inputs
 from surgeon.surgery.export import base_of, origin_of, rebuilt

@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from surgeon.dynamic.knobs import get_rule, get_tau
 from surgeon.grafting.parts import GRAFT, Graft
 from surgeon.graph.calls import as_args_kwargs
-from surgeon.moe.knobs import get_rule, get_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassReport
 from surgeon.surgery.origin import Origin

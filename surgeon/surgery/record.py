@@ -21,9 +21,9 @@ from torch.fx import GraphModule
 
 from surgeon.data.quality import Quality
 from surgeon.directories import restore
+from surgeon.dynamic.knobs import compensated, get_rule, get_tau
 from surgeon.errors import LoadError
 from surgeon.graph.sizes import Sizes
-from surgeon.moe.knobs import compensated, get_rule, get_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.sites.ffn import projections

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import surgeon
+from surgeon.dynamic.knobs import get_knobs, get_rule, get_tau, set_knobs, set_rule, set_tau
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
-from surgeon.moe.knobs import get_knobs, get_rule, get_tau, set_knobs, set_rule, set_tau
 from tests.small_models import vectors
 
 FIRST, SECOND = "blocks.0.ffn.moe", "blocks.1.ffn.moe"
