@@ -169,7 +169,7 @@ def _fitted(fit: FitReport) -> str:
 def _costs(before: Cost, after: Cost) -> RenderableType:
     ran = ""
     if after.executed is not None:
-        ran = f"{percent(after.executed)} of the experts ran"
+        ran = f"{percent(after.executed)} of what can be skipped ran"
         if after.executed_multiply_adds != after.multiply_adds:
             ran += f", {number(after.executed_multiply_adds)} in all (example inputs, padding counted)"
     if (before.parameters, before.multiply_adds) == (after.parameters, after.multiply_adds):
