@@ -57,7 +57,7 @@ class PassConformance:
         graph = fork(_traced(self.kind))
         own_parameters(graph)
         for earlier in self.first:
-            earlier.apply(graph)
+            earlier.apply(graph, data=_data_for(earlier))
         return graph.eval()
 
     # --- the graph
@@ -66,7 +66,7 @@ class PassConformance:
         """The output stays the same exactly where the pass says so, and the report has the difference."""
         inputs = vectors()
         want = call_reproducibly(graph, (), inputs)
-        report = pass_.apply(graph, inputs=inputs)
+        report = pass_.apply(graph, inputs=inputs, data=_data_for(pass_))
         assert report.matched, "the pass changes nothing in the small model"
         got = call_reproducibly(graph, (), inputs)
         assert report.max_error == pytest.approx(relative_error(got, want), rel=1e-3, abs=1e-9)
@@ -110,7 +110,7 @@ class PassConformance:
         model.head.weight.requires_grad_(False)
         graph = trace(model, vectors())
         for earlier in self.first:
-            earlier.apply(graph)
+            earlier.apply(graph, data=_data_for(earlier))
         before, shared, texts = state_of(model), state_of(graph), node_texts(graph)
         surgery = Pipeline([pass_]).run(graph, inputs=vectors(), data=labelled_vectors(2))
         assert surgery.reports[0].matched
@@ -166,7 +166,7 @@ class PassConformance:
         assert isinstance(graph, torch.fx.GraphModule)
         want = model(**inputs)
         for earlier in self.first:
-            earlier.apply(graph)
+            earlier.apply(graph, data=_data_for(earlier))
         report = pass_.apply(graph, inputs=inputs)
         assert report.matched
         if report.preserved:
@@ -329,6 +329,11 @@ class PassConformance:
 @functools.cache
 def _traced(kind: str) -> TracedGraph:
     return trace(stack(kind), vectors())
+
+
+def _data_for(pass_: Pass[Any]) -> Any:
+    """Data for a pass that does nothing without them, and trains nothing with them."""
+    return labelled_vectors(2) if pass_.needs_data and pass_.calibrates else None
 
 
 def _as_typed(value: Any) -> str:
