@@ -41,7 +41,7 @@ def model_card(model: Any, record: Record, origin: Origin, inputs: Any) -> str:
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {type(model).__name__} with dynamic {_kinds(model)}",
+        f"# {type(model).__name__} that skips {_kinds(model)}",
         _what(model, record),
         "## Load it\n\n" + _load(model, inputs),
         "## What was done\n\n" + _passes(record),
@@ -83,7 +83,7 @@ def _range(sites: Sequence[DynamicSite]) -> str:
 def _kinds(model: Any) -> str:
     """What the model skips, in words."""
     found = {"experts": find_moes(model), "inputs": find_sparse_linears(model)}
-    return " and ".join(name for name, sites in found.items() if sites) or "layers"
+    return " and ".join(name for name, sites in found.items() if sites) or "nothing"
 
 
 def _load(model: Any, inputs: Any) -> str:

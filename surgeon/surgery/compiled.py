@@ -117,7 +117,7 @@ def _library(graph: TracedGraph) -> Path | None:
     Raises:
         SaveError: it cannot be built.
     """
-    if not find_moes(graph) and not _kept_as_operator(graph):
+    if not find_moes(graph) and not keeps_operator(graph):
         return None
     state = cpu.load()
     if state.path is None:
@@ -125,7 +125,7 @@ def _library(graph: TracedGraph) -> Path | None:
     return state.path
 
 
-def _kept_as_operator(graph: TracedGraph) -> bool:
+def keeps_operator(graph: TracedGraph) -> bool:
     """Whether linear layers that skip inputs call the library's operator. Else they become ordinary ops."""
     sites = find_sparse_linears(graph)
     native = cpu.load().path is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -145,7 +145,7 @@ def _compile(program: Program, graph: TracedGraph, file: Path) -> None:
             # Weights are laid out for the processor, and what follows from them alone is computed now. tau, a scalar,
             # would be a number in the code, and could not be set.
             # So would the threshold of linear layers that skip inputs by ordinary ops, which follows from tau alone.
-            kept = _kept_as_operator(graph)
+            kept = keeps_operator(graph)
             folds = kept or not find_sparse_linears(graph)
             options = {
                 "freezing": folds, "joint_graph_constant_folding": folds, "always_keep_tensor_constants": True,

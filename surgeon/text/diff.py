@@ -149,7 +149,7 @@ def _training(report: PassReport, *, short: bool = False) -> Text:
     if about is None or not report.matched:
         return Text("")
     # Whether a pass trains depends on its options. This note is there only if it should have trained.
-    untrained = about.untrained in report.notes if about.untrained else about.needs_data
+    untrained = about.untrained in report.notes if about.untrained else about.needs_data and about.trains
     return Text("none" if short else "not trained", style="yellow") if untrained else Text("")
 
 
