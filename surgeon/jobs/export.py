@@ -64,6 +64,8 @@ def check_target(
         UsageError: there is no such target, the option does not fit it, or `out` is in the surgery. LoadError:
             `directory` is no surgery. SaveError: `out` has other content.
     """
+    if to == "aoti":
+        raise UsageError(f"For a package of AOTInductor, run surgeon compile {directory}.")
     if to not in TARGETS:
         raise UsageError(f"--to {to}: there are {', '.join(TARGETS)}.")
     if linears not in LINEARS:

@@ -8,6 +8,7 @@ from surgeon.passes import Lower, Mlpify, Moeify, Pass, Recover, Refit, Sparsify
 from surgeon.passes.registry import all_passes
 from surgeon.testing import PassConformance
 from surgeon.testing.models import vectors
+from tests.small_models import correlated_vectors
 
 EXPERTS = (Moeify(experts=4, router_width=8),)
 
@@ -59,11 +60,11 @@ class TestSparsifyInputs(PassConformance):
 
 
 class TestRefit(PassConformance):
-    # A strong ridge, so that weights fitted to a few tokens are better on others too.
-    make = staticmethod(lambda: Refit(ridge=1.0))
+    make = staticmethod(Refit)
     first = (SparsifyInputs(tau=0.5),)
     options = {"ridge": 0.5}  # noqa: RUF012
     applies_once = False  # it fits what is there
+    data = staticmethod(correlated_vectors)
 
 
 def suite_of(kind: type[Pass[Any]]) -> type[PassConformance]:
