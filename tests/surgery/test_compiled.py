@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -106,6 +108,21 @@ def test_tau_of_layers_that_skip_inputs_can_be_set(lowered: bool, tmp_path: Path
     assert not torch.allclose(model(x), graph(x), rtol=1e-2, atol=1e-2)
     model.load_constants(dict.fromkeys(made.tau, torch.tensor(0.5)), check_full_update=False)
     torch.testing.assert_close(model(x), graph(x))
+    native = lowered and cpu.load().path is not None
+    assert compiled.keeps_operator(graph) == (tmp_path / "out" / "surgeon_cpu.so").exists() == native
+    code = """
+import sys, torch
+sys.modules["surgeon"] = None
+from pathlib import Path
+place = Path(sys.argv[1])
+if (place / "surgeon_cpu.so").exists():
+    torch.ops.load_library(place / "surgeon_cpu.so")
+model = torch._inductor.aoti_load_package(str(place / "model.pt2"))
+example = torch.load(place / "example.pt")
+torch.testing.assert_close(model(*example["inputs"]), example["outputs"][0])
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_model_without_its_tau_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
