@@ -129,7 +129,7 @@ def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions)
         there={"moe", "dynamic"} if artifact else (), has_data=options.data is not None or options.dry_run
     )
     if options.tau is not None and not 0.0 <= options.tau <= 1.0:
-        raise UsageError(f"--tau {options.tau:g} is not a number from 0 to 1. At 0 every expert runs.")
+        raise UsageError(f"--tau {options.tau:g} is not a number from 0 to 1. At 0 everything runs.")
     if options.tau is not None and not artifact and not any(pass_.makes in _SKIP for pass_ in passes):
         raise UsageError("--tau needs layers that skip. Add moeify or sparsify-inputs to --passes.")
     if options.tau and options.data is None and not options.dry_run and any(pass_.makes == "moe" for pass_ in passes):
@@ -335,7 +335,7 @@ def _next(
     if not moes:
         return _command(("apply", "--passes", "moeify,lower", place, *data)), "to split the layers into experts"
     if not all(site.skips for site in moes):
-        return _command(("apply", "--passes", "lower", place)), "to skip the experts that tau leaves out"
+        return _command(("apply", "--passes", "lower", place)), "to skip what tau leaves out"
     return _command(("sweep", place, *data)), "to see quality and cost at several tau"
 
 
