@@ -190,7 +190,9 @@ class Moeify(TrainedPass[FFN, _Seen]):
                 "moeify: epochs is 0, so router=trained would stay random. Set epochs above 0 or choose another router."
             )
         if self.experts is not None and self.expert_size is not None:
-            raise UsageError("moeify: give experts or expert_size, not both.")
+            raise UsageError(
+                "moeify: give experts or expert_size, not both. Set one to none to drop what a recipe sets."
+            )
         if self.underestimate != 1.0 and self.objective == "activation":
             raise UsageError(
                 "moeify: underestimate weights the errors of a regression, but objective=activation is not one. "

@@ -118,7 +118,8 @@ class Recover(FineTunedPass[DynamicSite, str]):
             report = finetune(
                 graph, context.data, self.plan(), context.settings, "recover",
                 watched=[n for names in inputs.values() for n in names],
-                penalise=penalise, distill=self.distill, distill_layers=self.distill_layers, stateful=(drawn,),
+                penalise=penalise, distill=self.distill, distill_layers=self.distill_layers,
+                augmentation=self.augmentation, stateful=(drawn,),
                 own_rates={
                     f"{path}.router.{name}": self.router_lr
                     for path in inputs
