@@ -9,7 +9,7 @@
 | the functions of routers | `scores` |
 | the table of activations | `activations` |
 | what a backend offers, and the list of backends | `backends` |
-| linear layers that read only the inputs that matter: the operators | `sparse_linear` |
+| linear layers that read only the inputs that matter: the operators, the definition | `sparse_linear` |
 | the general backend, in torch code: every device, dtype and activation | `torch/` |
 | libraries that are built on this machine: cache, lock, checksum, compiler | `building` |
 | native kernels for CPUs, in C++ built on the machine where they run | `cpu/` |

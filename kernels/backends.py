@@ -57,12 +57,16 @@ class Backend:
             None: the next backend that takes the call computes them.
         sorted_threshold: `sorted_threshold(scores, tau, rule)`: the result of `surgeon::sorted_threshold` (see
             `surgeon.kernels.selection`), or None for scores that it does not take. None: it takes no scores.
+        sparse_linear: `sparse_linear(x, weight, ...)`: the result of `surgeon::sparse_linear` (see
+            `surgeon.kernels.sparse_linear`) for arguments that fit together, or None for those that it does not take.
+            None: it takes none.
     """
 
     takes: Callable[[Call], bool]
     forward: Callable[[Call], Tensor]
     backward: Callable[[Call, Tensor, bool, bool], Gradients] | None = None
     sorted_threshold: Callable[[Tensor, Tensor, str], Tensor | None] | None = None
+    sparse_linear: Callable[..., Tensor | None] | None = None
 
 
 @cache

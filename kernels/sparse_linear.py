@@ -42,11 +42,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 
+import surgeon.kernels.dynamic_k  # noqa: F401  (its operators are there before the native kernels are loaded)
 from surgeon.errors import UsageError
+from surgeon.kernels.backends import backends
 
-__all__ = ["kept", "masked_linear", "sparse_linear", "threshold"]
+__all__ = ["kept", "masked_linear", "ordinary_ops", "sparse_linear", "threshold"]
 
 
 class LinearCall(NamedTuple):
@@ -97,14 +100,19 @@ def _deviation(x: Tensor, centre: Tensor | None) -> Tensor:
     return wide if centre is None else wide - centre.to(wide.dtype)
 
 
+def _weight(weight: Tensor, w_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight [d_out, d_in] in the dtype of the product. Sums of int8 would not fit into float16."""
+    if w_scale is None:
+        return weight
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (weight.to(wide) * w_scale.detach().to(wide).unsqueeze(1)).to(dtype)
+
+
 def _linear(call: LinearCall) -> Tensor:
     x, weight, bias, scale, centre, levels, tau, w_scale = call
     deviation = _deviation(x, centre)
     deviation = torch.where(_kept(deviation, scale, levels, tau), deviation, 0.0).to(x.dtype)
-    if w_scale is None:
-        return F.linear(deviation, weight, bias)
-    y = F.linear(deviation, weight.to(x.dtype)) * w_scale.detach().float()
-    return (y if bias is None else y + bias).to(x.dtype)
+    return F.linear(deviation, _weight(weight, w_scale, x.dtype), bias)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -122,7 +130,12 @@ def _by_rows(x: Tensor, weight: Tensor, *rest: Tensor | None) -> LinearCall:
 
 @torch.library.custom_op("surgeon::sparse_linear", mutates_args=(), schema=_SIGNATURE)
 def _sparse_linear(*given: Any) -> Tensor:
-    return _linear(_by_rows(*given))
+    call = _by_rows(*given)
+    for backend in backends():
+        found = None if backend.sparse_linear is None else backend.sparse_linear(*given)
+        if found is not None:
+            return found
+    return _linear(call)
 
 
 @_sparse_linear.register_fake
@@ -141,8 +154,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight, need_bias, _, need_centre, *_ = ctx.needs_input_grad
     deviation = _deviation(x, centre)
     mask = _kept(deviation, scale, levels, tau)
-    rows = grad if w_scale is None else (grad * w_scale.detach().float()).to(x.dtype)
-    to_x = torch.where(mask, rows @ weight.to(x.dtype).t(), 0.0) if need_x or need_centre else None
+    to_x = torch.where(mask, grad @ _weight(weight.t(), w_scale, x.dtype), 0.0) if need_x or need_centre else None
     to_weight = None
     if need_weight:
         deviation = torch.where(mask, deviation, 0.0).to(x.dtype)
@@ -157,7 +169,16 @@ _sparse_linear.register_autograd(_backward, setup_context=_setup_context)
 _library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyped-call]
 """Holds the registrations below: they last as long as it does."""
 
-_library.define("masked_linear" + _SIGNATURE)  # type: ignore[no-untyped-call]
+for _name in ("masked_linear", "sparse_linear_torch", "sparse_linear_differentiable"):
+    _library.define(_name + _SIGNATURE)  # type: ignore[no-untyped-call]
+
+
+def _sparse_linear_torch(*given: Any) -> Tensor:
+    # What the native kernels hand on: other dtypes, wrong arguments.
+    return _linear(_by_rows(*given))
+
+
+_library.impl("sparse_linear_torch", _sparse_linear_torch, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def _masked_linear(*given: Any) -> Tensor:
@@ -214,9 +235,26 @@ def _autograd(keyset: Any, *given: Any) -> Tensor:
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
     _library.impl("sparse_linear", _autograd, "Autograd", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
+_library.impl("sparse_linear_differentiable", _autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 masked_linear = torch.ops.surgeon.masked_linear
 sparse_linear = torch.ops.surgeon.sparse_linear
+
+
+class ordinary_ops(TorchFunctionMode):  # noqa: N801  (a context manager)
+    """Inside the block, calls of the operators run ordinary ops of torch: a trace has these in their place.
+
+    Every input is read then, and a mask leaves out those that are skipped.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (sparse_linear, sparse_linear.default):
+            return _linear(_by_rows(*args))
+        if func in (masked_linear, masked_linear.default):
+            return _linear(_check("masked linear", *args))
+        return func(*args, **(kwargs or {}))
 
 
 def _check(op: str, *given: Tensor | None) -> LinearCall:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens
-from surgeon.dynamic import DynamicSite, find_dynamic
+from surgeon.dynamic.site import DynamicSite, find_dynamic
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.site import SparseLinearSite
@@ -22,6 +22,7 @@ from surgeon.moe.site import MoESite
 from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import option
 from surgeon.passes.report import SiteChange
+from surgeon.passes.sparsify_inputs import recalibrate
 from surgeon.passes.trained import FineTunedPass
 from surgeon.sites.rejection import Rejection
 from surgeon.training.finetuning import finetune
@@ -114,7 +115,7 @@ class Recover(FineTunedPass[DynamicSite, str]):
         drawn = _DrawnTau(graph, largest, curved, context.settings.seed)
         drawn.draw(-1.0)
         try:
-            return finetune(
+            report = finetune(
                 graph, context.data, self.plan(), context.settings, "recover",
                 watched=[n for names in inputs.values() for n in names],
                 penalise=penalise, distill=self.distill, distill_layers=self.distill_layers,
@@ -128,6 +129,9 @@ class Recover(FineTunedPass[DynamicSite, str]):
         finally:
             for path, tau in taus.items():
                 _tau(graph, path).copy_(tau)
+        linears = [site for site in find_dynamic(graph) if site.path in curved and isinstance(site, SparseLinearSite)]
+        recalibrate(graph, linears, context.data, context.settings)
+        return report
 
 
 def _tau(graph: TracedGraph, path: str) -> Tensor:

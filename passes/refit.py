@@ -11,20 +11,19 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
-from surgeon.dynamic import DynamicSite
+from surgeon.dynamic.site import DynamicSite
 from surgeon.graph.edit import get_attr
 from surgeon.graph.holder import mark_holders, parameters_only
 from surgeon.graph.traced import TracedGraph, aten, is_call, tensor_of
-from surgeon.inputs.calibration import in_groups
 from surgeon.inputs.site import SparseLinearSite
 from surgeon.kernels.sparse_linear import LinearCall, kept
 from surgeon.passes.base import Pass
 from surgeon.passes.contract import SiteKind, SiteRefused
 from surgeon.passes.options import option
 from surgeon.passes.report import SiteChange
+from surgeon.passes.sparsify_inputs import dense_inputs
 from surgeon.sites.rejection import Rejection
 from surgeon.training.loop import RunSettings
-from surgeon.training.observe import collect_calls
 
 # Tokens to fit on. Every eighth is held back, to see whether the fit helps.
 _TOKENS, _HELD_BACK = 16384, 8
@@ -71,19 +70,8 @@ class Refit(Pass[DynamicSite, Tensor]):
     ) -> Mapping[str, Tensor]:
         if data is None:
             return {}
-        found: dict[str, Tensor] = {}
-        taus = {site.path: site.tau.clone() for site in sites}
-        # The inputs as they are while nothing is skipped: what the dense layers get.
-        for site in sites:
-            site.tau.zero_()
-        try:
-            for part in in_groups(sites, _TOKENS):
-                names = {site.path: [str(node.args[0].name) for node in site.nodes] for site in part}  # type: ignore[union-attr]
-                found |= collect_calls(graph, names, data, tokens=_TOKENS, progress=settings.progress)
-        finally:
-            for site in sites:
-                site.tau.copy_(taus[site.path])
-        return found
+        linears = [site for site in sites if isinstance(site, SparseLinearSite)]
+        return {site.path: x for site, x in dense_inputs(graph, linears, data, settings, tokens=_TOKENS)}
 
     @torch.no_grad()
     def rewrite(self, graph: TracedGraph, site: DynamicSite, seen: Tensor | None) -> SiteChange:
@@ -115,7 +103,7 @@ class Refit(Pass[DynamicSite, Tensor]):
         before = (float(missing[held_back].double().square().mean()) / scale) ** 0.5
         after = (float((missing[held_back] - fitted).double().square().mean()) / scale) ** 0.5
         if not after < before:
-            raise SiteRefused("no-gain", f"fitted weights are no nearer: the error stays {before:.1%}")
+            return f"unchanged: error {before:.1%}, and {after:.1%} with fitted weights"
         holder = parameters_only(graph.get_submodule(site.path))
         fresh = weight.double() + change.t().double()
         moved = offset.double() if bias is None else bias.double() + offset.double()

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
 from surgeon.graph.edit import emit, erase_unread, get_attr, replace_value
 from surgeon.graph.holder import mark_holders
 from surgeon.graph.traced import TracedGraph, aten, free_target
-from surgeon.inputs.calibration import Calibration, calibrate, in_groups
+from surgeon.inputs.calibration import Calibration, calibrate, in_groups, levels_of, scores
 from surgeon.inputs.module import LEVELS
-from surgeon.inputs.site import find_sparse_linears, masked_linear
+from surgeon.inputs.site import SparseLinearSite, find_sparse_linears, masked_linear
 from surgeon.passes.base import Pass
 from surgeon.passes.contract import SiteKind, SiteRefused
 from surgeon.passes.options import PerSite, for_site, option
@@ -139,3 +139,28 @@ class SparsifyInputs(Pass[LinearSite, Calibration | Rejection | None]):
         replace_value(call.output, value, call.input, call.nodes)
         erase_unread(graph, call.nodes)
         return value
+
+
+def dense_inputs(
+    graph: TracedGraph, sites: Sequence[SparseLinearSite], data: Data, settings: RunSettings, *, tokens: int = _TOKENS
+) -> Iterator[tuple[SparseLinearSite, Tensor]]:
+    """Yield every layer that skips inputs with its inputs [N, d_in] on the data, while none of them skips anything."""
+    for part in in_groups(sites, tokens):
+        taus = [site.tau.clone() for site in sites]
+        try:
+            for site in sites:
+                site.tau.zero_()
+            names = {site.path: [str(node.args[0].name) for node in site.nodes] for site in part}  # type: ignore[union-attr]
+            found = collect_calls(graph, names, data, tokens=tokens, progress=settings.progress)
+        finally:
+            for site, tau in zip(sites, taus, strict=True):
+                site.tau.copy_(tau)
+        for site in part:
+            yield site, found[site.path]
+
+
+@torch.no_grad()
+def recalibrate(graph: TracedGraph, sites: Sequence[SparseLinearSite], data: Data, settings: RunSettings) -> None:
+    """Measure again which scores the inputs have, so that tau stays the share that is skipped after training."""
+    for site, x in dense_inputs(graph, sites, data, settings):
+        site.levels.copy_(levels_of(scores(x.float(), site.scale, site.centre)))

@@ -206,3 +206,10 @@ class Many(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         return {name: part(x) for name, part in self.named_children()}
+
+
+def correlated_vectors(seed: int = 0, batches: int = 40) -> list[dict[str, Tensor]]:
+    """Inputs of a `Stack` that are correlated and off zero, as those of real layers are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5)) / WIDTH**0.5
+    return [{"x": torch.randn(8, 5, WIDTH, generator=generator) @ mix + 0.5} for _ in range(batches)]

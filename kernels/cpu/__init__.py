@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from surgeon.errors import UsageError
-from surgeon.kernels.cpu import crossover
+from surgeon.kernels.cpu import crossover, linear_crossover
 from surgeon.kernels.cpu.build import BuildError, built, library
 
 log = logging.getLogger("surgeon")
@@ -107,4 +107,5 @@ def _load() -> State:
             raise UsageError(f"SURGEON_CPU={wanted}: this CPU has {', '.join(known)}. Choose one of them, or torch.")
         torch.ops.surgeon.cpu_use_instruction_set(wanted)
     crossover.load(path.parent)
+    linear_crossover.load(path.parent)
     return State(path)

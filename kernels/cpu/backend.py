@@ -25,7 +25,13 @@ def _forward(call: Call) -> Tensor:
     return y
 
 
-BACKEND = Backend(_takes, _forward)
+def _sparse_linear(x: Tensor, *rest: Tensor | None) -> Tensor | None:
+    if x.device.type != "cpu" or not ready():
+        return None
+    return torch.ops.surgeon.sparse_linear(x, *rest)  # type: ignore[no-any-return]
+
+
+BACKEND = Backend(_takes, _forward, sparse_linear=_sparse_linear)
 
 
 def say_if_unknown(call: Call) -> None:

@@ -29,7 +29,8 @@ _FLAGS = ["-O2"]
 
 def sources() -> list[Path]:
     """Return the files to compile, besides those of `int8_archive`."""
-    return sorted(Path(__file__).parent.glob("*.cpp"))
+    here = Path(__file__).parent
+    return sorted((*here.glob("*.cpp"), *(here / "linear").glob("*.cpp")))
 
 
 def files() -> list[Path]:

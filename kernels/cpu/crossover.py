@@ -40,16 +40,24 @@ _DENSE_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTI
 
 def load(directory: Path) -> None:
     """Give the kernels the results that were measured on this machine. Measure them first if necessary."""
-    path, key = directory / _FILE, _measured_on()
-    known = _stored(path)
-    if not _is_measurement(known.get(key)):
-        known[key] = list(measure())
+    for half, tokens, neurons, share in measured_once(directory / _FILE, measure, _is_share):
+        _give(half, tokens, neurons, share)
+
+
+def measured_once(path: Path, measure: Callable[[], Iterator[Any]], is_row: Callable[[Any], bool]) -> list[Any]:
+    """Return the rows that `measure` yields on this machine, from a file where they are stored.
+
+    is_row: whether this is such a row.
+    """
+    key, known = _measured_on(), _stored(path)
+    rows = known.get(key)
+    if not isinstance(rows, list) or not rows or not all(map(is_row, rows)):  # a file may hold anything
+        rows = known[key] = list(measure())
         try:
             _write(path, json.dumps(known))
         except OSError as error:
             log.warning("%s cannot be written, so every process measures again: %s", path, error)
-    for half, tokens, neurons, share in known[key]:
-        _give(half, tokens, neurons, share)
+    return rows
 
 
 def _give(half: bool, tokens: int, neurons: int, share: float) -> None:
@@ -62,11 +70,6 @@ def _stored(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _is_measurement(shares: Any) -> bool:
-    """Whether this is a list of what `measure` yields. A file may hold anything."""
-    return isinstance(shares, list) and bool(shares) and all(map(_is_share, shares))
 
 
 def _is_share(row: Any) -> bool:
@@ -102,7 +105,7 @@ def _measured_on() -> str:
 
 def _measured(weights: Tensor, tokens: int, neurons: int, share: float) -> float:
     """The share of the experts from which on dense is faster, from a run of `share`; above 1 if dense never is."""
-    return share * _dense_over_ours(_layers(weights, tokens, neurons, share), share)
+    return share * dense_over_ours(_layers(weights, tokens, neurons, share), share)
 
 
 def _dtype(half: bool) -> torch.dtype:
@@ -126,7 +129,7 @@ def _layers(weights: Tensor, tokens: int, neurons: int, share: float) -> Callabl
     return call
 
 
-def _dense_over_ours(call: Callable[[], None], share: float) -> float:
+def dense_over_ours(call: Callable[[], None], share: float) -> float:
     """How many times as long the dense product takes as the kernels, in CPU time of one thread.
 
     Both are called in turn and the median of their ratios is taken, so that other work disturbs the result little.

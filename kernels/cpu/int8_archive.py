@@ -11,8 +11,8 @@ _FLAGS = ["-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
 _FOLDER = Path(__file__).parent
 
 
-def _files() -> list[Path]:
-    """All files of the source."""
+def files() -> list[Path]:
+    """Return all files of the source."""
     here, shared = (_FOLDER / "int8").iterdir(), _FOLDER.iterdir()
     return sorted(file for file in (*here, *shared) if file.suffix in (".cpp", ".h", ".inc"))
 
@@ -30,7 +30,7 @@ def _compile(scratch: Path) -> None:
 @cache
 def _depends() -> tuple[str | bytes, ...]:
     """Everything that the archive depends on."""
-    return (*contents(_files()), *_FLAGS, *machine())
+    return (*contents(files()), *_FLAGS, *machine())
 
 
 _library = Library(

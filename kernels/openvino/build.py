@@ -18,7 +18,6 @@ from surgeon.kernels.building import (
     run_compiler,
 )
 from surgeon.kernels.cpu import int8_archive
-from surgeon.kernels.cpu.build import files
 
 __all__ = ["BuildError", "built", "directory", "library"]
 
@@ -73,7 +72,7 @@ def _depends() -> tuple[str | bytes, ...]:
         version = importlib.metadata.version("openvino")
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    return (*contents([*_HERE.glob("*.cpp"), *files()]), *_FLAGS, version, *machine())
+    return (*contents([*_HERE.glob("*.cpp"), *int8_archive.files()]), *_FLAGS, version, *machine())
 
 
 _library = Library(_NAME, "openvino", "the int8 experts for OpenVINO", _depends, _check, _compile)

@@ -1,4 +1,4 @@
-"""The Triton kernels of the dynamic-k FFN, for NVIDIA and AMD GPUs.
+"""The Triton kernels of the dynamic-k FFN and of linear layers that skip inputs, for NVIDIA and AMD GPUs.
 
 `backend` says which calls they take and does not import Triton; `host` computes them. The operators use them on a GPU
 unless `SURGEON_GPU=torch` is set.
@@ -62,7 +62,7 @@ too much. With weights of 8 or 4 bits the hidden values take up to 512 MiB too, 
 The plan, the ordered forward, the ordered gradient of x and the gradients of the weights are reproducible. Atomic sums
 change in their last bits from run to run.
 
-All this but weights of 8 and 4 bits was verified on an NVIDIA H100 with torch 2.11 and Triton 3.6
+All this but weights of 8 and 4 bits, and linear layers, was verified on an NVIDIA H100 with torch 2.11 and Triton 3.6
 (`tests/kernels/triton/test_hardware.py`):
 
 - fp32, TF32, fp16 and bf16 against float64, all ways and backward, with drawn and with real sizes;
@@ -76,6 +76,11 @@ No other chip was verified on hardware, and the kernels for weights of 8 and 4 b
 kernels with a float64 reference in Triton's interpreter. They also compile them for sm_80, sm_90, sm_100 and gfx942,
 and read registers, spills, shared memory and instructions. That says nothing about races or speed where nothing was
 run. Tile sizes there are estimates.
+
+Linear layers that skip inputs (`surgeon.kernels.sparse_linear`) are one kernel for up to 16 tokens, whose sums are
+atomic. Its programs go through all inputs, but the masks of their loads leave out rows of the weight that no token
+keeps. With more tokens, and where `torch.use_deterministic_algorithms` asks for equal bits, torch's product runs. It
+was interpreted and compiled like the others, but not verified on any hardware.
 
 Tiles of fewer than 16 neurons are padded to 16, which `tl.dot` needs, and the padding is computed.
 """

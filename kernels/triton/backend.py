@@ -19,6 +19,7 @@ from surgeon.kernels.int8_arguments import Int8Call
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_MOST_TOKENS = 16  # that linear layers skip inputs for: with more, nearly every row of the weight is read
 _MOST_SCORES = 8192  # of a token, which a program holds in registers
 
 
@@ -104,6 +105,14 @@ def sorts(scores: Tensor, tau: Tensor) -> bool:
     return fits and _wanted(scores.device) and _or_say(_runs_nowhere(scores.device))
 
 
+def skips_inputs(x: Tensor, weight: Tensor) -> bool:
+    """The same of `linear_host.sparse_linear`: up to 16 tokens. Its sums change in their last bits from run to run."""
+    tokens = x.shape[:-1].numel()
+    fits = 0 < tokens <= _MOST_TOKENS and 0 not in weight.shape and x.dtype in _DTYPES
+    fits = fits and not torch.are_deterministic_algorithms_enabled()
+    return fits and _wanted(x.device) and _or_say(_runs_nowhere(x.device))
+
+
 def _wanted(device: torch.device) -> bool:
     asked = os.environ.get("SURGEON_GPU")
     if device.type == "cpu":
@@ -177,4 +186,12 @@ def _sorted_threshold(scores: Tensor, tau: Tensor, rule: str) -> Tensor | None:
     return host.sorted_threshold(scores, tau, rule)
 
 
-BACKEND = Backend(takes, _forward, _backward, _sorted_threshold)
+def _sparse_linear(x: Tensor, weight: Tensor, *rest: Tensor | None) -> Tensor | None:
+    if not skips_inputs(x, weight):
+        return None
+    from surgeon.kernels.triton import linear_host
+
+    return linear_host.sparse_linear(x, weight, *rest)  # type: ignore[arg-type]
+
+
+BACKEND = Backend(takes, _forward, _backward, _sorted_threshold, _sparse_linear)

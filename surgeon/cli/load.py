@@ -37,11 +37,11 @@ def load(
     data: DataOptions | None = None,
     trust_modules: TrustModules = None,
 ) -> None:
-    """Show how many experts tokens run and how many neurons they activate, in each layer.
+    """Show how many experts or inputs tokens run and how many neurons they activate, in each layer.
 
     With --data these are distributions over the tokens of the held-out data, without padding. A neuron is active if
     its activation is above a hundredth of the token's largest. With --map-text and --map-image it is the share of the
-    experts, over all layers, that each token of one text or each patch of one image runs.
+    work that can be skipped, over all layers, that each token of one text or each patch of one image runs.
 
     Example: surgeon load bert-surgery --data reviews.csv --tau 0.1 -o load.png
 

@@ -40,7 +40,7 @@ def set_(
     """Set tau and the selection rule of the layers, and store them. Without options, show what is stored.
 
     A pattern is the path of a layer, in which * matches anything. The first pattern that matches a layer counts. Layers
-    that no pattern matches keep their values.
+    that no pattern matches keep their values. Linear layers that skip inputs have no rule.
 
     Example: surgeon set bert-surgery --tau "*.layer.0:0.05,*:0.2" --rule max
 

@@ -11,15 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.dynamic.knobs import get_knobs, set_knobs, set_tau
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError, VerificationError, first_line, some
 from surgeon.grafting.check import Call, calls_of, difference, outputs
-from surgeon.grafting.parts import GRAFT, MLP, Graft, Layer, Plan, joined, layer_of, plan_of, put, put_one, united
-from surgeon.grafting.placement import Modules, Placement, placements
+from surgeon.grafting.parts import (
+    GRAFT,
+    MLP,
+    Graft,
+    Layer,
+    Plan,
+    joined,
+    layer_of,
+    leave_fused_paths,
+    plan_of,
+    put,
+    put_one,
+    united,
+)
+from surgeon.grafting.placement import Modules, Placement, placements, shared_weight
 from surgeon.grafting.unsplit import unsplit
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
+from surgeon.inputs.module import SparseLinear
+from surgeon.inputs.rebuild import linear_module
+from surgeon.inputs.site import find_sparse_linears
 from surgeon.moe.int8 import Int8MoE
-from surgeon.moe.knobs import Knobs, get_knobs, set_knobs, set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.rebuild import moe_module
 from surgeon.moe.site import find_moes
@@ -27,7 +44,7 @@ from surgeon.passes.report import PassReport
 from surgeon.sites.ffn import FFN
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.rejection import Rejection
-from surgeon.sites.search import find_ffns, find_linear_sites
+from surgeon.sites.search import find_all_linears, find_ffns, find_linear_sites
 from surgeon.tracing.trace import sketch
 
 log = logging.getLogger("surgeon")
@@ -97,6 +114,7 @@ def graft(
     modules = new | _earlier(graph, made)
     for path, module in modules.items():
         put_one(made, path, module)
+    leave_fused_paths(made)
     dense = {layer.paths[0]: layer.site for layer in converted if layer.placement is None and len(layer.paths) == 1}
     kept = _take_weights(made, graph, modules, unsplit(graph, made, dense), share=share)
     if made_up and kept:
@@ -129,11 +147,23 @@ def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Co
         change.path: dict(report.options) for report in reports if report.name == "mlpify" for change in report.sites
     }
     experts = {change.path: change.made for report in reports if report.name == "moeify" for change in report.sites}
+    inputs = {
+        change.path: change.made for report in reports if report.name == "sparsify-inputs" for change in report.sites
+    }
     swapped = {change.path for report in reports if report.name == "swap-activation" for change in report.sites}
     sites: dict[str, FFN | LinearSite] = {site.path: site for site in find_ffns(sketched)[0]}
     made = {path for change in projections for path in change.made}
     wanted = [path for path in dict.fromkeys([*experts, *swapped]) if path not in made]
     found = [_Converted(_site(sites, path), experts.get(path, (path,))) for path in wanted]
+    if inputs:
+        every: dict[str, FFN | LinearSite] = {site.path: site for site in find_all_linears(sketched)[0]}
+        inside = tuple(f"{path}." for path in made)
+        gone = {linear.path for layer in found if isinstance(layer.site, FFN) for linear in layer.site.linears}
+        found += [
+            _Converted(_site(every, path), paths)
+            for path, paths in inputs.items()
+            if path not in gone and not path.startswith(inside)
+        ]
     linears: dict[str, FFN | LinearSite] = {}
     if projections:
         linears = {site.path: site for site in find_linear_sites(sketched)[0]}
@@ -160,11 +190,19 @@ def _site(sites: Mapping[str, FFN | LinearSite], path: str) -> FFN | LinearSite:
 def _modules(graph: TracedGraph, placed: Iterable[_Converted]) -> dict[str, nn.Module]:
     """Make the module of every layer from the graph, by the place it goes to."""
     moes = {site.path: site for site in find_moes(graph)}
+    inputs = {site.path: site for site in find_sparse_linears(graph)}
     ffns = {site.path: site for site in find_ffns(graph)[0]}
 
     def part(path: str) -> nn.Module:
         if path in moes:
             return moe_module(graph, moes[path])
+        if path in inputs:
+            return linear_module(graph, inputs[path])
+        if path not in ffns and any(other.startswith(f"{path}.") for other in inputs):
+            raise UsageError(
+                f"The layer '{path}' was replaced, and linear layers inside of it skip inputs. A model has no place "
+                f"for both. Run sparsify-inputs again with skip={path}.*"
+            )
         if path not in ffns:
             raise UsageError(f"The layer '{path}' is in the graph in a form that cannot be put into a model.")
         return MLP.of(ffns[path].weights(graph), ffns[path].activation)
@@ -181,12 +219,17 @@ def _modules(graph: TracedGraph, placed: Iterable[_Converted]) -> dict[str, nn.M
 
 
 def _earlier(graph: TracedGraph, model: nn.Module) -> dict[str, nn.Module]:
-    """Make the experts that the model had before from the graph, in which passes and knobs may have changed them."""
+    """Make the layers that the model had before from the graph, in which passes and knobs may have changed them."""
     known = dict(model.named_modules(remove_duplicate=False))
-    return {
+    found: dict[str, nn.Module] = {
         site.path: moe_module(graph, site)
         for site in find_moes(graph)
         if isinstance(known.get(site.path), MoE | Int8MoE)
+    }
+    return found | {
+        site.path: linear_module(graph, site)
+        for site in find_sparse_linears(graph)
+        if isinstance(known.get(site.path), SparseLinear)
     }
 
 
@@ -211,7 +254,7 @@ def _place(
     for layer, found in zip(converted, ways, strict=True):
         layer.placement = found[0] if found else None
         if not found:
-            layer.refusal = Rejection("no-place", _NO_PLACE, layer.site.path)
+            layer.refusal = _why_no_place(model, layer.site)
     chosen = [layer for layer in converted if layer.placement is not None]
     if chosen and _differs(made, model, sketched, chosen, calls) is not None:
         for layer, found in zip(converted, ways, strict=True):
@@ -231,9 +274,17 @@ def _place(
         vars(made).update(vars(again))
 
 
-_NO_PLACE = (
-    "no module computes just this layer, and its linear layers and its activation are not all modules or attributes"
-)
+def _why_no_place(model: nn.Module, site: FFN | LinearSite) -> Rejection:
+    if isinstance(site, FFN):
+        reason = (
+            "no module computes just this layer, and its linear layers and its activation are not all modules or "
+            "attributes"
+        )
+        return Rejection("no-place", reason, site.path)
+    if holders := shared_weight(model, site):
+        reason = f"its weight is that of several modules ({some(holders)}), which need it as it is"
+        return Rejection("tied-weight", reason, site.path)
+    return Rejection("no-place", "no module computes just this layer", site.path)
 
 
 def _differs(
@@ -345,12 +396,13 @@ def _names(module: nn.Module) -> list[str]:
 
 
 def _verify(made: nn.Module, graph: TracedGraph, calls: list[Call], refused: Sequence[Rejection]) -> None:
-    """Compare the grafted model with the graph. If a layer stayed dense, both run all experts."""
-    knobs: list[tuple[nn.Module, Knobs]] = []
-    if refused:
-        knobs = [(part, get_knobs(part)) for part in (made, graph) if find_moes(part)]
-        for part, _ in knobs:
-            set_tau(part, 0.0)
+    """Compare the grafted model with the graph. If a layer stayed dense, both run all experts.
+
+    Both read all inputs of linear layers. Of millions of inputs some are so near a threshold that rounding decides.
+    """
+    knobs = [(part, get_knobs(part)) for part in (made, graph) if find_dynamic(part)]
+    for part, _ in knobs:
+        set_tau(part, {site.path: 0.0 for site in (find_dynamic(part) if refused else find_sparse_linears(part))})
     try:
         for training in (False, True):
             if training and graph.meta["trace"].form == "eval":

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from surgeon.inputs.module import SparseLinear, SparseLinearShape
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import Experts, hidden
 from surgeon.moe.int8 import Int8MoE
@@ -37,6 +38,9 @@ class MLPShape:
     biases: tuple[str, ...]
 
 
+PartShape: TypeAlias = MoEShape | MLPShape | SparseLinearShape
+
+
 @dataclass(frozen=True)
 class Layer:
     """What takes a layer's place: one part, or several whose outputs are joined (queries, keys and values).
@@ -44,7 +48,7 @@ class Layer:
     residual: whether the input is added to the output. dropout: the probability of dropout on the output of a part.
     """
 
-    parts: tuple[MoEShape | MLPShape, ...]
+    parts: tuple[PartShape, ...]
     residual: bool = False
     dropout: float = 0.0
 
@@ -170,11 +174,11 @@ def empty_layer(layer: Layer, *, device: torch.device | str | None, dtype: torch
     return joined(parts, residual=layer.residual, dropout=layer.dropout)
 
 
-def _empty_part(
-    shape: MoEShape | MLPShape, *, device: torch.device | str | None, dtype: torch.dtype | None
-) -> nn.Module:
+def _empty_part(shape: PartShape, *, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
     if isinstance(shape, MLPShape):
         return MLP(shape, device=device, dtype=dtype)
+    if isinstance(shape, SparseLinearShape):
+        return SparseLinear(shape, device=device, dtype=dtype)
     if shape.form == "int8":
         return Int8MoE.empty(shape, device=device)
     return MoE.empty(shape, device=device, dtype=dtype)
@@ -194,8 +198,8 @@ def layer_of(module: nn.Module) -> Layer:
     return Layer((_part(module),))
 
 
-def _part(module: nn.Module) -> MoEShape | MLPShape:
-    assert isinstance(module, MoE | Int8MoE | MLP)
+def _part(module: nn.Module) -> PartShape:
+    assert isinstance(module, MoE | Int8MoE | MLP | SparseLinear)
     return module.shape
 
 
@@ -217,8 +221,7 @@ def united(*plans: Plan) -> Plan:
 def put(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module]) -> None:
     """Replace the modules of `plan` in a model. layers: by path.
 
-    Hooks of the modules that give way to a layer move to it. torch's own encoder layer has a fused path that reads the
-    weights of its linear layers itself. It is switched off where they are gone.
+    Hooks of the modules that give way to a layer move to it.
     """
     new: dict[str, nn.Module] = dict(layers)
     new |= {path: nn.Identity() for path in plan.passed} | {path: One() for path in plan.ones}
@@ -226,10 +229,22 @@ def put(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module]) -> None:
         put_one(model, path, module)
     for path, name in plan.functions:
         setattr(model.get_submodule(path), name, passed)
+    leave_fused_paths(model)
+
+
+def leave_fused_paths(model: nn.Module) -> None:
+    """Switch off the fused path of torch's own encoder layers whose linear layers are not what they were.
+
+    It reads the weights of these layers itself.
+    """
+
+    def changed(layer: Any) -> bool:
+        return not (isinstance(layer.linear1, nn.Linear) and isinstance(layer.linear2, nn.Linear))
+
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and not hasattr(module.linear1, "weight"):
+        if isinstance(module, nn.TransformerEncoderLayer) and changed(module):
             module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and not hasattr(module.layers[0].linear1, "weight"):
+        elif isinstance(module, nn.TransformerEncoder) and any(map(changed, module.layers)):
             module.enable_nested_tensor = module.use_nested_tensor = False
 
 

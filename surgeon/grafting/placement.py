@@ -84,6 +84,8 @@ def placements(modules: Modules, site: FFN | LinearSite) -> list[Placement]:
         modules: of the model as it is. site: one of its layers.
     """
     if isinstance(site, LinearSite):
+        if shared_weight(modules.model, site):
+            return []
         places = {_linear_module(modules, call) for call in site.calls}
         place = places.pop()
         return [] if places or place is None else [Placement(place)]
@@ -100,14 +102,26 @@ def placements(modules: Modules, site: FFN | LinearSite) -> list[Placement]:
     return [way for way in first if all(way in ways for ways in others)]
 
 
+def shared_weight(model: nn.Module, site: LinearSite) -> list[str]:
+    """Return the paths of several modules that hold the weight of a linear layer, such as a head and an embedding."""
+    weight = dict(model.named_parameters(remove_duplicate=False)).get(str(site.calls[0].weight.target))
+    holders = [
+        path for path, module in model.named_modules() if any(own is weight for own in module._parameters.values())
+    ]
+    return holders if weight is not None and len(holders) > 1 else []
+
+
 def _has_dropout(module: nn.Module) -> bool:
     return any(getattr(part, "p", 0) for part in module.modules() if isinstance(part, nn.modules.dropout._DropoutNd))
 
 
 def _linear_module(modules: Modules, linear: Linear) -> str | None:
     """The path of the module that a linear layer is, None if other code uses its weight."""
-    is_module = _is_module(modules.model, linear.path) and modules.called(linear.core) == linear.path
-    return linear.path if is_module else None
+    if not _is_module(modules.model, linear.path) or modules.called(linear.core) != linear.path:
+        return None
+    # A module with other weights, such as torch's attention, computes more.
+    weights = len(list(modules.model.get_submodule(linear.path).parameters()))
+    return linear.path if weights <= (1 if linear.bias is None else 2) else None
 
 
 def _is_module(model: nn.Module, path: str) -> bool:

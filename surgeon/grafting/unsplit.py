@@ -1,4 +1,4 @@
-"""Give a layer that stays dense the weights that its experts have: what `moeify` does, backwards."""
+"""Give a layer that stays dense the weights of what passes made of it: `moeify` and `sparsify-inputs`, backwards."""
 
 from __future__ import annotations
 
@@ -8,29 +8,36 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.graph.traced import TracedGraph
+from surgeon.inputs.rebuild import dense_weights
+from surgeon.inputs.site import find_sparse_linears
 from surgeon.moe.filling import neurons_of_experts
 from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import MoE
 from surgeon.moe.rebuild import moe_module
 from surgeon.moe.site import find_moes
 from surgeon.sites.ffn import FFN
+from surgeon.sites.linear import Linear
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.nonlinearity import Nonlinearity
 
 
 @torch.no_grad()
 def unsplit(graph: TracedGraph, model: nn.Module, sites: Mapping[str, FFN | LinearSite]) -> dict[str, nn.Parameter]:
-    """Return the weights of experts as those of the linear layers that they were split from, by name.
+    """Return the weights of converted layers as those of the linear layers that they were made of, by name.
 
-    The order of the neurons may be another one, which changes no output. Left out are layers that passes changed in
-    more than their weights, and those whose linear layers are not `nn.Linear` modules.
+    The order of the neurons of experts may be another one, which changes no output. Left out are layers that passes
+    changed in more than their weights, and those with experts whose linear layers are not `nn.Linear` modules.
 
     Args:
-        model: the dense model. sites: its layers, by the path of their experts in `graph`.
+        model: the dense model. sites: its layers, by the path of their experts, or of what selects inputs, in `graph`.
     """
     moes = {site.path: site for site in find_moes(graph)}
+    inputs = {site.path: site for site in find_sparse_linears(graph)}
     found: dict[str, nn.Parameter] = {}
     for path, site in sites.items():
+        if path in inputs and isinstance(site, LinearSite):
+            found |= _dense(site.calls[0], *dense_weights(graph, inputs[path]), graph, model)
+            continue
         if path not in moes or not isinstance(site, FFN):
             continue
         layer, modules = moe_module(graph, moes[path]), dict(model.named_modules(remove_duplicate=False))
@@ -50,6 +57,21 @@ def unsplit(graph: TracedGraph, model: nn.Module, sites: Mapping[str, FFN | Line
             if bias is not None:
                 found[f"{name}.bias"] = nn.Parameter(_neurons(layer, bias))
     return found
+
+
+def _dense(
+    linear: Linear, weight: Tensor, bias: Tensor, graph: TracedGraph, model: nn.Module
+) -> dict[str, nn.Parameter]:
+    """Weight and bias by their names in the model, without those that the graph has under these names."""
+    values = {str(linear.weight.target): weight.t() if linear.transposed else weight}
+    if linear.bias is not None:
+        values[str(linear.bias.target)] = bias
+    known = dict(graph.named_parameters(remove_duplicate=False))
+    return {
+        name: nn.Parameter(value.reshape(model.get_parameter(name).shape).contiguous())
+        for name, value in values.items()
+        if name not in known
+    }
 
 
 def _same(site: FFN, layer: MoE | Int8MoE) -> bool:

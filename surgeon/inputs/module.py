@@ -23,6 +23,11 @@ class SparseLinearShape:
     scale: bool
     centre: bool
 
+    @property
+    def describe(self) -> str:
+        """`768 inputs → 3072`."""
+        return f"{self.d_in} inputs → {self.d_out}"
+
 
 class SparseLinear(nn.Module):
     """A linear layer that reads only the inputs that are far from their usual value: x [..., d_in] → [..., d_out].
@@ -64,5 +69,5 @@ class SparseLinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        """`768→3072`."""
-        return f"{self.shape.d_in}→{self.shape.d_out}"
+        """`768 inputs → 3072`."""
+        return self.shape.describe

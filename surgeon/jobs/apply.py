@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from surgeon.data.quality import Quality
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import NothingChangedError, UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.jobs.evaluation import (
@@ -140,7 +140,7 @@ def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions)
         there={"moe", "dynamic"} if artifact else (), has_data=options.data is not None or options.dry_run
     )
     if options.tau is not None and not 0.0 <= options.tau <= 1.0:
-        raise UsageError(f"--tau {options.tau:g} is not a number from 0 to 1. At 0 every expert runs.")
+        raise UsageError(f"--tau {options.tau:g} is not a number from 0 to 1. At 0 everything runs.")
     if options.tau is not None and not artifact and not any(pass_.makes in _SKIP for pass_ in passes):
         raise UsageError("--tau needs layers that skip. Add moeify or sparsify-inputs to --passes.")
     if options.tau and options.data is None and not options.dry_run and any(pass_.makes == "moe" for pass_ in passes):
@@ -359,7 +359,7 @@ def _next(
     if not moes:
         return _command(("apply", "--passes", "moeify,lower", place, *data)), "to split the layers into experts"
     if not all(site.skips for site in moes):
-        return _command(("apply", "--passes", "lower", place)), "to skip the experts that tau leaves out"
+        return _command(("apply", "--passes", "lower", place)), "to skip what tau leaves out"
     return _command(("sweep", place, *data)), "to see quality and cost at several tau"
 
 

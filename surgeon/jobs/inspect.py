@@ -13,6 +13,7 @@ from surgeon.graph.capture import Capture
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import TracedGraph
+from surgeon.inputs.site import find_sparse_linears
 from surgeon.jobs.open_model import Opened
 from surgeon.measure.meter import Cost, measure
 from surgeon.moe.site import find_moes
@@ -57,6 +58,15 @@ class ExpertLayer(Layer):
 
 
 @dataclass(frozen=True)
+class InputsLayer(Layer):
+    """A linear layer that skips inputs (d_in, d_out). form: as `SparseLinearSite` has it. executed: share that ran."""
+
+    form: str
+    tau: float
+    executed: float
+
+
+@dataclass(frozen=True)
 class Takes:
     """What a graph can be called with. sizes: such as "2 to 512, multiples of 4". rules: between sizes.
 
@@ -73,6 +83,7 @@ class Takes:
 class Inspection:
     """What `surgeon inspect` found. refused: (path, reason) of candidates that are not feed-forward layers.
 
+    skipping: the linear layers that skip inputs.
     takes: the inputs with their shapes and what stands for one that is left out, such as "mask[batch, tokens] or
     ones(int64)", and the range of each size in these.
     graph: lines of the graph as (module path, line), if asked for.
@@ -86,6 +97,7 @@ class Inspection:
     cost: Cost
     ffns: list[FFNLayer]
     experts: list[ExpertLayer]
+    skipping: list[InputsLayer]
     linears: list[Layer]
     refused: list[tuple[str, str]]
     notes: tuple[str, ...]
@@ -131,6 +143,17 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
                 layers[site.path].share,
             )
             for site in find_moes(graph)
+        ],
+        [
+            InputsLayer(
+                site.path,
+                (site.d_in, site.d_out),
+                layers[site.path].multiply_adds / whole,
+                site.form,
+                float(site.tau),
+                layers[site.path].share,
+            )
+            for site in find_sparse_linears(graph)
         ],
         [
             Layer(linear.path, (linear.d_in, linear.d_out), sum(work[part] for part in linear.calls) / whole)

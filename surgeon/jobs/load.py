@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.dynamic.knobs import get_tau, set_tau
 from surgeon.errors import DataError, UsageError, first_line
 from surgeon.graph.calls import argument_names, as_args_kwargs
 from surgeon.jobs.evaluation import eval_batches, other_data
@@ -20,7 +21,6 @@ from surgeon.json_values import NOT_IN_JSON
 from surgeon.measure.load import LayerLoad, measure_load
 from surgeon.measure.meter import token_load
 from surgeon.models.example_inputs import token_fields
-from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.progress import Progress
 
 _NO_PATCHES = 5  # a class token and four registers
@@ -28,7 +28,7 @@ _NO_PATCHES = 5  # a class token and four registers
 
 @dataclass(frozen=True)
 class LoadMap:
-    """What each token of one sample runs, as a share of its experts' multiply-adds over the layers, from 0 to 1.
+    """What each token of one sample runs, as a share of the multiply-adds that layers can skip, from 0 to 1.
 
     texts: the tokens of a text, in order, with the special ones; () for an image. loads: theirs; of an image those of
     the patches, row by row, without other tokens. rows: the rows of patches; 0 for a text.
@@ -70,7 +70,8 @@ def load(
         tau: for all layers; by default as stored. text, image: at most one of them.
 
     Raises:
-        UsageError: the model has no experts or does not take texts or images. DataError: the image cannot be read.
+        UsageError: the model has no layers that skip or does not take texts or images. DataError: the image cannot be
+            read.
     """
     if tau is not None:
         set_tau(opened.graph, tau)
@@ -83,7 +84,7 @@ def load(
     taus = get_tau(opened.graph)
     notes = list(other_data(opened))
     if not any(taus.values()):
-        notes.append("tau is 0, at which every expert runs. Give another one with --tau.")
+        notes.append("tau is 0, at which everything runs. Give another one with --tau.")
     data = None if opened.data is None else opened.data.description
     return Loaded(opened.spec, data, taus, layers, shown, tuple(notes))
 

@@ -22,6 +22,17 @@ class LayerOptions:
 
 
 @dataclass(frozen=True)
+class LinearOptions:
+    """The linear layers of a benchmark, as typed: lists separated by commas."""
+
+    tokens: str = "1"
+    share: str = "0.25,0.5,1"
+    d_in: str = "768"
+    d_out: str = "768"
+    dtype: str = "float32,bfloat16"
+
+
+@dataclass(frozen=True)
 class TimingOptions:
     """Where and how long a benchmark measures. device: None for a GPU if available. seconds: per timed call."""
 

@@ -20,6 +20,7 @@ from surgeon.data.data import Data
 from surgeon.data.example_rows import read_ahead
 from surgeon.data.imitation import divergence, made_for
 from surgeon.data.losses import evaluating
+from surgeon.dynamic.knobs import set_tau
 from surgeon.errors import DivergedError, LoadError, UsageError
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.traced import TracedGraph
@@ -28,7 +29,6 @@ from surgeon.jobs.search_settings import with_options
 from surgeon.jobs.workdir import STATE
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import knobs_restored, layers_share, run_batches
-from surgeon.moe.knobs import set_tau
 from surgeon.passes import Pass
 from surgeon.passes.trained import TrainedPass
 from surgeon.progress import Progress

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgeon.data.batch import first_batches
+from surgeon.dynamic.knobs import compensated, get_rule, get_tau, set_rule, set_tau
 from surgeon.errors import UsageError
 from surgeon.graph.traced import TracedGraph
 from surgeon.jobs.open_model import Opened
 from surgeon.jobs.store import check_target, store
 from surgeon.kernels.selection import check_rule
 from surgeon.measure.compensation import compensate
-from surgeon.moe.knobs import compensated, get_rule, get_tau, set_rule, set_tau
 from surgeon.moe.site import find_moes
 from surgeon.surgery.recipe import parse_by_site
 from surgeon.surgery.record import read_record
@@ -21,10 +21,13 @@ from surgeon.surgery.record import read_record
 
 @dataclass(frozen=True)
 class LayerKnobs:
-    """The knobs of one layer. compensated: whether the mean output of skipped experts is added."""
+    """The knobs of one layer. compensated: whether the mean output of skipped experts is added.
+
+    rule: None for a linear layer that skips inputs.
+    """
 
     tau: float
-    rule: str
+    rule: str | None
     compensated: bool
 
 
@@ -38,7 +41,7 @@ class KnobChange:
 
 @dataclass(frozen=True)
 class SetResult:
-    """The knobs by the path of a layer's experts.
+    """The knobs by the path of a layer's experts, or of what selects its inputs.
 
     directory: where they were stored; None if nothing was to be set.
     """
@@ -128,15 +131,19 @@ def set_wanted(opened: Opened, wanted: Wanted, *, samples: int = 512, out: Path 
         out: directory for the surgery; by default it replaces the one that was opened.
 
     Raises:
-        UsageError: the graph has no experts, a pattern matches no layer, or experts to compensate are not lowered.
+        UsageError: the graph has no layers that skip, a pattern matches no layer, or experts to compensate are not
+            lowered.
         SaveError: as `surgeon.surgery.artifact.save`.
     """
     graph = opened.graph
     before = _settings(graph)
     if not before:
-        raise UsageError("The graph has no experts, so there is nothing to set. Apply moeify first.")
+        raise UsageError(
+            "The graph has no layers that skip, so there is nothing to set. Apply moeify or sparsify-inputs first."
+        )
     set_tau(graph, wanted.taus)
-    set_rule(graph, wanted.rules)
+    if wanted.rules:
+        set_rule(graph, wanted.rules)
     if wanted.compensated:
         assert opened.data is not None
         compensate(graph, first_batches(opened.data.train, samples))
@@ -171,4 +178,4 @@ def compensation_notes(graph: TracedGraph, earlier: Sequence[str], *, wanted: bo
 
 def _settings(graph: TracedGraph) -> dict[str, LayerKnobs]:
     rules, added = get_rule(graph), set(compensated(graph))
-    return {path: LayerKnobs(tau, rules[path], path in added) for path, tau in get_tau(graph).items()}
+    return {path: LayerKnobs(tau, rules.get(path), path in added) for path, tau in get_tau(graph).items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from surgeon.data.batch import Batch
-from surgeon.dynamic import DynamicSite
+from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.traced import TracedGraph, aten
@@ -45,7 +45,7 @@ def compensate(model: nn.Module, batches: Iterable[Any]) -> list[str]:
     """
     sites = find_moes(model)
     if not sites:
-        raise UsageError("The model has no experts, so nothing is skipped. Apply moeify first.")
+        raise UsageError("The model has no experts, so there are none to compensate for. Apply moeify first.")
     if any(site.form == "module" for site in sites):
         raise UsageError("Compensation needs lowered experts. Apply lower first.")
     rest = iter(batches)

@@ -6,7 +6,7 @@ These are the figures of D2DMoE on the distribution of executed experts and on a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.losses import evaluating
+from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import DataError, UsageError
 from surgeon.kernels.activations import ACTIVATIONS, active_share
 from surgeon.kernels.experts import Experts
@@ -52,9 +53,10 @@ class LayerLoad:
     """What the tokens use of one layer.
 
     experts, neurons: how many it has, without filling. executed: how many experts a token runs. histogram: the number
-        of tokens that run 0, 1, ..., all experts.
+        of tokens that run 0, 1, ..., all experts. A linear layer that skips inputs has one expert for each input.
     active: how many neurons of a token have an activation above a hundredth of the token's largest, as
         `surgeon.training.penalty.Sparsity` counts them, whether or not their expert runs.
+    neurons, active: None for a linear layer that skips inputs, which has no neurons.
     """
 
     path: str
@@ -62,24 +64,26 @@ class LayerLoad:
     experts: int
     executed: Spread
     histogram: tuple[int, ...]
-    neurons: int
-    active: Spread
+    neurons: int | None = None
+    active: Spread | None = None
 
 
 def measure_load(
     model: nn.Module, batches: Iterable[Any], *, progress: Callable[[Progress], None] | None = None
 ) -> list[LayerLoad]:
-    """Measure what every token runs and activates in each expert layer, at the model's own tau. Padding is left out.
+    """Measure what every token runs and activates in each layer that skips, at the model's tau. Padding is left out.
 
     Args:
         model: a graph, or a model with converted layers. batches: in any form that `Batch.from_any` takes.
 
     Raises:
-        UsageError: the model has no experts. DataError: the batches hold no tokens.
+        UsageError: the model has no layers that skip. DataError: the batches hold no tokens.
     """
     meter = ExpertMeter(model)
     if not meter.sites:
-        raise UsageError("The model has no experts, so no token has a load. Apply moeify first.")
+        raise UsageError(
+            "The model has no layers that skip, so no token has a load. Apply moeify or sparsify-inputs first."
+        )
     taken = {path: _Taken(site) for path, site in meter.sites.items()}
     meter.on_tokens = lambda site, x, ran: taken[site.path].add(x, ran)
     given = [Batch.from_any(item) for item in batches]
@@ -93,28 +97,42 @@ def measure_load(
 
 
 class _Taken:
-    """Counts tokens by the experts they ran and by the neurons they activated."""
+    """Counts tokens by the experts or inputs they ran and by the neurons they activated."""
+
+    def __init__(self, site: DynamicSite) -> None:
+        self.experts = len(site.costs)
+        self.ran = torch.zeros(self.experts + 1, dtype=torch.int64)
+        self.neurons = _Neurons(site) if isinstance(site, MoESite) else None
+
+    def add(self, x: Tensor, ran: Tensor) -> None:
+        """Count tokens [N, d_in] with the experts that they run, bool [N, E]."""
+        self.ran += torch.bincount(ran.sum(-1).cpu(), minlength=len(self.ran))
+        if self.neurons is not None:
+            self.neurons.add(x)
+
+    def load(self, path: str) -> LayerLoad:
+        histogram = tuple(self.ran.tolist())
+        made = LayerLoad(path, sum(histogram), self.experts, Spread.of(self.ran), histogram)
+        if self.neurons is None:
+            return made
+        return replace(made, neurons=self.neurons.count, active=Spread.of(self.neurons.active))
+
+
+class _Neurons:
+    """Counts tokens by the neurons of an expert layer that they activated."""
 
     def __init__(self, site: MoESite) -> None:
         self._weights: Experts = site.weights.flat()
         self._activation = ACTIVATIONS[site.activation]
         self._hidden = site.experts * site.size
-        self.experts, self.neurons = site.experts, self._hidden - site.filling
-        self.ran = torch.zeros(site.experts + 1, dtype=torch.int64)
+        self.count = self._hidden - site.filling
         self.active = torch.zeros(self._hidden + 1, dtype=torch.int64)
 
-    def add(self, x: Tensor, ran: Tensor) -> None:
-        """Count tokens [N, d_in] with the experts that they run, bool [N, E]."""
+    def add(self, x: Tensor) -> None:
+        """Count tokens [N, d_in]."""
         w1, b1, gate, b_gate, _ = self._weights
         # The activated values, which a gated layer then multiplies.
         weight, bias = (w1, b1) if gate is None else (gate, b_gate)
         a = self._activation.fn(torch.nn.functional.linear(x.to(weight.dtype), weight, bias)).float()
         active = (active_share(a) * self._hidden).round().long().cpu()  # filling is never active
-        self.ran += torch.bincount(ran.sum(-1).cpu(), minlength=len(self.ran))
         self.active += torch.bincount(active, minlength=len(self.active))
-
-    def load(self, path: str) -> LayerLoad:
-        histogram = tuple(self.ran.tolist())
-        return LayerLoad(
-            path, sum(histogram), self.experts, Spread.of(self.ran), histogram, self.neurons, Spread.of(self.active)
-        )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from surgeon.dynamic import DynamicSite, find_dynamic
+from surgeon.dynamic.site import DynamicSite, find_dynamic
 from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
 from surgeon.graph.traced import tensor_key
@@ -118,22 +118,25 @@ def clock(device: torch.device) -> float:
 def token_load(model: nn.Module, inputs: Any) -> Tensor:
     """Measure how much of the experts each token runs, from 0 to 1: Σ cost of those that ran / Σ cost of all.
 
-    The sums are over the layers (D2DMoE, load maps of its section on spatial load).
+    The sums are over the layers (D2DMoE, load maps of its section on spatial load). Inputs that linear layers can skip
+    count like experts.
 
     Args:
         inputs: the inputs of one call: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
 
     Returns:
-        float32 in the leading shape that most expert layers have, [B, T] for a transformer, with padding. Layers with
+        float32 in the leading shape that most of these layers have, [B, T] for a transformer, with padding. Layers with
         another shape, such as a pooler, are left out.
 
     Raises:
-        UsageError: the model has no experts.
+        UsageError: the model has no layers that skip.
     """
     args, kwargs = as_args_kwargs(inputs)
     meter = ExpertMeter(model)
     if not meter.sites:
-        raise UsageError("The model has no layers that skip, so no token has a load. Apply moeify first.")
+        raise UsageError(
+            "The model has no layers that skip, so no token has a load. Apply moeify or sparsify-inputs first."
+        )
     seen: list[tuple[Tensor, Tensor]] = []
     meter.on_selection = lambda site, ran: seen.append((ran, torch.tensor(site.costs).to(ran.device)))
     with torch.no_grad():

@@ -18,7 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from surgeon.errors import LoadError, UsageError, some
-from surgeon.grafting.parts import GRAFT, Graft, Layer, Plan, empty_layer, plan_of, put
+from surgeon.grafting.parts import GRAFT, Graft, Layer, MLPShape, Plan, empty_layer, plan_of, put
+from surgeon.inputs.module import SparseLinearShape
 from surgeon.kernels.panels import PLACES
 from surgeon.moe.module import MoEShape
 from surgeon.pretrained.register import METHOD
@@ -70,15 +71,16 @@ def _check(plan: Plan) -> None:
     for path, layer in plan.layers.items():
         faults = ["dropout"] * (not 0 <= layer.dropout < 1) + ["parts"] * (not layer.parts)
         for part in layer.parts:
-            faults += [f"biases {part.biases}"] * (not {"b1", "b_gate", "b2"}.issuperset(part.biases))
             sizes = {"d_in": part.d_in, "d_out": part.d_out}
+            if not isinstance(part, SparseLinearShape):
+                faults += [f"biases {part.biases}"] * (not {"b1", "b_gate", "b2"}.issuperset(part.biases))
             if isinstance(part, MoEShape):
                 sizes |= {"experts": part.experts, "size": part.size, "experts - shared": part.experts - part.shared}
                 sizes |= {} if part.router_width is None else {"router_width": part.router_width}
                 sizes |= {} if part.group is None else {"group": 0 if part.group % PLACES else part.group}
                 sizes |= {"shared + 1": part.shared + 1, "filling + 1": part.filling + 1}
                 sizes |= {"experts * size - filling": part.experts * part.size - part.filling}
-            else:
+            elif isinstance(part, MLPShape):
                 sizes["neurons"] = part.neurons
             faults += [f"{name} {value}" for name, value in sizes.items() if value < 1]
         if faults:
@@ -87,7 +89,7 @@ def _check(plan: Plan) -> None:
 
 @register_quantizer(METHOD)
 class SurgeonQuantizer(HfQuantizer):
-    """Puts experts into a model, and writes down which.
+    """Puts converted layers into a model, and writes down which.
 
     The weights keep their dtype, so the model can be trained, saved again, and moved like any other.
     """
@@ -158,7 +160,7 @@ class SurgeonQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Yes: the experts are one op to a compiler."""
+        """Yes: a converted layer is one op to a compiler."""
         return True
 
 

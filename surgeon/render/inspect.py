@@ -38,6 +38,23 @@ def inspection_view(found: Inspection) -> RenderableType:
                 percent(layer.share),
             )  # fmt: skip
         lines += [indented(table), Text("")]
+    if found.skipping:
+        count = len(found.skipping)
+        lines.append(
+            heading(
+                f"{count} linear layer{'s skip' if count > 1 else ' skips'} inputs",
+                f"{_share(found.skipping)} of the multiply-adds",
+            )
+        )
+        table = grid(
+            "left", "left", "left", "right", "right", "right", header=("path", "shape", "form", "tau", "ran", "share")
+        )
+        for one in found.skipping:
+            table.add_row(
+                Text(one.path, style="cyan"), "→".join(map(str, one.shape)), one.form, f"{one.tau:g}",
+                percent(one.executed), percent(one.share),
+            )  # fmt: skip
+        lines += [indented(table), Text("")]
     lines.append(_count_heading(len(found.ffns), "feed-forward layer", _share(found.ffns)))
     if found.ffns:
         table = grid("left", "left", "left", "left", "right", header=("path", "shape", "activation", "", "share"))

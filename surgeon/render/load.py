@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -32,23 +32,27 @@ def loaded_view(found: Loaded) -> RenderableType:
     elif found.shown is not None:
         loads = found.shown.loads
         least, mean, most = (percent(value) for value in (min(loads), sum(loads) / len(loads), max(loads)))
-        parts.append(Text(f"A patch runs {mean} of the experts in the mean, from {least} to {most}."))
+        parts.append(Text(f"A patch runs {mean} of what can be skipped in the mean, from {least} to {most}."))
     return Group(*parts, sentences(found.notes, indent=0))
 
 
 def _layers(layers: Sequence[LayerLoad]) -> RenderableType:
-    header = ("layer", "experts that ran", "quartiles", "none … all", "active neurons", "quartiles")
-    table = grid("left", "right", "right", "left", "right", "right", header=header)
+    header = ["layer", f"{_kinds(layers)} that ran", "quartiles", "none … all", "active neurons", "quartiles"]
+    sides: list[Literal["left", "right"]] = ["right", "right"]
+    shown = 6 if any(layer.active for layer in layers) else 4
+    table = grid("left", "right", "right", "left", *sides[: shown - 4], header=header[:shown])
     for layer in layers:
-        table.add_row(
-            Text(layer.path, style="cyan"),
-            f"{_spread(layer.executed)} of {layer.experts}",
-            _quartiles(layer.executed),
-            _bars(layer.histogram),
-            f"{_spread(layer.active)} of {layer.neurons}",
-            _quartiles(layer.active),
-        )
+        cells = [f"{_spread(layer.executed)} of {layer.experts}", _quartiles(layer.executed), _bars(layer.histogram)]
+        active = layer.active
+        cells += ["", ""] if active is None else [f"{_spread(active)} of {layer.neurons}", _quartiles(active)]
+        table.add_row(Text(layer.path, style="cyan"), *cells[: shown - 1])
     return table
+
+
+def _kinds(layers: Sequence[LayerLoad]) -> str:
+    """What the layers run: `experts`, `inputs`, or `experts, inputs`."""
+    found = {"experts": any(layer.active for layer in layers), "inputs": any(not layer.active for layer in layers)}
+    return ", ".join(name for name, there in found.items() if there)
 
 
 def _spread(spread: Spread) -> str:
@@ -69,10 +73,15 @@ def _bars(histogram: Sequence[int]) -> str:
 def _words(found: Loaded) -> str:
     tokens = sorted({layer.tokens for layer in found.layers})
     counted = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
+    what = _kinds(found.layers).replace(", ", " or ")
+    active = (
+        " active: above a hundredth of the token's largest activation, whether or not the expert runs."
+        if any(layer.active for layer in found.layers)
+        else ""
+    )
     return (
         f"over {counted} tokens of {found.data}: mean ± standard deviation, and the numbers that a quarter, half and "
-        "three quarters of the tokens do not exceed. none … all: the tokens by the experts that they run. active: "
-        "above a hundredth of the token's largest activation, whether or not the expert runs."
+        f"three quarters of the tokens do not exceed. none … all: the tokens by the {what} that they run.{active}"
     )
 
 
@@ -84,11 +93,11 @@ def _shaded(shown: LoadMap) -> list[RenderableType]:
         letters = "#ffffff" if shade >= _DARK else "#000000"
         line.append(text.strip() or repr(text), style=f"{letters} on {_SHADES[shade]}")
         line.append(f" {percent(load)}  ", style="dim")
-    return [line, dim("The share of the experts' multiply-adds that each token runs, over the layers.")]
+    return [line, dim("The share of the multiply-adds that can be skipped that each token runs, over the layers.")]
 
 
 def draw_load(found: Loaded, file: Path) -> None:
-    """Draw a `.png` file: a histogram of executed experts for each layer, active neurons, and the map of the sample."""
+    """Draw a `.png` file: a histogram of what each layer ran, active neurons, and the map of the sample."""
     from matplotlib.figure import Figure
 
     parts = [name for name, wanted in (("layers", found.layers), ("map", found.shown)) if wanted]
@@ -117,23 +126,26 @@ def _draw_layers(figure: Any, layers: Sequence[LayerLoad]) -> None:
         axes.tick_params(labelsize=7)
     for axes in grid.flat[len(layers) :]:
         axes.set_visible(False)
-    upper.supxlabel("experts that a token runs (line: mean)", fontsize=8)
+    upper.supxlabel(f"{_kinds(layers)} that a token runs (line: mean)", fontsize=8)
     upper.supylabel("tokens, %", fontsize=8)
     axes = lower.subplots()
-    places = np.arange(len(layers))
-    for offset, colour, label, spreads, whole in (
-        (-0.15, "#0072B2", "experts that ran", [one.executed for one in layers], [one.experts for one in layers]),
-        (0.15, "#D55E00", "active neurons", [one.active for one in layers], [one.neurons for one in layers]),
+    ran = [(place, one.executed, one.experts) for place, one in enumerate(layers)]
+    active = [(place, one.active, one.neurons) for place, one in enumerate(layers) if one.active and one.neurons]
+    for offset, colour, label, spreads in (
+        (-0.15, "#0072B2", f"{_kinds(layers)} that ran", ran),
+        (0.15, "#D55E00", "active neurons", active),
     ):
-        sizes = np.array(whole)
-        boxes = np.array([[one.smallest, *one.quartiles, one.largest] for one in spreads]) / sizes[:, None] * 100
+        if not spreads:
+            continue
+        places, sizes = np.array([place for place, _, _ in spreads]), np.array([whole for _, _, whole in spreads])
+        boxes = [[one.smallest, *one.quartiles, one.largest] for _, one, _ in spreads] / sizes[:, None] * 100
         stats = [dict(zip(("whislo", "q1", "med", "q3", "whishi"), row, strict=True)) for row in boxes]
         drawn = axes.bxp(
             stats, positions=places + offset, widths=0.25, showfliers=False, patch_artist=True,
             boxprops={"facecolor": colour, "alpha": 0.5}, medianprops={"color": "black"}, manage_ticks=False,
         )  # fmt: skip
         drawn["boxes"][0].set_label(label)
-    axes.set_xticks(places, [one.path for one in layers], rotation=30, ha="right", fontsize=7)
+    axes.set_xticks(range(len(layers)), [one.path for one in layers], rotation=30, ha="right", fontsize=7)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("share of the layer's, %", fontsize=8)
     axes.tick_params(axis="y", labelsize=7)
@@ -143,7 +155,7 @@ def _draw_layers(figure: Any, layers: Sequence[LayerLoad]) -> None:
 
 
 def _draw_map(figure: Any, shown: LoadMap) -> None:
-    label = "share of the experts' multiply-adds"
+    label = "share of the multiply-adds that can be skipped"
     if shown.rows:
         left, right = figure.subplots(1, 2)
         left.imshow(shown.picture, cmap="gray", vmin=0, vmax=1)
@@ -156,4 +168,4 @@ def _draw_map(figure: Any, shown: LoadMap) -> None:
     axes = figure.subplots()
     axes.bar(range(len(shown.loads)), [100 * load for load in shown.loads], color="#0072B2")
     axes.set_xticks(range(len(shown.texts)), shown.texts, rotation=60, ha="right", fontsize=7)
-    axes.set_ylabel("experts' share, %", fontsize=8)
+    axes.set_ylabel("share that ran, %", fontsize=8)

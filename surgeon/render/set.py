@@ -18,7 +18,7 @@ def set_view(found: SetResult) -> RenderableType:
     table = grid(*(["left"] * len(header)), header=header)  # type: ignore[arg-type]
     for path, change in found.layers.items():
         before, after = (
-            (f"{knobs.tau:.3g}", knobs.rule, "yes" if knobs.compensated else "no")
+            (f"{knobs.tau:.3g}", knobs.rule or "", "yes" if knobs.compensated else "no")
             for knobs in (change.before, change.after)
         )
         cells = (new if old == new else f"{old} → {new}" for old, new in zip(before, after, strict=True))

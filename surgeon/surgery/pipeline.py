@@ -82,7 +82,7 @@ class Pipeline:
             PassError, VerificationError: a pass failed; the message names it, and no later pass ran.
         """
         given = None if data is None else Data.of(data)
-        there = kinds_of(model) if isinstance(model, GraphModule) and is_aten_graph(model) else set()
+        there = kinds_of(model) if isinstance(model, nn.Module) else set()
         if report_to is not None:
             check_tracker(report_to)
         self.check(there=there, has_data=given is not None or dry_run)
@@ -149,7 +149,7 @@ class Pipeline:
                 made.add(pass_.makes)
 
 
-def kinds_of(graph: GraphModule) -> set[SiteKind]:
-    """Return the kinds of sites that passes make, as far as a graph has them."""
-    found: set[SiteKind] = {"moe"} if find_moes(graph) else set()
-    return found | ({"dynamic"} if find_sparse_linears(graph) else set())
+def kinds_of(model: nn.Module) -> set[SiteKind]:
+    """Return the kinds of sites that passes make, as far as a graph or a model with converted layers has them."""
+    found: set[SiteKind] = {"moe"} if find_moes(model) else set()
+    return found | ({"dynamic"} if find_sparse_linears(model) else set())

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from surgeon.dynamic.knobs import set_tau
 from surgeon.graph.snapshot import Snapshot, compare
 from surgeon.graph.traced import TracedGraph
-from surgeon.moe.knobs import set_tau
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.surgery.artifact import save
 from surgeon.surgery.diff import Diff

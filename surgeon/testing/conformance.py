@@ -38,6 +38,7 @@ class PassConformance:
         has a linear layer before each of them.
     first: passes that run before this pass. options: values other than the defaults, to test recipes.
     applies_once: whether the pass finds nothing to do in its own result.
+    data: gives what a pass calibrates on that needs data for it.
     """
 
     make: ClassVar[Callable[[], Pass[Any]]]
@@ -45,6 +46,11 @@ class PassConformance:
     first: ClassVar[tuple[Pass[Any], ...]] = ()
     options: ClassVar[dict[str, Any]] = {"only": ["blocks.*"]}
     applies_once: ClassVar[bool] = True
+    data: ClassVar[Callable[[], Any]] = staticmethod(lambda: labelled_vectors(2))
+
+    def data_for(self, pass_: Pass[Any]) -> Any:
+        """Data for a pass that does nothing without them, and trains nothing with them."""
+        return type(self).data() if pass_.needs_data and pass_.calibrates else None
 
     @pytest.fixture
     def pass_(self) -> Pass[Any]:
@@ -57,7 +63,7 @@ class PassConformance:
         graph = fork(_traced(self.kind))
         own_parameters(graph)
         for earlier in self.first:
-            earlier.apply(graph)
+            earlier.apply(graph, data=self.data_for(earlier))
         return graph.eval()
 
     # --- the graph
@@ -66,7 +72,7 @@ class PassConformance:
         """The output stays the same exactly where the pass says so, and the report has the difference."""
         inputs = vectors()
         want = call_reproducibly(graph, (), inputs)
-        report = pass_.apply(graph, inputs=inputs)
+        report = pass_.apply(graph, inputs=inputs, data=self.data_for(pass_))
         assert report.matched, "the pass changes nothing in the small model"
         got = call_reproducibly(graph, (), inputs)
         assert report.max_error == pytest.approx(relative_error(got, want), rel=1e-3, abs=1e-9)
@@ -110,7 +116,7 @@ class PassConformance:
         model.head.weight.requires_grad_(False)
         graph = trace(model, vectors())
         for earlier in self.first:
-            earlier.apply(graph)
+            earlier.apply(graph, data=self.data_for(earlier))
         before, shared, texts = state_of(model), state_of(graph), node_texts(graph)
         surgery = Pipeline([pass_]).run(graph, inputs=vectors(), data=labelled_vectors(2))
         assert surgery.reports[0].matched
@@ -166,7 +172,7 @@ class PassConformance:
         assert isinstance(graph, torch.fx.GraphModule)
         want = model(**inputs)
         for earlier in self.first:
-            earlier.apply(graph)
+            earlier.apply(graph, data=self.data_for(earlier))
         report = pass_.apply(graph, inputs=inputs)
         assert report.matched
         if report.preserved:

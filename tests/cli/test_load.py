@@ -51,7 +51,7 @@ def test_tokens_of_a_text_are_shown_with_their_loads(run: Run) -> None:
     loads = surgeon.token_load(graph, dict(tokenizer(["the film was dull"], return_tensors="pt")))
     assert found["shown"]["loads"] == pytest.approx(loads[0].tolist())
     (note,) = run("-q", "load", "bert-moe", "--map-text", "a", "--output", "json").json["notes"]
-    assert note == "tau is 0, at which every expert runs. Give another one with --tau."
+    assert note == "tau is 0, at which everything runs. Give another one with --tau."
 
 
 def test_patches_of_an_image_are_drawn(run: Run, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_what_has_no_map_is_refused(run: Run, tmp_path: Path) -> None:
         (("bert-moe", "--map-image", "a.png", "-o", "b.png"), "bert-moe does not take images [B, C, H, W]"),
         (("bert-moe", "--map-image", "none.png", "-o", "b.png"), "none.png"),
         (("net", "--map-text", "a"), "net has no tokenizer, so it takes no text."),
-        (("bert", "--map-text", "a"), "The model has no experts, so no token has a load."),
+        (("bert", "--map-text", "a"), "The model has no layers that skip, so no token has a load."),
     ):
         result = run("-q", "load", *options)
         assert (result.code, result.out) == (2, ""), (options, result.err)

@@ -91,7 +91,7 @@ def test_other_dtypes_are_close(name: str, dtype: torch.dtype, int8: bool) -> No
     args = linear((7,), 64, 24, dtype=dtype, int8=int8)
     found, expected = run(name, args), oracle(args)
     assert found.dtype == dtype
-    assert (found.double() - expected).norm() / expected.norm() < torch.finfo(dtype).eps
+    assert (found.double() - expected).norm() / expected.norm() < 2 * torch.finfo(dtype).eps
 
 
 @both_operators

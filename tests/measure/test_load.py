@@ -14,7 +14,7 @@ from surgeon.errors import DataError, UsageError
 from surgeon.measure.load import Spread, measure_load
 from surgeon.moe.module import MoE
 from surgeon.moe.site import find_moes
-from surgeon.passes import Lower, Moeify, Quantize
+from surgeon.passes import Lower, Moeify, Quantize, SparsifyInputs
 from surgeon.training.penalty import Sparsity
 from tests.small_models import HIDDEN, WIDTH, Gated, Plain, Wrapped, classifier, tokens
 
@@ -72,6 +72,19 @@ def test_filling_is_no_neuron_and_8_bits_are_counted() -> None:
     assert quantised.active.mean == pytest.approx(whole.active.mean, rel=0.05)
 
 
+def test_inputs_that_are_kept_are_counted() -> None:
+    model = Wrapped(Plain(act=F.relu)).eval()
+    graph = surgeon.trace(model, X)
+    SparsifyInputs(only=("ffn.fc1",), centre=False, criterion="magnitude", tau=0.5).apply(graph, inputs=X, data=[X])
+    (layer,) = measure_load(graph, [X[:1], X[1:]])
+    x = model.norm(X).flatten(0, 1).abs()
+    kept = (x > x.flatten().sort().values[round(0.5 * (x.numel() - 1))]).sum(-1)
+    assert layer.histogram == tuple(torch.bincount(kept, minlength=WIDTH + 1).tolist())
+    assert (layer.tokens, layer.experts, layer.neurons, layer.active) == (21, WIDTH, None, None)
+    load = surgeon.token_load(graph, X)
+    torch.testing.assert_close(load.flatten(), kept.float() / WIDTH)
+
+
 def test_padding_does_not_count() -> None:
     graph = surgeon.trace(classifier("relu"), tokens()).eval()
     Moeify(experts=4, router_width=8).apply(graph)
@@ -83,7 +96,7 @@ def test_padding_does_not_count() -> None:
 
 
 def test_a_load_needs_experts_and_tokens(traces: Any) -> None:
-    with pytest.raises(UsageError, match="The model has no experts, so no token has a load"):
+    with pytest.raises(UsageError, match="The model has no layers that skip, so no token has a load"):
         measure_load(traces("stack:gelu"), [])
     graph = surgeon.trace(Wrapped(Plain(act=F.relu)).eval(), X)
     Moeify(experts=4, router_width=8).apply(graph)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgeon
+from surgeon.dynamic.knobs import set_tau
 from surgeon.errors import UsageError
 from surgeon.kernels.dynamic_k import selected
 from surgeon.measure.meter import clock, measure, parameter_count
-from surgeon.moe.knobs import set_tau
 from surgeon.moe.module import MoE
 from surgeon.passes import Lower, Moeify
 from tests.small_models import (
@@ -157,7 +157,7 @@ def test_layers_weigh_by_their_cost_and_layers_of_other_tokens_are_left_out() ->
 
 
 def test_a_load_needs_experts(traces: Any) -> None:
-    with pytest.raises(UsageError, match="The model has no experts, so no token has a load"):
+    with pytest.raises(UsageError, match="The model has no layers that skip, so no token has a load"):
         surgeon.token_load(traces("stack:gelu"), vectors())
 
 

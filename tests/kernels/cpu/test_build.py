@@ -93,7 +93,7 @@ def test_a_crossover_is_measured_near_itself(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(crossover, "TOKENS", (2048,))
     monkeypatch.setattr(crossover, "NEURONS", (8, 128))
-    monkeypatch.setattr(crossover, "_dense_over_ours", dense_over_kernels)
+    monkeypatch.setattr(crossover, "dense_over_ours", dense_over_kernels)
     found = list(crossover.measure())
     assert [(tokens, neurons) for _, tokens, neurons, _ in found] == 2 * [(2048, 8), (2048, 128)]
     assert tried == 2 * [0.5, 46 / 256, 0.5, 3 / 16]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgeon.passes import Lower, Mlpify, Moeify, Pass, Recover, Sparsify, SparsifyInputs, SwapActivation
+from surgeon.passes import Lower, Mlpify, Moeify, Pass, Recover, Refit, Sparsify, SparsifyInputs, SwapActivation
 from surgeon.passes.registry import all_passes
 from surgeon.testing import PassConformance
 from surgeon.testing.models import vectors
+from tests.small_models import correlated_vectors
 
 EXPERTS = (Moeify(experts=4, router_width=8),)
 
@@ -58,6 +59,14 @@ class TestSparsifyInputs(PassConformance):
     options = {"criterion": "magnitude", "centre": False, "tau": 0.5}  # noqa: RUF012
 
 
+class TestRefit(PassConformance):
+    make = staticmethod(Refit)
+    first = (SparsifyInputs(tau=0.5),)
+    options = {"ridge": 0.5}  # noqa: RUF012
+    applies_once = False  # it fits what is there
+    data = staticmethod(correlated_vectors)
+
+
 def suite_of(kind: type[Pass[Any]]) -> type[PassConformance]:
     """The suite of a pass that needs no options of its own."""
     settings = {"make": staticmethod(kind), "first": EXPERTS if kind.works_on in ("moe", "dynamic") else ()}
@@ -65,7 +74,7 @@ def suite_of(kind: type[Pass[Any]]) -> type[PassConformance]:
 
 
 USUAL = (TestMlpify, TestSwapActivation, TestSparsify, TestMoeify, TestSparsifyInputs, TestRecover, TestLower)
-SUITES = [*USUAL]
+SUITES = [*USUAL, TestRefit]
 for name, kind in all_passes().items():
     if kind.__module__.startswith("surgeon.") and name not in [suite.make().name for suite in SUITES]:
         SUITES.append(suite_of(kind))

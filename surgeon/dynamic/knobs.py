@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from surgeon.dynamic import DynamicSite, find_dynamic
+from surgeon.dynamic.site import DynamicSite, find_dynamic
 from surgeon.errors import UsageError
 from surgeon.graph.patterns import first_fit, matches
 from surgeon.kernels.selection import check_rule
@@ -34,13 +34,14 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None
         model: a graph, or a model with converted layers (see `surgeon.graft`).
         tau: a value in [0, 1], or values by path pattern. The first pattern that matches a layer counts. Layers without
             a match keep their tau.
-        path: the path of a feed-forward layer or of its experts, or a pattern with `*`. The default is all layers.
+        path: the path of a layer, of its experts or of what selects inputs, or a pattern with `*`. The default is all
+            layers.
 
     Returns:
-        The paths of the experts that were set, in the model's order.
+        The paths of the experts, or of what selects inputs, that were set, in the model's order.
 
     Raises:
-        UsageError: tau is outside [0, 1], the model has no experts, or no layer has the path.
+        UsageError: tau is outside [0, 1], the model has no layers that skip, or no layer has the path.
     """
     wanted = tau if isinstance(tau, Mapping) else {path or "*": tau}
     for value in wanted.values():
@@ -48,7 +49,9 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None
             raise UsageError(f"tau is {value}, but must be from 0 to 1.")
     sites = find_dynamic(model)
     if not sites:
-        raise UsageError("The model has no layers that skip, so there is nothing to set. Apply moeify first.")
+        raise UsageError(
+            "The model has no layers that skip, so there is nothing to set. Apply moeify or sparsify-inputs first."
+        )
     chosen = _chosen(sites, wanted)
     with torch.no_grad():
         for site, value in chosen:
@@ -59,7 +62,7 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None
 
 
 def get_tau(model: nn.Module) -> dict[str, float]:
-    """Return the tau of every layer, by the path of its experts."""
+    """Return the tau of every layer, by the path of its experts or of what selects inputs."""
     return {site.path: float(site.tau) for site in find_dynamic(model)}
 
 
