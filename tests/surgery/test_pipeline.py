@@ -28,8 +28,11 @@ SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER = (
     ("passes", "words"),
     [
         ([], "No passes to run"),
-        ([LOWER], "lower works on experts, but there are none. Put moeify before it"),
-        ([LOWER, MOEIFY], "Put moeify before it|moeify must run before lower"),
+        (
+            [LOWER],
+            "lower works on layers that skip by tau, but there are none. Put moeify or sparsify-inputs before it",
+        ),
+        ([LOWER, MOEIFY], "Put moeify or sparsify-inputs before it|moeify must run before lower"),
         ([MOEIFY, LOWER, MOEIFY], "moeify must run before lower"),
         ([SPARSIFY, SWAP], "swap-activation must run before sparsify. Swap the two passes"),
         ([MOEIFY, SPARSIFY], "sparsify must run before moeify"),
