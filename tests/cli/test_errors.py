@@ -29,7 +29,7 @@ from .harness import NET, Run, left
         (("apply", "x", "--passes", "moeify", "--set", "moeify.experts=two"), "moeify.experts=two: "),
         (("apply", "x", "--passes", "moeify", "--set", "lower.only=a"), "'lower', which is not among the passes"),
         (("apply", "x", "--passes", "moeify,sparsify"), "sparsify must run before moeify"),
-        (("apply", "x", "--passes", "lower"), "lower works on layers that skip by tau, but there are none. Put moeify or sparsify-inputs before it."),
+        (("apply", "x", "--passes", "lower"), "lower works on layers that skip by tau, but there are none."),
         (("apply", "x", "--passes", "mlpify"), "mlpify needs data"),
         (("apply", "x", "--passes", "moeify", "--tau", "1.5"), "--tau 1.5 is not a number from 0 to 1."),
         (("apply", "x", "--passes", "sparsify", "--tau", "0.5"), "--tau needs experts. Add moeify to --passes."),

@@ -178,7 +178,7 @@ def test_lowering_keeps_the_rule(made: Made) -> None:
 @every_form
 @pytest.mark.parametrize(("rule", "path", "words"), [
     ("best", None, "No selection rule 'best'"),
-    ("max", "blocks.7", "No layer 'blocks.7'. Layers with experts: blocks.0.ffn.moe, blocks.1.ffn.moe"),
+    ("max", "blocks.7", "No layer 'blocks.7'. Layers that can be set: blocks.0.ffn.moe, blocks.1.ffn.moe"),
     ({FIRST: "energy", "nowhere": "max"}, None, "No layer 'nowhere'"),
     ({FIRST: "energy", SECOND: "best"}, None, "No selection rule 'best'"),
 ])  # fmt: skip

@@ -76,7 +76,7 @@ def test_tau_of_a_fork_is_shared(graph: Any) -> None:
     (1.5, None, "tau is 1.5.*from 0 to 1"),
     (-0.1, None, "tau is -0.1"),
     (float("nan"), None, "tau is nan"),
-    (0.5, "blocks.7", "No layer 'blocks.7'. Layers with experts: blocks.0.ffn.moe, blocks.1.ffn.moe"),
+    (0.5, "blocks.7", "No layer 'blocks.7'. Layers that can be set: blocks.0.ffn.moe, blocks.1.ffn.moe"),
     ({"nowhere": 0.5}, None, "No layer 'nowhere'"),
 ])  # fmt: skip
 def test_wrong_tau(graph: Any, tau: Any, path: str | None, words: str) -> None:
