@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from typing_extensions import TypeVar
 
 from surgeon.data.data import Data
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.site import find_dynamic
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.site import SparseLinearSite
 from surgeon.moe.site import MoESite, find_moes

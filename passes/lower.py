@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from surgeon.dynamic import DynamicSite
+from surgeon.dynamic.site import DynamicSite
 from surgeon.graph.edit import emit, get_attr, merge_duplicates
 from surgeon.graph.holder import parameters_only
 from surgeon.graph.traced import TracedGraph, aten, is_call, tensor_of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
-from surgeon.dynamic import DynamicSite
+from surgeon.dynamic.site import DynamicSite
 from surgeon.graph.edit import get_attr
 from surgeon.graph.holder import mark_holders, parameters_only
 from surgeon.graph.traced import TracedGraph, aten, is_call, tensor_of

@@ -26,8 +26,8 @@ RECOVER = Recover(tau=0.15, distill=DISTILL, **TRAINING | {"epochs": 15.0, "lr":
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 BUDGETS = (0.41, 0.43, 0.45)
 # Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
-LAYERS, FFN_BUDGETS = ("*.mlp.*",), (0.41, 0.43, 0.45, 0.47, 0.5, 0.54, 0.6)
-WHOLE = (0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
+LAYERS, FFN_BUDGETS = ("*.mlp.*",), (0.43, 0.46, 0.5, 0.55)
+WHOLE = (0.4, 0.45, 0.5, 0.6)
 
 
 def model(seed: int) -> nn.Module:
@@ -112,7 +112,7 @@ STUDY = Study(
                 SwapActivation(), Sparsify(target=TARGET, distill=DISTILL, **TRAINING), ffn(epochs=ROUTER_EPOCHS),
                 SparsifyInputs(skip=("head",)), replace(RECOVER, epochs=30.0, skip_inputs=0.7), Lower(),
             ],
-            budgets=(0.34, 0.3, 0.27, 0.24, 0.21, 0.18),
+            budgets=(0.34, 0.3, 0.27, 0.24),
         ),
         "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
         "teal": Variant([SparsifyInputs(criterion="magnitude", centre=False, only=LAYERS)], budgets=FFN_BUDGETS),

@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from surgeon.bench.timing import TimedCall, captured, median_seconds
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.knobs import Knobs, set_knobs, set_tau
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph, fork
@@ -22,7 +23,6 @@ from surgeon.inputs.site import find_sparse_linears, sparse_linear
 from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import executed_share, knobs_restored
-from surgeon.moe.knobs import Knobs, set_knobs, set_tau
 from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
 from surgeon.progress import Progress
 

@@ -12,7 +12,7 @@ import torch
 from surgeon.data.batch import Batch
 from surgeon.data.imitation import answer
 from surgeon.data.quality import Scores
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import SurgeonError, UsageError, first_line, some
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import as_args_kwargs

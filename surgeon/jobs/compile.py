@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.knobs import compensated
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
 from surgeon.inputs.site import find_sparse_linears
 from surgeon.jobs.open_model import Opened
-from surgeon.moe.knobs import compensated
 from surgeon.surgery.compiled import LIBRARY, MODEL, check_directory, compile_graph, keeps_operator
 from surgeon.surgery.record import read_record
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.site import find_dynamic
 from surgeon.engines.openvino import LINEARS
 from surgeon.errors import UsageError
 from surgeon.jobs.open_model import Stage, open_model

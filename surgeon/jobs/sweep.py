@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from surgeon.dynamic.knobs import get_rule, get_tau
 from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.jobs.evaluation import (
@@ -22,7 +23,6 @@ from surgeon.measure.judge import judge
 from surgeon.measure.meter import measure
 from surgeon.measure.sweep import Dense, Point, RouterChoice, time_settings, usual_taus
 from surgeon.measure.sweep import sweep as run_sweep
-from surgeon.moe.knobs import get_rule, get_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import dense_layers
 from surgeon.progress import Progress

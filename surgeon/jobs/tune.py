@@ -8,6 +8,7 @@ from pathlib import Path
 
 from surgeon.data.batch import first_batches
 from surgeon.data.quality import Quality
+from surgeon.dynamic.knobs import compensated as compensated_layers
 from surgeon.errors import UsageError
 from surgeon.jobs.evaluation import (
     dense_multiply_adds,
@@ -28,7 +29,6 @@ from surgeon.measure.sweep import Point, time_settings
 from surgeon.measure.sweep import sweep as run_sweep
 from surgeon.measure.tuning import Metric, Tuned, check_budget
 from surgeon.measure.tuning import tune as run_tuning
-from surgeon.moe.knobs import compensated as compensated_layers
 from surgeon.progress import Progress
 
 

@@ -18,7 +18,7 @@ from surgeon.data.batch import Batch
 from surgeon.data.imitation import made_for
 from surgeon.data.losses import evaluating
 from surgeon.data.quality import Scores
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.json_values import to_json

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.imitation import answer, made_for
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.knobs import set_tau
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.inputs.site import SparseLinearSite
 from surgeon.measure.meter import ExpertMeter, LayerRun, measure
 from surgeon.measure.sweep import knobs_restored, run_batches, time_settings
-from surgeon.moe.knobs import set_tau
 from surgeon.progress import Progress
 from surgeon.tracing.trace import class_task
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from surgeon.dynamic import DynamicSite
+from surgeon.dynamic.knobs import get_rule
+from surgeon.dynamic.site import DynamicSite
 from surgeon.grafting.parts import GRAFT, Graft
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.inputs.site import find_sparse_linears
-from surgeon.moe.knobs import get_rule
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassReport
 from surgeon.surgery.origin import Origin

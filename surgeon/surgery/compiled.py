@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgeon.directories import replaced, restore
+from surgeon.dynamic.knobs import get_tau
 from surgeon.engines.program import Program
 from surgeon.errors import SaveError, first_line
 from surgeon.graph.agreement import relative_error, tolerance_for
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.site import find_sparse_linears
 from surgeon.kernels import cpu
-from surgeon.moe.knobs import get_tau
 from surgeon.moe.site import find_moes
 from surgeon.surgery.compiled_check import checked_code
 from surgeon.tracing.trace import quiet

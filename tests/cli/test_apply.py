@@ -78,7 +78,7 @@ def test_apply_json_is_alone_on_stdout(run: Run) -> None:
     result = run("--output", "json", "apply", "--passes", "moeify", *NET, "-o", "out", "--verify", "full")
     done = result.json
     assert set(done) == {
-        "model", "directory", "dry_run", "passes", "before", "after", "quality", "agreement", "notes", "next",
+        "model", "directory", "dry_run", "search", "passes", "before", "after", "quality", "agreement", "notes", "next",
         "seconds",
     }  # fmt: skip
     assert done["directory"] == "out"

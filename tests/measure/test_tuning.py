@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgeon.data.batch import Batch
+from surgeon.dynamic.knobs import get_rule, get_tau, set_rule, set_tau
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.measure.meter import ExpertMeter, measure
 from surgeon.measure.sweep import time_settings
 from surgeon.measure.tuning import Tuned, Tuner, _allocate, tune
-from surgeon.moe.knobs import get_rule, get_tau, set_rule, set_tau
 from surgeon.passes import Lower, Moeify, Sparsify
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline

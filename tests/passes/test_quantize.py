@@ -11,12 +11,12 @@ import torch
 
 import surgeon
 from surgeon.data.batch import Batch
+from surgeon.dynamic.knobs import get_knobs, set_knobs, set_rule, set_tau
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
 from surgeon.measure.meter import measure
 from surgeon.measure.sweep import sweep
 from surgeon.moe.int8 import TENSORS, Int8MoE
-from surgeon.moe.knobs import get_knobs, set_knobs, set_rule, set_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Mlpify, Moeify, Quantize, Recover
 from surgeon.surgery.pipeline import Pipeline
@@ -244,7 +244,7 @@ def test_sums_that_32_bits_may_not_hold(traces: Any, monkeypatch: pytest.MonkeyP
 
 def test_what_trains_comes_first(traces: Any) -> None:
     with pytest.raises(UsageError, match="recover must run before quantize"):
-        Pipeline([Moeify(experts=4), Quantize(), Recover()]).check(has_moes=False, has_data=True)
+        Pipeline([Moeify(experts=4), Quantize(), Recover()]).check(there=(), has_data=True)
     graph = converted(traces)
     Quantize().apply(graph, inputs=vectors())
     report = Recover(steps=1).apply(graph, inputs=vectors(), data=labelled_vectors())

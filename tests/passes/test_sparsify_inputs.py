@@ -12,13 +12,13 @@ from torch import nn
 
 import surgeon
 from surgeon.data.data import Data
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.knobs import get_tau, set_tau
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
 from surgeon.inputs.site import find_sparse_linears, sparse_linear
 from surgeon.measure.meter import measure
 from surgeon.measure.tuning import tune
-from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.passes import Lower, Moeify, Recover, Refit, SparsifyInputs
 from surgeon.surgery.pipeline import Pipeline
 from tests.small_models import WIDTH, Function, correlated_vectors, labelled_vectors, stack, vectors
