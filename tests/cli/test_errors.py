@@ -32,7 +32,7 @@ from .harness import NET, Run, left
         (("apply", "x", "--passes", "lower"), "lower works on layers that skip by tau, but there are none."),
         (("apply", "x", "--passes", "mlpify"), "mlpify needs data"),
         (("apply", "x", "--passes", "moeify", "--tau", "1.5"), "--tau 1.5 is not a number from 0 to 1."),
-        (("apply", "x", "--passes", "sparsify", "--tau", "0.5"), "--tau needs layers that skip. Add moeify or sparsify-inputs"),
+        (("apply", "x", "--passes", "sparsify", "--tau", "0.5"), "--tau needs layers that skip. Add moeify"),
         (("apply", "x", "--passes", "moeify", "--tau", "0.5"), "--tau needs fitted routers. Give --data to fit them."),
         (("apply", "x", "--passes", "moeify", "--set", "moeify.tau=0.5"), "moeify needs data: tau needs routers that"),
         (("apply", "x", "--passes", "moeify", "--resume"), "--resume continues training, but this run trains nothing"),
