@@ -90,7 +90,8 @@ def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
     found: dict[str, float] = {}
     # For each module that a pass made: the multiply-adds before all passes, divided by its own.
     ratios: dict[str, float] = {}
-    for change in (site for report in reports for site in report.sites):
+    # The head of an early exit replaces nothing.
+    for change in (site for report in reports if report.name != "early-exit" for site in report.sites):
         before, after = change.multiply_adds
         dense = before * ratios.get(change.path, 1.0)
         for path in change.made:

@@ -27,6 +27,7 @@ LOOKS_FOR = {
     "linear": "standalone linear layer",
     "moe": "expert layer",
     "dynamic": "layer that skips by tau",
+    "block": "place between blocks",
 }
 
 
