@@ -120,7 +120,7 @@ class EarlyExit(TrainedPass[BlockEnd, str]):
 
         with graph.graph.inserting_before(site.output.next):
             features = emit_features(graph, site, self.pool, target)
-            own, answered = answer(step, get, features, earlier, plan=self._form)
+            own, answered = answer(step, get, features, earlier, self._form)
             set_path(own, f"{target}.{LOGITS}")
         with graph.graph.inserting_before(site.answer.next):
             chosen = emit(graph, exit_or, answered, site.answer, get("tau"), path=target)

@@ -67,22 +67,24 @@ def multiply_adds(head: nn.Module) -> int:
     return sum(parameter.numel() for parameter in head.parameters() if parameter.dim() == 2)
 
 
-def answer(step: Step, get: Step, features: Any, earlier: Sequence[Any], *, plan: HeadPlan) -> tuple[Any, Any]:
+def answer(
+    step: Step, get: Step, features: Any, earlier: Sequence[Any], plan: HeadPlan, cut: Step = lambda logits: logits
+) -> tuple[Any, Any]:
     """Compute a head: return its own logits, and what the exit answers, both [B, C].
 
     Args:
         step: called with an op and its arguments; it runs the op or adds it to a graph.
         get: called with the name of a parameter. features: [B, d]. earlier: the logits of the heads before, [B, C].
+        cut: called with logits that another head or the ensemble reads. In training it cuts the gradient.
     """
-    # Every head learns for itself.
-    before = [step(aten.detach.default, logits) for logits in earlier]
+    before = [cut(logits) for logits in earlier]
     x = step(aten.cat.default, [features, before[-1]], 1) if plan.cascade and before else features
     if plan.width is not None:
         x = step(aten.relu.default, step(aten.linear.default, x, get("hidden.weight"), get("hidden.bias")))
     logits = step(aten.linear.default, x, get("out.weight"), get("out.bias"))
     if not (plan.ensemble and before):
         return logits, logits
-    stacked = step(aten.stack.default, [*before, step(aten.detach.default, logits)])
+    stacked = step(aten.stack.default, [*before, cut(logits)])
     weights = step(aten.exp.default, get("mix"))
     weighted = step(
         aten.mul.Tensor, step(aten.log_softmax.int, stacked, -1), step(aten.reshape.default, weights, [-1, 1, 1])

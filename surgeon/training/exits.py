@@ -69,7 +69,7 @@ def train_heads(
         own: list[Tensor] = []
         errors = []
         for (_, head), x in zip(heads.items(), features, strict=True):
-            logits, answered = answer(_run, head.get_parameter, x.to(_dtype(head)), own, plan=form)
+            logits, answered = answer(_run, head.get_parameter, x.to(_dtype(head)), own, form, Tensor.detach)
             own.append(logits)
             answers = [logits] if answered is logits else [logits, answered]
             errors += [error(one, teacher.log_softmax(-1), batch.labels) for one in answers]
