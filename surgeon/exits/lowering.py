@@ -48,8 +48,14 @@ def plan_skipping(graph: GraphModule, site: ExitSite) -> Plan | Rejection:
         reason = f"the graph takes batches of {batch} samples only. Trace the model with a batch that may change"
         return Rejection("fixed-batch", reason, site.path, site.logits.name)
     before = set(walk_sources(site.logits))
-    wanted = {node for node in walk_sources(site.rest) if node not in before and node.op.startswith("call")}
-    region = tuple(node for node in graph.graph.nodes if node in wanted)
+    after = {node for node in walk_sources(site.rest) if node not in before and node.op.startswith("call")}
+    wanted: dict[Node, None] = {}
+    for node in graph.graph.nodes:
+        # The sizes of what was there before are known, and what they are read from is not needed.
+        is_size = isinstance(node.meta.get("val"), torch.SymInt)
+        if node in after and not (is_size and not any(one in wanted for one in node.all_input_nodes)):
+            wanted[node] = None
+    region = tuple(wanted)
     values, sizes = [], []
     for source in dict.fromkeys(source for node in region for source in node.all_input_nodes):
         if source in wanted or source.op == "get_attr" or not _has(source.meta.get("val"), batch):
@@ -90,7 +96,7 @@ def skip_rest(graph: TracedGraph, site: ExitSite, plan: Plan) -> Node:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user in inside)
     # Some of what follows may have been computed before, because it does not depend on the samples' values.
     order = {node: number for number, node in enumerate(graph.graph.nodes)}
-    for node in (node for node in plan.region if order[node] < order[place]):
+    for node in [node for node in plan.region if order[node] < order[place]]:
         place.append(node)
         place = node
     for node, dimension, known in plan.reshapes:
