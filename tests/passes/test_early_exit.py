@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from surgeon.measure.tuning import Tuner
 from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.passes import EarlyExit, Lower, Moeify, Recover, Refit
 from surgeon.passes.report import dense_layers
+from surgeon.surgery.engines import export_onnx, export_openvino
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.surgery import Surgery
 from tests.small_models import classifier, labelled, labelled_vectors, stack, tokens, vectors
@@ -128,7 +130,7 @@ def test_tau_is_set_for_all_exits_or_one_and_swept(graph: TracedGraph) -> None:
     assert any(0.0 < point.executed < 1.0 for point in points)
     assert get_tau(made)["blocks.exits.1"] == 1.0
     assert 0.01 in usual_taus(made)
-    assert dense_layers(surgery.reports) == {}
+    assert dense_layers(run(graph, EarlyExit(steps=1), Lower()).reports) == {}
 
 
 def test_a_budget_is_shared_by_exits_and_experts(graph: TracedGraph) -> None:
@@ -153,11 +155,14 @@ def test_what_other_passes_and_measures_say(graph: TracedGraph) -> None:
         Pipeline([Lower(), EarlyExit()]).check(there={"moe"}, has_data=True)
 
 
-def test_no_place_in_a_model_of_its_own_class() -> None:
+def test_no_place_in_a_model_of_its_own_class_or_in_other_engines(tmp_path: Path) -> None:
     model = stack("gelu", 3)
     surgery = Pipeline([EarlyExit(steps=1)]).run(model, inputs=vectors(), data=labelled_vectors(1))
     with pytest.raises(UsageError, match="has early exits"):
         surgeon.graft(model, surgery)
+    for write in (export_onnx, export_openvino):
+        with pytest.raises(UsageError, match="only torch runs"):
+            write(surgery.graph, vectors(), tmp_path / "out", record=surgery.record(), origin=surgery.origin)
 
 
 def test_data_is_asked_for(graph: TracedGraph) -> None:
