@@ -42,13 +42,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (its operators are there before the native kernels are loaded)
 from surgeon.errors import UsageError
 from surgeon.kernels.backends import backends
 
-__all__ = ["kept", "masked_linear", "sparse_linear", "threshold"]
+__all__ = ["kept", "masked_linear", "ordinary_ops", "sparse_linear", "threshold"]
 
 
 class LinearCall(NamedTuple):
@@ -238,6 +239,22 @@ _library.impl("sparse_linear_differentiable", _autograd, "Autograd", with_keyset
 
 masked_linear = torch.ops.surgeon.masked_linear
 sparse_linear = torch.ops.surgeon.sparse_linear
+
+
+class ordinary_ops(TorchFunctionMode):  # noqa: N801  (a context manager)
+    """Inside the block, calls of the operators run ordinary ops of torch: a trace has these in their place.
+
+    Every input is read then, and a mask leaves out those that are skipped.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (sparse_linear, sparse_linear.default):
+            return _linear(_by_rows(*args))
+        if func in (masked_linear, masked_linear.default):
+            return _linear(_check("masked linear", *args))
+        return func(*args, **(kwargs or {}))
 
 
 def _check(op: str, *given: Tensor | None) -> LinearCall:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from typing_extensions import TypeVar
 
 from surgeon.data.data import Data
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.site import find_dynamic
 from surgeon.exits.blocks import BlockEnd
 from surgeon.exits.site import ExitSite
 from surgeon.graph.traced import TracedGraph

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
+from surgeon.dynamic.knobs import set_tau
 from surgeon.errors import UsageError
 from surgeon.exits.blocks import BlockEnd, Layer, find_block_ends
 from surgeon.exits.heads import (
@@ -26,7 +27,6 @@ from surgeon.exits.site import exit_or, find_exits
 from surgeon.graph.edit import emit, get_attr, set_path
 from surgeon.graph.holder import mark_holders
 from surgeon.graph.traced import TracedGraph, free_target
-from surgeon.moe.knobs import set_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import option

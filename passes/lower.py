@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from surgeon.dynamic import DynamicSite
+from surgeon.dynamic.site import DynamicSite
 from surgeon.exits.heads import multiply_adds
 from surgeon.exits.lowering import Plan, plan_skipping, skip_rest
 from surgeon.exits.site import ExitSite, find_exits

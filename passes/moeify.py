@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from surgeon.data.data import Data
+from surgeon.dynamic.knobs import set_tau
 from surgeon.errors import UsageError
 from surgeon.graph.traced import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
@@ -25,7 +26,6 @@ from surgeon.kernels.scores import Output
 from surgeon.kernels.selection import RULES
 from surgeon.moe.clustering import nearest_divisors
 from surgeon.moe.filling import mark_filling
-from surgeon.moe.knobs import set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.router import Goal, Labels, Objective, Router
 from surgeon.moe.site import find_moes
@@ -190,7 +190,9 @@ class Moeify(TrainedPass[FFN, _Seen]):
                 "moeify: epochs is 0, so router=trained would stay random. Set epochs above 0 or choose another router."
             )
         if self.experts is not None and self.expert_size is not None:
-            raise UsageError("moeify: give experts or expert_size, not both.")
+            raise UsageError(
+                "moeify: give experts or expert_size, not both. Set one to none to drop what a recipe sets."
+            )
         if self.underestimate != 1.0 and self.objective == "activation":
             raise UsageError(
                 "moeify: underestimate weights the errors of a regression, but objective=activation is not one. "

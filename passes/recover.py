@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens
-from surgeon.dynamic import DynamicSite, find_dynamic
+from surgeon.dynamic.site import DynamicSite, find_dynamic
 from surgeon.exits.site import ExitSite
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph
@@ -121,7 +121,8 @@ class Recover(FineTunedPass[DynamicSite, str]):
             report = finetune(
                 graph, context.data, self.plan(), context.settings, "recover",
                 watched=[n for names in inputs.values() for n in names],
-                penalise=penalise, distill=self.distill, distill_layers=self.distill_layers, stateful=(drawn,),
+                penalise=penalise, distill=self.distill, distill_layers=self.distill_layers,
+                augmentation=self.augmentation, stateful=(drawn,),
                 own_rates={
                     f"{path}.router.{name}": self.router_lr
                     for path in inputs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
-from surgeon.dynamic import DynamicSite
+from surgeon.dynamic.site import DynamicSite
 from surgeon.exits.site import ExitSite
 from surgeon.graph.edit import get_attr
 from surgeon.graph.holder import mark_holders, parameters_only

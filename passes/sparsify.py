@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from surgeon.collective import mean
 from surgeon.data.batch import Batch
+from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens
 from surgeon.errors import UsageError
 from surgeon.graph.edit import set_path
@@ -34,13 +35,14 @@ from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns
 from surgeon.training.finetuning import finetune
 from surgeon.training.loop import FitReport
-from surgeon.training.observe import layer_sparsity
+from surgeon.training.observe import pre_activations
 from surgeon.training.penalty import (
     PENALTIES,
     PENALTY_NAMES,
     AlphaControl,
     AlphaSchedule,
     Penalty,
+    Sparsity,
     alpha_at,
     penalised_values,
 )
@@ -211,7 +213,8 @@ class Sparsify(FineTunedPass[FFN]):
             }
 
         tapped = [site for site in find_ffns(graph)[0] if site.path in sites.values()]
-        before_training = layer_sparsity(graph, tapped, data)
+        by_path = {paths[name]: tap for name, tap in taps.items()}
+        before_training, penalty_before = self._look(graph, tapped, by_path, data)
         report = finetune(
             graph,
             data,
@@ -222,18 +225,24 @@ class Sparsify(FineTunedPass[FFN]):
             penalise=penalise,
             distill=self.distill,
             distill_layers=self.distill_layers,
+            augmentation=self.augmentation,
             stateful=() if control is None else (control,),
         )
-        after_training = layer_sparsity(graph, tapped, data)
+        after_training, penalty_after = self._look(graph, tapped, by_path, data)
         sparsity = {path: (before_training[path], after_training[path]) for path in before_training}
-        return dataclasses.replace(report, sparsity=sparsity)
+        penalty = None if penalty_before is None or penalty_after is None else (penalty_before, penalty_after)
+        return dataclasses.replace(report, sparsity=sparsity, penalty=penalty)
 
     def finish(
         self, graph: TracedGraph, sites: Sequence[FFN], changes: Sequence[SiteChange], fit: FitReport | None
     ) -> tuple[str, ...]:
-        if self.target is None or fit is None:
+        if fit is None:
             return ()
-        wanted = {path: for_site(self.target, path) for path in fit.sparsity}
+        return self._missed(fit) if self.target is not None else self._not_fallen(fit)
+
+    def _missed(self, fit: FitReport) -> tuple[str, ...]:
+        """Name the layer that is farthest from its target, if any missed it."""
+        wanted = {path: self._goal(path) for path in fit.sparsity}
         missed = {
             path: (new.active, goal)
             for path, (_, new) in fit.sparsity.items()
@@ -246,12 +255,54 @@ class Sparsify(FineTunedPass[FFN]):
         return (
             f"{len(missed)} of {aimed} layers missed the target. The worst is {path} with {active:.1%} of its neurons "
             f"active instead of {goal:.1%}. Train longer (epochs), raise lr, or start from a larger alpha.",
+            *self._not_fallen(fit),
         )
+
+    def _not_fallen(self, fit: FitReport) -> tuple[str, ...]:
+        """Warn if what was to fall did not: the share of active neurons or the penalty, on the same tokens."""
+        if fit.penalty is None:
+            return ()
+        pairs = [pair for path, pair in fit.sparsity.items() if self._goal(path) is not None]
+        active = [sum(sparsity[place].active for sparsity in pairs) / len(pairs) for place in (0, 1)]
+        moved = {
+            "The share of active neurons": [f"{value:.1%}" for value in active],
+            f"The {PENALTY_NAMES[self.penalty]} penalty": [f"{value:.4g}" for value in fit.penalty],
+        }
+        rose = (active[1] >= active[0], fit.penalty[1] >= fit.penalty[0])
+        stayed = [
+            f"{what} stayed at {new}." if old == new else f"{what} rose from {old} to {new}."
+            for (what, (old, new)), did in zip(moved.items(), rose, strict=True)
+            if did
+        ]
+        if not stayed:
+            return ()
+        trained = "" if self.target is not None else ", or set a target, for example target=0.05"
+        return (f"{' '.join(stayed)} Try a larger alpha (now {self.alpha:g}), more epochs or steps{trained}.",)
+
+    def _goal(self, path: str) -> float | None:
+        """The largest share of active neurons that this run wants of a layer; None if the layer is not penalised."""
+        return 1.0 if self.target is None else for_site(self.target, path)
+
+    def _look(
+        self, graph: TracedGraph, sites: Sequence[FFN], taps: Mapping[str, SparsityTap], data: Data
+    ) -> tuple[dict[str, Sparsity], float | None]:
+        """Measure the sparsity of every layer, and the mean penalty of the layers that are penalised, if any are."""
+        values = pre_activations(graph, sites, data)
+        sparsity = {site.path: Sparsity.of(site.activations(graph, values[site.path])) for site in sites}
+        if self.alpha == 0:
+            return sparsity, None
+        with torch.no_grad():
+            sizes = [
+                float(PENALTIES[self.penalty](taps[path].penalised(z)).mean())
+                for path, z in values.items()
+                if self._goal(path) is not None
+            ]
+        return sparsity, sum(sizes) / len(sizes) if sizes else None
 
     def _control(self, paths: Sequence[str]) -> AlphaControl | None:
         if self.target is None:
             return None
-        goals = [for_site(self.target, path) for path in paths]
+        goals = [self._goal(path) for path in paths]
         return AlphaControl(goals, self.alpha, per_step=self.accumulate)
 
 

@@ -90,6 +90,7 @@ class SwapActivation(FineTunedPass[FFN]):
             "swap-activation",
             distill=self.distill,
             distill_layers=self.distill_layers,
+            augmentation=self.augmentation,
         )
         after = layer_sparsity(graph, sites, data)
         return dataclasses.replace(report, sparsity={path: (before[path], after[path]) for path in before})

@@ -7,6 +7,7 @@ from abc import ABC
 from dataclasses import dataclass
 from typing import ClassVar
 
+from surgeon.data.augmentation import Augmentation
 from surgeon.errors import UsageError
 from surgeon.passes.base import Pass
 from surgeon.passes.contract import Seen, Site
@@ -70,7 +71,9 @@ class TrainedPass(Pass[Site, Seen], ABC):
 class FineTunedPass(TrainedPass[Site, Seen], ABC):
     """A pass that fine-tunes the whole model (`surgeon.training.finetuning`)."""
 
-    for_training: ClassVar[frozenset[str]] = frozenset({"distill", "distill_layers"})
+    for_training: ClassVar[frozenset[str]] = frozenset(
+        {"distill", "distill_layers", "label_smoothing", "mixup", "cutmix"}
+    )
 
     lr: float = option(2e-5, "Learning rate of AdamW for all parameters.", above=0)
     distill: float = option(
@@ -86,3 +89,23 @@ class FineTunedPass(TrainedPass[Site, Seen], ABC):
         "square.",
         least=0,
     )
+    label_smoothing: float = option(
+        0.0,
+        "For image classification: share of the wanted probability that all classes get equally.",
+        least=0,
+        below=1,
+    )
+    mixup: float = option(
+        0.0, "For image classification: α of mixup, which blends pairs of images and their labels. 0 is off.", least=0
+    )
+    cutmix: float = option(
+        0.0,
+        "For image classification: α of CutMix, which puts a rectangle of another image in. With mixup too, each batch "
+        "draws one of them.",
+        least=0,
+    )
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What is done to images and labels in training."""
+        return Augmentation(self.label_smoothing, self.mixup, self.cutmix)

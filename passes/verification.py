@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
-from surgeon.dynamic import DynamicSite
+from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import VerificationError
 from surgeon.exits.blocks import BlockEnd
 from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for

@@ -53,12 +53,12 @@ _EXPORTS = {
     "TracedGraph": "surgeon.graph.traced",
     "find_ffns": "surgeon.sites.search",
     "find_moes": "surgeon.moe.site",
-    "get_rule": "surgeon.moe.knobs",
+    "get_rule": "surgeon.dynamic.knobs",
     "graft": "surgeon.surgery.graft",
-    "get_tau": "surgeon.moe.knobs",
+    "get_tau": "surgeon.dynamic.knobs",
     "load": "surgeon.surgery.artifact",
-    "set_rule": "surgeon.moe.knobs",
-    "set_tau": "surgeon.moe.knobs",
+    "set_rule": "surgeon.dynamic.knobs",
+    "set_tau": "surgeon.dynamic.knobs",
     "to_networkx": "surgeon.graph.traced",
     "token_load": "surgeon.measure.meter",
     "trace": "surgeon.tracing.trace",
@@ -67,6 +67,10 @@ _EXPORTS = {
 
 if TYPE_CHECKING:
     from surgeon.data.data import Data as Data
+    from surgeon.dynamic.knobs import get_rule as get_rule
+    from surgeon.dynamic.knobs import get_tau as get_tau
+    from surgeon.dynamic.knobs import set_rule as set_rule
+    from surgeon.dynamic.knobs import set_tau as set_tau
     from surgeon.errors import SurgeonError as SurgeonError
     from surgeon.graph.traced import TracedGraph as TracedGraph
     from surgeon.graph.traced import to_networkx as to_networkx
@@ -74,10 +78,6 @@ if TYPE_CHECKING:
     from surgeon.measure.compensation import compensate as compensate
     from surgeon.measure.meter import token_load as token_load
     from surgeon.measure.tuning import tune as tune
-    from surgeon.moe.knobs import get_rule as get_rule
-    from surgeon.moe.knobs import get_tau as get_tau
-    from surgeon.moe.knobs import set_rule as set_rule
-    from surgeon.moe.knobs import set_tau as set_tau
     from surgeon.moe.site import find_moes as find_moes
     from surgeon.sites.search import find_ffns as find_ffns
     from surgeon.surgery.artifact import load as load

@@ -208,7 +208,7 @@ class Many(nn.Module):
         return {name: part(x) for name, part in self.named_children()}
 
 
-def correlated_vectors(seed: int = 0, batches: int = 8) -> list[dict[str, Tensor]]:
+def correlated_vectors(seed: int = 0, batches: int = 40) -> list[dict[str, Tensor]]:
     """Inputs of a `Stack` that are correlated and off zero, as those of real layers are."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5)) / WIDTH**0.5

@@ -15,7 +15,7 @@ from torch import nn
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.jobs import demo
-from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivation
+from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SparsifyInputs, SwapActivation
 
 # Of every fine-tuning of the whole model, and of the routers.
 TRAINING: dict[str, Any] = {"epochs": 40.0, "lr": 1e-3, "weight_decay": 0.05}
@@ -25,6 +25,9 @@ TARGET, DISTILL = 0.04, 0.7
 RECOVER = Recover(tau=0.15, distill=DISTILL, **TRAINING | {"epochs": 15.0, "lr": 5e-4})
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 BUDGETS = (0.41, 0.43, 0.45)
+# Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
+LAYERS, FFN_BUDGETS = ("*.mlp.*",), (0.43, 0.46, 0.5, 0.55)
+WHOLE = (0.4, 0.45, 0.5, 0.6)
 
 
 def model(seed: int) -> nn.Module:
@@ -91,7 +94,33 @@ STUDY = Study(
             budgets=(0.3, 0.35, 0.4),
             oracle=True,
         ),
+        # The same search for the weight of the penalty and the training of routers as ours had.
+        "d2dmoe_tuned": Variant(
+            [
+                SwapActivation(),
+                Sparsify(alpha=1e-2, **TRAINING),
+                ffn(**PUBLISHED | {"epochs": 40.0}, objective="norm"),
+                Lower(),
+            ],
+            TAUS,
+            BUDGETS,
+            oracle=True,
+        ),
+        # Every linear layer: experts where there is an activation, inputs that are skipped everywhere else.
+        "ours_inputs": Variant(
+            [
+                SwapActivation(), Sparsify(target=TARGET, distill=DISTILL, **TRAINING), ffn(epochs=ROUTER_EPOCHS),
+                SparsifyInputs(skip=("head",)), replace(RECOVER, epochs=30.0, skip_inputs=0.7), Lower(),
+            ],
+            budgets=(0.34, 0.3, 0.27, 0.24),
+        ),
         "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
+        "teal": Variant([SparsifyInputs(criterion="magnitude", centre=False, only=LAYERS)], budgets=FFN_BUDGETS),
+        "wina": Variant([SparsifyInputs(centre=False, only=LAYERS)], budgets=FFN_BUDGETS),
+        "inputs": Variant([SparsifyInputs(only=LAYERS)], budgets=FFN_BUDGETS, refit=True),
+        "teal_whole": Variant([SparsifyInputs(criterion="magnitude", centre=False, skip=("head",))], budgets=WHOLE),
+        "wina_whole": Variant([SparsifyInputs(centre=False, skip=("head",))], budgets=WHOLE),
+        "inputs_whole": Variant([SparsifyInputs(skip=("head",))], budgets=WHOLE, refit=True),
     },
 )  # fmt: skip
 

@@ -31,7 +31,7 @@ from surgeon.data.losses import evaluate
 from surgeon.jobs.demo import train
 from surgeon.measure.sweep import Point, sweep
 from surgeon.measure.tuning import Tuner
-from surgeon.passes import Pass
+from surgeon.passes import Pass, Refit
 from surgeon.passes.report import PassReport, dense_layers
 from surgeon.render.screen import Screen
 from surgeon.surgery.pipeline import Pipeline
@@ -46,8 +46,9 @@ class Variant:
 
     passes: what to run; if there are none, another variant's result is looked at in another way. taus: for the curve
     with one tau for all layers; none if there are no experts yet. budgets: shares of the dense model's multiply-adds to
-    tune for. oracle: also with the true norms. compensated: the mean of what is skipped is added. starts_from: another
-    variant, to go on from its result.
+    tune for. oracle: also with the true norms. compensated: the mean of what is skipped is added. refit: the weights
+    of linear layers that skip inputs are fitted to what each budget leaves, so they are not to be lowered. starts_from:
+    another variant, to go on from its result.
     """
 
     passes: Passes
@@ -55,6 +56,7 @@ class Variant:
     budgets: Sequence[float] = ()
     oracle: bool = False
     compensated: bool = False
+    refit: bool = False
     rules: Sequence[str] | None = None
     starts_from: str | None = None
 
@@ -172,12 +174,16 @@ class Run:
             assert variant.starts_from is not None
             made = variant.starts_from
         result: dict[str, Any] = self.rewritten(made) | {"curves": {}}
-        if not variant.taus:  # something that others start from
+        if not variant.taus and not variant.budgets:  # something that others start from
             return result
         looked = _Looked(self, variant, self.graph(made))
-        definition = {"of": self._definition(made), "rules": variant.rules, "compensated": variant.compensated}
+        definition = {
+            "of": self._definition(made), "rules": variant.rules, "compensated": variant.compensated,
+            **({"refit": True} if variant.refit else {}),
+        }  # fmt: skip
         taus = definition | {"taus": list(variant.taus)}
-        result["curves"]["uniform"] = self.result(f"{name}-uniform", taus, partial(looked.curve, "own"))["points"]
+        if variant.taus:
+            result["curves"]["uniform"] = self.result(f"{name}-uniform", taus, partial(looked.curve, "own"))["points"]
         if variant.oracle:
             result["curves"]["oracle"] = self.result(f"{name}-oracle", taus, partial(looked.curve, "oracle"))["points"]
         if variant.budgets:
@@ -231,12 +237,17 @@ class _Looked:
             found = self._tuner.tune(budget)
         except surgeon.SurgeonError as error:
             return {"points": [], "refused": str(error)}
-        (point,) = self._sweep([None])
+        graph = self.graph
+        if self.variant.refit:
+            graph = Pipeline([Refit()]).run(graph, inputs=self._shared["inputs"], data=self.run.data()).graph.eval()
+        (point,) = self._sweep([None], graph=graph)
         return {"points": [row(point) | {"budget": budget, "taus": found.taus, "rounds": found.rounds}]}
 
-    def _sweep(self, taus: Sequence[float | None], **options: Any) -> list[Point]:
+    def _sweep(
+        self, taus: Sequence[float | None], graph: surgeon.TracedGraph | None = None, **options: Any
+    ) -> list[Point]:
         return sweep(
-            self.graph, self._data.eval, self.run.study.task, taus, rules=self.variant.rules, **self._shared,
+            graph or self.graph, self._data.eval, self.run.study.task, taus, rules=self.variant.rules, **self._shared,
             dense_multiply_adds=self._dense, dense_layers=dense_layers(self._reports), **options,
         )  # fmt: skip
 

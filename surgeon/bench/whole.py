@@ -14,15 +14,16 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from surgeon.bench.timing import TimedCall, captured, median_seconds
+from surgeon.dynamic.knobs import Knobs, set_knobs, set_tau
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph, fork
+from surgeon.inputs.site import find_sparse_linears, sparse_linear
 from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import executed_share, knobs_restored
-from surgeon.moe.knobs import Knobs, set_knobs, set_tau
 from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
-from surgeon.moe.site import find_moes
 from surgeon.progress import Progress
 
 
@@ -30,9 +31,9 @@ from surgeon.progress import Progress
 class TimedSetting:
     """Times of a call at one tau; tau is None for the stored setting.
 
-    executed: share of the experts' multiply-adds that ran. ours, compiled, torch: milliseconds with the operator, with
-    the operator and `torch.compile` (None if that fails), and with the torch backend. gain: the faster of the dense
-    times over the faster of ours; None without a dense model.
+    executed: share that ran of the multiply-adds that layers can skip. ours, compiled, torch: milliseconds with the
+    operators, with the operators and `torch.compile` (None if that fails), and with the torch backend. gain: the faster
+    of the dense times over the faster of ours; None without a dense model.
     """
 
     tau: float | None
@@ -109,15 +110,21 @@ def time_whole(
         taus: None means the stored setting. seconds: average time spent on each call.
 
     Raises:
-        UsageError: the graph has no experts, or does not take these inputs.
+        UsageError: the graph has no layers that skip, or does not take these inputs.
     """
-    if not find_moes(graph):
-        raise UsageError("The graph has no experts, so there is nothing to compare. Apply moeify and lower first.")
-    ours = _with_op(graph, dynamic_k_ffn)
-    plain = _with_op(graph, torch.ops.surgeon.dynamic_k_ffn_torch.default)  # shares tau with `ours`, as forks do
+    if not find_dynamic(graph):
+        raise UsageError(
+            "The graph has no layers that skip, so there is nothing to compare. Apply moeify or sparsify-inputs first, "
+            "then lower."
+        )
+    ours = _with_ops(graph, dynamic_k_ffn, sparse_linear)
+    ops = torch.ops.surgeon  # the plain graph shares tau with `ours`, as forks do
+    plain = _with_ops(graph, ops.dynamic_k_ffn_torch.default, ops.sparse_linear_torch.default)
     device = next(graph.parameters()).device
     calls: dict[str, TimedCall] = {}
     why: dict[str, str] = {}
+    if not all(site.skips for site in find_sparse_linears(graph)):
+        why["Linear layers that are not lowered read all inputs"] = "run surgeon apply with --passes lower"
     done, steps = 0, 2 + len(taus) + 2 * (dense is not None)
 
     def report() -> None:
@@ -172,12 +179,14 @@ def time_whole(
     return WholeTimes(times.get("dense"), times.get("compiled"), why, settings)
 
 
-def _with_op(graph: TracedGraph, op: Any) -> TracedGraph:
-    """The graph with its experts run by `op`."""
+def _with_ops(graph: TracedGraph, experts: Any, linear: Any) -> TracedGraph:
+    """The graph with its experts and its lowered linear layers that skip inputs run by these operators."""
     copied = fork(graph)
     for node in copied.graph.nodes:
         if node.op == "call_function" and node.target in (dynamic_k_ffn, masked_ffn):
-            node.target = op
+            node.target = experts
+        elif node.op == "call_function" and node.target is sparse_linear:
+            node.target = linear
     copied.recompile()
     return copied.eval()
 

@@ -82,6 +82,15 @@ def apply(
             help="Report the losses of training to a tracker of accelerate, such as tensorboard or wandb.",
         ),
     ] = None,
+    budget_minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-minutes",
+            metavar="N",
+            help="With --recipe recommended: find target, size of experts, routers and learning rates in a part of N "
+            "minutes, on a part of the training data, and train in the rest.",
+        ),
+    ] = None,
     trust_pickle: TrustPickle = False,
     trust_modules: TrustModules = None,
     arch: Arch = None,
@@ -95,18 +104,21 @@ def apply(
 
     Example: surgeon apply --passes sparsify,moeify,lower --set moeify.experts=48 path/to/bert --data reviews.csv
 
-    JSON: {model, directory, dry_run, passes, before, after, quality, agreement, notes, next, seconds}
+    JSON: {model, directory, dry_run, search, passes, before, after, quality, agreement, notes, next, seconds}
     """
     from surgeon.jobs import apply as applying
     from surgeon.jobs.open_model import open_model
+    from surgeon.jobs.search import check_search
     from surgeon.render.apply import applied_view
+    from surgeon.render.search import search_view
     from surgeon.surgery.recipe import parse_settings
     from surgeon.text.diff import pass_view
 
+    given = parse_settings(settings or [])
     if recipe is not None:
         if passes is not None:
             raise UsageError("Give --recipe or --passes, not both.")
-        built, recorded_seed = applying.read_recipe(recipe, parse_settings(settings or []))
+        built, recorded_seed = applying.read_recipe(recipe, given)
         seed = recorded_seed if seed is None else seed
     else:
         built = build(passes, settings)
@@ -114,7 +126,10 @@ def apply(
     if data is not None:
         data = dataclasses.replace(data, seed=seed)
     typed = tuple(run.args)
-    options = applying.ApplyOptions(out, overwrite, dry_run, resume, verify.value, seed, tau, data, report_to, typed)
+    check_search(recipe, budget_minutes, has_data=data is not None, dry_run=dry_run)
+    options = applying.ApplyOptions(
+        out, overwrite, dry_run, resume, verify.value, seed, tau, data, report_to, typed, budget_minutes, given
+    )
     applying.check_options(model, built, options)
     opened = open_model(
         model,
@@ -126,6 +141,8 @@ def apply(
         data=data,
         stage=run.screen.stage,
     )
+    if recipe is not None:
+        built, opened = applying.recipe_for(opened, recipe, given) or (built, opened)
     for note in opened.notes:
         run.screen.say(f"note: {note}")
     applied = applying.apply(
@@ -135,6 +152,7 @@ def apply(
         stage=run.screen.stage,
         progress=run.screen.progress,
         on_pass=lambda pass_: run.screen.show(pass_view(pass_, "sites", gap=True)),
+        on_search=lambda search: run.screen.show(search_view(search)),
     )
     run.screen.show(applied_view(applied))
     run.screen.result(applying.applied_json(applied, opened))

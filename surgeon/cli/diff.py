@@ -1,6 +1,7 @@
 """`surgeon diff`: what passes changed, or two models side by side."""
 
 # The annotations are read when commands are made, so they are not postponed.
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,8 +25,8 @@ def diff(
 ) -> None:
     """Show what passes changed, or compare two models.
 
-    For one saved surgery, show what each of its passes changed. For two models, saved or not, show their sites side by
-    side.
+    For one saved surgery, show what each of its passes changed, and the trials of a search for settings. For two
+    models, saved or not, show their sites side by side.
 
     Example: surgeon diff bert-surgery
 
@@ -33,14 +34,18 @@ def diff(
 
     JSON: {passes: [{report, graph}]} for one; {names, costs, sites, difference, note, nodes} for two
     """
+    from surgeon.render.search import search_view
     from surgeon.surgery.artifact import load_diff
+    from surgeon.surgery.record import read_record
     from surgeon.text.diff import diff_view
 
     if stat and full:
         raise UsageError("Give --stat or --full, not both.")
     detail: Any = "stat" if stat else "full" if full else "sites"
     if second is None:
-        recorded = load_diff(first)
+        recorded, search = load_diff(first), read_record(Path(first)).search
+        if search is not None:
+            run.screen.show(search_view(search))
         run.screen.show(diff_view(recorded.passes, detail))
         run.screen.result(recorded)
         return

@@ -30,11 +30,12 @@ def inspect(
 ) -> None:
     """Show a model's layers and what they cost.
 
-    It lists feed-forward, expert and standalone linear layers, each with its share of the multiply-adds.
+    It lists feed-forward, expert and standalone linear layers, and linear layers that skip inputs, each with its share
+    of the multiply-adds.
 
     Example: surgeon inspect path/to/bert
 
-    JSON: {model, kind, inputs, task, cost, ffns, experts, linears, refused, notes, graph}
+    JSON: {model, kind, inputs, task, cost, ffns, experts, skipping, linears, refused, notes, graph}
     """
     from surgeon.jobs.inspect import inspect as look
     from surgeon.jobs.open_model import open_model

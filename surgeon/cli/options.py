@@ -135,7 +135,7 @@ Taus = Annotated[
     typer.Option(
         "--tau",
         metavar="T,T,...",
-        help="Values of tau; 0, at which every expert runs, is added. By default up to 0.5, for top_k up to 0.95.",
+        help="Values of tau; 0, at which everything runs, is added. By default up to 0.5, for top_k up to 0.95.",
     ),
 ]
 Rules = Annotated[

@@ -28,19 +28,23 @@ def passes(
     Example: surgeon passes moeify --example
 
     JSON: {passes: [{name, summary, description, works_on, makes, must_precede, preserves, needs_data, trains,
-    calibrates, untrained, output}], recipes: {name: {summary, passes: [[name, options]]}}, broken: {name: why}}; for
-    one pass {name, ..., options: [{name, type, default, help}], example}
+    calibrates, untrained, output}], recipes: {name: {summary, passes: [[name, options]]} or {summary, by_family:
+    {family: name}}}, broken: {name: why}}; for one pass {name, ..., options: [{name, type, default, help}], example}
     """
     from surgeon.passes.catalogue import all_about, broken
     from surgeon.render.passes import pass_view, passes_view
-    from surgeon.surgery.recipes import RECIPES
+    from surgeon.surgery.recipes import BY_FAMILY, RECIPES, all_recipes
 
     known = all_about()
     if name is None:
         if example:
             raise UsageError("--example runs one pass. Name it: surgeon passes moeify --example.")
-        run.screen.show(passes_view(known.values(), RECIPES, broken()))
-        recipes = {name: {"summary": what, "passes": steps} for name, (what, steps) in RECIPES.items()}
+        run.screen.show(passes_view(known.values(), all_recipes(), broken()))
+        recipes = {
+            name: {"summary": what}
+            | ({"passes": RECIPES[name][1]} if name in RECIPES else {"by_family": BY_FAMILY[name][1]})
+            for name, what in all_recipes().items()
+        }
         passes = [_plain(about) for about in known.values()]
         run.screen.result({"passes": passes, "recipes": recipes, "broken": broken()})
         return

@@ -108,9 +108,14 @@ def task_loss(task: str, *, blank: int = 0) -> Loss | None:
     return loss
 
 
+def is_task_loss(loss: Loss) -> bool:
+    """Whether `task_loss` made this loss, and not the user."""
+    return getattr(loss, "__module__", None) == __name__
+
+
 def over_processes(loss: Loss) -> Loss:
     """Return a loss that is a mean over samples as one of the whole batch, of which each process has a part."""
-    if count() == 1 or getattr(loss, "__module__", None) == __name__:
+    if count() == 1 or is_task_loss(loss):
         return loss
 
     def whole(outputs: Any, batch: Batch) -> Tensor:
@@ -126,8 +131,12 @@ def blank_of(config: Any) -> int:
     return padding if isinstance(padding, int) else 0
 
 
-def sample_losses(outputs: Any, batch: Batch, task: str, *, blank: int = 0) -> tuple[Tensor, Tensor]:
+def sample_losses(
+    outputs: Any, batch: Batch, task: str, *, blank: int = 0, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Return the loss of each sample, float32 [B], and the number of its predictions, int64 [B].
+
+    label_smoothing: share of the wanted probability that all classes get equally. ctc has none.
 
     Raises:
         DataError: the labels are missing or do not match the logits.
@@ -135,7 +144,9 @@ def sample_losses(outputs: Any, batch: Batch, task: str, *, blank: int = 0) -> t
     if TASKS[task].loss == "ctc":
         return _ctc_losses(outputs, batch, task, blank)
     logits, labels = _aligned(outputs, batch, task)
-    flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    flat = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none", label_smoothing=label_smoothing
+    )
     return flat.view_as(labels).sum(1), (labels != IGNORED).sum(1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from surgeon.engines.installed import installed, silent
 from surgeon.engines.openvino import conversion, name_ports
 from surgeon.errors import SaveError, UsageError, first_line
+from surgeon.kernels.sparse_linear import ordinary_ops
 from surgeon.models.hugging_face import quiet_transformers
 from surgeon.tracing.trace import quiet
 
@@ -68,7 +69,7 @@ def convert_generator(model: Any) -> Any:
     free |= {"beam_idx": {0: _AUTO}, "past": [{0: _AUTO, 2: _AUTO}] * len(past)}
     inside, outside = ([f"{way}.{place}" for place in range(len(past))] for way in ("past", "present"))
     try:
-        with quiet(), silent(), quiet_transformers(), torch.no_grad():
+        with quiet(), silent(), quiet_transformers(), torch.no_grad(), ordinary_ops():
             exported = torch.export.export(_Step(model).eval(), args, dynamic_shapes=free, strict=False)
         with silent():
             made = openvino.convert_model(exported, extension=conversion())

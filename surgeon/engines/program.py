@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import argument_names, as_args_kwargs, flat_inputs, input_places, unflatten_inputs
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.traced import TracedGraph
+from surgeon.kernels.sparse_linear import ordinary_ops
 from surgeon.tracing.dynamic_sizes import free_shapes
 from surgeon.tracing.narrowing import resized, sizes_of
 from surgeon.tracing.setup import copied
@@ -99,8 +101,12 @@ class Program:
         module.training = False
         return module
 
-    def export(self) -> ExportedProgram:
+    def export(self, *, sparse_linears: bool = False) -> ExportedProgram:
         """Export the graph, with the sizes free that are free in it.
+
+        Args:
+            sparse_linears: keep the operator of linear layers that skip inputs. Without it, they become ordinary ops,
+                which read all inputs and mask some.
 
         Raises:
             Exception: of many types, if torch cannot.
@@ -113,7 +119,7 @@ class Program:
             for given, leaf in zip(self.sizes.inputs, [x for x in leaves if isinstance(x, Tensor)], strict=True)
         }
         dims = free_shapes(module, args, kwargs, [shapes.get(id(leaf), []) for leaf in leaves])
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), nullcontext() if sparse_linears else ordinary_ops():
             return torch.export.export(module, args, kwargs, strict=False, dynamic_shapes=dims)
 
     def to_try(self) -> Iterator[tuple[dict[str, int], list[Any]]]:

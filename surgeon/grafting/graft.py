@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.knobs import get_knobs, set_knobs, set_tau
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError, VerificationError, first_line, some
 from surgeon.exits.site import find_exits
 from surgeon.grafting.check import Call, calls_of, difference, outputs
@@ -37,7 +38,6 @@ from surgeon.inputs.module import SparseLinear
 from surgeon.inputs.rebuild import linear_module
 from surgeon.inputs.site import find_sparse_linears
 from surgeon.moe.int8 import Int8MoE
-from surgeon.moe.knobs import get_knobs, set_knobs, set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.rebuild import moe_module
 from surgeon.moe.site import find_moes

@@ -23,7 +23,7 @@ class SparseLinearSite:
 
     path: the module path of its levels and tau, `encoder.layer.0.query.inputs`. nodes: every execution in a graph.
     form: "masked" (reference op), "dynamic" (the op that reads only what it needs) or "module" (in a model).
-    centred, weighted: whether inputs are compared with a centre, and weighted by the norms of the weight's columns.
+    tau, levels, scale, centre: as in `surgeon.kernels.sparse_linear`. biased: whether it has a bias.
     """
 
     path: str
@@ -35,6 +35,7 @@ class SparseLinearSite:
     levels: Tensor
     scale: Tensor | None
     centre: Tensor | None
+    biased: bool
 
     # As a mixture of experts has them: every input is an expert of one row of the weight, and there is no router.
     router_parameters = 0
@@ -85,7 +86,7 @@ def find_sparse_linears(model: nn.Module) -> list[SparseLinearSite]:
         return [
             SparseLinearSite(
                 path, "module", (), module.shape.d_in, module.shape.d_out, module.tau, module.levels, module.scale,
-                module.centre,
+                module.centre, module.bias is not None,
             )
             for path, module in model.named_modules()
             if isinstance(module, SparseLinear)
@@ -102,9 +103,12 @@ def find_sparse_linears(model: nn.Module) -> list[SparseLinearSite]:
 def _site(graph: GraphModule, path: str, nodes: list[Node]) -> SparseLinearSite:
     holder: Any = graph.get_submodule(path)
     form = _FORMS[nodes[0].target]
-    weight = LinearCall(*nodes[0].args).weight  # type: ignore[arg-type]
+    call = LinearCall(*nodes[0].args)  # type: ignore[arg-type]
+    weight: object = call.weight
     assert isinstance(weight, Node)
     rows, columns = weight.meta["val"].shape
     d_out, d_in = (int(rows), int(columns)) if form == "masked" else (int(columns), int(rows))
     optional = {name: getattr(holder, name, None) for name in ("scale", "centre")}
-    return SparseLinearSite(path, form, tuple(nodes), d_in, d_out, holder.tau, holder.levels, **optional)
+    return SparseLinearSite(
+        path, form, tuple(nodes), d_in, d_out, holder.tau, holder.levels, **optional, biased=call.bias is not None
+    )

@@ -7,14 +7,14 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from surgeon.data.quality import Quality
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import NothingChangedError, UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.jobs.evaluation import (
@@ -28,6 +28,7 @@ from surgeon.jobs.evaluation import (
 from surgeon.jobs.inspect import LOOKS_FOR
 from surgeon.jobs.open_model import Opened, Stage
 from surgeon.jobs.options import DataOptions
+from surgeon.jobs.search import Searcher, settings_for, with_options
 from surgeon.jobs.store import check_target
 from surgeon.jobs.workdir import WorkDirectory
 from surgeon.measure.meter import Cost, measure
@@ -36,12 +37,15 @@ from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.processes import agreed, connect, is_main, wait
 from surgeon.progress import Progress
+from surgeon.surgery.families import choose
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import build
-from surgeon.surgery.recipes import RECIPES
+from surgeon.surgery.recipes import BY_FAMILY, RECIPES, all_recipes
 from surgeon.surgery.record import RECORD, Recipe, Step, read_record, validated
 from surgeon.surgery.surgery import Surgery
+from surgeon.surgery.trials import Search
 from surgeon.text.reasons import count_reasons
+from surgeon.tracing.trace import TraceInfo
 from surgeon.training.trackers import check_tracker
 
 
@@ -75,7 +79,11 @@ class Applied:
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """Options of a run: see `surgeon apply --help`. typed: the words of the command line, to suggest the next one."""
+    """Options of a run: see `surgeon apply --help`.
+
+    typed: the words of the command line, to suggest the next one. given: the options of passes that the user set, which
+    a search for settings leaves as they are.
+    """
 
     out: Path | None = None
     overwrite: bool = False
@@ -87,6 +95,8 @@ class ApplyOptions:
     data: DataOptions | None = None
     report_to: str | None = None
     typed: tuple[str, ...] = ()
+    budget_minutes: float | None = None
+    given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def check_changed(report: PassReport, looks_for: str) -> str | None:
@@ -129,7 +139,7 @@ def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions)
         there={"moe", "dynamic"} if artifact else (), has_data=options.data is not None or options.dry_run
     )
     if options.tau is not None and not 0.0 <= options.tau <= 1.0:
-        raise UsageError(f"--tau {options.tau:g} is not a number from 0 to 1. At 0 every expert runs.")
+        raise UsageError(f"--tau {options.tau:g} is not a number from 0 to 1. At 0 everything runs.")
     if options.tau is not None and not artifact and not any(pass_.makes in _SKIP for pass_ in passes):
         raise UsageError("--tau needs layers that skip. Add moeify or sparsify-inputs to --passes.")
     if options.tau and options.data is None and not options.dry_run and any(pass_.makes == "moe" for pass_ in passes):
@@ -170,10 +180,11 @@ def apply(
     stage: Stage = nullcontext,
     progress: Callable[[Progress], None] | None = None,
     on_pass: Callable[[PassDiff], None] | None = None,
+    on_search: Callable[[Search], None] | None = None,
 ) -> Applied:
     """Run passes over a model, measure it before and after, and save the result.
 
-    The opened model is consumed (see `Pipeline.run`).
+    The opened model is consumed (see `Pipeline.run`). With a budget, settings are searched first.
 
     Raises:
         NothingChangedError: a pass changed nothing; nothing is saved.
@@ -195,7 +206,18 @@ def apply(
         if criteria is not None:
             with stage("measuring quality before"):
                 before = judge_before(opened, criteria)
+        search = None
+        if options.budget_minutes is not None:
+            assert workdir is not None
+            searcher = Searcher(
+                opened, passes, options.budget_minutes, options.seed, workdir, started=started, progress=progress
+            )
+            search = searcher.run(settings_for(options.given))
+            passes = with_options(passes, search.options)
+            if on_search is not None:
+                on_search(search)
         surgery = _run(opened, passes, options, workdir, notes, progress=progress, on_pass=on_pass)
+        surgery.search = search
         _set_tau(surgery, options, notes)
         surgery.graph.eval()
         after = None
@@ -238,6 +260,7 @@ def _checkpoints(opened: Opened, passes: Sequence[Pass[Any]], options: ApplyOpti
             "passes": [{"name": pass_.name, "options": pass_.options()} for pass_ in passes],
             "seed": options.seed,
             "data": opened.data.fingerprint,
+            "budget_minutes": options.budget_minutes,
         }
         result = target_of(opened.spec, passes, options)
         if is_main():
@@ -335,7 +358,7 @@ def _next(
     if not moes:
         return _command(("apply", "--passes", "moeify,lower", place, *data)), "to split the layers into experts"
     if not all(site.skips for site in moes):
-        return _command(("apply", "--passes", "lower", place)), "to skip the experts that tau leaves out"
+        return _command(("apply", "--passes", "lower", place)), "to skip what tau leaves out"
     return _command(("sweep", place, *data)), "to see quality and cost at several tau"
 
 
@@ -363,6 +386,7 @@ def applied_json(applied: Applied, opened: Opened) -> dict[str, Any]:
         "model": opened.spec,
         "directory": applied.directory,
         "dry_run": applied.directory is None,
+        "search": applied.surgery.search,
         "passes": [report.to_json() for report in applied.surgery.reports],
         "before": applied.before,
         "after": applied.after,
@@ -378,13 +402,15 @@ def read_recipe(name: str, settings: Mapping[str, Mapping[str, Any]]) -> tuple[l
     """The passes of a recipe and its seed.
 
     Args:
-        name: of a recipe, or the path of a saved surgery, its `surgery.json`, or a file with the `recipe` in it.
+        name: of a recipe, or the path of a saved surgery, its `surgery.json`, or a file with the `recipe` in it. Of a
+            recipe that depends on the model, any of those that it stands for: see `recipe_for`.
         settings: options by pass, which replace those of the recipe.
 
     Raises:
         UsageError: there is no such recipe or file, the file has no recipe, or a pass or an option does not exist.
     """
     seed = None
+    name = next(iter(BY_FAMILY[name][1].values())) if name in BY_FAMILY else name
     if name in RECIPES:
         steps = tuple(Step(*step) for step in RECIPES[name][1])
     else:
@@ -396,6 +422,24 @@ def read_recipe(name: str, settings: Mapping[str, Mapping[str, Any]]) -> tuple[l
     return [build([step.name], {step.name: {**step.options, **settings.get(step.name, {})}})[0] for step in steps], seed
 
 
+def recipe_for(
+    opened: Opened, name: str, settings: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[Pass[Any]], Opened] | None:
+    """The passes of a recipe that depends on the model, and the model with a note that says which recipe it is.
+
+    Returns:
+        None for a recipe that does not depend on the model.
+
+    Raises:
+        UsageError: nothing was published for such a model.
+    """
+    if name not in BY_FAMILY:
+        return None
+    info: TraceInfo = opened.graph.meta["trace"]
+    chosen, why = choose(name, opened.graph, info.task or opened.task, opened.inputs)
+    return read_recipe(chosen, settings)[0], replace(opened, notes=(*opened.notes, why))
+
+
 def _recorded_recipe(name: str) -> Recipe:
     """The recipe in a file, or in the record of a saved surgery."""
     path = Path(name)
@@ -404,7 +448,7 @@ def _recorded_recipe(name: str) -> Recipe:
         return validated(Recipe, content.get("recipe", content) if isinstance(content, dict) else content)
     except FileNotFoundError:
         raise UsageError(
-            f"--recipe {name}: there is no recipe and no file of that name. Recipes: {', '.join(RECIPES)}."
+            f"--recipe {name}: there is no recipe and no file of that name. Recipes: {', '.join(all_recipes())}."
         ) from None
     except OSError as error:
         raise UsageError(f"--recipe {name} cannot be read: {error.strerror or error}.") from error

@@ -169,7 +169,7 @@ def bench_surgery(
         dense: the model before the surgery, to be timed as well.
 
     Raises:
-        UsageError: as `device_of`; the model has no experts, or does not take so many samples or tokens.
+        UsageError: as `device_of`; the model has no layers that skip, or does not take so many samples or tokens.
     """
     device = device_of(timing)
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), opened.inputs)

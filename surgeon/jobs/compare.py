@@ -12,6 +12,7 @@ import torch
 from surgeon.data.batch import Batch
 from surgeon.data.imitation import answer
 from surgeon.data.quality import Scores
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import SurgeonError, UsageError, first_line, some
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import as_args_kwargs
@@ -31,7 +32,6 @@ from surgeon.measure.compare import Comparison
 from surgeon.measure.compare import compare as run_comparison
 from surgeon.measure.judge import Criteria
 from surgeon.measure.meter import measure
-from surgeon.moe.site import find_moes
 from surgeon.progress import Progress
 
 
@@ -82,7 +82,7 @@ def open_surgeries(
     """Open the surgeries. All read the data alike, with the seed of the first if none is given.
 
     Raises:
-        UsageError: a model has no experts, or the data do not fit it. LoadError: a directory is no model.
+        UsageError: a model has no layers that skip, or the data do not fit it. LoadError: a directory is no model.
     """
     found: dict[str, Opened] = {}
     for name, place in places.items():
@@ -90,8 +90,8 @@ def open_surgeries(
             opened = open_model(str(place), data=data, trust_modules=trust_modules, stage=stage)
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
-        if not find_moes(opened.graph):
-            raise UsageError(f"{name} has no experts, so tau changes nothing. Apply moeify first.")
+        if not find_dynamic(opened.graph):
+            raise UsageError(f"{name} has no layers that skip, so tau changes nothing. Apply moeify first.")
         found[name] = opened
         if data.seed is None and opened.record is not None:
             data = replace(data, seed=opened.record.recipe.seed)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgeon.dynamic.knobs import compensated
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
+from surgeon.inputs.site import find_sparse_linears
 from surgeon.jobs.open_model import Opened
-from surgeon.moe.knobs import compensated
-from surgeon.moe.site import find_moes
-from surgeon.surgery.compiled import LIBRARY, MODEL, check_directory, compile_graph
+from surgeon.surgery.compiled import LIBRARY, MODEL, check_directory, compile_graph, keeps_operator
 from surgeon.surgery.record import read_record
 
 
@@ -59,12 +60,12 @@ def compile_saved(
     Raises:
         UsageError, SaveError: as `surgeon.surgery.compiled.compile_graph`.
     """
-    sites = find_moes(opened.graph)
+    sites = find_dynamic(opened.graph)
     notes = []
     if not all(site.skips for site in sites):
-        notes.append(
-            "The surgery is not lowered, so every expert is computed. Run surgeon apply with --passes lower on it."
-        )
+        notes.append("The surgery is not lowered, so nothing is skipped. Run surgeon apply with --passes lower on it.")
+    elif find_sparse_linears(opened.graph) and not keeps_operator(opened.graph):
+        notes.append("Linear layers read all inputs and mask some, because the native kernels do not run here.")
     if compensated(opened.graph):
         notes.append(
             "The mean output of skipped experts is added. It only fits the present tau: keep tau, or recompile."

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (defines the operators before the native kernels are loaded)
 from surgeon.kernels import cpu
-from surgeon.passes import Lower, Moeify
+from surgeon.passes import Lower, Moeify, Pass, SparsifyInputs
 from surgeon.surgery.artifact import load
 from surgeon.surgery.pipeline import Pipeline
 
@@ -112,15 +112,17 @@ def _temporary() -> Check:
 
 
 def _surgery() -> Check:
-    """Trace, split, lower, save and load a model of one feed-forward layer, and compare what it computes."""
+    """Trace, split, lower, save and load a model of a feed-forward layer and a head, and compare what it computes."""
     started = time.monotonic()
     name = "a tiny surgery"
     try:
         with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as place:
             torch.manual_seed(0)
-            model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+            layers = nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+            model = nn.Sequential(nn.LayerNorm(16), *layers).eval()
             inputs = torch.randn(2, 3, 16)
-            surgery = Pipeline([Moeify(experts=4, router_width=8), Lower()]).run(model, inputs=inputs)
+            passes: list[Pass[Any]] = [Moeify(experts=4, router_width=8), SparsifyInputs(), Lower()]
+            surgery = Pipeline(passes).run(model, inputs=inputs, data=[inputs])
             again = load(surgery.save(Path(place) / "result"))
             with torch.no_grad():
                 difference = float((again(inputs) - model(inputs)).abs().max())
@@ -128,7 +130,7 @@ def _surgery() -> Check:
         advice = "Reinstall torch and surgeon. If it still fails, run surgeon doctor --debug and report what it prints."
         reason = str(error).strip().splitlines() or [type(error).__name__]
         return Check(name, "failed", f"{type(error).__name__}: {reason[0]}", advice)
-    took = f"trace, moeify, lower, save and load in {time.monotonic() - started:.1f} s"
+    took = f"trace, moeify, sparsify-inputs, lower, save and load in {time.monotonic() - started:.1f} s"
     if not difference < 1e-4:
         return Check(name, "failed", f"{took}, but the output differs by {difference:.1e}", "Reinstall torch.")
     return Check(name, "ok", f"{took}, same output")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgeon.dynamic.site import find_dynamic
 from surgeon.engines.openvino import LINEARS
 from surgeon.errors import UsageError
 from surgeon.jobs.open_model import Stage, open_model
 from surgeon.jobs.options import DataOptions
 from surgeon.jobs.store import check_parent
-from surgeon.moe.site import find_moes
 from surgeon.sites.rejection import Rejection
 from surgeon.surgery.artifact import load_with_inputs
 from surgeon.surgery.engines import (
@@ -64,6 +64,8 @@ def check_target(
         UsageError: there is no such target, the option does not fit it, or `out` is in the surgery. LoadError:
             `directory` is no surgery. SaveError: `out` has other content.
     """
+    if to == "aoti":
+        raise UsageError(f"For a package of AOTInductor, run surgeon compile {directory}.")
     if to not in TARGETS:
         raise UsageError(f"--to {to}: there are {', '.join(TARGETS)}.")
     if linears not in LINEARS:
@@ -118,7 +120,7 @@ def export_surgery(
         str(directory),
         out,
         type(made).__name__,
-        {site.path: site.describe for site in find_moes(made)},
+        {site.path: site.describe for site in find_dynamic(made)},
         graft.refused,  # type: ignore[union-attr, arg-type]
         graft.kept,  # type: ignore[union-attr, arg-type]
         sum(file.stat().st_size for file in out.glob("*.safetensors")),

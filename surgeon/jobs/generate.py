@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from surgeon.dynamic.knobs import get_tau, set_tau
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
 from surgeon.jobs.open_model import Stage
 from surgeon.measure.meter import ExpertMeter
 from surgeon.models.source import load_model
-from surgeon.moe.knobs import get_tau, set_tau
-from surgeon.moe.site import find_moes
 from surgeon.surgery.artifact import load_with_inputs
 from surgeon.surgery.export import base_of, origin_of, rebuilt
 from surgeon.surgery.record import RECORD, earlier_passes, read_record
@@ -42,8 +42,8 @@ class Setting:
 
     tau: None for the dense model; the mean of the layers' values for the stored setting.
     tokens_per_second: the median over the rounds. ratio: to the dense model, None without one.
-    executed: the share of the experts' multiply-adds that ran; None for the dense model. same: how many tokens from the
-    start are the dense model's, None without one. text: what was generated.
+    executed: the share that ran of the multiply-adds that layers can skip; None for the dense model. same: how
+    many tokens from the start are the dense model's, None without one. text: what was generated.
     """
 
     tau: float | None
@@ -108,8 +108,8 @@ def open_generator(directory: Path, dense: Path | None, *, stage: Stage) -> Gene
         raise UsageError(f"{type(model).__name__} does not generate text. Give a language model.")
     if tokenizer is None:
         raise UsageError(f"{directory} has no tokenizer. Copy the tokenizer files of the original model there.")
-    if not find_moes(model):
-        raise UsageError(f"{directory} has no experts. Convert it with surgeon apply --recipe recommended.")
+    if not find_dynamic(model):
+        raise UsageError(f"{directory} has no layers that skip. Convert it with surgeon apply --recipe recommended.")
     if base is None:
         notes.append("The dense model was not found, so there is nothing to compare with. Give it with --dense.")
     return Generator(str(directory), model.eval(), tokenizer, None if base is None else base.eval(), tuple(notes))

@@ -82,8 +82,9 @@ class Takes:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `surgeon inspect` found. skipping: linear layers that skip inputs. refused: (path, reason) of candidates that are not feed-forward layers.
+    """What `surgeon inspect` found. refused: (path, reason) of candidates that are not feed-forward layers.
 
+    skipping: the linear layers that skip inputs.
     takes: the inputs with their shapes and what stands for one that is left out, such as "mask[batch, tokens] or
     ones(int64)", and the range of each size in these.
     graph: lines of the graph as (module path, line), if asked for.

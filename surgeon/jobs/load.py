@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.dynamic.knobs import get_tau, set_tau
 from surgeon.errors import DataError, UsageError, first_line
 from surgeon.graph.calls import argument_names, as_args_kwargs
 from surgeon.jobs.evaluation import eval_batches, other_data
@@ -20,7 +21,6 @@ from surgeon.json_values import NOT_IN_JSON
 from surgeon.measure.load import LayerLoad, measure_load
 from surgeon.measure.meter import token_load
 from surgeon.models.example_inputs import token_fields
-from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.progress import Progress
 
 _NO_PATCHES = 5  # a class token and four registers

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgeon.data.batch import first_batches
+from surgeon.dynamic.knobs import compensated, get_rule, get_tau, set_rule, set_tau
 from surgeon.errors import UsageError
 from surgeon.graph.traced import TracedGraph
 from surgeon.jobs.open_model import Opened
 from surgeon.jobs.store import check_target, store
 from surgeon.kernels.selection import check_rule
 from surgeon.measure.compensation import compensate
-from surgeon.moe.knobs import compensated, get_rule, get_tau, set_rule, set_tau
 from surgeon.moe.site import find_moes
 from surgeon.surgery.recipe import parse_by_site
 from surgeon.surgery.record import read_record

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from surgeon.dynamic.knobs import get_rule, get_tau
 from surgeon.errors import UsageError
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.jobs.evaluation import (
@@ -20,9 +21,9 @@ from surgeon.jobs.open_model import Opened
 from surgeon.kernels.selection import check_rule
 from surgeon.measure.judge import judge
 from surgeon.measure.meter import measure
-from surgeon.measure.sweep import Dense, Point, time_settings, usual_taus
+from surgeon.measure.sweep import Dense, Point, RouterChoice, time_settings, usual_taus
 from surgeon.measure.sweep import sweep as run_sweep
-from surgeon.moe.knobs import get_rule, get_tau
+from surgeon.moe.site import find_moes
 from surgeon.passes.report import dense_layers
 from surgeon.progress import Progress
 
@@ -83,7 +84,7 @@ def sweep(
     dense: Opened | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Swept:
-    """Measure a model with experts at each setting, on the held-out data. If nothing is held out, use all of the data.
+    """Measure a model that skips at each setting, on the held-out data. If nothing is held out, use all of the data.
 
     The stored setting is measured too.
 
@@ -93,7 +94,7 @@ def sweep(
             it was measured on the same data.
 
     Raises:
-        UsageError: the model has no experts, or there are labels of an unknown task.
+        UsageError: the model has no layers that skip, or there are labels of an unknown task.
     """
     batches = eval_batches(opened)
     criteria = criteria_for(opened, batches)
@@ -117,9 +118,10 @@ def sweep(
             "Agreement is with this surgery at tau 0. To compare with the model before the surgery, give it with "
             "--dense."
         )
+    routers: tuple[RouterChoice, ...] = ("own", "oracle") if oracle and find_moes(opened.graph) else ("own",)
     points = run_sweep(
         opened.graph, batches, criteria.task, taus, inputs=opened.inputs, rules=rules, timed=timed,
-        stored=not is_among(opened, taus, rules), routers=("own", "oracle") if oracle else ("own",),
+        stored=not is_among(opened, taus, rules), routers=routers,
         dense=None if dense is None else dense.graph, dense_scores=scores, blank=criteria.blank,
         dense_multiply_adds=multiply_adds, dense_layers=dense_layers_of(opened), progress=progress,
     )  # fmt: skip
@@ -131,7 +133,7 @@ def sweep(
 def is_among(opened: Opened, taus: Sequence[float] | None, rules: Sequence[str] | None) -> bool:
     """Whether the stored setting is among these: one tau and one rule for all layers, both in the lists."""
     own_taus, own_rules = set(get_tau(opened.graph).values()), set(get_rule(opened.graph).values())
-    # Without given rules the stored ones are used. At tau 0 every expert runs, whatever the rule.
+    # Without given rules the stored ones are used. At tau 0 everything runs, whatever the rule.
     if rules is not None and own_taus != {0.0} and (len(own_rules) > 1 or not own_rules <= set(rules)):
         return False
     if taus is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from surgeon.data.batch import first_batches
 from surgeon.data.quality import Quality
+from surgeon.dynamic.knobs import compensated as compensated_layers
 from surgeon.errors import UsageError
 from surgeon.jobs.evaluation import (
     dense_multiply_adds,
@@ -28,7 +29,6 @@ from surgeon.measure.sweep import Point, time_settings
 from surgeon.measure.sweep import sweep as run_sweep
 from surgeon.measure.tuning import Metric, Tuned, check_budget
 from surgeon.measure.tuning import tune as run_tuning
-from surgeon.moe.knobs import compensated as compensated_layers
 from surgeon.progress import Progress
 
 
@@ -36,8 +36,8 @@ from surgeon.progress import Progress
 class TuningResult:
     """What tuning found, and where it was saved.
 
-    quality: on the held-out data, with every expert and with the tau found; None if it was not measured. Without labels
-    it is agreement. agreement: with the dense model if it was given, else with every expert. notes: remarks for the
+    quality: on the held-out data, at tau 0 and with the tau found; None if it was not measured. Without labels
+    it is agreement. agreement: with the dense model if it was given, else at tau 0. notes: remarks for the
     user.
     """
 
@@ -49,7 +49,7 @@ class TuningResult:
     quality: tuple[Quality, Quality] | None
     notes: tuple[str, ...] = ()
     agreement: tuple[Quality, ...] = ()
-    agreed_with: str = "the surgery with every expert"
+    agreed_with: str = "the surgery at tau 0"
 
 
 def check_tuning(budget: float, metric: Metric, *, has_dense: bool) -> None:
@@ -108,7 +108,7 @@ def tune(
     notes = [*other_data(opened), *compensation_notes(opened.graph, earlier, wanted=compensated)]
     if not any(tuned.taus.values()):
         notes.append(
-            f"A budget of {budget:.0%} allows every expert. At tau 0 the model costs {tuned.cost:.1%} of the dense one."
+            f"A budget of {budget:.0%} allows everything. At tau 0 the model costs {tuned.cost:.1%} of the dense one."
         )
     criteria = eval_criteria(opened)
     points = None if criteria is None else _measured(opened, criteria, dense, progress)
@@ -124,14 +124,14 @@ def tune(
         None if points is None else (points[0].quality, points[1].quality),
         tuple(notes),
         () if points is None else points[1].agreement,
-        "the surgery with every expert" if dense is None else "the dense model",
+        "the surgery at tau 0" if dense is None else "the dense model",
     )
 
 
 def _measured(
     opened: Opened, criteria: Criteria, dense: Opened | None, progress: Callable[[Progress], None] | None
 ) -> tuple[Point, Point]:
-    """Quality with every expert and with the stored setting, on the held-out data."""
+    """Quality at tau 0 and with the stored setting, on the held-out data."""
     batches = eval_batches(opened)
     scores = recorded_scores(opened, kind_of(criteria))
     if dense is not None and criteria.task is not None:

@@ -14,6 +14,8 @@ from surgeon.directories import replaced, restore
 from surgeon.errors import SaveError, UsageError
 
 RECIPE = "recipe.json"
+STATE = "search.json"
+"""The trials of a search for settings, if there is one (`surgeon.jobs.search`)."""
 
 
 class WorkDirectory:
@@ -48,7 +50,9 @@ class WorkDirectory:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether there is a checkpoint to continue from."""
+        """Whether there is a checkpoint, or a trial of a search, to continue from."""
+        if (self.path / STATE).is_file():
+            return True
         # A hidden directory was not put in place before the run was killed.
         return any(not path.parent.name.startswith(".") for path in self.path.rglob("fit.json"))
 

@@ -18,6 +18,7 @@ from surgeon.data.batch import Batch
 from surgeon.data.imitation import made_for
 from surgeon.data.losses import evaluating
 from surgeon.data.quality import Scores
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.json_values import to_json
@@ -26,7 +27,6 @@ from surgeon.measure.judge import Criteria, judge
 from surgeon.measure.meter import measure
 from surgeon.measure.sweep import Dense, Point, choose_setting, knobs_restored, sweep, time_in_turns
 from surgeon.models.tasks import needs_labels
-from surgeon.moe.site import find_moes
 from surgeon.progress import Progress
 from surgeon.tracing.trace import class_task
 
@@ -99,8 +99,8 @@ def compare(
         dense_layers, blank: as in `sweep`; dense_layers by the name of the surgery.
 
     Raises:
-        UsageError: there is no surgery, one has no experts, `keep` is out of range, or the dense model's quality cannot
-            be known.
+        UsageError: there is no surgery, one has no layers that skip, `keep` is out of range, or the dense model's
+            quality cannot be known.
         DataError: labels are missing, or there are no batches.
         KeyboardInterrupt: it was stopped before a surgery was done.
     """
@@ -156,8 +156,8 @@ def _check_surgeries(surgeries: Mapping[str, nn.Module]) -> None:
     if not surgeries:
         raise UsageError("There is no surgery to compare. Give at least one.")
     for name, graph in surgeries.items():
-        if not find_moes(graph):
-            raise UsageError(f"{name} has no experts, so tau changes nothing. Apply moeify first.")
+        if not find_dynamic(graph):
+            raise UsageError(f"{name} has no layers that skip, so tau changes nothing. Apply moeify first.")
 
 
 def check_keep(keep: float) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from surgeon.data.batch import Batch
-from surgeon.dynamic import DynamicSite
+from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.traced import TracedGraph, aten

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.losses import evaluating
-from surgeon.dynamic import DynamicSite
+from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import DataError, UsageError
 from surgeon.exits.site import ExitSite
 from surgeon.kernels.activations import ACTIVATIONS, active_share

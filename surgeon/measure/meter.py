@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from surgeon.dynamic import DynamicSite, find_dynamic
+from surgeon.dynamic.site import DynamicSite, find_dynamic
 from surgeon.errors import UsageError
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output

@@ -17,7 +17,8 @@ from surgeon.data.imitation import made_for
 from surgeon.data.losses import device_of, evaluating
 from surgeon.data.padding import token_mask
 from surgeon.data.quality import Quality, Scores
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
 from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
@@ -25,7 +26,6 @@ from surgeon.json_values import NOT_IN_JSON
 from surgeon.measure.judge import Criteria, Judge
 from surgeon.measure.meter import ExpertMeter, LayerRun, clock, measure
 from surgeon.models.tasks import needs_labels
-from surgeon.moe.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
 from surgeon.progress import Progress
 from surgeon.tracing.trace import class_task
 

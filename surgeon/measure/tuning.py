@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.imitation import answer, made_for
-from surgeon.dynamic import find_dynamic
+from surgeon.dynamic.knobs import set_tau
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.inputs.site import SparseLinearSite
 from surgeon.measure.meter import ExpertMeter, LayerRun, measure
 from surgeon.measure.sweep import knobs_restored, run_batches, time_settings
-from surgeon.moe.knobs import set_tau
 from surgeon.progress import Progress
 from surgeon.tracing.trace import class_task
 
@@ -54,7 +54,7 @@ _KEPT = 2**26
 class Tuned:
     """A tau for each layer, and its cost and damage.
 
-    taus: the chosen values, by layer. shares: the share of the experts that run, by layer.
+    taus: the chosen values, by layer. shares: the share of the experts or inputs that run, by layer.
     cost, damage: the cost relative to the dense model, and the damage to the output: nats, or a relative squared error
         if `unit` says so.
     uniform, uniform_cost, uniform_damage: the best single tau for all layers, and its cost and damage. Linear layers
@@ -91,8 +91,8 @@ def tune(
         batches, inputs, dense, metric, task, progress: as in `Tuner`, which serves several budgets.
 
     Raises:
-        UsageError: the graph has no experts, `check_budget` refuses the budget, or no tau meets it. The message says
-            what can be reached.
+        UsageError: the graph has no layers that skip, `check_budget` refuses the budget, or no tau meets it. The
+            message says what can be reached.
         DataError: there are no batches.
     """
     check_budget(budget)
@@ -116,7 +116,7 @@ def check_budget(budget: float) -> None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """The result of one choice of taus. shares: the share of the experts that ran, by layer."""
+    """The result of one choice of taus. shares: the share of the experts or inputs that ran, by layer."""
 
     taus: dict[str, float]
     shares: dict[str, float]
@@ -156,7 +156,7 @@ class Tuner:
             progress: called after every trial, or None.
 
         Raises:
-            UsageError: the graph has no experts.
+            UsageError: the graph has no layers that skip.
             DataError: there are no batches, or they contain only padding.
         """
         sites = find_dynamic(graph)
@@ -224,7 +224,7 @@ class Tuner:
         least = self._uniform_trials[-1]
         if least.cost > budget:
             raise UsageError(
-                f"A budget of {budget:.0%} cannot be met. With the fewest experts (tau {_UNIFORM_TAUS[-1]:g}) the "
+                f"A budget of {budget:.0%} cannot be met. With the least that can run (tau {_UNIFORM_TAUS[-1]:g}) the "
                 f"model still costs {least.cost:.1%} of the dense model. Layers that are not converted, routers and at "
                 "least one expert per layer always run. Raise the budget."
             )
@@ -320,14 +320,14 @@ class Tuner:
         return " + ".join(sorted(kinds))
 
     def _cost_of(self, path: str, share: float) -> float:
-        """Return the cost of a layer at this share of its experts, in the units of the metric."""
+        """Return the cost of a layer at this share of its experts or inputs, in the units of the metric."""
         if self._metric == "flops":
             return self._full[path] * share
         grid, times = self._times[path]
         return float(np.interp(share, grid, times))
 
     def _tau(self, path: str, share: float) -> float:
-        """Return the tau at which this layer runs this share of its experts."""
+        """Return the tau at which this layer runs this share of its experts or inputs."""
         shares, taus = self._curves[path]
         return float(np.clip(np.interp(share, shares, taus), 0.0, 1.0))
 

@@ -25,7 +25,9 @@ def applied_view(applied: Applied) -> RenderableType:
         share = percent(after.executed_multiply_adds / before.multiply_adds) if before.multiply_adds else ""
         table.add_row(
             "  that ran", number(before.executed_multiply_adds), number(after.executed_multiply_adds),
-            dim(f"{share} of before; {percent(after.executed)} of the experts (example inputs, padding counted)"),
+            dim(
+                f"{share} of before; {percent(after.executed)} of what can be skipped (example inputs, padding counted)"
+            ),
         )  # fmt: skip
     if applied.quality is not None:
         old, new = applied.quality

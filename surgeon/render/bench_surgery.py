@@ -20,7 +20,7 @@ _LINEAR_UP_TO = 8  # longest over shortest time of a surgery, so that lines can 
 def surgery_view(found: SurgeryBenchmark) -> RenderableType:
     """Show the dense model, and a row for each tau."""
     times = found.times
-    header = ("tau", "experts that ran", "ours", "ours, compiled", "torch", "gain")
+    header = ("tau", "ran", "ours", "ours, compiled", "torch", "gain")
     table = grid("left", "right", "right", "right", "right", "right", header=header)
     for setting in times.settings:
         tau = "as stored" if setting.tau is None else f"{setting.tau:g}"
@@ -73,7 +73,7 @@ def engines_view(found: EngineBenchmark) -> RenderableType:
 
 
 def surgery_plot(found: SurgeryBenchmark) -> Plot:
-    """Plot one panel: the dense model and the settings, by the share of the experts that ran."""
+    """Plot one panel: the dense model and the settings, by the share that ran of what can be skipped."""
     times = found.times
     # The stored tau may be among the given ones: each share gets one point.
     by_share = {setting.executed: setting for setting in times.settings}

@@ -110,7 +110,7 @@ def _settings_table(found: Comparison) -> _Table:
     quality = _quality(found)
     agreed = [one.name for one in found.curves[0].points[0].agreement if one.name != quality.name]
     header = (
-        "surgery", "rule", "router", "tau", quality.name, "change", *agreed, "experts that ran", "converted layers",
+        "surgery", "rule", "router", "tau", quality.name, "change", *agreed, "ran", "converted layers",
         "whole model", "ms",
     )  # fmt: skip
     rows: list[tuple[str | Text, ...]] = []

@@ -22,7 +22,7 @@ def comparison_view(found: Comparison, detail: Detail) -> RenderableType:
     add_numbers(table, "multiply-adds", a.multiply_adds, b.multiply_adds)
     if a.executed is not None or b.executed is not None:
         add_numbers(table, "  that ran", a.executed_multiply_adds, b.executed_multiply_adds)
-        table.add_row("  experts that ran", percent(a.executed) or "-", percent(b.executed) or "-", "")
+        table.add_row("  of what can be skipped", percent(a.executed) or "-", percent(b.executed) or "-", "")
     lines: list[RenderableType] = [table]
     if found.difference is not None:
         lines.append(Text(f"The outputs differ by {found.difference:.1e}, relative, on {first}'s example inputs."))

@@ -17,7 +17,7 @@ def generate_view(found: Generated) -> RenderableType:
         texts.setdefault(setting.text, []).append(_name(setting))
     table = grid(
         *(["right"] * 5),  # type: ignore[arg-type]
-        header=["", "experts run", "tokens/s", "of dense", "same tokens"],
+        header=["", "ran", "tokens/s", "of dense", "same tokens"],
     )
     for setting in found.settings:
         table.add_row(

@@ -39,19 +39,20 @@ def inspection_view(found: Inspection) -> RenderableType:
             )  # fmt: skip
         lines += [indented(table), Text("")]
     if found.skipping:
-        what = (
-            f"{len(found.skipping)} linear layers skip inputs"
-            if len(found.skipping) > 1
-            else "1 linear layer skips inputs"
+        count = len(found.skipping)
+        lines.append(
+            heading(
+                f"{count} linear layer{'s skip' if count > 1 else ' skips'} inputs",
+                f"{_share(found.skipping)} of the multiply-adds",
+            )
         )
-        lines.append(heading(what, f"{_share(found.skipping)} of the multiply-adds"))
         table = grid(
             "left", "left", "left", "right", "right", "right", header=("path", "shape", "form", "tau", "ran", "share")
         )
-        for linear in found.skipping:
+        for one in found.skipping:
             table.add_row(
-                Text(linear.path, style="cyan"), "→".join(map(str, linear.shape)), linear.form, f"{linear.tau:g}",
-                percent(linear.executed), percent(linear.share),
+                Text(one.path, style="cyan"), "→".join(map(str, one.shape)), one.form, f"{one.tau:g}",
+                percent(one.executed), percent(one.share),
             )  # fmt: skip
         lines += [indented(table), Text("")]
     lines.append(_count_heading(len(found.ffns), "feed-forward layer", _share(found.ffns)))

@@ -12,9 +12,7 @@ from surgeon.passes.about import About
 from surgeon.text.layout import dim, grid, heading, indented, sentences
 
 
-def passes_view(
-    passes: Iterable[About], recipes: Mapping[str, tuple[str, Any]], broken: Mapping[str, str]
-) -> RenderableType:
+def passes_view(passes: Iterable[About], recipes: Mapping[str, str], broken: Mapping[str, str]) -> RenderableType:
     """List the passes and recipes.
 
     broken: for each pass of another package that cannot be used, the reason.
@@ -24,7 +22,7 @@ def passes_view(
         data = "needed" if about.needs_data else _use_of_data(about)
         table.add_row(Text(about.name, style="bold cyan"), about.output, data, _first_sentence(about))
     named = grid("left", "left", header=("recipe", "several passes with their options"))
-    for name, (what, _) in recipes.items():
+    for name, what in recipes.items():
         named.add_row(Text(name, style="bold cyan"), what)
     hint = (
         "surgeon passes NAME shows the options of a pass, and with --example what it changes in a small model. "

@@ -30,12 +30,12 @@ def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
     agreed = [quality.name for quality in first.agreement if quality.name != first.quality.name]
     columns = [
         ("router", "left", any(point.router == "oracle" for point in points)),
-        ("rule", "left", several or first.rule != "max"),
+        ("rule", "left", several or first.rule not in ("", "max")),  # "" without experts
         ("tau", "left", True),
         (first.quality.name, "right", True),
         ("change", "right", any(point.quality.change is not None for point in points)),
         *((name, "right", True) for name in agreed),
-        ("experts that ran", "right", True),
+        ("ran", "right", True),
         ("converted layers", "right", True),
         ("multiply-adds", "right", True),
         ("of dense", "right", any(point.relative is not None for point in points)),
@@ -54,7 +54,7 @@ def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
             milliseconds_text(dense),
         )  # fmt: skip
     for point in points:
-        tau = "as stored" if point.tau is None else f"{point.tau:g}" + (" (all experts)" if point.tau == 0 else "")
+        tau = "as stored" if point.tau is None else f"{point.tau:g}" + (" (everything)" if point.tau == 0 else "")
         add(
             "oracle" if point.router == "oracle" else "",
             point.rule,
@@ -91,6 +91,7 @@ def _words(points: Sequence[Point], dense: Dense) -> str:
         if changes[0].samples < TELLING:
             words.append(f"On fewer than {TELLING} samples no change is called better or worse.")
     words += [
+        "ran: of the multiply-adds that layers can skip.",
         "converted layers: their multiply-adds, including routers, as a share of the dense layers'.",
         "multiply-adds: of the whole model, for the example inputs.",
     ]
@@ -112,7 +113,9 @@ def draw_sweep(swept: Swept, file: Path) -> None:
     curves: dict[str, list[Point]] = {}
     for point in swept.points:
         if point.tau is not None:
-            name = f"rule {point.rule}" + (", oracle router" if point.router == "oracle" else "")
+            name = (f"rule {point.rule}" if point.rule else "this surgery") + (
+                ", oracle router" if point.router == "oracle" else ""
+            )
             curves.setdefault(name, []).append(point)
     for name, points in curves.items():
         style = "--" if "oracle" in name else "-"

@@ -15,7 +15,7 @@ from surgeon.text.summary import percent
 def tuned_view(found: TuningResult) -> RenderableType:
     """Show the tau of each layer, and what tuning gained over one tau for all layers."""
     tuned = found.tuned
-    table = grid("left", "right", "right", header=("layer", "tau", "experts that run"))
+    table = grid("left", "right", "right", header=("layer", "tau", "ran"))
     for path, tau in tuned.taus.items():
         table.add_row(Text(path, style="cyan"), f"{tau:.3g}", percent(tuned.shares[path]))
     unit = "multiply-adds" if found.metric == "flops" else "time"
@@ -26,7 +26,7 @@ def tuned_view(found: TuningResult) -> RenderableType:
     if found.quality is not None:
         every, chosen = found.quality
         if every not in found.agreement and chosen not in found.agreement:
-            words = f"{every.name}: {with_interval(chosen)} within the budget, {with_interval(every)} with every expert"
+            words = f"{every.name}: {with_interval(chosen)} within the budget, {with_interval(every)} at tau 0"
             change = "" if chosen.change is None else f"; {change_words(chosen.change)} from the dense model"
             lines.append(Text(f"{words}{change}; on {measured_on(chosen)}."))
         if found.agreement:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from surgeon.dynamic.knobs import get_rule
+from surgeon.dynamic.site import DynamicSite
 from surgeon.grafting.parts import GRAFT, Graft
 from surgeon.graph.calls import as_args_kwargs
-from surgeon.moe.knobs import get_rule, get_tau
+from surgeon.inputs.site import find_sparse_linears
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassReport
 from surgeon.surgery.origin import Origin
@@ -34,11 +37,11 @@ def model_card(model: Any, record: Record, origin: Origin, inputs: Any) -> str:
         language=getattr(base, "language", None),
         base_model=name if "/" in name and not Path(name).exists() else None,
         pipeline_tag=getattr(base, "pipeline_tag", None),
-        tags=["surgeon", "dynamic-inference", "mixture-of-experts"],
+        tags=["surgeon", "dynamic-inference", *(["mixture-of-experts"] if find_moes(model) else [])],
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {type(model).__name__} with dynamic experts",
+        f"# {type(model).__name__} that skips {_kinds(model)}",
         _what(model, record),
         "## Load it\n\n" + _load(model, inputs),
         "## What was done\n\n" + _passes(record),
@@ -51,19 +54,36 @@ def model_card(model: Any, record: Record, origin: Origin, inputs: Any) -> str:
 
 
 def _what(model: Any, record: Record) -> str:
-    moes = find_moes(model)
+    moes, linears = find_moes(model), find_sparse_linears(model)
     start = f"It started from `{Path(record.input.path).name}`." if record.input.path else "It was made in Python."
-    if not moes:
-        return f"{start} No layer of it has experts."
-    taus = sorted(set(get_tau(model).values()))
-    rules = ", ".join(sorted(set(get_rule(model).values())))
-    shown = f"{taus[0]:.3g}" if len(taus) == 1 else f"{taus[0]:.3g} to {taus[-1]:.3g}"
-    return (
-        f"{start} surgeon {__version__} split {len(moes)} of its layers into "
-        f"experts, {moes[0].describe} in the first. For each token a layer runs only the experts whose predicted "
-        f"output is large enough. The threshold is tau = {shown} (rule {rules}): 0 "
-        "runs every expert, and larger values are cheaper. It can be set at any time, without retraining."
-    )
+    if not moes and not linears:
+        return f"{start} No layer of it skips anything."
+    parts = [start]
+    if moes:
+        rules = ", ".join(sorted(set(get_rule(model).values())))
+        parts.append(
+            f"surgeon {__version__} split {len(moes)} of its layers into experts, {moes[0].describe} in the first. For "
+            "each token a layer runs only the experts whose predicted output is large enough. The threshold is "
+            f"tau = {_range(moes)} (rule {rules}): 0 runs every expert, and larger values are cheaper."
+        )
+    if linears:
+        parts.append(
+            f"surgeon {__version__} lets {len(linears)} of its linear layers skip, for each token, the inputs that "
+            f"matter least, {linears[0].describe} in the first. About a share tau = {_range(linears)} of the inputs is "
+            "skipped: 0 reads all of them."
+        )
+    return " ".join([*parts, "tau can be set at any time, without retraining."])
+
+
+def _range(sites: Sequence[DynamicSite]) -> str:
+    taus = sorted({float(site.tau) for site in sites})
+    return f"{taus[0]:.3g}" if len(taus) == 1 else f"{taus[0]:.3g} to {taus[-1]:.3g}"
+
+
+def _kinds(model: Any) -> str:
+    """What the model skips, in words."""
+    found = {"experts": find_moes(model), "inputs": find_sparse_linears(model)}
+    return " and ".join(name for name, sites in found.items() if sites) or "nothing"
 
 
 def _load(model: Any, inputs: Any) -> str:

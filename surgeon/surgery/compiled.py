@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgeon.directories import replaced, restore
+from surgeon.dynamic.knobs import get_tau
 from surgeon.engines.program import Program
 from surgeon.errors import SaveError, first_line
 from surgeon.graph.agreement import relative_error, tolerance_for
 from surgeon.graph.traced import TracedGraph
+from surgeon.inputs.site import find_sparse_linears
 from surgeon.kernels import cpu
-from surgeon.moe.knobs import get_tau
 from surgeon.moe.site import find_moes
 from surgeon.surgery.compiled_check import checked_code
 from surgeon.tracing.trace import quiet
@@ -73,7 +74,7 @@ def compile_graph(
     began = time.monotonic()
     try:
         with replaced(directory) as fresh:
-            _compile(program, fresh / MODEL)
+            _compile(program, graph, fresh / MODEL)
             seconds = time.monotonic() - began
             max_error = _compare(program, graph, fresh / MODEL)
             if library is not None:
@@ -116,7 +117,7 @@ def _library(graph: TracedGraph) -> Path | None:
     Raises:
         SaveError: it cannot be built.
     """
-    if not find_moes(graph):
+    if not find_moes(graph) and not keeps_operator(graph):
         return None
     state = cpu.load()
     if state.path is None:
@@ -124,7 +125,16 @@ def _library(graph: TracedGraph) -> Path | None:
     return state.path
 
 
-def _compile(program: Program, file: Path) -> None:
+def keeps_operator(graph: TracedGraph) -> bool:
+    """Whether linear layers that skip inputs call the library's operator. Else they become ordinary ops."""
+    sites = find_sparse_linears(graph)
+    native = cpu.load().path is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "surgeon::sparse_linear", "CPU"
+    )
+    return native and bool(sites) and all(site.skips for site in sites)
+
+
+def _compile(program: Program, graph: TracedGraph, file: Path) -> None:
     """Export and compile into a file.
 
     Raises:
@@ -134,8 +144,15 @@ def _compile(program: Program, file: Path) -> None:
         with quiet(), torch.no_grad(), checked_code(program.sizes) as checked:
             # Weights are laid out for the processor, and what follows from them alone is computed now. tau, a scalar,
             # would be a number in the code, and could not be set.
-            options = {"freezing": True, "always_keep_tensor_constants": True}
-            torch._inductor.aoti_compile_and_package(program.export(), package_path=str(file), inductor_configs=options)
+            # So would the threshold of linear layers that skip inputs by ordinary ops, which follows from tau alone.
+            kept = keeps_operator(graph)
+            folds = kept or not find_sparse_linears(graph)
+            options = {
+                "freezing": folds, "joint_graph_constant_folding": folds, "always_keep_tensor_constants": True,
+            }  # fmt: skip
+            torch._inductor.aoti_compile_and_package(
+                program.export(sparse_linears=kept), package_path=str(file), inductor_configs=options
+            )
     except Exception as error:
         raise SaveError(f"The model cannot be compiled: {first_line(error)}. Nothing was written.") from error
     if not checked:

@@ -31,6 +31,7 @@ from surgeon.errors import SaveError, UsageError, first_line
 from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
+from surgeon.inputs.site import find_sparse_linears
 from surgeon.models.hugging_face import quiet_transformers
 from surgeon.surgery.artifact import written_whole
 from surgeon.surgery.origin import Origin
@@ -57,7 +58,8 @@ class EngineModel:
     engine: a key of `FILES`. inputs, outputs: names in order. linears: as `surgeon.engines.openvino.LINEARS`.
     error: the largest difference from the graph at all sizes that were tried, ‖difference‖ / ‖output‖.
     float_error: the same before the linears were quantised. samples: those that ranges were measured on.
-    library: whether it needs the extension. bytes: of all files.
+    library: whether it needs the extension. bytes: of all files. masked_inputs: whether linear layers read the inputs
+    that they skip.
     """
 
     engine: str
@@ -70,6 +72,7 @@ class EngineModel:
     library: bool
     bytes: int
     versions: dict[str, str]
+    masked_inputs: bool = False
 
 
 def export_openvino(
@@ -110,7 +113,7 @@ def export_openvino(
         [port.get_any_name() for port in model.inputs],
         [port.get_any_name() for port in model.outputs],
         linears, error, float_error, len(rows), library is not None, 0,
-        {"surgeon": __version__, "openvino": package.__version__},
+        {"surgeon": __version__, "openvino": package.__version__}, bool(find_sparse_linears(graph)),
     )  # fmt: skip
 
     def write(fresh: Path) -> None:
@@ -146,7 +149,7 @@ def export_generator(
     library = openvino.extension()
     about = EngineModel(
         "openvino", [*INPUTS], ["logits"], linears, error, float_error, 0, True, 0,
-        {"surgeon": __version__, "openvino": package.__version__},
+        {"surgeon": __version__, "openvino": package.__version__}, bool(find_sparse_linears(model)),
     )  # fmt: skip
 
     def write(fresh: Path) -> None:
@@ -208,7 +211,7 @@ def export_onnx(
 
     names = [given.name for given in program.sizes.inputs], program.output_names()
     versions = {"surgeon": __version__, "torch": torch.__version__, "onnxruntime": package.__version__}
-    made = EngineModel("onnx", *names, "float", 0.0, 0.0, 0, False, 0, versions)
+    made = EngineModel("onnx", *names, "float", 0.0, 0.0, 0, False, 0, versions, bool(find_sparse_linears(graph)))
     return _written(made, directory, record, origin, write, errors)
 
 
@@ -304,7 +307,7 @@ def _written(
 
 def _card(made: EngineModel) -> str:
     parts = [
-        f"# A model for {made.engine}, with dynamic experts",
+        f"# A model for {made.engine}, with layers that skip work by tau",
         f"```python\n{loading(made, 'PATH')}\n```",
         f"Inputs: {', '.join(made.inputs)}. Outputs: {', '.join(made.outputs)}.",
     ]
@@ -314,7 +317,9 @@ def _card(made: EngineModel) -> str:
             "Linux, and runs with this version alone."
         )
     if made.engine == "onnx":
-        parts.append("Every expert is computed; a mask leaves out what a token did not select.")
+        parts.append("Everything is computed; a mask leaves out what a token did not select.")
+    elif made.masked_inputs:
+        parts.append("Linear layers that skip inputs read all of them; a mask leaves out those that are skipped.")
     parts.append(
         {
             "float": "Linears outside of experts are in float32.",

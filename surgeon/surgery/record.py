@@ -21,13 +21,15 @@ from torch.fx import GraphModule
 
 from surgeon.data.quality import Quality
 from surgeon.directories import restore
+from surgeon.dynamic.knobs import compensated, get_rule, get_tau
 from surgeon.errors import LoadError
 from surgeon.graph.sizes import Sizes
-from surgeon.moe.knobs import compensated, get_rule, get_tau
+from surgeon.inputs.site import find_sparse_linears
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.sites.ffn import projections
 from surgeon.surgery.origin import Origin
+from surgeon.surgery.trials import Search
 from surgeon.tracing.trace import TraceInfo
 from surgeon.version import __version__
 
@@ -76,6 +78,16 @@ class ExpertLayer:
 
 
 @dataclass(frozen=True)
+class InputsLayer:
+    """One linear layer that skips inputs. form: as in `surgeon.inputs.site.SparseLinearSite`."""
+
+    path: str
+    d_in: int
+    d_out: int
+    form: str
+
+
+@dataclass(frozen=True)
 class MeasuredQuality:
     """Quality of the dense model and of the surgery, and the fingerprint of the data they were measured on.
 
@@ -97,8 +109,11 @@ class Record:
 
     schema: version of the format. versions: of the packages that wrote it. experts: layers with experts, in order.
     projections: paths of the feed-forward layers that replaced linear layers.
-    tau, rule: by the path of a layer's experts. compensated: the layers that add the mean output of skipped experts.
+    tau, rule: by the path of a layer's experts; tau also by that of what selects inputs. compensated: the layers that
+    add the mean output of skipped experts.
+    search: for the settings, if there was one.
     output_texts: (place in the flat output, text) of texts that the graph returns. model_sha256: of the program.
+    inputs: linear layers that skip inputs, in order.
     """
 
     schema: int
@@ -113,8 +128,10 @@ class Record:
     rule: dict[str, str]
     compensated: tuple[str, ...]
     quality: MeasuredQuality | None
+    search: Search | None = None
     output_texts: tuple[tuple[int, str], ...] = ()
     model_sha256: str = ""
+    inputs: tuple[InputsLayer, ...] = ()
 
 
 def record_of(graph: GraphModule) -> Record | None:
@@ -138,6 +155,7 @@ def make_record(
     data: str | None = None,
     fingerprint: str | None = None,
     quality: MeasuredQuality | None = None,
+    search: Search | None = None,
 ) -> Record:
     """Make the record of a graph as it is now.
 
@@ -146,6 +164,7 @@ def make_record(
     Args:
         reports: of every pass, those of the saved surgery first.
         origin: of the model. seed, data, fingerprint: of this run.
+        search: of this run. None keeps the saved surgery's.
         quality: measured now. None keeps the saved surgery's quality, as far as it still holds.
     """
     first = record_of(graph)
@@ -176,6 +195,8 @@ def make_record(
         rule=get_rule(graph),
         compensated=tuple(compensated(graph)),
         quality=quality,
+        inputs=tuple(InputsLayer(site.path, site.d_in, site.d_out, site.form) for site in find_sparse_linears(graph)),
+        search=search if search is not None or first is None else first.search,
     )
     return made if first is None else replace(made, quality=_quality(made, first))
 

@@ -9,15 +9,16 @@ from typing import Any
 
 from torch import nn
 
+from surgeon.dynamic.knobs import set_tau
 from surgeon.graph.snapshot import Snapshot, compare
 from surgeon.graph.traced import TracedGraph
-from surgeon.moe.knobs import set_tau
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.surgery.artifact import save
 from surgeon.surgery.diff import Diff
 from surgeon.surgery.export import export
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import MeasuredQuality, Record, make_record
+from surgeon.surgery.trials import Search
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Surgery:
     inputs: the example inputs it was verified with. snapshots: the graph before the first and after every pass.
     earlier: the passes that had been run before, if the graph came from a saved surgery. quality: of the model before
     and after; None if it was not measured. data, fingerprint: the training data, in words and as a hash.
+    search: for the settings of the passes, if there was one.
     model: a weak reference to the model that was given, which holds none of its memory; None if a graph was given.
     """
 
@@ -41,6 +43,7 @@ class Surgery:
     earlier: tuple[PassDiff, ...] = ()
     quality: MeasuredQuality | None = None
     fingerprint: str | None = None
+    search: Search | None = None
     model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
 
     def diff(self) -> Diff:
@@ -109,4 +112,5 @@ class Surgery:
             data=self.data,
             fingerprint=self.fingerprint,
             quality=self.quality,
+            search=self.search,
         )

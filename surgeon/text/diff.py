@@ -149,7 +149,7 @@ def _training(report: PassReport, *, short: bool = False) -> Text:
     if about is None or not report.matched:
         return Text("")
     # Whether a pass trains depends on its options. This note is there only if it should have trained.
-    untrained = about.untrained in report.notes if about.untrained else about.needs_data
+    untrained = about.untrained in report.notes if about.untrained else about.needs_data and about.trains
     return Text("none" if short else "not trained", style="yellow") if untrained else Text("")
 
 
@@ -169,7 +169,7 @@ def _fitted(fit: FitReport) -> str:
 def _costs(before: Cost, after: Cost) -> RenderableType:
     ran = ""
     if after.executed is not None:
-        ran = f"{percent(after.executed)} of the experts ran"
+        ran = f"{percent(after.executed)} of what can be skipped ran"
         if after.executed_multiply_adds != after.multiply_adds:
             ran += f", {number(after.executed_multiply_adds)} in all (example inputs, padding counted)"
     if (before.parameters, before.multiply_adds) == (after.parameters, after.multiply_adds):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from surgeon.data.augmentation import Augmentation
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.imitation import divergence, made_for
@@ -21,6 +22,7 @@ from surgeon.training.loop import FitReport, RunSettings, TrainingPlan, fit, los
 
 # Maps the batch, the watched values and the completed share of training to an extra loss and values to show.
 Penalise = Callable[[Batch, dict[str, Tensor], float], tuple[Tensor, dict[str, float]]]
+_PLAIN = Augmentation()
 
 
 def finetune(
@@ -35,6 +37,7 @@ def finetune(
     penalise: Penalise | None = None,
     distill: float = 0.0,
     distill_layers: float = 0.0,
+    augmentation: Augmentation = _PLAIN,
     own_rates: Mapping[str, float] | None = None,
     stateful: Sequence[Stateful] = (),
 ) -> FitReport:
@@ -46,10 +49,12 @@ def finetune(
         distill: weight of the divergence from the model before the first pass, `settings.original`. The task loss gets
             the weight 1 - distill. Where the task is to imitate that model there is no task loss, and distill is 1.
         distill_layers: weight of the distance of the layers' inputs from those in that model. It is added to the rest.
+        augmentation: of labelled images. The teacher sees the same images.
         own_rates: learning rates, by parameter name, for parameters that do not use the plan's rate.
 
     Raises:
-        UsageError: every parameter is frozen, the task is unknown, or there is no model to distill from.
+        UsageError: every parameter is frozen, the task is unknown, there is no model to distill from, or augmentation
+            for another task than image classification.
         PassError: the loss is not finite.
     """
     label = key if label is None else label
@@ -59,6 +64,7 @@ def finetune(
         raise UsageError(
             f"{label}: every parameter of the model is frozen. Set requires_grad to True for those to train."
         )
+    augmentation.check(data, class_task(graph), label)
     if imitates(graph, data):
         distill = 1.0
     original, teacher = settings.original, None
@@ -74,10 +80,13 @@ def finetune(
     outputs_of = made_for(data.task, class_task(graph))
 
     def loss(batch: Batch, done: float) -> tuple[Tensor, dict[str, float]]:
+        augmented = None
+        if augmentation:
+            batch, augmented = augmentation.draw(batch)
         outputs, values = tapped(*batch.args, **batch.kwargs)
         total, shown = torch.zeros(()), {}
         if task is not None:
-            value = task(outputs, batch)
+            value = task(outputs, batch) if augmented is None else augmented(outputs)
             shown["task loss"] = value.item()
             total = (1.0 - distill) * value
         if teacher is not None:

@@ -377,6 +377,8 @@ class FitReport:
     losses: (step, values) at the start, at the end and in between.
     resumed_at: the step at which an interrupted fit was resumed, or 0.
     sparsity: for each layer that was made sparse, by path, the sparsity of its activations before and after.
+    penalty: what was penalised before and after, on the same tokens as `sparsity`, as a mean over the penalised layers;
+        None if nothing was.
     """
 
     steps: int
@@ -385,6 +387,7 @@ class FitReport:
     losses: tuple[tuple[int, dict[str, float]], ...]
     resumed_at: int = 0
     sparsity: Mapping[str, tuple[Sparsity, Sparsity]] = field(default_factory=dict)
+    penalty: tuple[float, float] | None = None
 
     @classmethod
     def merged(cls, fits: Sequence[FitReport]) -> FitReport:

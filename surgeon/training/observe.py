@@ -94,9 +94,14 @@ def collect_calls(
     return found
 
 
+def pre_activations(graph: GraphModule, sites: Iterable[FFN], data: Data) -> dict[str, Tensor]:
+    """Collect the outputs of the first linear of feed-forward layers, [N, h], by path, over all executions."""
+    names = {site.path: [call.first[0].output.name for call in site.calls] for site in sites}
+    return collect_calls(graph, names, data, tokens=SPARSITY_TOKENS)
+
+
 def layer_sparsity(graph: GraphModule, sites: Iterable[FFN], data: Data) -> dict[str, Sparsity]:
     """Measure how sparse the activations of feed-forward layers are, by path, over all executions of a layer."""
     sites = list(sites)
-    names = {site.path: [call.first[0].output.name for call in site.calls] for site in sites}
-    values = collect_calls(graph, names, data, tokens=SPARSITY_TOKENS)
+    values = pre_activations(graph, sites, data)
     return {site.path: Sparsity.of(site.activations(graph, values[site.path])) for site in sites}

@@ -49,7 +49,9 @@ def test_apply_trains_measures_and_sets_tau(run: Run, tmp_path: Path) -> None:
     assert re.search(rf"^accuracy +{number} +{number} +\S+ \[\S+, \S+\] on 8 samples$", result.out, re.MULTILINE)
     agreement = r"top-1 agreement \d\.\d+ \[.+\], KL divergence \S+ \[.+\], on 8 samples"
     assert re.search(rf"^agreement with the model before: {agreement}$", result.out, re.MULTILINE)
-    assert re.search(r"^  that ran .* of the experts \(example inputs, padding counted\)$", result.out, re.MULTILINE)
+    assert re.search(
+        r"^  that ran .* of what can be skipped \(example inputs, padding counted\)$", result.out, re.MULTILINE
+    )
     assert result.out.rstrip().endswith("surgeon sweep bert-surgery --data reviews.csv --limit 32 --eval-fraction 0.25")
     assert re.search(r"^moeify routers  6/6  router loss", result.err, re.MULTILINE)
     assert left(tmp_path) == {"bert-surgery"}
@@ -64,7 +66,7 @@ def test_tau_is_for_routers_that_were_fitted(run: Run, tmp_path: Path) -> None:
     dry = run("apply", "--passes", "moeify,lower", *NET, *DATA, "--tau", "0.5", "--dry-run")
     assert dry.code == 0, dry.err
     assert "tau was not set, because a dry run fits no routers." in dry.out
-    assert "100% of the experts (" in dry.out
+    assert "100% of what can be skipped (" in dry.out
     assert left(tmp_path) == set()
     fitted = run("apply", "--passes", "moeify", "--set", "moeify.epochs=0", *NET, *DATA, "-o", "fitted")
     assert fitted.code == 0, fitted.err
@@ -76,7 +78,7 @@ def test_apply_json_is_alone_on_stdout(run: Run) -> None:
     result = run("--output", "json", "apply", "--passes", "moeify", *NET, "-o", "out", "--verify", "full")
     done = result.json
     assert set(done) == {
-        "model", "directory", "dry_run", "passes", "before", "after", "quality", "agreement", "notes", "next",
+        "model", "directory", "dry_run", "search", "passes", "before", "after", "quality", "agreement", "notes", "next",
         "seconds",
     }  # fmt: skip
     assert done["directory"] == "out"

@@ -71,7 +71,10 @@ def test_experts_that_are_still_masked_are_skipped_all_the_same(run: Run) -> Non
 def test_a_model_without_experts_is_refused(run: Run) -> None:
     result = run("-q", "bench", "surgery", "bert", "--seconds", "0.0001")
     assert result.code == 2
-    assert "The graph has no experts, so there is nothing to compare. Apply moeify and lower first." in result.err
+    assert (
+        "The graph has no layers that skip, so there is nothing to compare. Apply moeify or sparsify-inputs first"
+        in result.err
+    )
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,8 @@ def test_where_nothing_is_skipped_there_is_no_mean_to_add(run: Run, mine: str) -
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (("mine", "--tau", "*.layer.7:0.1"), 2, f"No layer '*.layer.7'. Layers with experts: {FIRST}, {SECOND}."),
-        (("mine", "--tau", "0.5", "--rule", "pooler:max"), 2, f"No layer 'pooler'. Layers with experts: {FIRST}"),
+        (("mine", "--tau", "*.layer.7:0.1"), 2, f"No layer '*.layer.7'. Layers that can be set: {FIRST}, {SECOND}."),
+        (("mine", "--tau", "0.5", "--rule", "pooler:max"), 2, f"No layer 'pooler'. Layers that can be set: {FIRST}"),
         (("mine", "--tau", "0.1,0.2"), 2, "--tau 0.1,0.2: 0.1,0.2 is not a number from 0 to 1. Write --tau 0.2 or"),
         (("mine", "--tau", "*:nan"), 2, "--tau *:nan: nan is not a number from 0 to 1."),
         (("mine", "--tau", "much"), 2, "--tau much: much is not a number from 0 to 1."),

@@ -25,7 +25,7 @@ def test_sweep_measures_at_each_tau_and_all_experts_first(run: Run) -> None:
     result = run("sweep", "bert-moe", *REVIEWS, "--tau", "0.5,0.9", "--no-oracle")
     assert result.code == 0, result.err
     header, dense, *rows = table(result.out)
-    assert " ".join(header) == "tau accuracy experts that ran converted layers multiply-adds of dense"
+    assert " ".join(header) == "tau accuracy ran converted layers multiply-adds of dense"
     assert (dense[0], dense[-1]) == ("dense", "100%")
     assert [row[0] for row in rows[:3]] == ["0", "0.5", "0.9"]
     assert " ".join(rows[3]).startswith("note: accuracy on 40 samples")

@@ -128,7 +128,7 @@ def test_what_tuning_drops_and_what_it_cannot_add_is_said(run: Run, trained: Pat
     assert recorded(Path("dropped"))["compensated"] == []
     nothing, fits = run(*args, "--budget", "1.5", "--compensate", "-o", "every").json["notes"]
     assert nothing == "--compensate added nothing: no expert is skipped, or the skipped ones output zero on this data."
-    assert re.fullmatch(r"A budget of 150% allows every expert\. At tau 0 the model costs 1\d\d\.\d% .*", fits)
+    assert re.fullmatch(r"A budget of 150% allows everything\. At tau 0 the model costs 1\d\d\.\d% .*", fits)
 
 
 def test_what_was_held_out_is_held_out_again(run: Run, trained: Path) -> None:
@@ -169,7 +169,7 @@ def test_what_cannot_be_done_exits_with_2_and_stores_nothing(run: Run, trained: 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for args, words in (
-        ((str(trained), "--budget", "0.01"), "A budget of 1% cannot be met. With the fewest experts"),
+        ((str(trained), "--budget", "0.01"), "A budget of 1% cannot be met. With the least that can run"),
         ((str(trained), "--budget", "0"), "The budget is 0.0, but must be a positive share"),
         ((str(trained), "--budget", "40"), "The budget is 40, but must be a share of the dense model's cost: 0.4"),
         (

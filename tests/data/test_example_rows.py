@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import surgeon
 from surgeon.data.data import Data
-from surgeon.data.example_rows import example_rows, first_batch
+from surgeon.data.example_rows import example_rows, read_ahead
 from surgeon.data.files import Loader
 from surgeon.graph.calls import argument_names
 from surgeon.passes import Moeify
@@ -52,10 +52,17 @@ def test_what_is_read_later_does_not_change(kind: int) -> None:
         torch.manual_seed(0)
         data = Data(loaders()[kind])
         if looked:
-            first_batch(data)
+            assert len(read_ahead(data, 3)) == 3
         return [next(iter((*batch.args, *batch.kwargs.values()))).tolist() for _ in range(2) for batch in data.train]
 
     assert epochs(looked=True) == epochs(looked=False)
+
+
+def test_reading_ahead_ends_at_batches_bytes_or_data() -> None:
+    data = Data([torch.ones(4, 2) * place for place in range(5)])  # 32 bytes each
+    assert [int(batch.args[0][0, 0]) for batch in read_ahead(data, 3)] == [0, 1, 2]
+    assert [len(read_ahead(data, 9, size)) for size in (1, 32, 33, 64, 65)] == [1, 1, 2, 2, 3]
+    assert len(read_ahead(data, 9)) == 5
 
 
 def test_a_pipeline_is_traced_with_the_data_where_no_inputs_are_given() -> None:

@@ -22,7 +22,7 @@ from surgeon.graph.traced import TracedGraph
 from surgeon.kernels.experts import Experts
 from surgeon.kernels.int8 import routed_ffn_int8
 from surgeon.kernels.panels import Int8Experts, pack, quantise_trunk
-from surgeon.passes import Moeify, Quantize
+from surgeon.passes import Lower, Moeify, Quantize, SparsifyInputs
 
 openvino = pytest.importorskip("openvino")
 pytestmark = [
@@ -239,6 +239,20 @@ def test_a_process_without_surgeon_and_torch(net: tuple[TracedGraph, Program, An
     assert done.returncode == 0, done.stderr
     found = np.load(tmp_path / "found.npz")
     assert off([torch.from_numpy(found[name]) for name in found], list(graph(*INPUTS).values())) < 0.02
+
+
+@pytest.mark.parametrize("lowered", [True, False])
+def test_linear_layers_mask_what_they_skip(lowered: bool) -> None:
+    passes = [SparsifyInputs(), *([Lower()] if lowered else [])]
+    rows = [dict(zip(("x", "bias"), INPUTS, strict=True))]
+    graph = surgeon.Pipeline(passes).run(Net().eval(), inputs=INPUTS, data=rows).graph.eval()
+    before = list(graph(*INPUTS).values())
+    surgeon.set_tau(graph, 0.4)
+    assert off(before, list(graph(*INPUTS).values())) > 0.02
+    program = Program(graph, INPUTS)
+    compiled = Compiled(convert(graph, program))
+    for _, inputs, expected in program.examples():
+        assert off(compiled(inputs), expected) < 1e-4
 
 
 def test_float_experts_are_refused() -> None:

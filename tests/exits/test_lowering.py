@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.dynamic.knobs import set_tau
 from surgeon.exits.lowering import plan_skipping
 from surgeon.exits.site import find_exits
 from surgeon.graph.traced import TracedGraph
 from surgeon.measure.meter import measure
 from surgeon.measure.multiply_adds import Counter
-from surgeon.moe.knobs import set_tau
 from surgeon.passes import EarlyExit, Lower, Moeify, Pass, SparsifyInputs
 from surgeon.sites.rejection import Rejection
 from surgeon.surgery.pipeline import Pipeline

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from surgeon.dynamic.knobs import set_tau
 from surgeon.graph.snapshot import GraphDiff, compare, compare_unrelated, snapshot
 from surgeon.graph.traced import aten, fork, module_path
-from surgeon.moe.knobs import set_tau
 from surgeon.passes import Lower, Moeify, SwapActivation
 from surgeon.passes.report import PassDiff
 from surgeon.surgery.pipeline import Pipeline

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import surgeon
 from surgeon.data.batch import Batch
+from surgeon.dynamic.knobs import get_rule, get_tau, set_rule, set_tau
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
@@ -20,7 +21,6 @@ from surgeon.measure.judge import Criteria, judge
 from surgeon.measure.meter import measure
 from surgeon.measure.read_off import kept_at
 from surgeon.measure.sweep import sweep
-from surgeon.moe.knobs import get_rule, get_tau, set_rule, set_tau
 from surgeon.passes import Moeify
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline

@@ -10,11 +10,11 @@ import torch
 
 import surgeon
 from surgeon.data.batch import Batch
+from surgeon.dynamic.knobs import SKIPPED_MEAN, get_knobs, set_knobs
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.traced import TracedGraph
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import sweep
-from surgeon.moe.knobs import SKIPPED_MEAN, get_knobs, set_knobs
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify
 from tests.small_models import labelled_vectors, stack, vectors

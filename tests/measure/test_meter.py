@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgeon
+from surgeon.dynamic.knobs import set_tau
 from surgeon.errors import UsageError
 from surgeon.kernels.dynamic_k import selected
 from surgeon.measure.meter import clock, measure, parameter_count
-from surgeon.moe.knobs import set_tau
 from surgeon.moe.module import MoE
 from surgeon.passes import Lower, Moeify
 from tests.small_models import (

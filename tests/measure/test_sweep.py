@@ -15,13 +15,13 @@ from torch import Tensor
 import surgeon
 from surgeon.data.batch import Batch
 from surgeon.data.losses import evaluate
+from surgeon.dynamic.knobs import get_rule, get_tau, set_rule, set_tau
 from surgeon.errors import UsageError
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.kernels.selection import RULES
 from surgeon.measure.meter import ExpertMeter, measure
 from surgeon.measure.sweep import executed_share, layers_share, sweep
-from surgeon.moe.knobs import get_rule, get_tau, set_rule, set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify

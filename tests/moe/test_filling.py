@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgeon
+from surgeon.dynamic.knobs import set_rule, set_tau
 from surgeon.measure.meter import measure
 from surgeon.moe.filling import neurons_of_experts
-from surgeon.moe.knobs import set_rule, set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify

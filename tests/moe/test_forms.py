@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import surgeon
+from surgeon.dynamic.knobs import get_rule, get_tau, set_rule, set_tau
 from surgeon.errors import UsageError
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.snapshot import snapshot
@@ -20,7 +21,6 @@ from surgeon.graph.traced import TracedGraph, fork, tensor_key, tensor_of
 from surgeon.kernels.experts import selected
 from surgeon.kernels.selection import RULES, selection_threshold
 from surgeon.measure.meter import measure
-from surgeon.moe.knobs import get_rule, get_tau, set_rule, set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.site import find_moes, router_nodes
 from surgeon.passes import Lower, Mlpify, Moeify, Quantize
@@ -178,7 +178,7 @@ def test_lowering_keeps_the_rule(made: Made) -> None:
 @every_form
 @pytest.mark.parametrize(("rule", "path", "words"), [
     ("best", None, "No selection rule 'best'"),
-    ("max", "blocks.7", "No layer 'blocks.7'. Layers with experts: blocks.0.ffn.moe, blocks.1.ffn.moe"),
+    ("max", "blocks.7", "No layer 'blocks.7'. Layers that can be set: blocks.0.ffn.moe, blocks.1.ffn.moe"),
     ({FIRST: "energy", "nowhere": "max"}, None, "No layer 'nowhere'"),
     ({FIRST: "energy", SECOND: "best"}, None, "No selection rule 'best'"),
 ])  # fmt: skip

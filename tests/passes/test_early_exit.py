@@ -12,6 +12,7 @@ from torch import Tensor
 
 import surgeon
 from surgeon.data.batch import Batch
+from surgeon.dynamic.knobs import get_tau, set_tau
 from surgeon.errors import DataError, PassError, UsageError
 from surgeon.exits.heads import FEATURES, LOGITS, nodes_at
 from surgeon.exits.site import find_exits
@@ -20,7 +21,6 @@ from surgeon.graph.traced import TracedGraph, fork
 from surgeon.measure.meter import token_load
 from surgeon.measure.sweep import sweep, usual_taus
 from surgeon.measure.tuning import Tuner
-from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.passes import EarlyExit, Lower, Moeify, Recover, Refit
 from surgeon.passes.report import dense_layers
 from surgeon.surgery.engines import export_onnx, export_openvino
@@ -162,7 +162,7 @@ def test_no_place_in_a_model_of_its_own_class_or_in_other_engines(tmp_path: Path
         surgeon.graft(model, surgery)
     for write in (export_onnx, export_openvino):
         with pytest.raises(UsageError, match="only torch runs"):
-            write(surgery.graph, vectors(), tmp_path / "out", record=surgery.record(), origin=surgery.origin)
+            write(surgery.graph, vectors(), tmp_path / "out", record=surgery._record(), origin=surgery.origin)
 
 
 def test_data_is_asked_for(graph: TracedGraph) -> None:

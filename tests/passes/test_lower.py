@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import surgeon
+from surgeon.dynamic.knobs import get_tau, set_tau
 from surgeon.graph.traced import module_path
 from surgeon.measure.meter import measure
-from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.moe.site import dynamic_k_ffn, find_moes
 from surgeon.passes import Lower, Moeify
 from tests.small_models import WIDTH, Function, vectors

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
+from surgeon.dynamic.knobs import get_tau, set_tau
 from surgeon.errors import UsageError
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import fork
 from surgeon.measure.meter import ExpertMeter
-from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify, Sparsify

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
+from surgeon.dynamic.knobs import get_rule, set_rule, set_tau
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.measure.meter import ExpertMeter, measure
-from surgeon.moe.knobs import get_rule, set_rule, set_tau
 from surgeon.moe.router import expert_norms, target
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify

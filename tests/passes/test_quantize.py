@@ -11,12 +11,12 @@ import torch
 
 import surgeon
 from surgeon.data.batch import Batch
+from surgeon.dynamic.knobs import get_knobs, set_knobs, set_rule, set_tau
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
 from surgeon.measure.meter import measure
 from surgeon.measure.sweep import sweep
 from surgeon.moe.int8 import TENSORS, Int8MoE
-from surgeon.moe.knobs import get_knobs, set_knobs, set_rule, set_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Mlpify, Moeify, Quantize, Recover
 from surgeon.surgery.pipeline import Pipeline

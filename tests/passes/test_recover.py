@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import surgeon
+from surgeon.dynamic.knobs import get_tau, set_tau
 from surgeon.errors import PassError, UsageError
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
-from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.moe.module import MoE
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify, Recover

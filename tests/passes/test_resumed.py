@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import surgeon
+from surgeon.dynamic.knobs import set_tau
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
-from surgeon.moe.knobs import set_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes import Moeify, Recover
 from surgeon.passes.report import PassReport

@@ -93,12 +93,37 @@ def test_a_target_that_was_missed_is_named(traces: Any) -> None:
     def note(**options: Any) -> tuple[str, ...]:
         return Sparsify(lr=3e-3, **options).apply(traces("stack:relu"), inputs=vectors(), data=DATA).notes
 
-    (missed,) = note(steps=1, target={"*.0.*": 0.01, "*": 0.9})
+    missed, *_ = note(steps=1, target={"*.0.*": 0.01, "*": 0.9})
     assert re.match(r"1 of 2 layers missed the target. The worst is blocks.0.ffn with \d\d\.\d% .* of 1\.0%\. ", missed)
-    (both,) = note(steps=1, target={"*.0.*": 0.1, "*": 0.01})
+    both, *_ = note(steps=1, target={"*.0.*": 0.1, "*": 0.01})
     assert "2 of 2 layers missed the target. The worst is blocks.1.ffn" in both
     assert note(steps=1, target=0.9) == ()
-    assert note(steps=1) == ()
+
+
+@pytest.mark.parametrize(("penalty", "rose"), [("hoyer", "square Hoyer"), ("l1", "L1")])
+def test_it_warns_if_activity_does_not_fall(traces: Any, penalty: Any, rose: str) -> None:
+    def trained(**options: Any) -> PassReport:
+        one = Sparsify(penalty=penalty, alpha_schedule="constant", lr=3e-3, **options)
+        return Pipeline([one]).run(traces("stack:relu"), inputs=vectors(), data=DATA).reports[0]
+
+    weak = trained(alpha=1e-9, epochs=20)
+    assert weak.fit is not None
+    assert weak.fit.penalty is not None
+    before, after = weak.fit.penalty
+    assert after > before
+    shares = [f"{sum(share) / 2:.1%}" for share in zip(*active(weak.fit).values(), strict=True)]
+    (note,) = weak.notes
+    assert note == (
+        f"The share of active neurons rose from {shares[0]} to {shares[1]}. The {rose} penalty rose from {before:.4g} "
+        f"to {after:.4g}. Try a larger alpha (now 1e-09), more epochs or steps, or set a target, for example "
+        "target=0.05."
+    )
+    strong = trained(alpha=0.1, epochs=20)
+    assert strong.fit is not None
+    assert strong.fit.penalty is not None
+    assert strong.fit.penalty[1] < strong.fit.penalty[0] == pytest.approx(before)
+    assert strong.notes == ()
+    assert trained(alpha=0.0, steps=1).notes == ()  # nothing was to fall
 
 
 def test_a_layer_without_a_target_is_left_about_as_active(traces: Any) -> None:

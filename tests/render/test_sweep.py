@@ -37,7 +37,7 @@ def cells(points: list[Point], dense: Dense) -> list[list[str]]:
 
 def test_sweep_shows_what_each_tau_costs_in_quality() -> None:
     header, dense, every, less, *measured = cells(POINTS, DENSE)
-    assert " ".join(header) == "tau accuracy change experts that ran converted layers multiply-adds of dense ms"
+    assert " ".join(header) == "tau accuracy change ran converted layers multiply-adds of dense ms"
     assert dense == ["dense", "0.950", "[0.9,", "0.99]", "100%", "4.29", "M", "100%", "2.0"]
     assert every[:6] == ["0", "(all", "experts)", "0.950", "[0.9,", "0.99]"]
     assert every[6:] == ["0", "100%", "102%", "5.06", "M", "118%", "3.1"]
@@ -51,7 +51,7 @@ def test_sweep_shows_what_each_tau_costs_in_quality() -> None:
 def test_columns_that_say_nothing_are_left_out() -> None:
     bare = [Point(0.1, token_loss(21.5), 0.23, 0.25, 2_950_000, None)]
     header, point, *rest = cells(bare, Dense(None, token_loss(20.0)))
-    assert " ".join(header) == "tau loss per token experts that ran converted layers multiply-adds"
+    assert " ".join(header) == "tau loss per token ran converted layers multiply-adds"
     assert point == ["0.1", "21.5", "23%", "25%", "2.95", "M"]
     assert " ".join(rest[0]).startswith("note: loss per token on 1,000 tokens of 40 samples.")
 

@@ -31,7 +31,7 @@ def test_tuning_shows_every_tau_and_what_it_gained() -> None:
     assert rows[5] == ["one", "tau,", "0.1", "50%", "0.0456"]
     assert rows[6] == ["a", "tau", "for", "each", "layer", "50%", "0.01234"]
     assert lines[7] == (
-        "accuracy: 0.930 [0.88, 0.97] within the budget, 0.950 [0.9, 0.99] with every expert; "
+        "accuracy: 0.930 [0.88, 0.97] within the budget, 0.950 [0.9, 0.99] at tau 0; "
         "-0.03 [-0.05, -0.01] from the dense model; on 60 samples."
     )
     assert lines[8] == "In brackets: 95% intervals."

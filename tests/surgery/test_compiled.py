@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ import surgeon
 from surgeon.engines.program import plain
 from surgeon.errors import SaveError, UsageError
 from surgeon.kernels import cpu
-from surgeon.passes import Lower, Moeify
+from surgeon.passes import Lower, Moeify, SparsifyInputs
 from surgeon.surgery import compiled
 from surgeon.surgery.compiled import compile_graph
 
@@ -93,12 +95,42 @@ def test_what_follows_from_weights_is_computed_once_and_tau_stays(tmp_path: Path
     torch.testing.assert_close(model(x), graph(x))
 
 
+@pytest.mark.parametrize("lowered", [True, False])
+def test_tau_of_layers_that_skip_inputs_can_be_set(lowered: bool, tmp_path: Path) -> None:
+    x = torch.randn(64, 8)
+    passes = [SparsifyInputs(), *([Lower()] if lowered else [])]
+    graph = surgeon.Pipeline(passes).run(Scaled().eval(), inputs=(x,), data=[x]).graph
+    made = compile_graph(graph, (x,), tmp_path / "out")
+    model = torch._inductor.aoti_load_package(str(tmp_path / "out" / "model.pt2"))
+    assert set(made.tau) == {"up.inputs.tau", "down.inputs.tau"}
+    torch.testing.assert_close(model(x), graph(x))
+    surgeon.set_tau(graph, 0.5)
+    assert not torch.allclose(model(x), graph(x), rtol=1e-2, atol=1e-2)
+    model.load_constants(dict.fromkeys(made.tau, torch.tensor(0.5)), check_full_update=False)
+    torch.testing.assert_close(model(x), graph(x))
+    native = lowered and cpu.load().path is not None
+    assert compiled.keeps_operator(graph) == (tmp_path / "out" / "surgeon_cpu.so").exists() == native
+    code = """
+import sys, torch
+sys.modules["surgeon"] = None
+from pathlib import Path
+place = Path(sys.argv[1])
+if (place / "surgeon_cpu.so").exists():
+    torch.ops.load_library(place / "surgeon_cpu.so")
+model = torch._inductor.aoti_load_package(str(place / "model.pt2"))
+example = torch.load(place / "example.pt")
+torch.testing.assert_close(model(*example["inputs"]), example["outputs"][0])
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_model_without_its_tau_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if cpu.load().path is None:
         pytest.skip(f"the native kernels do not run here: {cpu.load().why}")
     x = torch.randn(4, 8)
     graph = surgeon.Pipeline([Moeify(experts=4), Lower()]).run(Scaled().eval(), inputs=(x,)).graph
-    monkeypatch.setattr(compiled, "_compile", lambda program, file: None)
+    monkeypatch.setattr(compiled, "_compile", lambda program, graph, file: None)
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda file: SimpleNamespace(get_constant_fqns=list))
     with pytest.raises(SaveError, match=r"moe\.tau cannot be set"):
         compile_graph(graph, (x,), tmp_path / "out")
@@ -120,7 +152,7 @@ def test_nothing_wrong_is_put_in_place(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", pretend)
     with pytest.raises(SaveError, match="without the check of its inputs"):
         compile_graph(graph, INPUTS, tmp_path / "out")
-    monkeypatch.setattr(compiled, "_compile", lambda program, file: None)
+    monkeypatch.setattr(compiled, "_compile", lambda program, graph, file: None)
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda file: lambda *args: plain(graph(*args, True)))
     with pytest.raises(SaveError, match=r"The compiled model (fails|differs)"):
         compile_graph(graph, INPUTS, tmp_path / "out")

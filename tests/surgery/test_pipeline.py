@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import surgeon
+from surgeon.dynamic.knobs import get_tau
 from surgeon.errors import DataError, LoadError, PassError, SurgeonError, TraceError, UsageError, VerificationError
 from surgeon.graph.traced import TracedGraph
-from surgeon.moe.knobs import get_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify, SwapActivation
 from surgeon.progress import Progress

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.dynamic.knobs import get_tau, set_tau
 from surgeon.errors import SizeError
 from surgeon.graph.agreement import relative_error
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import TracedGraph
-from surgeon.moe.knobs import get_tau, set_tau
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Moeify, Sparsify
 from surgeon.surgery.artifact import DIFF, MODEL, load

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+from surgeon.dynamic.knobs import get_tau
 from surgeon.errors import LoadError
 from surgeon.jobs.open_model import open_model
-from surgeon.moe.knobs import get_tau
 from surgeon.passes import Lower, Moeify
 from surgeon.surgery.artifact import load
 from surgeon.surgery.pipeline import Pipeline

@@ -31,7 +31,7 @@ def test_diff_says_what_a_pass_did_in_one_line_a_group() -> None:
     header, parameters, adds, columns, sites, refused, note = diff_text(diff(report()).passes, "sites").splitlines()[:7]
     assert header == "moeify  6 of 7 sites  same output (differs by 2e-07)  not trained  23 s"
     assert parameters == "  parameters     22.6 M → 23.0 M  +1.8%"
-    assert adds == "  multiply-adds  176 M → 184 M    +4.5%  100% of the experts ran"
+    assert adds == "  multiply-adds  176 M → 184 M    +4.5%  100% of what can be skipped ran"
     assert columns.split() == ["site", "was", "→", "is", "parameters", "mult-adds/token", "ran"]
     assert sites == (
         "  encoder.layer.0…5  ×6  FFN 384→1536→384 gelu → 48 experts × 32, router 128"
@@ -94,7 +94,7 @@ def test_stat_has_a_line_a_pass() -> None:
         ({"matched": [], "sites": ()}, "0 of 1 sites  nothing changed"),
         (
             {"after": Cost(23_000_000, 184_000_000, 62_000_000, 0.27)},
-            "27% of the experts ran, 62.0 M in all (example inputs, padding counted)",
+            "27% of what can be skipped ran, 62.0 M in all (example inputs, padding counted)",
         ),
         ({"before": None, "after": None}, "moeify  6 of 7 sites"),
         ({"notes": ("Batch size is fixed.",)}, "note: Batch size is fixed."),

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import surgeon
+from surgeon.dynamic.knobs import get_knobs, get_rule, get_tau, set_knobs, set_rule, set_tau
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
-from surgeon.moe.knobs import get_knobs, get_rule, get_tau, set_knobs, set_rule, set_tau
 from tests.small_models import vectors
 
 FIRST, SECOND = "blocks.0.ffn.moe", "blocks.1.ffn.moe"
@@ -76,7 +76,7 @@ def test_tau_of_a_fork_is_shared(graph: Any) -> None:
     (1.5, None, "tau is 1.5.*from 0 to 1"),
     (-0.1, None, "tau is -0.1"),
     (float("nan"), None, "tau is nan"),
-    (0.5, "blocks.7", "No layer 'blocks.7'. Layers with experts: blocks.0.ffn.moe, blocks.1.ffn.moe"),
+    (0.5, "blocks.7", "No layer 'blocks.7'. Layers that can be set: blocks.0.ffn.moe, blocks.1.ffn.moe"),
     ({"nowhere": 0.5}, None, "No layer 'nowhere'"),
 ])  # fmt: skip
 def test_wrong_tau(graph: Any, tau: Any, path: str | None, words: str) -> None:
@@ -86,7 +86,7 @@ def test_wrong_tau(graph: Any, tau: Any, path: str | None, words: str) -> None:
 
 
 def test_tau_without_experts(traces: Any) -> None:
-    with pytest.raises(UsageError, match=r"The model has no experts, so there is nothing to set\. Apply moeify first"):
+    with pytest.raises(UsageError, match=r"has no layers that skip, so there is nothing to set\. Apply moeify"):
         set_tau(traces("stack:gelu"), 0.5)
     assert get_tau(traces("stack:gelu")) == {}
 
@@ -98,6 +98,6 @@ def test_a_mapping_with_a_wrong_entry_changes_nothing(graph: Any) -> None:
 
 
 def test_rules_need_experts(traces: Any) -> None:
-    with pytest.raises(UsageError, match=r"no experts, so there is nothing to set\. Apply moeify first"):
+    with pytest.raises(UsageError, match=r"no experts, so there is no rule to set\. Apply moeify first"):
         set_rule(traces("stack:relu"), "max")
     assert get_rule(traces("stack:relu")) == {}

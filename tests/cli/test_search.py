@@ -1,0 +1,222 @@
+"""--budget-minutes: a search for settings on the training data, which is recorded, repeatable and resumable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from surgeon.jobs import search
+from surgeon.jobs.search import SETTINGS, Searcher, at_share, settings_for
+from surgeon.surgery.trials import Trial, merged
+
+from .harness import NET, Run, left, recorded
+
+# Three settings are left: the recipe and higher learning rates.
+PINNED = [
+    word
+    for setting in (
+        "sparsify.target=0.2", "sparsify.epochs=2", "moeify.expert_size=4", "moeify.router_width=4",
+        "moeify.epochs=2",
+    )
+    for word in ("--set", setting)
+]  # fmt: skip
+TASK = """
+from pathlib import Path
+import torch
+from surgeon import Data
+
+class Held(list):
+    def __iter__(self):
+        with Path("read").open("a") as file:
+            file.write("x")
+        return super().__iter__()
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(8, 5, 16, generator=generator), torch.randint(0, 3, (8,), generator=generator)) for _ in range(18)
+    ]
+    return Data(batches[:16], Held(batches[16:]))
+"""
+MINUTES = ("--budget-minutes", "30")
+
+
+@pytest.fixture
+def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run whose trials have two steps, on data that notes when the held-out part is read."""
+    (tmp_path / "task.py").write_text(TASK)
+    monkeypatch.setattr(search, "_FEWEST", 2)
+    data = ("--data", "task.py:data", "--task", "classification")
+    return ["-q", "apply", "--recipe", "recommended", *NET, *data, *PINNED]
+
+
+def reads(place: Path) -> int:
+    """How often the held-out data was read since the last call."""
+    count = len((place / "read").read_text())
+    (place / "read").unlink()
+    return count
+
+
+def test_settings_are_searched_on_the_training_data_alone(run: Run, tmp_path: Path, args: list[str]) -> None:
+    first = run("--output", "json", *args, *MINUTES, "-o", "first")
+    assert first.code == 0, first.err
+    with_search = reads(tmp_path)
+    assert run(*args, "-o", "plain").code == 0
+    assert with_search == reads(tmp_path)
+    found = recorded(tmp_path / "first")["search"]
+    assert found == first.json["search"]
+    assert recorded(tmp_path / "plain")["search"] is None
+    assert [(one["name"], one["steps"]) for one in found["trials"]] == [
+        ("the recipe", 8), ("learning rates times 4", 8),
+    ]  # fmt: skip
+    assert (found["train"], found["validation"]) == (8 * 13, 8 * 3)
+    losses = {one["name"]: one["loss"] for one in found["trials"]}
+    assert len(set(losses.values())) == 3
+    assert found["chosen"] == min(losses, key=lambda name: losses[name])
+    options = {one["name"]: one["options"] for one in recorded(tmp_path / "first")["recipe"]["passes"]}
+    assert (
+        options["sparsify"]["lr"]
+        == {"the recipe": 5e-5, "learning rates times 4": 2e-4, "learning rates times 16": 8e-4}[found["chosen"]]
+    )
+    assert (options["sparsify"]["target"], options["moeify"]["expert_size"]) == (0.2, 4)
+    assert "steps" not in options["sparsify"]  # there is time for the whole recipe
+    second = run(*args, *MINUTES, "-o", "second")
+    assert second.code == 0, second.err
+    assert "Loss on 24 samples of the training data, at 20% of the layers' cost" in second.out
+    shown = run("diff", "second").out
+    assert all(f"\n{name} " in f"\n{shown}" for name in losses)
+    again = recorded(tmp_path / "second")["search"]
+    assert [one["loss"] for one in again["trials"]] == [one["loss"] for one in found["trials"]]
+    assert (again["chosen"], again["options"]) == (found["chosen"], found["options"])
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Trials that train nothing: their loss comes from a table. Gives the trials that ran."""
+    losses = {name: place for place, (name, _) in enumerate(reversed(SETTINGS))}
+    ran: list[tuple[str, int]] = []
+
+    def trial(self: Searcher, name: str, options: Any, steps: int) -> Trial:
+        ran.append((name, steps))
+        return Trial(name, options, steps, None if name == SETTINGS[-1][0] else float(losses[name]), 0.5)
+
+    speed = search._Speed({"sparsify": 0.1, "moeify": 0.001, "recover": 0.1}, 0.1, 0.1, 0.001)
+    monkeypatch.setattr(Searcher, "_trial", trial)
+    monkeypatch.setattr(Searcher, "_speed", lambda self, options: speed)
+    return ran
+
+
+def without_sizes(args: list[str]) -> list[str]:
+    """The arguments without what the user set, so that all settings are tried."""
+    return [word for word in args if word != "--set" and "=" not in word]
+
+
+def test_the_better_half_goes_on_with_twice_the_steps(
+    run: Run, tmp_path: Path, args: list[str], table: list[tuple[str, int]]
+) -> None:
+    result = run(*without_sizes(args), "--budget-minutes", "2", "-o", "out", "--set", "recover.epochs=3")
+    assert result.code == 0, result.err
+    names = [name for name, _ in SETTINGS]
+    steps = table[0][1]
+    # The last one is too costly, and then the table is in reverse.
+    assert table == [
+        *((name, steps) for name in names),
+        *((name, 2 * steps) for name in (names[4], names[3], names[2])),
+    ]
+    record = recorded(tmp_path / "out")
+    assert record["search"]["chosen"] == names[4]
+    assert record["recipe"]["passes"][2]["options"]["router_width"] == 64
+    assert "learning rates times 4" in result.out
+    assert "too costly" in result.out
+    assert f"Chosen: {names[4]}. The full run has moeify.router_width=64." in result.out
+
+
+def test_a_search_that_was_interrupted_goes_on(
+    run: Run, tmp_path: Path, args: list[str], table: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (*without_sizes(args), "--budget-minutes", "2", "-o", "out")
+    trial = Searcher._trial
+
+    def stopped(self: Searcher, name: str, options: Any, steps: int) -> Trial:
+        if len(table) == 3:
+            raise KeyboardInterrupt
+        return trial(self, name, options, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Searcher, "_trial", stopped)
+        result = run(*command)
+    assert result.code == 130
+    assert "checkpoints are in out.work" in result.err
+    assert run(*command).code == 2  # --resume or --overwrite
+    other = run(*command, "--resume", "--budget-minutes", "3")
+    assert other.code == 2
+    assert "Its budget_minutes: 2.0; now: 3.0" in other.err
+
+    def fails(*given: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # the search ends, then the full run is interrupted
+        patch.setattr("surgeon.jobs.apply._run", fails)
+        assert run(*command, "--resume").code == 130
+    assert len(table) == 9  # each trial ran once
+    result = run(*command, "--resume")
+    assert result.code == 0, result.err
+    assert len(table) == 9
+    assert len(recorded(tmp_path / "out")["search"]["trials"]) == 9
+    assert "out.work" not in left(tmp_path)
+
+
+def test_steps_are_fewer_where_time_is_short(
+    run: Run, tmp_path: Path, args: list[str], table: list[tuple[str, int]]
+) -> None:
+    long = ("--set", "sparsify.epochs=200", "--set", "recover.steps=1000", "--set", "moeify.steps=100")
+    result = run(*without_sizes(args), *long, "--budget-minutes", "1", "-o", "out")
+    assert result.code == 0, result.err
+    options = recorded(tmp_path / "out")["search"]["options"]
+    steps = {name: own["steps"] for name, own in options.items()}
+    seconds = 0.1 * steps["sparsify"] + 0.001 * steps["moeify"] + 0.1 * steps["recover"]
+    assert 0.2 * 60 < seconds < 60
+    assert steps["sparsify"] / 3200 == pytest.approx(steps["recover"] / 1000, rel=0.05)
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    (("--recipe", "relufy", "--budget-minutes", "1"), "finds the settings of --recipe recommended"),
+    (("--budget-minutes", "0"), "--budget-minutes 0 must be above 0"),
+    (("--budget-minutes", "1", "--dry-run"), "needs --data, and cannot be a --dry-run"),
+])  # fmt: skip
+def test_wrong_budgets(run: Run, args: list[str], changed: tuple[str, ...], words: str) -> None:
+    result = run(*without_sizes(args), *changed)
+    assert result.code == 2
+    assert words in result.err
+
+
+def test_too_little_time_says_how_much_is_needed(run: Run, args: list[str], table: list[tuple[str, int]]) -> None:
+    result = run(*args, "--budget-minutes", "0.001")
+    assert result.code == 2
+    assert "--budget-minutes 0.001 is too short to try 3 settings on this machine. Give at least 0." in result.err
+    assert table == []
+
+
+def test_what_the_user_has_set_is_not_tried() -> None:
+    assert settings_for({}) == list(SETTINGS)
+    names = [name for name, _ in settings_for({"sparsify": {"target": "0.3"}, "moeify": {"experts": "4"}})]
+    assert names == ["the recipe", "routers of width 64", "learning rates times 4", "learning rates times 16"]
+    assert [name for name, _ in settings_for({"recover": {"lr": "1e-4"}})][-1] == "routers of width 64"
+
+
+def test_every_setting_changes_the_recipe() -> None:
+    assert len({str(options) for _, options in SETTINGS}) == len(SETTINGS) == 6
+    assert merged({"a": {"x": 1, "y": 1}}, {"a": {"x": 2}, "b": {"z": 3}}) == {"a": {"x": 2, "y": 1}, "b": {"z": 3}}
+
+
+@pytest.mark.parametrize(("points", "want"), [
+    ([(0.5, 1.0), (0.3, 2.0), (0.1, 4.0)], 3.0),
+    ([(0.5, 1.0), (0.2, 2.0)], 2.0),
+    ([(0.1, 5.0), (0.05, 6.0)], 5.0),
+    ([(0.9, 1.0), (0.3, 2.0)], None),
+    ([], None),
+])  # fmt: skip
+def test_the_loss_at_a_cost_is_between_two_taus(points: Any, want: float | None) -> None:
+    assert at_share(points, 0.2) == pytest.approx(want)

@@ -1,0 +1,3 @@
+"""A graph with experts, in every form."""
+
+from tests.moe.conftest import graph  # noqa: F401  (a fixture)
