@@ -107,7 +107,7 @@ class EarlyExit(TrainedPass[BlockEnd, str]):
     def rewrite(self, graph: TracedGraph, site: BlockEnd, seen: str) -> SiteChange:
         earlier = nodes_at(graph, LOGITS)
         target = f"{seen}.{len(earlier)}"
-        head = make_head(site, self._form, len(earlier))
+        head = make_head(site, self._form, len(earlier), next(graph.parameters()).device)
         head.train(graph.training)
         graph.add_submodule(target, head)
         mark_holders(graph)

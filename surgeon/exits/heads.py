@@ -40,7 +40,7 @@ class HeadPlan:
     width: int | None
 
 
-def make_head(block: BlockEnd, plan: HeadPlan, earlier: int) -> nn.Module:
+def make_head(block: BlockEnd, plan: HeadPlan, earlier: int, device: torch.device) -> nn.Module:
     """Return the parameters of a head, with random weights, in the dtype of what it reads.
 
     earlier: the number of heads before it.
@@ -56,9 +56,8 @@ def make_head(block: BlockEnd, plan: HeadPlan, earlier: int) -> nn.Module:
     if plan.ensemble and earlier:
         head.mix = nn.Parameter(torch.full((earlier + 1,), -math.log(earlier + 1)))
         head.mix_bias = nn.Parameter(torch.zeros(block.classes))
-    value = block.output.meta["val"]
-    head.to(device=value.device, dtype=value.dtype)
-    head.register_buffer("tau", torch.tensor(0.0, device=value.device))
+    head.to(device=device, dtype=block.output.meta["val"].dtype)
+    head.register_buffer("tau", torch.tensor(0.0, device=device))
     return parameters_only(head)
 
 

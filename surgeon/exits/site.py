@@ -49,11 +49,6 @@ class ExitSite:
         return []
 
     @property
-    def d_in(self) -> int:
-        """Width of what is looked at: the classes."""
-        return self.classes
-
-    @property
     def output(self) -> Node:
         """The answers of all samples."""
         return self.nodes[-1]
