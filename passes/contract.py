@@ -15,6 +15,8 @@ from typing_extensions import TypeVar
 
 from surgeon.data.data import Data
 from surgeon.dynamic.site import find_dynamic
+from surgeon.exits.blocks import BlockEnd
+from surgeon.exits.site import ExitSite
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.site import SparseLinearSite
 from surgeon.moe.site import MoESite, find_moes
@@ -26,12 +28,13 @@ from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_ffns, find_linear_sites
 from surgeon.training.loop import FitReport, RunSettings
 
-AnySite: TypeAlias = FFN | LinearSite | MoESite | SparseLinearSite
+AnySite: TypeAlias = FFN | LinearSite | MoESite | SparseLinearSite | ExitSite | BlockEnd
 Site = TypeVar("Site", bound=AnySite)
 Seen = TypeVar("Seen", default=Any)
 """What a pass has to know about a site beyond the site itself. Most passes need nothing more and get None."""
-SiteKind = Literal["ffn", "linear", "moe", "dynamic"]
-"""What a pass works on. "dynamic": layers that skip work by tau, which are experts and linears that skip inputs."""
+SiteKind = Literal["ffn", "linear", "moe", "dynamic", "block"]
+"""What a pass works on. "dynamic": what skips work by tau: experts, linears that skip inputs, and early exits.
+"block": places behind the blocks of a classifier, which the pass finds itself."""
 
 
 class SiteRefused(Exception):  # noqa: N818  (not an error: the run goes on without the site)
@@ -104,7 +107,9 @@ class Contract(ABC, Generic[Site, Seen]):
             return cast("tuple[list[Site], list[Rejection]]", find_linear_sites(graph))
         if self.works_on == "moe":
             return cast("list[Site]", find_moes(graph)), []
-        return cast("list[Site]", find_dynamic(graph)), []
+        if self.works_on == "dynamic":
+            return cast("list[Site]", find_dynamic(graph)), []
+        raise NotImplementedError(f"{self.name} works on {self.works_on}, so it has to define find")
 
     def match(self, graph: GraphModule, site: Site) -> Rejection | None:
         """Say why this site cannot be changed, or return None if it can."""

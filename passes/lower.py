@@ -9,6 +9,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from surgeon.dynamic.site import DynamicSite
+from surgeon.exits.heads import multiply_adds
+from surgeon.exits.lowering import Plan, plan_skipping, skip_rest
+from surgeon.exits.site import ExitSite, find_exits
 from surgeon.graph.edit import emit, get_attr, merge_duplicates
 from surgeon.graph.holder import parameters_only
 from surgeon.graph.traced import TracedGraph, aten, is_call, tensor_of
@@ -29,7 +32,8 @@ class Lower(Pass[DynamicSite]):
 
     The router and the threshold become ordinary nodes of the graph; parameters and tau keep their names. Linear layers
     that skip inputs are lowered to `surgeon::sparse_linear`, which reads the rows of the inputs that are left. It gets
-    its own copy of a weight that is stored the other way round.
+    its own copy of a weight that is stored the other way round. What follows an early exit is computed for the samples
+    that stay: the size of the batch depends on the data from there on.
     """
 
     name: ClassVar[str] = "lower"
@@ -37,11 +41,16 @@ class Lower(Pass[DynamicSite]):
     preserves: ClassVar[bool] = True
 
     def match(self, graph: GraphModule, site: DynamicSite) -> Rejection | None:
-        return Rejection("already-done", "it is already lowered") if site.skips else None
+        if site.skips:
+            return Rejection("already-done", "it is already lowered")
+        plan = plan_skipping(graph, site) if isinstance(site, ExitSite) else None
+        return plan if isinstance(plan, Rejection) else None
 
     def rewrite(self, graph: TracedGraph, site: DynamicSite, seen: None) -> SiteChange:
         if isinstance(site, SparseLinearSite):
             return self._lower_inputs(graph, site)
+        if isinstance(site, ExitSite):
+            return self._lower_exit(graph, site)
         names = [self._lower(graph, site, node) for node in site.nodes]
         if site.form == "module":
             # From here on only its parameters matter; the module itself belongs to other copies of the graph too.
@@ -87,6 +96,25 @@ class Lower(Pass[DynamicSite]):
             (count, count),
             (site.multiply_adds, site.multiply_adds),
             (site.output.name, site.output.name),
+            made=(site.path,),
+        )
+
+    def _lower_exit(self, graph: TracedGraph, site: ExitSite) -> SiteChange:
+        # What was found before other sites were lowered is no longer there.
+        site = next(found for found in find_exits(graph) if found.path == site.path)
+        plan = plan_skipping(graph, site)
+        assert isinstance(plan, Plan)
+        merged = skip_rest(graph, site, plan)
+        head = graph.get_submodule(site.path)
+        count = sum(parameter.numel() for parameter in head.parameters())
+        cost = multiply_adds(head)
+        return SiteChange(
+            site.path,
+            "the rest runs for all samples",
+            "rows_that_stay",
+            (count, count),
+            (cost, cost),
+            (site.output.name, merged.name),
             made=(site.path,),
         )
 

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
 from surgeon.dynamic.site import DynamicSite
+from surgeon.exits.site import ExitSite
 from surgeon.graph.edit import get_attr
 from surgeon.graph.holder import mark_holders, parameters_only
 from surgeon.graph.traced import TracedGraph, aten, is_call, tensor_of
@@ -55,6 +56,8 @@ class Refit(Pass[DynamicSite, Tensor]):
     )
 
     def match(self, graph: GraphModule, site: DynamicSite) -> Rejection | None:
+        if isinstance(site, ExitSite):
+            return Rejection("early-exit", "only linear layers that skip inputs are refitted, and samples leave there")
         if not isinstance(site, SparseLinearSite):
             return Rejection(
                 "has-experts", "only linear layers that skip inputs are refitted, and this one has experts"

@@ -87,6 +87,9 @@ def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
     Args:
         reports: of all passes, in order.
     """
+    reports = list(reports)
+    # The heads of early exits replace nothing.
+    added = {path for report in reports if report.name == "early-exit" for site in report.sites for path in site.made}
     found: dict[str, float] = {}
     # For each module that a pass made: the multiply-adds before all passes, divided by its own.
     ratios: dict[str, float] = {}
@@ -94,7 +97,7 @@ def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
         before, after = change.multiply_adds
         dense = before * ratios.get(change.path, 1.0)
         for path in change.made:
-            if path not in found:  # lower puts experts where they were
+            if path not in found and path not in added:  # lower puts experts where they were
                 found[path] = dense
                 ratios[path] = dense / after if after else 1.0
     return found

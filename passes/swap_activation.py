@@ -34,7 +34,9 @@ class SwapActivation(FineTunedPass[FFN]):
 
     name: ClassVar[str] = "swap-activation"
     works_on: ClassVar[SiteKind] = "ffn"
-    must_precede: ClassVar[frozenset[str]] = frozenset({"sparsify", "moeify", "sparsify-inputs", "lower", "quantize"})
+    must_precede: ClassVar[frozenset[str]] = frozenset(
+        {"sparsify", "moeify", "early-exit", "sparsify-inputs", "lower", "quantize"}
+    )
     preserves: ClassVar[bool] = False
     optional: ClassVar[bool] = True
     untrained: ClassVar[str] = (

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import VerificationError
+from surgeon.exits.blocks import BlockEnd
 from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.capture import Capture
@@ -65,7 +66,7 @@ class Expected:
 
 
 def expect(
-    graph: TracedGraph, sites: Sequence[FFN | LinearSite | DynamicSite], inputs: Any, settings: RunSettings
+    graph: TracedGraph, sites: Sequence[FFN | LinearSite | DynamicSite | BlockEnd], inputs: Any, settings: RunSettings
 ) -> Expected | None:
     """Measure and run a graph before a pass rewrites its sites. None without example inputs."""
     if inputs is None:

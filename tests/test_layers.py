@@ -21,7 +21,7 @@ LAYERS = (
     ("passes", "bench"),
     ("training", "measure", "engines"),
     ("dynamic",),
-    ("moe", "inputs", "data", "tracing"),
+    ("moe", "inputs", "exits", "data", "tracing"),
     ("models", "sites"),
     ("graph", "kernels"),
     ("collective",),

@@ -1,4 +1,4 @@
-"""The layers of a model that skip work by tau: mixtures of experts, and linear layers that skip inputs."""
+"""What skips work by tau in a model: mixtures of experts, linear layers that skip inputs, and early exits."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import TypeAlias
 from torch import nn
 from torch.fx import GraphModule
 
+from surgeon.exits.site import ExitSite, find_exits
 from surgeon.inputs.site import SparseLinearSite, find_sparse_linears
 from surgeon.moe.site import MoESite, find_moes
 
-DynamicSite: TypeAlias = MoESite | SparseLinearSite
+DynamicSite: TypeAlias = MoESite | SparseLinearSite | ExitSite
 
 
 def find_dynamic(model: nn.Module) -> list[DynamicSite]:
     """Return every layer that has a tau, in topological order of a graph, or in the order of a model's modules."""
-    found: list[DynamicSite] = [*find_moes(model), *find_sparse_linears(model)]
+    found: list[DynamicSite] = [*find_moes(model), *find_sparse_linears(model), *find_exits(model)]
     if isinstance(model, GraphModule):
         place = {node: index for index, node in enumerate(model.graph.nodes)}
-        return sorted(found, key=lambda site: place[site.nodes[0]])
+        return sorted(found, key=lambda site: place[site.logits if isinstance(site, ExitSite) else site.nodes[0]])
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda site: order[site.path])

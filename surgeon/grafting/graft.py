@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgeon.dynamic.knobs import get_knobs, set_knobs, set_tau
 from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError, VerificationError, first_line, some
+from surgeon.exits.site import find_exits
 from surgeon.grafting.check import Call, calls_of, difference, outputs
 from surgeon.grafting.parts import (
     GRAFT,
@@ -89,14 +90,19 @@ def graft(
         a `Graft`. Layers for which the model has no place stay dense, and the log says why.
 
     Raises:
-        UsageError: no layer of the graph can be put into the model, the model does not have the graph's layers, or a
-            weight of it is not to be had.
+        UsageError: no layer of the graph can be put into the model, the model does not have the graph's layers, a
+            weight of it is not to be had, or the graph has early exits.
         TraceError: the model cannot be traced.
         VerificationError: the copy would not compute what the graph computes.
     """
     args, kwargs = as_args_kwargs(inputs)
     if isinstance(model, TracedGraph):
         raise UsageError("The model is a graph already. Give the model it was traced from.")
+    if find_exits(graph):
+        raise UsageError(
+            "The graph has early exits, for which a model of another class has no place. Use the graph itself "
+            "(surgeon.load), or graft a surgery without early-exit."
+        )
     calls = calls_of(graph, args, kwargs)
     sketched = sketch(model, inputs)
     converted = _converted(sketched, reports)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from surgeon.exits.site import find_exits
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import as_args_kwargs, named_arguments
 from surgeon.graph.capture import Capture
@@ -27,6 +28,7 @@ LOOKS_FOR = {
     "linear": "standalone linear layer",
     "moe": "expert layer",
     "dynamic": "layer that skips by tau",
+    "block": "place between blocks",
 }
 
 
@@ -67,6 +69,15 @@ class InputsLayer(Layer):
 
 
 @dataclass(frozen=True)
+class ExitLayer(Layer):
+    """An early exit (classes,). share: of what follows up to the next one. executed: share of it that ran."""
+
+    form: str
+    tau: float
+    executed: float
+
+
+@dataclass(frozen=True)
 class Takes:
     """What a graph can be called with. sizes: such as "2 to 512, multiples of 4". rules: between sizes.
 
@@ -83,7 +94,7 @@ class Takes:
 class Inspection:
     """What `surgeon inspect` found. refused: (path, reason) of candidates that are not feed-forward layers.
 
-    skipping: the linear layers that skip inputs.
+    skipping: the linear layers that skip inputs. exits: the places where samples leave.
     takes: the inputs with their shapes and what stands for one that is left out, such as "mask[batch, tokens] or
     ones(int64)", and the range of each size in these.
     graph: lines of the graph as (module path, line), if asked for.
@@ -98,6 +109,7 @@ class Inspection:
     ffns: list[FFNLayer]
     experts: list[ExpertLayer]
     skipping: list[InputsLayer]
+    exits: list[ExitLayer]
     linears: list[Layer]
     refused: list[tuple[str, str]]
     notes: tuple[str, ...]
@@ -154,6 +166,17 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
                 layers[site.path].share,
             )
             for site in find_sparse_linears(graph)
+        ],
+        [
+            ExitLayer(
+                site.path,
+                (site.classes,),
+                layers[site.path].multiply_adds / whole,
+                site.form,
+                float(site.tau),
+                layers[site.path].share,
+            )
+            for site in find_exits(graph)
         ],
         [
             Layer(linear.path, (linear.d_in, linear.d_out), sum(work[part] for part in linear.calls) / whole)

@@ -13,6 +13,21 @@ from surgeon.passes.report import PassDiff
 from surgeon.surgery.pipeline import Pipeline
 
 
+class _Classifier(nn.Module):
+    """Two blocks, and classes from the first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Example() for _ in range(2))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, 64] → [B, 10]."""
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x[:, 0])  # type: ignore[no-any-return]
+
+
 class _Example(nn.Module):
     """A projection and a feed-forward layer."""
 
@@ -31,6 +46,7 @@ def example_of(kind: type[Pass[Any]]) -> PassDiff:
     """What a pass changes in a small model, without data."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, inputs = _Example().eval(), torch.randn(2, 4, 64)
+        model = _Classifier() if kind.works_on == "block" else _Example()
+        inputs = torch.randn(2, 4, 64)
     passes: list[Pass[Any]] = [Moeify()] if kind.works_on in ("moe", "dynamic") else []
-    return Pipeline([*passes, kind()]).run(model, inputs=inputs, dry_run=True).diff().passes[-1]
+    return Pipeline([*passes, kind()]).run(model.eval(), inputs=inputs, dry_run=True).diff().passes[-1]

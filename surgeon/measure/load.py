@@ -17,6 +17,7 @@ from surgeon.data.batch import Batch
 from surgeon.data.losses import evaluating
 from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import DataError, UsageError
+from surgeon.exits.site import ExitSite
 from surgeon.kernels.activations import ACTIVATIONS, active_share
 from surgeon.kernels.experts import Experts
 from surgeon.measure.meter import ExpertMeter
@@ -80,11 +81,11 @@ def measure_load(
         UsageError: the model has no layers that skip. DataError: the batches hold no tokens.
     """
     meter = ExpertMeter(model)
-    if not meter.sites:
+    taken = {path: _Taken(site) for path, site in meter.sites.items() if not isinstance(site, ExitSite)}
+    if not taken:
         raise UsageError(
             "The model has no layers that skip, so no token has a load. Apply moeify or sparsify-inputs first."
         )
-    taken = {path: _Taken(site) for path, site in meter.sites.items()}
     meter.on_tokens = lambda site, x, ran: taken[site.path].add(x, ran)
     given = [Batch.from_any(item) for item in batches]
     with evaluating(model):

@@ -1,4 +1,8 @@
-"""Count the cost of a graph: parameters, multiply-adds, and the share of the experts that ran."""
+"""Count the cost of a graph: parameters, multiply-adds, and the share of the experts that ran.
+
+At an early exit, what counts as an expert is all that follows up to the next one, and a sample takes a token's place.
+It is measured with the rest computed for all samples, whatever the form of the exit: then it is known what is skipped.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.dynamic.site import DynamicSite, find_dynamic
 from surgeon.errors import UsageError
+from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
 from surgeon.graph.traced import tensor_key
 from surgeon.inputs.site import SparseLinearSite
 from surgeon.kernels.dynamic_k import selected
+from surgeon.kernels.early_exit import exit_or, leaves
 from surgeon.kernels.int8 import route
 from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.sparse_linear import kept
@@ -41,6 +47,7 @@ class LayerRun:
 
     pairs, ran: the number of expert-token pairs, and how many of them ran. multiply_adds, executed_multiply_adds:
     those of all pairs, and of the pairs that ran; filling neurons do not count. tokens: the number of tokens.
+    computed: multiply-adds of the experts that a counter saw, filling, padding and samples that had left included.
     per_token: multiply-adds of the router per token. seconds: time spent in the experts.
     """
 
@@ -48,6 +55,7 @@ class LayerRun:
     ran: int = 0
     multiply_adds: int = 0
     executed_multiply_adds: int = 0
+    computed: int = 0
     tokens: int = 0
     per_token: int = 0
     seconds: float = 0.0
@@ -83,8 +91,7 @@ def measure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     # What the experts computed, filling included, is replaced by what counts.
     for site in meter.sites.values():
         layer = meter.layers[site.path]
-        computed = layer.pairs if site.counts_skipped else layer.ran
-        counted -= computed * site.expert_multiply_adds
+        counted -= layer.multiply_adds if isinstance(site, ExitSite) else layer.computed
     everything = sum(layer.multiply_adds for layer in meter.layers.values())
     ran = sum(layer.executed_multiply_adds for layer in meter.layers.values())
     share = ran / everything if everything else None
@@ -133,7 +140,7 @@ def token_load(model: nn.Module, inputs: Any) -> Tensor:
     """
     args, kwargs = as_args_kwargs(inputs)
     meter = ExpertMeter(model)
-    if not meter.sites:
+    if all(isinstance(site, ExitSite) for site in meter.sites.values()):
         raise UsageError(
             "The model has no layers that skip, so no token has a load. Apply moeify or sparsify-inputs first."
         )
@@ -152,6 +159,7 @@ class ExpertMeter:
 
     token_mask: a function from the leading dimensions of a layer's tokens to a mask that is True for tokens that count.
         None counts all tokens.
+    stay: bool [B], the samples of the present call that have left at no early exit so far. None before the first exit.
     on_selection: called with each layer and its selected experts, bool [..., E].
     on_tokens: called with each layer, the inputs [N, d_in] of tokens that count and their selected experts, [N, E].
     """
@@ -165,12 +173,14 @@ class ExpertMeter:
         self.sites: dict[str, DynamicSite] = {site.path: site for site in find_dynamic(model)}
         self.layers = {path: LayerRun(per_token=site.router_parameters) for path, site in self.sites.items()}
         self.token_mask: Callable[[Sequence[int]], Tensor | None] | None = None
+        self.stay: Tensor | None = None
         self.on_selection: Callable[[DynamicSite, Tensor], None] | None = None
         self.on_tokens: Callable[[DynamicSite, Tensor, Tensor], None] | None = None
         self._run = _GraphRun(model, self) if isinstance(model, GraphModule) else None
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the model with its own arguments and return its output."""
+        self.stay = None
         if self._run is not None:
             graph = self._run.module
             assert isinstance(graph, GraphModule)
@@ -192,6 +202,7 @@ class ExpertMeter:
                 del module.forward
 
     def _forward(self, site: DynamicSite, module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        assert not isinstance(site, ExitSite), "only graphs have early exits"
         if isinstance(site, SparseLinearSite):
             return self.linear(site, x, lambda: forward(x))
         return self.layer(site, x, lambda: module.route(x), lambda: forward(x), lambda: module.output_bias)
@@ -228,7 +239,29 @@ class ExpertMeter:
         self.layers[site.path].seconds += clock(x.device) - started
         return result
 
-    def _count(self, site: DynamicSite, x: Tensor, ran: Tensor) -> None:
+    def leave(self, site: ExitSite, logits: Tensor) -> None:
+        """Count the samples that stay at an early exit. logits: what its head answers, [B, C]."""
+        with _disable_current_modes(), torch.no_grad():
+            stay = ~leaves(logits, site.tau)
+            self.stay = stay if self.stay is None else self.stay & stay
+            layer = self.layers[site.path]
+            layer.tokens += len(stay)
+            layer.pairs += len(stay)
+            layer.ran += int(self.stay.sum())
+
+    def follow(self, site: ExitSite, multiply_adds: int) -> None:
+        """Count what follows an early exit up to the next one. multiply_adds: of all samples of the present call."""
+        assert self.stay is not None
+        layer = self.layers[site.path]
+        layer.multiply_adds += multiply_adds
+        layer.executed_multiply_adds += multiply_adds * int(self.stay.sum()) // max(1, len(self.stay))
+
+    def _count(self, site: MoESite | SparseLinearSite, x: Tensor, ran: Tensor) -> None:
+        if not (self.oracle and isinstance(site, MoESite)):  # what stands in for the layer then is not counted
+            pairs = ran.numel() if site.counts_skipped else int(ran.sum())
+            self.layers[site.path].computed += pairs * site.expert_multiply_adds
+        if self.stay is not None:
+            ran = ran & _of_tokens(self.stay, ran)
         if self.on_selection is not None:
             self.on_selection(site, ran)
         mask = None if self.token_mask is None else self.token_mask(ran.shape[:-1])
@@ -246,6 +279,12 @@ class ExpertMeter:
         layer.executed_multiply_adds += sum(map(operator.mul, of_experts, costs))
 
 
+def _of_tokens(stay: Tensor, ran: Tensor) -> Tensor:
+    """Whether each token's sample stays, for a layer that ran [B, ..., E] or, flattened, [B · T, E]."""
+    times = 1 if ran.dim() > 2 else len(ran) // max(1, len(stay))
+    return stay.repeat_interleave(times).reshape(-1, *[1] * (ran.dim() - 1))
+
+
 def _oracle(site: MoESite, x: Tensor) -> tuple[Tensor, Tensor]:
     norms = expert_norms(x.reshape(-1, x.shape[-1]), site.routed, site.activation).reshape(*x.shape[:-1], -1)
     threshold = selection_threshold(norms, site.tau, site.rule)
@@ -259,14 +298,57 @@ class _GraphRun(Interpreter):
         super().__init__(graph)
         self.meter = meter
         self._site_of: dict[Node, DynamicSite] = {node: site for site in meter.sites.values() for node in site.nodes}
+        self._exits = {site.logits: site for site in meter.sites.values() if isinstance(site, ExitSite)}
+        self._rows = {site.rows for site in self._exits.values() if site.rows is not None}
+        # The last exit that samples came to, the multiply-adds up to there, and those that layers count themselves.
+        self._last: ExitSite | None = None
+        self._before = self._apart = 0
+        self._counter: Counter | None = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph. With early exits, count the multiply-adds of what follows each of them."""
+        if not self._exits:
+            return super().run(*args, **kwargs)
+        self._last, self._before, self._apart = None, 0, 0
+        with Counter() as self._counter:
+            result = super().run(*args, **kwargs)
+            self._close()
+        return result
+
+    def _close(self, following: ExitSite | None = None) -> None:
+        """Count what followed the last exit. following: the exit that samples come to now, None at the end."""
+        assert self._counter is not None
+        computed = self._counter.multiply_adds - self._apart
+        if self._last is not None:
+            self.meter.follow(self._last, computed - self._before)
+        self._last, self._before = following, computed
 
     def run_node(self, n: Node) -> Any:
         """Run one node. If it is an expert layer, count the selected experts first."""
         site = self._site_of.get(n)
+        if site is None and n in self._rows:  # every sample
+            (logits, _), _ = self.fetch_args_kwargs_from_env(n)
+            return torch.arange(len(logits), device=logits.device)
         if site is None:
-            return super().run_node(n)
+            result = super().run_node(n)
+            if (reached := self._exits.get(n)) is not None:
+                self._close(reached)
+                self.meter.leave(reached, result)
+            return result
         args, _ = self.fetch_args_kwargs_from_env(n)
+        if isinstance(site, ExitSite):
+            return exit_or(args[0], args[1 if site.rows is None else 3], site.tau)
         run = functools.partial(super().run_node, n)
+        layer = self.meter.layers[site.path]
+        before = layer.computed
+        result = self._metered(site, n, args, run)
+        # What the layer computed is its own, and what its router did is not.
+        self._apart += layer.computed - before
+        return result
+
+    def _metered(
+        self, site: MoESite | SparseLinearSite, n: Node, args: tuple[Any, ...], run: Callable[[], Tensor]
+    ) -> Tensor:
         if isinstance(site, SparseLinearSite):
             return self.meter.linear(site, args[0], run)
         if site.form == "module":

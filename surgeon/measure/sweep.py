@@ -20,6 +20,7 @@ from surgeon.data.quality import Quality, Scores
 from surgeon.dynamic.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
 from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
+from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.json_values import NOT_IN_JSON
 from surgeon.measure.judge import Criteria, Judge
@@ -203,8 +204,8 @@ def choose_setting(graph: nn.Module, own: Knobs, rule: str | None, tau: float | 
 def usual_taus(graph: nn.Module, rule: str | None = None) -> tuple[float, ...]:
     """Return the default values of tau for this rule, or for the graph's own rules."""
     rules = set(get_rule(graph).values()) if rule is None else {rule}
-    # Without experts, tau is the share of the inputs that linear layers skip.
-    return _TOP_K_TAUS if rules <= {"top_k"} else _USUAL_TAUS
+    # Without experts, tau is the share of the inputs that linear layers skip, or how unsure early exits may be.
+    return _TOP_K_TAUS if rules <= {"top_k"} and not find_exits(graph) else _USUAL_TAUS
 
 
 @contextmanager

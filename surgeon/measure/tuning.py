@@ -29,6 +29,7 @@ from surgeon.data.imitation import answer, made_for
 from surgeon.dynamic.knobs import set_tau
 from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import DataError, UsageError
+from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.inputs.site import SparseLinearSite
 from surgeon.measure.meter import ExpertMeter, LayerRun, measure
@@ -162,6 +163,11 @@ class Tuner:
         if not sites:
             raise UsageError(
                 "The graph has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
+            )
+        if metric == "ms" and any(isinstance(site, ExitSite) for site in sites):
+            raise UsageError(
+                "With early exits a layer has no time of its own: it runs for the samples that the exits before it let "
+                "through. Use the metric flops."
             )
         self._graph, self._metric, self._progress = graph, metric, progress
         self._task = made_for(task, class_task(graph))

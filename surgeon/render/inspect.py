@@ -55,6 +55,15 @@ def inspection_view(found: Inspection) -> RenderableType:
                 percent(one.executed), percent(one.share),
             )  # fmt: skip
         lines += [indented(table), Text("")]
+    if found.exits:
+        lines.append(_count_heading(len(found.exits), "early exit", _share(found.exits)))
+        table = grid("left", "left", "right", "right", "right", header=("path", "form", "tau", "ran", "share"))
+        for place in found.exits:
+            table.add_row(
+                Text(place.path, style="cyan"), place.form, f"{place.tau:g}", percent(place.executed),
+                percent(place.share),
+            )  # fmt: skip
+        lines += [indented(table), Text("")]
     lines.append(_count_heading(len(found.ffns), "feed-forward layer", _share(found.ffns)))
     if found.ffns:
         table = grid("left", "left", "left", "left", "right", header=("path", "shape", "activation", "", "share"))

@@ -28,6 +28,7 @@ from surgeon.engines.generation import INPUTS, convert_generator
 from surgeon.engines.installed import installed
 from surgeon.engines.program import Program
 from surgeon.errors import SaveError, UsageError, first_line
+from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.site import find_sparse_linears
@@ -97,6 +98,7 @@ def export_openvino(
             from the graph, or the directory has other content or cannot be written.
     """
     check_engine_directory("openvino", directory, overwrite=overwrite)
+    _refuse_exits(graph)
     package, program = installed("openvino"), Program(graph.eval(), inputs)
     model = openvino.convert(graph, program)
     int8 = openvino.has_int8_experts(graph)
@@ -179,6 +181,14 @@ def _generating(made: Any, model: Any, tolerance: float) -> float:
     return max(errors)
 
 
+def _refuse_exits(graph: TracedGraph) -> None:
+    if find_exits(graph):
+        raise UsageError(
+            "The surgery has early exits, which only torch runs. `surgeon compile` writes a package that runs without "
+            "surgeon."
+        )
+
+
 def export_onnx(
     graph: TracedGraph, inputs: Any, directory: Path, *, record: Record, origin: Origin, overwrite: bool = False
 ) -> EngineModel:
@@ -192,6 +202,7 @@ def export_onnx(
             "ONNX has no operator for experts with 8-bit weights. Export the surgery before they were quantised, or "
             "use --to openvino."
         )
+    _refuse_exits(graph)
     package, program, errors = installed("onnxruntime"), Program(graph.eval(), inputs), []
 
     def write(fresh: Path) -> None:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from surgeon.data.data import Data
 from surgeon.data.example_rows import example_rows
 from surgeon.errors import UsageError
+from surgeon.exits.site import find_exits
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import fork
 from surgeon.inputs.site import find_sparse_linears
@@ -138,8 +139,8 @@ class Pipeline:
                 raise UsageError(f"{pass_.name} works on experts, but there are none. Put moeify before it.")
             if pass_.works_on == "dynamic" and not made & {"moe", "dynamic"}:
                 raise UsageError(
-                    f"{pass_.name} works on layers that skip by tau, but there are none. Put moeify or sparsify-inputs "
-                    "before it."
+                    f"{pass_.name} works on layers that skip by tau, but there are none. Put moeify, early-exit or "
+                    "sparsify-inputs before it."
                 )
             if pass_.why_data and not has_data:
                 raise UsageError(
@@ -152,4 +153,4 @@ class Pipeline:
 def kinds_of(model: nn.Module) -> set[SiteKind]:
     """Return the kinds of sites that passes make, as far as a graph or a model with converted layers has them."""
     found: set[SiteKind] = {"moe"} if find_moes(model) else set()
-    return found | ({"dynamic"} if find_sparse_linears(model) else set())
+    return found | ({"dynamic"} if find_sparse_linears(model) or find_exits(model) else set())

@@ -35,7 +35,7 @@ class PassConformance:
 
     make: returns the pass, with options that suit layers of 16 → 32 → 16. A pass that trains should do two `steps`.
     kind: kind of the feed-forward layers in the small model (see `surgeon.testing.models.feed_forward`). The model also
-        has a linear layer before each of them.
+        has a linear layer before each of them. layers: their number.
     first: passes that run before this pass. options: values other than the defaults, to test recipes.
     applies_once: whether the pass finds nothing to do in its own result.
     data: gives what a pass calibrates on that needs data for it.
@@ -43,6 +43,7 @@ class PassConformance:
 
     make: ClassVar[Callable[[], Pass[Any]]]
     kind: ClassVar[str] = "gelu"
+    layers: ClassVar[int] = 2
     first: ClassVar[tuple[Pass[Any], ...]] = ()
     options: ClassVar[dict[str, Any]] = {"only": ["blocks.*"]}
     applies_once: ClassVar[bool] = True
@@ -60,7 +61,7 @@ class PassConformance:
     @pytest.fixture
     def graph(self) -> TracedGraph:
         """A graph to run the pass on, in evaluation mode; each test gets its own."""
-        graph = fork(_traced(self.kind))
+        graph = fork(_traced(self.kind, self.layers))
         own_parameters(graph)
         for earlier in self.first:
             earlier.apply(graph, data=self.data_for(earlier))
@@ -110,7 +111,7 @@ class PassConformance:
 
     def test_leaves_the_model_and_the_shared_graph_alone(self, pass_: Pass[Any]) -> None:
         """The traced model and the given graph stay as they were, including modes and gradients."""
-        model = stack(self.kind)
+        model = stack(self.kind, self.layers)
         model.train()
         model.blocks[0].eval()
         model.head.weight.requires_grad_(False)
@@ -164,7 +165,7 @@ class PassConformance:
         """A graph from `torch.export` works too."""
         batch = torch.export.Dim("batch", min=2)
         inputs = vectors()
-        model = stack(self.kind)
+        model = stack(self.kind, self.layers)
         with quiet():
             graph = torch.export.export(
                 model, (), inputs, strict=False, dynamic_shapes={key: {0: batch} for key in inputs}
@@ -333,8 +334,8 @@ class PassConformance:
 
 
 @functools.cache
-def _traced(kind: str) -> TracedGraph:
-    return trace(stack(kind), vectors())
+def _traced(kind: str, layers: int) -> TracedGraph:
+    return trace(stack(kind, layers), vectors())
 
 
 def _as_typed(value: Any) -> str:

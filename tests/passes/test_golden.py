@@ -1,7 +1,7 @@
 """One golden file per pass: a small graph before and after it, line by line.
 
 `pytest --update-golden` writes them anew, and one for a new pass: it runs with its defaults on a linear layer and a
-feed-forward layer, after moeify if it works on experts.
+feed-forward layer, after moeify if it works on experts. A pass that works between blocks runs on a `Stack`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from surgeon.graph.traced import TracedGraph
 from surgeon.passes import Pass
 from surgeon.passes.registry import all_passes
 from tests.conftest import GOLDEN
-from tests.small_models import WIDTH, Function, Plain
+from tests.small_models import WIDTH, Function, Plain, stack
 
 X = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
 
@@ -37,7 +37,8 @@ def needs(one: type[Pass[Any]]) -> list[str]:
     """The passes that leave behind what this one works on, where a model has none."""
     if one.works_on not in ("moe", "dynamic"):
         return []
-    return [name for name, other in all_passes().items() if other.makes in ("moe", one.works_on)]
+    makers = [(name, other) for name, other in all_passes().items() if other.makes in ("moe", one.works_on)]
+    return [name for name, other in makers if other.works_on != "block"]
 
 
 def as_text(graph: TracedGraph) -> str:
@@ -59,7 +60,8 @@ def with_plain_sizes(text: str) -> str:
 
 @pytest.mark.parametrize("name", all_passes())
 def test_graph_before_and_after(model: torch.nn.Module, name: str, golden: Callable[[str, str], None]) -> None:
-    graph = surgeon.trace(model, X)
+    blocks = all_passes()[name].works_on == "block"
+    graph = surgeon.trace(stack() if blocks else model, X)
     first = needs(all_passes()[name])
     for earlier in first:
         all_passes()[earlier](**OPTIONS.get(earlier, {})).apply(graph, inputs=X)

@@ -16,7 +16,7 @@ MAKERS = {"Rejection": 0, "SiteRefused": 0, "NotElementwise": 0, "_reject": 2}
 
 
 def used() -> Iterator[str]:
-    for folder in ("surgeon/sites", "passes", "surgeon/grafting"):
+    for folder in ("surgeon/sites", "passes", "surgeon/exits", "surgeon/grafting"):
         for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if not isinstance(node, ast.Call):

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgeon.passes import Lower, Mlpify, Moeify, Pass, Recover, Refit, Sparsify, SparsifyInputs, SwapActivation
+from surgeon.passes import (
+    EarlyExit,
+    Lower,
+    Mlpify,
+    Moeify,
+    Pass,
+    Recover,
+    Refit,
+    Sparsify,
+    SparsifyInputs,
+    SwapActivation,
+)
 from surgeon.passes.registry import all_passes
 from surgeon.testing import PassConformance
 from surgeon.testing.models import vectors
@@ -59,6 +70,12 @@ class TestSparsifyInputs(PassConformance):
     options = {"criterion": "magnitude", "centre": False, "tau": 0.5}  # noqa: RUF012
 
 
+class TestEarlyExit(PassConformance):
+    make = staticmethod(lambda: EarlyExit(steps=2))
+    layers = 3
+    options = {"every": 2, "width": 8, "cascade": False, "pool": "mean"}  # noqa: RUF012
+
+
 class TestRefit(PassConformance):
     make = staticmethod(Refit)
     first = (SparsifyInputs(tau=0.5),)
@@ -74,7 +91,7 @@ def suite_of(kind: type[Pass[Any]]) -> type[PassConformance]:
 
 
 USUAL = (TestMlpify, TestSwapActivation, TestSparsify, TestMoeify, TestSparsifyInputs, TestRecover, TestLower)
-SUITES = [*USUAL, TestRefit]
+SUITES = [*USUAL, TestEarlyExit, TestRefit]
 for name, kind in all_passes().items():
     if kind.__module__.startswith("surgeon.") and name not in [suite.make().name for suite in SUITES]:
         SUITES.append(suite_of(kind))
