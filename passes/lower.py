@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from surgeon.dynamic.site import DynamicSite
 from surgeon.exits.heads import multiply_adds
@@ -14,16 +15,17 @@ from surgeon.exits.lowering import Plan, plan_skipping, skip_rest
 from surgeon.exits.site import ExitSite, find_exits
 from surgeon.graph.edit import emit, get_attr, merge_duplicates
 from surgeon.graph.holder import parameters_only
-from surgeon.graph.traced import TracedGraph, aten, is_call, tensor_of
+from surgeon.graph.traced import TracedGraph, aten, fork, is_call, tensor_of
 from surgeon.inputs.site import SparseLinearSite, sparse_linear
 from surgeon.kernels.sparse_linear import LinearCall
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import dynamic_k_ffn
 from surgeon.moe.site import MoESite, find_moes, router_nodes
 from surgeon.passes.base import Pass
-from surgeon.passes.contract import SiteKind
+from surgeon.passes.contract import SiteKind, SiteRefused
 from surgeon.passes.report import SiteChange
 from surgeon.sites.rejection import Rejection
+from surgeon.tracing.trace import quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +104,9 @@ class Lower(Pass[DynamicSite]):
     def _lower_exit(self, graph: TracedGraph, site: ExitSite) -> SiteChange:
         # What was found before other sites were lowered is no longer there.
         site = next(found for found in find_exits(graph) if found.path == site.path)
-        plan = plan_skipping(graph, site)
-        assert isinstance(plan, Plan)
-        merged = skip_rest(graph, site, plan)
+        with quiet():
+            self._try(fork(graph), site.path)
+        merged = self._try(graph, site.path)
         head = graph.get_submodule(site.path)
         count = sum(parameter.numel() for parameter in head.parameters())
         cost = multiply_adds(head)
@@ -117,6 +119,17 @@ class Lower(Pass[DynamicSite]):
             (site.output.name, merged.name),
             made=(site.path,),
         )
+
+    def _try(self, graph: TracedGraph, path: str) -> Node:
+        """Lower an exit. An op that needs to know how many samples stay shows only now."""
+        site = next(found for found in find_exits(graph) if found.path == path)
+        plan = plan_skipping(graph, site)
+        assert isinstance(plan, Plan)
+        try:
+            return skip_rest(graph, site, plan)
+        except GuardOnDataDependentSymNode as error:
+            reason = "an op that follows needs the size of the batch as a number, which depends on the data here"
+            raise SiteRefused("needs-batch-size", reason) from error
 
     def _lower(self, graph: TracedGraph, site: MoESite, node: Node) -> str:
         if site.form == "masked":

@@ -56,6 +56,7 @@ CODES = {
     "early-exit": "Nothing is to be done: the pass is for experts or linear layers.",
     "fixed-batch": "Trace the model with example inputs of at least two samples, so that the batch can change.",
     "batch-not-first": "Let all values of the model have the batch in the first dimension.",
+    "needs-batch-size": "Use the exits without `lower`, or put them only where no such op follows, with `skip`.",
     "unclear-shape": "Name the sizes of the shape, so that it is clear for an empty batch too.",
     # Found by grafting.
     "no-place": "Compute the layer in a module of its own, or make its activation a module.",

@@ -14,6 +14,7 @@ import surgeon
 from surgeon.dynamic.knobs import set_tau
 from surgeon.exits.lowering import plan_skipping
 from surgeon.exits.site import find_exits
+from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
 from surgeon.measure.meter import measure
 from surgeon.measure.multiply_adds import Counter
@@ -169,3 +170,33 @@ def test_training_after_lower_reaches_every_part() -> None:
     set_tau(graph, 0.6)
     graph(**vectors(16)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in graph.parameters() if parameter.requires_grad)
+
+
+class RowNumbers(nn.Module):
+    """Blocks with masks that are picked by numbers of samples, one made before the exit and used after it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = stack("gelu", 2)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        rows, columns = torch.arange(x.shape[0])[:, None], torch.arange(x.shape[1])[None]
+        x = self.inner.blocks[0](x * attention_mask.bool()[rows, columns].unsqueeze(-1))
+        x = self.inner.blocks[1](x * (attention_mask > 1)[rows, columns].unsqueeze(-1))
+        return self.inner.head(x.mean(1) + x[rows[:, 0], 0])
+
+
+def test_numbers_of_samples_are_counted_anew() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(0, 3, (24, 5), generator=generator)
+    few = {"x": vectors(3)["x"], "attention_mask": mask[:3]}
+    passes: list[Pass[Any]] = [EarlyExit(steps=1, pool="first")]
+    masked = made(passes, RowNumbers().eval(), few).graph
+    lowered = made([*passes, Lower()], RowNumbers().eval(), few).graph
+    many = {"x": vectors(24)["x"], "attention_mask": mask}
+    with torch.no_grad():
+        unsure = 1 - Capture(masked, ["linear_default"])(**many)[1]["linear_default"].softmax(-1).amax(-1)
+    for tau in (0.0, float(unsure.median()), 1.0):
+        set_tau(masked, tau)
+        set_tau(lowered, tau)
+        assert torch.allclose(lowered(**many), masked(**many), atol=1e-5)
