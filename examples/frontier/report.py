@@ -24,8 +24,17 @@ NAMES = {
     "ours": "ours",
     "ours_attention": "ours, attention too",
     "untrained": "ours, no training",
+    "d2dmoe_tuned": "D2DMoE, tuned",
+    "ours_inputs": "ours, inputs skipped too",
+    "teal": "TEAL, feed-forward layers, no training",
+    "wina": "WINA, feed-forward layers, no training",
+    "inputs": "inputs skipped and refitted, feed-forward layers, no training",
+    "teal_whole": "TEAL, no training",
+    "wina_whole": "WINA, no training",
+    "inputs_whole": "inputs skipped and refitted, no training",
 }
-COLOURS = ("tab:grey", "tab:orange", "tab:brown", "tab:blue", "tab:green", "tab:purple")
+USUAL = ("tab:grey", "tab:orange", "tab:brown", "tab:blue", "tab:green", "tab:purple")
+COLOURS = (*USUAL, "tab:olive", "tab:cyan", "tab:pink", "tab:red", "black", "gold", "teal", "navy")
 
 
 def cells(results: dict[str, Any], variant: str, curve: str, reference: str) -> list[str]:
