@@ -70,6 +70,10 @@ class PassError(SurgeonError):
     """A pass failed and left the graph as it was. The message names the pass and the site."""
 
 
+class DivergedError(PassError):
+    """The loss of a training is not finite."""
+
+
 class VerificationError(PassError):
     """A pass changed what it claims to preserve. The message names the pass, the site and the difference."""
 

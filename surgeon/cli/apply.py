@@ -108,7 +108,7 @@ def apply(
     """
     from surgeon.jobs import apply as applying
     from surgeon.jobs.open_model import open_model
-    from surgeon.jobs.search import check_search
+    from surgeon.jobs.search_settings import check_search
     from surgeon.render.apply import applied_view
     from surgeon.render.search import search_view
     from surgeon.surgery.recipe import parse_settings

@@ -28,7 +28,8 @@ from surgeon.jobs.evaluation import (
 from surgeon.jobs.inspect import LOOKS_FOR
 from surgeon.jobs.open_model import Opened, Stage
 from surgeon.jobs.options import DataOptions
-from surgeon.jobs.search import Searcher, settings_for, with_options
+from surgeon.jobs.search import Searcher
+from surgeon.jobs.search_settings import settings_for, with_options
 from surgeon.jobs.store import check_target
 from surgeon.jobs.workdir import WorkDirectory
 from surgeon.measure.meter import Cost, measure

@@ -91,7 +91,9 @@ def open_surgeries(
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
         if not find_dynamic(opened.graph):
-            raise UsageError(f"{name} has no layers that skip, so tau changes nothing. Apply moeify first.")
+            raise UsageError(
+                f"{name} has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
+            )
         found[name] = opened
         if data.seed is None and opened.record is not None:
             data = replace(data, seed=opened.record.recipe.seed)

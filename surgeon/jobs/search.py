@@ -21,34 +21,24 @@ from surgeon.data.example_rows import read_ahead
 from surgeon.data.imitation import divergence, made_for
 from surgeon.data.losses import evaluating
 from surgeon.dynamic.knobs import set_tau
-from surgeon.errors import LoadError, UsageError
+from surgeon.errors import DivergedError, LoadError, UsageError
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.traced import TracedGraph
 from surgeon.jobs.open_model import Opened
+from surgeon.jobs.search_settings import with_options
 from surgeon.jobs.workdir import STATE
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import knobs_restored, layers_share, run_batches
 from surgeon.passes import Pass
 from surgeon.passes.trained import TrainedPass
-from surgeon.processes import count
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
-from surgeon.surgery.recipe import build
 from surgeon.surgery.record import parse, read_json
 from surgeon.surgery.trials import Options, Search, Trial, merged
 from surgeon.tracing.trace import class_task
 from surgeon.training.distillation import imitates
 from surgeon.training.loop import FitReport, loss_of
 
-# Each changes one thing. The first is the recipe itself.
-SETTINGS: tuple[tuple[str, Options], ...] = (
-    ("the recipe", {}),
-    ("10% of the neurons active", {"sparsify": {"target": 0.1}}),
-    ("experts of 16 neurons", {"moeify": {"expert_size": 16}}),
-    ("routers of width 64", {"moeify": {"router_width": 64}}),
-    ("learning rates times 4", {"sparsify": {"lr": 2e-4}, "recover": {"lr": 1.2e-4}}),
-    ("learning rates times 16", {"sparsify": {"lr": 8e-4}, "recover": {"lr": 4.8e-4}}),
-)
 # The cost at which settings are compared, and the taus between which it is interpolated.
 _SHARE, _TAUS = 0.2, (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 # The part of the time for the search, the part of the rest that is planned with, and the fewest steps of a trial.
@@ -57,49 +47,6 @@ _FOR_SEARCH, _SAFE, _FEWEST = 0.5, 0.85, 32
 _EVERY, _MOST_BATCHES, _MOST_BYTES = 5, 400, 1 << 28
 # How long the passes of a trial train, and those of the recipe, by sparsify's steps.
 _RELATIVE = {"sparsify": 1.0, "moeify": 2.0, "recover": 1 / 3}
-
-
-def check_search(recipe: str | None, minutes: float | None, *, has_data: bool, dry_run: bool) -> None:
-    """Refuse a budget where there is nothing to search, as far as this is known before the model is loaded.
-
-    Raises:
-        UsageError: the message says what to do.
-    """
-    if minutes is None:
-        return
-    if recipe != "recommended":
-        raise UsageError("--budget-minutes finds the settings of --recipe recommended. Give that recipe.")
-    if not minutes > 0:
-        raise UsageError(f"--budget-minutes {minutes:g} must be above 0.")
-    if not has_data or dry_run:
-        raise UsageError("--budget-minutes trains, so it needs --data, and cannot be a --dry-run.")
-    if count() > 1:
-        raise UsageError("--budget-minutes runs in one process. Search in one, then run the result's surgery.json.")
-
-
-def settings_for(given: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Options]]:
-    """Return the settings to try: those that change nothing that the user has set.
-
-    given: the user's options by pass.
-    """
-    size = {"experts", "expert_size"}
-
-    def free(options: Options) -> bool:
-        for name, own in options.items():
-            fixed = set(given.get(name, {}))
-            if fixed & set(own) or (fixed & size and set(own) & size):
-                return False
-        return True
-
-    return [(name, options) for name, options in SETTINGS if free(options)]
-
-
-def with_options(passes: Sequence[Pass[Any]], options: Options) -> list[Pass[Any]]:
-    """Return the passes with other options."""
-    return [
-        build([one.name], {one.name: {**one.options(), **options[one.name]}})[0] if one.name in options else one
-        for one in passes
-    ]
 
 
 @dataclass(frozen=True)
@@ -259,20 +206,26 @@ class Searcher:
 
     def _trial(self, name: str, options: Options, steps: int) -> Trial:
         began = time.monotonic()
-        graph, _ = self._trained(options, steps, f"trial, {name}")
-        loss = self._loss_at_share(graph)
-        return Trial(name, options, steps, loss, round(time.monotonic() - began, 2))
+        why = "too costly"
+        try:
+            graph, _ = self._trained(options, steps, f"trial, {name}")
+            loss = self._loss_at_share(graph)
+        except DivergedError:
+            loss = math.nan
+        if loss is not None and not math.isfinite(loss):
+            loss, why = None, "diverged"
+        return Trial(name, options, steps, loss, round(time.monotonic() - began, 2), why if loss is None else "")
 
     def _trained(self, options: Options, steps: int, label: str) -> tuple[TracedGraph, dict[str, FitReport]]:
         lengths: Options = {name: {"steps": max(1, round(relative * steps))} for name, relative in _RELATIVE.items()}
-        known = {one.name for one in self._passes}
-        chosen = {name: own for name, own in merged(lengths, options).items() if name in known}
+        trained = {one.name for one in self._passes if isinstance(one, TrainedPass) and one.optimises}
+        lengths = {name: own for name, own in lengths.items() if name in trained}
 
         def progress(now: Progress) -> None:
             if self._progress is not None:
                 self._progress(replace(now, what=f"{label}: {now.what}"))
 
-        surgery = Pipeline(with_options(self._passes, chosen)).run(
+        surgery = Pipeline(with_options(self._passes, merged(lengths, options))).run(
             self._opened.graph, inputs=self._opened.inputs, data=self._own, seed=self._seed, verify="off",
             progress=progress,
         )  # fmt: skip

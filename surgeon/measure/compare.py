@@ -157,7 +157,9 @@ def _check_surgeries(surgeries: Mapping[str, nn.Module]) -> None:
         raise UsageError("There is no surgery to compare. Give at least one.")
     for name, graph in surgeries.items():
         if not find_dynamic(graph):
-            raise UsageError(f"{name} has no layers that skip, so tau changes nothing. Apply moeify first.")
+            raise UsageError(
+                f"{name} has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
+            )
 
 
 def check_keep(keep: float) -> None:

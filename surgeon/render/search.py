@@ -14,7 +14,7 @@ def search_view(search: Search) -> RenderableType:
     """Show every trial of a search for settings, and what the full run has in place of the recipe."""
     table = grid("left", "right", "right", "right", header=("setting", "steps", "loss", "time"))
     for trial in search.trials:
-        loss = "too costly" if trial.loss is None else f"{trial.loss:.4g}"
+        loss = trial.why if trial.loss is None else f"{trial.loss:.4g}"
         name = Text(trial.name, style="bold" if trial.name == search.chosen else "")
         table.add_row(name, str(trial.steps), loss, seconds(trial.seconds))
     table.add_row(dim("dense"), "", f"{search.dense_loss:.4g}", "")

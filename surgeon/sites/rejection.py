@@ -47,6 +47,8 @@ CODES = {
     "both-activated": "Keep its activations: the layer would be no known one with another activation on one side.",
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",
     "in-op-form": "Run the pass before `lower`.",
+    "has-experts": "Nothing is to be done: `refit` is for linear layers that skip inputs.",
+    "skips-nothing": "Set tau first, with `surgeon tune` or the option `tau` of `sparsify-inputs`.",
     "no-classes": "Only a classifier of whole samples has early exits: let it return its classes and nothing else.",
     "answers-tokens": "Use experts (moeify): they skip work inside of every layer, so no layer lacks a token.",
     "no-blocks": "Early exits need at least two blocks with feed-forward layers.",
@@ -58,6 +60,7 @@ CODES = {
     "unclear-shape": "Name the sizes of the shape, so that it is clear for an empty batch too.",
     # Found by grafting.
     "no-place": "Compute the layer in a module of its own, or make its activation a module.",
+    "tied-weight": "Use the graph, or leave the layer alone with `skip`.",
     "graft-differs": "Use the graph, or change the model so that it does not use the parts of the layer itself.",
 }
 """Each code of the built-in passes, with advice. `docs/refusals.md` explains them."""

@@ -16,7 +16,8 @@ class Trial:
 
     name: what it changes in the recipe, in words. options: the same as options.
     steps: of sparsify; the other passes train in proportion.
-    loss: where the converted layers cost the search's share of the dense ones; None if they do not get that cheap.
+    loss: where the converted layers cost the search's share of the dense ones; None if there is none.
+    why: there is none: "too costly" if the layers do not get that cheap, or "diverged".
     """
 
     name: str
@@ -24,6 +25,7 @@ class Trial:
     steps: int
     loss: float | None
     seconds: float
+    why: str = ""
 
 
 @dataclass(frozen=True)

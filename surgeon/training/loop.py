@@ -27,7 +27,7 @@ from surgeon.collective import send
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.losses import Loss, guessed_task, over_processes, task_loss
-from surgeon.errors import DataError, PassError, UsageError
+from surgeon.errors import DataError, DivergedError, UsageError
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.processes import agreed, count, is_main, rank
 from surgeon.progress import Progress
@@ -145,7 +145,7 @@ def fit(
         in_parts: whether the data gives every process its own part of each batch already.
 
     Raises:
-        PassError: the loss is not finite.
+        DivergedError: the loss is not finite.
         UsageError: the processes were launched to share out one model.
         SaveError: a checkpoint cannot be written, for example on a full disk. The earlier one is kept.
         KeyboardInterrupt: the fit was interrupted. A checkpoint was written if there is a workdir.
@@ -199,7 +199,7 @@ def fit(
                 with waiting, _drawing(settings.seed, step * plan.accumulate + part, device):
                     value, values = model(own, (step + part / plan.accumulate) / total)
                     if not bool(torch.isfinite(value)):
-                        raise PassError(
+                        raise DivergedError(
                             f"{label}: the loss is {value.item()} at step {step + 1} of {total}. "
                             f"Try a smaller learning rate (now {plan.lr:g})."
                         )

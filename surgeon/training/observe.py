@@ -23,6 +23,8 @@ Key = TypeVar("Key")
 
 # Tokens on which sparsity is reported.
 SPARSITY_TOKENS = 4096
+# How many times as many tokens as wanted are run at most, for nodes that get few of them.
+_LONGER = 4
 
 
 def collect(
@@ -37,7 +39,8 @@ def collect(
 
     Args:
         names: names of nodes whose values are [..., d]. Nodes may have different numbers of tokens.
-        tokens: the number of tokens to collect for every node. There are fewer if the data ends first.
+        tokens: the number of tokens to collect for every node. There are fewer if the data ends first, or for a node
+            that gets few of them, such as a pooler's: the others are not run more than four times as long for it.
 
     Returns:
         The values by name, [N, d] with N at most `tokens`.
@@ -49,7 +52,8 @@ def collect(
     inner = Capture(graph, names)
     device = next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    enough, warned = 0, False
+    enough, most, warned = 0, 0, False
+    counts = dict.fromkeys(names, 0)
     with evaluating(inner):
         for item in data.train:
             whole = Batch.from_any(item)
@@ -57,11 +61,14 @@ def collect(
             _, values = inner(*batch.args, **batch.kwargs)
             warned = warned or warn_of_masks(batch, [value.shape[:-1] for value in values.values()])
             for name in names:
-                found[name].append(gathered_from(whole, real_tokens(batch, values[name])))
-            enough = min(sum(len(part) for part in parts) for parts in found.values())
+                part = gathered_from(whole, real_tokens(batch, values[name]))
+                if counts[name] < tokens:
+                    found[name].append(part)
+                counts[name] += len(part)
+            enough, most = min(counts.values()), max(counts.values())
             if progress is not None:
-                progress(Progress("calibration", min(enough, tokens), tokens))
-            if enough >= tokens:
+                progress(Progress("calibration", min(max(enough, most // _LONGER), tokens), tokens))
+            if enough >= tokens or most >= _LONGER * tokens:
                 break
     if not enough:
         raise DataError("The data holds no tokens: its batches have no rows, or nothing but padding.")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from surgeon.jobs import search
-from surgeon.jobs.search import SETTINGS, Searcher, at_share, settings_for
+from surgeon.jobs.search import Searcher, at_share
+from surgeon.jobs.search_settings import SETTINGS, settings_for
 from surgeon.surgery.trials import Trial, merged
 
 from .harness import NET, Run, left, recorded
@@ -69,17 +70,15 @@ def test_settings_are_searched_on_the_training_data_alone(run: Run, tmp_path: Pa
     assert found == first.json["search"]
     assert recorded(tmp_path / "plain")["search"] is None
     assert [(one["name"], one["steps"]) for one in found["trials"]] == [
-        ("the recipe", 8), ("learning rates times 4", 8),
+        ("the recipe", 8), ("learning rates times 4", 8), ("learning rates times 16", 8),
     ]  # fmt: skip
     assert (found["train"], found["validation"]) == (8 * 13, 8 * 3)
     losses = {one["name"]: one["loss"] for one in found["trials"]}
     assert len(set(losses.values())) == 3
     assert found["chosen"] == min(losses, key=lambda name: losses[name])
     options = {one["name"]: one["options"] for one in recorded(tmp_path / "first")["recipe"]["passes"]}
-    assert (
-        options["sparsify"]["lr"]
-        == {"the recipe": 5e-5, "learning rates times 4": 2e-4, "learning rates times 16": 8e-4}[found["chosen"]]
-    )
+    rates = {"the recipe": 5e-5, "learning rates times 4": 2e-4, "learning rates times 16": 8e-4}
+    assert options["sparsify"]["lr"] == rates[found["chosen"]]
     assert (options["sparsify"]["target"], options["moeify"]["expert_size"]) == (0.2, 4)
     assert "steps" not in options["sparsify"]  # there is time for the whole recipe
     second = run(*args, *MINUTES, "-o", "second")
@@ -100,7 +99,9 @@ def table(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     def trial(self: Searcher, name: str, options: Any, steps: int) -> Trial:
         ran.append((name, steps))
-        return Trial(name, options, steps, None if name == SETTINGS[-1][0] else float(losses[name]), 0.5)
+        if name == SETTINGS[-1][0]:
+            return Trial(name, options, steps, None, 0.5, "too costly")
+        return Trial(name, options, steps, float(losses[name]), 0.5)
 
     speed = search._Speed({"sparsify": 0.1, "moeify": 0.001, "recover": 0.1}, 0.1, 0.1, 0.001)
     monkeypatch.setattr(Searcher, "_trial", trial)
@@ -127,10 +128,9 @@ def test_the_better_half_goes_on_with_twice_the_steps(
     ]
     record = recorded(tmp_path / "out")
     assert record["search"]["chosen"] == names[4]
-    assert record["recipe"]["passes"][2]["options"]["router_width"] == 64
-    assert "learning rates times 4" in result.out
+    assert record["recipe"]["passes"][1]["options"]["lr"] == 2e-4
     assert "too costly" in result.out
-    assert f"Chosen: {names[4]}. The full run has moeify.router_width=64." in result.out
+    assert f"Chosen: {names[4]}. The full run has sparsify.lr=0.0002, recover.lr=0.00012." in result.out
 
 
 def test_a_search_that_was_interrupted_goes_on(
@@ -179,6 +179,18 @@ def test_steps_are_fewer_where_time_is_short(
     seconds = 0.1 * steps["sparsify"] + 0.001 * steps["moeify"] + 0.1 * steps["recover"]
     assert 0.2 * 60 < seconds < 60
     assert steps["sparsify"] / 3200 == pytest.approx(steps["recover"] / 1000, rel=0.05)
+
+
+def test_a_trial_that_diverges_loses(
+    run: Run, tmp_path: Path, args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    high = ("learning rates times 4", {"sparsify": {"lr": 1e30}})
+    monkeypatch.setattr("surgeon.jobs.search_settings.SETTINGS", (SETTINGS[0], high))
+    result = run(*args, *MINUTES, "-o", "out")
+    assert result.code == 0, result.err
+    found = recorded(tmp_path / "out")["search"]
+    assert [(one["loss"] is None, one["why"]) for one in found["trials"]] == [(False, ""), (True, "diverged")]
+    assert found["chosen"] == "the recipe"
 
 
 @pytest.mark.parametrize(("changed", "words"), [

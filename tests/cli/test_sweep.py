@@ -147,4 +147,7 @@ def test_wrong_settings_exit_with_2(run: Run) -> None:
 def test_sweep_needs_experts(run: Run) -> None:
     result = run("-q", "sweep", "nets:gelu", *DATA)
     assert result.code == 2
-    assert "The graph has no experts, so tau changes nothing. Apply moeify first." in result.err
+    assert (
+        "The graph has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
+        in result.err
+    )

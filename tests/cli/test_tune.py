@@ -41,7 +41,7 @@ def test_the_result_is_stored_where_it_is_wanted(run: Run, trained: Path, tmp_pa
     assert result.code == 0, result.err
     assert left(tmp_path) == {"tuned"}
     lines = [line.split() for line in result.out.splitlines()]
-    assert lines[0] == ["layer", "tau", "experts", "that", "run"]
+    assert lines[0] == ["layer", "tau", "ran"]
     assert [line[0] for line in lines[1:3]] == list(surgeon.get_tau(load(trained)))
     assert "accuracy: " in result.out
     assert result.out.rstrip().endswith("Saved to tuned.")
@@ -177,7 +177,7 @@ def test_what_cannot_be_done_exits_with_2_and_stores_nothing(run: Run, trained: 
             "--metric ms compares with the time of the dense model.",
         ),
         ((str(trained), "--budget", "0.5", "-o", "full"), "full is not empty and not a saved surgery"),
-        (("bert", "--budget", "0.5"), "The graph has no experts, so tau changes nothing. Apply moeify first."),
+        (("bert", "--budget", "0.5"), "The graph has no layers that skip, so tau changes nothing."),
     ):
         result = run("-q", "tune", *args, *REVIEWS, *(() if "-o" in args else ("-o", "out")))
         assert (result.code, result.out) == (2, ""), words

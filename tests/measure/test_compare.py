@@ -239,7 +239,7 @@ def test_what_cannot_be_compared_is_refused(models: dict[str, Any]) -> None:
         run(models, keep=1.01)
     for surgeries, batches, words in (
         ({}, DATA, "There is no surgery to compare"),
-        ({"net": DENSE}, DATA, "net has no experts"),
+        ({"net": DENSE}, DATA, "net has no layers that skip"),
         ({"fine": models["fine"]}, [], "There are no batches"),
     ):
         with pytest.raises((UsageError, DataError), match=words):

@@ -112,7 +112,7 @@ def test_without_data_nothing_is_changed() -> None:
 
 
 def test_what_it_needs(traces: Any) -> None:
-    with pytest.raises(UsageError, match="The model has no experts, so nothing is skipped"):
+    with pytest.raises(UsageError, match="The model has no experts, so there are none to compensate for"):
         surgeon.compensate(traces("stack:relu"), DATA)
     graph = traces("stack:relu")
     Moeify(experts=4).apply(graph)

@@ -244,7 +244,7 @@ def test_sums_that_32_bits_may_not_hold(traces: Any, monkeypatch: pytest.MonkeyP
 
 def test_what_trains_comes_first(traces: Any) -> None:
     with pytest.raises(UsageError, match="recover must run before quantize"):
-        Pipeline([Moeify(experts=4), Quantize(), Recover()]).check(has_moes=False, has_data=True)
+        Pipeline([Moeify(experts=4), Quantize(), Recover()]).check(there=(), has_data=True)
     graph = converted(traces)
     Quantize().apply(graph, inputs=vectors())
     report = Recover(steps=1).apply(graph, inputs=vectors(), data=labelled_vectors())

@@ -39,8 +39,8 @@ def test_sweep_shows_what_each_tau_costs_in_quality() -> None:
     header, dense, every, less, *measured = cells(POINTS, DENSE)
     assert " ".join(header) == "tau accuracy change ran converted layers multiply-adds of dense ms"
     assert dense == ["dense", "0.950", "[0.9,", "0.99]", "100%", "4.29", "M", "100%", "2.0"]
-    assert every[:6] == ["0", "(all", "experts)", "0.950", "[0.9,", "0.99]"]
-    assert every[6:] == ["0", "100%", "102%", "5.06", "M", "118%", "3.1"]
+    assert every[:5] == ["0", "(everything)", "0.950", "[0.9,", "0.99]"]
+    assert every[5:] == ["0", "100%", "102%", "5.06", "M", "118%", "3.1"]
     assert less[:4] == ["0.1", "0.900", "[0.85,", "0.94]"]
     assert less[4:] == ["-0.05", "[-0.09,", "-0.01]", "23%", "26%", "2.95", "M", "69%", "1.5"]
     words = " ".join(word for line in measured for word in line)
@@ -60,10 +60,10 @@ def test_agreement_has_columns_of_its_own() -> None:
     same = Quality("top-1 agreement", 0.97, True, 60, "samples", 60, 0.95, 0.99)
     apart = Quality("KL divergence", 0.012, False, 60, "samples", 60, 0.01, 0.02)
     header, point = cells([Point(0.1, same, 0.2, 0.3, 1, None, agreement=(same, apart))], Dense(None))[:2]
-    assert " ".join(header[:6]) == "tau top-1 agreement KL divergence experts"
+    assert " ".join(header[:6]) == "tau top-1 agreement KL divergence ran"
     assert point[:7] == ["0.1", "0.970", "[0.95,", "0.99]", "0.012", "[0.01,", "0.02]"]
     header, point = cells([Point(0.1, accuracy(0.9), 0.2, 0.3, 1, None, agreement=(same, apart))], Dense(None))[:2]
-    assert " ".join(header[:7]) == "tau accuracy top-1 agreement KL divergence experts"
+    assert " ".join(header[:7]) == "tau accuracy top-1 agreement KL divergence ran"
 
 
 @pytest.mark.parametrize(("low", "high", "samples", "higher", "style"), [
