@@ -30,9 +30,9 @@ SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER = (
         ([], "No passes to run"),
         (
             [LOWER],
-            "lower works on layers that skip by tau, but there are none. Put moeify or sparsify-inputs before it",
+            "works on layers that skip by tau, but there are none. Put moeify, early-exit or sparsify-inputs before it",
         ),
-        ([LOWER, MOEIFY], "Put moeify or sparsify-inputs before it|moeify must run before lower"),
+        ([LOWER, MOEIFY], "Put moeify, early-exit or sparsify-inputs before it|moeify must run before lower"),
         ([MOEIFY, LOWER, MOEIFY], "moeify must run before lower"),
         ([SPARSIFY, SWAP], "swap-activation must run before sparsify. Swap the two passes"),
         ([MOEIFY, SPARSIFY], "sparsify must run before moeify"),
