@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
+from surgeon.dynamic.knobs import all_inputs_read
 from surgeon.graph.edit import emit, erase_unread, get_attr, replace_value
 from surgeon.graph.holder import mark_holders
 from surgeon.graph.traced import TracedGraph, aten, free_target
@@ -146,15 +147,9 @@ def dense_inputs(
 ) -> Iterator[tuple[SparseLinearSite, Tensor]]:
     """Yield every layer that skips inputs with its inputs [N, d_in] on the data, while none of them skips anything."""
     for part in in_groups(sites, tokens):
-        taus = [site.tau.clone() for site in sites]
-        try:
-            for site in sites:
-                site.tau.zero_()
-            names = {site.path: [str(node.args[0].name) for node in site.nodes] for site in part}  # type: ignore[union-attr]
+        names = {site.path: [str(node.args[0].name) for node in site.nodes] for site in part}  # type: ignore[union-attr]
+        with all_inputs_read(graph):
             found = collect_calls(graph, names, data, tokens=tokens, progress=settings.progress)
-        finally:
-            for site, tau in zip(sites, taus, strict=True):
-                site.tau.copy_(tau)
         for site in part:
             yield site, found[site.path]
 

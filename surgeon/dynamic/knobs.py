@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from torch.fx import GraphModule, Node
 from surgeon.dynamic.site import DynamicSite, find_dynamic
 from surgeon.errors import UsageError
 from surgeon.graph.patterns import first_fit, matches
+from surgeon.inputs.site import find_sparse_linears
 from surgeon.kernels.selection import check_rule
 from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import SKIPPED_MEAN, MoE
@@ -137,6 +139,25 @@ def set_knobs(model: nn.Module, knobs: Knobs) -> None:
     with torch.no_grad():
         for path, mean in knobs.means.items():
             getattr(model.get_submodule(path), SKIPPED_MEAN).copy_(mean)
+
+
+@contextlib.contextmanager
+def all_inputs_read(model: nn.Module) -> Iterator[None]:
+    """Let the linear layers that skip inputs read all of them inside the block.
+
+    Two forms of a model that agree up to rounding may skip other inputs, those that lie at a threshold, and then differ
+    by more. They are compared with all inputs read.
+    """
+    taus = [(site.tau, site.tau.clone()) for site in find_sparse_linears(model)]
+    try:
+        with torch.no_grad():
+            for tau, _ in taus:
+                tau.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for tau, value in taus:
+                tau.copy_(value)
 
 
 def _reset_compensation(model: nn.Module, site: DynamicSite) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from surgeon.passes.base import Pass
 from surgeon.passes.moeify import Moeify
 from surgeon.passes.report import PassDiff
+from surgeon.passes.sparsify_inputs import SparsifyInputs
 from surgeon.surgery.pipeline import Pipeline
 
 
@@ -48,5 +49,6 @@ def example_of(kind: type[Pass[Any]]) -> PassDiff:
         torch.manual_seed(0)
         model = _Classifier() if kind.works_on == "block" else _Example()
         inputs = torch.randn(2, 4, 64)
-    passes: list[Pass[Any]] = [Moeify()] if kind.works_on in ("moe", "dynamic") else []
+    first: dict[str, list[Pass[Any]]] = {"moe": [Moeify()], "dynamic": [Moeify(), SparsifyInputs(tau=0.5)]}
+    passes = first.get(kind.works_on, [])
     return Pipeline([*passes, kind()]).run(model.eval(), inputs=inputs, dry_run=True).diff().passes[-1]

@@ -32,7 +32,9 @@ def test_a_pass_is_shown_with_options_and_a_living_example(name: str) -> None:
     assert (without.code, without.err) == (0, "")
     assert result.out.startswith(without.out.rstrip("\n") + "\n\nexample")
     assert f"--set {name}.OPTION=VALUE" in result.out
-    assert bool(re.search(r"^    \+ ", result.out, re.MULTILINE)) == (name != "recover")  # which changes weights only
+    assert bool(re.search(r"^    \+ ", result.out, re.MULTILINE)) == (
+        name not in ("recover", "refit")
+    )  # which change weights
     shown = run_surgeon("-q", "passes", name, "--example", "--output", "json").json
     assert {
         "name",

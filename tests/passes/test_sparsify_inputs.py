@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 import surgeon
 from surgeon.data.data import Data
 from surgeon.dynamic.knobs import get_tau, set_tau
 from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
-from surgeon.graph.traced import fork
+from surgeon.graph.edit import emit
+from surgeon.graph.traced import TracedGraph, fork
 from surgeon.inputs.site import find_sparse_linears, sparse_linear
 from surgeon.measure.meter import measure
 from surgeon.measure.tuning import tune
 from surgeon.passes import Lower, Moeify, Recover, Refit, SparsifyInputs
+from surgeon.passes.base import Pass
+from surgeon.passes.contract import SiteKind
+from surgeon.passes.report import SiteChange
+from surgeon.sites.linear_site import LinearSite
 from surgeon.surgery.pipeline import Pipeline
 from tests.small_models import WIDTH, Function, correlated_vectors, labelled_vectors, stack, vectors
 
@@ -208,6 +215,37 @@ def test_the_order_of_passes_and_options_is_checked() -> None:
         SparsifyInputs(tau=1.5)
     with pytest.raises(UsageError, match="no site matches 'nothing'"):
         Pipeline([SparsifyInputs(tau={"nothing": 0.5})]).run(stack("gelu"), inputs=vectors(), data=correlated_vectors())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nudge(Pass[LinearSite]):
+    """Move the inputs of linear layers by a rounding error."""
+
+    name: ClassVar[str] = "nudge"
+    works_on: ClassVar[SiteKind] = "linear"
+
+    def find(self, graph: GraphModule) -> Any:
+        return find_sparse_linears(graph), []
+
+    def rewrite(self, graph: TracedGraph, site: Any, seen: None) -> SiteChange:
+        node = site.nodes[0]
+        with graph.graph.inserting_before(node):
+            node.update_arg(0, emit(graph, torch.ops.aten.mul.Tensor, node.args[0], 1 + 2e-7, path=site.path))
+        return SiteChange(site.path, "", "", (0, 0), (0, 0), (node.name, node.name), made=(site.path,))
+
+
+def test_what_rounding_moves_across_a_threshold_is_no_difference() -> None:
+    """A level is the score of some input. A bit more of it, and the input is read."""
+    layer = Function(lambda m, x: m.mix(x), mix=(WIDTH, WIDTH)).eval()
+    x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
+    passes = [SparsifyInputs(criterion="magnitude", centre=False, tau=0.5)]
+    graph = Pipeline(passes).run(layer, inputs=x, data=[x]).graph.eval()
+    want = graph(x)
+    surgery = Pipeline([Nudge()]).run(graph, inputs=x)
+    assert surgery.reports[0].preserved
+    assert surgery.reports[0].max_error is not None
+    assert 0 < surgery.reports[0].max_error < 1e-5
+    assert not torch.allclose(surgery.graph.eval()(x), want, atol=1e-3)
 
 
 def test_it_is_done_once(traces: Any) -> None:
