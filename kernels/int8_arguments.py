@@ -9,6 +9,7 @@ from torch import Tensor
 
 from surgeon.errors import UsageError
 from surgeon.kernels.activations import activation as find_activation
+from surgeon.kernels.arguments import check_tensor
 from surgeon.kernels.panels import (
     WIDEST,
     Int8Experts,
@@ -127,7 +128,7 @@ def check_call(*given: Any) -> Int8Call:
         ("y_scale", weights.y_scale, (d_out,), None),
         ("b2", call.b2, (d_out,), None),
     ):
-        _check_one(name, tensor, shape, x, wanted)
+        check_tensor("int8 FFN", name, tensor, shape, x, wanted)
     for name, factors, (rows, columns) in (
         ("w1_group", weights.w1_group, first),
         ("gate_group", weights.gate_group, first),
@@ -137,7 +138,7 @@ def check_call(*given: Any) -> Int8Call:
         like = weights.w1_group if name == "gate_group" else factors
         groups = like.shape[2] if like is not None and like.dim() == 4 else 1
         there = groups_of(columns, group_size(columns, max(1, groups)))
-        _check_one(name, factors, (experts, *factors_shape(rows, there)), x, torch.uint8)
+        check_tensor("int8 FFN", name, factors, (experts, *factors_shape(rows, there)), x, torch.uint8)
     return call
 
 
@@ -171,21 +172,9 @@ def check_router(
         raise UsageError("int8 FFN: fc1 and fc1_scale belong together, and fc1_bias needs them")
     (experts, width), d_in = fc2.shape, x.shape[-1]
     if fc1 is not None:
-        _check_one("fc1", fc1, panels_shape(width, d_in, torch.int16), x, torch.int16)
-    _check_one("x_scale", x_scale, (d_in,), x, None)
-    _check_one("fc1_scale", fc1_scale, (width,), x, None)
-    _check_one("fc1_bias", fc1_bias, (width,), x, None)
-    _check_one("fc2", fc2, (experts, d_in if fc1 is None else width), x, None)
-    _check_one("fc2_bias", fc2_bias, (experts,), x, None)
-
-
-def _check_one(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype | None) -> None:
-    """Check an argument. dtype: that of its integers, None for floating ones."""
-    if tensor is None:
-        return
-    if tuple(tensor.shape) != shape:
-        raise UsageError(f"int8 FFN: {name} has shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
-    if tensor.device != x.device:
-        raise UsageError(f"int8 FFN: {name} is on {tensor.device}, x on {x.device}")
-    if tensor.dtype != dtype if dtype else not tensor.is_floating_point():
-        raise UsageError(f"int8 FFN: {name} is {tensor.dtype}, expected {dtype or 'a floating dtype'}")
+        check_tensor("int8 FFN", "fc1", fc1, panels_shape(width, d_in, torch.int16), x, torch.int16)
+    check_tensor("int8 FFN", "x_scale", x_scale, (d_in,), x, None)
+    check_tensor("int8 FFN", "fc1_scale", fc1_scale, (width,), x, None)
+    check_tensor("int8 FFN", "fc1_bias", fc1_bias, (width,), x, None)
+    check_tensor("int8 FFN", "fc2", fc2, (experts, d_in if fc1 is None else width), x, None)
+    check_tensor("int8 FFN", "fc2_bias", fc2_bias, (experts,), x, None)

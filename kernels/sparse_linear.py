@@ -47,6 +47,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (its operators are there before the native kernels are loaded)
 from surgeon.errors import UsageError
+from surgeon.kernels.arguments import check_tensor
 from surgeon.kernels.backends import backends
 
 __all__ = ["kept", "masked_linear", "ordinary_ops", "sparse_linear", "threshold"]
@@ -282,14 +283,7 @@ def _check(op: str, *given: Tensor | None) -> LinearCall:
         ("tau", tau, (), None),
         ("w_scale", w_scale, (d_out,), None),
     ):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise UsageError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
-        if tensor.device != x.device:
-            raise UsageError(f"{op}: {name} is on {tensor.device}, x on {x.device}")
-        if tensor.dtype != dtype if dtype else not tensor.is_floating_point():
-            raise UsageError(f"{op}: {name} is {tensor.dtype}, expected {dtype or 'a floating dtype'}")
+        check_tensor(op, name, tensor, shape, x, dtype)
     return call
 
 

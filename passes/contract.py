@@ -25,15 +25,16 @@ from surgeon.passes.report import SiteChange
 from surgeon.sites.ffn import FFN
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.rejection import Rejection
-from surgeon.sites.search import find_ffns, find_linear_sites
+from surgeon.sites.search import find_all_linears, find_ffns, find_linear_sites
 from surgeon.training.loop import FitReport, RunSettings
 
 AnySite: TypeAlias = FFN | LinearSite | MoESite | SparseLinearSite | ExitSite | BlockEnd
 Site = TypeVar("Site", bound=AnySite)
 Seen = TypeVar("Seen", default=Any)
 """What a pass has to know about a site beyond the site itself. Most passes need nothing more and get None."""
-SiteKind = Literal["ffn", "linear", "moe", "dynamic", "block"]
-"""What a pass works on. "dynamic": what skips work by tau: experts, linears that skip inputs, and early exits.
+SiteKind = Literal["ffn", "linear", "any-linear", "moe", "dynamic", "block"]
+"""What a pass works on. "linear": linear layers outside feed-forward layers and heads. "any-linear": all of them.
+"dynamic": what skips work by tau: experts, linears that skip inputs, and early exits.
 "block": places behind the blocks of a classifier, which the pass finds itself."""
 
 
@@ -105,6 +106,8 @@ class Contract(ABC, Generic[Site, Seen]):
             return cast("tuple[list[Site], list[Rejection]]", find_ffns(graph))
         if self.works_on == "linear":
             return cast("tuple[list[Site], list[Rejection]]", find_linear_sites(graph))
+        if self.works_on == "any-linear":
+            return cast("tuple[list[Site], list[Rejection]]", find_all_linears(graph))
         if self.works_on == "moe":
             return cast("list[Site]", find_moes(graph)), []
         if self.works_on == "dynamic":

@@ -25,7 +25,6 @@ from surgeon.passes.report import SiteChange
 from surgeon.sites.linear import Linear
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.rejection import Rejection
-from surgeon.sites.search import find_all_linears
 from surgeon.sites.soundness import not_finite
 from surgeon.training.loop import RunSettings
 from surgeon.training.observe import collect_calls
@@ -53,7 +52,7 @@ class SparsifyInputs(Pass[LinearSite, Calibration | Rejection | None]):
     """
 
     name: ClassVar[str] = "sparsify-inputs"
-    works_on: ClassVar[SiteKind] = "linear"
+    works_on: ClassVar[SiteKind] = "any-linear"
     makes: ClassVar[SiteKind | None] = "dynamic"
     must_precede: ClassVar[frozenset[str]] = frozenset({"lower"})
     needs_data: ClassVar[bool] = True
@@ -68,7 +67,7 @@ class SparsifyInputs(Pass[LinearSite, Calibration | Rejection | None]):
     )
 
     def find(self, graph: GraphModule) -> tuple[Sequence[LinearSite], list[Rejection]]:
-        sites, rejected = find_all_linears(graph)
+        sites, rejected = super().find(graph)
         done = [
             Rejection("already-done", "it already skips inputs", site.path.rpartition(".")[0], site.output.name)
             for site in find_sparse_linears(graph)

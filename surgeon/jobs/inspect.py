@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from surgeon.dynamic.site import DynamicSite
 from surgeon.exits.site import find_exits
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import as_args_kwargs, named_arguments
@@ -26,6 +27,7 @@ from surgeon.sites.search import find_ffns, find_linear_sites
 LOOKS_FOR = {
     "ffn": "feed-forward layer",
     "linear": "standalone linear layer",
+    "any-linear": "linear layer",
     "moe": "expert layer",
     "dynamic": "layer that skips by tau",
     "block": "place between blocks",
@@ -51,26 +53,12 @@ class FFNLayer(Layer):
 
 
 @dataclass(frozen=True)
-class ExpertLayer(Layer):
-    """An expert layer (experts, neurons each). form: as `MoESite` shows it. executed: share that ran."""
+class DynamicLayer(Layer):
+    """A layer that skips by tau. form: as its site shows it. executed: share that ran.
 
-    form: str
-    tau: float
-    executed: float
-
-
-@dataclass(frozen=True)
-class InputsLayer(Layer):
-    """A linear layer that skips inputs (d_in, d_out). form: as `SparseLinearSite` has it. executed: share that ran."""
-
-    form: str
-    tau: float
-    executed: float
-
-
-@dataclass(frozen=True)
-class ExitLayer(Layer):
-    """An early exit (classes,). share: of what follows up to the next one. executed: share of it that ran."""
+    Its shape is (experts, neurons each), (d_in, d_out) of a linear layer that skips inputs, or (classes,) of an early
+    exit, whose share is that of what follows up to the next one.
+    """
 
     form: str
     tau: float
@@ -107,9 +95,9 @@ class Inspection:
     task: str | None
     cost: Cost
     ffns: list[FFNLayer]
-    experts: list[ExpertLayer]
-    skipping: list[InputsLayer]
-    exits: list[ExitLayer]
+    experts: list[DynamicLayer]
+    skipping: list[DynamicLayer]
+    exits: list[DynamicLayer]
     linears: list[Layer]
     refused: list[tuple[str, str]]
     notes: tuple[str, ...]
@@ -127,6 +115,13 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
     # A linear layer makes one output of out_features with in_features multiply-adds each.
     work = {part: values[part.output.name].numel() * part.in_features for part in parts}
     whole = max(1, cost.multiply_adds)
+
+    def dynamic(site: DynamicSite, shape: tuple[int, ...]) -> DynamicLayer:
+        layer = layers[site.path]
+        return DynamicLayer(
+            site.path, shape, layer.multiply_adds / whole, site.shown_form, float(site.tau), layer.share
+        )
+
     return Inspection(
         opened.spec,
         opened.kind,
@@ -145,39 +140,9 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
             )
             for ffn in ffns
         ],
-        [
-            ExpertLayer(
-                site.path,
-                (site.experts, site.size),
-                layers[site.path].multiply_adds / whole,
-                site.shown_form,
-                float(site.tau),
-                layers[site.path].share,
-            )
-            for site in find_moes(graph)
-        ],
-        [
-            InputsLayer(
-                site.path,
-                (site.d_in, site.d_out),
-                layers[site.path].multiply_adds / whole,
-                site.form,
-                float(site.tau),
-                layers[site.path].share,
-            )
-            for site in find_sparse_linears(graph)
-        ],
-        [
-            ExitLayer(
-                site.path,
-                (site.classes,),
-                layers[site.path].multiply_adds / whole,
-                site.form,
-                float(site.tau),
-                layers[site.path].share,
-            )
-            for site in find_exits(graph)
-        ],
+        [dynamic(site, (site.experts, site.size)) for site in find_moes(graph)],
+        [dynamic(site, (site.d_in, site.d_out)) for site in find_sparse_linears(graph)],
+        [dynamic(site, (site.classes,)) for site in find_exits(graph)],
         [
             Layer(linear.path, (linear.d_in, linear.d_out), sum(work[part] for part in linear.calls) / whole)
             for linear in linears

@@ -44,6 +44,8 @@ _UNIFORM_TAUS = (0.0, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0
 # Shares of the experts to try for a layer, relative to its present share, in the first and in later rounds.
 _TRIALS, _FINER = (0.6, 0.8, 1.25, 1.6), (0.8, 1.25)
 _ROUNDS = 3
+# How far to go to what the trials say. Layers interact, so all moves at once may do more harm than each alone.
+_STRENGTHS = (1.0, 0.5, 0.25)
 # In units of the dense model's cost. With every expert a converted model costs slightly more than the dense model.
 _LARGEST_BUDGET = 2.0
 # Most numbers to keep of the outputs with every expert: 256 MiB. All outputs of GPT-2 for 512 texts would take 13 GiB.
@@ -58,7 +60,7 @@ class Tuned:
     cost, damage: the cost relative to the dense model, and the damage to the output: nats, or a relative squared error
         if `unit` says so.
     uniform, uniform_cost, uniform_damage: the best single tau for all layers, and its cost and damage. Linear layers
-        that skip inputs get its cube root.
+        that skip inputs beside experts get its cube root.
     rounds: how often cost was moved between layers.
     """
 
@@ -175,7 +177,8 @@ class Tuner:
         if not self._batches:
             raise DataError("There is no data to tune on: no batches were given.")
         self._layers = [site.path for site in sites]
-        self._skip_inputs = {site.path for site in sites if isinstance(site, SparseLinearSite)}
+        inputs_alone = all(isinstance(site, SparseLinearSite) for site in sites)
+        self._curved = set() if inputs_alone else {site.path for site in sites if isinstance(site, SparseLinearSite)}
         self._done, self._total = 0, 0
         with knobs_restored(graph):
             self._prepare(inputs, dense)
@@ -187,7 +190,7 @@ class Tuner:
             UsageError: `check_budget` refuses the budget, or no tau meets it. The message says what can be reached.
         """
         check_budget(budget)
-        self._expect(6 + len(self._layers) * (len(_TRIALS) + (_ROUNDS - 1) * len(_FINER)) + 2 * _ROUNDS)
+        self._expect(6 + len(self._layers) * (len(_TRIALS) + (_ROUNDS - 1) * len(_FINER)) + len(_STRENGTHS) * _ROUNDS)
         with knobs_restored(self._graph):
             tuned = self._search(budget)
         set_tau(self._graph, tuned.taus)
@@ -243,9 +246,9 @@ class Tuner:
     def _alike(self, tau: float) -> dict[str, float]:
         """Return the tau of every layer for a single one, which is that of experts.
 
-        A linear layer that skips inputs gets the cube root: at tau 0.1 it skips 46%, about when experts skip most.
+        A linear layer that skips inputs beside experts gets the cube root: at tau 0.1 it skips 46%, and experts most.
         """
-        return {path: tau ** (1 / 3) if path in self._skip_inputs else tau for path in self._layers}
+        return {path: tau ** (1 / 3) if path in self._curved else tau for path in self._layers}
 
     def _uniform(self, budget: float) -> tuple[float, _Trial]:
         """Find the smallest single tau that meets the budget, by bisection."""
@@ -274,7 +277,7 @@ class Tuner:
                     (self._cost_of(path, trial.shares[path]), trial.damage - base.damage, trial.shares[path])
                 )
         limit = budget * self._dense - self._fixed
-        for strength in (1.0, 0.5):
+        for strength in _STRENGTHS:
             shares = _allocate(options, limit)
             wanted = {p: base.shares[p] + strength * (shares[p] - base.shares[p]) for p in self._layers}
             trial = self._within({p: self._tau(p, share) for p, share in wanted.items()}, budget)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from surgeon.jobs.inspect import Inspection
+from surgeon.jobs.inspect import DynamicLayer, Inspection
 from surgeon.text.layout import MODEL, dim, grid, heading, indented, refused, sentences
 from surgeon.text.summary import number, percent
 
@@ -26,44 +26,17 @@ def inspection_view(found: Inspection) -> RenderableType:
     if found.takes.untraced:
         table.add_row(dim("not traced"), ", ".join(found.takes.untraced))
     lines += [indented(table), Text("")]
-    if found.experts:
-        lines.append(heading(f"{len(found.experts)} expert layers", f"{_share(found.experts)} of the multiply-adds"))
-        table = grid(
-            "left", "left", "left", "right", "right", "right", header=("path", "experts", "form", "tau", "ran", "share")
-        )
-        for layer in found.experts:
-            shape = f"{layer.shape[0]} × {layer.shape[1]}"
-            table.add_row(
-                Text(layer.path, style="cyan"), shape, layer.form, f"{layer.tau:g}", percent(layer.executed),
-                percent(layer.share),
-            )  # fmt: skip
-        lines += [indented(table), Text("")]
-    if found.skipping:
-        count = len(found.skipping)
-        lines.append(
-            heading(
-                f"{count} linear layer{'s skip' if count > 1 else ' skips'} inputs",
-                f"{_share(found.skipping)} of the multiply-adds",
-            )
-        )
-        table = grid(
-            "left", "left", "left", "right", "right", "right", header=("path", "shape", "form", "tau", "ran", "share")
-        )
-        for one in found.skipping:
-            table.add_row(
-                Text(one.path, style="cyan"), "→".join(map(str, one.shape)), one.form, f"{one.tau:g}",
-                percent(one.executed), percent(one.share),
-            )  # fmt: skip
-        lines += [indented(table), Text("")]
-    if found.exits:
-        lines.append(_count_heading(len(found.exits), "early exit", _share(found.exits)))
-        table = grid("left", "left", "right", "right", "right", header=("path", "form", "tau", "ran", "share"))
-        for place in found.exits:
-            table.add_row(
-                Text(place.path, style="cyan"), place.form, f"{place.tau:g}", percent(place.executed),
-                percent(place.share),
-            )  # fmt: skip
-        lines += [indented(table), Text("")]
+    for layers, called, between in (
+        (found.experts, "expert layer", " × "),
+        (found.skipping, "input-skipping linear layer", "→"),
+        (found.exits, "early exit", ", "),
+    ):
+        if layers:
+            lines += [
+                _count_heading(len(layers), called, _share(layers)),
+                indented(_dynamic(layers, between)),
+                Text(""),
+            ]
     lines.append(_count_heading(len(found.ffns), "feed-forward layer", _share(found.ffns)))
     if found.ffns:
         table = grid("left", "left", "left", "left", "right", header=("path", "shape", "activation", "", "share"))
@@ -92,6 +65,18 @@ def inspection_view(found: Inspection) -> RenderableType:
     if found.graph is not None:
         lines += [Text(""), heading("graph", f"{len(found.graph)} operations by module path"), _graph(found.graph)]
     return Group(*lines)
+
+
+def _dynamic(layers: Sequence[DynamicLayer], between: str) -> RenderableType:
+    """A table of layers that skip by tau. between: what stands between the numbers of a shape."""
+    header = ("path", "shape", "form", "tau", "ran", "share")
+    table = grid("left", "left", "left", "right", "right", "right", header=header)
+    for layer in layers:
+        table.add_row(
+            Text(layer.path, style="cyan"), between.join(map(str, layer.shape)), layer.form, f"{layer.tau:g}",
+            percent(layer.executed), percent(layer.share),
+        )  # fmt: skip
+    return table
 
 
 def _count_heading(count: int, what: str, share: str) -> Text:

@@ -69,8 +69,14 @@ def _use_of_data(about: About) -> str:
 
 def _facts(about: About) -> list[tuple[str, str]]:
     """What a pass works on, what it makes, what it needs, and what it promises."""
-    sites = {"ffn": "feed-forward layers", "linear": "standalone linear layers", "moe": "expert layers"}
-    sites |= {"dynamic": "layers that skip by tau", "block": "blocks of classifiers"}
+    sites = {
+        "ffn": "feed-forward layers",
+        "linear": "standalone linear layers",
+        "any-linear": "linear layers",
+        "moe": "expert layers",
+        "dynamic": "layers that skip by tau",
+        "block": "blocks of classifiers",
+    }
     facts = [("works on", sites[about.works_on])]
     if about.makes is not None:
         facts.append(("makes", sites[about.makes]))

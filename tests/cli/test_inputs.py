@@ -53,7 +53,7 @@ def test_set_has_no_rule_for_them(run: Run, skipping: str) -> None:
 def test_inspect_and_diff_show_them(run: Run, skipping: str) -> None:
     assert run("set", skipping, "--tau", "0.5").code == 0
     result = run("-q", "inspect", skipping)
-    assert "14 linear layers skip inputs" in result.out
+    assert "14 input-skipping linear layers" in result.out
     found = run("-q", "inspect", skipping, "--output", "json").json["skipping"]
     query = next(one for one in found if one["path"] == f"{QUERY}.inputs")
     assert (query["shape"], query["form"], query["tau"]) == ([16, 16], "dynamic", 0.5)

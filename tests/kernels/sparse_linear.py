@@ -1,22 +1,13 @@
 """Random arguments for the operators of linear layers that skip inputs, and their definition written out in float64."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from surgeon.kernels.sparse_linear import LinearCall
 
-class Linear(NamedTuple):
+
+class Linear(LinearCall):
     """The arguments of `surgeon::sparse_linear`."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    scale: Tensor | None
-    centre: Tensor | None
-    levels: Tensor
-    tau: Tensor
-    w_scale: Tensor | None = None
 
     def masked(self) -> "Linear":
         """The arguments of `surgeon::masked_linear`."""

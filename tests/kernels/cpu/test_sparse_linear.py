@@ -43,7 +43,8 @@ def error(args: Linear) -> float:
     x, weight, bias, scale, centre, levels, tau, w_scale = args
     wide = weight.double() if w_scale is None else weight.double() * w_scale.double()
     exact = Linear(x.double(), wide, None if bias is None else bias.double(), scale, centre, levels, tau).masked()
-    size = (x.double() - (0.0 if centre is None else centre.double())).abs() @ wide.abs() + 1.0
+    size = (x.double() - (0.0 if centre is None else centre.double())).abs() @ wide.abs()
+    size += 1e-6 if bias is None else bias.double().abs()
     found = sparse_linear(*args)
     assert found.dtype == x.dtype
     assert found.is_contiguous()
