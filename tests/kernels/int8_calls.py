@@ -178,9 +178,13 @@ def oracle(call: Int8Call, scores: Tensor) -> Tensor:
 
 
 def errors(found: Tensor, wanted: Tensor) -> Tensor:
-    """The largest difference of every token, relative to its largest output."""
+    """The largest difference of every token, relative to its largest output or to what outputs usually are.
+
+    In an output near zero large numbers cancel. A step of rounding in one of them is large beside their sum.
+    """
     found, wanted = found.double().view(wanted.shape), wanted.double()
-    return (found - wanted).abs().amax(-1) / wanted.abs().amax(-1).clamp_min(1e-3)
+    size = wanted.abs().amax(-1).maximum(wanted.square().mean().sqrt())
+    return (found - wanted).abs().amax(-1) / size.clamp_min(1e-3)
 
 
 def agree(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:

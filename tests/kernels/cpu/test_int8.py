@@ -102,7 +102,7 @@ def test_every_instruction_set_computes_what_the_plain_twin_does(
 )
 def test_they_compute_the_definition(shapes: dict[str, object], shared: int, place: int) -> None:
     use(place)
-    call = int8_call((4,), shared=shared, **shapes)  # type: ignore[arg-type]
+    call = int8_call((10,), shared=shared, **shapes)  # type: ignore[arg-type]
     scores = router_scores_int8(*call.router)
     wanted = oracle_scores(call)
     # In float32 the exponential of a score below -1.7 times 50 is none that the kernels tell from others.
