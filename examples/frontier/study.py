@@ -29,15 +29,19 @@ from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.losses import evaluate
 from surgeon.jobs.demo import train
+from surgeon.jobs.search import Searcher
+from surgeon.jobs.search_settings import stages, with_options
 from surgeon.measure.sweep import Point, sweep
 from surgeon.measure.tuning import Tuner
-from surgeon.passes import Pass, Refit
+from surgeon.passes import Pass, Refit, SparsifyInputs
 from surgeon.passes.report import PassReport, dense_layers
 from surgeon.render.screen import Screen
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.record import record_of
 
 Passes = Sequence[Pass[Any]]
+# Minutes in which a search ends in any case: the same steps on every machine.
+_NO_LIMIT = 1e6
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,11 @@ class Variant:
     passes: what to run; if there are none, another variant's result is looked at in another way. taus: for the curve
     with one tau for all layers; none if there are no experts yet. budgets: shares of the dense model's multiply-adds to
     tune for. oracle: also with the true norms. compensated: the mean of what is skipped is added. refit: the weights
-    of linear layers that skip inputs are fitted to what each budget leaves, so they are not to be lowered. starts_from:
-    another variant, to go on from its result.
+    of linear layers that skip inputs are fitted to what each budget leaves, so they are not to be lowered. search: the
+    settings are found first, on the training data, by the search of `surgeon apply --budget-minutes` without a limit.
+    settings_of: another variant, whose settings that search found. divergence: also measured, at each budget, of the
+    answers from the dense model's: for what trains nothing it tells more than the quality, which is known on few
+    samples. starts_from: another variant, to go on from its result.
     """
 
     passes: Passes
@@ -57,8 +64,27 @@ class Variant:
     oracle: bool = False
     compensated: bool = False
     refit: bool = False
+    search: bool = False
+    settings_of: str | None = None
+    divergence: bool = False
     rules: Sequence[str] | None = None
     starts_from: str | None = None
+
+
+def without_training(
+    layers: Sequence[str], budgets: Sequence[float], whole: Sequence[float], skip: Sequence[str] = ()
+) -> dict[str, Variant]:
+    """Return what skips inputs and trains nothing: TEAL, WINA and ours, of feed-forward layers and of all linear ones.
+
+    layers: the feed-forward ones. budgets, whole: shares of the dense model, where those skip, and where all do.
+    """
+    methods = {"teal": {"criterion": "magnitude", "centre": False}, "wina": {"centre": False}, "inputs": {}}
+    found = {}
+    for name, options in methods.items():
+        looked = {"refit": name == "inputs", "divergence": True}
+        found[name] = Variant([SparsifyInputs(only=tuple(layers), **options)], budgets=budgets, **looked)
+        found[f"{name}_whole"] = Variant([SparsifyInputs(skip=tuple(skip), **options)], budgets=whole, **looked)
+    return found
 
 
 @dataclass(frozen=True)
@@ -150,7 +176,8 @@ class Run:
         def make() -> dict[str, Any]:
             variant, data, workdir = self.study.variants[name], self.data(), self._workdir(name)
             start = self.dense_model() if variant.starts_from is None else self.graph(variant.starts_from)
-            surgery = Pipeline(variant.passes).run(
+            passes = self._found(name, start, workdir) if variant.search else variant.passes
+            surgery = Pipeline(passes).run(
                 start, inputs=self.study.inputs(data), data=data, seed=self.seed, workdir=workdir, resume=True,
                 progress=self.screen.progress,
             )  # fmt: skip
@@ -160,6 +187,25 @@ class Run:
             return {"fits": [_fit(report) for report in _reports(self.graph(name, made=True))]}
 
         return self.result(name, self._definition(name), make)
+
+    def _found(self, name: str, model: nn.Module, workdir: Path) -> Passes:
+        """Return a variant's passes with the settings that a search finds for it, or found for another one."""
+        variant = self.study.variants[name]
+        of = variant.settings_of or name
+        data = self.data()
+
+        def search() -> dict[str, Any]:
+            inputs = self.study.inputs(data)
+            passes = self.study.variants[of].passes
+            searcher = Searcher(
+                surgeon.trace(model, inputs), inputs, data, passes, _NO_LIMIT, self.seed, workdir,
+                started=time.monotonic(), progress=self.screen.progress,
+            )  # fmt: skip
+            return asdict(searcher.run(stages(passes, {})))
+
+        found = self.result(f"{of}-search", self._definition(of), search)
+        print(f"{self.study.name}, seed {self.seed}: {name} has {found['chosen']}", flush=True)
+        return with_options(variant.passes, found["options"])
 
     def graph(self, name: str, made: bool = False) -> surgeon.TracedGraph:
         """A variant's graph, which is made if it was not yet."""
@@ -196,6 +242,11 @@ class Run:
                     lambda budget=budget: looked.tuned(budget),
                 )["points"]
             ]
+        if variant.divergence:
+            points = result["curves"]["tuned"]
+            found = self.result(f"{name}-divergence", definition | {"points": points}, partial(looked.diverges, points))
+            for point, value in zip(points, found["divergence"], strict=True):
+                point["divergence"] = value
         return result
 
     def _definition(self, name: str) -> dict[str, Any]:
@@ -204,6 +255,11 @@ class Run:
         return {
             "passes": [[one.name, one.options()] for one in variant.passes],
             "starts_from": self.study.dense if start is None else self._definition(start),
+            **(
+                {"search": self._definition(variant.settings_of) if variant.settings_of else True}
+                if variant.search
+                else {}
+            ),
         }
 
     def _workdir(self, name: str) -> Path:
@@ -237,11 +293,25 @@ class _Looked:
             found = self._tuner.tune(budget)
         except surgeon.SurgeonError as error:
             return {"points": [], "refused": str(error)}
-        graph = self.graph
-        if self.variant.refit:
-            graph = Pipeline([Refit()]).run(graph, inputs=self._shared["inputs"], data=self.run.data()).graph.eval()
-        (point,) = self._sweep([None], graph=graph)
+        (point,) = self._sweep([None], graph=self._refitted())
         return {"points": [row(point) | {"budget": budget, "taus": found.taus, "rounds": found.rounds}]}
+
+    def diverges(self, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The KL divergence from the dense model on the held-out data, for each of the tuned points."""
+        dense, found = self.run.dense_model(), []
+        for point in points:
+            surgeon.set_tau(self.graph, point["taus"])
+            (measured,) = self._sweep([None], graph=self._refitted(), dense=dense)
+            (value,) = [one.value for one in measured.agreement if one.name == "KL divergence"]
+            found.append(value)
+        return {"divergence": found}
+
+    def _refitted(self) -> surgeon.TracedGraph:
+        """The graph with the weights of linear layers fitted to what its taus leave, if the variant wants that."""
+        if not self.variant.refit:
+            return self.graph
+        data = self.run.data()
+        return Pipeline([Refit()]).run(self.graph, inputs=self._shared["inputs"], data=data).graph.eval()
 
     def _sweep(
         self, taus: Sequence[float | None], graph: surgeon.TracedGraph | None = None, **options: Any

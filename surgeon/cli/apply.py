@@ -87,8 +87,8 @@ def apply(
         typer.Option(
             "--budget-minutes",
             metavar="N",
-            help="With --recipe recommended: find target, size of experts, routers and learning rates in a part of N "
-            "minutes, on a part of the training data, and train in the rest.",
+            help="Find learning rates, sparsity, size of experts and routers in a part of N minutes, on a part of the "
+            "training data, and train in the rest. Needs moeify and a pass that fine-tunes.",
         ),
     ] = None,
     trust_pickle: TrustPickle = False,
@@ -126,7 +126,7 @@ def apply(
     if data is not None:
         data = dataclasses.replace(data, seed=seed)
     typed = tuple(run.args)
-    check_search(recipe, budget_minutes, has_data=data is not None, dry_run=dry_run)
+    check_search(built, budget_minutes, has_data=data is not None, dry_run=dry_run)
     options = applying.ApplyOptions(
         out, overwrite, dry_run, resume, verify.value, seed, tau, data, report_to, typed, budget_minutes, given
     )

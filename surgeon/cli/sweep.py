@@ -22,6 +22,14 @@ def sweep(
     oracle: Annotated[
         bool, typer.Option(help="Also select by the true norms of the experts' outputs, the best a router could do.")
     ] = True,
+    each_layer: Annotated[
+        bool,
+        typer.Option(
+            "--each-layer",
+            help="Let one layer after another have each tau, while the others run everything: shows which layers "
+            "quality depends on. Without the oracle.",
+        ),
+    ] = False,
     timed: Annotated[bool, typer.Option("--time", help="Also time a call at each setting.")] = False,
     dense: DenseModel = None,
     out: Files = None,
@@ -37,7 +45,8 @@ def sweep(
     Example: surgeon sweep bert-surgery --data reviews.csv --tau 0,0.05,0.1,0.2 -o sweep.png
 
     JSON: {model, data, task, dense: {multiply_adds, quality, milliseconds}, points: [{tau, quality, executed, layers,
-    multiply_adds, relative, rule, router, milliseconds, shares, agreement}], notes}; a quality is {name, value,
+    multiply_adds, relative, rule, router, milliseconds, shares, agreement,
+    layer}], notes}; a quality is {name, value,
     higher_is_better, items, unit, samples, low, high, change: {value, low, high, samples}}
     """
     from surgeon.jobs import sweep as measuring
@@ -48,6 +57,7 @@ def sweep(
     check_files(out)
     opened, beside = open_saved(run, model, data, dense, trust_pickle=trust_pickle, trust_modules=trust_modules or [])
     swept = measuring.sweep(
-        opened, taus, rules=rules, oracle=oracle, timed=timed, dense=beside, progress=run.screen.progress
-    )
+        opened, taus, rules=rules, oracle=oracle, each_layer=each_layer, timed=timed, dense=beside,
+        progress=run.screen.progress,
+    )  # fmt: skip
     answer(run, swept, swept_view(swept), out, lambda file: draw_sweep(swept, file))

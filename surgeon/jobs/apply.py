@@ -29,7 +29,7 @@ from surgeon.jobs.inspect import LOOKS_FOR
 from surgeon.jobs.open_model import Opened, Stage
 from surgeon.jobs.options import DataOptions
 from surgeon.jobs.search import Searcher
-from surgeon.jobs.search_settings import settings_for, with_options
+from surgeon.jobs.search_settings import stages, with_options
 from surgeon.jobs.store import check_target
 from surgeon.jobs.workdir import WorkDirectory
 from surgeon.measure.meter import Cost, measure
@@ -210,10 +210,12 @@ def apply(
         search = None
         if options.budget_minutes is not None:
             assert workdir is not None
+            assert data is not None
             searcher = Searcher(
-                opened, passes, options.budget_minutes, options.seed, workdir, started=started, progress=progress
-            )
-            search = searcher.run(settings_for(options.given))
+                opened.graph, opened.inputs, data, passes, options.budget_minutes, options.seed, workdir,
+                started=started, progress=progress,
+            )  # fmt: skip
+            search = searcher.run(stages(passes, options.given))
             passes = with_options(passes, search.options)
             if on_search is not None:
                 on_search(search)

@@ -1,8 +1,8 @@
-"""Find the settings of the recommended recipe within a time: successive halving on a part of the training data.
+"""Find the settings of passes within a time: successive halving on a part of the training data.
 
-Settings differ from the recipe in one thing each. All are trained for a few steps, the better half (of six, three) for
-twice as many, and the best one then has what is left of the time. They are compared on a validation part of the
-training data, by the loss at a fixed cost. The held-out data take no part.
+The settings of a stage differ in one thing each from what the stage before found best. All are trained for a few steps,
+the better half for twice as many, and so on. The best one of the last stage then has what is left of the time. Settings
+are compared on a validation part of the training data, by the loss at a fixed cost. The held-out data take no part.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from surgeon.dynamic.knobs import set_tau
 from surgeon.errors import DivergedError, LoadError, UsageError
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.traced import TracedGraph
-from surgeon.jobs.open_model import Opened
-from surgeon.jobs.search_settings import with_options
+from surgeon.jobs.search_settings import Setting, fine_tuned, with_options
 from surgeon.jobs.workdir import STATE
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import knobs_restored, layers_share, run_batches
@@ -45,8 +44,10 @@ _SHARE, _TAUS = 0.2, (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 _FOR_SEARCH, _SAFE, _FEWEST = 0.5, 0.85, 32
 # One batch of so many is for validation. The most that is read ahead: batches, and bytes of them.
 _EVERY, _MOST_BATCHES, _MOST_BYTES = 5, 400, 1 << 28
-# How long the passes of a trial train, and those of the recipe, by sparsify's steps.
-_RELATIVE = {"sparsify": 1.0, "moeify": 2.0, "recover": 1 / 3}
+# Trials leave these out: no setting concerns them, and the cost at which settings are compared is that of the experts.
+_LEFT_OUT = ("sparsify-inputs", "lower")
+# How long passes of a trial train, by the steps of the first one that fine-tunes; the others train as long as that one.
+_RELATIVE = {"moeify": 2.0, "recover": 1 / 3, "mlpify": 1 / 3}
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ class _Speed:
 
 
 class Searcher:
-    """Runs trials of an opened model, and keeps them in a file to go on from."""
+    """Runs trials, and keeps them in a file to go on from."""
 
     def __init__(
         self,
-        opened: Opened,
+        graph: TracedGraph,
+        inputs: Any,
+        data: Data,
         passes: Sequence[Pass[Any]],
         minutes: float,
         seed: int,
@@ -78,16 +81,23 @@ class Searcher:
     ) -> None:
         """Read the data ahead.
 
-        started: the time of `time.monotonic` from which the minutes count. place: the directory of the file.
+        Args:
+            graph: the model, which is not changed.
+            inputs: example inputs.
+            passes: they have one that fine-tunes.
+            minutes: for the search and the full run. The first trials are at most a quarter as long as the full run.
+            place: the directory of the file.
+            started: the time of `time.monotonic` from which the minutes count.
 
         Raises:
             UsageError: there is too little data, or its length is unknown.
         """
-        assert opened.data is not None
-        self._opened, self._data, self._seed, self._progress = opened, opened.data, seed, progress
-        self._passes = [one for one in passes if one.name != "lower"]
+        self._graph, self._inputs, self._data = graph, inputs, data
+        self._seed, self._progress = seed, progress
+        self._passes = [one for one in passes if one.name not in _LEFT_OUT]
+        self._first = fine_tuned(self._passes)[0].name
         self._minutes, self._started, self._file = minutes, started, place / STATE
-        batches = read_ahead(opened.data, _MOST_BATCHES, _MOST_BYTES)
+        batches = read_ahead(data, _MOST_BATCHES, _MOST_BYTES)
         self._validation = batches[_EVERY - 1 :: _EVERY]
         self._train = [batch for place, batch in enumerate(batches) if place % _EVERY != _EVERY - 1]
         if not self._validation:
@@ -96,11 +106,12 @@ class Searcher:
                 f"{len(batches)}. Give more data or a smaller --batch-size."
             )
 
-        given = opened.data
-        self._own = Data(self._train, None, given.task, given.description, given.fingerprint, given.loss)
+        self._own = Data(self._train, None, data.task, data.description, data.fingerprint, data.loss)
 
-    def run(self, settings: Sequence[tuple[str, Options]]) -> Search:
+    def run(self, stages: Sequence[Sequence[Setting]]) -> Search:
         """Search, or go on with a search that was interrupted.
+
+        stages: of each the settings to try; the first changes nothing.
 
         Raises:
             UsageError: the time is too short; the message says how long it would have to be. Or no setting gets cheap.
@@ -114,28 +125,33 @@ class Searcher:
             steps: int | None = state["steps"]
         except (KeyError, TypeError) as error:
             raise LoadError(f"{self._file} is damaged: {error}. Start again with --overwrite.") from error
-        dense_loss = self._loss(self._opened.graph, self._validation)
-        speed = self._speed(settings[0][1])
+        dense_loss = self._loss(self._graph, self._validation)
+        speed = self._speed()
         if steps is None:
-            steps = self._steps(len(settings), speed)
-        rung, left = steps, list(settings)
-        position = 0
-        while len(left) > 1:
-            found = []
-            for name, options in left:
-                if position == len(trials):
-                    trials.append(self._trial(name, options, rung))
-                    self._write({"steps": steps, "trials": [asdict(trial) for trial in trials], "search": None})
-                found.append(trials[position])
-                position += 1
-            if all(trial.loss is None for trial in found):
-                raise UsageError(
-                    f"--budget-minutes compares settings at {_SHARE:.0%} of the layers' cost, and none gets there. "
-                    "Set smaller experts (moeify.expert_size) or a narrower router (moeify.router_width)."
-                )
-            best = _ranked(found)[: len(left) // 2]
-            left, rung = [(trial.name, trial.options) for trial in best], 2 * rung
-        name, options = left[0]
+            steps = self._steps([len(stage) for stage in stages], speed)
+        known = {_key(trial.options, trial.steps): trial for trial in trials}
+
+        def tried(name: str, options: Options, length: int) -> Trial:
+            key = _key(options, length)
+            if key not in known:
+                known[key] = self._trial(name, options, length)
+                trials.append(known[key])
+                self._write({"steps": steps, "trials": [asdict(trial) for trial in trials], "search": None})
+            return known[key]
+
+        best: Setting = stages[0][0]
+        for stage in stages:
+            left, rung = [_on_top(best, setting) for setting in stage], steps
+            while len(left) > 1:
+                found = [tried(name, options, rung) for name, options in left]
+                if all(trial.loss is None for trial in found):
+                    raise UsageError(
+                        f"--budget-minutes compares settings at {_SHARE:.0%} of the layers' cost, and none gets there. "
+                        "Set smaller experts (moeify.expert_size) or a narrower router (moeify.router_width)."
+                    )
+                left, rung = [(trial.name, trial.options) for trial in _ranked(found)[: len(left) // 2]], 2 * rung
+            (best,) = left
+        name, options = best
         full = merged(options, self._full_run(speed))
         search = Search(
             self._minutes, _SHARE, _samples(self._train), _samples(self._validation), dense_loss, tuple(trials), name,
@@ -149,41 +165,48 @@ class Searcher:
     def _left(self) -> float:
         return 60 * self._minutes - (time.monotonic() - self._started)
 
-    def _speed(self, options: Options) -> _Speed:
+    def _speed(self) -> _Speed:
         """Run a trial as short as can be, for its speed alone."""
         began = time.monotonic()
-        graph, fits = self._trained(options, _FEWEST, "timing")
+        graph, fits = self._trained({}, _FEWEST, "timing")
         trained = time.monotonic()
         self._loss_at_share(graph)
         judged = time.monotonic()
-        self._loss(self._opened.graph, self._validation)
+        self._loss(self._graph, self._validation)
         forward = (time.monotonic() - judged) / len(self._validation)
         rates = {name: fit.seconds / fit.steps for name, fit in fits.items() if fit.steps}
         return _Speed(rates, trained - began - sum(fit.seconds for fit in fits.values()), judged - trained, forward)
 
-    def _steps(self, settings: int, speed: _Speed) -> int:
+    def _steps(self, settings: Sequence[int], speed: _Speed) -> int:
         """Return the steps of the first trials: a power of two, so that small differences in speed do not matter.
+
+        settings: how many each stage has.
 
         Raises:
             UsageError: not even the shortest trials fit.
         """
-        runs, weights, left, factor = 0, 0, settings, 1
-        while left > 1:
-            runs, weights, left, factor = runs + left, weights + left * factor, left // 2, 2 * factor
+        runs = weights = 0
+        for left in settings:
+            factor = 1
+            if left > 1 and runs:  # the best of the stage before was tried
+                runs, weights = runs - 1, weights - 1
+            while left > 1:
+                runs, weights, left, factor = runs + left, weights + left * factor, left // 2, 2 * factor
         if not runs:
             return _FEWEST
-        each = sum(speed.rates[name] * relative for name, relative in _RELATIVE.items() if name in speed.rates)
+        each = sum(rate * self._relative(name) for name, rate in speed.rates.items())
         fixed = runs * (speed.fixed + speed.judging)
         affordable = (_FOR_SEARCH * self._left() - fixed) / (weights * each)
         if affordable < _FEWEST:
             spent = 60 * self._minutes - self._left()
             # With a reserve of a fifth, in tenths of a minute.
             needed = (fixed + weights * _FEWEST * each) / _FOR_SEARCH + spent
+            count = 1 + sum(settings) - len(settings)
             raise UsageError(
-                f"--budget-minutes {self._minutes:g} is too short to try {settings} settings on this machine. Give at "
-                f"least {math.ceil(1.2 * needed / 6) / 10}, or leave it out to run the recipe as it is."
+                f"--budget-minutes {self._minutes:g} is too short to try {count} settings on this machine. Give at "
+                f"least {math.ceil(1.2 * needed / 6) / 10}, or leave it out to run the passes as they are."
             )
-        most = min(affordable, max(_FEWEST, self._length("sparsify") // 4))
+        most = min(affordable, max(_FEWEST, self._length(self._first) // 4))
         return int(_FEWEST * 2 ** int(math.log2(most / _FEWEST)))
 
     def _full_run(self, speed: _Speed) -> Options:
@@ -196,6 +219,9 @@ class Searcher:
         needed = sum(whole[name] * rate for name, rate in speed.rates.items())
         share = (_SAFE * self._left() - speed.fixed - 4 * held * speed.forward) / needed
         return {} if share >= 1.0 else {name: {"steps": max(1, int(share * steps))} for name, steps in whole.items()}
+
+    def _relative(self, name: str) -> float:
+        return 1.0 if name == self._first else _RELATIVE.get(name, 1.0)
 
     def _length(self, name: str) -> int:
         one = next(one for one in self._passes if one.name == name)
@@ -217,17 +243,15 @@ class Searcher:
         return Trial(name, options, steps, loss, round(time.monotonic() - began, 2), why if loss is None else "")
 
     def _trained(self, options: Options, steps: int, label: str) -> tuple[TracedGraph, dict[str, FitReport]]:
-        lengths: Options = {name: {"steps": max(1, round(relative * steps))} for name, relative in _RELATIVE.items()}
         trained = {one.name for one in self._passes if isinstance(one, TrainedPass) and one.optimises}
-        lengths = {name: own for name, own in lengths.items() if name in trained}
+        lengths: Options = {name: {"steps": max(1, round(self._relative(name) * steps))} for name in trained}
 
         def progress(now: Progress) -> None:
             if self._progress is not None:
                 self._progress(replace(now, what=f"{label}: {now.what}"))
 
         surgery = Pipeline(with_options(self._passes, merged(lengths, options))).run(
-            self._opened.graph, inputs=self._opened.inputs, data=self._own, seed=self._seed, verify="off",
-            progress=progress,
+            self._graph, inputs=self._inputs, data=self._own, seed=self._seed, verify="off", progress=progress,
         )  # fmt: skip
         return surgery.graph, {report.name: report.fit for report in surgery.reports if report.fit is not None}
 
@@ -246,15 +270,15 @@ class Searcher:
 
     def _loss(self, graph: TracedGraph, batches: Sequence[Batch], meter: ExpertMeter | None = None) -> float:
         """Return the mean loss over samples: that of the task, or the divergence from the dense model."""
-        task = None if imitates(self._opened.graph, self._own) else loss_of(self._opened.graph, self._own)
-        outputs_of = made_for(self._own.task, class_task(self._opened.graph))
+        task = None if imitates(self._graph, self._own) else loss_of(self._graph, self._own)
+        outputs_of = made_for(self._own.task, class_task(self._graph))
         total = 0.0
         with evaluating(graph):
             for batch, outputs in run_batches(meter or ExpertMeter(graph), batches):
                 if task is not None:
                     value = task(outputs, batch)
                 else:
-                    dense = call_reproducibly(self._opened.graph, batch.args, dict(batch.kwargs))
+                    dense = call_reproducibly(self._graph, batch.args, dict(batch.kwargs))
                     value = divergence(dense, outputs, batch, outputs_of)
                 total += float(value) * batch.size
         return total / _samples(batches)
@@ -280,6 +304,18 @@ def at_share(points: Sequence[tuple[float, float]], share: float) -> float | Non
             return before[1] + part * (loss - before[1])
         before = cost, loss
     return None
+
+
+def _on_top(best: Setting, setting: Setting) -> Setting:
+    """Change the best setting of the stage before by another one."""
+    name, options = setting
+    if not options:
+        return best
+    return (f"{best[0]}, {name}" if best[1] else name), merged(best[1], options)
+
+
+def _key(options: Options, steps: int) -> str:
+    return json.dumps([options, steps], sort_keys=True)
 
 
 def _ranked(trials: Sequence[Trial]) -> list[Trial]:

@@ -6,23 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgeon.errors import UsageError
-from surgeon.passes import Pass
+from surgeon.passes import Moeify, Pass, Sparsify
+from surgeon.passes.trained import FineTunedPass
 from surgeon.processes import count
 from surgeon.surgery.recipe import build
 from surgeon.surgery.trials import Options
 
-# Each changes one thing. The first is the recipe itself.
-SETTINGS: tuple[tuple[str, Options], ...] = (
-    ("the recipe", {}),
-    ("10% of the neurons active", {"sparsify": {"target": 0.1}}),
-    ("experts of 16 neurons", {"moeify": {"expert_size": 16}}),
-    ("routers of width 64", {"moeify": {"router_width": 64}}),
-    ("learning rates times 4", {"sparsify": {"lr": 2e-4}, "recover": {"lr": 1.2e-4}}),
-    ("learning rates times 16", {"sparsify": {"lr": 8e-4}, "recover": {"lr": 4.8e-4}}),
-)
+Setting = tuple[str, Options]
+
+AS_GIVEN = "as given"
+"""The name of the setting that changes nothing."""
+_RATES = (4, 16)
+# Of neurons in an expert, and of a router, if the passes leave them open.
+_SIZE, _WIDTH = 16, 64
 
 
-def check_search(recipe: str | None, minutes: float | None, *, has_data: bool, dry_run: bool) -> None:
+def check_search(passes: Sequence[Pass[Any]], minutes: float | None, *, has_data: bool, dry_run: bool) -> None:
     """Refuse a budget where there is nothing to search, as far as this is known before the model is loaded.
 
     Raises:
@@ -30,8 +29,11 @@ def check_search(recipe: str | None, minutes: float | None, *, has_data: bool, d
     """
     if minutes is None:
         return
-    if recipe != "recommended":
-        raise UsageError("--budget-minutes finds the settings of --recipe recommended. Give that recipe.")
+    if not fine_tuned(passes) or not any(isinstance(one, Moeify) for one in passes):
+        raise UsageError(
+            "--budget-minutes finds settings of moeify and of passes that fine-tune, such as sparsify. Give "
+            "--recipe recommended, or --passes that have both."
+        )
     if not minutes > 0:
         raise UsageError(f"--budget-minutes {minutes:g} must be above 0.")
     if not has_data or dry_run:
@@ -40,21 +42,31 @@ def check_search(recipe: str | None, minutes: float | None, *, has_data: bool, d
         raise UsageError("--budget-minutes runs in one process. Search in one, then run the result's surgery.json.")
 
 
-def settings_for(given: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Options]]:
-    """Return the settings to try: those that change nothing that the user has set.
+def fine_tuned(passes: Sequence[Pass[Any]]) -> list[FineTunedPass[Any, Any]]:
+    """Return the passes that fine-tune the model."""
+    return [one for one in passes if isinstance(one, FineTunedPass) and one.optimises]
 
-    given: the user's options by pass.
+
+def stages(passes: Sequence[Pass[Any]], given: Mapping[str, Mapping[str, Any]]) -> list[list[Setting]]:
+    """Return the settings to try, in stages; a later stage changes what an earlier one found best.
+
+    Learning rates come first, since what else is best depends on them. Of every pass the first of its name counts. What
+    the user has set stays.
+
+    Args:
+        given: the user's options by pass.
     """
     size = {"experts", "expert_size"}
 
-    def free(options: Options) -> bool:
-        for name, own in options.items():
+    def free(setting: Setting) -> bool:
+        for name, own in setting[1].items():
             fixed = set(given.get(name, {}))
             if fixed & set(own) or (fixed & size and set(own) & size):
                 return False
         return True
 
-    return [(name, options) for name, options in SETTINGS if free(options)]
+    found = [_rates(passes), [*_penalties(passes), *_experts(passes)]]
+    return [[(AS_GIVEN, {}), *filter(free, stage)] for stage in found]
 
 
 def with_options(passes: Sequence[Pass[Any]], options: Options) -> list[Pass[Any]]:
@@ -63,3 +75,34 @@ def with_options(passes: Sequence[Pass[Any]], options: Options) -> list[Pass[Any
         build([one.name], {one.name: {**one.options(), **options[one.name]}})[0] if one.name in options else one
         for one in passes
     ]
+
+
+def _rates(passes: Sequence[Pass[Any]]) -> list[Setting]:
+    trained = fine_tuned(passes)
+    return [
+        (f"learning rates times {times}", {one.name: {"lr": times * one.lr} for one in trained}) for times in _RATES
+    ]
+
+
+def _penalties(passes: Sequence[Pass[Any]]) -> list[Setting]:
+    for one in passes:
+        if not isinstance(one, Sparsify) or not one.optimises:
+            continue
+        if isinstance(one.target, float):
+            return [(f"{2 * one.target:.0%} of the neurons active", {one.name: {"target": min(1.0, 2 * one.target)}})]
+        if isinstance(one.alpha, float) and one.target is None:
+            return [(f"penalty times {times}", {one.name: {"alpha": times * one.alpha}}) for times in (10, 100)]
+    return []
+
+
+def _experts(passes: Sequence[Pass[Any]]) -> list[Setting]:
+    one = next(one for one in passes if isinstance(one, Moeify))
+    found: list[Setting] = []
+    if isinstance(one.experts, int):
+        found.append((f"{2 * one.experts} experts", {one.name: {"experts": 2 * one.experts}}))
+    elif one.expert_size is None or (isinstance(one.expert_size, int) and one.expert_size > 1):
+        size = _SIZE if one.expert_size is None else int(one.expert_size) // 2
+        found.append((f"experts of {size} neuron{'s' * (size > 1)}", {one.name: {"expert_size": size}}))
+    if one.router_depth == 2 and one.router != "centres" and one.router_width != _WIDTH:
+        found.append((f"routers of width {_WIDTH}", {one.name: {"router_width": _WIDTH}}))
+    return found

@@ -80,6 +80,7 @@ def sweep(
     *,
     rules: Sequence[str] | None = None,
     oracle: bool = True,
+    each_layer: bool = False,
     timed: bool = False,
     dense: Opened | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -90,6 +91,9 @@ def sweep(
 
     Args:
         taus: by default those of `surgeon.measure.sweep.usual_taus`.
+        oracle: also select by the true norms.
+        each_layer: let one layer after another have each tau, while the others run everything. Then the stored setting
+            and the oracle are left out.
         dense: the model before the surgery, to be measured as well. Without it, its quality is taken from the record if
             it was measured on the same data.
 
@@ -118,10 +122,12 @@ def sweep(
             "Agreement is with this surgery at tau 0. To compare with the model before the surgery, give it with "
             "--dense."
         )
-    routers: tuple[RouterChoice, ...] = ("own", "oracle") if oracle and find_moes(opened.graph) else ("own",)
+    routers: tuple[RouterChoice, ...] = (
+        ("own", "oracle") if oracle and not each_layer and find_moes(opened.graph) else ("own",)
+    )
     points = run_sweep(
         opened.graph, batches, criteria.task, taus, inputs=opened.inputs, rules=rules, timed=timed,
-        stored=not is_among(opened, taus, rules), routers=routers,
+        stored=not each_layer and not is_among(opened, taus, rules), routers=routers, each_layer=each_layer,
         dense=None if dense is None else dense.graph, dense_scores=scores, blank=criteria.blank,
         dense_multiply_adds=multiply_adds, dense_layers=dense_layers_of(opened), progress=progress,
     )  # fmt: skip

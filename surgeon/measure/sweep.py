@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -52,6 +53,7 @@ class Point:
     shares: the share of its experts that each layer ran, by path.
     agreement: with the dense model's outputs: top-1 and KL divergence of logits, the cosine of other outputs.
     scores: of the quality, on each sample; not in JSON.
+    layer: the only layer that has this tau, while the others run everything; None if all have it.
     """
 
     tau: float | None
@@ -66,6 +68,7 @@ class Point:
     shares: Mapping[str, float] = field(default_factory=dict)
     agreement: tuple[Quality, ...] = ()
     scores: Scores | None = field(default=None, repr=False, compare=False, metadata=NOT_IN_JSON)
+    layer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def sweep(
     stored: bool = False,
     rules: Sequence[str] | None = None,
     routers: Sequence[RouterChoice] = ("own",),
+    each_layer: bool = False,
     timed: bool = False,
     dense: nn.Module | None = None,
     dense_scores: Scores | None = None,
@@ -111,6 +115,7 @@ def sweep(
         stored: also measure the graph's own tau and rule.
         rules: names from `surgeon.kernels.selection.RULES`, by default the graph's own rules.
         routers: "own", "oracle", or both.
+        each_layer: let one layer after another have each tau, while the others run everything.
         timed: also time calls, taking turns between the settings.
         dense: the model before the surgery. Agreement with it is measured at each setting.
         dense_scores: its scores on the labels of the same batches (`surgeon.measure.judge`), to compare with.
@@ -124,14 +129,16 @@ def sweep(
         UsageError: the graph has no layers that skip, there is no such rule, or a tau is outside [0, 1].
         DataError: labels are missing.
     """
-    if not find_dynamic(graph):
+    sites = find_dynamic(graph)
+    if not sites:
         raise UsageError(
             "The graph has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
         )
     batches = list(batches)
+    layers = [site.path for site in sites] if each_layer else [None]
     combined = [
-        (router, None if tau is None else rule, tau)
-        for router, rule in product(routers, rules or (None,))
+        (router, None if tau is None else rule, tau, layer if tau else None)
+        for router, rule, layer in product(routers, rules or (None,), layers)
         for tau in (*(usual_taus(graph, rule) if taus is None else taus), *((None,) if stored else ()))
     ]
     settings = list(dict.fromkeys(combined))
@@ -141,8 +148,8 @@ def sweep(
     with knobs_restored(graph) as own, evaluating(graph if dense is None else dense):
         counter = _Counter(graph, inputs)
 
-        def choose(rule: str | None, tau: float | None) -> None:
-            choose_setting(graph, own, rule, tau)
+        def choose(rule: str | None, tau: float | None, layer: str | None = None) -> None:
+            choose_setting(graph, own, rule, tau, layer)
 
         def outputs_of_dense(batch: Batch) -> Any:
             if dense is None and own_task is not None:
@@ -153,21 +160,21 @@ def sweep(
             return (graph if dense is None else dense)(*moved.args, **moved.kwargs)
 
         meters, judges = [], []
-        for router, rule, tau in settings:
-            choose(rule, tau)
+        for router, rule, tau, layer in settings:
+            choose(rule, tau, layer)
             meters.append(ExpertMeter(graph, oracle=router == "oracle"))
             judges.append(Judge(criteria))
         # All settings of a batch in turn, so that the dense model runs once.
         for index, given in enumerate(batches):
             expected = outputs_of_dense(given)
-            for number, (_, rule, tau) in enumerate(settings):
-                choose(rule, tau)
+            for number, (_, rule, tau, layer) in enumerate(settings):
+                choose(rule, tau, layer)
                 for batch, outputs in run_batches(meters[number], [given]):
                     judges[number].add(outputs, batch, expected)
                 if progress is not None:
                     done, total = index * len(settings) + number + 1, len(settings) * len(batches)
                     progress(Progress("sweep", done, total, {} if tau is None else {"tau": tau}))
-        for (router, rule, tau), meter, marks in zip(settings, meters, judges, strict=True):
+        for (router, rule, tau, layer), meter, marks in zip(settings, meters, judges, strict=True):
             multiply_adds = counter.multiply_adds(meter.layers)
             verdict = marks.verdict(dense_scores)
             points.append(
@@ -183,22 +190,26 @@ def sweep(
                     shares={path: layer.share for path, layer in meter.layers.items()},
                     agreement=verdict.agreement,
                     scores=verdict.first_scores,
+                    layer=layer,
                 )
             )
         if timed:
-            calls = [lambda rule=rule, tau=tau: choose(rule, tau) for router, rule, tau in settings if router == "own"]
+            calls = [partial(choose, *setting) for router, *setting in settings if router == "own"]
             times = iter(time_settings(graph, batches[0], calls))
             points = [replace(p, milliseconds=next(times)) if p.router == "own" else p for p in points]
     return points
 
 
-def choose_setting(graph: nn.Module, own: Knobs, rule: str | None, tau: float | None) -> None:
-    """Set one rule and one tau for all layers; where one is None, the graph's own."""
+def choose_setting(graph: nn.Module, own: Knobs, rule: str | None, tau: float | None, layer: str | None = None) -> None:
+    """Set one rule and one tau for all layers; where one is None, the graph's own.
+
+    layer: the path of the only one that gets this tau, while the others run everything.
+    """
     set_knobs(graph, own)
     if rule is not None:
         set_rule(graph, rule)
     if tau is not None:
-        set_tau(graph, tau)
+        set_tau(graph, tau if layer is None else {layer: tau, "*": 0.0})
 
 
 def usual_taus(graph: nn.Module, rule: str | None = None) -> tuple[float, ...]:

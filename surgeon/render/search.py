@@ -11,7 +11,7 @@ from surgeon.text.summary import percent, seconds
 
 
 def search_view(search: Search) -> RenderableType:
-    """Show every trial of a search for settings, and what the full run has in place of the recipe."""
+    """Show every trial of a search for settings, and what the full run has in place of the given options."""
     table = grid("left", "right", "right", "right", header=("setting", "steps", "loss", "time"))
     for trial in search.trials:
         loss = trial.why if trial.loss is None else f"{trial.loss:.4g}"
@@ -23,5 +23,5 @@ def search_view(search: Search) -> RenderableType:
         f"trained on {search.train} others. The held-out data took no part."
     )
     given = [f"{name}.{option}={value}" for name, own in search.options.items() for option, value in own.items()]
-    found = f"Chosen: {search.chosen}. The full run has {', '.join(given) if given else 'the options of the recipe'}."
+    found = f"Chosen: {search.chosen}. The full run has {', '.join(given) if given else 'the options as given'}."
     return Group(table, dim(where), Text(found), Text(""))

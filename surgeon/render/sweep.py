@@ -28,7 +28,9 @@ def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
     several = len({point.rule for point in points}) > 1
     timed = any(point.milliseconds is not None for point in points)
     agreed = [quality.name for quality in first.agreement if quality.name != first.quality.name]
+    alone = any(point.layer is not None for point in points)
     columns = [
+        ("layer", "left", alone),
         ("router", "left", any(point.router == "oracle" for point in points)),
         ("rule", "left", several or first.rule not in ("", "max")),  # "" without experts
         ("tau", "left", True),
@@ -50,12 +52,13 @@ def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
     if dense.multiply_adds is not None:
         quality = "" if dense.quality is None else with_interval(dense.quality)
         add(
-            "", "", "dense", quality, "", *("" for _ in agreed), "", "100%", number(dense.multiply_adds), "100%",
+            "", "", "", "dense", quality, "", *("" for _ in agreed), "", "100%", number(dense.multiply_adds), "100%",
             milliseconds_text(dense),
         )  # fmt: skip
     for point in points:
         tau = "as stored" if point.tau is None else f"{point.tau:g}" + (" (everything)" if point.tau == 0 else "")
         add(
+            point.layer or "",
             "oracle" if point.router == "oracle" else "",
             point.rule,
             tau,
@@ -90,6 +93,8 @@ def _words(points: Sequence[Point], dense: Dense) -> str:
         words.append("change: from the dense model on the same samples.")
         if changes[0].samples < TELLING:
             words.append(f"On fewer than {TELLING} samples no change is called better or worse.")
+    if any(point.layer is not None for point in points):
+        words.append("One layer at a time has a tau; the others run everything.")
     words += [
         "ran: of the multiply-adds that layers can skip.",
         "converted layers: their multiply-adds, including routers, as a share of the dense layers'.",
@@ -105,25 +110,27 @@ def milliseconds_text(timed: Point | Dense) -> str:
 
 def draw_sweep(swept: Swept, file: Path) -> None:
     """Draw quality against cost to a `.png` file: a curve for each rule and router."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     relative = all(point.relative is not None for point in swept.points)
+    alone = any(point.layer is not None for point in swept.points)
+    colours = colormaps["viridis"]
     curves: dict[str, list[Point]] = {}
     for point in swept.points:
-        if point.tau is not None:
-            name = (f"rule {point.rule}" if point.rule else "this surgery") + (
-                ", oracle router" if point.router == "oracle" else ""
-            )
-            curves.setdefault(name, []).append(point)
-    for name, points in curves.items():
+        if point.tau is not None and (point.layer is not None or not alone):
+            curves.setdefault(_curve(point), []).append(point)
+    for place, (name, points) in enumerate(curves.items()):
         style = "--" if "oracle" in name else "-"
         costs, values = [_cost(p, relative) for p in points], [p.quality.value for p in points]
-        (line,) = axes.plot(costs, values, f"{style}o", ms=4, label=name)
+        # Layers from the first, dark, to the last, light.
+        colour = colours(place / len(curves)) if alone else None
+        (line,) = axes.plot(costs, values, f"{style}o", ms=4, label=name, color=colour)
         lows = [p.quality.low for p in points if p.quality.low is not None]
         highs = [p.quality.high for p in points if p.quality.high is not None]
-        if len(lows) == len(highs) == len(costs):
+        if len(lows) == len(highs) == len(costs) and not alone:
             axes.fill_between(costs, lows, highs, color=line.get_color(), alpha=0.12, lw=0)
     stored = [point for point in swept.points if point.tau is None and point.router == "own"]
     if stored:
@@ -132,14 +139,25 @@ def draw_sweep(swept: Swept, file: Path) -> None:
     if swept.dense.quality is not None:
         axes.axhline(swept.dense.quality.value, color="grey", lw=1, label="dense model")
     quality = swept.points[0].quality
-    axes.set_xlabel("multiply-adds of the whole model" + (", share of dense" if relative else ""))
+    whole = "multiply-adds of the whole model" + (", share of dense" if relative else "")
+    axes.set_xlabel("share of its experts or inputs that the layer runs" if alone else whole)
     axes.set_ylabel(f"{quality.name} on {measured_on(quality)}")
     if not quality.higher_is_better:
         axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=7 if alone else None)
     figure.savefig(file, dpi=150)
 
 
+def _curve(point: Point) -> str:
+    """The name of the curve that a point belongs to."""
+    if point.layer is not None:
+        return point.layer
+    oracle = ", oracle router" if point.router == "oracle" else ""
+    return (f"rule {point.rule}" if point.rule else "this surgery") + oracle
+
+
 def _cost(point: Point, relative: bool) -> float:
+    if point.layer is not None:
+        return point.shares[point.layer]
     return point.relative if relative and point.relative is not None else float(point.multiply_adds)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from surgeon.jobs import search
+from surgeon.jobs.apply import read_recipe
 from surgeon.jobs.search import Searcher, at_share
-from surgeon.jobs.search_settings import SETTINGS, settings_for
+from surgeon.jobs.search_settings import AS_GIVEN, stages, with_options
 from surgeon.surgery.trials import Trial, merged
 
 from .harness import NET, Run, left, recorded
 
-# Three settings are left: the recipe and higher learning rates.
+# Three settings are left: as given, and higher learning rates.
 PINNED = [
     word
     for setting in (
@@ -70,14 +71,14 @@ def test_settings_are_searched_on_the_training_data_alone(run: Run, tmp_path: Pa
     assert found == first.json["search"]
     assert recorded(tmp_path / "plain")["search"] is None
     assert [(one["name"], one["steps"]) for one in found["trials"]] == [
-        ("the recipe", 8), ("learning rates times 4", 8), ("learning rates times 16", 8),
+        (AS_GIVEN, 8), ("learning rates times 4", 8), ("learning rates times 16", 8),
     ]  # fmt: skip
     assert (found["train"], found["validation"]) == (8 * 13, 8 * 3)
     losses = {one["name"]: one["loss"] for one in found["trials"]}
     assert len(set(losses.values())) == 3
     assert found["chosen"] == min(losses, key=lambda name: losses[name])
     options = {one["name"]: one["options"] for one in recorded(tmp_path / "first")["recipe"]["passes"]}
-    rates = {"the recipe": 5e-5, "learning rates times 4": 2e-4, "learning rates times 16": 8e-4}
+    rates = {AS_GIVEN: 5e-5, "learning rates times 4": 2e-4, "learning rates times 16": 8e-4}
     assert options["sparsify"]["lr"] == rates[found["chosen"]]
     assert (options["sparsify"]["target"], options["moeify"]["expert_size"]) == (0.2, 4)
     assert "steps" not in options["sparsify"]  # there is time for the whole recipe
@@ -91,21 +92,30 @@ def test_settings_are_searched_on_the_training_data_alone(run: Run, tmp_path: Pa
     assert (again["chosen"], again["options"]) == (found["chosen"], found["options"])
 
 
+RATES = "learning rates times 4"
+# The losses of trials that train nothing. Of the rates, 4 times is best; on top of it, small experts.
+LOSSES = {
+    AS_GIVEN: 5.0, RATES: 4.0, "learning rates times 16": None, f"{RATES}, 10% of the neurons active": 3.0,
+    f"{RATES}, experts of 16 neurons": 2.0, f"{RATES}, routers of width 64": 6.0,
+}  # fmt: skip
+# The trials that follow, and by how much they are longer than the first.
+TRIALS = [
+    *((name, 1) for name in LOSSES), (f"{RATES}, experts of 16 neurons", 2), (f"{RATES}, 10% of the neurons active", 2),
+]  # fmt: skip
+
+
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Trials that train nothing: their loss comes from a table. Gives the trials that ran."""
-    losses = {name: place for place, (name, _) in enumerate(reversed(SETTINGS))}
     ran: list[tuple[str, int]] = []
 
     def trial(self: Searcher, name: str, options: Any, steps: int) -> Trial:
         ran.append((name, steps))
-        if name == SETTINGS[-1][0]:
-            return Trial(name, options, steps, None, 0.5, "too costly")
-        return Trial(name, options, steps, float(losses[name]), 0.5)
+        return Trial(name, options, steps, LOSSES[name], 0.5, "" if LOSSES[name] else "too costly")
 
     speed = search._Speed({"sparsify": 0.1, "moeify": 0.001, "recover": 0.1}, 0.1, 0.1, 0.001)
     monkeypatch.setattr(Searcher, "_trial", trial)
-    monkeypatch.setattr(Searcher, "_speed", lambda self, options: speed)
+    monkeypatch.setattr(Searcher, "_speed", lambda self: speed)
     return ran
 
 
@@ -114,23 +124,20 @@ def without_sizes(args: list[str]) -> list[str]:
     return [word for word in args if word != "--set" and "=" not in word]
 
 
-def test_the_better_half_goes_on_with_twice_the_steps(
+def test_a_stage_starts_from_the_best_of_the_one_before_and_its_better_half_goes_on(
     run: Run, tmp_path: Path, args: list[str], table: list[tuple[str, int]]
 ) -> None:
     result = run(*without_sizes(args), "--budget-minutes", "2", "-o", "out", "--set", "recover.epochs=3")
     assert result.code == 0, result.err
-    names = [name for name, _ in SETTINGS]
     steps = table[0][1]
-    # The last one is too costly, and then the table is in reverse.
-    assert table == [
-        *((name, steps) for name in names),
-        *((name, 2 * steps) for name in (names[4], names[3], names[2])),
-    ]
+    # What the first stage found best is not tried again, and small experts win both times.
+    assert table == [(name, longer * steps) for name, longer in TRIALS]
     record = recorded(tmp_path / "out")
-    assert record["search"]["chosen"] == names[4]
-    assert record["recipe"]["passes"][1]["options"]["lr"] == 2e-4
+    assert record["search"]["chosen"] == f"{RATES}, experts of 16 neurons"
+    options = {one["name"]: one["options"] for one in record["recipe"]["passes"]}
+    assert (options["sparsify"]["lr"], options["moeify"]["expert_size"]) == (2e-4, 16)
     assert "too costly" in result.out
-    assert f"Chosen: {names[4]}. The full run has sparsify.lr=0.0002, recover.lr=0.00012." in result.out
+    assert f"Chosen: {RATES}, experts of 16 neurons. The full run has sparsify.lr=0.0002, " in result.out
 
 
 def test_a_search_that_was_interrupted_goes_on(
@@ -160,11 +167,11 @@ def test_a_search_that_was_interrupted_goes_on(
     with monkeypatch.context() as patch:  # the search ends, then the full run is interrupted
         patch.setattr("surgeon.jobs.apply._run", fails)
         assert run(*command, "--resume").code == 130
-    assert len(table) == 9  # each trial ran once
+    assert len(table) == len(TRIALS)  # each trial ran once
     result = run(*command, "--resume")
     assert result.code == 0, result.err
-    assert len(table) == 9
-    assert len(recorded(tmp_path / "out")["search"]["trials"]) == 9
+    assert len(table) == len(TRIALS)
+    assert len(recorded(tmp_path / "out")["search"]["trials"]) == len(TRIALS)
     assert "out.work" not in left(tmp_path)
 
 
@@ -184,17 +191,16 @@ def test_steps_are_fewer_where_time_is_short(
 def test_a_trial_that_diverges_loses(
     run: Run, tmp_path: Path, args: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    high = ("learning rates times 4", {"sparsify": {"lr": 1e30}})
-    monkeypatch.setattr("surgeon.jobs.search_settings.SETTINGS", (SETTINGS[0], high))
+    monkeypatch.setattr("surgeon.jobs.search_settings._RATES", (1e35,))
     result = run(*args, *MINUTES, "-o", "out")
     assert result.code == 0, result.err
     found = recorded(tmp_path / "out")["search"]
     assert [(one["loss"] is None, one["why"]) for one in found["trials"]] == [(False, ""), (True, "diverged")]
-    assert found["chosen"] == "the recipe"
+    assert found["chosen"] == AS_GIVEN
 
 
 @pytest.mark.parametrize(("changed", "words"), [
-    (("--recipe", "relufy", "--budget-minutes", "1"), "finds the settings of --recipe recommended"),
+    (("--recipe", "relufy", "--budget-minutes", "1"), "finds settings of moeify and of passes that fine-tune"),
     (("--budget-minutes", "0"), "--budget-minutes 0 must be above 0"),
     (("--budget-minutes", "1", "--dry-run"), "needs --data, and cannot be a --dry-run"),
 ])  # fmt: skip
@@ -211,15 +217,51 @@ def test_too_little_time_says_how_much_is_needed(run: Run, args: list[str], tabl
     assert table == []
 
 
+def names(recipe: str, given: dict[str, dict[str, Any]] | None = None) -> list[list[str]]:
+    passes, _ = read_recipe(recipe, given or {})
+    return [[name for name, _ in stage[1:]] for stage in stages(passes, given or {})]
+
+
+RATE_NAMES = ["learning rates times 4", "learning rates times 16"]
+
+
 def test_what_the_user_has_set_is_not_tried() -> None:
-    assert settings_for({}) == list(SETTINGS)
-    names = [name for name, _ in settings_for({"sparsify": {"target": "0.3"}, "moeify": {"experts": "4"}})]
-    assert names == ["the recipe", "routers of width 64", "learning rates times 4", "learning rates times 16"]
-    assert [name for name, _ in settings_for({"recover": {"lr": "1e-4"}})][-1] == "routers of width 64"
+    assert names("recommended", {"sparsify": {"target": "0.3"}, "moeify": {"experts": "4"}}) == [
+        RATE_NAMES, ["routers of width 64"],
+    ]  # fmt: skip
+    assert names("recommended", {"recover": {"lr": "1e-4"}})[0] == []
 
 
-def test_every_setting_changes_the_recipe() -> None:
-    assert len({str(options) for _, options in SETTINGS}) == len(SETTINGS) == 6
+@pytest.mark.parametrize(("recipe", "want"), [
+    ("recommended", ["10% of the neurons active", "experts of 16 neurons", "routers of width 64"]),
+    ("d2dmoe-bert", ["penalty times 10", "penalty times 100", "experts of 12 neurons", "routers of width 64"]),
+    ("d2dmoe-gpt2", ["penalty times 10", "penalty times 100", "experts of 2 neurons", "routers of width 64"]),
+    ("moefication", ["experts of 16 neurons", "routers of width 64"]),
+])  # fmt: skip
+def test_every_recipe_is_searched_alike(recipe: str, want: list[str]) -> None:
+    assert names(recipe) == [RATE_NAMES, want]
+    passes, _ = read_recipe(recipe, {})
+    for stage in stages(passes, {}):
+        for name, options in stage:
+            changed = {one.name: one.options() for one in with_options(passes, options)}
+            same = changed == {one.name: one.options() for one in passes}
+            assert same == (name == AS_GIVEN), name
+
+
+def test_published_methods_find_their_settings_too(run: Run, tmp_path: Path, args: list[str]) -> None:
+    command = [word for word in without_sizes(args) if word != "recommended"]
+    place = command.index("--recipe") + 1
+    pinned = ("--set", "sparsify.epochs=2", "--set", "moeify.epochs=2", "--set", "moeify.expert_size=4")
+    pinned += ("--set", "moeify.router_width=4", "--set", "sparsify.lr=1e-3")
+    result = run(*command[:place], "d2dmoe-bert", *command[place:], *pinned, *MINUTES, "-o", "out")
+    assert result.code == 0, result.err
+    found = recorded(tmp_path / "out")["search"]
+    assert [one["name"] for one in found["trials"]] == [AS_GIVEN, "penalty times 10", "penalty times 100"]
+    alpha = recorded(tmp_path / "out")["recipe"]["passes"][1]["options"]["alpha"]
+    assert alpha == {AS_GIVEN: 1e-4, "penalty times 10": 1e-3, "penalty times 100": 1e-2}[found["chosen"]]
+
+
+def test_settings_of_two_stages_add_up() -> None:
     assert merged({"a": {"x": 1, "y": 1}}, {"a": {"x": 2}, "b": {"z": 3}}) == {"a": {"x": 2, "y": 1}, "b": {"z": 3}}
 
 

@@ -151,3 +151,15 @@ def test_sweep_needs_experts(run: Run) -> None:
         "The graph has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
         in result.err
     )
+
+
+def test_layers_are_swept_one_at_a_time(run: Run, tmp_path: Path) -> None:
+    result = run("sweep", "bert-moe", *REVIEWS, "--tau", "0.9", "--each-layer", "-o", "layers.png")
+    assert result.code == 0, result.err
+    header, _, everything, *rows = table(result.out)
+    paths = list(surgeon.get_tau(surgeon.load("bert-moe")))
+    assert header[:2] == ["layer", "tau"]
+    assert everything[:2] == ["0", "(everything)"]
+    assert [row[:2] for row in rows[: len(paths)]] == [[path, "0.9"] for path in paths]
+    assert "One layer at a time has a tau" in result.out
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")

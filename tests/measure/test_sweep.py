@@ -213,6 +213,22 @@ def test_what_is_stored_is_measured_once_and_as_it_is(graph: TracedGraph) -> Non
     assert list(alone.shares) == list(get_tau(graph))
 
 
+def test_each_layer_skips_alone(graph: TracedGraph) -> None:
+    set_tau(graph, 0.3)
+    paths = list(get_tau(graph))
+    points = sweep(graph, DATA, TASK, (0.0, 0.5, 0.9), inputs=vectors(), each_layer=True)
+    assert [(point.layer, point.tau) for point in points] == [
+        (None, 0.0), *((path, tau) for path in paths for tau in (0.5, 0.9)),
+    ]  # fmt: skip
+    for point in points[1:]:
+        assert point.shares[str(point.layer)] < 1.0
+        assert all(share == 1.0 for path, share in point.shares.items() if path != point.layer)
+    set_tau(graph, {paths[0]: 0.9, "*": 0.0})
+    (want,) = sweep(graph, DATA, TASK, (None,), inputs=vectors())
+    assert points[2].quality == want.quality
+    assert points[2].multiply_adds == want.multiply_adds
+
+
 def test_points_are_what_measuring_at_that_setting_gives(graph: TracedGraph) -> None:
     (point,) = sweep(graph, DATA, TASK, [0.4], inputs=vectors(), rules=["energy"])
     set_rule(graph, "energy")
