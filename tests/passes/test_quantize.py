@@ -126,9 +126,10 @@ def test_data_makes_it_more_exact_where_inputs_differ_in_size(traces: Any) -> No
     assert errors[0.5] < errors[0.0] / 3
 
 
-def test_knobs_and_costs_work_as_before(traces: Any) -> None:
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_knobs_and_costs_work_as_before(traces: Any, weights: Any) -> None:
     graph, before = (converted(traces, router="neurons") for _ in range(2))
-    Quantize().apply(graph, inputs=vectors())
+    Quantize(weights=weights).apply(graph, inputs=vectors())
     for rule, tau in (("top_k", 0.5), ("max", 0.9)):
         for one in (graph, before):
             set_rule(one, rule)
@@ -148,9 +149,10 @@ def test_knobs_and_costs_work_as_before(traces: Any) -> None:
     assert torch.equal(graph(**vectors()), compensated)
 
 
-def test_sweep_takes_it(traces: Any) -> None:
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_sweep_and_tune_take_it(traces: Any, weights: Any) -> None:
     graph = converted(traces)
-    Quantize().apply(graph, inputs=vectors())
+    Quantize(weights=weights).apply(graph, inputs=vectors())
     shares = [
         point.executed
         for point in sweep(
@@ -159,6 +161,8 @@ def test_sweep_takes_it(traces: Any) -> None:
     ]
     assert shares[0] == 1.0
     assert shares == sorted(shares, reverse=True)
+    surgeon.tune(graph, labelled_vectors(), 0.9, inputs=vectors())
+    assert max(surgeon.get_tau(graph).values()) > 0
 
 
 @pytest.mark.parametrize("name", ["relu", "gated"])
