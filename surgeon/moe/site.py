@@ -14,7 +14,7 @@ from surgeon.graph.traced import aten, is_call, tensor_key, tensor_of
 from surgeon.graph.walk import walk_sources
 from surgeon.kernels.experts import Experts
 from surgeon.kernels.int8_arguments import Int8Call
-from surgeon.kernels.panels import Int8Experts
+from surgeon.kernels.panels import FLOAT8, Int8Experts
 from surgeon.moe.filling import filling_of, neurons_of_experts
 from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import MoE
@@ -170,7 +170,8 @@ def refuse_float8(model: nn.Module, engine: str) -> None:
     Raises:
         UsageError: it has such experts.
     """
-    if any(site.shown_form == "fp8" for site in find_moes(model)):
+    # No other weights are in float8: `surgeon.models.readiness` refuses them.
+    if any(parameter.dtype == FLOAT8 for parameter in model.parameters()):
         raise UsageError(
             f"{engine} has no kernels for experts in float8. Quantise the surgery from before quantize again, with "
             "weights=int8 or int4."
