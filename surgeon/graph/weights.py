@@ -21,7 +21,7 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     tensor = tensor.detach()
     if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.half()  # torch has no such functions for float8, of which all values are exact in it
+        tensor = tensor.float()  # torch has no such functions for float8
     if tensor.layout != torch.strided or tensor.dtype not in (
         torch.float64, torch.float32, torch.float16, torch.bfloat16
     ):  # fmt: skip
