@@ -1,4 +1,4 @@
-"""The operator that routes tokens to experts with weights of 8 or 4 bits and runs them.
+"""The operator that routes tokens to experts with weights of 8 or 4 bits, integers or float8, and runs them.
 
 `surgeon.kernels.panels` describes how the weights are stored.
 
@@ -28,8 +28,9 @@
     gate_group likewise, as w1_group, if the FFN is gated
     w2_group   likewise, uint8 [E, d_out / 16, G of their own, 16]
 
-With factors, w1, gate and w2 are uint8 [E, s / 16, d_in / 8, 16, 4] and [E, d_out / 16, s / 8, 16, 4]. They stand for
-the 8-bit weights that everything below is computed with.
+w1, gate and w2 may be float8_e4m3fn in place of int8, in the same panels, without factors. With factors, they are uint8
+[E, s / 16, d_in / 8, 16, 4] and [E, d_out / 16, s / 8, 16, 4]. They stand for the 8-bit weights that everything below
+is computed with.
 
 All divisions round up. It returns [..., d_out] in the dtype of x. Scales, biases and tau are floating of any dtype and
 are read as float32. In between it computes:
@@ -39,7 +40,11 @@ are read as float32. In between it computes:
     h   = act(s_x w1_scale · (w1 q_x) + b1) · w2_scale, with q_x = z / s_x, rounded, and s_x = max |z| / 127; gated as
           in `surgeon.kernels.dynamic_k`
     y   = y_scale · Σ over selected experts of s_h (w2 q_h), plus b2, with q_h = h / s_h, rounded, and s_h for each
-          token and expert: max h / 255 if hidden values are never negative (see `is_positive`), max |h| / 127 otherwise
+          token and expert: max h / 255 if hidden values are never negative (see `most_hidden`), max |h| / 127 otherwise
+
+With weights in float8, q_x and q_h are rounded to float16 in place of integers, and s_x = max |z| / 32768 and
+s_h = max |h| / 32768, whatever sign h has: no value is too large for float16, and those that are too small for all its
+digits do not count beside the largest. Sums are in float32.
 
 The scores are output(fc2 t + fc2_bias), or output(fc2 x + fc2_bias) without a trunk. Sums of products of integers are
 exact: int32 holds them for up to 65,536 inputs or neurons of an expert, and the weights of a trunk are made such that
@@ -51,8 +56,8 @@ it does (`quantise_trunk`). All else is in float32. A token with values that are
 The gradient of x is that of the experts as they are stored, without the roundings of x and h. Nothing else has one.
 Wrong shapes, dtypes, devices or names raise `UsageError`.
 
-On CPUs native kernels compute it, on GPUs those in Triton. What neither takes, and other devices, get torch code, which
-computes every expert and says so once.
+On CPUs native kernels compute it, but for weights in float8, on GPUs those in Triton. What neither takes, and other
+devices, get torch code, which computes every expert and says so once.
 """
 
 from __future__ import annotations
@@ -70,9 +75,10 @@ import surgeon.kernels.dynamic_k  # noqa: F401  (registers the gradient of the e
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import activation as find_activation
 from surgeon.kernels.backends import say_once
+from surgeon.kernels.cpu.backend import say_if_float8
 from surgeon.kernels.experts import selected
-from surgeon.kernels.int8_arguments import Int8Call, check_call, check_router, is_positive
-from surgeon.kernels.panels import MOST, MOST_TRUNK, unpack
+from surgeon.kernels.int8_arguments import Int8Call, check_call, check_router, most_hidden, most_inputs
+from surgeon.kernels.panels import FLOAT8, MOST, MOST_HALF, MOST_TRUNK, unpack
 from surgeon.kernels.scores import HIDDEN, OUTPUT, Output
 from surgeon.kernels.selection import selection_threshold
 from surgeon.kernels.triton import backend as triton
@@ -84,9 +90,13 @@ _EXACT = 2**24  # integers up to here are exact in float32
 
 
 def _rounded(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Round every row of float32 x [..., d] to integers up to `most`, in float32. Return them and scales [..., 1]."""
+    """Round every row of float32 x [..., d] to numbers up to `most`, in float32. Return them and scales [..., 1].
+
+    They are integers, or float16 up to `MOST_HALF`.
+    """
     scale = x.abs().amax(-1, keepdim=True) / most
-    return (x / torch.where(scale == 0, 1.0, scale)).round(), scale
+    scaled = x / torch.where(scale == 0, 1.0, scale)
+    return scaled.half().float() if most == MOST_HALF else scaled.round(), scale
 
 
 def _scaled(x: Tensor, x_scale: Tensor | None) -> Tensor:
@@ -94,8 +104,9 @@ def _scaled(x: Tensor, x_scale: Tensor | None) -> Tensor:
 
 
 def _product(q: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply integers q [..., K] with a matrix [..., N, K] of integers: float32 [..., N], the exact sums rounded."""
-    exact = torch.float32 if matrix.dtype == torch.int8 and q.shape[-1] * 255 * MOST < _EXACT else torch.float64
+    """Multiply q [..., K] with a matrix [..., N, K]: float32 [..., N], of integers the exact sums rounded."""
+    small = matrix.dtype == torch.int8 and q.shape[-1] * 255 * MOST < _EXACT
+    exact = torch.float32 if small or matrix.dtype == FLOAT8 else torch.float64
     return (q.to(exact) @ matrix.to(exact).transpose(-2, -1)).float()
 
 
@@ -135,7 +146,7 @@ def _routed(call: Int8Call) -> Tensor:
     d_in, act = x.shape[-1], find_activation(call.activation)
     weights = call.experts.in_8_bits(d_in)
     experts, neurons = weights.w1_scale.shape
-    q, scale = _rounded(_scaled(x, call.x_scale), MOST)
+    q, scale = _rounded(_scaled(x, call.x_scale), most_inputs(call))
 
     def up(panels: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
         found = _product(q, unpack(panels, neurons, d_in).flatten(0, 1)) * (scale * scales.float().flatten())
@@ -147,7 +158,7 @@ def _routed(call: Int8Call) -> Tensor:
     else:
         h = act.fn(up(weights.gate, weights.gate_scale, weights.b_gate)) * (h if act.up is None else act.up.fn(h))
     h = (h * weights.w2_scale.float().flatten()).view(-1, experts, neurons)
-    h, scales = _rounded(h, 255 if is_positive(call) else MOST)
+    h, scales = _rounded(h, most_hidden(call))
     h = (h * scales).masked_fill(~mask.unsqueeze(-1), 0)  # one product for all experts
     w2 = unpack(weights.w2, len(call.y_scale), neurons).transpose(1, 2).flatten(0, 1)
     y = (h.flatten(1) @ w2.float()) * call.y_scale.float()
@@ -176,6 +187,7 @@ _SIGNATURE = (
 
 def _routed_ffn_int8_torch(*given: Any) -> Tensor:
     call = check_call(*given)
+    say_if_float8(call)
     return _routed(call).to(call.x.dtype).view(*call.x.shape[:-1], len(call.y_scale))
 
 

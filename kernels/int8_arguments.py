@@ -1,4 +1,4 @@
-"""The arguments of the operator for experts with 8-bit weights (see `surgeon.kernels.int8`), and their check."""
+"""The arguments of the operator for experts with weights of 8 or 4 bits (`surgeon.kernels.int8`), and their check."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from surgeon.errors import UsageError
 from surgeon.kernels.activations import activation as find_activation
 from surgeon.kernels.arguments import check_tensor
 from surgeon.kernels.panels import (
+    FLOAT8,
+    MOST,
+    MOST_HALF,
     WIDEST,
     Int8Experts,
     factors_shape,
@@ -77,9 +80,15 @@ class Int8Call(NamedTuple):
         return Int8Experts(*(getattr(self, name) for name in Int8Experts._fields))
 
 
-def is_positive(call: Int8Call) -> bool:
-    """Whether hidden values are never negative, so that they are stored without a sign."""
-    return call.activation == "relu_relu" or (call.activation in _POSITIVE and call.gate is None)
+def most_inputs(call: Int8Call) -> int:
+    """Return the largest of a token's rounded inputs: of integers, or `MOST_HALF` of float16."""
+    return MOST_HALF if call.experts.float8 else MOST
+
+
+def most_hidden(call: Int8Call) -> int:
+    """Return the same of hidden values: 255 of integers that are never negative, so that they have no sign."""
+    positive = call.activation == "relu_relu" or (call.activation in _POSITIVE and call.gate is None)
+    return 255 if positive and not call.experts.float8 else most_inputs(call)
 
 
 def check_call(*given: Any) -> Int8Call:
@@ -99,7 +108,7 @@ def check_call(*given: Any) -> Int8Call:
         raise UsageError(f"int8 FFN: y_scale needs 1 dimension [d_out], got {tuple(weights.y_scale.shape)}")
     (experts, neurons), d_in, d_out = weights.w1_scale.shape, x.shape[-1], weights.y_scale.shape[0]
     neuron = (experts, neurons)
-    if max(neurons, d_in) > WIDEST:
+    if max(neurons, d_in) > WIDEST and not weights.float8:
         raise UsageError(f"int8 FFN: at most {WIDEST} inputs, and neurons of an expert, got {d_in} and {neurons}")
     if call.fc2.shape[0] + call.shared != experts:
         raise UsageError(
@@ -113,7 +122,7 @@ def check_call(*given: Any) -> Int8Call:
     halves = weights.w1_group is not None
     if (weights.w2_group is not None) != halves or (weights.gate_group is not None) != (halves and gated):
         raise UsageError("int8 FFN: w1_group, gate_group if there is a gate, and w2_group belong together")
-    shape_of, dtype = (halves_shape, torch.uint8) if halves else (_int8_panels, torch.int8)
+    shape_of, dtype = (halves_shape, torch.uint8) if halves else (_panels, FLOAT8 if weights.float8 else torch.int8)
     ups, downs = ((experts, *shape_of(*matrix)) for matrix in (first, second))
     for name, tensor, shape, wanted in (
         ("tau", call.tau, (), None),
@@ -142,7 +151,7 @@ def check_call(*given: Any) -> Int8Call:
     return call
 
 
-def _int8_panels(rows: int, columns: int) -> tuple[int, ...]:
+def _panels(rows: int, columns: int) -> tuple[int, ...]:
     return panels_shape(rows, columns, torch.int8)
 
 

@@ -18,6 +18,9 @@ groups, QServe, arXiv 2405.04532). A matrix [N, K] is uint8 [N / 16, K / 8, 16, 
 [n // 16, k // 8, n % 16, k % 4] the low half of a byte has v + 8 of k % 8 = 0 to 3, and the high half that of 4 to 7.
 The halves belong to two neighbouring places of the panels above. The factors are uint8 [N / 16, G, 16], with
 factors[n // 16, k // size, n % 16] = g and the size that `group_size` gives for G groups.
+
+Weights in float8 (E4M3 of arXiv 2209.05433: 4 bits of exponent, 3 of mantissa, no infinity) have the scales and the
+panels of those in 8 bits, with float8_e4m3fn from -448 to 448 in place of integers.
 """
 
 from __future__ import annotations
@@ -30,11 +33,16 @@ from torch import Tensor
 
 from surgeon.kernels.experts import Experts
 
+FLOAT8 = torch.float8_e4m3fn
 LANES = 16
 """Outputs side by side in a panel."""
 MOST = 127
 WIDEST = 2**16
 """The most products of 8-bit numbers, one of them without a sign, whose sum always has room in 32 bits."""
+MOST_FLOAT8 = 448
+"""The largest number in float8."""
+MOST_HALF = 32768
+"""The largest of a token's inputs and hidden values that are multiplied with weights in float8."""
 MOST_TRUNK = 2047  # of the router's input and of the trunk
 MOST_IN_GROUPS = 119
 """The largest of a neuron's weights before they are rounded to 4 bits: 17 · 7."""
@@ -48,16 +56,16 @@ Panels = Tensor
 
 def _depth(dtype: torch.dtype) -> int:
     """Values of an input one after the other in a panel: 4 bytes."""
-    return 4 if dtype == torch.int8 else 2
+    return 2 if dtype == torch.int16 else 4
 
 
 def panels_shape(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Return the shape of a matrix [rows, columns] of int8 or int16 in panels."""
+    """Return the shape of a matrix [rows, columns] of int8, float8 or int16 in panels."""
     return (-(-rows // LANES), -(-columns // _depth(dtype)), LANES, _depth(dtype))
 
 
 def pack(matrix: Tensor) -> Panels:
-    """Lay out a matrix [..., N, K] in panels: int8 [..., N / 16, K / 4, 16, 4] or int16 [..., N / 16, K / 2, 16, 2]."""
+    """Lay out a matrix [..., N, K] in panels, [..., N / 16, K / 4, 16, 4], or [..., N / 16, K / 2, 16, 2] of int16."""
     rows, columns = matrix.shape[-2:]
     depth = _depth(matrix.dtype)
     filled = F.pad(matrix, (0, -columns % depth, 0, -rows % LANES))
@@ -71,6 +79,11 @@ def unpack(panels: Panels, rows: int, columns: int) -> Tensor:
     """Return the matrix [..., rows, columns] of `pack`."""
     filled: Tensor = panels.transpose(-3, -2).flatten(-2).flatten(-3, -2)
     return filled[..., :rows, :columns]
+
+
+def numbers(panels: Panels, rows: int, columns: int) -> Tensor:
+    """Return the same in float32."""
+    return unpack(panels, rows, columns).float()
 
 
 def group_size(columns: int, groups: int) -> int:
@@ -185,7 +198,7 @@ def quantise_trunk(matrix: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Experts(NamedTuple):
     """The weights of E experts of s neurons, as the operator takes them (see the module).
 
-    w1_group, gate_group, w2_group: the factors of weights of 4 bits, None for 8 bits.
+    w1_group, gate_group, w2_group: the factors of weights of 4 bits, None for others.
     """
 
     w1: Panels
@@ -202,33 +215,41 @@ class Int8Experts(NamedTuple):
     w2_group: Tensor | None = None
 
     @classmethod
-    def of(cls, experts: Experts, x_scale: Tensor | None = None, group: int | None = None) -> Int8Experts:
+    def of(
+        cls, experts: Experts, x_scale: Tensor | None = None, group: int | None = None, *, float8: bool = False
+    ) -> Int8Experts:
         """Quantise the weights of experts whose input is multiplied by `x_scale` [d_in].
 
         group: how many inputs share a factor of weights of 4 bits, a multiple of `PLACES`; None for 8 bits.
+        float8: whether weights of 8 bits are in float8 rather than integers.
         """
 
         def first(matrix: Tensor) -> tuple[Panels, Tensor | None, Tensor]:
             scaled, scale = _scaled(matrix if x_scale is None else matrix.float() / x_scale.float(), most)
-            return *_packed(scaled, group), scale
+            return *_packed(scaled, group, float8), scale
 
-        most = MOST if group is None else MOST_IN_GROUPS
+        most = MOST_FLOAT8 if float8 else MOST if group is None else MOST_IN_GROUPS
         w1, w1_group, w1_scale = first(experts.w1)
         gate, gate_group, gate_scale = (None, None, None) if experts.gate is None else first(experts.gate)
         y_scale = experts.w2.float().abs().amax((0, 1))
         y_scale = torch.where(y_scale > 0, y_scale, 1.0)
         scaled, w2_scale = _scaled(experts.w2.float() / y_scale, most)
-        w2, w2_group = _packed(scaled.transpose(1, 2), group)
+        w2, w2_group = _packed(scaled.transpose(1, 2), group, float8)
         biases = _float(experts.b1), _float(experts.b_gate)
         made = cls(
             w1, w1_scale, biases[0], gate, gate_scale, biases[1], w2, w2_scale, y_scale, w1_group, gate_group, w2_group
         )
         # Hidden values are rounded after they have this scale: one that no output reads must not be the largest.
-        read = (unpack(made.in_8_bits(experts.w1.shape[2]).w2, len(y_scale), w2_scale.shape[1]) != 0).any(1)
+        read = (numbers(made.in_8_bits(experts.w1.shape[2]).w2, len(y_scale), w2_scale.shape[1]) != 0).any(1)
         return made._replace(w2_scale=torch.where(read, w2_scale, 0.0))
 
+    @property
+    def float8(self) -> bool:
+        """Whether the weights are in float8."""
+        return self.w1.dtype == FLOAT8
+
     def in_8_bits(self, d_in: int) -> Int8Experts:
-        """Return the same weights as int8 panels. d_in: the width of the input."""
+        """Return the same weights as panels of 8 bits. d_in: the width of the input."""
         if self.w1_group is None or self.w2_group is None:
             return self
         gate = self.gate
@@ -244,7 +265,7 @@ class Int8Experts(NamedTuple):
         )
 
     def group(self, d_in: int) -> int | None:
-        """How many inputs share a factor at most, None for weights of 8 bits. d_in: the width of the input."""
+        """How many inputs share a factor of weights of 4 bits at most, None for others. d_in: width of the input."""
         if self.w1_group is None or self.w2_group is None:
             return None
         widths = (d_in, self.w1_group), (self.w2_scale.shape[1], self.w2_group)
@@ -255,17 +276,19 @@ class Int8Experts(NamedTuple):
         whole, neurons, d_out = self.in_8_bits(d_in), self.w1_scale.shape[1], len(self.y_scale)
 
         def first(panels: Panels, scale: Tensor) -> Tensor:
-            numbers = unpack(panels, neurons, d_in) * scale.float().unsqueeze(-1)
-            return numbers if x_scale is None else numbers * x_scale.float()
+            matrix = numbers(panels, neurons, d_in) * scale.float().unsqueeze(-1)
+            return matrix if x_scale is None else matrix * x_scale.float()
 
-        w2 = unpack(whole.w2, d_out, neurons).transpose(1, 2) * self.w2_scale.float().unsqueeze(-1)
+        w2 = numbers(whole.w2, d_out, neurons).transpose(1, 2) * self.w2_scale.float().unsqueeze(-1)
         gate = None if whole.gate is None or self.gate_scale is None else first(whole.gate, self.gate_scale)
         w1, biases = first(whole.w1, self.w1_scale), (_float(self.b1), _float(self.b_gate))
         return Experts(w1, biases[0], gate, biases[1], w2 * self.y_scale.float())
 
 
-def _packed(scaled: Tensor, group: int | None) -> tuple[Panels, Tensor | None]:
+def _packed(scaled: Tensor, group: int | None, float8: bool) -> tuple[Panels, Tensor | None]:
     """Round numbers to panels of 8 bits, or of 4 bits with factors (see `quantise_groups`)."""
+    if float8:
+        return pack(scaled.to(FLOAT8)), None
     if group is None:
         return pack(scaled.round().to(torch.int8)), None
     halves, factors = quantise_groups(scaled, group)

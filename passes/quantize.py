@@ -35,6 +35,7 @@ from surgeon.training.observe import collect_calls
 _TOKENS, _PART = 4096, 256
 # At this share of the experts, the selections by the router before and after are compared.
 _SHARE = 0.2
+_WORDS = {"int8": "8 bits", "int4": "4 bits", "fp8": "float8"}
 
 
 class _Accuracy(NamedTuple):
@@ -49,11 +50,12 @@ class Quantize(Pass[MoESite, Tensor | None]):
     """Store the experts' weights in 8 or 4 bits and the routers' in 12, and route and run the experts in one op.
 
     Every neuron has a scale, and so has every output. Inputs and hidden values are rounded to 8 bits when the op runs,
-    with a scale for each token. With data, inputs that are often large are made smaller and their weights larger first
-    (SmoothQuant, arXiv 2211.10438); inputs that the data never shows are then rounded coarsely. Weights of 4 bits have
-    a factor for each group of inputs too (as in QServe, arXiv 2405.04532). They are for decoding, where reading weights
-    takes most of the time. A quantised layer cannot be trained: run passes that train before. tau, rule and
-    compensation work as before. This pass is not part of D2DMoE.
+    with a scale for each token; to float16 if weights are in float8 (E4M3, arXiv 2209.05433). With data, inputs that
+    are often large are made smaller and their weights larger first (SmoothQuant, arXiv 2211.10438); inputs that the
+    data never shows are then rounded coarsely. Weights of 4 bits have a factor for each group of inputs too (as in
+    QServe, arXiv 2405.04532). They are for decoding, where reading weights takes most of the time. A quantised layer
+    cannot be trained: run passes that train before. tau, rule and compensation work as before. This pass is not part
+    of D2DMoE.
     """
 
     name: ClassVar[str] = "quantize"
@@ -67,8 +69,11 @@ class Quantize(Pass[MoESite, Tensor | None]):
         least=0,
         most=1,
     )
-    weights: Literal["int8", "int4"] = option(
-        "int8", "How many bits the experts' weights have. int4 is smaller and faster for few tokens, and less exact."
+    weights: Literal["int8", "int4", "fp8"] = option(
+        "int8",
+        "How the experts' weights are stored. int4 is smaller and faster for few tokens, and less exact. fp8 is 8-bit "
+        "floating point, for GPUs: less exact than int8, unless a few inputs or hidden values are far larger than the "
+        "others.",
     )
     group: int = option(
         32,
@@ -80,13 +85,13 @@ class Quantize(Pass[MoESite, Tensor | None]):
         super().__post_init__()
         if self.group % PLACES:
             raise UsageError(f"quantize: group is {self.group}, but must be a multiple of {PLACES}.")
-        if self.weights == "int8" and self.group != type(self).group:
+        if self.weights != "int4" and self.group != type(self).group:
             raise UsageError("quantize: only weights=int4 have groups. Drop group, or add weights=int4.")
 
     def match(self, graph: GraphModule, site: MoESite) -> Rejection | None:
         if site.form == "int8":
-            return Rejection("already-done", "its weights already are small integers")
-        if (width := max(site.d_in, site.size)) > WIDEST:
+            return Rejection("already-done", "its weights already have 8 or 4 bits")
+        if (width := max(site.d_in, site.size)) > WIDEST and self.weights != "fp8":
             return Rejection("too-wide", f"{width} products would be added up, and 32 bits hold {WIDEST}")
         try:
             moe = moe_module(graph, site)
@@ -111,7 +116,8 @@ class Quantize(Pass[MoESite, Tensor | None]):
         moe = moe_module(graph, site)
         assert isinstance(moe, MoE)
         x_scale = None if seen is None else _input_scale(moe, seen, self.smooth)
-        made = Int8MoE.of(moe, x_scale, self.group if self.weights == "int4" else None)
+        group = self.group if self.weights == "int4" else None
+        made = Int8MoE.of(moe, x_scale, group, float8=self.weights == "fp8")
         accuracy = None if seen is None else _accuracy(moe, made, seen)
         before = sum(parameter.numel() for parameter in moe.parameters())
         holder = parameters_only(made)
@@ -121,7 +127,7 @@ class Quantize(Pass[MoESite, Tensor | None]):
         graph.set_submodule(site.path, holder)
         names = [_replace(graph, site, node, made) for node in site.nodes]
         after = next(found for found in find_moes(graph) if found.path == site.path)
-        words = f"{after.describe} in {'4' if self.weights == 'int4' else '8'} bits"
+        words = f"{after.describe} in {_WORDS[self.weights]}"
         if accuracy is not None:
             words += f", error {accuracy.error:.2%}, {accuracy.agreement:.2%} of the selections the same"
         return SiteChange(
@@ -143,6 +149,8 @@ class Quantize(Pass[MoESite, Tensor | None]):
         before = sum(_float_bytes(site, made[site.path]) for site in sites)
         after = sum(_bytes(made[site.path]) for site in sites)
         notes = [f"The experts' weights take {_size(after)} instead of {_size(before)}."]
+        if self.weights == "fp8":
+            notes.append("Kernels for float8 are for GPUs. On a processor every expert is computed: take int8 there.")
         if " error " not in changes[0].after:
             notes.append("Without data the inputs' sizes are unknown, so nothing was smoothed and no error measured.")
         else:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from surgeon.kernels.backends import Backend, Call, say_once
 from surgeon.kernels.cpu import loaded, ready
+from surgeon.kernels.int8_arguments import Int8Call
 
 
 def _takes(call: Call) -> bool:
@@ -39,6 +40,12 @@ def say_if_unknown(call: Call) -> None:
     if call.x.device.type == "cpu" and loaded() and call.activation not in _activations():
         known = ", ".join(_activations())
         say_once("the native kernels", f"they know the activations {known}, not {call.activation}")
+
+
+def say_if_float8(call: Int8Call) -> None:
+    """Warn, once, if the native kernels do not take a call because of its weights in float8."""
+    if call.x.device.type == "cpu" and loaded() and call.experts.float8:
+        say_once("the native kernels", "they take weights in int8 and int4, not in float8, so every expert is computed")
 
 
 @cache

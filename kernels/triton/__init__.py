@@ -47,8 +47,10 @@ token.
 Weights of 8 and 4 bits (`int8_host`, `int8_kernels`) always go expert by expert, forward only: the gradient of x is
 that of the same weights as numbers, by the kernels above. A kernel rounds the tokens, one writes the hidden values in
 fp32, and one rounds these, multiplies and adds up. They never stay on the chip: their scale takes all neurons of an
-expert. Products are of bytes, summed in int32. Of the router the trunk is a kernel; its output, the scores and a
-`max` threshold are torch's.
+expert. Products are of bytes, summed in int32. Weights in float8 become fp16 in registers, bit by bit: compute
+capability 8.0 has no instruction for it, gfx942 one for another float8 only, and on 9.0 and 10.0 `tl.dot` of small
+tiles of float8 makes them fp16 too. Products are then of fp16, summed in fp32. Of the router the trunk is a kernel; its
+output, the scores and a `max` threshold are torch's.
 
 In addition, PyTorch fills the fp32 output with the bias, and converts it if x has a half type: one launch each. If
 spread, it fills the hidden values with zeros.

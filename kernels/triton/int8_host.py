@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from surgeon.kernels.int8_arguments import Int8Call, is_positive
-from surgeon.kernels.panels import MOST, MOST_TRUNK, PLACES, Int8Experts, Panels, group_size
+from surgeon.kernels.int8_arguments import Int8Call, most_hidden, most_inputs
+from surgeon.kernels.panels import MOST_TRUNK, PLACES, Int8Experts, Panels, group_size
 from surgeon.kernels.triton import forward_kernels as _forward
 from surgeon.kernels.triton import int8_kernels as _kernels
 from surgeon.kernels.triton import launch
@@ -60,6 +60,9 @@ def forward(call: Int8Call, scores: Tensor, threshold: Tensor, *, ordered: bool 
     scores, threshold = scores.contiguous(), threshold.contiguous()
     call = call._replace(x_scale=_contiguous(call.x_scale), b2=_contiguous(call.b2))
     weights = Int8Experts(*(_contiguous(tensor) for tensor in call.experts))  # type: ignore[arg-type]
+    if weights.float8:  # not every chip has the type
+        gate = None if weights.gate is None else weights.gate.view(torch.uint8)
+        weights = weights._replace(w1=weights.w1.view(torch.uint8), gate=gate, w2=weights.w2.view(torch.uint8))
     tokens, (experts, neurons), d_out = len(x), weights.w1_scale.shape, len(weights.y_scale)
     chip = launch.chip(x.device)
     decodes = tokens <= MOST_TOKENS and not ordered
@@ -68,7 +71,8 @@ def forward(call: Int8Call, scores: Tensor, threshold: Tensor, *, ordered: bool 
     if not ordered:
         out.zero_() if call.b2 is None else out.copy_(call.b2)
     if tokens:
-        q, scale = _rounded(x, call.x_scale, MOST, torch.int8)
+        dtype = torch.float16 if call.experts.float8 else torch.int8
+        q, scale = _rounded(x, call.x_scale, most_inputs(call), dtype)
         if decodes:
             _decode_into(out, q, scale, scores, threshold, weights, call)
         else:
@@ -93,7 +97,7 @@ def _parts(tokens: int, bytes_of_token: int) -> Iterator[slice]:
 
 
 def _rounded(x: Tensor, x_scale: Tensor | None, most: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Integers [N, d_in] and their scales [N]."""
+    """Numbers [N, d_in] and their scales [N]."""
     (tokens, d_in), sizes = x.shape, _tiles.round_rows(x.shape[1])
     q, scale = torch.empty_like(x, dtype=dtype), x.new_empty(tokens, dtype=torch.float32)
     launch.launch(
@@ -140,7 +144,7 @@ def _decode_into(
         (experts * triton.cdiv(d_out, sizes.columns),),
         *(h, scores, threshold, weights.w2, weights.y_scale, weights.w2_group, out),
         *(tokens, experts, neurons, d_out, run),
-        POSITIVE=is_positive(call),
+        MOST=float(most_hidden(call)),
         COMPARE=compare,
         **(sizes.constants("rows", "columns") | {"NEURONS": _tiles.depth_int8(neurons, sizes.depth // 2)}),
     )
@@ -174,7 +178,7 @@ def _combine(
         *(h, weights.w2, weights.y_scale, weights.w2_group, out, *plan.tiles()),
         *(experts, neurons, d_out, first // sizes.columns, width, _run(neurons, weights.w2_group)),
         ORDERED=ordered,
-        POSITIVE=is_positive(call),
+        MOST=float(most_hidden(call)),
         **sizes.constants("rows", "neurons", "columns"),
     )
 

@@ -1,14 +1,16 @@
 """The kernels of the operator with weights of 8 or 4 bits: round rows, a trunk's product, hidden values, outputs.
 
 They compute what `surgeon.kernels.int8` defines, with the same integers: sums of products are int32, and divisions
-before a rounding are exact. Weights are read in their panels (`surgeon.kernels.panels`), in the order in which they lie
-in memory.
+before a rounding are exact. Weights in float8 come as their bytes, uint8, and are made fp16: exactly, and with
+instructions that every chip has. Sums of their products are fp32. Weights are read in their panels
+(`surgeon.kernels.panels`), in the order in which they lie in memory.
 
 An expert's hidden values are rounded with one scale for each token, which takes all of them. So one kernel writes them,
 and another one rounds them and multiplies: both go through a `Plan`, or, for a few tokens, start programs for every
 expert, which end at once if no token selected it. Rows of a tile that belong to no pair are zero and never stored.
 
-Arguments that several kernels have: q [N, d_in] int8 and scale [N] fp32, the rounded inputs; h, fp32, hidden values
+Arguments that several kernels have: q [N, d_in], int8 or for weights in float8 fp16, and scale [N] fp32, the rounded
+inputs; h, fp32, hidden values
 times w2_scale; `w1_run`, `gate_run`, `w2_run`: how many places of 8 inputs share a factor of weights of 4 bits; tile
 sizes as in `forward_kernels`, of which NEURONS, COLUMNS and DEPTH are multiples of 32, or 16 where nothing is summed.
 """
@@ -39,10 +41,13 @@ def step_of(largest, MOST: tl.constexpr):
 
 
 @triton.jit
-def rounded(z, step):
-    """z / step, rounded half to even, fp32. Zeros for a step of zero or NaN."""
-    # Adding 1.5 · 2²³ leaves no bits for fractions.
-    return tl.where(step > 0.0, (tl.div_rn(z, tl.where(step > 0.0, step, 1.0)) + 12582912.0) - 12582912.0, 0.0)
+def rounded(z, step, WHOLE: tl.constexpr):
+    """z / step, fp32, if WHOLE rounded to integers, half to even. Zeros for a step of zero or NaN."""
+    quotient = tl.div_rn(z, tl.where(step > 0.0, step, 1.0))
+    if WHOLE:
+        # Adding 1.5 · 2²³ leaves no bits for fractions.
+        quotient = (quotient + 12582912.0) - 12582912.0
+    return tl.where(step > 0.0, quotient, 0.0)
 
 
 @triton.jit
@@ -56,8 +61,8 @@ def scaled(x, x_scale, column, known):
 
 @triton.jit
 def round_rows(x, x_scale, q, scale, d, MOST: tl.constexpr, COLUMNS: tl.constexpr):
-    """Round rows of x · x_scale [N, d] to integers up to MOST, int8 or int16, and write their scales [N]; one program
-    for each."""
+    """Round rows of x · x_scale [N, d] to numbers up to MOST, int8, int16 or fp16, and write their scales [N]; one
+    program for each."""
     row = tl.program_id(0).to(tl.int64)
     sizes = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, d, COLUMNS):
@@ -67,7 +72,7 @@ def round_rows(x, x_scale, q, scale, d, MOST: tl.constexpr, COLUMNS: tl.constexp
     tl.store(scale + row, step)
     for first in range(0, d, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
-        values = rounded(scaled(x + row * d, x_scale, column, column < d), step)
+        values = rounded(scaled(x + row * d, x_scale, column, column < d), step, q.dtype.element_ty != tl.float16)
         tl.store(q + row * d + column, values.to(q.dtype.element_ty), mask=column < d)
 
 
@@ -103,10 +108,20 @@ def halves_of(w, factors, panel, panels, first, d, run, OUTPUTS: tl.constexpr, D
 
 
 @triton.jit
+def of_float8(byte):
+    """The fp16 numbers that bytes stand for in float8, E4M3."""
+    # At the same place of the exponent, which is smaller by 8 in float8.
+    bits = ((byte & 128).to(tl.uint16) << 8) | ((byte & 127).to(tl.uint16) << 7)
+    return bits.to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
 def weights_of(w, factors, panel, panels, first, d, run, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr):
-    """The weights of one or the other kind as int8 [DEPTH, OUTPUTS]."""
+    """The weights of any kind [DEPTH, OUTPUTS]: fp16 of those in float8, else int8."""
     if factors is not None:
         found = halves_of(w, factors, panel, panels, first, d, run, OUTPUTS, DEPTH)
+    elif w.dtype.element_ty == tl.uint8:
+        found = of_float8(panels_of(w, panel, panels, first, d, 4, OUTPUTS, DEPTH))
     else:
         found = panels_of(w, panel, panels, first, d, 4, OUTPUTS, DEPTH)
     return found
@@ -161,8 +176,9 @@ def write_hidden(
     panels = tl.cdiv(s, 16)
     all_panels = expert * panels + panel
     end = (expert + 1) * panels
-    up = tl.zeros((ROWS, NEURONS), tl.int32)
-    z = tl.zeros((ROWS, NEURONS), tl.int32)
+    sums_in: tl.constexpr = tl.int32 if q.dtype.element_ty == tl.int8 else tl.float32
+    up = tl.zeros((ROWS, NEURONS), sums_in)
+    z = tl.zeros((ROWS, NEURONS), sums_in)
     for first in range(0, d_in, DEPTH):
         k = first + tl.arange(0, DEPTH)
         a = tl.load(q + token[:, None] * d_in + k[None, :], mask=there[:, None] & (k < d_in)[None, :], other=0)
@@ -189,31 +205,36 @@ def write_hidden(
 @triton.jit
 def outputs_of(
     h, w2, y_scale, w2_group, expert, there, h_row, block, s, d_out, w2_run,
-    POSITIVE: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
+    MOST: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Return a block of COLUMNS of an expert's outputs from rows h_row of h [rows, s]: fp32 [ROWS, COLUMNS]."""
+    """Return a block of COLUMNS of an expert's outputs from rows h_row of h [rows, s]: fp32 [ROWS, COLUMNS].
+
+    MOST: the largest of rounded hidden values: 127 or 255 of integers, which are positive if it is 255, more of fp16.
+    """
+    whole: tl.constexpr = MOST <= 255
+    positive: tl.constexpr = MOST == 255
     h_row = h + h_row[:, None] * s
     sizes = tl.zeros((ROWS, NEURONS), tl.float32)
     for first in range(0, s, NEURONS):
         neuron = first + tl.arange(0, NEURONS)
         value = tl.load(h_row + neuron[None, :], mask=there[:, None] & (neuron < s)[None, :], other=0.0)
         sizes = tl.maximum(sizes, size_of(value))
-    step = step_of(tl.max(sizes, 1), 255.0 if POSITIVE else 127.0)[:, None]
+    step = step_of(tl.max(sizes, 1), MOST)[:, None]
     panel = (block * (COLUMNS // 16) + tl.arange(0, COLUMNS // 16)).to(tl.int64)
     panels = tl.cdiv(d_out, 16)
-    y = tl.zeros((ROWS, COLUMNS), tl.int32)
+    y = tl.zeros((ROWS, COLUMNS), tl.int32 if whole else tl.float32)
     sums = tl.zeros((COLUMNS,), tl.int32)
     for first in range(0, s, NEURONS):
         neuron = first + tl.arange(0, NEURONS)
         value = tl.load(h_row + neuron[None, :], mask=there[:, None] & (neuron < s)[None, :], other=0.0)
-        a = rounded(value, step)
+        a = rounded(value, step, whole)
         w = weights_of(w2, w2_group, expert * panels + panel, (expert + 1) * panels, first, s, w2_run, COLUMNS, NEURONS)
-        if POSITIVE:
+        if positive:
             # From 0 to 255: tensor cores take numbers with a sign, so 128 times the weights are added behind.
             a -= 128.0
             sums += tl.sum(w.to(tl.int32), 0)
-        y = tl.dot(a.to(tl.int8), w, y)
-    if POSITIVE:
+        y = tl.dot(a.to(w.dtype), w, y)
+    if positive:
         y += (sums * 128)[None, :]
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     return y.to(tl.float32) * step * tl.load(y_scale + column, mask=column < d_out, other=0.0).to(tl.float32)[None, :]
@@ -239,7 +260,7 @@ def hidden_int8(
 def combine_int8(
     h, w2, y_scale, w2_group, out, start, first_tile, expert_of_tile, token_of_slot, E, s, d_out, first_block, width,
     w2_run,
-    ORDERED: tl.constexpr, POSITIVE: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
+    ORDERED: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute the outputs of pairs from h [slots, s]. An item is a tile of a plan and a block of COLUMNS.
 
@@ -251,7 +272,7 @@ def combine_int8(
         expert, slot, there, token = rows_of(item // blocks, start, first_tile, expert_of_tile, token_of_slot, ROWS)
         y = outputs_of(
             h, w2, y_scale, w2_group, expert, there, slot, first_block + item % blocks, s, d_out, w2_run,
-            POSITIVE, ROWS, NEURONS, COLUMNS,
+            MOST, ROWS, NEURONS, COLUMNS,
         )  # fmt: skip
         place = (item % blocks) * COLUMNS + tl.arange(0, COLUMNS)
         inside = there[:, None] & (place < width)[None, :]
@@ -293,7 +314,7 @@ def decode_hidden_int8(
 @triton.jit
 def decode_combine_int8(
     h, scores, threshold, w2, y_scale, w2_group, out, N, E, s, d_out, w2_run,
-    POSITIVE: tl.constexpr, COMPARE: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
+    MOST: tl.constexpr, COMPARE: tl.constexpr, ROWS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Add the experts' outputs from h [N, E, s] to out [N, d_out], fp32, atomically; one program for each expert and
     block of COLUMNS."""
@@ -305,7 +326,7 @@ def decode_combine_int8(
     block = tl.program_id(0) % blocks
     y = outputs_of(
         h, w2, y_scale, w2_group, expert, there, token * E + expert, block, s, d_out, w2_run,
-        POSITIVE, ROWS, NEURONS, COLUMNS,
+        MOST, ROWS, NEURONS, COLUMNS,
     )  # fmt: skip
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = there[:, None] & (column < d_out)[None, :]

@@ -143,10 +143,10 @@ _ROUTER_SHARE, _ROUTER_WIDTHS = 0.025, (8, 128)
 _GROUP = 32  # inputs with a factor of their own, of weights of 4 bits
 
 
-def _int8_call(problem: Problem, group: int | None = None) -> Int8Call:
+def _int8_call(problem: Problem, group: int | None = None, float8: bool = False) -> Int8Call:
     """The problem with 8-bit weights and a router with random weights, which selects as many experts of every token.
 
-    group: as in `Int8Experts.of`.
+    group, float8: as in `Int8Experts.of`.
     """
     shape, device = problem.case.shape, problem.x.device
     if device.type not in ("cpu", "cuda"):
@@ -165,12 +165,12 @@ def _int8_call(problem: Problem, group: int | None = None) -> Int8Call:
     return Int8Call(
         problem.x, tau, "top_k", 0, None, pack(fc1), fc1_scale, None,
         draw(shape.experts, width), None, "relu", "abs", b2=problem.b2.float(), activation=problem.case.activation,
-        **Int8Experts.of(problem.experts, group=group)._asdict(),
+        **Int8Experts.of(problem.experts, group=group, float8=float8)._asdict(),
     )  # fmt: skip
 
 
-def _ours_int8(problem: Problem, group: int | None = None) -> Callable[[], Tensor]:
-    call = _int8_call(problem, group)
+def _ours_int8(problem: Problem, group: int | None = None, float8: bool = False) -> Callable[[], Tensor]:
+    call = _int8_call(problem, group, float8)
 
     def run() -> Tensor:
         y: Tensor = routed_ffn_int8(*call)
@@ -227,6 +227,7 @@ METHODS: dict[str, Method] = {
     "ours_int4": Method(
         f"the same with 4-bit weights in groups of {_GROUP}", partial(_ours_int8, group=_GROUP), mask=_int8_mask
     ),
+    "ours_fp8": Method("the same with float8 weights", partial(_ours_int8, float8=True), mask=_int8_mask),
     **ENGINES,
 }
 """Name → method, in the order in which they are shown."""

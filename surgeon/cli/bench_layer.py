@@ -39,7 +39,7 @@ def layer(
             "--methods",
             metavar="M,M,...",
             help="Methods to time: dense, compiled, masked, loop, grouped_mm, published, torch, ours, ours_dense, "
-            "ours_int8, ours_int4.  [default: all but ours_int4; ours_int8 only with --against]",
+            "ours_int8, ours_int4, ours_fp8.  [default: all but the last two; ours_int8 only with --against]",
         ),
     ] = None,
     against: Annotated[

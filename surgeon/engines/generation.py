@@ -13,6 +13,7 @@ from surgeon.engines.openvino import conversion, name_ports
 from surgeon.errors import SaveError, UsageError, first_line
 from surgeon.kernels.sparse_linear import ordinary_ops
 from surgeon.models.hugging_face import quiet_transformers
+from surgeon.moe.site import refuse_float8
 from surgeon.tracing.trace import quiet
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
@@ -57,8 +58,10 @@ def convert_generator(model: Any) -> Any:
         model: in evaluation mode, with float32 weights. All layers have an ordinary cache of keys and values.
 
     Raises:
-        UsageError: the model is no such model, or OpenVINO is not installed. SaveError: it cannot be converted.
+        UsageError: the model is no such model, has experts in float8, or OpenVINO is not installed. SaveError: it
+            cannot be converted.
     """
+    refuse_float8(model, "OpenVINO")
     openvino = installed("openvino")
     shapes = _cache_shapes(model)
     past = [torch.randn(shape) for shape in shapes]

@@ -25,6 +25,7 @@ from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.openvino import build
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
+from surgeon.moe.site import refuse_float8
 
 LINEARS = ("float", "int8", "int8-weights", "int4-weights")
 """What becomes of the linears that are not in experts. int8: weights and inputs, with ranges of the inputs measured on
@@ -66,13 +67,14 @@ def convert(graph: GraphModule, program: Program) -> Any:
         graph: with experts in 8 bits, or without experts. program: the same graph.
 
     Raises:
-        UsageError: the experts have float weights, or OpenVINO is not installed. SaveError: OpenVINO cannot convert it,
-            or the operator cannot be built.
+        UsageError: the experts have float or float8 weights, or OpenVINO is not installed. SaveError: OpenVINO cannot
+            convert it, or the operator cannot be built.
     """
     if has_float_experts(graph):
         raise UsageError(
             "OpenVINO runs experts with 8-bit weights only. Quantise them first: surgeon apply --passes quantize."
         )
+    refuse_float8(graph, "OpenVINO")
     openvino = installed("openvino")
     options = {"extension": conversion()} if has_int8_experts(graph) else {}
     try:

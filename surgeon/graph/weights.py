@@ -15,10 +15,13 @@ from surgeon.graph.traced import attribute
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. Real numbers are read once, and nothing of the tensor's size is made."""
+    """Whether no value is NaN or infinite. Real numbers are read once, and but for float8 nothing of the tensor's size
+    is made."""
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return True
     tensor = tensor.detach()
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # torch has no such functions for float8
     if tensor.layout != torch.strided or tensor.dtype not in (
         torch.float64, torch.float32, torch.float16, torch.bfloat16
     ):  # fmt: skip

@@ -162,7 +162,7 @@ def _methods(typed: str | None, against: str | None) -> tuple[str, ...]:
     """The methods to time, in the order of `METHODS`."""
     own = [name for name in METHODS if name not in ENGINES]
     # A hundred columns hold no more.
-    usual = [name for name in own if name != "ours_int4" and (against or name != "ours_int8")]
+    usual = [name for name in own if name not in ("ours_int4", "ours_fp8") and (against or name != "ours_int8")]
     chosen = usual if typed is None else list(names("methods", typed.replace("-", "_"), own))
     engines = [] if against is None else list(names("against", against.replace("-", "_"), ENGINES))
     for name in engines:

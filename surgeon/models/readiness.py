@@ -19,6 +19,8 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "It holds only its share of the weights. Save the full state dict, and load it "
     "into the plain module.",
 }
+READS_FLOAT8 = "reads_float8"
+"""An attribute of modules whose own parameters may be in float8, because their operator reads them."""
 
 
 def check_ready(model: Any) -> None:
@@ -43,8 +45,10 @@ def check_ready(model: Any) -> None:
             raise TraceError(f"The model is wrapped in {kind.__name__}. {advice}")
         if "quantized" in kind.__module__.split("."):
             raise TraceError(f"The module '{name}' ({kind.__module__}.{kind.__name__}) is quantised. {_QUANTISED}")
+    reading = [module for module in model.modules() if hasattr(module, READS_FLOAT8)]
+    read = {id(tensor) for module in reading for tensor in module.parameters(recurse=False)}
     for name, tensor in _tensors(model):
-        problem = _problem(tensor)
+        problem = _problem(tensor, float8=id(tensor) in read)
         if problem is not None:
             raise TraceError(f"The weight '{name}' {problem}")
     _check_names(model)
@@ -55,8 +59,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _problem(tensor: Tensor) -> str | None:
-    """Say why a tensor cannot be a weight of a graph, or None if it can."""
+def _problem(tensor: Tensor, *, float8: bool) -> str | None:
+    """Say why a tensor cannot be a weight of a graph, or None if it can. float8: whether it may be in float8."""
     kind = type(tensor)
     if is_lazy(tensor):
         return "has no shape yet, because its module is lazy. Call the model once on example inputs first."
@@ -80,7 +84,7 @@ def _problem(tensor: Tensor) -> str | None:
         return "was made in inference mode and cannot be trained. Give a copy: copy.deepcopy(model)."
     if tensor.layout is not torch.strided:
         return f"is sparse ({tensor.layout}). Make it dense: replace it by its to_dense()."
-    if tensor.is_floating_point() and tensor.element_size() == 1:
+    if tensor.is_floating_point() and tensor.element_size() == 1 and not float8:
         return f"is stored in {tensor.dtype}. Convert the model first, for example with model.to(torch.bfloat16)."
     return None
 

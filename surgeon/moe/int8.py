@@ -12,6 +12,7 @@ from surgeon.kernels.experts import Experts
 from surgeon.kernels.int8 import route
 from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.panels import (
+    FLOAT8,
     Int8Experts,
     factors_shape,
     groups_of,
@@ -33,8 +34,9 @@ _SCALES = (
     "x_scale", "fc1_scale", "w1_scale", "gate_scale", "w2_scale", "y_scale", "w1_group", "gate_group", "w2_group"
 )  # fmt: skip
 INTEGERS = {"fc1": torch.int16, "w1": torch.int8, "gate": torch.int8, "w2": torch.int8}
-"""The dtypes of those that are not float32, for weights of 8 bits."""
+"""The dtypes of those that are not float32, for weights that are integers of 8 bits."""
 _HALVES = dict.fromkeys(("w1", "gate", "w2", "w1_group", "gate_group", "w2_group"), torch.uint8)
+_FLOAT8 = dict.fromkeys(("w1", "gate", "w2"), FLOAT8)
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
@@ -76,14 +78,15 @@ class Int8MoE(nn.Module):
     y_scale: Tensor
     b2: Tensor | None
     form: Literal["int8"] = "int8"
+    reads_float8 = True  # for `surgeon.models.readiness`
 
     @classmethod
-    def of(cls, moe: MoE, x_scale: Tensor | None = None, group: int | None = None) -> Int8MoE:
+    def of(cls, moe: MoE, x_scale: Tensor | None = None, group: int | None = None, *, float8: bool = False) -> Int8MoE:
         """Quantise a layer.
 
         Args:
             x_scale: float32 [d_in], what inputs are multiplied by before they are rounded; None for 1.
-            group: as in `Int8Experts.of`.
+            group, float8: as in `Int8Experts.of`.
         """
         made = cls.__new__(cls)
         nn.Module.__init__(made)
@@ -96,7 +99,7 @@ class Int8MoE(nn.Module):
             if router.fc1 is not None:
                 trunk, tensors["fc1_scale"] = quantise_trunk(router.fc1.weight.float() / x_scale)
                 tensors |= {"fc1": pack(trunk), "fc1_bias": _float(router.fc1.bias)}
-            tensors |= Int8Experts.of(moe.weights, x_scale, group)._asdict()
+            tensors |= Int8Experts.of(moe.weights, x_scale, group, float8=float8)._asdict()
             made._fill(moe.shape, tensors, moe.tau.detach().clone())
             if isinstance(mean := getattr(moe, SKIPPED_MEAN, None), Tensor):
                 made.register_buffer(SKIPPED_MEAN, mean.float())
@@ -141,7 +144,7 @@ class Int8MoE(nn.Module):
             sizes["w1_group"] = (experts, *factors_shape(size, groups_of(d_in, shape.group)))
             sizes["gate_group"] = sizes["w1_group"] if shape.gated else None
             sizes["w2_group"] = (experts, *factors_shape(d_out, groups_of(size, shape.group)))
-        dtypes = INTEGERS | (_HALVES if halves else {})
+        dtypes = INTEGERS | (_HALVES if halves else _FLOAT8 if shape.float8 else {})
         tensors: dict[str, Tensor | None] = {
             name: torch.empty(size, device=device, dtype=dtypes.get(name, torch.float32))
             for name, size in sizes.items()
@@ -187,7 +190,7 @@ class Int8MoE(nn.Module):
             tuple(name for name in ("b1", "b_gate", "b2") if getattr(self, name) is not None),
             self.shared, self.rule, "int8", self.filling, hasattr(self, SKIPPED_MEAN),
             None if self.fc1 is None else scored.shape[1], self.fc2_bias is not None, self.hidden, self.output,
-            self.experts.group(len(self.x_scale)),
+            self.experts.group(len(self.x_scale)), self.experts.float8,
         )  # fmt: skip
 
     @property
@@ -214,5 +217,5 @@ class Int8MoE(nn.Module):
         return route(Int8Call(x, *self.call))
 
     def extra_repr(self) -> str:
-        """`48 experts × 32, 384→384 relu, max, int8`, `int4 in groups of 32`."""
+        """`48 experts × 32, 384→384 relu, max, int8`, `int4 in groups of 32`, `fp8`."""
         return self.shape.describe

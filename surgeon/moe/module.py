@@ -35,6 +35,7 @@ class MoEShape:
     shared, rule, form, filling: as in `MoE`. compensated: whether it adds the mean of what it skips.
     router_width: the width of the router's trunk, None without one. router_bias, router_hidden, router_output: as in
     `Router`. group: how many inputs share a factor of weights of 4 bits, None for others (`surgeon.kernels.panels`).
+    float8: whether weights of 8 bits are in float8 rather than integers.
     """
 
     d_in: int
@@ -54,11 +55,12 @@ class MoEShape:
     router_hidden: Literal["relu", "tanh"]
     router_output: Output
     group: int | None = None
+    float8: bool = False
 
     @property
     def describe(self) -> str:
         """`48 experts × 32, 384→384 relu, max, dynamic`."""
-        form = self.form if self.group is None else f"int4 in groups of {self.group}"
+        form = "fp8" if self.float8 else self.form if self.group is None else f"int4 in groups of {self.group}"
         return (
             f"{self.experts} experts × {self.size}, {self.d_in}→{self.d_out} {self.activation}"
             f"{' gated' * self.gated}, {self.rule}, {form}"

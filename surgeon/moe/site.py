@@ -9,11 +9,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from surgeon.errors import UsageError
 from surgeon.graph.traced import aten, is_call, tensor_key, tensor_of
 from surgeon.graph.walk import walk_sources
 from surgeon.kernels.experts import Experts
 from surgeon.kernels.int8_arguments import Int8Call
-from surgeon.kernels.panels import Int8Experts
+from surgeon.kernels.panels import FLOAT8, Int8Experts
 from surgeon.moe.filling import filling_of, neurons_of_experts
 from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import MoE
@@ -66,9 +67,10 @@ class MoESite:
 
     @property
     def shown_form(self) -> str:
-        """The form, "int4" for an int8 layer whose weights have 4 bits."""
-        halves = isinstance(self.stored, Int8Experts) and self.stored.w1_group is not None
-        return "int4" if halves else self.form
+        """The form, "int4" or "fp8" for an int8 layer with such weights."""
+        if isinstance(self.stored, Int8Experts):
+            return "int4" if self.stored.w1_group is not None else "fp8" if self.stored.float8 else "int8"
+        return self.form
 
     @property
     def skips(self) -> bool:
@@ -160,6 +162,20 @@ def find_moes(model: nn.Module) -> list[MoESite]:
             )
         )  # fmt: skip
     return found
+
+
+def refuse_float8(model: nn.Module, engine: str) -> None:
+    """Refuse a graph or model whose experts have weights in float8, for an engine that has no kernels for them.
+
+    Raises:
+        UsageError: it has such experts.
+    """
+    # No other weights are in float8: `surgeon.models.readiness` refuses them.
+    if any(parameter.dtype == FLOAT8 for parameter in model.parameters()):
+        raise UsageError(
+            f"{engine} has no kernels for experts in float8. Quantise the surgery from before quantize again, with "
+            "weights=int8 or int4."
+        )
 
 
 def _in_graph(graph: GraphModule) -> list[MoESite]:

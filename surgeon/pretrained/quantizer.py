@@ -78,6 +78,7 @@ def _check(plan: Plan) -> None:
                 sizes |= {"experts": part.experts, "size": part.size, "experts - shared": part.experts - part.shared}
                 sizes |= {} if part.router_width is None else {"router_width": part.router_width}
                 sizes |= {} if part.group is None else {"group": 0 if part.group % PLACES else part.group}
+                faults += ["float8"] * (part.float8 and (part.form != "int8" or part.group is not None))
                 sizes |= {"shared + 1": part.shared + 1, "filling + 1": part.filling + 1}
                 sizes |= {"experts * size - filling": part.experts * part.size - part.filling}
             elif isinstance(part, MLPShape):

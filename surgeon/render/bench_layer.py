@@ -31,6 +31,7 @@ _NAMES = {
     "ours_dense": "ours,\nall on",
     "ours_int8": "ours,\nint8",
     "ours_int4": "ours,\nint4",
+    "ours_fp8": "ours,\nfp8",
     "openvino": "open-\nvino",
     "openvino_weights": "openvino\nweights",
     "onnxruntime": "onnx-\nruntime",

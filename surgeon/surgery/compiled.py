@@ -28,7 +28,7 @@ from surgeon.graph.agreement import relative_error, tolerance_for
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.site import find_sparse_linears
 from surgeon.kernels import cpu
-from surgeon.moe.site import find_moes
+from surgeon.moe.site import find_moes, refuse_float8
 from surgeon.surgery.compiled_check import checked_code
 from surgeon.tracing.trace import quiet
 from surgeon.version import __version__
@@ -65,10 +65,12 @@ def compile_graph(
             takes all of its inputs.
 
     Raises:
-        UsageError: an input cannot be left out. SaveError: the directory has other content or cannot be written, the
-            model cannot be compiled, its operators have no library here, or it differs from the graph.
+        UsageError: an input cannot be left out, or experts are in float8. SaveError: the directory has other content
+            or cannot be written, the model cannot be compiled, its operators have no library here, or it differs from
+            the graph.
     """
     check_directory(directory, overwrite=overwrite)
+    refuse_float8(graph, "A compiled model")
     library = _library(graph)
     program = Program(graph.eval(), inputs, leave_out)
     began = time.monotonic()

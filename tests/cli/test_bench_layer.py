@@ -20,7 +20,7 @@ from .harness import Run
 pytestmark = pytest.mark.usefixtures("small_machine")
 SMALL = ("--width", "8", "--hidden", "32", "--seconds", "0.0001")
 METHODS_BUT_COMPILED = ",".join(
-    name for name in METHODS if name not in ("compiled", "ours_int8", "ours_int4") and name not in ENGINES
+    name for name in METHODS if name not in ("compiled", "ours_int8", "ours_int4", "ours_fp8", *ENGINES)
 )
 
 

@@ -24,6 +24,14 @@ def test_one_value_that_is_not_finite_is_seen(dtype: torch.dtype, bad: float) ->
     assert not all_finite(values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_one_nan_in_float8_is_seen(dtype: torch.dtype) -> None:
+    values = torch.full((3, 5), 448.0)
+    assert all_finite(values.to(dtype))
+    values[1, 2] = math.nan
+    assert not all_finite(values.to(dtype))
+
+
 @pytest.mark.parametrize(
     "values",
     [torch.full((9,), 3e38), torch.zeros(0), torch.tensor([1, 2]), torch.tensor([True]), torch.ones(2, device="meta")],

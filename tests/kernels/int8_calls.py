@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from surgeon.kernels.experts import Experts
-from surgeon.kernels.int8_arguments import Int8Call, is_positive
+from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.panels import Int8Experts, pack, quantise_trunk
 from surgeon.kernels.selection import selection_threshold
 from tests.kernels.oracle import FUNCTIONS
@@ -48,11 +48,12 @@ def int8_call(
     output: str = "abs",
     dtype: torch.dtype = torch.float32,
     group: int | None = None,
+    float8: bool = False,
     seed: int = 0,
 ) -> Int8Call:
     """Arguments with about normal values. width: of the router's trunk, None for none.
 
-    group: as in `Int8Experts.of`.
+    group, float8: as in `Int8Experts.of`.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -83,7 +84,7 @@ def int8_call(
         fc2_bias=draw(experts - shared) if bias else None,
         hidden=hidden,
         output=output,
-        **Int8Experts.of(floats, x_scale, group)._asdict(),
+        **Int8Experts.of(floats, x_scale, group, float8=float8)._asdict(),
         b2=draw(d_out) if bias else None,
         activation=activation,
     )
@@ -97,6 +98,9 @@ def _integers(panels: Tensor, row: int, columns: int) -> Tensor:
 
 def _numbers(panels: Tensor, factors: Tensor | None, row: int, columns: int) -> Tensor:
     """Row `row` of a matrix of weights of 8 bits, or of 4 bits with factors [N / 16, G, 16]."""
+    if panels.dtype == torch.float8_e4m3fn:
+        found = [_float8(int(byte)) for byte in _integers(panels.view(torch.uint8), row, columns)]
+        return torch.tensor(found, dtype=torch.float64)
     if factors is None:
         return _integers(panels, row, columns)
     # Groups have as many eights of inputs each as so many groups need.
@@ -105,13 +109,23 @@ def _numbers(panels: Tensor, factors: Tensor | None, row: int, columns: int) -> 
     for k in range(columns):
         byte = int(panels[row // 16, k // 8, row % 16, k % 4])
         half = byte // 16 if k % 8 >= 4 else byte % 16
-        found.append((half - 8) * int(factors[row // 16, k // size, row % 16]))
+        found.append(float((half - 8) * int(factors[row // 16, k // size, row % 16])))
     return torch.tensor(found, dtype=torch.float64)
 
 
+def _float8(byte: int) -> float:
+    """The number that a byte stands for: a sign, 4 bits of an exponent and 3 of a fraction."""
+    exponent, fraction = byte >> 3 & 15, byte & 7
+    size = math.ldexp(8 + fraction, exponent - 10) if exponent else math.ldexp(fraction, -9)
+    return -size if byte & 128 else size
+
+
 def _rounded(z: Tensor, most: int) -> tuple[Tensor, float]:
+    """Rounded to integers, or to float16 if there are so many of them."""
     scale = float(z.abs().max()) / most
-    return (z / scale).round() if scale else torch.zeros_like(z), scale
+    if not scale:
+        return torch.zeros_like(z), scale
+    return (z / scale).half().double() if most > 10000 else (z / scale).round(), scale
 
 
 def _or_zeros(bias: Tensor | None, *shape: int) -> Tensor:
@@ -144,10 +158,14 @@ def oracle_scores(call: Int8Call) -> Tensor:
 def oracle(call: Int8Call, scores: Tensor) -> Tensor:
     """What the operator gives [tokens, d_out] for scores [tokens, E - shared], in float64."""
     d_in, (experts, neurons), d_out = call.x.shape[-1], call.w1_scale.shape, len(call.y_scale)
+    float8 = call.w1.dtype == torch.float8_e4m3fn
+    never_negative = call.activation == "relu_relu" or (
+        call.gate is None and call.activation in ("relu", "relu2", "relu6", "sigmoid", "softplus")
+    )
     least = selection_threshold(scores, call.tau, call.rule)
     act, rows = FUNCTIONS[call.activation], []
     for x, score, threshold in zip(call.x.reshape(-1, d_in).double(), scores, least, strict=True):
-        q, scale = _rounded(x if call.x_scale is None else x * call.x_scale.double(), 127)
+        q, scale = _rounded(x if call.x_scale is None else x * call.x_scale.double(), 32768 if float8 else 127)
         y = torch.zeros(d_out, dtype=torch.float64)
         for e in range(experts):
             if e >= call.shared and score[e - call.shared] < threshold:
@@ -169,7 +187,7 @@ def oracle(call: Int8Call, scores: Tensor) -> Tensor:
                     up = act(up) if call.activation == "relu_relu" else up
                     h.append(act(into(call.gate, call.gate_group, call.gate_scale, call.b_gate, j)) * up)
             values = torch.tensor(h, dtype=torch.float64) * call.w2_scale[e].double()
-            whole, h_scale = _rounded(values, 255 if is_positive(call) else 127)
+            whole, h_scale = _rounded(values, 32768 if float8 else 255 if never_negative else 127)
             for c in range(d_out):
                 row = _numbers(call.w2[e], None if call.w2_group is None else call.w2_group[e], c, neurons)
                 y[c] += row @ whole * h_scale

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -111,14 +112,14 @@ def test_sums_of_a_trunk_stay_in_32_bits(inputs: int) -> None:
     assert float(scale[0] / matrix[0].abs().amax()) < 1 / (2000 if inputs == 30 else 500)
 
 
-@pytest.mark.parametrize(("group", "accepted"), [(None, 0.01), (8, 0.1)])
-def test_one_output_with_large_weights_leaves_the_others_exact(group: int | None, accepted: float) -> None:
+@pytest.mark.parametrize(("weights", "accepted"), [({}, 0.01), ({"group": 8}, 0.1), ({"float8": True}, 0.03)], ids=str)
+def test_one_output_with_large_weights_leaves_the_others_exact(weights: dict[str, Any], accepted: float) -> None:
     torch.manual_seed(0)
     experts = Experts(torch.randn(3, 8, 12), None, torch.randn(3, 8, 12), torch.randn(3, 8), torch.randn(3, 8, 10))
     experts.w2[..., 4] *= 1000
     x_scale = torch.rand(12) + 0.5
-    stored = Int8Experts.of(experts, x_scale, group)
-    assert stored.group(12) == group
+    stored = Int8Experts.of(experts, x_scale, **weights)
+    assert (stored.group(12), stored.float8) == (weights.get("group"), "float8" in weights)
     for got, want in zip(stored.floats(x_scale, 12), experts, strict=True):
         if want is None:
             assert got is None
@@ -127,6 +128,17 @@ def test_one_output_with_large_weights_leaves_the_others_exact(group: int | None
         apart = torch.arange(want.shape[-1]) != 4
         assert float((got - want).norm() / want.norm()) < accepted
         assert float((got - want)[..., apart].norm() / want[..., apart].norm()) < accepted
+
+
+def test_float8_keeps_three_digits_of_every_weight() -> None:
+    """Relative to the weight itself, down to a 2¹⁴th of the largest of its neuron; below that as fine as there."""
+    matrix = torch.logspace(0, -6, 64).repeat(3, 16, 1) * torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1)
+    experts = Experts(matrix, None, None, None, torch.rand(3, 16, 5) + 0.1)
+    stored = Int8Experts.of(experts, float8=True)
+    assert stored.w1.dtype == stored.w2.dtype == torch.float8_e4m3fn
+    got, want = stored.floats(None, 64).w1, matrix
+    step = torch.maximum(want / 16, want.amax(-1, keepdim=True) / 448 / 1024)
+    assert bool(((got - want).abs() <= step * 1.001).all())
 
 
 def test_smaller_groups_are_more_exact_and_take_more_memory() -> None:
@@ -140,13 +152,13 @@ def test_smaller_groups_are_more_exact_and_take_more_memory() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize(("group", "accepted"), [(None, 0.02), (8, 0.1)])
-def test_neurons_that_no_output_reads_leave_the_others_exact(group: int | None, accepted: float) -> None:
+@pytest.mark.parametrize(("weights", "accepted"), [({}, 0.02), ({"group": 8}, 0.1), ({"float8": True}, 0.05)], ids=str)
+def test_neurons_that_no_output_reads_leave_the_others_exact(weights: dict[str, Any], accepted: float) -> None:
     """Their hidden values are rounded together with those of the others, and must not be the largest."""
     call = int8_call((4,), 2, 16, 8, 5, width=None, tau=0.0, activation="relu", bias=False)
     floats = call.experts.floats(call.x_scale, 8)
     floats.w2[:, ::3] = 0
-    given = call._replace(**Int8Experts.of(floats, group=group)._asdict())
+    given = call._replace(**Int8Experts.of(floats, **weights)._asdict())
     hidden = (call.x @ floats.w1.transpose(-2, -1)).relu()
     want = (hidden @ floats.w2).sum(0)
     got = torch.ops.surgeon.routed_ffn_int8_torch(*given)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import UsageError
+from surgeon.kernels import cpu
+from surgeon.kernels.backends import say_once
 from surgeon.kernels.dynamic_k import masked_ffn
 from surgeon.kernels.experts import Experts, selected
 from surgeon.kernels.int8 import routed_ffn_int8
@@ -46,17 +48,19 @@ def error(got: Tensor, want: Tensor) -> float:
     return float(((got.float() - want).norm() / want.norm()).detach())
 
 
-@pytest.mark.parametrize(("group", "accepted"), [(None, 0.02), (8, 0.15)])
+@pytest.mark.parametrize(("weights", "accepted"), [({}, 0.02), ({"group": 8}, 0.15), ({"float8": True}, 0.08)], ids=str)
 @pytest.mark.parametrize("options", [
     {}, {"gated": True, "activation": "silu"}, {"width": None}, {"shared": 2}, {"activation": "gelu"},
 ])  # fmt: skip
-def test_computes_nearly_what_the_layer_computes(options: dict[str, Any], group: int | None, accepted: float) -> None:
+def test_computes_nearly_what_the_layer_computes(
+    options: dict[str, Any], weights: dict[str, Any], accepted: float
+) -> None:
     moe = layer(**options)
-    made = Int8MoE.of(moe, torch.rand(D_IN) + 0.5, group)
+    made = Int8MoE.of(moe, torch.rand(D_IN) + 0.5, **weights)
     assert torch.equal(selected(*made.route(X)), selected(*moe.route(X)))  # no score is near its threshold
     assert 1e-4 < error(made(X), moe(X)) < accepted
-    assert made.shape == dataclasses.replace(moe.shape, form="int8", group=group)
-    assert ("int4 in groups of 8" if group else "int8") in repr(made)
+    assert made.shape == dataclasses.replace(moe.shape, form="int8", **weights)
+    assert ("int4 in groups of 8" if "group" in weights else "fp8" if weights else "int8") in repr(made)
 
 
 def test_is_as_exact_as_its_numbers() -> None:
@@ -68,35 +72,40 @@ def test_is_as_exact_as_its_numbers() -> None:
     assert error(made(X), want) < error(moe(X), want) < 0.02
 
 
-@pytest.mark.parametrize(("group", "accepted"), [(None, 0.03), (8, 0.2)])
-def test_the_gradient_of_the_input_is_that_of_the_experts(group: int | None, accepted: float) -> None:
+@pytest.mark.parametrize(("weights", "accepted"), [({}, 0.03), ({"group": 8}, 0.2), ({"float8": True}, 0.08)], ids=str)
+def test_the_gradient_of_the_input_is_that_of_the_experts(weights: dict[str, Any], accepted: float) -> None:
     moe = layer("silu", gated=True)
-    made = Int8MoE.of(moe, None, group)
+    made = Int8MoE.of(moe, None, **weights)
     x = X.clone().requires_grad_()
     (got,) = torch.autograd.grad(made(x).square().sum(), x)
     (want,) = torch.autograd.grad(moe(x).square().sum(), x)
     assert error(got, want) < accepted
 
 
-@pytest.mark.parametrize("group", [None, 16])
-def test_keeps_its_dtypes_and_runs_in_others(group: int | None) -> None:
-    made = Int8MoE.of(layer(), None, group)
+@pytest.mark.parametrize("weights", [{}, {"group": 16}, {"float8": True}], ids=str)
+def test_keeps_its_dtypes_and_runs_in_others(weights: dict[str, Any]) -> None:
+    made = Int8MoE.of(layer(), None, **weights)
     before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     want = made(X)
     made.to(torch.bfloat16).to(torch.float64)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
+    for name, tensor in made.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
     for dtype, most in ((torch.bfloat16, 0.02), (torch.float16, 0.01), (torch.float64, 1e-3)):
         got = made(X.to(dtype))
         assert got.dtype == dtype
         assert error(got, want) < most
-    assert made.to("meta").w1.dtype == (torch.uint8 if group else torch.int8)
+    assert made.to("meta").w1.dtype == before["w1"].dtype
 
 
-@pytest.mark.parametrize(("group", "accepted"), [(None, 0.02), (8, 0.15), (16, 0.15), (64, 0.2)])
-def test_an_empty_layer_takes_its_weights(group: int | None, accepted: float) -> None:
+@pytest.mark.parametrize(
+    ("weights", "accepted"),
+    [({}, 0.02), ({"group": 8}, 0.15), ({"group": 16}, 0.15), ({"group": 64}, 0.2), ({"float8": True}, 0.08)],
+    ids=str,
+)
+def test_an_empty_layer_takes_its_weights(weights: dict[str, Any], accepted: float) -> None:
     moe = layer("silu", gated=True)
     moe.register_buffer("skipped_mean", torch.randn(D_OUT))
-    made = Int8MoE.of(moe, None, group)
+    made = Int8MoE.of(moe, None, **weights)
     empty = Int8MoE.empty(made.shape, device=None)
     empty.load_state_dict(made.state_dict())
     assert empty.shape == made.shape
@@ -147,6 +156,7 @@ def test_compiles_as_one_op() -> None:
 @pytest.mark.parametrize(("name", "value", "words"), [
     ("w1", torch.zeros(2, 3, dtype=torch.int8), "w1 has shape"),
     ("w1", torch.zeros(8, 1, 5, 16, 4), "w1 is torch.float32, expected torch.int8"),
+    ("w1", torch.zeros(8, 1, 5, 16, 4).to(torch.float8_e4m3fn), "w2 is torch.int8, expected torch.float8_e4m3fn"),
     ("rule", "best", "No selection rule"),
     ("shared", 3, "the router scores 8 experts and 3 are shared"),
     ("fc1_scale", None, "fc1 and fc1_scale belong together"),
@@ -160,6 +170,19 @@ def test_wrong_arguments_are_refused(name: str, value: Any, words: str) -> None:
     call = Int8Call(X, *Int8MoE.of(layer()).call)._replace(**{name: value})
     with pytest.raises(UsageError, match=words):
         routed_ffn_int8(*call)
+
+
+def test_float8_has_no_native_kernels_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    if not cpu.ready():
+        pytest.skip("the native kernels do not run here")
+    say_once.cache_clear()
+    made = Int8MoE.of(layer(), float8=True)
+    for _ in range(2):
+        made(X)
+    assert [record.message for record in caplog.records] == [
+        "The torch backend runs instead of the native kernels: they take weights in int8 and int4, not in float8, so "
+        "every expert is computed."
+    ]
 
 
 def test_cannot_be_trained_by_mistake() -> None:

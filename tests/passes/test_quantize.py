@@ -12,6 +12,8 @@ import torch
 import surgeon
 from surgeon.data.batch import Batch
 from surgeon.dynamic.knobs import get_knobs, set_knobs, set_rule, set_tau
+from surgeon.engines import openvino
+from surgeon.engines.program import Program
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
 from surgeon.measure.meter import measure
@@ -19,6 +21,7 @@ from surgeon.measure.sweep import sweep
 from surgeon.moe.int8 import TENSORS, Int8MoE
 from surgeon.moe.site import find_moes
 from surgeon.passes import Lower, Mlpify, Moeify, Quantize, Recover
+from surgeon.surgery.compiled import compile_graph
 from surgeon.surgery.pipeline import Pipeline
 from tests.small_models import classifier, labelled, labelled_vectors, stack, tokens, vectors
 
@@ -40,7 +43,7 @@ def moved(graph: Any, want: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", ["gelu", "relu", "gated", "fused", "biasless"])
 @pytest.mark.parametrize("lowered", [False, True])
 def test_the_output_stays_near(traces: Any, name: str, lowered: bool) -> None:
-    for options, accepted in (({}, 0.01), ({"weights": "int4", "group": 8}, 0.1)):
+    for options, accepted in (({}, 0.01), ({"weights": "int4", "group": 8}, 0.1), ({"weights": "fp8"}, 0.03)):
         graph = converted(traces, name)
         if lowered:
             Lower().apply(graph)
@@ -123,9 +126,10 @@ def test_data_makes_it_more_exact_where_inputs_differ_in_size(traces: Any) -> No
     assert errors[0.5] < errors[0.0] / 3
 
 
-def test_knobs_and_costs_work_as_before(traces: Any) -> None:
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_knobs_and_costs_work_as_before(traces: Any, weights: Any) -> None:
     graph, before = (converted(traces, router="neurons") for _ in range(2))
-    Quantize().apply(graph, inputs=vectors())
+    Quantize(weights=weights).apply(graph, inputs=vectors())
     for rule, tau in (("top_k", 0.5), ("max", 0.9)):
         for one in (graph, before):
             set_rule(one, rule)
@@ -145,9 +149,10 @@ def test_knobs_and_costs_work_as_before(traces: Any) -> None:
     assert torch.equal(graph(**vectors()), compensated)
 
 
-def test_sweep_takes_it(traces: Any) -> None:
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_sweep_and_tune_take_it(traces: Any, weights: Any) -> None:
     graph = converted(traces)
-    Quantize().apply(graph, inputs=vectors())
+    Quantize(weights=weights).apply(graph, inputs=vectors())
     shares = [
         point.executed
         for point in sweep(
@@ -156,10 +161,14 @@ def test_sweep_takes_it(traces: Any) -> None:
     ]
     assert shares[0] == 1.0
     assert shares == sorted(shares, reverse=True)
+    surgeon.tune(graph, labelled_vectors(), 0.9, inputs=vectors())
+    assert max(surgeon.get_tau(graph).values()) > 0
 
 
 @pytest.mark.parametrize("name", ["relu", "gated"])
-@pytest.mark.parametrize("options", [{}, {"weights": "int4", "group": 16}], ids=["int8", "int4"])
+@pytest.mark.parametrize(
+    "options", [{}, {"weights": "int4", "group": 16}, {"weights": "fp8"}], ids=["int8", "int4", "fp8"]
+)
 def test_is_saved_loaded_and_grafted(tmp_path: Path, options: dict[str, Any], name: str) -> None:
     model = stack(name)
     surgery = Pipeline([Moeify(experts=4, router_width=8), Quantize(**options)]).run(
@@ -174,6 +183,8 @@ def test_is_saved_loaded_and_grafted(tmp_path: Path, options: dict[str, Any], na
     grafted = surgeon.graft(model, directory)
     layers = [module for module in grafted.modules() if isinstance(module, Int8MoE)]
     assert [layer.shape.group for layer in layers] == [options.get("group")] * 2
+    assert [layer.shape.float8 for layer in layers] == [options.get("weights") == "fp8"] * 2
+    assert len(find_moes(surgeon.trace(grafted, vectors()))) == 2
     assert torch.allclose(grafted(**vectors()), want, atol=1e-6)
     assert list(surgeon.get_tau(grafted).values()) == list(surgeon.get_tau(loaded).values())
     assert torch.allclose(surgeon.graft(model, surgery)(**vectors()), want, atol=1e-6)
@@ -209,8 +220,9 @@ def test_refusals(traces: Any) -> None:
         Quantize(weights="int4", group=12)
     with pytest.raises(UsageError, match="group is 0, but must be at least 8"):
         Quantize(weights="int4", group=0)
-    with pytest.raises(UsageError, match="only weights=int4 have groups"):
-        Quantize(group=64)
+    for weights in ("int8", "fp8"):
+        with pytest.raises(UsageError, match="only weights=int4 have groups"):
+            Quantize(weights=weights, group=64)
 
 
 def test_values_on_the_data_that_are_not_finite(traces: Any) -> None:
@@ -240,6 +252,41 @@ def test_sums_that_32_bits_may_not_hold(traces: Any, monkeypatch: pytest.MonkeyP
     assert [(rejection.code, rejection.reason) for rejection in report.rejected] == [
         ("too-wide", "16 products would be added up, and 32 bits hold 15")
     ] * 2
+    assert Quantize(weights="fp8").apply(converted(traces), inputs=vectors()).matched == PATHS  # sums are no integers
+
+
+@pytest.mark.parametrize("name", ["relu", "gated"])
+def test_float8(traces: Any, name: str) -> None:
+    graph = converted(traces, name)
+    report = Quantize(weights="fp8").apply(graph, inputs=vectors(), data=labelled_vectors())
+    for site in report.sites:
+        assert re.match(r"4 experts × 8 in float8, error [2-5]\.\d\d%, \d+\.\d\d% of the selections", site.after)
+    assert "Kernels for float8 are for GPUs" in report.notes[1]
+    assert {site.shown_form for site in find_moes(graph)} == {"fp8"}
+    whole = Quantize().apply(converted(traces, name), inputs=vectors(), data=labelled_vectors())
+    assert whole.notes[0] == report.notes[0]  # as many bytes
+    assert Quantize().apply(graph, inputs=vectors()).rejected[0].code == "already-done"
+    for engine, refuse in (
+        ("OpenVINO", lambda: openvino.convert(graph, Program(graph.eval(), vectors()))),
+        ("A compiled model", lambda: compile_graph(graph, vectors(), Path("nowhere"))),
+    ):
+        with pytest.raises(UsageError, match=f"{engine} has no kernels for experts in float8"):
+            refuse()
+
+
+def test_float8_is_as_exact_where_one_input_is_far_larger(traces: Any) -> None:
+    """In 8 bits it leaves the others few steps; float16 has enough."""
+    errors = {}
+    for weights in ("int8", "fp8"):
+        graph = converted(traces)
+        with torch.no_grad():
+            for block in ("blocks.0", "blocks.1"):
+                graph.get_parameter(f"{block}.norm.weight")[3] *= 1000
+                graph.get_parameter(f"{block}.ffn.moe.w1")[..., 3] /= 1000
+            want = graph(**vectors())
+        Quantize(weights=weights).apply(graph, inputs=vectors())
+        errors[weights] = moved(graph, want)
+    assert errors["fp8"] < 0.03 < errors["int8"]
 
 
 def test_what_trains_comes_first(traces: Any) -> None:

@@ -141,6 +141,7 @@ def test_generate_gives_the_dense_models_tokens(shelf: Shelf, options: dict[str,
         ({"shared": -1}, "has a wrong shared [+] 1 0"),
         ({"biases": ["b3"]}, "has a wrong biases"),
         ({"router_width": 0}, "has a wrong router_width 0"),
+        ({"float8": True}, "has a wrong float8"),
     ],
 )
 def test_values_that_no_layer_has_are_refused(shelf: Shelf, part: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ from tests.pretrained.conftest import Shelf
 IDS = torch.tensor([[2, 3, 4, 5], [2, 7, 4, 6]])
 
 
-@pytest.fixture(scope="module", params=["int8", "int4"])
+@pytest.fixture(scope="module", params=["int8", "int4", "fp8"])
 def exported(
     request: pytest.FixtureRequest, shelf: Shelf, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, torch.Tensor]:
@@ -49,7 +49,8 @@ def test_comes_back_as_it_was(exported: Any, shelf: Shelf) -> None:
 def test_weights_are_small_integers_in_the_file(exported: Any, shelf: Shelf) -> None:
     stored = load_file(exported[0] / "model.safetensors")
     kinds = {name.rpartition(".")[2]: value.dtype for name, value in stored.items() if ".mlp." in name}
-    dtype = torch.uint8 if exported[0].parent.name.startswith("int4") else torch.int8
+    dtypes = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+    dtype = next(dtype for name, dtype in dtypes.items() if exported[0].parent.name.startswith(name))
     assert {name: kinds[name] for name in INTEGERS if name in kinds} == {
         "fc1": torch.int16, "w1": dtype, "w2": dtype,
     }  # fmt: skip
@@ -62,7 +63,8 @@ def test_scales_keep_their_dtype_in_a_model_of_another(exported: Any, tmp_path: 
     assert (moe.w1_scale.dtype, moe.tau.dtype) == (torch.float32, torch.float32)
     assert model(IDS).logits.dtype == torch.bfloat16
     want = next(module for module in loaded(exported).modules() if isinstance(module, Int8MoE))
-    assert all(torch.equal(tensor, want.state_dict()[name]) for name, tensor in moe.state_dict().items())
+    for name, tensor in moe.state_dict().items():
+        torch.testing.assert_close(tensor, want.state_dict()[name], rtol=0, atol=0)
     model.save_pretrained(tmp_path / "again")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert again(IDS).logits.dtype == torch.bfloat16

@@ -20,7 +20,7 @@ from surgeon.text.plain import plain_text
 
 from .benchmarks import MACHINE, lines
 
-OWN = [name for name in METHODS if name not in ENGINES and name not in ("ours_int8", "ours_int4")]
+OWN = [name for name in METHODS if name not in ENGINES and name not in ("ours_int8", "ours_int4", "ours_fp8")]
 
 
 def cell(share: float, tokens: int = 2048, mask: str = "uniform", **missing: str) -> Cell:

@@ -121,12 +121,14 @@ def pass_through_int8(
     *,
     gated: bool,
     group: int | None = None,
+    float8: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     ordered: bool = False,
 ) -> None:
     """A router's trunk and the experts of the operator with weights of 8 bits, or of 4 bits, over tensors without
     values."""
-    call = int8_call((1,), 2, 16, 16, 16, gated=gated, group=None if group is None else 8, scaled=True, dtype=dtype)
+    weights: dict[str, Any] = {"group": None if group is None else 8, "float8": float8}
+    call = int8_call((1,), 2, 16, 16, 16, gated=gated, scaled=True, dtype=dtype, **weights)
     rows, up, down = (experts, neurons), (neurons, width), (width, neurons)
     sizes: dict[str, tuple[int, ...]] = {
         "x": (tokens, width), "x_scale": (width,), "y_scale": (width,), "b2": (width,),
@@ -170,12 +172,18 @@ def every_kernel(chip: Chip) -> list[Launch]:
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, backward=True)
         pass_through(40, 50, 50, 75, torch.bfloat16, gated=True, way="masked", backward=True)
         thresholds(40, 50, "energy")
-        for group in (None, 16):
-            for tokens in (8, 5000):
+        for tokens in (8, 5000):
+            for group in (None, 16):
                 pass_through_int8(tokens, 50, 50, 75, gated=True, group=group)
+            pass_through_int8(tokens, 50, 50, 75, gated=True, float8=True)
         pass_through_int8(40, 50, 50, 75, gated=True, ordered=True)
-    kinds = {(one.name, one.constants.get("SPREAD"), *(a is None for a in one.arguments)): one for one in launches}
+    kinds = {(one.name, one.constants.get("SPREAD"), *map(_kind, one.arguments)): one for one in launches}
     return list(kinds.values())
+
+
+def _kind(argument: Any) -> Any:
+    """What decides about the code that a kernel has: whether a tensor is there, and whether it is of bytes."""
+    return argument.dtype == torch.uint8 if isinstance(argument, torch.Tensor) else argument is None
 
 
 @dataclass(frozen=True)

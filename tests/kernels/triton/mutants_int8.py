@@ -38,8 +38,14 @@ CALCULATE_INT8 = (
     Mutant("int8_kernels", "z += tl.load(b_gate", "z += 0 * tl.load(b_gate"),
     Mutant("int8_kernels", "value *= tl.load(w2_scale", "value += 0 * tl.load(w2_scale"),
     Mutant("int8_kernels", "sizes = tl.maximum(sizes, size_of(value))", "sizes = size_of(value)", OUTPUTS),
-    Mutant("int8_kernels", "255.0 if POSITIVE", "127.0 if POSITIVE"),
-    Mutant("int8_kernels", "else 127.0)", "else 64.0)"),
+    Mutant("int8_kernels", "step_of(tl.max(sizes, 1), MOST)", "step_of(tl.max(sizes, 1), 127.0)"),
+    Mutant("int8_kernels", "positive: tl.constexpr = MOST == 255", "positive: tl.constexpr = MOST > 255"),
+    Mutant("int8_kernels", "q.dtype.element_ty != tl.float16", "True"),
+    Mutant("int8_kernels", "a = rounded(value, step, whole)", "a = rounded(value, step, True)"),
+    Mutant("int8_kernels", "(byte & 128).to(tl.uint16) << 8", "(byte & 128).to(tl.uint16) << 7"),
+    Mutant("int8_kernels", "(byte & 127).to(tl.uint16) << 7", "(byte & 127).to(tl.uint16) << 8"),
+    Mutant("int8_kernels", "(byte & 127)", "(byte & 63)"),
+    Mutant("int8_kernels", "tl.float16, bitcast=True) * 256.0", "tl.float16, bitcast=True) * 128.0"),
     Mutant("int8_kernels", "sums += tl.sum(", "sums = tl.sum("),
     Mutant("int8_kernels", "y += (sums * 128)[None, :]", "y += (sums * 127)[None, :]"),
     Mutant("int8_kernels", "item % blocks, s, d_in", "0, s, d_in", HIDDEN),
@@ -51,7 +57,9 @@ CALCULATE_INT8 = (
     Mutant("int8_kernels", "runs(score, least, COMPARE) & (token < N)", "(token < N)"),
     Mutant("int8_kernels", "tl.program_id(0) % blocks, s, d_in", "0, s, d_in", DECODE_HIDDEN),
     Mutant("int8_host", "out.zero_() if call.b2 is None else out.copy_(call.b2)", "out.zero_()"),
-    Mutant("int8_host", "_rounded(x, call.x_scale, MOST, torch.int8)", "_rounded(x, None, MOST, torch.int8)"),
+    Mutant("int8_host", "_rounded(x, call.x_scale, most_inputs(call), dtype)",
+           "_rounded(x, None, most_inputs(call), dtype)"),
+    Mutant("int8_host", "w2=weights.w2.view(torch.uint8)", "w2=weights.w2.float().to(torch.uint8)"),
     Mutant("int8_host", "group_size(columns, factors.shape[2]) // PLACES", "1"),
     Mutant("int8_host", "into(h, plan, weights, call, out[part])",
            "into(h, plan, weights, call, out[: part.stop - part.start])"),
@@ -76,10 +84,12 @@ def checks_int8(module: str) -> Iterator[Callable[[], None]]:
     yield lambda: check_trunk(int8_call((3,), d_in=50, width=20))
     ways = ((3, Sizes()), (18, Sizes()), (18, Sizes(ordered=True, room=17 * 2 * 40 * 4)))
     for tokens, sizes in ways:
-        for gated, activation, group in ((False, "relu", None), (True, "silu", 24)):
+        for gated, activation, weights in (
+            (False, "relu", {}), (True, "silu", {"group": 24}), (True, "gelu", {"float8": True})
+        ):  # fmt: skip
             call = int8_call(
-                (tokens,), 2, 40, 50, 40, gated=gated, activation=activation, group=group, scaled=True, rule="max",
-                tau=0.9, seed=1,
+                (tokens,), 2, 40, 50, 40, gated=gated, activation=activation, scaled=True, rule="max", tau=0.9, seed=1,
+                **weights,
             )  # fmt: skip
             call.x[1, 3] = float("nan")
             yield lambda call=call, sizes=sizes: check_int8(call, sizes)

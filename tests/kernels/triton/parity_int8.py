@@ -5,6 +5,9 @@ By hand: TRITON_INTERPRET=1 pytest tests/kernels/triton/parity_int8.py
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,12 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from surgeon.kernels.int8 import routed_ffn_int8, router_scores_int8
+from surgeon.kernels.panels import Int8Experts, pack
 from surgeon.kernels.selection import RULES
 from tests.kernels.int8_calls import HIDDEN, OUTPUT, int8_call
 
 from .checks import module
 from .int8_checks import Sizes, among_garbage, check_definition, check_int8, check_trunk, on_kernels, ops
 
+WEIGHTS: tuple[dict[str, Any], ...] = ({}, {"group": 16}, {"float8": True})
 ACTIVATED = ("relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu2", "identity")
 SHAPES = {
     "experts": st.integers(2, 4),
@@ -33,10 +38,15 @@ SHAPES = {
     "activation": st.sampled_from(ACTIVATED),
     "hidden": st.sampled_from(sorted(HIDDEN)),
     "output": st.sampled_from(sorted(OUTPUT)),
-    "group": st.sampled_from([None, None, 8, 16, 40]),
+    "weights": st.sampled_from([{}, {"float8": True}, {"group": 8}, {"group": 16}, {"group": 40}]),
     "shared": st.integers(0, 1),
     "seed": st.integers(0, 99),
 }
+
+
+def shapes(**other: st.SearchStrategy[object]) -> st.SearchStrategy[dict[str, object]]:
+    """Arguments of `int8_call`, some of them drawn otherwise."""
+    return st.fixed_dictionaries(SHAPES | other).map(lambda drawn: drawn | drawn.pop("weights"))
 
 
 def few(examples: int) -> settings:
@@ -45,7 +55,7 @@ def few(examples: int) -> settings:
 
 @few(8)
 @given(
-    shapes=st.fixed_dictionaries(SHAPES),
+    shapes=shapes(),
     tokens=st.integers(17, 25),
     rows=st.sampled_from([16, 32]),
     programs=st.integers(1, 5),
@@ -56,14 +66,14 @@ def test_prefill(shapes: dict[str, object], tokens: int, rows: int, programs: in
 
 
 @few(8)
-@given(shapes=st.fixed_dictionaries(SHAPES), lead=st.sampled_from([(), (1,), (2, 3), (16,)]))
+@given(shapes=shapes(), lead=st.sampled_from([(), (1,), (2, 3), (16,)]))
 def test_decode(shapes: dict[str, object], lead: tuple[int, ...]) -> None:
     check_int8(int8_call(lead, **shapes))  # type: ignore[arg-type]
 
 
 @few(4)
 @given(
-    shapes=st.fixed_dictionaries(SHAPES | {"experts": st.just(3), "d_out": st.sampled_from([1, 9, 17])}),
+    shapes=shapes(experts=st.just(3), d_out=st.sampled_from([1, 9, 17])),
     tokens=st.sampled_from([3, 18]),
 )
 def test_they_compute_the_definition(shapes: dict[str, object], tokens: int) -> None:
@@ -73,8 +83,10 @@ def test_they_compute_the_definition(shapes: dict[str, object], tokens: int) -> 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_half_types(tokens: int, dtype: torch.dtype) -> None:
-    for ordered in (False, True):
-        call = int8_call((tokens,), 4, 20, 40, 33, gated=True, scaled=True, activation="silu", dtype=dtype)
+    for ordered, float8 in itertools.product((False, True), repeat=2):
+        call = int8_call(
+            (tokens,), 4, 20, 40, 33, gated=True, scaled=True, activation="silu", dtype=dtype, float8=float8
+        )
         check_int8(call, Sizes(ordered=ordered))
 
 
@@ -87,10 +99,10 @@ def test_every_activation(activation: str, gated: bool) -> None:
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_with_the_sizes_of_the_table(tokens: int, gated: bool) -> None:
-    call = int8_call(
-        (tokens,), 2, 70, 150, 90, gated=gated, group=32 if gated else None, activation="silu" if gated else "relu"
-    )
-    check_int8(call, None)
+    for weights in ({"group": 32 if gated else None}, {"float8": True}):
+        check_int8(
+            int8_call((tokens,), 2, 70, 150, 90, gated=gated, activation="silu" if gated else "relu", **weights), None
+        )
 
 
 @pytest.mark.parametrize("tokens", [2, 17])
@@ -128,16 +140,16 @@ def test_products_of_trunks_are_exact(tokens: int) -> None:
 def test_a_token_that_is_not_finite_gives_nan_and_leaves_the_others_alone(
     tokens: int, value: float, ordered: bool
 ) -> None:
-    for activation, group in (("relu", None), ("silu", 16)):
-        call = int8_call((tokens,), 2, 16, 32, 20, scaled=True, activation=activation, group=group)
+    for activation, weights in (("relu", {}), ("silu", {"group": 16}), ("relu", {"float8": True})):
+        call = int8_call((tokens,), 2, 16, 32, 20, scaled=True, activation=activation, **weights)
         call.x[tokens // 2, 7] = value
         check_int8(call, Sizes(ordered=ordered))
 
 
 @pytest.mark.parametrize("tokens", [4, 17])
 def test_tokens_and_hidden_values_that_are_zero(tokens: int) -> None:
-    for group in (None, 16):
-        call = int8_call((tokens,), 2, 16, 32, 20, tau=0.0, group=group)
+    for weights in WEIGHTS:
+        call = int8_call((tokens,), 2, 16, 32, 20, tau=0.0, **weights)
         call.x[2] = 0
         check_int8(call)
         with on_kernels(Sizes()):
@@ -148,8 +160,42 @@ def test_tokens_and_hidden_values_that_are_zero(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [3, 20])
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_hidden_values_that_overflow_give_nan(tokens: int) -> None:
-    call = int8_call((tokens,), 2, 16, 32, 20, tau=0.0, activation="relu2", bias=False)
-    check_int8(call._replace(w1_scale=call.w1_scale * 1e25))
+    for float8 in (False, True):
+        call = int8_call((tokens,), 2, 16, 32, 20, tau=0.0, activation="relu2", bias=False, float8=float8)
+        check_int8(call._replace(w1_scale=call.w1_scale * 1e25))
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_every_number_in_float8_is_read(tokens: int) -> None:
+    """Products with ones, which have one term each: what is stored comes out, up to the rounding of hidden values."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    numbers = numbers[~numbers.isnan()].repeat(2)[:256].view(1, 16, 16)
+    call = int8_call((tokens,), 1, 16, 16, 16, width=None, tau=0.0, bias=False, activation="identity", float8=True)
+    call = call._replace(w1_scale=torch.ones(1, 16), w2_scale=torch.ones(1, 16), y_scale=torch.ones(16))
+    ones = pack(torch.eye(16).view(1, 16, 16).to(torch.float8_e4m3fn))
+    for first, second in ((numbers, None), (None, numbers)):
+        w1, w2 = (ones if matrix is None else pack(matrix) for matrix in (first, second))
+        for k in range(16):
+            x = torch.zeros(tokens, 16)
+            x[:, k] = 1.0
+            with on_kernels(Sizes()):
+                found = routed_ffn_int8(*call._replace(x=x, w1=w1, w2=w2))
+            torch.testing.assert_close(found, numbers[0, :, k].float().expand(tokens, 16), rtol=5e-4, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_inputs_and_hidden_values_in_float16_keep_small_ones_beside_a_large_one(tokens: int) -> None:
+    """With weights in float8; in 8 bits a value below 1/254 of the largest would be lost."""
+    call = int8_call((tokens,), 2, 16, 32, 20, tau=0.0, bias=False, activation="identity", float8=True)
+    weights = call.experts.floats(None, 32)
+    call.x[:, 3] = 1e4
+    weights.w1[..., 3] = 0
+    call = call._replace(**Int8Experts.of(weights, float8=True)._asdict())
+    stored = call.experts.floats(None, 32)
+    wanted = torch.einsum("nd,esd,eso->no", call.x, stored.w1, stored.w2)
+    with on_kernels(Sizes()):
+        found = routed_ffn_int8(*call)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("lead", [(0,), (2, 0)])
@@ -203,10 +249,10 @@ def test_scales_of_other_dtypes_and_operands_that_are_not_contiguous() -> None:
             assert torch.equal(routed_ffn_int8(*twisted), routed_ffn_int8(*rounded))
 
 
-@pytest.mark.parametrize("group", [None, 8])
-def test_gradients_pass(group: int | None) -> None:
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_gradients_pass(weights: dict[str, Any]) -> None:
     for tokens in (3, 18):
-        call = among_garbage(int8_call((tokens,), 2, 16, 32, 24, activation="gelu", group=group))
+        call = among_garbage(int8_call((tokens,), 2, 16, 32, 24, activation="gelu", **weights))
         x = call.x.clone().requires_grad_()
         with on_kernels(Sizes()):
             found = routed_ffn_int8(*call._replace(x=x))

@@ -72,7 +72,8 @@ def assert_fits(one: Launch, name: str, scratch: Path) -> None:
     assert not built.spilled, one
     if one.name in MULTIPLIES and not (full_fp32 and chip.backend == "cuda"):
         assert built.matrix, one
-        assert all(bool(OF_BYTES.search(matrix)) == (one.name in INTEGERS) for matrix in built.matrix), built.matrix
+        whole = one.name in INTEGERS and not in_float8(one)
+        assert all(bool(OF_BYTES.search(matrix)) == whole for matrix in built.matrix), built.matrix
     else:
         assert not built.matrix
     if one.name in ADDS_TO_MEMORY and not one.constants.get("ORDERED"):
@@ -82,6 +83,14 @@ def assert_fits(one: Launch, name: str, scratch: Path) -> None:
             assert any(".v2" in atomic or ".v4" in atomic for atomic in built.atomics), built.atomics
     else:
         assert not built.atomics
+
+
+def in_float8(one: Launch) -> bool:
+    """Whether a kernel multiplies weights in float8: as bytes, without factors."""
+    given = dict(zip(one.kernel.arg_names, one.arguments, strict=False))
+    return any(
+        name in given and given[name].dtype == torch.uint8 and given[f"{name}_group"] is None for name in ("w1", "w2")
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,20 +126,23 @@ def test_decoding_fits_the_chip(tokens: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kernel", "group", "gated"),
+    ("name", "kernel", "weights", "gated"),
     [
-        ("sm_80", "hidden_int8", None, True),
-        ("sm_90", "combine_int8", 32, False),
-        ("sm_100", "trunk", None, False),
-        ("gfx942", "hidden_int8", 32, True),
-        ("gfx942", "combine_int8", None, False),
+        ("sm_80", "hidden_int8", {}, True),
+        ("sm_90", "combine_int8", {"group": 32}, False),
+        ("sm_100", "trunk", {}, False),
+        ("gfx942", "hidden_int8", {"group": 32}, True),
+        ("gfx942", "combine_int8", {}, False),
+        ("sm_80", "hidden_int8", {"float8": True}, True),
+        ("sm_90", "combine_int8", {"float8": True}, False),
+        ("gfx942", "hidden_int8", {"float8": True}, True),
     ],
 )
 def test_weights_of_8_and_4_bits_fit_the_chip(
-    name: str, kernel: str, group: int | None, gated: bool, tmp_path: Path
+    name: str, kernel: str, weights: dict[str, Any], gated: bool, tmp_path: Path
 ) -> None:
     with recorded(adding_atomically(name)) as launches:
-        pass_through_int8(4096, 24, 128, 768, gated=gated, group=group)
+        pass_through_int8(4096, 24, 128, 768, gated=gated, **weights)
     (one,) = [one for one in launches if one.name == kernel]
     assert_fits(one, name, tmp_path)
 
@@ -152,9 +164,11 @@ def test_the_whole_table_fits(name: str, dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(CHIPS))
 def test_the_whole_table_for_weights_of_8_and_4_bits_fits(name: str, tmp_path: Path) -> None:
     with recorded(adding_atomically(name)) as launches:
-        for gated, group, neurons in ((True, None, 128), (False, 32, 24)):
+        for gated, weights, neurons in (
+            (True, {}, 128), (False, {"group": 32}, 24), (True, {"float8": True}, 128), (False, {"float8": True}, 24)
+        ):  # fmt: skip
             for tokens in (1, 4096):
-                pass_through_int8(tokens, 3072 // neurons, neurons, 768, gated=gated, group=group)
+                pass_through_int8(tokens, 3072 // neurons, neurons, 768, gated=gated, **weights)
         pass_through_int8(4096, 24, 24, 768, gated=False, ordered=True)
     for one in distinct([one for one in launches if one.name in INTEGERS | {"round_rows"}]):
         assert_fits(one, name, tmp_path)
@@ -290,8 +304,8 @@ def test_sizes_of_one_compile(tokens: int, experts: int, neurons: int, width: in
         pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=True, ordered=True, backward=True)
         pass_through(tokens, experts, neurons, width, torch.bfloat16, gated=True, way="masked", backward=True)
         thresholds(tokens, experts, "cumulative")
-        for group in (None, 8):
-            pass_through_int8(tokens, experts, neurons, width, gated=True, group=group)
+        for group, float8 in ((None, False), (8, False), (None, True)):
+            pass_through_int8(tokens, experts, neurons, width, gated=True, group=group, float8=float8)
     for one in launches:
         assert products_in_32_bits(one, target) == [], one.name
 

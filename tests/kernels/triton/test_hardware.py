@@ -43,7 +43,7 @@ from .checks import (
 )
 from .int8_checks import Sizes, check_int8
 from .parity import ACTIVATED, DTYPES, RULES, WAYS, cases, scores
-from .parity_int8 import SHAPES
+from .parity_int8 import shapes as int8_shapes
 
 pytestmark = [
     # Of torch's own threads and compiler, here and there.
@@ -126,20 +126,20 @@ def test_a_nan_stays_in_its_row(where: str, tokens: int, way: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ordered", [False, True])
 @drawn(10)
-@given(shapes=st.fixed_dictionaries(SHAPES), tokens=st.sampled_from([1, 3, 16, 17, 200]))
+@given(shapes=int8_shapes(), tokens=st.sampled_from([1, 3, 16, 17, 200]))
 def test_weights_of_8_and_4_bits(shapes: dict[str, Any], tokens: int, ordered: bool, dtype: torch.dtype) -> None:
     check_int8(int8_call((tokens,), dtype=dtype, **shapes), Sizes(ordered=ordered), GPU)
 
 
-@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("weights", [{}, {"group": 32}, {"float8": True}], ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("neurons", [24, 128])
-def test_layers_of_a_real_size_with_weights_of_8_and_4_bits(neurons: int, gated: bool, group: int | None) -> None:
+def test_layers_of_a_real_size_with_weights_of_8_and_4_bits(neurons: int, gated: bool, weights: dict[str, Any]) -> None:
     activation = "silu" if gated else "relu"
     for tokens in (1, 16, 700):
         call = int8_call(
-            (tokens,), 3072 // neurons, neurons, 768, 768, gated=gated, activation=activation, group=group, tau=0.8,
-            width=96, scaled=True,
+            (tokens,), 3072 // neurons, neurons, 768, 768, gated=gated, activation=activation, tau=0.8, width=96,
+            scaled=True, **weights,
         )  # fmt: skip
         check_int8(call, None, GPU)
 
