@@ -1,8 +1,10 @@
 """Distribute a budget over the layers: find a tau for each layer from the measured damage per cost saved.
 
-The search starts from the single tau that meets the budget. It then gives each layer slightly more and slightly less,
-and measures the effect on the output. Cost is moved from the layers that need it least to those that need it most. This
-is repeated as long as the output gets closer to the output with every expert.
+The damage that each layer does alone, while the others run everything, is measured once, at several shares. The search
+starts from what distributes the budget best if this damage adds up, or from the single tau that meets the budget if
+that does less damage. It then gives each layer slightly more and slightly less, and measures the effect on the output.
+Cost is moved from the layers that need it least to those that need it most. This is repeated as long as the output gets
+closer to the output with every expert.
 
 Damage is how far the outputs move, as in `surgeon.data.imitation.divergence`: the mean KL(every expert ‖ selected
 experts) of logits in nats, and the relative squared error of outputs that are no logits. The outputs of a language
@@ -13,10 +15,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise, permutations
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ from surgeon.errors import DataError, UsageError
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.inputs.site import SparseLinearSite
+from surgeon.measure.allocation import Option, allocate, interpolated, monotone
 from surgeon.measure.meter import ExpertMeter, LayerRun, measure
 from surgeon.measure.sweep import knobs_restored, run_batches, time_settings
 from surgeon.progress import Progress
@@ -41,11 +42,12 @@ Metric = Literal["flops", "ms"]
 
 # Values of a single tau for all layers, at which damage and cost are measured first.
 _UNIFORM_TAUS = (0.0, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
-# Shares of the experts to try for a layer, relative to its present share, in the first and in later rounds.
-_TRIALS, _FINER = (0.6, 0.8, 1.25, 1.6), (0.8, 1.25)
-_ROUNDS = 3
+# Shares of the experts or inputs at which a layer's damage is measured alone.
+_ALONE = (0.05, 0.12, 0.25, 0.4, 0.6, 0.8)
+# Shares to try for a layer, relative to its present share, and how often.
+_TRIALS, _ROUNDS = (0.8, 1.25), 2
 # How far to go to what the trials say. Layers interact, so all moves at once may do more harm than each alone.
-_STRENGTHS = (1.0, 0.5, 0.25)
+_STRENGTHS = (1.0, 0.5, 0.25, 0.1)
 # In units of the dense model's cost. With every expert a converted model costs slightly more than the dense model.
 _LARGEST_BUDGET = 2.0
 # Most numbers to keep of the outputs with every expert: 256 MiB. All outputs of GPT-2 for 512 texts would take 13 GiB.
@@ -179,6 +181,7 @@ class Tuner:
         self._layers = [site.path for site in sites]
         inputs_alone = all(isinstance(site, SparseLinearSite) for site in sites)
         self._curved = set() if inputs_alone else {site.path for site in sites if isinstance(site, SparseLinearSite)}
+        self._alone: dict[str, list[Option]] | None = None
         self._done, self._total = 0, 0
         with knobs_restored(graph):
             self._prepare(inputs, dense)
@@ -190,7 +193,8 @@ class Tuner:
             UsageError: `check_budget` refuses the budget, or no tau meets it. The message says what can be reached.
         """
         check_budget(budget)
-        self._expect(6 + len(self._layers) * (len(_TRIALS) + (_ROUNDS - 1) * len(_FINER)) + len(_STRENGTHS) * _ROUNDS)
+        alone = len(_ALONE) if self._alone is None else 0
+        self._expect(12 + len(self._layers) * (alone + _ROUNDS * len(_TRIALS)) + len(_STRENGTHS) * _ROUNDS)
         with knobs_restored(self._graph):
             tuned = self._search(budget)
         set_tau(self._graph, tuned.taus)
@@ -219,7 +223,7 @@ class Tuner:
             self._measure_time(dense)
         self._uniform_trials = [self._try(self._alike(tau)) for tau in _UNIFORM_TAUS]
         self._curves = {
-            name: _monotone((trial.shares[name], trial.taus[name]) for trial in self._uniform_trials)
+            name: monotone((trial.shares[name], trial.taus[name]) for trial in self._uniform_trials)
             for name in self._layers
         }
 
@@ -233,12 +237,17 @@ class Tuner:
             )
         tau, uniform = self._uniform(budget)
         best, rounds = uniform, 0
-        # If the budget allows every expert, there is nothing to move.
-        for number in range(_ROUNDS if any(uniform.taus.values()) else 0):
-            moved = self._move(best, budget, _FINER if number else _TRIALS)
-            if moved is None:
-                break
-            best, rounds = moved, rounds + 1
+        # If the budget allows every expert, there is nothing to distribute.
+        if any(uniform.taus.values()):
+            shares = allocate(self._options_alone(), budget * self._dense - self._fixed)
+            started = self._within(shares, budget)
+            if _better(started, best, budget):
+                best, rounds = started, 1
+            for _ in range(_ROUNDS):
+                moved = self._move(best, budget)
+                if moved is None:
+                    break
+                best, rounds = moved, rounds + 1
         return Tuned(
             best.taus, best.shares, best.cost, best.damage, tau, uniform.cost, uniform.damage, rounds, self._unit
         )
@@ -264,35 +273,48 @@ class Tuner:
                 low_tau = middle
         return high_tau, found
 
-    def _move(self, base: _Trial, budget: float, factors: Sequence[float]) -> _Trial | None:
+    def _options_alone(self) -> dict[str, list[Option]]:
+        """Return what each layer costs and how much damage it does at every share, while the others run everything."""
+        if self._alone is None:
+            everything = dict.fromkeys(self._layers, 0.0)
+            self._alone = {}
+            for path in self._layers:
+                found = [(1.0, 0.0)]
+                for share in _ALONE:
+                    trial = self._try(everything | {path: self._tau(path, share)})
+                    found.append((trial.shares[path], max(0.0, trial.damage)))
+                self._alone[path] = [
+                    (self._cost_of(path, share), damage, share) for share, damage in interpolated(found)
+                ]
+        return self._alone
+
+    def _move(self, base: _Trial, budget: float) -> _Trial | None:
         """Move cost between layers; None if no move reduces the damage."""
-        options: dict[str, list[tuple[float, float, float]]] = {}
+        options: dict[str, list[Option]] = {}
+        have = {path: self._share(path, tau) for path, tau in base.taus.items()}
         for path in self._layers:
-            have = base.shares[path]
-            options[path] = [(self._cost_of(path, have), 0.0, have)]
-            for factor in factors:
-                share = min(1.0, have * factor)
+            options[path] = [(self._cost_of(path, base.shares[path]), 0.0, have[path])]
+            for factor in _TRIALS:
+                share = min(1.0, have[path] * factor)
                 trial = self._try(base.taus | {path: self._tau(path, share)})
-                options[path].append(
-                    (self._cost_of(path, trial.shares[path]), trial.damage - base.damage, trial.shares[path])
-                )
-        limit = budget * self._dense - self._fixed
+                options[path].append((self._cost_of(path, trial.shares[path]), trial.damage - base.damage, share))
+        wanted = allocate(options, budget * self._dense - self._fixed)
         for strength in _STRENGTHS:
-            shares = _allocate(options, limit)
-            wanted = {p: base.shares[p] + strength * (shares[p] - base.shares[p]) for p in self._layers}
-            trial = self._within({p: self._tau(p, share) for p, share in wanted.items()}, budget)
-            if trial.damage < base.damage * 0.995 and trial.cost <= budget:
+            trial = self._within({p: have[p] + strength * (wanted[p] - have[p]) for p in self._layers}, budget)
+            if _better(trial, base, budget):
                 return trial
         return None
 
-    def _within(self, taus: dict[str, float], budget: float) -> _Trial:
-        """Try the taus, and scale the shares until the budget is met. It can be missed, because layers interact."""
-        trial = self._try(taus)
-        for _ in range(4):
+    def _within(self, shares: Mapping[str, float], budget: float) -> _Trial:
+        """Try these shares, and scale them until the budget is met. It can be missed, because layers interact."""
+        scale = 1.0
+        trial = self._try({path: self._tau(path, share) for path, share in shares.items()})
+        for _ in range(5):
             if trial.cost <= budget:
                 break
             over = (trial.cost * self._dense - self._fixed) / max(1e-9, budget * self._dense - self._fixed)
-            trial = self._try({p: self._tau(p, trial.shares[p] / over * 0.995) for p in self._layers})
+            scale *= 0.995 / over
+            trial = self._try({path: self._tau(path, scale * share) for path, share in shares.items()})
         return trial
 
     def _try(self, taus: dict[str, float]) -> _Trial:
@@ -330,9 +352,17 @@ class Tuner:
         return float(np.interp(share, grid, times))
 
     def _tau(self, path: str, share: float) -> float:
-        """Return the tau at which this layer runs this share of its experts or inputs."""
+        """Return the tau at which this layer runs this share of its experts or inputs, if all have the same tau.
+
+        What the others skip changes a layer's inputs, and so the share that it runs at this tau.
+        """
         shares, taus = self._curves[path]
         return float(np.clip(np.interp(share, shares, taus), 0.0, 1.0))
+
+    def _share(self, path: str, tau: float) -> float:
+        """Return the share that belongs to this tau: the inverse of `_tau`."""
+        shares, taus = self._curves[path]
+        return float(np.interp(tau, taus[::-1], shares[::-1]))
 
     def _measure_time(self, dense: float | None) -> None:
         """Time each layer at several taus on the first batch. The remaining time is that of the rest of the model."""
@@ -350,48 +380,14 @@ class Tuner:
             for path in self._layers:
                 milliseconds = 1000 * statistics.median(run[path].seconds for run in runs[1:])
                 found[path].append((runs[0][path].share, milliseconds))
-        self._times = {path: _monotone(values) for path, values in found.items()}
+        self._times = {path: monotone(values) for path, values in found.items()}
         self._full = {path: float(times[-1]) for path, (_, times) in self._times.items()}
         self._fixed = max(0.0, total - sum(self._full.values()))
         self._dense = total if dense is None else dense
 
 
-def _allocate(options: Mapping[str, Sequence[tuple[float, float, float]]], limit: float) -> dict[str, float]:
-    """Choose the share of each layer that minimises total damage with a total cost of at most `limit`.
-
-    The choice is made with a price on cost (a Lagrange multiplier): at each price, every layer takes its best option.
-    The options change at only a few prices, so it is enough to try one price between each two of them.
-
-    options: (cost, damage, share) of the choices of each layer. Costs may have any unit.
-    """
-
-    def best(price: float) -> dict[str, tuple[float, float, float]]:
-        return {
-            path: min(choices, key=lambda choice: (choice[1] + price * choice[0], choice[0]))
-            for path, choices in options.items()
-        }
-
-    # Prices at which a layer has two equally good options.
-    turns = sorted(
-        {
-            (less[1] - more[1]) / (more[0] - less[0])
-            for choices in options.values()
-            for less, more in permutations(choices, 2)
-            if less[0] < more[0] and less[1] > more[1]
-        }
-    )
-    # Zero, the middle of each two of them, and more than the highest. A higher price gives a lower total cost.
-    prices = [0.0, *(0.5 * (low + high) for low, high in pairwise(turns)), 2.0 * turns[-1]] if turns else [0.0]
-    place = bisect_left(prices, True, key=lambda price: sum(cost for cost, _, _ in best(price).values()) <= limit)
-    return {path: choice[2] for path, choice in best(prices[min(place, len(prices) - 1)]).items()}
-
-
-def _monotone(points: Iterable[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Sort points (x, y) into arrays with x strictly increasing, for interpolation."""
-    ordered: dict[float, float] = {}
-    for x, y in sorted(points):
-        ordered.setdefault(x, y)
-    return np.array(list(ordered)), np.array(list(ordered.values()))
+def _better(trial: _Trial, than: _Trial, budget: float) -> bool:
+    return trial.cost <= budget and trial.damage < than.damage * 0.995
 
 
 def _apart(found: tuple[Tensor, bool], want: tuple[Tensor, bool]) -> tuple[float, float]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from surgeon.data.batch import Batch
 from surgeon.dynamic.knobs import get_rule, get_tau, set_rule, set_tau
@@ -17,7 +13,7 @@ from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.measure.meter import ExpertMeter, measure
 from surgeon.measure.sweep import time_settings
-from surgeon.measure.tuning import Tuned, Tuner, _allocate, tune
+from surgeon.measure.tuning import Tuned, Tuner, tune
 from surgeon.passes import Lower, Moeify, Sparsify
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
@@ -224,42 +220,3 @@ def test_labels_are_not_needed_and_progress_ends(graph: TracedGraph, dense: int)
     assert {moment.what for moment in moments} == {"tuning"}
     assert all(1 <= moment.done <= moment.total for moment in moments)
     assert set(moments[0].values) == {"damage"}
-
-
-# --- sharing out ------------------------------------------------------------------------------------------------------
-
-choices = st.lists(st.tuples(st.integers(0, 20), st.integers(-5, 20)), min_size=1, max_size=4)
-
-
-def total(options: dict[str, list[tuple[float, float, float]]], shares: dict[str, float], part: int) -> float:
-    return sum(next(choice[part] for choice in options[path] if choice[2] == share) for path, share in shares.items())
-
-
-@given(made=st.lists(choices, min_size=1, max_size=4), limit=st.integers(0, 60))
-@settings(max_examples=200, deadline=None)
-def test_no_other_shares_of_that_cost_do_less_damage(made: list[list[tuple[int, int]]], limit: int) -> None:
-    options = {
-        str(layer): [(float(cost), float(damage), float(index)) for index, (cost, damage) in enumerate(one)]
-        for layer, one in enumerate(made)
-    }
-    found = _allocate(options, limit)
-    cost, damage = total(options, found, 0), total(options, found, 1)
-    picks = product(*([choice[2] for choice in one] for one in options.values()))
-    every = [dict(zip(options, shares, strict=True)) for shares in picks]
-    cheapest = min(total(options, one, 0) for one in every)
-    assert cost <= limit or cost == cheapest
-    assert damage <= min(total(options, one, 1) for one in every if total(options, one, 0) <= cost) + 1e-9
-
-
-def test_costs_may_be_of_any_size() -> None:
-    for scale in (1e-6, 1.0, 1e12):
-        options = {
-            "a": [(4 * scale, 0.0, 1.0), (2 * scale, 1e-4, 0.5), (scale, 1.0, 0.25)],
-            "b": [(4 * scale, 0.0, 1.0), (2 * scale, 0.5, 0.5)],
-        }
-        assert _allocate(options, 6.5 * scale) == {"a": 0.5, "b": 1.0}
-        assert _allocate(options, 8 * scale) == {"a": 1.0, "b": 1.0}
-        assert _allocate(options, scale) == {"a": 0.25, "b": 0.5}
-        one = {"a": [(4 * scale, 0.0, 1.0), (2 * scale, 1e-7, 0.5), (scale, 1e-4, 0.25)]}
-        shares = [_allocate(one, limit * scale)["a"] for limit in (4, 3.9, 2, 1.9, 1, 0.5)]
-        assert shares == [1.0, 0.5, 0.5, 0.25, 0.25, 0.25]
