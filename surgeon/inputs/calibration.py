@@ -1,8 +1,9 @@
-"""Find out on data which inputs of a linear layer matter: what each usually is, and how far it usually goes from there.
+"""Find out on data which values of a layer matter: what each usually is, and how far it usually goes from there.
 
-An input is skipped if |x - centre| · scale is at most a threshold. The centre then takes its place, so that the best
-centre is the mean of the values that are skipped. It depends on the threshold, and the threshold on it: they are found
-in turn, for the threshold that skips half of all inputs.
+The values are the inputs of a linear layer, or the gates of a gated one. One is skipped if |value - centre| · scale is
+at most a threshold. The centre then takes its place, so that the best centre is the mean of the values that are
+skipped. It depends on the threshold, and the threshold on it: they are found in turn, for the threshold that skips half
+of all values.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def in_groups(layers: Sequence[Layer], tokens: int) -> list[list[Layer]]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a layer knows about its inputs. scale, centre: [d_in] or None. levels: quantiles of the scores, [257]."""
+    """What a layer knows about its n values. scale, centre: [n] or None. levels: quantiles of the scores, [257]."""
 
     scale: Tensor | None
     centre: Tensor | None
@@ -59,23 +60,39 @@ class Calibration:
 
 
 @torch.no_grad()
-def calibrate(x: Tensor, weight: Tensor, *, weighted: bool, centred: bool) -> Calibration:
-    """Calibrate a layer on its inputs.
+def calibrate(values: Tensor, scale: Tensor | None, *, centred: bool) -> Calibration:
+    """Calibrate a layer on its values.
 
     Args:
-        x: inputs [N, d_in], floating. weight: [d_out, d_in].
-        weighted: multiply scores by the norms of the weight's columns (WINA, arXiv 2505.19427). Without, scores are
-            those of TEAL (arXiv 2408.14690).
-        centred: measure how far inputs are from a centre in place of zero.
+        values: [N, n], floating. scale: [n], what a value's distance is multiplied by; None stands for ones.
+        centred: measure how far values are from a centre in place of zero.
     """
-    x = x.float()
-    scale = weight.float().norm(dim=0) if weighted else None
-    centre = _centre(x, scale) if centred else None
-    return Calibration(scale, centre, levels_of(scores(x, scale, centre)))
+    values = values.float()
+    centre = _centre(values, scale) if centred else None
+    return Calibration(scale, centre, levels_of(scores(values, scale, centre)))
+
+
+def input_scale(weight: Tensor) -> Tensor:
+    """Return how much an error of each input weighs: the norm of its column of weight [d_out, d_in], float32 [d_in]."""
+    found: Tensor = weight.float().norm(dim=0)
+    return found
+
+
+def neuron_scale(up: Tensor, w2: Tensor) -> Tensor:
+    """Return how much an error of each gate weighs, float32 [h].
+
+    An error e of the gate of neuron i changes the output by e · up_i · w2_i. With errors that do not depend on each
+    other, the expected square of the output's error is the sum of the squares of e_i times this.
+
+    Args:
+        up: outputs of up on the data, [N, h]. w2: [h, d_out].
+    """
+    found: Tensor = up.float().square().mean(0).sqrt() * w2.float().norm(dim=1)
+    return found
 
 
 def scores(x: Tensor, scale: Tensor | None, centre: Tensor | None) -> Tensor:
-    """Return how much each input of x [N, d_in] matters, float32."""
+    """Return how much each of the values x [N, n] matters, float32."""
     distance = (x if centre is None else x - centre).abs()
     return distance if scale is None else distance * scale
 
