@@ -1,6 +1,6 @@
 """The operators of gated layers that compute only the neurons that their gate keeps. Importing registers them.
 
-A gated layer is down(act(gate x) · up x). Its gate is computed in full. A neuron whose gate is near its usual value is
+A gated layer is down(act(gate x) · up x). Its gate is computed in full. A neuron whose gate is near zero is
 skipped by `surgeon::sparse_neurons`: its row of up is not read, nor that of down. `surgeon::masked_neurons` is the
 reference twin, which computes every neuron and masks, in ordinary differentiable PyTorch. Both have these arguments:
 
@@ -11,10 +11,10 @@ reference twin, which computes every neuron and masks, in ordinary differentiabl
     b1         [h] or None
     w2         [h, d_out]         down, one row per neuron
     b2         [d_out] or None
-    linear     [d_out, d_in] or None: what is usual as a linear map of the input
     scale      [h] or None, which stands for ones
-    centre     [h] or None, which stands for zeros: the usual values of the gates
-    levels     [n], n of at least 2, ascending: quantiles of the scores, the k-th of k / (n - 1)
+    centre     [h] or None, which stands for zeros: what gate times up usually is where a neuron is skipped
+    levels     [n], n of at least 2, ascending: quantiles of the scores, the k-th of k / (n - 1); a first one below zero
+               keeps everything at tau 0
     tau        scalar in [0, 1]: about which share of the neurons to skip
     activation a name of `surgeon.kernels.activations.ACTIVATIONS`
 
@@ -22,18 +22,17 @@ scale, centre, levels and tau are floating of any dtype and are read as float32.
 of `x`:
 
     a_i = act(gate_i x + b_gate_i)
-    s_i = |a_i - centre_i| · scale_i, in float32
-    y   = Σ over the neurons i that are kept of (a_i - centre_i) · (w1_i x + b1_i) · w2_i, plus linear x, plus b2
+    s_i = |a_i| · scale_i, in float32
+    y   = Σ over the neurons i that are kept of (a_i · (w1_i x + b1_i) - centre_i) · w2_i, plus b2
 
 A neuron is kept unless s_i is at most the threshold that `sparse_linear.threshold` gives for tau. relu_relu has a ReLU
-on w1_i x + b1_i too. To compute the dense layer with centres, linear has to be w2ᵀ diag(centre) w1, and b2 to hold
-w2ᵀ (centre · b1). Without centres and scale, scores are those of CATS (arXiv 2404.08763).
+on w1_i x + b1_i too. To compute the dense layer with centres, b2 has to hold w2ᵀ centre, and the first level to be
+below zero: a gate of a ReLU is zero for many tokens. Without a scale, scores are those of CATS (arXiv 2404.08763).
 
 Selection is a step function: scale, levels and tau have no gradient. Where a derivative is asked for, and inside
 transforms of `torch.func`, `sparse_neurons` computes what its twin does. Otherwise it runs
-`surgeon::selected_neurons`, which takes the gates a [..., h] and leaves out `linear`; it has a native kernel for CPUs,
-which reads only the rows of neurons that some token keeps, for up to 16 tokens. Wrong shapes, dtypes or devices raise
-`UsageError`.
+`surgeon::selected_neurons`, which takes the gates a [..., h]. It has a native kernel for CPUs, which reads only the
+rows of neurons that some token keeps, for up to 16 tokens. Wrong shapes, dtypes or devices raise `UsageError`.
 """
 
 from __future__ import annotations
@@ -67,7 +66,6 @@ class NeuronsCall(NamedTuple):
     b1: Tensor | None
     w2: Tensor
     b2: Tensor | None
-    linear: Tensor | None
     scale: Tensor | None
     centre: Tensor | None
     levels: Tensor
@@ -78,7 +76,7 @@ class NeuronsCall(NamedTuple):
 # How many of the arguments autocast casts. What selects neurons is left alone.
 _CAST = NeuronsCall._fields.index("scale")
 _SIGNATURE = (
-    "(Tensor x, Tensor gate, Tensor? b_gate, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? linear, "
+    "(Tensor x, Tensor gate, Tensor? b_gate, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, "
     "Tensor? scale, Tensor? centre, Tensor levels, Tensor tau, str activation) -> Tensor"
 )
 _SELECTED = (
@@ -106,19 +104,20 @@ def _selected(
     up_relu: bool,
 ) -> Tensor:
     """Compute every neuron, and mask. a: the gates, [..., h]."""
-    wide = a if a.dtype == torch.float64 else a.float()
-    deviation = wide if centre is None else wide - centre.to(wide.dtype)
     up = F.linear(x, w1, b1)
-    hidden = deviation.to(x.dtype) * (F.relu(up) if up_relu else up)
-    return F.linear(torch.where(kept(a, scale, centre, levels, tau), hidden, 0.0), w2.t(), b2)
+    hidden = a * (F.relu(up) if up_relu else up)
+    if centre is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        hidden = (hidden.to(wide) - centre.to(wide)).to(x.dtype)
+    return F.linear(torch.where(kept(a, scale, None, levels, tau), hidden, 0.0), w2.t(), b2)
 
 
 def _compute(call: NeuronsCall, selected: Any) -> Tensor:
-    x, gate, b_gate, w1, b1, w2, b2, linear, scale, centre, levels, tau, activation = call
+    x, gate, b_gate, w1, b1, w2, b2, scale, centre, levels, tau, activation = call
     a = gates(x, gate, b_gate, activation)
     up_relu = find_activation(activation).up is not None
     y: Tensor = selected(x, a, w1, b1, w2, b2, scale, centre, levels, tau, up_relu)
-    return y if linear is None else y + F.linear(x, linear)
+    return y
 
 
 _library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -191,7 +190,6 @@ def _check(op: str, *given: Any) -> NeuronsCall:
         ("b1", (neurons,), x.dtype),
         ("w2", (neurons, d_out), x.dtype),
         ("b2", (d_out,), x.dtype),
-        ("linear", (d_out, d_in), x.dtype),
         ("scale", (neurons,), None),
         ("centre", (neurons,), None),
         ("levels", (levels.shape[0],), None),

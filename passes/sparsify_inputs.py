@@ -15,7 +15,7 @@ from surgeon.dynamic.knobs import nothing_skipped
 from surgeon.graph.edit import emit, erase_unread, get_attr, replace_value
 from surgeon.graph.holder import mark_holders
 from surgeon.graph.traced import TracedGraph, aten, free_target
-from surgeon.inputs.calibration import Calibration, calibrate, in_groups, input_scale, levels_of
+from surgeon.inputs.calibration import Calibration, calibrate, in_groups
 from surgeon.inputs.module import LEVELS
 from surgeon.inputs.site import find_sparse_linears, masked_linear
 from surgeon.inputs.skipping import SkippingSite
@@ -93,9 +93,8 @@ class SparsifyInputs(Pass[LinearSite, Calibration | Rejection | None]):
             values = collect_calls(graph, names, data, tokens=_TOKENS, progress=settings.progress)
             for site in part:
                 x, weight = values[site.path], site.calls[0].weight_rows(graph)
-                scale = input_scale(weight) if self.criterion == "weighted" else None
                 if bool(torch.isfinite(x).all()):
-                    found[site.path] = calibrate(x, scale, centred=self.centre)
+                    found[site.path] = calibrate(x, weight, weighted=self.criterion == "weighted", centred=self.centre)
                 else:
                     found[site.path] = Rejection("not-finite", "its inputs on the data contain NaN or infinity")
         return found
@@ -160,4 +159,4 @@ def dense_inputs(
 def recalibrate(graph: TracedGraph, sites: Sequence[SkippingSite], data: Data, settings: RunSettings) -> None:
     """Measure again which scores inputs or neurons have, so that tau stays the share that is skipped after training."""
     for site, x in dense_inputs(graph, sites, data, settings):
-        site.levels.copy_(levels_of(site.scores(x)))
+        site.levels.copy_(site.levels_on(x))

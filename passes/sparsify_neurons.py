@@ -1,4 +1,4 @@
-"""Let gated feed-forward layers skip the neurons whose gate is near its usual value, with thresholds from data."""
+"""Let gated feed-forward layers skip the neurons whose gate is near zero, with thresholds from data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -14,7 +15,7 @@ from surgeon.data.data import Data
 from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.holder import mark_holders, parameters_only
 from surgeon.graph.traced import TracedGraph, free_target
-from surgeon.inputs.calibration import Calibration, calibrate, in_groups, neuron_scale
+from surgeon.inputs.calibration import Calibration, calibrate_neurons, in_groups
 from surgeon.inputs.module import LEVELS
 from surgeon.inputs.neuron_site import find_sparse_neurons, masked_neurons
 from surgeon.inputs.neurons import SparseNeurons
@@ -39,12 +40,11 @@ Criterion = Literal["weighted", "magnitude"]
 
 @dataclass(frozen=True, kw_only=True)
 class SparsifyNeurons(Pass[FFN, Calibration | Rejection | None]):
-    """Let gated feed-forward layers skip, for each token, the neurons whose gate is near its usual value.
+    """Let gated feed-forward layers skip, for each token, the neurons whose gate is near zero. Nothing is trained.
 
-    The gate is computed in full, and says which neurons of up and down are skipped. Nothing is trained. A skipped
-    neuron counts with its usual gate, the centre: all of these together are one linear map of the input, which costs
-    as much as a linear layer from the input to the output. Centres and thresholds come from a few thousand tokens of
-    data.
+    The gate is computed in full, and says which neurons of up and down are skipped. A skipped neuron adds what it
+    usually adds where it is skipped, its centre. These together are part of the bias, so that they cost nothing.
+    Centres and thresholds come from a few thousand tokens of data.
 
     tau is the share of the neurons to skip, as it was on these data. It is set, swept and tuned like the tau of
     experts, and at 0 the output is that of the dense layer. With centre=false, criterion=magnitude is CATS (arXiv
@@ -61,9 +61,9 @@ class SparsifyNeurons(Pass[FFN, Calibration | Rejection | None]):
 
     criterion: Criterion = option(
         "weighted",
-        "How a gate's distance counts: weighted by what its neuron usually adds, or by its magnitude alone.",
+        "How a gate counts: weighted by what its neuron makes of it, up and down, or by its magnitude alone.",
     )
-    centre: bool = option(True, "Measure how far gates are from what is usual in place of from zero.")
+    centre: bool = option(True, "Let a skipped neuron add its mean in place of nothing.")
     tau: PerSite[float] = option(
         0.0, "Share of the neurons to skip, or values by path. It can be changed later.", least=0, most=1
     )
@@ -79,8 +79,6 @@ class SparsifyNeurons(Pass[FFN, Calibration | Rejection | None]):
     def match(self, graph: GraphModule, site: FFN) -> Rejection | None:
         if not site.gated:
             return Rejection("no-gate", "it has no gate that says which neurons matter before the others are computed")
-        if self.centre and ACTIVATIONS[site.activation].up is not None:
-            return Rejection("both-activated", "up is activated too, so what is usual is no linear map of the input")
         return not_finite(graph, site.linears)
 
     def keeps_output(self, fitted: bool) -> bool:
@@ -103,10 +101,11 @@ class SparsifyNeurons(Pass[FFN, Calibration | Rejection | None]):
     def _calibrate(self, site: FFN, weights: FFNWeights, x: Tensor) -> Calibration | Rejection:
         assert weights.gate is not None
         a = gates(x, weights.gate, weights.b_gate, site.activation)
-        up = torch.nn.functional.linear(x, weights.w1, weights.b1)
+        up, activated = F.linear(x, weights.w1, weights.b1), ACTIVATIONS[site.activation].up
+        up = up if activated is None else activated.fn(up)
         if not bool(torch.isfinite(a).all() and torch.isfinite(up).all()):
             return Rejection("not-finite", "its neurons on the data contain NaN or infinity")
-        return calibrate(a, neuron_scale(up, weights.w2) if self.criterion == "weighted" else None, centred=self.centre)
+        return calibrate_neurons(a, up, weights.w2, weighted=self.criterion == "weighted", centred=self.centre)
 
     @torch.no_grad()
     def rewrite(self, graph: TracedGraph, site: FFN, seen: Calibration | Rejection | None) -> SiteChange:

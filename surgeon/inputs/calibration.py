@@ -1,9 +1,11 @@
-"""Find out on data which values of a layer matter: what each usually is, and how far it usually goes from there.
+"""Find out on data which inputs of a linear layer matter: what each usually is, and how far it usually goes from there.
 
-The values are the inputs of a linear layer, or the gates of a gated one. One is skipped if |value - centre| · scale is
-at most a threshold. The centre then takes its place, so that the best centre is the mean of the values that are
-skipped. It depends on the threshold, and the threshold on it: they are found in turn, for the threshold that skips half
-of all values.
+An input is skipped if |x - centre| · scale is at most a threshold. The centre then takes its place, so that the best
+centre is the mean of the values that are skipped. It depends on the threshold, and the threshold on it: they are found
+in turn, for the threshold that skips half of all inputs.
+
+A neuron of a gated layer is skipped if |its gate| · scale is at most a threshold. Its centre is the mean of what it
+adds to the hidden values where the threshold that skips half of all neurons skips it.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def in_groups(layers: Sequence[Layer], tokens: int) -> list[list[Layer]]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a layer knows about its n values. scale, centre: [n] or None. levels: quantiles of the scores, [257]."""
+    """What a layer knows about its inputs or neurons. scale, centre: one of each, or None. levels: of scores, [257]."""
 
     scale: Tensor | None
     centre: Tensor | None
@@ -60,39 +62,54 @@ class Calibration:
 
 
 @torch.no_grad()
-def calibrate(values: Tensor, scale: Tensor | None, *, centred: bool) -> Calibration:
-    """Calibrate a layer on its values.
+def calibrate(x: Tensor, weight: Tensor, *, weighted: bool, centred: bool) -> Calibration:
+    """Calibrate a layer on its inputs.
 
     Args:
-        values: [N, n], floating. scale: [n], what a value's distance is multiplied by; None stands for ones.
-        centred: measure how far values are from a centre in place of zero.
+        x: inputs [N, d_in], floating. weight: [d_out, d_in].
+        weighted: multiply scores by the norms of the weight's columns (WINA, arXiv 2505.19427). Without, scores are
+            those of TEAL (arXiv 2408.14690).
+        centred: measure how far inputs are from a centre in place of zero.
     """
-    values = values.float()
-    centre = _centre(values, scale) if centred else None
-    return Calibration(scale, centre, levels_of(scores(values, scale, centre)))
+    x = x.float()
+    scale = weight.float().norm(dim=0) if weighted else None
+    centre = _centre(x, scale) if centred else None
+    return Calibration(scale, centre, levels_of(scores(x, scale, centre)))
 
 
-def input_scale(weight: Tensor) -> Tensor:
-    """Return how much an error of each input weighs: the norm of its column of weight [d_out, d_in], float32 [d_in]."""
-    found: Tensor = weight.float().norm(dim=0)
-    return found
+@torch.no_grad()
+def calibrate_neurons(gates: Tensor, up: Tensor, w2: Tensor, *, weighted: bool, centred: bool) -> Calibration:
+    """Calibrate a gated layer on its neurons.
 
-
-def neuron_scale(up: Tensor, w2: Tensor) -> Tensor:
-    """Return how much an error of each gate weighs, float32 [h].
-
-    An error e of the gate of neuron i changes the output by e · up_i · w2_i. With errors that do not depend on each
-    other, the expected square of the output's error is the sum of the squares of e_i times this.
+    An error e of the gate of neuron i changes the output by e · up_i · w2_i. If the errors of neurons do not depend on
+    each other, the expected square of the output's error is the sum of the squares of e_i · rms(up_i) · |w2_i|.
 
     Args:
-        up: outputs of up on the data, [N, h]. w2: [h, d_out].
+        gates, up: the activated gates and the other factors on the data, [N, h], floating. w2: [h, d_out].
+        weighted: multiply scores by rms(up_i) · |w2_i|. CHESS (arXiv 2409.01366) takes the mean of |up_i| alone, CATS
+            (arXiv 2404.08763) nothing.
+        centred: let what is skipped add its mean.
     """
-    found: Tensor = up.float().square().mean(0).sqrt() * w2.float().norm(dim=1)
-    return found
+    up, count = up.float(), gates.shape[0]
+    scale = up.square().mean(0).sqrt() * w2.float().norm(dim=1) if weighted else None
+    levels, centre = neuron_levels(gates, scale, centred=centred), None
+    if centred:
+        skipped = scores(gates.float(), scale, None) <= levels[len(levels) // 2]
+        centre = torch.where(skipped, gates.float() * up, 0.0).sum(0) / skipped.sum(0).clamp(1, count)
+    return Calibration(scale, centre, levels)
+
+
+def neuron_levels(gates: Tensor, scale: Tensor | None, *, centred: bool) -> Tensor:
+    """Return the quantiles of the scores of neurons with the gates [N, h]. With centres the first is below zero."""
+    levels = levels_of(scores(gates.float(), scale, None))
+    if centred:
+        # A gate that is zero adds nothing, and not its mean: at tau 0 nothing may be skipped.
+        levels[0] = -1.0
+    return levels
 
 
 def scores(x: Tensor, scale: Tensor | None, centre: Tensor | None) -> Tensor:
-    """Return how much each of the values x [N, n] matters, float32."""
+    """Return how much each input of x [N, d_in] matters, float32."""
     distance = (x if centre is None else x - centre).abs()
     return distance if scale is None else distance * scale
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import surgeon.kernels.sparse_neurons  # noqa: F401  (it registers the ops)
-from surgeon.inputs.calibration import scores
+from surgeon.inputs.calibration import neuron_levels
 from surgeon.inputs.neurons import SparseNeurons, SparseNeuronsShape
 from surgeon.inputs.site import Skipping
 from surgeon.kernels.sparse_linear import kept
@@ -19,13 +19,13 @@ from surgeon.kernels.sparse_neurons import NeuronsCall, gates
 masked_neurons = torch.ops.surgeon.masked_neurons.default
 sparse_neurons = torch.ops.surgeon.sparse_neurons.default
 
-_PARAMETERS = ("gate", "b_gate", "w1", "b1", "w2", "b2", "linear")
+_PARAMETERS = ("gate", "b_gate", "w1", "b1", "w2", "b2")
 _BUFFERS = ("scale", "centre", "levels", "tau")
 
 
 @dataclass(frozen=True, eq=False)
 class SparseNeuronsSite(Skipping):
-    """A gated layer that skips the neurons near their usual gate.
+    """A gated layer that skips the neurons whose gate is near zero.
 
     path: the module path of its tensors, `encoder.layer.0.mlp.neurons`. layer: its module, in a graph one that holds
     the graph's tensors. Other fields as in `surgeon.inputs.site.SparseLinearSite`.
@@ -62,8 +62,8 @@ class SparseNeuronsSite(Skipping):
 
     @property
     def router_parameters(self) -> int:
-        """Multiply-adds for one token that are never skipped: of the gate, and of the linear map of what is usual."""
-        return self.gate_multiply_adds + (0 if self.layer.linear is None else self.layer.linear.numel())
+        """Multiply-adds for one token that are never skipped: the gate takes a router's place."""
+        return self.gate_multiply_adds
 
     @property
     def expert_multiply_adds(self) -> int:
@@ -95,11 +95,11 @@ class SparseNeuronsSite(Skipping):
 
     def kept(self, x: Tensor) -> Tensor:
         """Return which neurons tokens x [..., d_in] keep, bool [..., h]."""
-        return kept(self._gates(x), self.scale, self.centre, self.levels, self.tau)
+        return kept(self._gates(x), self.scale, None, self.levels, self.tau)
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Return how much each neuron matters to tokens x [N, d_in], float32 [N, h]."""
-        return scores(self._gates(x).float(), self.scale, self.centre)
+    def levels_on(self, x: Tensor) -> Tensor:
+        """Return the quantiles of the scores of tokens x [N, d_in], float32 [257]."""
+        return neuron_levels(self._gates(x), self.scale, centred=self.centre is not None)
 
 
 _FORMS: dict[Any, Literal["masked", "dynamic"]] = {masked_neurons: "masked", sparse_neurons: "dynamic"}

@@ -1,4 +1,4 @@
-"""A gated feed-forward layer that skips the neurons near their usual gate, as a module of a model."""
+"""A gated feed-forward layer that skips the neurons whose gate is near zero, as a module of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from surgeon.sites.ffn import FFNWeights
 class SparseNeuronsShape:
     """Everything about a `SparseNeurons` but the values of its tensors. biases: which of b1, b_gate and b2 it has.
 
-    scale, centre: whether it has scale, and centre and linear.
+    scale, centre: whether it has them.
     """
 
     d_in: int
@@ -34,10 +34,10 @@ class SparseNeuronsShape:
 
 
 class SparseNeurons(nn.Module):
-    """A gated layer that computes the neurons whose gate is far from its usual value: x [..., d_in] → [..., d_out].
+    """A gated layer that computes the neurons whose gate is far from zero: x [..., d_in] → [..., d_out].
 
     `surgeon.kernels.sparse_neurons` defines what it computes. Parameters (h neurons): gate [h, d_in], b_gate [h],
-    w1 [h, d_in], b1 [h], w2 [h, d_out], b2 [d_out], linear [d_out, d_in]. Buffers: scale [h], centre [h], levels [257],
+    w1 [h, d_in], b1 [h], w2 [h, d_out], b2 [d_out]. Buffers: scale [h], centre [h], levels [257],
     all float32, and tau, a float32 scalar in [0, 1]. Those that the layer does not have are None.
     """
 
@@ -47,7 +47,6 @@ class SparseNeurons(nn.Module):
     b1: nn.Parameter | None
     w2: nn.Parameter
     b2: nn.Parameter | None
-    linear: nn.Parameter | None
     scale: Tensor | None
     centre: Tensor | None
     levels: Tensor
@@ -66,7 +65,6 @@ class SparseNeurons(nn.Module):
             "b1": neurons if "b1" in biases else None,
             "w2": (*neurons, shape.d_out),
             "b2": (shape.d_out,) if "b2" in biases else None,
-            "linear": (shape.d_out, shape.d_in) if shape.centre else None,
         }
         for name, size in sizes.items():
             empty = None if size is None else nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -87,19 +85,15 @@ class SparseNeurons(nn.Module):
     ) -> SparseNeurons:
         """Make a layer that skips nothing yet from the weights of a gated layer, which it copies.
 
-        What is usual becomes a linear map of the input and a part of the bias.
+        What skipped neurons usually add becomes a part of the bias.
         """
         assert weights.gate is not None
         w1, b2 = weights.w1, weights.b2
-        linear: Tensor | None = None
         if centre is not None:
             # In float64, since it has to undo what the centre takes away.
-            usual = weights.w2.double() * centre.double().unsqueeze(1)
-            linear = (usual.t() @ w1.double()).to(w1.dtype)
-            if weights.b1 is not None:
-                moved = weights.b1.double() @ usual
-                b2 = (moved if b2 is None else b2.double() + moved).to(w1.dtype)
-        tensors = {**vars(weights), "b2": b2, "linear": linear}
+            moved = centre.double() @ weights.w2.double()
+            b2 = (moved if b2 is None else b2.double() + moved).to(w1.dtype)
+        tensors = {**vars(weights), "b2": b2}
         biases = tuple(name for name in ("b1", "b_gate", "b2") if tensors[name] is not None)
         (neurons, d_in), d_out = w1.shape, weights.w2.shape[1]
         shape = SparseNeuronsShape(d_in, d_out, neurons, activation, biases, scale is not None, centre is not None)
@@ -114,18 +108,15 @@ class SparseNeurons(nn.Module):
 
     def dense(self) -> FFNWeights:
         """Return the weights of the dense layer that it computes at tau 0."""
-        b2 = self.b2
-        if self.centre is not None and self.b1 is not None and b2 is not None:
-            moved = (self.centre.double() * self.b1.double()) @ self.w2.double()
-            return FFNWeights(
-                self.w1, self.b1, self.gate, self.b_gate, self.w2, (b2.double() - moved).to(self.w2.dtype)
-            )
+        b2: Tensor | None = self.b2
+        if self.centre is not None and b2 is not None:
+            b2 = (b2.double() - self.centre.double() @ self.w2.double()).to(b2.dtype)
         return FFNWeights(self.w1, self.b1, self.gate, self.b_gate, self.w2, b2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer."""
         y: Tensor = sparse_neurons(
-            x, self.gate, self.b_gate, self.w1, self.b1, self.w2, self.b2, self.linear, self.scale, self.centre,
+            x, self.gate, self.b_gate, self.w1, self.b1, self.w2, self.b2, self.scale, self.centre,
             self.levels, self.tau, self.shape.activation,
         )  # fmt: skip
         return y

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import surgeon.kernels.sparse_linear  # noqa: F401  (it registers the ops)
-from surgeon.inputs.calibration import scores
+from surgeon.inputs.calibration import levels_of, scores
 from surgeon.inputs.module import SparseLinear
 from surgeon.kernels.sparse_linear import LinearCall, kept
 
@@ -20,11 +20,11 @@ sparse_linear = torch.ops.surgeon.sparse_linear.default
 
 @dataclass(frozen=True, eq=False)
 class Skipping:
-    """A layer that skips what is near its usual value, by a threshold on its own values.
+    """A layer that skips by a threshold on its own values.
 
     path: the module path of its levels and tau. nodes: every execution in a graph.
     form: "masked" (reference op), "dynamic" (the op that reads only what it needs) or "module" (in a model).
-    tau, levels, scale, centre: as in `surgeon.kernels.sparse_linear`.
+    tau, levels, scale, centre: as in the operators of its kind.
     """
 
     path: str
@@ -104,9 +104,9 @@ class SparseLinearSite(Skipping):
         """Return which inputs of tokens x [..., d_in] are kept, bool of the same shape."""
         return kept(x, self.scale, self.centre, self.levels, self.tau)
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Return how much each input of tokens x [N, d_in] matters, float32."""
-        return scores(x.float(), self.scale, self.centre)
+    def levels_on(self, x: Tensor) -> Tensor:
+        """Return the quantiles of the scores of tokens x [N, d_in], float32 [257]."""
+        return levels_of(scores(x.float(), self.scale, self.centre))
 
 
 _FORMS: dict[Any, Literal["masked", "dynamic"]] = {masked_linear: "masked", sparse_linear: "dynamic"}

@@ -44,7 +44,7 @@ CODES = {
     "too-narrow": "Raise cost_factor, or leave the layer alone with `skip`.",
     "unknown-router": "Run the pass before the router is changed by other code.",
     "too-wide": "Leave the layer alone with `skip`, or split it into more experts if its neurons are too many.",
-    "both-activated": "For `swap-activation`: keep its activations. For `sparsify-neurons`: use centre=false.",
+    "both-activated": "Keep its activations: the layer would be no known one with another activation on one side.",
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",
     "in-op-form": "Run the pass before `lower`.",
     "has-experts": "Nothing is to be done: `refit` is for linear layers that skip inputs.",

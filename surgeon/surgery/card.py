@@ -76,7 +76,7 @@ def _what(model: Any, record: Record) -> str:
     if neurons:
         parts.append(
             f"surgeon {__version__} lets {len(neurons)} of its gated layers skip, for each token, the neurons whose "
-            f"gate is near its usual value, {neurons[0].describe} in the first. About a share tau = {_range(neurons)} "
+            f"gate is near zero, {neurons[0].describe} in the first. About a share tau = {_range(neurons)} "
             "of the neurons is skipped: 0 computes all of them."
         )
     return " ".join([*parts, "tau can be set at any time, without retraining."])

@@ -28,14 +28,15 @@ const std::string SCHEMA =
 
 // Every neuron is computed, and those that are skipped are set to zero.
 Tensor masked(ARGUMENTS) {
-  Tensor deviation = a.scalar_type() == at::kDouble ? a : a.to(at::kFloat);
-  if (centre) deviation = deviation - centre->to(deviation.scalar_type());
-  Tensor scores = deviation.to(at::kFloat).abs();
+  Tensor scores = a.to(at::kFloat).abs();
   if (scale) scores = scores * scale->to(at::kFloat);
   Tensor up = at::linear(x, w1, b1), skipped = scores <= threshold_of(levels, tau);
-  if (up_relu) up = up.relu();
-  Tensor hidden = (deviation.to(x.scalar_type()) * up).masked_fill(skipped, 0);
-  return at::linear(hidden, w2.t(), b2);
+  Tensor hidden = a * (up_relu ? up.relu() : up);
+  if (centre) {
+    auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    hidden = (hidden.to(wide) - centre->to(wide)).to(x.scalar_type());
+  }
+  return at::linear(hidden.masked_fill(skipped, 0), w2.t(), b2);
 }
 
 // Whether this is a call that the kernels take. Others, wrong ones among them, are left to torch.
@@ -64,7 +65,9 @@ Tensor few(ARGUMENTS) {
   Tensor inputs = x.contiguous(), gates = a.contiguous(), rows1 = w1.contiguous(), rows2 = w2.contiguous();
   Tensor scales = floats_of(scale), centres = floats_of(centre), bias1 = floats_of(b1);
   Tensor bias2 = b2 ? b2->contiguous() : Tensor();
-  Keeping keeping{neurons, data_of(scales), data_of(centres), threshold_of(levels, tau)};
+  // Only below a negative threshold may a gate that is kept be zero, and then every neuron is kept.
+  Keeping keeping{neurons, data_of(scales), nullptr, threshold_of(levels, tau)};
+  bool all = keeping.threshold < 0.f;
   std::vector<int32_t> place(apart);
   std::vector<float> hidden(apart * tokens), up(apart * tokens);
   int64_t count = values.select(keeping, data<T>(gates), tokens, place.data(), hidden.data(), apart);
@@ -79,8 +82,8 @@ Tensor few(ARGUMENTS) {
         float& value = hidden[t * apart + j];
         float factor = up[t * apart + j] + (bias1.defined() ? data_of(bias1)[place[j]] : 0.f);
         if (up_relu && factor < 0.f) factor = 0.f;
-        // Another token keeps it: what it is here, infinity perhaps, does not count.
-        if (value != 0.f) value *= factor;
+        // Otherwise another token keeps it, and what it is here, infinity perhaps, does not count.
+        if (all || value != 0.f) value = value * factor - (centres.defined() ? data_of(centres)[place[j]] : 0.f);
       }
   });
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end() - 1);
