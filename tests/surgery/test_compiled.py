@@ -99,7 +99,7 @@ def test_what_follows_from_weights_is_computed_once_and_tau_stays(tmp_path: Path
 @pytest.mark.parametrize("lowered", [True, False])
 @pytest.mark.parametrize(
     ("skipping", "paths"),
-    [(SparsifyInputs, {"up.inputs", "down.inputs"}), (SparsifyNeurons, {"neurons"})],
+    [(SparsifyInputs, {"up.inputs", "down.inputs"}), (SparsifyNeurons, {"gate.neurons"})],
     ids=["inputs", "neurons"],
 )
 def test_tau_of_layers_that_skip_can_be_set(skipping: Any, paths: set[str], lowered: bool, tmp_path: Path) -> None:
