@@ -10,6 +10,7 @@
 | the table of activations | `activations` |
 | what a backend offers, and the list of backends | `backends` |
 | linear layers that read only the inputs that matter: the operators, the definition | `sparse_linear` |
+| gated layers that compute only the neurons that their gate keeps: the operators, the definition | `sparse_neurons` |
 | the general backend, in torch code: every device, dtype and activation | `torch/` |
 | libraries that are built on this machine: cache, lock, checksum, compiler | `building` |
 | native kernels for CPUs, in C++ built on the machine where they run | `cpu/` |

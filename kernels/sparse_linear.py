@@ -71,6 +71,10 @@ class LinearCall(NamedTuple):
         return (*self.x.shape[:-1], self.weight.shape[0])
 
 
+# How many of the arguments autocast casts. What selects inputs is left alone.
+_CAST = LinearCall._fields.index("scale")
+
+
 # --- the definition, in torch -----------------------------------------------------------------------------------------
 
 
@@ -183,10 +187,7 @@ _library.impl("sparse_linear_torch", _sparse_linear_torch, "CompositeExplicitAut
 
 
 def _masked_linear(*given: Any) -> Tensor:
-    x = given[0]
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        given = _cast(torch.get_autocast_dtype(x.device.type), *given)
-    return _linear(_check("masked linear", *given))
+    return _linear(_check("masked linear", *autocast_to(_CAST, *given)))
 
 
 # Composite: autograd and autocast see through it, yet export keeps it as one node.
@@ -197,21 +198,27 @@ def _twin(x: Tensor, weight: Tensor, *rest: Tensor | None) -> Tensor:
     return masked_linear(x, weight.t() if weight.dim() == 2 else weight, *rest)  # type: ignore[no-any-return]
 
 
-def _cast(dtype: torch.dtype, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The arguments as autocast gives them to the products. What selects inputs is left alone."""
+def autocast_to(first: int, *given: Any) -> tuple[Any, ...]:
+    """Return arguments with the first ones as autocast gives them to products, if it is on for the device of x."""
+    device = given[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return _cast(torch.get_autocast_dtype(device), first, *given)
+    return given
 
+
+def _cast(dtype: torch.dtype, first: int, *given: Any) -> tuple[Any, ...]:
     def cast(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return tensor
         return tensor.to(dtype)
 
-    return (*(cast(tensor) for tensor in given[:3]), *given[3:])
+    return (*(cast(tensor) for tensor in given[:first]), *given[first:])
 
 
 def _autocast_rule(device_type: str) -> Callable[..., Tensor]:
     def rule(*given: Any) -> Tensor:
         with torch.autocast(device_type, enabled=False):
-            y: Tensor = sparse_linear(*_cast(torch.get_autocast_dtype(device_type), *given))
+            y: Tensor = sparse_linear(*_cast(torch.get_autocast_dtype(device_type), _CAST, *given))
         return y
 
     return rule
@@ -242,20 +249,25 @@ masked_linear = torch.ops.surgeon.masked_linear
 sparse_linear = torch.ops.surgeon.sparse_linear
 
 
-class ordinary_ops(TorchFunctionMode):  # noqa: N801  (a context manager)
-    """Inside the block, calls of the operators run ordinary ops of torch: a trace has these in their place.
+ORDINARY: dict[Any, Callable[..., Tensor]] = {
+    sparse_linear: lambda *given: _linear(_by_rows(*given)),
+    masked_linear: lambda *given: _linear(_check("masked linear", *given)),
+}
+"""What computes each operator of layers that skip inputs or neurons by ordinary ops of torch."""
 
-    Every input is read then, and a mask leaves out those that are skipped.
+
+class ordinary_ops(TorchFunctionMode):  # noqa: N801  (a context manager)
+    """Inside the block, calls of the operators in `ORDINARY` run ordinary ops of torch: a trace has these instead.
+
+    Everything is computed then, and a mask leaves out what is skipped.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (sparse_linear, sparse_linear.default):
-            return _linear(_by_rows(*args))
-        if func in (masked_linear, masked_linear.default):
-            return _linear(_check("masked linear", *args))
-        return func(*args, **(kwargs or {}))
+        operator = func.overloadpacket if isinstance(func, torch._ops.OpOverload) else func
+        ordinary = ORDINARY.get(operator) if isinstance(operator, torch._ops.OpOverloadPacket) else None
+        return func(*args, **(kwargs or {})) if ordinary is None else ordinary(*args)
 
 
 def _check(op: str, *given: Tensor | None) -> LinearCall:

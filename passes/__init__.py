@@ -26,6 +26,7 @@ _EXPORTS = {
     "SiteRefused": "contract",
     "Sparsify": "sparsify",
     "SparsifyInputs": "sparsify_inputs",
+    "SparsifyNeurons": "sparsify_neurons",
     "SwapActivation": "swap_activation",
     "TrainedPass": "trained",
     "option": "options",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from surgeon.passes.report import SiteChange as SiteChange
     from surgeon.passes.sparsify import Sparsify as Sparsify
     from surgeon.passes.sparsify_inputs import SparsifyInputs as SparsifyInputs
+    from surgeon.passes.sparsify_neurons import SparsifyNeurons as SparsifyNeurons
     from surgeon.passes.swap_activation import SwapActivation as SwapActivation
     from surgeon.passes.trained import FineTunedPass as FineTunedPass
     from surgeon.passes.trained import TrainedPass as TrainedPass

@@ -18,7 +18,7 @@ from surgeon.dynamic.site import find_dynamic
 from surgeon.exits.blocks import BlockEnd
 from surgeon.exits.site import ExitSite
 from surgeon.graph.traced import TracedGraph
-from surgeon.inputs.site import SparseLinearSite
+from surgeon.inputs.skipping import SkippingSite
 from surgeon.moe.site import MoESite, find_moes
 from surgeon.passes.options import check_values, option
 from surgeon.passes.report import SiteChange
@@ -28,13 +28,13 @@ from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_all_linears, find_ffns, find_linear_sites
 from surgeon.training.loop import FitReport, RunSettings
 
-AnySite: TypeAlias = FFN | LinearSite | MoESite | SparseLinearSite | ExitSite | BlockEnd
+AnySite: TypeAlias = FFN | LinearSite | MoESite | SkippingSite | ExitSite | BlockEnd
 Site = TypeVar("Site", bound=AnySite)
 Seen = TypeVar("Seen", default=Any)
 """What a pass has to know about a site beyond the site itself. Most passes need nothing more and get None."""
 SiteKind = Literal["ffn", "linear", "any-linear", "moe", "dynamic", "block"]
 """What a pass works on. "linear": linear layers outside feed-forward layers and heads. "any-linear": all of them.
-"dynamic": what skips work by tau: experts, linears that skip inputs, and early exits.
+"dynamic": what skips work by tau: experts, layers that skip inputs or neurons, and early exits.
 "block": places behind the blocks of a classifier, which the pass finds itself."""
 
 

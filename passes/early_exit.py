@@ -55,7 +55,7 @@ class EarlyExit(TrainedPass[BlockEnd, str]):
     name: ClassVar[str] = "early-exit"
     works_on: ClassVar[SiteKind] = "block"
     makes: ClassVar[SiteKind | None] = "dynamic"
-    must_precede: ClassVar[frozenset[str]] = frozenset({"sparsify-inputs", "lower"})
+    must_precede: ClassVar[frozenset[str]] = frozenset({"sparsify-inputs", "sparsify-neurons", "lower"})
     needs_data: ClassVar[bool] = True
     untrained: ClassVar[str] = "The heads were not trained. Run again with --data."
 

@@ -16,6 +16,7 @@ from surgeon.exits.site import ExitSite, find_exits
 from surgeon.graph.edit import emit, get_attr, merge_duplicates
 from surgeon.graph.holder import parameters_only
 from surgeon.graph.traced import TracedGraph, aten, fork, is_call, tensor_of
+from surgeon.inputs.neuron_site import SparseNeuronsSite, sparse_neurons
 from surgeon.inputs.site import SparseLinearSite, sparse_linear
 from surgeon.kernels.sparse_linear import LinearCall
 from surgeon.moe.module import MoE
@@ -34,7 +35,8 @@ class Lower(Pass[DynamicSite]):
 
     The router and the threshold become ordinary nodes of the graph; parameters and tau keep their names. Linear layers
     that skip inputs are lowered to `surgeon::sparse_linear`, which reads the rows of the inputs that are left. It gets
-    its own copy of a weight that is stored the other way round. What follows an early exit is computed for the samples
+    its own copy of a weight that is stored the other way round. Gated layers that skip neurons are lowered to
+    `surgeon::sparse_neurons`, which computes the others only. What follows an early exit is computed for the samples
     that stay: the size of the batch depends on the data from there on.
     """
 
@@ -51,6 +53,8 @@ class Lower(Pass[DynamicSite]):
     def rewrite(self, graph: TracedGraph, site: DynamicSite, seen: None) -> SiteChange:
         if isinstance(site, SparseLinearSite):
             return self._lower_inputs(graph, site)
+        if isinstance(site, SparseNeuronsSite):
+            return self._lower_neurons(site)
         if isinstance(site, ExitSite):
             return self._lower_exit(graph, site)
         names = [self._lower(graph, site, node) for node in site.nodes]
@@ -90,12 +94,25 @@ class Lower(Pass[DynamicSite]):
             with graph.graph.inserting_before(node):
                 node.update_arg(1, get_attr(graph, target))
             node.target = sparse_linear
-        count = site.multiply_adds + (site.d_out if call.bias is not None else 0)
+        count = site.parameters
         return SiteChange(
             site.path,
             "masked inputs",
             "sparse_linear",
             (count, count),
+            (site.multiply_adds, site.multiply_adds),
+            (site.output.name, site.output.name),
+            made=(site.path,),
+        )
+
+    def _lower_neurons(self, site: SparseNeuronsSite) -> SiteChange:
+        for node in site.nodes:
+            node.target = sparse_neurons
+        return SiteChange(
+            site.path,
+            "masked neurons",
+            "sparse_neurons",
+            (site.parameters, site.parameters),
             (site.multiply_adds, site.multiply_adds),
             (site.output.name, site.output.name),
             made=(site.path,),

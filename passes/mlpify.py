@@ -146,7 +146,9 @@ class Mlpify(TrainedPass[LinearSite]):
     name: ClassVar[str] = "mlpify"
     works_on: ClassVar[SiteKind] = "linear"
     makes: ClassVar[SiteKind | None] = "ffn"
-    must_precede: ClassVar[frozenset[str]] = frozenset({"sparsify", "moeify", "early-exit", "sparsify-inputs", "lower"})
+    must_precede: ClassVar[frozenset[str]] = frozenset(
+        {"sparsify", "moeify", "early-exit", "sparsify-inputs", "sparsify-neurons", "lower"}
+    )
     preserves: ClassVar[bool] = False
     needs_data: ClassVar[bool] = True
 

@@ -17,7 +17,7 @@ from surgeon.dynamic.site import DynamicSite, find_dynamic
 from surgeon.exits.site import ExitSite
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph
-from surgeon.inputs.site import SparseLinearSite
+from surgeon.inputs.site import Skipping
 from surgeon.moe.module import MoE
 from surgeon.moe.site import MoESite
 from surgeon.passes.contract import FitContext, SiteKind
@@ -48,8 +48,8 @@ class Recover(FineTunedPass[DynamicSite, str]):
     tau: float = option(0.3, "Largest tau during training. The model's own tau stays as it is.", least=0, most=1)
     skip_inputs: float = option(
         0.6,
-        "For linear layers that skip inputs: the largest share that they skip during training. A batch with little tau "
-        "skips less. The layers' own tau stays as it is.",
+        "For layers that skip inputs or neurons: the largest share that they skip during training. A batch with little "
+        "tau skips less. The layers' own tau stays as it is.",
         least=0,
         most=1,
     )
@@ -66,7 +66,7 @@ class Recover(FineTunedPass[DynamicSite, str]):
     def match(self, graph: GraphModule, site: DynamicSite) -> Rejection | None:
         if isinstance(site, ExitSite):
             return Rejection("early-exit", "samples leave there, and recover trains what every sample runs")
-        if site.form == ("masked" if isinstance(site, SparseLinearSite) else "module"):
+        if site.form == ("masked" if isinstance(site, Skipping) else "module"):
             return None
         return Rejection("in-op-form", "it is already in the graph as ops: run recover before lower")
 
@@ -78,10 +78,11 @@ class Recover(FineTunedPass[DynamicSite, str]):
 
     def rewrite(self, graph: TracedGraph, site: DynamicSite, seen: str) -> SiteChange:
         """Describe what happens to the site. Nothing is inserted: only `fit` changes anything."""
-        count = sum(parameter.numel() for parameter in graph.get_submodule(site.path).parameters())
+        if isinstance(site, Skipping):
+            count = site.parameters
+        else:
+            count = sum(parameter.numel() for parameter in graph.get_submodule(site.path).parameters())
         cost, name = site.multiply_adds, site.nodes[-1].name
-        if isinstance(site, SparseLinearSite):
-            count += cost
         return SiteChange(site.path, site.describe, seen, (count, count), (cost, cost), (name, name))
 
     def fit(self, context: FitContext[DynamicSite]) -> FitReport | None:
@@ -114,7 +115,7 @@ class Recover(FineTunedPass[DynamicSite, str]):
             return self.router_weight * mean, {"router loss": mean.item()}
 
         largest = {site.path: self.tau if isinstance(site, MoESite) else self.skip_inputs for site in sites}
-        curved = {site.path for site in sites if isinstance(site, SparseLinearSite)}
+        curved = {site.path for site in sites if isinstance(site, Skipping)}
         drawn = _DrawnTau(graph, largest, curved, context.settings.seed)
         drawn.draw(-1.0)
         try:
@@ -132,7 +133,7 @@ class Recover(FineTunedPass[DynamicSite, str]):
         finally:
             for path, tau in taus.items():
                 _tau(graph, path).copy_(tau)
-        linears = [site for site in find_dynamic(graph) if site.path in curved and isinstance(site, SparseLinearSite)]
+        linears = [site for site in find_dynamic(graph) if site.path in curved and isinstance(site, Skipping)]
         recalibrate(graph, linears, context.data, context.settings)
         return report
 

@@ -16,6 +16,7 @@ from surgeon.exits.site import ExitSite
 from surgeon.graph.edit import get_attr
 from surgeon.graph.holder import mark_holders, parameters_only
 from surgeon.graph.traced import TracedGraph, aten, is_call, tensor_of
+from surgeon.inputs.neuron_site import SparseNeuronsSite
 from surgeon.inputs.site import SparseLinearSite
 from surgeon.kernels.sparse_linear import LinearCall, kept
 from surgeon.passes.base import Pass
@@ -58,6 +59,8 @@ class Refit(Pass[DynamicSite, Tensor]):
     def match(self, graph: GraphModule, site: DynamicSite) -> Rejection | None:
         if isinstance(site, ExitSite):
             return Rejection("early-exit", "only linear layers that skip inputs are refitted, and samples leave there")
+        if isinstance(site, SparseNeuronsSite):
+            return Rejection("skips-neurons", "only linear layers that skip inputs are refitted")
         if not isinstance(site, SparseLinearSite):
             return Rejection(
                 "has-experts", "only linear layers that skip inputs are refitted, and this one has experts"

@@ -97,7 +97,9 @@ class Sparsify(FineTunedPass[FFN]):
 
     name: ClassVar[str] = "sparsify"
     works_on: ClassVar[SiteKind] = "ffn"
-    must_precede: ClassVar[frozenset[str]] = frozenset({"moeify", "early-exit", "sparsify-inputs", "lower", "quantize"})
+    must_precede: ClassVar[frozenset[str]] = frozenset(
+        {"moeify", "early-exit", "sparsify-inputs", "sparsify-neurons", "lower", "quantize"}
+    )
     preserves: ClassVar[bool] = True
     untrained: ClassVar[str] = (
         "Nothing was fine-tuned, so activations are as sparse as they were and the output is unchanged. "

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
-from surgeon.dynamic.knobs import all_inputs_read
+from surgeon.dynamic.knobs import nothing_skipped
 from surgeon.graph.edit import emit, erase_unread, get_attr, replace_value
 from surgeon.graph.holder import mark_holders
 from surgeon.graph.traced import TracedGraph, aten, free_target
-from surgeon.inputs.calibration import Calibration, calibrate, in_groups, levels_of, scores
+from surgeon.inputs.calibration import Calibration, calibrate, in_groups
 from surgeon.inputs.module import LEVELS
-from surgeon.inputs.site import SparseLinearSite, find_sparse_linears, masked_linear
+from surgeon.inputs.site import find_sparse_linears, masked_linear
+from surgeon.inputs.skipping import SkippingSite
 from surgeon.passes.base import Pass
 from surgeon.passes.contract import SiteKind, SiteRefused
 from surgeon.passes.options import PerSite, for_site, option
@@ -33,6 +34,7 @@ from surgeon.training.observe import collect_calls
 _TOKENS = 4096
 
 Criterion = Literal["weighted", "magnitude"]
+Site = TypeVar("Site", bound=SkippingSite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,19 +144,19 @@ class SparsifyInputs(Pass[LinearSite, Calibration | Rejection | None]):
 
 
 def dense_inputs(
-    graph: TracedGraph, sites: Sequence[SparseLinearSite], data: Data, settings: RunSettings, *, tokens: int = _TOKENS
-) -> Iterator[tuple[SparseLinearSite, Tensor]]:
-    """Yield every layer that skips inputs with its inputs [N, d_in] on the data, while none of them skips anything."""
+    graph: TracedGraph, sites: Sequence[Site], data: Data, settings: RunSettings, *, tokens: int = _TOKENS
+) -> Iterator[tuple[Site, Tensor]]:
+    """Yield every layer that skips with its inputs [N, d_in] on the data, while no layer skips inputs or neurons."""
     for part in in_groups(sites, tokens):
         names = {site.path: [str(node.args[0].name) for node in site.nodes] for site in part}  # type: ignore[union-attr]
-        with all_inputs_read(graph):
+        with nothing_skipped(graph):
             found = collect_calls(graph, names, data, tokens=tokens, progress=settings.progress)
         for site in part:
             yield site, found[site.path]
 
 
 @torch.no_grad()
-def recalibrate(graph: TracedGraph, sites: Sequence[SparseLinearSite], data: Data, settings: RunSettings) -> None:
-    """Measure again which scores the inputs have, so that tau stays the share that is skipped after training."""
+def recalibrate(graph: TracedGraph, sites: Sequence[SkippingSite], data: Data, settings: RunSettings) -> None:
+    """Measure again which scores inputs or neurons have, so that tau stays the share that is skipped after training."""
     for site, x in dense_inputs(graph, sites, data, settings):
-        site.levels.copy_(levels_of(scores(x.float(), site.scale, site.centre)))
+        site.levels.copy_(site.levels_on(x))

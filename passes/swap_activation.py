@@ -35,7 +35,7 @@ class SwapActivation(FineTunedPass[FFN]):
     name: ClassVar[str] = "swap-activation"
     works_on: ClassVar[SiteKind] = "ffn"
     must_precede: ClassVar[frozenset[str]] = frozenset(
-        {"sparsify", "moeify", "early-exit", "sparsify-inputs", "lower", "quantize"}
+        {"sparsify", "moeify", "early-exit", "sparsify-inputs", "sparsify-neurons", "lower", "quantize"}
     )
     preserves: ClassVar[bool] = False
     optional: ClassVar[bool] = True

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils import _pytree as pytree
 
-from surgeon.dynamic.knobs import all_inputs_read
+from surgeon.dynamic.knobs import nothing_skipped
 from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import VerificationError
 from surgeon.exits.blocks import BlockEnd
@@ -18,7 +18,7 @@ from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
-from surgeon.inputs.site import find_sparse_linears
+from surgeon.inputs.skipping import find_skipping
 from surgeon.measure.meter import Cost, LayerRun, measure
 from surgeon.passes.report import SiteChange
 from surgeon.sites.ffn import FFN
@@ -56,7 +56,7 @@ class Expected:
 
     graph: the graph. cost: of a call on the example inputs. calls: the inputs to compare on, each as (args, kwargs),
     with the output for them. tolerance: the largest relative difference to accept.
-    all_read: the outputs with all inputs read by linear layers that skip some; None if there are none.
+    all_read: the outputs with nothing skipped by layers that skip inputs or neurons; None if there are none.
     layers: the values of the sites on the example inputs, by node name; None if the graph can still be asked for them.
     """
 
@@ -83,8 +83,8 @@ def expect(
     with _evaluating(graph):
         cost, _ = measure(graph, *example)
         outputs = [call_reproducibly(graph, *call) for call in calls]
-        with all_inputs_read(graph):
-            skips = bool(find_sparse_linears(graph))
+        with nothing_skipped(graph):
+            skips = bool(find_skipping(graph))
             all_read = tuple(call_reproducibly(graph, *call) for call in calls) if skips else None
             if settings.consume and calls:
                 layers = _values(graph, [site.output.name for site in sites], example)
@@ -113,7 +113,7 @@ def verify(
     if everything:
         # What rounding moves across a threshold says nothing of the pass.
         compared = [(call, before) for (call, _), before in zip(compared, expected.all_read or (), strict=True)]
-    with _evaluating(graph), all_inputs_read(graph) if everything else contextlib.nullcontext():
+    with _evaluating(graph), nothing_skipped(graph) if everything else contextlib.nullcontext():
         for call, before in compared:
             after = call_reproducibly(graph, *call)
             errors.append(relative_error(after, before))
@@ -143,11 +143,11 @@ def _first_difference(expected: Expected, graph: TracedGraph, changes: Sequence[
     """Name the first changed site whose own output differs."""
     old = expected.layers
     if old is None:
-        with _evaluating(expected.graph), all_inputs_read(expected.graph):
+        with _evaluating(expected.graph), nothing_skipped(expected.graph):
             old = _values(expected.graph, [change.output[0] for change in changes], call)
     elif call is not expected.inputs:
         return ""
-    with all_inputs_read(graph):
+    with nothing_skipped(graph):
         new = _values(graph, [change.output[1] for change in changes], call)
     for change in changes:
         error = relative_error(new[change.output[1]], old[change.output[0]])

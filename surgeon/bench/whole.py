@@ -19,7 +19,9 @@ from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph, fork
-from surgeon.inputs.site import find_sparse_linears, sparse_linear
+from surgeon.inputs.neuron_site import masked_neurons, sparse_neurons
+from surgeon.inputs.site import sparse_linear
+from surgeon.inputs.skipping import find_skipping
 from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import executed_share, knobs_restored
@@ -117,14 +119,14 @@ def time_whole(
             "The graph has no layers that skip, so there is nothing to compare. Apply moeify or sparsify-inputs first, "
             "then lower."
         )
-    ours = _with_ops(graph, dynamic_k_ffn, sparse_linear)
+    ours = _with_ops(graph, dynamic_k_ffn, sparse_linear, sparse_neurons)
     ops = torch.ops.surgeon  # the plain graph shares tau with `ours`, as forks do
-    plain = _with_ops(graph, ops.dynamic_k_ffn_torch.default, ops.sparse_linear_torch.default)
+    plain = _with_ops(graph, ops.dynamic_k_ffn_torch.default, ops.sparse_linear_torch.default, masked_neurons)
     device = next(graph.parameters()).device
     calls: dict[str, TimedCall] = {}
     why: dict[str, str] = {}
-    if not all(site.skips for site in find_sparse_linears(graph)):
-        why["Linear layers that are not lowered read all inputs"] = "run surgeon apply with --passes lower"
+    if not all(site.skips for site in find_skipping(graph)):
+        why["Layers that are not lowered read everything"] = "run surgeon apply with --passes lower"
     done, steps = 0, 2 + len(taus) + 2 * (dense is not None)
 
     def report() -> None:
@@ -179,14 +181,16 @@ def time_whole(
     return WholeTimes(times.get("dense"), times.get("compiled"), why, settings)
 
 
-def _with_ops(graph: TracedGraph, experts: Any, linear: Any) -> TracedGraph:
-    """The graph with its experts and its lowered linear layers that skip inputs run by these operators."""
+def _with_ops(graph: TracedGraph, experts: Any, linear: Any, neurons: Any) -> TracedGraph:
+    """The graph with its experts and its lowered layers that skip inputs or neurons run by these operators."""
     copied = fork(graph)
     for node in copied.graph.nodes:
         if node.op == "call_function" and node.target in (dynamic_k_ffn, masked_ffn):
             node.target = experts
         elif node.op == "call_function" and node.target is sparse_linear:
             node.target = linear
+        elif node.op == "call_function" and node.target is sparse_neurons:
+            node.target = neurons
     copied.recompile()
     return copied.eval()
 

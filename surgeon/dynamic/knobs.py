@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from surgeon.dynamic.site import DynamicSite, find_dynamic
 from surgeon.errors import UsageError
 from surgeon.graph.patterns import first_fit, matches
-from surgeon.inputs.site import find_sparse_linears
+from surgeon.inputs.skipping import find_skipping
 from surgeon.kernels.selection import check_rule
 from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import SKIPPED_MEAN, MoE
@@ -28,8 +28,8 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None
     """Set tau, which says what each layer skips. A larger tau is cheaper, and at 0 everything runs.
 
     For the rule "max", an expert is skipped if its score is below tau times the largest score (D2DMoE, section 3.4).
-    `surgeon.kernels.selection` describes the other rules. A linear layer that skips inputs skips a share tau of them,
-    as measured on the data that it was calibrated on. The change takes effect at the next call, in every form of
+    `surgeon.kernels.selection` describes the other rules. A layer that skips inputs or neurons skips a share tau of
+    them, as measured on the data that it was calibrated on. The change takes effect at the next call, in every form of
     the layers, and needs no retraining.
 
     Args:
@@ -142,13 +142,13 @@ def set_knobs(model: nn.Module, knobs: Knobs) -> None:
 
 
 @contextlib.contextmanager
-def all_inputs_read(model: nn.Module) -> Iterator[None]:
-    """Let the linear layers that skip inputs read all of them inside the block.
+def nothing_skipped(model: nn.Module) -> Iterator[None]:
+    """Let the layers that skip inputs or neurons skip none inside the block.
 
-    Two forms of a model that agree up to rounding may skip other inputs, those that lie at a threshold, and then differ
-    by more. They are compared with all inputs read.
+    Two forms of a model that agree up to rounding may skip others, those that lie at a threshold, and then differ by
+    more. They are compared with everything read.
     """
-    taus = [(site.tau, site.tau.clone()) for site in find_sparse_linears(model)]
+    taus = [(site.tau, site.tau.clone()) for site in find_skipping(model)]
     try:
         with torch.no_grad():
             for tau, _ in taus:

@@ -1,4 +1,4 @@
-"""What skips work by tau in a model: mixtures of experts, linear layers that skip inputs, and early exits."""
+"""What skips work by tau in a model: mixtures of experts, layers that skip inputs or neurons, and early exits."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import nn
 from torch.fx import GraphModule
 
 from surgeon.exits.site import ExitSite, find_exits
-from surgeon.inputs.site import SparseLinearSite, find_sparse_linears
+from surgeon.inputs.skipping import SkippingSite, find_skipping
 from surgeon.moe.site import MoESite, find_moes
 
-DynamicSite: TypeAlias = MoESite | SparseLinearSite | ExitSite
+DynamicSite: TypeAlias = MoESite | SkippingSite | ExitSite
 
 
 def find_dynamic(model: nn.Module) -> list[DynamicSite]:
     """Return every layer that has a tau, in topological order of a graph, or in the order of a model's modules."""
-    found: list[DynamicSite] = [*find_moes(model), *find_sparse_linears(model), *find_exits(model)]
+    found: list[DynamicSite] = [*find_moes(model), *find_skipping(model), *find_exits(model)]
     if isinstance(model, GraphModule):
         place = {node: index for index, node in enumerate(model.graph.nodes)}
         return sorted(found, key=lambda site: place[site.logits if isinstance(site, ExitSite) else site.nodes[0]])

@@ -38,7 +38,7 @@ class ExitSite:
 
     # What a layer with experts has for every token. Here samples leave, and `surgeon.measure.meter` counts what the
     # rest of the model costs.
-    router_parameters = 0
+    router_parameters = gate_multiply_adds = 0
     counts_skipped = True
     expert_multiply_adds = 0
     multiply_adds = 0

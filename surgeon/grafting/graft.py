@@ -35,8 +35,11 @@ from surgeon.grafting.unsplit import unsplit
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.module import SparseLinear
+from surgeon.inputs.neuron_site import find_sparse_neurons
+from surgeon.inputs.neurons import SparseNeurons
 from surgeon.inputs.rebuild import linear_module
 from surgeon.inputs.site import find_sparse_linears
+from surgeon.inputs.skipping import find_skipping
 from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import MoE
 from surgeon.moe.rebuild import moe_module
@@ -152,7 +155,12 @@ def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Co
     options = {
         change.path: dict(report.options) for report in reports if report.name == "mlpify" for change in report.sites
     }
-    experts = {change.path: change.made for report in reports if report.name == "moeify" for change in report.sites}
+    experts = {
+        change.path: change.made
+        for report in reports
+        if report.name in ("moeify", "sparsify-neurons")
+        for change in report.sites
+    }
     inputs = {
         change.path: change.made for report in reports if report.name == "sparsify-inputs" for change in report.sites
     }
@@ -197,6 +205,7 @@ def _modules(graph: TracedGraph, placed: Iterable[_Converted]) -> dict[str, nn.M
     """Make the module of every layer from the graph, by the place it goes to."""
     moes = {site.path: site for site in find_moes(graph)}
     inputs = {site.path: site for site in find_sparse_linears(graph)}
+    neurons = {site.path: site.layer for site in find_sparse_neurons(graph)}
     ffns = {site.path: site for site in find_ffns(graph)[0]}
 
     def part(path: str) -> nn.Module:
@@ -204,6 +213,8 @@ def _modules(graph: TracedGraph, placed: Iterable[_Converted]) -> dict[str, nn.M
             return moe_module(graph, moes[path])
         if path in inputs:
             return linear_module(graph, inputs[path])
+        if path in neurons:
+            return neurons[path]
         if path not in ffns and any(other.startswith(f"{path}.") for other in inputs):
             raise UsageError(
                 f"The layer '{path}' was replaced, and linear layers inside of it skip inputs. A model has no place "
@@ -232,10 +243,13 @@ def _earlier(graph: TracedGraph, model: nn.Module) -> dict[str, nn.Module]:
         for site in find_moes(graph)
         if isinstance(known.get(site.path), MoE | Int8MoE)
     }
-    return found | {
+    found |= {
         site.path: linear_module(graph, site)
         for site in find_sparse_linears(graph)
         if isinstance(known.get(site.path), SparseLinear)
+    }
+    return found | {
+        site.path: site.layer for site in find_sparse_neurons(graph) if isinstance(known.get(site.path), SparseNeurons)
     }
 
 
@@ -404,11 +418,11 @@ def _names(module: nn.Module) -> list[str]:
 def _verify(made: nn.Module, graph: TracedGraph, calls: list[Call], refused: Sequence[Rejection]) -> None:
     """Compare the grafted model with the graph. If a layer stayed dense, both run all experts.
 
-    Both read all inputs of linear layers. Of millions of inputs some are so near a threshold that rounding decides.
+    Both skip no inputs and no neurons. Of millions some are so near a threshold that rounding decides.
     """
     knobs = [(part, get_knobs(part)) for part in (made, graph) if find_dynamic(part)]
     for part, _ in knobs:
-        set_tau(part, {site.path: 0.0 for site in (find_dynamic(part) if refused else find_sparse_linears(part))})
+        set_tau(part, {site.path: 0.0 for site in (find_dynamic(part) if refused else find_skipping(part))})
     try:
         for training in (False, True):
             if training and graph.meta["trace"].form == "eval":

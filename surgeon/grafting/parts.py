@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.inputs.module import SparseLinear, SparseLinearShape
+from surgeon.inputs.neurons import SparseNeurons, SparseNeuronsShape
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import Experts, hidden
 from surgeon.moe.int8 import Int8MoE
@@ -38,7 +39,7 @@ class MLPShape:
     biases: tuple[str, ...]
 
 
-PartShape: TypeAlias = MoEShape | MLPShape | SparseLinearShape
+PartShape: TypeAlias = MoEShape | MLPShape | SparseLinearShape | SparseNeuronsShape
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ def _empty_part(shape: PartShape, *, device: torch.device | str | None, dtype: t
         return MLP(shape, device=device, dtype=dtype)
     if isinstance(shape, SparseLinearShape):
         return SparseLinear(shape, device=device, dtype=dtype)
+    if isinstance(shape, SparseNeuronsShape):
+        return SparseNeurons(shape, device=device, dtype=dtype)
     if shape.form == "int8":
         return Int8MoE.empty(shape, device=device)
     return MoE.empty(shape, device=device, dtype=dtype)
@@ -199,7 +202,7 @@ def layer_of(module: nn.Module) -> Layer:
 
 
 def _part(module: nn.Module) -> PartShape:
-    assert isinstance(module, MoE | Int8MoE | MLP | SparseLinear)
+    assert isinstance(module, MoE | Int8MoE | MLP | SparseLinear | SparseNeurons)
     return module.shape
 
 

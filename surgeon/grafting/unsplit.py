@@ -1,13 +1,15 @@
-"""Give a layer that stays dense the weights of what passes made of it: `moeify` and `sparsify-inputs`, backwards."""
+"""Give a layer that stays dense the weights of what passes made of it: what they did, backwards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgeon.graph.traced import TracedGraph
+from surgeon.inputs.neuron_site import find_sparse_neurons
 from surgeon.inputs.rebuild import dense_weights
 from surgeon.inputs.site import find_sparse_linears
 from surgeon.moe.filling import neurons_of_experts
@@ -15,7 +17,7 @@ from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import MoE
 from surgeon.moe.rebuild import moe_module
 from surgeon.moe.site import find_moes
-from surgeon.sites.ffn import FFN
+from surgeon.sites.ffn import FFN, FFNWeights
 from surgeon.sites.linear import Linear
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.nonlinearity import Nonlinearity
@@ -33,29 +35,35 @@ def unsplit(graph: TracedGraph, model: nn.Module, sites: Mapping[str, FFN | Line
     """
     moes = {site.path: site for site in find_moes(graph)}
     inputs = {site.path: site for site in find_sparse_linears(graph)}
+    neurons = {site.path: site.layer for site in find_sparse_neurons(graph)}
+    own = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Parameter] = {}
     for path, site in sites.items():
         if path in inputs and isinstance(site, LinearSite):
             found |= _dense(site.calls[0], *dense_weights(graph, inputs[path]), graph, model)
             continue
-        if path not in moes or not isinstance(site, FFN):
+        if not isinstance(site, FFN):
             continue
-        layer, modules = moe_module(graph, moes[path]), dict(model.named_modules(remove_duplicate=False))
+        weights = None
+        if path in moes:
+            weights = _joined(site, moe_module(graph, moes[path]))
+        elif path in neurons and _same(site, neurons[path].shape.activation, gated=True):
+            weights = neurons[path].dense()
+        modules = dict(model.named_modules(remove_duplicate=False))
         *ups, down = [linear.path for linear in site.linears]
-        if any(type(modules.get(name)) is not nn.Linear for name in (*ups, down)) or not _same(site, layer):
+        if weights is None or any(type(modules.get(name)) is not nn.Linear for name in (*ups, down)):
             continue
         # The gate comes first among a gated layer's linear layers.
-        weights = layer.weights
         rows = [(weights.w1, weights.b1)]
         if weights.gate is not None:
             rows.insert(0, (weights.gate, weights.b_gate))
-        found[f"{down}.weight"] = nn.Parameter(_neurons(layer, weights.w2).t().contiguous())
-        if layer.b2 is not None:
-            found[f"{down}.bias"] = nn.Parameter(layer.b2.detach())
+        found[f"{down}.weight"] = nn.Parameter(weights.w2.detach().t().contiguous())
+        if weights.b2 is not None and f"{down}.bias" in own:
+            found[f"{down}.bias"] = nn.Parameter(weights.b2.detach())
         for name, (weight, bias) in zip(ups, rows, strict=True):
-            found[f"{name}.weight"] = nn.Parameter(_neurons(layer, weight))
+            found[f"{name}.weight"] = nn.Parameter(weight.detach())
             if bias is not None:
-                found[f"{name}.bias"] = nn.Parameter(_neurons(layer, bias))
+                found[f"{name}.bias"] = nn.Parameter(bias.detach())
     return found
 
 
@@ -74,9 +82,19 @@ def _dense(
     }
 
 
-def _same(site: FFN, layer: MoE | Int8MoE) -> bool:
-    """Whether a layer of experts is the dense layer but for its weights."""
-    return site.nonlinearity == Nonlinearity(layer.activation, layer.gate is not None, site.nonlinearity.gate_leaf)
+def _same(site: FFN, activation: str, *, gated: bool) -> bool:
+    """Whether a converted layer is the dense layer but for its weights."""
+    return site.nonlinearity == Nonlinearity(activation, gated, site.nonlinearity.gate_leaf)
+
+
+def _joined(site: FFN, layer: MoE | Int8MoE) -> FFNWeights | None:
+    """The weights of a layer's experts as those of one layer; None if it is not the dense layer but for its weights."""
+    if not _same(site, layer.activation, gated=layer.gate is not None):
+        return None
+    parts: dict[str, Any] = {
+        name: None if part is None else _neurons(layer, part) for name, part in layer.weights._asdict().items()
+    }
+    return FFNWeights(**parts, b2=layer.b2)
 
 
 def _neurons(layer: MoE | Int8MoE, values: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Linear layers that read only the inputs that matter: sites, calibration and modules."""
+"""Layers that skip inputs or neurons by a threshold on their own values: sites, calibration and modules."""

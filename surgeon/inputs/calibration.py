@@ -3,6 +3,9 @@
 An input is skipped if |x - centre| · scale is at most a threshold. The centre then takes its place, so that the best
 centre is the mean of the values that are skipped. It depends on the threshold, and the threshold on it: they are found
 in turn, for the threshold that skips half of all inputs.
+
+A neuron of a gated layer is skipped if |its gate| · scale is at most a threshold. Its centre is the mean of what it
+adds to the hidden values where the threshold that skips half of all neurons skips it.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def in_groups(layers: Sequence[Layer], tokens: int) -> list[list[Layer]]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a layer knows about its inputs. scale, centre: [d_in] or None. levels: quantiles of the scores, [257]."""
+    """What a layer knows about its inputs or neurons. scale, centre: one of each, or None. levels: of scores, [257]."""
 
     scale: Tensor | None
     centre: Tensor | None
@@ -72,6 +75,37 @@ def calibrate(x: Tensor, weight: Tensor, *, weighted: bool, centred: bool) -> Ca
     scale = weight.float().norm(dim=0) if weighted else None
     centre = _centre(x, scale) if centred else None
     return Calibration(scale, centre, levels_of(scores(x, scale, centre)))
+
+
+@torch.no_grad()
+def calibrate_neurons(gates: Tensor, up: Tensor, w2: Tensor, *, weighted: bool, centred: bool) -> Calibration:
+    """Calibrate a gated layer on its neurons.
+
+    An error e of the gate of neuron i changes the output by e · up_i · w2_i. If the errors of neurons do not depend on
+    each other, the expected square of the output's error is the sum of the squares of e_i · rms(up_i) · |w2_i|.
+
+    Args:
+        gates, up: the activated gates and the other factors on the data, [N, h], floating. w2: [h, d_out].
+        weighted: multiply scores by rms(up_i) · |w2_i|. CHESS (arXiv 2409.01366) takes the mean of |up_i| alone, CATS
+            (arXiv 2404.08763) nothing.
+        centred: let what is skipped add its mean.
+    """
+    up, count = up.float(), gates.shape[0]
+    scale = up.square().mean(0).sqrt() * w2.float().norm(dim=1) if weighted else None
+    levels, centre = neuron_levels(gates, scale, centred=centred), None
+    if centred:
+        skipped = scores(gates.float(), scale, None) <= levels[len(levels) // 2]
+        centre = torch.where(skipped, gates.float() * up, 0.0).sum(0) / skipped.sum(0).clamp(1, count)
+    return Calibration(scale, centre, levels)
+
+
+def neuron_levels(gates: Tensor, scale: Tensor | None, *, centred: bool) -> Tensor:
+    """Return the quantiles of the scores of neurons with the gates [N, h]. With centres the first is below zero."""
+    levels = levels_of(scores(gates.float(), scale, None))
+    if centred:
+        # A gate that is zero adds nothing, and not its mean: at tau 0 nothing may be skipped.
+        levels[0] = -1.0
+    return levels
 
 
 def scores(x: Tensor, scale: Tensor | None, centre: Tensor | None) -> Tensor:

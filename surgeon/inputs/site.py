@@ -1,50 +1,79 @@
-"""A linear layer that skips inputs, in a graph or in a model: its place, its form and its cost."""
+"""A layer that skips by a threshold on its own values, in a graph or in a model: its place, its form and its cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import surgeon.kernels.sparse_linear  # noqa: F401  (it registers the ops)
+from surgeon.inputs.calibration import levels_of, scores
 from surgeon.inputs.module import SparseLinear
-from surgeon.kernels.sparse_linear import LinearCall
+from surgeon.kernels.sparse_linear import LinearCall, kept
 
 masked_linear = torch.ops.surgeon.masked_linear.default
 sparse_linear = torch.ops.surgeon.sparse_linear.default
 
 
 @dataclass(frozen=True, eq=False)
-class SparseLinearSite:
-    """A linear layer that skips the inputs near their usual value.
+class Skipping:
+    """A layer that skips by a threshold on its own values.
 
-    path: the module path of its levels and tau, `encoder.layer.0.query.inputs`. nodes: every execution in a graph.
+    path: the module path of its levels and tau. nodes: every execution in a graph.
     form: "masked" (reference op), "dynamic" (the op that reads only what it needs) or "module" (in a model).
-    tau, levels, scale, centre: as in `surgeon.kernels.sparse_linear`. biased: whether it has a bias.
+    tau, levels, scale, centre: as in the operators of its kind.
     """
 
     path: str
     form: Literal["masked", "dynamic", "module"]
     nodes: tuple[Node, ...]
-    d_in: int
-    d_out: int
     tau: Tensor
     levels: Tensor
     scale: Tensor | None
     centre: Tensor | None
-    biased: bool
 
-    # As a mixture of experts has them: every input is an expert of one row of the weight, and there is no router.
-    router_parameters = 0
+    unit: ClassVar[str]
+    """What it skips, in words."""
     counts_skipped = True
 
     @property
     def output(self) -> Node:
         """Its value in the last of its executions."""
         return self.nodes[-1]
+
+    @property
+    def skips(self) -> bool:
+        """Whether what is not needed is not read."""
+        return self.form != "masked"
+
+    @property
+    def shown_form(self) -> str:
+        """The form, for tables."""
+        return self.form
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLinearSite(Skipping):
+    """A linear layer that skips the inputs near their usual value.
+
+    path: such as `encoder.layer.0.query.inputs`. biased: whether it has a bias.
+    """
+
+    d_in: int
+    d_out: int
+    biased: bool
+
+    unit = "inputs"
+    # As a mixture of experts has them: every input is an expert of one row of the weight, and there is no router.
+    router_parameters = gate_multiply_adds = 0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Input and output."""
+        return self.d_in, self.d_out
 
     @property
     def costs(self) -> list[int]:
@@ -62,19 +91,22 @@ class SparseLinearSite:
         return self.d_in * self.d_out
 
     @property
-    def skips(self) -> bool:
-        """Whether inputs that are not needed are not read."""
-        return self.form != "masked"
-
-    @property
-    def shown_form(self) -> str:
-        """The form, for tables."""
-        return self.form
+    def parameters(self) -> int:
+        """The number of weights, and of biases."""
+        return self.multiply_adds + (self.d_out if self.biased else 0)
 
     @property
     def describe(self) -> str:
         """`768 inputs → 3072`."""
         return f"{self.d_in} inputs → {self.d_out}"
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Return which inputs of tokens x [..., d_in] are kept, bool of the same shape."""
+        return kept(x, self.scale, self.centre, self.levels, self.tau)
+
+    def levels_on(self, x: Tensor) -> Tensor:
+        """Return the quantiles of the scores of tokens x [N, d_in], float32 [257]."""
+        return levels_of(scores(x.float(), self.scale, self.centre))
 
 
 _FORMS: dict[Any, Literal["masked", "dynamic"]] = {masked_linear: "masked", sparse_linear: "dynamic"}
@@ -85,8 +117,8 @@ def find_sparse_linears(model: nn.Module) -> list[SparseLinearSite]:
     if not isinstance(model, GraphModule):
         return [
             SparseLinearSite(
-                path, "module", (), module.shape.d_in, module.shape.d_out, module.tau, module.levels, module.scale,
-                module.centre, module.bias is not None,
+                path, "module", (), module.tau, module.levels, module.scale, module.centre, module.shape.d_in,
+                module.shape.d_out, module.bias is not None,
             )
             for path, module in model.named_modules()
             if isinstance(module, SparseLinear)
@@ -108,7 +140,7 @@ def _site(graph: GraphModule, path: str, nodes: list[Node]) -> SparseLinearSite:
     assert isinstance(weight, Node)
     rows, columns = weight.meta["val"].shape
     d_out, d_in = (int(rows), int(columns)) if form == "masked" else (int(columns), int(rows))
-    optional = {name: getattr(holder, name, None) for name in ("scale", "centre")}
+    scale, centre = (getattr(holder, name, None) for name in ("scale", "centre"))
     return SparseLinearSite(
-        path, form, tuple(nodes), d_in, d_out, holder.tau, holder.levels, **optional, biased=call.bias is not None
+        path, form, tuple(nodes), holder.tau, holder.levels, scale, centre, d_in, d_out, call.bias is not None
     )

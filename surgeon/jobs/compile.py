@@ -10,7 +10,7 @@ from pathlib import Path
 from surgeon.dynamic.knobs import compensated
 from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
-from surgeon.inputs.site import find_sparse_linears
+from surgeon.inputs.skipping import find_skipping
 from surgeon.jobs.open_model import Opened
 from surgeon.surgery.compiled import LIBRARY, MODEL, check_directory, compile_graph, keeps_operator
 from surgeon.surgery.record import read_record
@@ -64,7 +64,7 @@ def compile_saved(
     notes = []
     if not all(site.skips for site in sites):
         notes.append("The surgery is not lowered, so nothing is skipped. Run surgeon apply with --passes lower on it.")
-    elif find_sparse_linears(opened.graph) and not keeps_operator(opened.graph):
+    elif find_skipping(opened.graph) and not keeps_operator(opened.graph):
         notes.append("Linear layers read all inputs and mask some, because the native kernels do not run here.")
     if compensated(opened.graph):
         notes.append(

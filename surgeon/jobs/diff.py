@@ -8,7 +8,7 @@ from surgeon.errors import first_line
 from surgeon.graph.agreement import call_reproducibly, relative_error
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.snapshot import GraphDiff, compare_unrelated, snapshot
-from surgeon.inputs.site import find_sparse_linears
+from surgeon.inputs.skipping import find_skipping
 from surgeon.jobs.inspect import outside_experts
 from surgeon.jobs.open_model import Opened
 from surgeon.measure.meter import Cost, measure
@@ -77,8 +77,8 @@ def _sides(opened: Opened) -> dict[str, SiteSide]:
         count = sum(sizes.values()) or sum(parameter.numel() for parameter in experts.parameters())
         side = SiteSide(site.describe, count, site.multiply_adds, layers[site.path].share)
         found[site.path.rpartition(".")[0]] = side
-    for linear in find_sparse_linears(graph):
-        count = linear.multiply_adds + (linear.d_out if linear.biased else 0)
-        side = SiteSide(linear.describe, count, linear.multiply_adds, layers[linear.path].share)
-        found[linear.path.removesuffix(".inputs")] = side
+    for skipping in find_skipping(graph):
+        parameters, multiply_adds = skipping.parameters, skipping.multiply_adds
+        side = SiteSide(skipping.describe, parameters, multiply_adds, layers[skipping.path].share)
+        found[skipping.path.rpartition(".")[0]] = side
     return found

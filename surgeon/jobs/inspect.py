@@ -15,7 +15,7 @@ from surgeon.graph.capture import Capture
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import TracedGraph
-from surgeon.inputs.site import find_sparse_linears
+from surgeon.inputs.skipping import find_skipping
 from surgeon.jobs.open_model import Opened
 from surgeon.measure.meter import Cost, measure
 from surgeon.moe.site import find_moes
@@ -56,7 +56,8 @@ class FFNLayer(Layer):
 class DynamicLayer(Layer):
     """A layer that skips by tau. form: as its site shows it. executed: share that ran.
 
-    Its shape is (experts, neurons each), (d_in, d_out) of a linear layer that skips inputs, or (classes,) of an early
+    Its shape is (experts, neurons each), (d_in, d_out) of a linear layer that skips inputs,
+    (d_in, neurons, d_out) of a layer that skips neurons, or (classes,) of an early
     exit, whose share is that of what follows up to the next one.
     """
 
@@ -82,7 +83,7 @@ class Takes:
 class Inspection:
     """What `surgeon inspect` found. refused: (path, reason) of candidates that are not feed-forward layers.
 
-    skipping: the linear layers that skip inputs. exits: the places where samples leave.
+    skipping: the layers that skip inputs or neurons. exits: the places where samples leave.
     takes: the inputs with their shapes and what stands for one that is left out, such as "mask[batch, tokens] or
     ones(int64)", and the range of each size in these.
     graph: lines of the graph as (module path, line), if asked for.
@@ -141,7 +142,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
             for ffn in ffns
         ],
         [dynamic(site, (site.experts, site.size)) for site in find_moes(graph)],
-        [dynamic(site, (site.d_in, site.d_out)) for site in find_sparse_linears(graph)],
+        [dynamic(site, site.widths) for site in find_skipping(graph)],
         [dynamic(site, (site.classes,)) for site in find_exits(graph)],
         [
             Layer(linear.path, (linear.d_in, linear.d_out), sum(work[part] for part in linear.calls) / whole)

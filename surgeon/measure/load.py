@@ -53,14 +53,17 @@ class Spread:
 class LayerLoad:
     """What the tokens use of one layer.
 
+    unit: what it skips: "experts", "inputs" or "neurons".
     experts, neurons: how many it has, without filling. executed: how many experts a token runs. histogram: the number
-        of tokens that run 0, 1, ..., all experts. A linear layer that skips inputs has one expert for each input.
+        of tokens that run 0, 1, ..., all experts. A layer that skips inputs or
+        neurons has one expert for each of them.
     active: how many neurons of a token have an activation above a hundredth of the token's largest, as
         `surgeon.training.penalty.Sparsity` counts them, whether or not their expert runs.
-    neurons, active: None for a linear layer that skips inputs, which has no neurons.
+    neurons, active: None for a layer that skips inputs or neurons, which has no experts.
     """
 
     path: str
+    unit: str
     tokens: int
     experts: int
     executed: Spread
@@ -101,7 +104,8 @@ class _Taken:
     """Counts tokens by the experts or inputs they ran and by the neurons they activated."""
 
     def __init__(self, site: DynamicSite) -> None:
-        self.experts = len(site.costs)
+        assert not isinstance(site, ExitSite)
+        self.unit, self.experts = site.unit, len(site.costs)
         self.ran = torch.zeros(self.experts + 1, dtype=torch.int64)
         self.neurons = _Neurons(site) if isinstance(site, MoESite) else None
 
@@ -113,7 +117,7 @@ class _Taken:
 
     def load(self, path: str) -> LayerLoad:
         histogram = tuple(self.ran.tolist())
-        made = LayerLoad(path, sum(histogram), self.experts, Spread.of(self.ran), histogram)
+        made = LayerLoad(path, self.unit, sum(histogram), self.experts, Spread.of(self.ran), histogram)
         if self.neurons is None:
             return made
         return replace(made, neurons=self.neurons.count, active=Spread.of(self.neurons.active))

@@ -27,12 +27,12 @@ from surgeon.errors import UsageError
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
 from surgeon.graph.traced import tensor_key
-from surgeon.inputs.site import SparseLinearSite
+from surgeon.inputs.site import Skipping
+from surgeon.inputs.skipping import SkippingSite
 from surgeon.kernels.dynamic_k import selected
 from surgeon.kernels.early_exit import exit_or, leaves
 from surgeon.kernels.int8 import route
 from surgeon.kernels.int8_arguments import Int8Call
-from surgeon.kernels.sparse_linear import kept
 from surgeon.measure.multiply_adds import Counter
 from surgeon.moe.int8 import parameter_sizes
 from surgeon.moe.module import MoE
@@ -48,7 +48,8 @@ class LayerRun:
     pairs, ran: the number of expert-token pairs, and how many of them ran. multiply_adds, executed_multiply_adds:
     those of all pairs, and of the pairs that ran; filling neurons do not count. tokens: the number of tokens.
     computed: multiply-adds of the experts that a counter saw, filling, padding and samples that had left included.
-    per_token: multiply-adds of the router per token. seconds: time spent in the experts.
+    per_token: multiply-adds of the router, or of a gate, per token. gate: those of the gate alone, which the dense
+    layer has too. seconds: time spent in the experts.
     """
 
     pairs: int = 0
@@ -58,6 +59,7 @@ class LayerRun:
     computed: int = 0
     tokens: int = 0
     per_token: int = 0
+    gate: int = 0
     seconds: float = 0.0
 
     @property
@@ -125,8 +127,8 @@ def clock(device: torch.device) -> float:
 def token_load(model: nn.Module, inputs: Any) -> Tensor:
     """Measure how much of the experts each token runs, from 0 to 1: Σ cost of those that ran / Σ cost of all.
 
-    The sums are over the layers (D2DMoE, load maps of its section on spatial load). Inputs that linear layers can skip
-    count like experts.
+    The sums are over the layers (D2DMoE, load maps of its section on spatial load). Inputs and neurons that layers can
+    skip count like experts.
 
     Args:
         inputs: the inputs of one call: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
@@ -171,7 +173,10 @@ class ExpertMeter:
         """
         self.module, self.oracle = model, oracle
         self.sites: dict[str, DynamicSite] = {site.path: site for site in find_dynamic(model)}
-        self.layers = {path: LayerRun(per_token=site.router_parameters) for path, site in self.sites.items()}
+        self.layers = {
+            path: LayerRun(per_token=site.router_parameters, gate=site.gate_multiply_adds)
+            for path, site in self.sites.items()
+        }
         self.token_mask: Callable[[Sequence[int]], Tensor | None] | None = None
         self.stay: Tensor | None = None
         self.on_selection: Callable[[DynamicSite, Tensor], None] | None = None
@@ -203,8 +208,8 @@ class ExpertMeter:
 
     def _forward(self, site: DynamicSite, module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         assert not isinstance(site, ExitSite), "only graphs have early exits"
-        if isinstance(site, SparseLinearSite):
-            return self.linear(site, x, lambda: forward(x))
+        if isinstance(site, Skipping):
+            return self.skipping(site, x, lambda: forward(x))
         return self.layer(site, x, lambda: module.route(x), lambda: forward(x), lambda: module.output_bias)
 
     def layer(
@@ -227,10 +232,10 @@ class ExpertMeter:
                 return masked_ffn(x, scores, threshold, *site.weights, b2(), site.activation)  # type: ignore[no-any-return]
         return self._timed(site, x, run)
 
-    def linear(self, site: SparseLinearSite, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        """Run one linear layer that skips inputs and count those that it keeps. run: runs it."""
+    def skipping(self, site: SkippingSite, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """Run one layer that skips inputs or neurons and count those that it keeps. run: runs it."""
         with _disable_current_modes(), torch.no_grad():
-            self._count(site, x, kept(x, site.scale, site.centre, site.levels, site.tau))
+            self._count(site, x, site.kept(x))
         return self._timed(site, x, run)
 
     def _timed(self, site: DynamicSite, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
@@ -256,7 +261,7 @@ class ExpertMeter:
         layer.multiply_adds += multiply_adds
         layer.executed_multiply_adds += multiply_adds * int(self.stay.sum()) // max(1, len(self.stay))
 
-    def _count(self, site: MoESite | SparseLinearSite, x: Tensor, ran: Tensor) -> None:
+    def _count(self, site: MoESite | SkippingSite, x: Tensor, ran: Tensor) -> None:
         if not (self.oracle and isinstance(site, MoESite)):  # what stands in for the layer then is not counted
             pairs = ran.numel() if site.counts_skipped else int(ran.sum())
             self.layers[site.path].computed += pairs * site.expert_multiply_adds
@@ -347,10 +352,10 @@ class _GraphRun(Interpreter):
         return result
 
     def _metered(
-        self, site: MoESite | SparseLinearSite, n: Node, args: tuple[Any, ...], run: Callable[[], Tensor]
+        self, site: MoESite | SkippingSite, n: Node, args: tuple[Any, ...], run: Callable[[], Tensor]
     ) -> Tensor:
-        if isinstance(site, SparseLinearSite):
-            return self.meter.linear(site, args[0], run)
+        if isinstance(site, Skipping):
+            return self.meter.skipping(site, args[0], run)
         if site.form == "module":
             moe = self.submodules[str(n.target)]
             assert isinstance(moe, MoE)

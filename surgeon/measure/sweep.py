@@ -253,7 +253,8 @@ def layers_share(layers: Mapping[str, LayerRun], dense: Mapping[str, float] | No
     """
     dense = dense or {}
     everything = sum(
-        layer.tokens * dense[path] if path in dense else layer.multiply_adds for path, layer in layers.items()
+        layer.tokens * dense[path] if path in dense else layer.multiply_adds + layer.tokens * layer.gate
+        for path, layer in layers.items()
     )
     ran = sum(layer.executed_multiply_adds + layer.tokens * layer.per_token for layer in layers.values())
     return ran / everything if everything else 1.0

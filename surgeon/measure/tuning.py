@@ -31,7 +31,7 @@ from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs
-from surgeon.inputs.site import SparseLinearSite
+from surgeon.inputs.site import Skipping
 from surgeon.measure.allocation import Option, allocate, interpolated, monotone
 from surgeon.measure.meter import ExpertMeter, LayerRun, measure
 from surgeon.measure.sweep import knobs_restored, run_batches, time_settings
@@ -179,8 +179,8 @@ class Tuner:
         if not self._batches:
             raise DataError("There is no data to tune on: no batches were given.")
         self._layers = [site.path for site in sites]
-        inputs_alone = all(isinstance(site, SparseLinearSite) for site in sites)
-        self._curved = set() if inputs_alone else {site.path for site in sites if isinstance(site, SparseLinearSite)}
+        inputs_alone = all(isinstance(site, Skipping) for site in sites)
+        self._curved = set() if inputs_alone else {site.path for site in sites if isinstance(site, Skipping)}
         self._alone: dict[str, list[Option]] | None = None
         self._done, self._total = 0, 0
         with knobs_restored(graph):

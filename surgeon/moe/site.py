@@ -45,6 +45,10 @@ class MoESite:
     filling: int = 0
     x_scale: Tensor | None = None
 
+    unit = "experts"
+    # A gate belongs to its neurons, and is skipped with them.
+    gate_multiply_adds = 0
+
     @property
     def weights(self) -> Experts:
         """The experts' weights; in an int8 layer the numbers that they stand for, made anew at every use."""

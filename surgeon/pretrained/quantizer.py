@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from surgeon.errors import LoadError, UsageError, some
 from surgeon.grafting.parts import GRAFT, Graft, Layer, MLPShape, Plan, empty_layer, plan_of, put
 from surgeon.inputs.module import SparseLinearShape
+from surgeon.inputs.neurons import SparseNeuronsShape
 from surgeon.kernels.panels import PLACES
 from surgeon.moe.module import MoEShape
 from surgeon.pretrained.register import METHOD
@@ -81,7 +82,7 @@ def _check(plan: Plan) -> None:
                 faults += ["float8"] * (part.float8 and (part.form != "int8" or part.group is not None))
                 sizes |= {"shared + 1": part.shared + 1, "filling + 1": part.filling + 1}
                 sizes |= {"experts * size - filling": part.experts * part.size - part.filling}
-            elif isinstance(part, MLPShape):
+            elif isinstance(part, MLPShape | SparseNeuronsShape):
                 sizes["neurons"] = part.neurons
             faults += [f"{name} {value}" for name, value in sizes.items() if value < 1]
         if faults:

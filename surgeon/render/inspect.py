@@ -28,7 +28,8 @@ def inspection_view(found: Inspection) -> RenderableType:
     lines += [indented(table), Text("")]
     for layers, called, between in (
         (found.experts, "expert layer", " × "),
-        (found.skipping, "input-skipping linear layer", "→"),
+        ([layer for layer in found.skipping if len(layer.shape) == 2], "input-skipping linear layer", "→"),
+        ([layer for layer in found.skipping if len(layer.shape) == 3], "neuron-skipping layer", "→"),
         (found.exits, "early exit", ", "),
     ):
         if layers:

@@ -51,8 +51,7 @@ def _layers(layers: Sequence[LayerLoad]) -> RenderableType:
 
 def _kinds(layers: Sequence[LayerLoad]) -> str:
     """What the layers run: `experts`, `inputs`, or `experts, inputs`."""
-    found = {"experts": any(layer.active for layer in layers), "inputs": any(not layer.active for layer in layers)}
-    return ", ".join(name for name, there in found.items() if there)
+    return ", ".join(sorted({layer.unit for layer in layers}))
 
 
 def _spread(spread: Spread) -> str:

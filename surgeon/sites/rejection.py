@@ -48,6 +48,8 @@ CODES = {
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",
     "in-op-form": "Run the pass before `lower`.",
     "has-experts": "Nothing is to be done: `refit` is for linear layers that skip inputs.",
+    "skips-neurons": "Nothing is to be done: `refit` is for linear layers that skip inputs.",
+    "no-gate": "Use sparsify-inputs: a layer without a gate skips the inputs of its second linear layer.",
     "skips-nothing": "Set tau first, with `surgeon tune` or the option `tau` of `sparsify-inputs`.",
     "no-classes": "Only a classifier of whole samples has early exits: let it return its classes and nothing else.",
     "answers-tokens": "Use experts (moeify): they skip work inside of every layer, so no layer lacks a token.",

@@ -13,6 +13,7 @@ from surgeon.dynamic.knobs import get_rule
 from surgeon.dynamic.site import DynamicSite
 from surgeon.grafting.parts import GRAFT, Graft
 from surgeon.graph.calls import as_args_kwargs
+from surgeon.inputs.neuron_site import find_sparse_neurons
 from surgeon.inputs.site import find_sparse_linears
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassReport
@@ -54,9 +55,9 @@ def model_card(model: Any, record: Record, origin: Origin, inputs: Any) -> str:
 
 
 def _what(model: Any, record: Record) -> str:
-    moes, linears = find_moes(model), find_sparse_linears(model)
+    moes, linears, neurons = find_moes(model), find_sparse_linears(model), find_sparse_neurons(model)
     start = f"It started from `{Path(record.input.path).name}`." if record.input.path else "It was made in Python."
-    if not moes and not linears:
+    if not moes and not linears and not neurons:
         return f"{start} No layer of it skips anything."
     parts = [start]
     if moes:
@@ -72,6 +73,12 @@ def _what(model: Any, record: Record) -> str:
             f"matter least, {linears[0].describe} in the first. About a share tau = {_range(linears)} of the inputs is "
             "skipped: 0 reads all of them."
         )
+    if neurons:
+        parts.append(
+            f"surgeon {__version__} lets {len(neurons)} of its gated layers skip, for each token, the neurons whose "
+            f"gate is near zero, {neurons[0].describe} in the first. About a share tau = {_range(neurons)} "
+            "of the neurons is skipped: 0 computes all of them."
+        )
     return " ".join([*parts, "tau can be set at any time, without retraining."])
 
 
@@ -82,7 +89,7 @@ def _range(sites: Sequence[DynamicSite]) -> str:
 
 def _kinds(model: Any) -> str:
     """What the model skips, in words."""
-    found = {"experts": find_moes(model), "inputs": find_sparse_linears(model)}
+    found = {"experts": find_moes(model), "inputs": find_sparse_linears(model), "neurons": find_sparse_neurons(model)}
     return " and ".join(name for name, sites in found.items() if sites) or "nothing"
 
 

@@ -26,7 +26,7 @@ from surgeon.engines.program import Program
 from surgeon.errors import SaveError, first_line
 from surgeon.graph.agreement import relative_error, tolerance_for
 from surgeon.graph.traced import TracedGraph
-from surgeon.inputs.site import find_sparse_linears
+from surgeon.inputs.skipping import find_skipping
 from surgeon.kernels import cpu
 from surgeon.moe.site import find_moes, refuse_float8
 from surgeon.surgery.compiled_check import checked_code
@@ -129,7 +129,7 @@ def _library(graph: TracedGraph) -> Path | None:
 
 def keeps_operator(graph: TracedGraph) -> bool:
     """Whether linear layers that skip inputs call the library's operator. Else they become ordinary ops."""
-    sites = find_sparse_linears(graph)
+    sites = find_skipping(graph)
     native = cpu.load().path is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
         "surgeon::sparse_linear", "CPU"
     )
@@ -148,7 +148,7 @@ def _compile(program: Program, graph: TracedGraph, file: Path) -> None:
             # would be a number in the code, and could not be set.
             # So would the threshold of linear layers that skip inputs by ordinary ops, which follows from tau alone.
             kept = keeps_operator(graph)
-            folds = kept or not find_sparse_linears(graph)
+            folds = kept or not find_skipping(graph)
             options = {
                 "freezing": folds, "joint_graph_constant_folding": folds, "always_keep_tensor_constants": True,
             }  # fmt: skip

@@ -31,7 +31,7 @@ from surgeon.errors import SaveError, UsageError, first_line
 from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
-from surgeon.inputs.site import find_sparse_linears
+from surgeon.inputs.skipping import find_skipping
 from surgeon.models.hugging_face import quiet_transformers
 from surgeon.surgery.artifact import written_whole
 from surgeon.surgery.origin import Origin
@@ -113,7 +113,7 @@ def export_openvino(
         [port.get_any_name() for port in model.inputs],
         [port.get_any_name() for port in model.outputs],
         linears, error, float_error, len(rows), library is not None, 0,
-        {"surgeon": __version__, "openvino": package.__version__}, bool(find_sparse_linears(graph)),
+        {"surgeon": __version__, "openvino": package.__version__}, bool(find_skipping(graph)),
     )  # fmt: skip
 
     def write(fresh: Path) -> None:
@@ -149,7 +149,7 @@ def export_generator(
     library = openvino.extension()
     about = EngineModel(
         "openvino", [*INPUTS], ["logits"], linears, error, float_error, 0, True, 0,
-        {"surgeon": __version__, "openvino": package.__version__}, bool(find_sparse_linears(model)),
+        {"surgeon": __version__, "openvino": package.__version__}, bool(find_skipping(model)),
     )  # fmt: skip
 
     def write(fresh: Path) -> None:
@@ -211,7 +211,7 @@ def export_onnx(
 
     names = [given.name for given in program.sizes.inputs], program.output_names()
     versions = {"surgeon": __version__, "torch": torch.__version__, "onnxruntime": package.__version__}
-    made = EngineModel("onnx", *names, "float", 0.0, 0.0, 0, False, 0, versions, bool(find_sparse_linears(graph)))
+    made = EngineModel("onnx", *names, "float", 0.0, 0.0, 0, False, 0, versions, bool(find_skipping(graph)))
     return _written(made, directory, record, origin, write, errors)
 
 

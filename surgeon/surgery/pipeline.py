@@ -17,7 +17,7 @@ from surgeon.errors import UsageError
 from surgeon.exits.site import find_exits
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import fork
-from surgeon.inputs.site import find_sparse_linears
+from surgeon.inputs.skipping import find_skipping
 from surgeon.models.example_inputs import example_inputs
 from surgeon.models.source import check_finite
 from surgeon.moe.site import find_moes
@@ -153,4 +153,4 @@ class Pipeline:
 def kinds_of(model: nn.Module) -> set[SiteKind]:
     """Return the kinds of sites that passes make, as far as a graph or a model with converted layers has them."""
     found: set[SiteKind] = {"moe"} if find_moes(model) else set()
-    return found | ({"dynamic"} if find_sparse_linears(model) or find_exits(model) else set())
+    return found | ({"dynamic"} if find_skipping(model) or find_exits(model) else set())

@@ -24,7 +24,7 @@ from surgeon.directories import restore
 from surgeon.dynamic.knobs import compensated, get_rule, get_tau
 from surgeon.errors import LoadError
 from surgeon.graph.sizes import Sizes
-from surgeon.inputs.site import find_sparse_linears
+from surgeon.inputs.skipping import find_skipping
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.sites.ffn import projections
@@ -79,12 +79,16 @@ class ExpertLayer:
 
 @dataclass(frozen=True)
 class InputsLayer:
-    """One linear layer that skips inputs. form: as in `surgeon.inputs.site.SparseLinearSite`."""
+    """One layer that skips inputs or neurons. form: as in `surgeon.inputs.site.Skipping`.
+
+    neurons: the number of those that it can skip; None for a linear layer, which skips inputs.
+    """
 
     path: str
     d_in: int
     d_out: int
     form: str
+    neurons: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Record:
     add the mean output of skipped experts.
     search: for the settings, if there was one.
     output_texts: (place in the flat output, text) of texts that the graph returns. model_sha256: of the program.
-    inputs: linear layers that skip inputs, in order.
+    inputs: layers that skip inputs or neurons.
     """
 
     schema: int
@@ -195,7 +199,10 @@ def make_record(
         rule=get_rule(graph),
         compensated=tuple(compensated(graph)),
         quality=quality,
-        inputs=tuple(InputsLayer(site.path, site.d_in, site.d_out, site.form) for site in find_sparse_linears(graph)),
+        inputs=tuple(
+            InputsLayer(site.path, site.d_in, site.d_out, site.form, getattr(site, "neurons", None))
+            for site in find_skipping(graph)
+        ),
         search=search if search is not None or first is None else first.search,
     )
     return made if first is None else replace(made, quality=_quality(made, first))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import surgeon
 from surgeon.engines import onnx
 from surgeon.engines.program import Program
-from surgeon.passes import Lower, Moeify, SparsifyInputs
+from surgeon.passes import Lower, Moeify, SparsifyInputs, SparsifyNeurons
 from tests.small_models import stack, vectors
 
 pytest.importorskip("onnxruntime")
@@ -25,9 +26,10 @@ def test_it_gives_what_the_graph_gives(rule: str, lowered: bool, tmp_path: Path)
 
 
 @pytest.mark.parametrize("lowered", [True, False])
-def test_linear_layers_mask_what_they_skip(lowered: bool, tmp_path: Path) -> None:
-    passes = [SparsifyInputs(), *([Lower()] if lowered else [])]
-    check(surgeon.Pipeline(passes).run(stack(), inputs=vectors(), data=[vectors()]).graph.eval(), tmp_path)
+@pytest.mark.parametrize("skipping", [SparsifyInputs, SparsifyNeurons])
+def test_layers_mask_what_they_skip(skipping: Any, lowered: bool, tmp_path: Path) -> None:
+    passes = [skipping(), *([Lower()] if lowered else [])]
+    check(surgeon.Pipeline(passes).run(stack("gated"), inputs=vectors(), data=[vectors()]).graph.eval(), tmp_path)
 
 
 def check(graph: surgeon.TracedGraph, tmp_path: Path) -> None:

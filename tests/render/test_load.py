@@ -13,10 +13,10 @@ from surgeon.render.load import _bars, draw_load, loaded_view
 from surgeon.text.plain import plain_text
 
 LAYER = LayerLoad(
-    "blocks.0.moe", 1200, 4, Spread(1.5, 0.75, 0, (1, 1, 2), 4), (100, 500, 500, 90, 10), 64,
+    "blocks.0.moe", "experts", 1200, 4, Spread(1.5, 0.75, 0, (1, 1, 2), 4), (100, 500, 500, 90, 10), 64,
     Spread(10.25, 3.0, 2, (8, 10, 12), 31),
 )  # fmt: skip
-INPUTS = LayerLoad("head.inputs", 1200, 4, Spread(1.5, 0.75, 0, (1, 1, 2), 4), (100, 500, 500, 90, 10))
+INPUTS = LayerLoad("head.inputs", "inputs", 1200, 4, Spread(1.5, 0.75, 0, (1, 1, 2), 4), (100, 500, 500, 90, 10))
 TEXT = LoadMap(("a", "film", "\n"), (0.1, 0.5, 0.0))
 IMAGE = LoadMap((), (0.1, 0.2, 0.3, 0.4), 2, np.zeros((8, 8)))
 

@@ -17,9 +17,10 @@ import surgeon
 from surgeon.engines.program import plain
 from surgeon.errors import SaveError, UsageError
 from surgeon.kernels import cpu
-from surgeon.passes import Lower, Moeify, SparsifyInputs
+from surgeon.passes import Lower, Moeify, SparsifyInputs, SparsifyNeurons
 from surgeon.surgery import compiled
 from surgeon.surgery.compiled import compile_graph
+from tests.small_models import Gated
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler"),
@@ -96,13 +97,19 @@ def test_what_follows_from_weights_is_computed_once_and_tau_stays(tmp_path: Path
 
 
 @pytest.mark.parametrize("lowered", [True, False])
-def test_tau_of_layers_that_skip_inputs_can_be_set(lowered: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("skipping", "paths"),
+    [(SparsifyInputs, {"up.inputs", "down.inputs"}), (SparsifyNeurons, {"gate.neurons"})],
+    ids=["inputs", "neurons"],
+)
+def test_tau_of_layers_that_skip_can_be_set(skipping: Any, paths: set[str], lowered: bool, tmp_path: Path) -> None:
     x = torch.randn(64, 8)
-    passes = [SparsifyInputs(), *([Lower()] if lowered else [])]
-    graph = surgeon.Pipeline(passes).run(Scaled().eval(), inputs=(x,), data=[x]).graph
+    passes = [skipping(), *([Lower()] if lowered else [])]
+    layer = Scaled() if skipping is SparsifyInputs else Gated(8, 16)
+    graph = surgeon.Pipeline(passes).run(layer.eval(), inputs=(x,), data=[x]).graph
     made = compile_graph(graph, (x,), tmp_path / "out")
     model = torch._inductor.aoti_load_package(str(tmp_path / "out" / "model.pt2"))
-    assert set(made.tau) == {"up.inputs.tau", "down.inputs.tau"}
+    assert set(made.tau) == {f"{path}.tau" for path in paths}
     torch.testing.assert_close(model(x), graph(x))
     surgeon.set_tau(graph, 0.5)
     assert not torch.allclose(model(x), graph(x), rtol=1e-2, atol=1e-2)

@@ -39,6 +39,8 @@ struct LinearValues {
   int64_t (*select)(const Keeping&, const T* x, int64_t tokens, int32_t* place, float* deviation, int64_t apart);
   // out [tokens, d_in]: the deviations of inputs that are kept, and zeros.
   void (*mask)(const Keeping&, const T* x, int64_t tokens, T* out);
+  // out [tokens, apart]: the products of the tokens x [tokens, d] with the rows of w [., d] in the list.
+  void (*dot)(const Rows&, const T* x, const T* w, int64_t d, float* out);
   // out [tokens, d_out] = sums [tokens, width] times w_scale plus bias, null where there is none, for `width` columns.
   void (*finish)(
       const float* sums, int64_t tokens, int64_t width, const float* w_scale, const T* bias, T* out, int64_t d_out);

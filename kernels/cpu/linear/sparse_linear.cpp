@@ -8,26 +8,16 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <iterator>
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "../processor.h"
-#include "linear.h"
+#include "calls.h"
 
 namespace surgeon {
 namespace {
-
-using at::Tensor;
-using Optional = std::optional<Tensor>;
 
 const std::string SCHEMA =
     "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? centre, Tensor levels, Tensor tau, "
@@ -37,33 +27,6 @@ const std::string SCHEMA =
   const Tensor &x, const Tensor &weight, const Optional &bias, const Optional &scale, const Optional &centre, \
       const Tensor &levels, const Tensor &tau, const Optional &w_scale
 #define GIVEN x, weight, bias, scale, centre, levels, tau, w_scale
-
-// Products that a thread should have at least.
-constexpr int64_t LEAST_PRODUCTS = 131072;
-// Sums of a block of columns, for all tokens, that should stay in the fastest cache.
-constexpr int64_t MOST_SUMS = 4096;
-
-int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Whether there are instructions for float16; not every compiler knows them by name at run time.
-bool has_f16c() {
-#if defined(__x86_64__)
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
-#else
-  return false;
-#endif
-}
-
-// The kernels for the instruction set that is used.
-const LinearKernels& chosen_linear() {
-  auto starts = [name = kernels().name](const char* with) { return !std::strncmp(name, with, std::strlen(with)); };
-  static const bool f16c = has_f16c();
-  const LinearKernels* found = nullptr;
-  if (starts("avx512") || starts("amx")) found = linear_avx512();
-  if (starts("avx2") && f16c) found = linear_avx2();
-  return found ? *found : *linear_portable();
-}
 
 // --- where the dense product is faster --------------------------------------------------------------------------------
 
@@ -88,11 +51,15 @@ std::atomic<float>& linear_crossover(at::ScalarType weights, int64_t tokens) {
   return linear_crossovers[known - std::begin(WEIGHTS)][step];
 }
 
+}  // namespace
+
 bool dense_linear_is_faster(at::ScalarType weights, int64_t tokens, double share) {
   Way taken = way.load(std::memory_order_relaxed);
   if (taken != Way::faster) return taken == Way::dense;
   return share > linear_crossover(weights, tokens).load(std::memory_order_relaxed);
 }
+
+namespace {
 
 void set_linear_crossover(at::ScalarType weights, int64_t tokens, double share) {
   linear_crossover(weights, tokens).store(float(share), std::memory_order_relaxed);
@@ -120,20 +87,6 @@ bool fits(ARGUMENTS) {
   auto may_be_here = [](const auto&... tensors) { return (... && (!tensors || tensors->device().is_cpu())); };
   return floats(levels, tau) && sized(bias, d_out) && sized(scale, d_in) && sized(centre, d_in) &&
       sized(w_scale, d_out) && here(x, weight, levels, tau) && may_be_here(bias, scale, centre, w_scale);
-}
-
-Tensor floats_of(const Optional& tensor) { return tensor ? tensor->to(at::kFloat).contiguous() : Tensor(); }
-const float* data_of(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
-
-// As `threshold` in `surgeon.kernels.sparse_linear`.
-float threshold_of(const Tensor& levels, const Tensor& tau) {
-  Tensor values = levels.to(at::kFloat).contiguous();
-  const float* level = values.const_data_ptr<float>();
-  int64_t last = values.size(0) - 1;
-  float share = tau.to(at::kFloat).item<float>(), place = std::clamp(share, 0.f, 1.f) * float(last);
-  int64_t below = share == share ? std::min(int64_t(place), last - 1) : 0;
-  float low = level[below], high = level[below + 1], part = place - float(below);
-  return part < 0.5f ? low + part * (high - low) : high - (high - low) * (1.f - part);
 }
 
 // A call that fits: everything contiguous, tokens in one dimension. T: of x; W: of the weights.
@@ -172,27 +125,9 @@ struct LinearCall {
     place.resize(apart), deviation.resize(apart * tokens);
     int64_t count = values.select(keeping, data<T>(x), tokens, place.data(), deviation.data(), apart);
     if (dense_linear_is_faster(weight.scalar_type(), tokens, double(count) / double(d_in))) return false;
-    Rows rows{tokens, count, apart, place.data(), deviation.data()};
-    // Whole vectors; the last one overlaps with the one before, which gives the same sums again.
-    int64_t lanes = std::min(kernels.lanes, d_out), vectors = ceil_of(d_out, lanes);
-    int64_t least = ceil_of(LEAST_PRODUCTS, std::max<int64_t>(1, count * tokens * lanes));
-    int64_t most = std::max<int64_t>(1, MOST_SUMS / (lanes * tokens));
-    at::parallel_for(0, vectors, least, [&](int64_t begin, int64_t end) {
-      static thread_local std::vector<float> sums;
-      auto columns = [&](int64_t first, int64_t width) {
-        sums.resize(std::max<size_t>(sums.size(), tokens * width));
-        kernels.rows_of(W{})(rows, data<W>(weight) + first, d_out, width, sums.data());
-        values.finish(
-            sums.data(), tokens, width, w_scale.defined() ? data_of(w_scale) + first : nullptr,
-            bias.defined() ? data<T>(bias) + first : nullptr, static_cast<T*>(y.mutable_data_ptr()) + first, d_out);
-      };
-      for (int64_t v = begin, some; v < end; v += some) {
-        some = std::min(most, end - v);
-        int64_t whole = std::min(some, d_out / lanes - v);
-        if (whole > 0) columns(v * lanes, whole * lanes);
-        if (whole < some) columns(d_out - lanes, lanes);
-      }
-    });
+    add_rows_of<T>(
+        kernels, Rows{tokens, count, apart, place.data(), deviation.data()}, data<W>(weight), d_out,
+        data_of(w_scale), data<T>(bias), static_cast<T*>(y.mutable_data_ptr()));
     return true;
   }
 
@@ -208,9 +143,6 @@ struct LinearCall {
     if (bias.defined()) at::addmm_out(flat, bias, masked, wide);
     else at::mm_out(flat, masked, wide);
   }
-
-  template <class D>
-  static const D* data(const Tensor& tensor) { return static_cast<const D*>(tensor.const_data_ptr()); }
 };
 
 // --- the operator ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from surgeon.passes import (
     Refit,
     Sparsify,
     SparsifyInputs,
+    SparsifyNeurons,
     SwapActivation,
 )
 from surgeon.passes.registry import all_passes
@@ -70,6 +71,12 @@ class TestSparsifyInputs(PassConformance):
     options = {"criterion": "magnitude", "centre": False, "tau": 0.5}  # noqa: RUF012
 
 
+class TestSparsifyNeurons(PassConformance):
+    make = staticmethod(SparsifyNeurons)
+    kind = "gated"
+    options = {"criterion": "magnitude", "centre": False, "tau": 0.5}  # noqa: RUF012
+
+
 class TestEarlyExit(PassConformance):
     make = staticmethod(lambda: EarlyExit(steps=2))
     layers = 3
@@ -91,7 +98,7 @@ def suite_of(kind: type[Pass[Any]]) -> type[PassConformance]:
 
 
 USUAL = (TestMlpify, TestSwapActivation, TestSparsify, TestMoeify, TestSparsifyInputs, TestRecover, TestLower)
-SUITES = [*USUAL, TestEarlyExit, TestRefit]
+SUITES = [*USUAL, TestSparsifyNeurons, TestEarlyExit, TestRefit]
 for name, kind in all_passes().items():
     if kind.__module__.startswith("surgeon.") and name not in [suite.make().name for suite in SUITES]:
         SUITES.append(suite_of(kind))
