@@ -15,7 +15,9 @@ from torch import nn
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.jobs import demo
-from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SparsifyInputs, SwapActivation
+from surgeon.passes import Lower, Mlpify, Moeify, Pass, Recover, Sparsify, SparsifyInputs, SwapActivation
+from surgeon.surgery.recipe import build
+from surgeon.surgery.recipes import RECIPES
 
 # Of every fine-tuning of the whole model, and of the routers.
 TRAINING: dict[str, Any] = {"epochs": 40.0, "lr": 1e-3, "weight_decay": 0.05}
@@ -26,6 +28,7 @@ RECOVER = Recover(tau=0.15, distill=DISTILL, **TRAINING | {"epochs": 15.0, "lr":
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 BUDGETS = (0.41, 0.43, 0.45)
 # Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
+CMOE = (0.0, 0.15, 0.3, 0.5, 0.65, 0.72, 0.79, 0.86, 0.93)
 LAYERS, FFN_BUDGETS = ("*.mlp.*",), (0.43, 0.46, 0.5, 0.55)
 WHOLE = (0.4, 0.45, 0.5, 0.6)
 
@@ -36,6 +39,12 @@ def model(seed: int) -> nn.Module:
 
 def inputs(data: Data) -> Any:
     return Batch.from_any(next(iter(data.eval))).args
+
+
+def recipe(name: str, **options: Any) -> list[Pass[Any]]:
+    """A recipe's passes, with these options of moeify in place of its own."""
+    steps = [(step, own | options if step == "moeify" else own) for step, own in RECIPES[name][1]]
+    return build([step for step, _ in steps], dict(steps))
 
 
 def ffn(**options: Any) -> Moeify:
@@ -115,6 +124,9 @@ STUDY = Study(
             budgets=(0.34, 0.3, 0.27, 0.24),
         ),
         "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
+        # As published, and the layout of it that does best here: of 32 experts 8 always run.
+        "cmoe": Variant(recipe("cmoe"), CMOE),
+        "cmoe_tuned": Variant(recipe("cmoe", expert_size=8, experts=None, shared=8), CMOE),
         "teal": Variant([SparsifyInputs(criterion="magnitude", centre=False, only=LAYERS)], budgets=FFN_BUDGETS),
         "wina": Variant([SparsifyInputs(centre=False, only=LAYERS)], budgets=FFN_BUDGETS),
         "inputs": Variant([SparsifyInputs(only=LAYERS)], budgets=FFN_BUDGETS, refit=True),

@@ -24,6 +24,8 @@ NAMES = {
     "ours": "ours",
     "ours_attention": "ours, attention too",
     "untrained": "ours, no training",
+    "cmoe": "CMoE, no training",
+    "cmoe_tuned": "CMoE with more shared experts, no training",
     "d2dmoe_tuned": "D2DMoE, tuned",
     "ours_inputs": "ours, inputs skipped too",
     "teal": "TEAL, feed-forward layers, no training",
@@ -34,7 +36,19 @@ NAMES = {
     "inputs_whole": "inputs skipped and refitted, no training",
 }
 USUAL = ("tab:grey", "tab:orange", "tab:brown", "tab:blue", "tab:green", "tab:purple")
-COLOURS = (*USUAL, "tab:olive", "tab:cyan", "tab:pink", "tab:red", "black", "gold", "teal", "navy")
+COLOURS = (
+    *USUAL,
+    "tab:olive",
+    "tab:cyan",
+    "tab:pink",
+    "tab:red",
+    "black",
+    "gold",
+    "teal",
+    "navy",
+    "darkkhaki",
+    "rosybrown",
+)
 
 
 def cells(results: dict[str, Any], variant: str, curve: str, reference: str) -> list[str]:
