@@ -74,17 +74,20 @@ class Searcher:
         place: Path,
         *,
         started: float,
+        teacher: Opened | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         """Read the data ahead.
 
         started: the time of `time.monotonic` from which the minutes count. place: the directory of the file.
+        teacher: the model that passes learn from, if it is another one.
 
         Raises:
             UsageError: there is too little data, or its length is unknown.
         """
         assert opened.data is not None
         self._opened, self._data, self._seed, self._progress = opened, opened.data, seed, progress
+        self._teacher = teacher
         self._passes = [one for one in passes if one.name != "lower"]
         self._minutes, self._started, self._file = minutes, started, place / STATE
         batches = read_ahead(opened.data, _MOST_BATCHES, _MOST_BYTES)
@@ -227,7 +230,8 @@ class Searcher:
 
         surgery = Pipeline(with_options(self._passes, merged(lengths, options))).run(
             self._opened.graph, inputs=self._opened.inputs, data=self._own, seed=self._seed, verify="off",
-            progress=progress,
+            progress=progress, teacher=None if self._teacher is None else self._teacher.graph,
+            teacher_origin=None if self._teacher is None else self._teacher.origin,
         )  # fmt: skip
         return surgery.graph, {report.name: report.fit for report in surgery.reports if report.fit is not None}
 
@@ -245,17 +249,17 @@ class Searcher:
         return at_share(points, _SHARE)
 
     def _loss(self, graph: TracedGraph, batches: Sequence[Batch], meter: ExpertMeter | None = None) -> float:
-        """Return the mean loss over samples: that of the task, or the divergence from the dense model."""
+        """Return the mean loss over samples: that of the task, or the divergence from the model to imitate."""
         task = None if imitates(self._opened.graph, self._own) else loss_of(self._opened.graph, self._own)
         outputs_of = made_for(self._own.task, class_task(self._opened.graph))
-        total = 0.0
+        imitated, total = (self._teacher or self._opened).graph, 0.0
         with evaluating(graph):
             for batch, outputs in run_batches(meter or ExpertMeter(graph), batches):
                 if task is not None:
                     value = task(outputs, batch)
                 else:
-                    dense = call_reproducibly(self._opened.graph, batch.args, dict(batch.kwargs))
-                    value = divergence(dense, outputs, batch, outputs_of)
+                    expected = call_reproducibly(imitated, batch.args, dict(batch.kwargs))
+                    value = divergence(expected, outputs, batch, outputs_of)
                 total += float(value) * batch.size
         return total / _samples(batches)
 

@@ -101,7 +101,8 @@ def markers(weights: FFNWeights, activation: str, x: Tensor, count: int) -> Tens
     lengths: Tensor = x.float().norm(dim=1, keepdim=True).clamp_min(1e-12)
 
     def linear(weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias).float() / (lengths * weight.float().norm(dim=1).clamp_min(1e-12))
+        rows: Tensor = weight.float().norm(dim=1).clamp_min(1e-12)
+        return F.linear(x, weight, bias).float() / (lengths * rows)
 
     with torch.no_grad():
         up = linear(weights.w1, weights.b1)
