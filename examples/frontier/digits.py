@@ -9,15 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from study import Study, Variant, main
+from study import Study, Variant, main, recipe
 from torch import nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.jobs import demo
-from surgeon.passes import Lower, Mlpify, Moeify, Pass, Recover, Sparsify, SparsifyInputs, SwapActivation
-from surgeon.surgery.recipe import build
-from surgeon.surgery.recipes import RECIPES
+from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SparsifyInputs, SwapActivation
 
 # Of every fine-tuning of the whole model, and of the routers.
 TRAINING: dict[str, Any] = {"epochs": 40.0, "lr": 1e-3, "weight_decay": 0.05}
@@ -39,12 +37,6 @@ def model(seed: int) -> nn.Module:
 
 def inputs(data: Data) -> Any:
     return Batch.from_any(next(iter(data.eval))).args
-
-
-def recipe(name: str, **options: Any) -> list[Pass[Any]]:
-    """A recipe's passes, with these options of moeify in place of its own."""
-    steps = [(step, own | options if step == "moeify" else own) for step, own in RECIPES[name][1]]
-    return build([step for step, _ in steps], dict(steps))
 
 
 def ffn(**options: Any) -> Moeify:

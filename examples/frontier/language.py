@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import Study, Variant, main
+from study import Study, Variant, main, recipe
 from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
@@ -153,6 +153,7 @@ def study(gated: bool) -> Study:
                 oracle=True,
             ),
             "untrained": Variant([Moeify(expert_size=16, epochs=0), Lower()], TAUS),
+            "cmoe": Variant(recipe("cmoe"), (0.0, 0.15, 0.3, 0.5, 0.65, 0.72, 0.79, 0.86, 0.93)),
         },
         calibration_batches=6,
     )  # fmt: skip
