@@ -38,7 +38,7 @@ TAUS = (0.02, 0.05, 0.1, 0.17, 0.25, 0.35, 0.5, 0.7)
 TOP_K = (0.0, 0.15, 0.3, 0.45, 0.6, 0.7, 0.79, 0.86, 0.93)
 ROUTES: dict[str, tuple[list[Pass[Any]], tuple[float, ...]]] = {
     "CMoE": (recipe("cmoe"), TOP_K),
-    "CMoE, a quarter of the experts shared": (recipe("cmoe", expert_size=8, experts=None, shared=6), TOP_K),
+    "CMoE, experts of 8 neurons, 6 of them shared": (recipe("cmoe", expert_size=8, experts=None, shared=6), TOP_K),
     "ours": ([digits.ffn(epochs=0), Lower()], TAUS),
     "ours, routers of width 16": ([digits.ffn(epochs=0, router_width=16), Lower()], TAUS),
 }

@@ -131,7 +131,7 @@ def test_image_recipes_are_refused_for_texts(run: Run) -> None:
 
 def test_wrong_recipes(run: Run) -> None:
     for args, words in (
-        (("--recipe", "d2d"), "Recipes: recommended, relufy, moefication, d2dmoe, d2dmoe-vit, d2dmoe-bert, "),
+        (("--recipe", "d2d"), "Recipes: recommended, relufy, moefication, cmoe, d2dmoe, d2dmoe-vit, d2dmoe-bert, "),
         (("--recipe", "relufy", "--set", "moeify.experts=4"), "'moeify', which recipe relufy does not run."),
         (("--recipe", "relufy", "--set", "swap-activation.too=relu"), "has no option 'too'. Did you mean 'to'?"),
         (("--recipe", "relufy", "--passes", "lower"), "Give --recipe or --passes, not both."),
