@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
+from surgeon.kernels.activations import activation as find
 
 aten = torch.ops.aten
 
@@ -23,3 +26,23 @@ OUTPUT: dict[Output, tuple[Any, ...]] = {
     "sigmoid": (aten.sigmoid.default,),
 }
 """Each function of the scores as an op and its further arguments."""
+
+
+def _neuron_size(first: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    act = find(activation)
+    hidden = act.fn(first)
+    if up is not None:
+        hidden = hidden * (up if act.up is None else act.up.fn(up))
+    return hidden.abs()
+
+
+_library = torch.library.Library("surgeon", "FRAGMENT")  # type: ignore[no-untyped-call]
+"""Holds the registration below: it lasts as long as it does."""
+
+_library.define("neuron_size(Tensor first, Tensor? up, str activation) -> Tensor")  # type: ignore[no-untyped-call]
+# Composite: autograd and compilers see through it, yet export keeps it as one node, which names the activation.
+_library.impl("neuron_size", _neuron_size, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+neuron_size = torch.ops.surgeon.neuron_size.default
+"""The sizes of hidden values, from what goes into the activation and, in a gated layer, the outputs of the other
+linear: |activation(first) · up|. All are [..., m]."""

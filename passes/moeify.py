@@ -29,7 +29,7 @@ from surgeon.moe.filling import mark_filling
 from surgeon.moe.module import MoE
 from surgeon.moe.router import Goal, Labels, Objective, Router
 from surgeon.moe.site import find_moes
-from surgeon.moe.split import Split, output_sizes, split_neurons
+from surgeon.moe.split import Split, markers, neuron_features, output_sizes, representatives, split_neurons
 from surgeon.moe.trunks import trunk_groups, trunk_of
 from surgeon.passes.contract import FitContext, SiteKind, SiteRefused
 from surgeon.passes.options import PerSite, for_site, option
@@ -45,7 +45,7 @@ from surgeon.training.routers import by_trunk, fit_from_neurons, running_at, tra
 
 log = logging.getLogger("surgeon")
 
-RouterKind = Literal["trained", "neurons", "centres"]
+RouterKind = Literal["trained", "neurons", "centres", "representatives"]
 RouterOutput = Literal["auto", "abs", "relu", "softplus"]
 
 # If neither `experts` nor `expert_size` is given: the expert size aimed at, the sizes that a divisor of the width may
@@ -105,22 +105,29 @@ class Moeify(TrainedPass[FFN, _Seen]):
     split: Split = option(
         "auto",
         "How neurons are grouped. weights: by similar weight rows (as published, but balanced by our own assignment "
-        "instead of the exact solver). activations: by neurons that fire together on the data. random: at random. "
-        "auto: activations with data, otherwise weights.",
+        "instead of the exact solver). activations: by neurons that fire together on the data. markers: by neurons "
+        "that are among the largest of the same tokens, around the most active ones (CMoE, with the same assignment). "
+        "random: at random. auto: activations with data, otherwise weights.",
+    )
+    marked: int = option(
+        10,
+        "With split=markers, how many neurons are the largest of a token. Inputs and weight rows count with length 1.",
+        least=1,
     )
     shared: int = option(
         0,
         "Number of experts that always run (needs data). They get the neurons that are active most often. A neuron is "
-        "active if its share of the output is above a tenth of the token's largest. E in rule=top_k counts routed "
-        "experts only.",
+        "active if its share of the output is above a tenth of the token's largest, or with split=markers if it is "
+        "marked. E in rule=top_k counts routed experts only.",
         least=0,
     )
     router: RouterKind = option(
         "neurons",
         "How the router starts before it is trained. neurons: closed form, from the layer's own neurons. trained: "
         "random weights (as published, with objective=norm, split=weights, router_width=128, share_trunk=false). "
-        "centres: the means of the experts' normalised weight rows (MoEfication, with objective=activation). neurons "
-        "and centres also work with epochs=0.",
+        "centres: the means of the experts' normalised weight rows (MoEfication, with objective=activation). "
+        "representatives: the size of one hidden value per expert, that of the neuron nearest to what its neurons have "
+        "in common (CMoE, with split=markers). All but trained also work with epochs=0.",
     )
     router_depth: int = option(
         2,
@@ -206,6 +213,13 @@ class Moeify(TrainedPass[FFN, _Seen]):
             raise UsageError(
                 "moeify: labels chooses norms to predict, but objective=activation predicts sums. Drop one of them."
             )
+        if self.router == "representatives" and self.objective not in ("norm", "relative"):
+            raise UsageError(
+                f"moeify: objective={self.objective} needs another output than sizes of hidden values. Choose another "
+                "router."
+            )
+        if self.marked != type(self).marked and self.split != "markers":
+            raise UsageError("moeify: marked only has an effect with split=markers. Drop it, or choose that split.")
         if self.router_depth == 1 and self.router == "neurons":
             raise UsageError("moeify: router=neurons has two layers. For router_depth=1 choose router=trained.")
         if self.router_output != "auto" and (self.router != "trained" or self.objective not in ("norm", "relative")):
@@ -213,11 +227,11 @@ class Moeify(TrainedPass[FFN, _Seen]):
                 "moeify: router_output can be set only with router=trained and objective=norm or relative. All other "
                 "choices fix it."
             )
-        if self.router_width is not None and (self.router_depth == 1 or self.router == "centres"):
+        if self.router_width is not None and (self.router_depth == 1 or self.router in ("centres", "representatives")):
             what = (
-                "a router of one layer has no hidden width"
-                if self.router_depth == 1
-                else "router=centres sets it itself"
+                "router=centres sets it itself"
+                if self.router == "centres" and self.router_depth == 2
+                else "a router of one layer has no hidden width"
             )
             raise UsageError(f"moeify: router_width is {self.router_width}, but {what}.")
 
@@ -230,6 +244,9 @@ class Moeify(TrainedPass[FFN, _Seen]):
             return Rejection("too-few-neurons", f"{count} experts were asked for, but it has {site.neurons} neurons")
         if size is not None and size > site.neurons:
             what = f"experts of {size} neurons were asked for, but it has {site.neurons} neurons"
+            return Rejection("too-few-neurons", what)
+        if self.split == "markers" and self.marked >= site.neurons:
+            what = f"{self.marked} neurons of each token would be marked, but it has {site.neurons} neurons"
             return Rejection("too-few-neurons", what)
         experts, _ = self._shape(site)
         if self.shared >= experts:
@@ -246,14 +263,16 @@ class Moeify(TrainedPass[FFN, _Seen]):
     ) -> Mapping[str, _Seen]:
         if self.why_data and data is None and not settings.dry_run:
             raise UsageError(f"moeify: {self.why_data}, but there is no data. Give data, or set tau later.")
-        looks = self.split in ("auto", "activations") or self.shared
+        needs_data = self.split in ("activations", "markers") or self.shared
+        looks = needs_data or self.split == "auto"
         inputs: dict[str, Tensor] = {}
         if looks and data is not None and sites:
             names = {site.path: [call.x.name for call in site.calls] for site in sites}
             inputs = collect_calls(graph, names, data, tokens=_SPLIT_TOKENS, progress=settings.progress)
-        elif looks and sites and (self.split == "activations" or self.shared) and not settings.dry_run:
+        elif needs_data and sites and not settings.dry_run:
             raise UsageError(
-                "moeify: split=activations and shared need data to see which neurons are active. Give data."
+                "moeify: split=activations, split=markers and shared need data to see which neurons are active. Give "
+                "data."
             )
         return {
             site.path: _Seen(self._width(group), inputs.get(site.path), tuple(member.path for member in group))
@@ -263,7 +282,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
 
     def rewrite(self, graph: TracedGraph, site: FFN, seen: _Seen) -> SiteChange:
         weights, (experts, size) = site.weights(graph), self._shape(site)
-        active = None if seen.x is None else output_sizes(weights, site.activation, seen.x)
+        active = None if seen.x is None else self._active(weights, site.activation, seen.x)
         if active is not None and not bool(torch.isfinite(active).all()):
             raise SiteRefused("not-finite", "its hidden values on the data contain NaN or infinity")
         log.info("moeify: %s, %d experts of %d neurons", site.path, experts, size)
@@ -272,6 +291,9 @@ class Moeify(TrainedPass[FFN, _Seen]):
             split=self.split, shared=self.shared, active=active, seed=torch.initial_seed() % 2**31,
         )  # fmt: skip
         router = self._router(site, weights, experts, seen.router_width)
+        if self.router == "representatives":
+            chosen = representatives(neuron_features(weights, self.split, active), labels, self.shared)
+            router.start_from_neurons(chosen, weights)
         moe = MoE(weights, labels, experts, site.activation, router, shared=self.shared)
         moe.rule = self.rule
         trunk = trunk_of(graph, site, seen.group) if len(seen.group) > 1 else None
@@ -392,11 +414,11 @@ class Moeify(TrainedPass[FFN, _Seen]):
     @property
     def _shares_trunks(self) -> bool:
         # Every layer has its own centres.
-        return self.share_trunk and self.router_depth == 2 and self.router != "centres"
+        return self.share_trunk and self.router_depth == 2 and self.router not in ("centres", "representatives")
 
     def _width(self, group: Sequence[FFN]) -> int | None:
         """Width of the trunk of a group of layers that share it, None if there is none."""
-        if self.router_depth == 1:
+        if self.router_depth == 1 or self.router == "representatives":
             return None
         if self.router == "centres":
             return self._shape(group[0])[0] - self.shared
@@ -407,18 +429,27 @@ class Moeify(TrainedPass[FFN, _Seen]):
         width = int(_ROUTER_SHARE * routed / (group[0].d_in + outputs))
         return max(_NARROWEST, min(_WIDEST, width // 8 * 8))
 
+    def _active(self, weights: FFNWeights, activation: str, x: Tensor) -> Tensor:
+        """What neurons do on the data, [h, N]."""
+        if self.split == "markers":
+            return markers(weights, activation, x, self.marked)
+        return output_sizes(weights, activation, x)
+
     def _router(self, site: FFN, weights: FFNWeights, experts: int, width: int | None) -> Router:
         neurons = self.router == "neurons"
         # A regression from neurons goes below zero where an expert is silent, and abs would make that a positive score.
         own: dict[str, Output] = {"log": "exp", "activation": "sigmoid"}
         usual: Output = "softplus" if neurons else own.get(self.objective, "abs")
+        by_size = self.router == "representatives"
         return Router(
             site.d_in,
             width,
             experts - self.shared,
-            bias=neurons,
+            bias=neurons or (by_size and any(bias is not None for bias in (weights.b1, weights.b_gate))),
             hidden="tanh" if self.objective == "activation" else "relu",
             output=usual if self.router_output == "auto" else self.router_output,
+            activation=site.activation if by_size else None,
+            gated=weights.gate is not None,
             goal=Goal(self.objective, self.labels, self.underestimate),
             like=weights.w1,
         )

@@ -97,6 +97,10 @@ class Quantize(Pass[MoESite, Tensor | None]):
             moe = moe_module(graph, site)
         except ValueError as error:
             return Rejection("unknown-router", str(error))
+        if isinstance(moe, MoE) and moe.router.activation is not None:
+            return Rejection(
+                "neuron-router", "its router scores by hidden values, but the op of small integers does not"
+            )
         if not all(bool(torch.isfinite(tensor).all()) for tensor in moe.parameters()):
             return Rejection("not-finite", "its weights contain NaN or infinity")
         return None

@@ -79,14 +79,15 @@ class FineTunedPass(TrainedPass[Site, Seen], ABC):
     distill: float = option(
         0.0,
         "Share of the loss that is divergence from a teacher; the task loss has the rest. The teacher is the model "
-        "before the first pass of this run. If the run continues a saved surgery, that is the saved model.",
+        "before the first pass of this run, unless another one is given (--teacher). If the run continues a saved "
+        "surgery, the model before is the saved one.",
         least=0,
         most=1,
     )
     distill_layers: float = option(
         0.0,
-        "Weight of a further loss: the squared error of all layers' inputs against the same teacher, relative to their "
-        "square.",
+        "Weight of a further loss: the squared error of all layers' inputs against the model before the first pass, "
+        "relative to their square.",
         least=0,
     )
     label_smoothing: float = option(
@@ -104,6 +105,10 @@ class FineTunedPass(TrainedPass[Site, Seen], ABC):
         "draws one of them.",
         least=0,
     )
+
+    def distils(self, imitating: bool) -> bool:
+        """Whether this run would learn from a teacher's outputs if it had data. imitating: whether the task says so."""
+        return self.will_fit and (imitating or self.distill > 0)
 
     @property
     def augmentation(self) -> Augmentation:

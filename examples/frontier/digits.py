@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from study import Study, Variant, main, without_training
+from study import Study, Variant, main, recipe, without_training
 from torch import nn
 
 from surgeon.data.batch import Batch
@@ -28,6 +28,7 @@ RECOVER = Recover(tau=0.15, distill=DISTILL, **TRAINING | {"epochs": 15.0, "lr":
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 BUDGETS = (0.41, 0.43, 0.45)
 # Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
+CMOE = (0.0, 0.15, 0.3, 0.5, 0.65, 0.72, 0.79, 0.86, 0.93)
 LAYERS, FFN_BUDGETS = ("*.mlp.*",), (0.43, 0.46, 0.5, 0.55)
 WHOLE = (0.4, 0.45, 0.5, 0.6)
 
@@ -134,6 +135,9 @@ STUDY = Study(
             budgets=(0.34, 0.3, 0.27, 0.24),
         ),
         "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
+        # As published, and the layout of it that does best here: of 32 experts 8 always run.
+        "cmoe": Variant(recipe("cmoe"), CMOE),
+        "cmoe_tuned": Variant(recipe("cmoe", expert_size=8, experts=None, shared=8), CMOE),
         **without_training(LAYERS, FFN_BUDGETS, WHOLE, skip=("head",)),
     },
 )  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study import Study, Variant, main, without_training
+from study import Study, Variant, main, recipe, without_training
 from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
@@ -180,6 +180,7 @@ def study(gated: bool) -> Study:
                 ours(target=0.15 if gated else 0.1), TAUS, budgets=(0.46,), oracle=True, search=True
             ),
             "untrained": Variant([Moeify(expert_size=16, epochs=0), Lower()], TAUS),
+            "cmoe": Variant(recipe("cmoe"), (0.0, 0.15, 0.3, 0.5, 0.65, 0.72, 0.79, 0.86, 0.93)),
             **without_training(LAYERS_ONLY, FFN_BUDGETS, WHOLE),
         },
         calibration_batches=6,

@@ -24,6 +24,8 @@ NAMES = {
     "ours": "ours",
     "ours_attention": "ours, attention too",
     "untrained": "ours, no training",
+    "cmoe": "CMoE, no training",
+    "cmoe_tuned": "CMoE with more shared experts, no training",
     "moefication_found": "MoEfication, settings found",
     "d2dmoe_found": "D2DMoE, settings found",
     "ours_found": "ours, settings found",
@@ -50,6 +52,8 @@ COLOURS = (
     "coral",
     "indigo",
     "lime",
+    "darkkhaki",
+    "rosybrown",
 )
 
 

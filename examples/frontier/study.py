@@ -37,6 +37,8 @@ from surgeon.passes import Pass, Refit, SparsifyInputs
 from surgeon.passes.report import PassReport, dense_layers
 from surgeon.render.screen import Screen
 from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.recipe import build
+from surgeon.surgery.recipes import RECIPES
 from surgeon.surgery.record import record_of
 
 Passes = Sequence[Pass[Any]]
@@ -347,6 +349,12 @@ class _Looked:
     @cached_property
     def _tuner(self) -> Tuner:
         return Tuner(self.graph, self._calibration, dense=self._dense, **self._shared)
+
+
+def recipe(name: str, **options: Any) -> list[Pass[Any]]:
+    """A recipe's passes, with these options of moeify in place of its own."""
+    steps = [(step, own | options if step == "moeify" else own) for step, own in RECIPES[name][1]]
+    return build([step for step, _ in steps], dict(steps))
 
 
 def _file(name: str) -> str:

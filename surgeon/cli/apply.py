@@ -46,6 +46,15 @@ def apply(
     ] = None,
     data: DataOptions | None = None,
     task: Task = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher",
+            metavar="MODEL",
+            help="Another model, larger or better, whose outputs passes learn from in place of those of MODEL. It must "
+            "have the same inputs, and the same classes or vocabulary.",
+        ),
+    ] = None,
     inputs: InputsOption = None,
     out: Annotated[
         Path | None,
@@ -125,6 +134,8 @@ def apply(
     seed = applying.default_seed(model) if seed is None else seed
     if data is not None:
         data = dataclasses.replace(data, seed=seed)
+    if teacher is not None and data is None and not dry_run:
+        raise UsageError("--teacher is there to be learned from in training. Give --data too.")
     typed = tuple(run.args)
     check_search(built, budget_minutes, has_data=data is not None, dry_run=dry_run)
     options = applying.ApplyOptions(
@@ -145,6 +156,20 @@ def apply(
         built, opened = applying.recipe_for(opened, recipe, given) or (built, opened)
     for note in opened.notes:
         run.screen.say(f"note: {note}")
+    beside = None
+    if teacher is None:
+        missing = None if recipe is None else applying.missing_teacher(recipe)
+        if missing is not None:
+            run.screen.say(f"note: {missing}")
+    else:
+        beside = open_model(
+            teacher,
+            fallback_inputs=opened.inputs,
+            trust_pickle=trust_pickle,
+            trust_modules=trust_modules or (),
+            task=task,
+            stage=run.screen.stage,
+        )
     applied = applying.apply(
         opened,
         built,
@@ -153,6 +178,7 @@ def apply(
         progress=run.screen.progress,
         on_pass=lambda pass_: run.screen.show(pass_view(pass_, "sites", gap=True)),
         on_search=lambda search: run.screen.show(search_view(search)),
+        teacher=beside,
     )
     run.screen.show(applied_view(applied))
     run.screen.result(applying.applied_json(applied, opened))

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from surgeon.errors import DataError
+from surgeon.errors import DataError, UsageError
 
 _WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")
 _TRUTH = {"true": 1, "false": 0}
@@ -146,6 +146,28 @@ class Classes:
                 f"{self.known[str(number)]}. Write names as text, or change the names in the model's config.json."
             )
         return number
+
+
+def check_same_classes(config: Any | None, teacher: Any | None) -> None:
+    """Refuse a teacher whose config names other classes than the model's, or the same in another order.
+
+    Args:
+        config, teacher: configs of Hugging Face models, or None.
+
+    Raises:
+        UsageError: both name their classes, and the names differ.
+    """
+    (own, own_says_nothing), (other, other_says_nothing) = _names_of(config, "MODEL"), _names_of(teacher, "--teacher")
+    if own_says_nothing or other_says_nothing or own == other:
+        return
+    raise UsageError(
+        f"The teacher's classes are {_in_order(other)}, and the model's are {_in_order(own)} (id2label of their "
+        "configs). A teacher must have the same classes in the same order."
+    )
+
+
+def _in_order(numbers: Mapping[str, int]) -> str:
+    return _some(sorted(numbers, key=lambda name: numbers[name]))
 
 
 def _names_of(config: Any | None, spec: str) -> tuple[dict[str, int], bool]:

@@ -152,6 +152,20 @@ def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions)
         check_target(target_of(spec, passes, options), spec, overwrite=options.overwrite)
 
 
+def check_same_tokens(opened: Opened, teacher: Opened) -> None:
+    """Refuse a teacher to whose tokenizer the same numbers are other tokens.
+
+    Raises:
+        UsageError: both have a tokenizer, and the tokens differ.
+    """
+    own, other = opened.origin.tokenizer, teacher.origin.tokenizer
+    if own is not None and other is not None and own.get_vocab() != other.get_vocab():
+        raise UsageError(
+            f"The tokenizer of the teacher {teacher.spec} has other tokens than that of {opened.spec}. A teacher reads "
+            "what the model reads, so it must have been trained with the same tokenizer."
+        )
+
+
 def target_of(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions) -> Path:
     """The directory of the result: `options.out`, else `<name>-surgery` in the current directory.
 
@@ -182,10 +196,12 @@ def apply(
     progress: Callable[[Progress], None] | None = None,
     on_pass: Callable[[PassDiff], None] | None = None,
     on_search: Callable[[Search], None] | None = None,
+    teacher: Opened | None = None,
 ) -> Applied:
     """Run passes over a model, measure it before and after, and save the result.
 
-    The opened model is consumed (see `Pipeline.run`). With a budget, settings are searched first.
+    The opened model is consumed (see `Pipeline.run`). With a budget, settings are searched first. Passes learn from the
+    teacher's outputs, if there is one.
 
     Raises:
         NothingChangedError: a pass changed nothing; nothing is saved.
@@ -194,6 +210,8 @@ def apply(
     """
     started = time.monotonic()
     check_options(opened.spec, passes, options)
+    if teacher is not None:
+        check_same_tokens(opened, teacher)
     connect(next((parameter.device for parameter in opened.graph.parameters()), torch.device("cpu")))
     wait()  # before one process makes the directories that another still looks for
     data = None if options.dry_run else opened.data
@@ -201,7 +219,7 @@ def apply(
     notes: list[str] = []
     args, kwargs = as_args_kwargs(opened.inputs)
     cost = measure(opened.graph, args, kwargs)[0]
-    with _checkpoints(opened, passes, options) as workdir:
+    with _checkpoints(opened, passes, options, teacher) as workdir:
         criteria = None if data is None else eval_criteria(opened)
         before = None
         if criteria is not None:
@@ -213,13 +231,13 @@ def apply(
             assert data is not None
             searcher = Searcher(
                 opened.graph, opened.inputs, data, passes, options.budget_minutes, options.seed, workdir,
-                started=started, progress=progress,
+                started=started, teacher=teacher, progress=progress,
             )  # fmt: skip
             search = searcher.run(stages(passes, options.given))
             passes = with_options(passes, search.options)
             if on_search is not None:
                 on_search(search)
-        surgery = _run(opened, passes, options, workdir, notes, progress=progress, on_pass=on_pass)
+        surgery = _run(opened, passes, options, workdir, notes, teacher=teacher, progress=progress, on_pass=on_pass)
         surgery.search = search
         _set_tau(surgery, options, notes)
         surgery.graph.eval()
@@ -248,7 +266,9 @@ def apply(
 
 
 @contextmanager
-def _checkpoints(opened: Opened, passes: Sequence[Pass[Any]], options: ApplyOptions) -> Iterator[Path | None]:
+def _checkpoints(
+    opened: Opened, passes: Sequence[Pass[Any]], options: ApplyOptions, teacher: Opened | None
+) -> Iterator[Path | None]:
     """The directory for checkpoints of training; None if there is nothing to train.
 
     It is removed afterwards, unless the run failed or was interrupted and left a checkpoint.
@@ -264,6 +284,7 @@ def _checkpoints(opened: Opened, passes: Sequence[Pass[Any]], options: ApplyOpti
             "seed": options.seed,
             "data": opened.data.fingerprint,
             "budget_minutes": options.budget_minutes,
+            "teacher": None if teacher is None else [teacher.spec, teacher.origin.sha256],
         }
         result = target_of(opened.spec, passes, options)
         if is_main():
@@ -287,6 +308,7 @@ def _run(
     workdir: Path | None,
     notes: list[str],
     *,
+    teacher: Opened | None,
     progress: Callable[[Progress], None] | None,
     on_pass: Callable[[PassDiff], None] | None,
 ) -> Surgery:
@@ -314,6 +336,8 @@ def _run(
         origin=opened.origin,
         consume=True,
         report_to=options.report_to,
+        teacher=None if teacher is None else teacher.graph,
+        teacher_origin=None if teacher is None else teacher.origin,
     )
     if not any(report.matched for report in surgery.reports):
         raise NothingChangedError(" ".join(notes))
@@ -423,6 +447,17 @@ def read_recipe(name: str, settings: Mapping[str, Mapping[str, Any]]) -> tuple[l
     if unused:
         raise UsageError(f"Options were given for '{min(unused)}', which recipe {name} does not run.")
     return [build([step.name], {step.name: {**step.options, **settings.get(step.name, {})}})[0] for step in steps], seed
+
+
+def missing_teacher(name: str) -> str | None:
+    """What to tell the user about a recorded recipe that had a teacher, where none is given now; None without one."""
+    if name in RECIPES or name in BY_FAMILY:
+        return None
+    teacher = _recorded_recipe(name).teacher
+    if teacher is None:
+        return None
+    where = "made in Python" if teacher.path is None else teacher.path
+    return f"The recipe's passes learned from a teacher ({where}). Without --teacher they learn from the model itself."
 
 
 def recipe_for(

@@ -24,6 +24,7 @@ from surgeon.dynamic.knobs import set_tau
 from surgeon.errors import DivergedError, LoadError, UsageError
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.traced import TracedGraph
+from surgeon.jobs.open_model import Opened
 from surgeon.jobs.search_settings import Setting, fine_tuned, with_options
 from surgeon.jobs.workdir import STATE
 from surgeon.measure.meter import ExpertMeter
@@ -45,7 +46,7 @@ _FOR_SEARCH, _SAFE, _FEWEST = 0.5, 0.85, 32
 # One batch of so many is for validation. The most that is read ahead: batches, and bytes of them.
 _EVERY, _MOST_BATCHES, _MOST_BYTES = 5, 400, 1 << 28
 # Trials leave these out: no setting concerns them, and the cost at which settings are compared is that of the experts.
-_LEFT_OUT = ("sparsify-inputs", "lower")
+_LEFT_OUT = ("sparsify-inputs", "sparsify-neurons", "lower")
 # How long passes of a trial train, by the steps of the first one that fine-tunes; the others train as long as that one.
 _RELATIVE = {"moeify": 2.0, "recover": 1 / 3, "mlpify": 1 / 3}
 
@@ -77,6 +78,7 @@ class Searcher:
         place: Path,
         *,
         started: float,
+        teacher: Opened | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         """Read the data ahead.
@@ -88,12 +90,14 @@ class Searcher:
             minutes: for the search and the full run. The first trials are at most a quarter as long as the full run.
             place: the directory of the file.
             started: the time of `time.monotonic` from which the minutes count.
+            teacher: the model that passes learn from, if it is another one.
 
         Raises:
             UsageError: there is too little data, or its length is unknown.
         """
         self._graph, self._inputs, self._data = graph, inputs, data
         self._seed, self._progress = seed, progress
+        self._teacher = teacher
         self._passes = [one for one in passes if one.name not in _LEFT_OUT]
         self._first = fine_tuned(self._passes)[0].name
         self._minutes, self._started, self._file = minutes, started, place / STATE
@@ -252,6 +256,8 @@ class Searcher:
 
         surgery = Pipeline(with_options(self._passes, merged(lengths, options))).run(
             self._graph, inputs=self._inputs, data=self._own, seed=self._seed, verify="off", progress=progress,
+            teacher=None if self._teacher is None else self._teacher.graph,
+            teacher_origin=None if self._teacher is None else self._teacher.origin,
         )  # fmt: skip
         return surgery.graph, {report.name: report.fit for report in surgery.reports if report.fit is not None}
 
@@ -269,17 +275,18 @@ class Searcher:
         return at_share(points, _SHARE)
 
     def _loss(self, graph: TracedGraph, batches: Sequence[Batch], meter: ExpertMeter | None = None) -> float:
-        """Return the mean loss over samples: that of the task, or the divergence from the dense model."""
+        """Return the mean loss over samples: that of the task, or the divergence from the model to imitate."""
         task = None if imitates(self._graph, self._own) else loss_of(self._graph, self._own)
         outputs_of = made_for(self._own.task, class_task(self._graph))
+        imitated = self._graph if self._teacher is None else self._teacher.graph
         total = 0.0
         with evaluating(graph):
             for batch, outputs in run_batches(meter or ExpertMeter(graph), batches):
                 if task is not None:
                     value = task(outputs, batch)
                 else:
-                    dense = call_reproducibly(self._graph, batch.args, dict(batch.kwargs))
-                    value = divergence(dense, outputs, batch, outputs_of)
+                    expected = call_reproducibly(imitated, batch.args, dict(batch.kwargs))
+                    value = divergence(expected, outputs, batch, outputs_of)
                 total += float(value) * batch.size
         return total / _samples(batches)
 

@@ -95,6 +95,24 @@ def balanced_clusters(
     return torch.from_numpy(best_labels)
 
 
+def clusters_around(points: Tensor, centroids: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Assign rows to given centroids once, each of which takes as many rows as its cluster has.
+
+    Rows go first that would lose most without their nearest centroid, as in `balanced_clusters`.
+
+    Args:
+        points, centroids: [n, d] and [clusters, d], without scaling.
+        sizes: the size of each cluster. They add up to n.
+
+    Returns:
+        The number of each row's cluster, int64 [n], on the CPU.
+    """
+    if len(sizes) == 1:
+        return torch.zeros(len(points), dtype=torch.int64)
+    distances = centroids.square().sum(1) - 2 * points @ centroids.t()  # up to a constant for each row
+    return torch.from_numpy(_assign(distances.cpu().numpy(), np.array(sizes)))
+
+
 def nearest_divisors(n: int, k: int) -> tuple[int, ...]:
     """Return the divisors of `n` nearest to `k`: the largest below and the smallest above, or `k` if it divides `n`.
 

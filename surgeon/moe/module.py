@@ -33,9 +33,9 @@ class MoEShape:
 
     d_in, d_out: widths of its input and output. experts, size: E and s. biases: which of b1, b_gate and b2 it has.
     shared, rule, form, filling: as in `MoE`. compensated: whether it adds the mean of what it skips.
-    router_width: the width of the router's trunk, None without one. router_bias, router_hidden, router_output: as in
-    `Router`. group: how many inputs share a factor of weights of 4 bits, None for others (`surgeon.kernels.panels`).
-    float8: whether weights of 8 bits are in float8 rather than integers.
+    router_width: the width of the router's trunk, None without one. router_bias, router_hidden, router_output and
+    router_activation: as in `Router`. group: how many inputs share a factor of weights of 4 bits, None for others
+    (`surgeon.kernels.panels`). float8: whether weights of 8 bits are in float8 rather than integers.
     """
 
     d_in: int
@@ -56,6 +56,7 @@ class MoEShape:
     router_output: Output
     group: int | None = None
     float8: bool = False
+    router_activation: str | None = None
 
     @property
     def describe(self) -> str:
@@ -152,7 +153,7 @@ class MoE(nn.Module):
         made.router = Router(
             shape.d_in, shape.router_width, shape.experts - shape.shared,
             bias=shape.router_bias, hidden=shape.router_hidden, output=shape.router_output,
-            like=torch.empty((), **options),
+            activation=shape.router_activation, gated=shape.gated, like=torch.empty((), **options),
         )  # fmt: skip
         made.register_buffer("tau", torch.zeros((), dtype=torch.float32, device=device))
         if shape.compensated:
@@ -169,6 +170,7 @@ class MoE(nn.Module):
             self.shared, self.rule, self.form, self.filling, hasattr(self, SKIPPED_MEAN),
             None if self.router.fc1 is None else self.router.fc1.out_features,
             self.router.fc2.bias is not None, self.router.hidden, self.router.output,
+            router_activation=self.router.activation,
         )  # fmt: skip
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from surgeon.graph.traced import aten, is_call, tensor_of
 from surgeon.kernels.experts import Experts
 from surgeon.kernels.int8_arguments import Int8Call
-from surgeon.kernels.scores import HIDDEN, OUTPUT, Hidden, Output
+from surgeon.kernels.scores import HIDDEN, OUTPUT, Hidden, Output, neuron_size
 from surgeon.moe.int8 import TENSORS, Int8MoE
 from surgeon.moe.module import SKIPPED_MEAN, MoE, MoEShape
 from surgeon.moe.site import MoESite
@@ -31,14 +31,14 @@ def moe_module(graph: GraphModule, site: MoESite) -> MoE | Int8MoE:
         return _int8(graph, site)
     scores, bias = site.nodes[0].args[1], site.nodes[0].args[8]
     assert isinstance(scores, Node)
-    router, parts = _router(graph, scores, site)
+    functions, parts = _router(graph, scores, site)
     holder = graph.get_submodule(site.path)
     tensors = {name: getattr(holder, name, None) for name in (*Experts._fields, "b2", SKIPPED_MEAN)}
     if bias is None:
         tensors["b2"] = None
     tensors |= {f"router.{name}": tensor for name, tensor in parts.items()}
     width = None if "fc1.weight" not in parts else len(parts["fc1.weight"])
-    return _filled(_shape(site, tensors, width, "fc2.bias" in parts, *router), tensors, site.tau)
+    return _filled(_shape(site, tensors, width, "fc2.bias" in parts, *functions), tensors, site.tau)
 
 
 def _int8(graph: GraphModule, site: MoESite) -> Int8MoE:
@@ -59,6 +59,7 @@ def _shape(
     router_bias: bool,
     router_hidden: Hidden,
     router_output: Output,
+    router_activation: str | None = None,
 ) -> MoEShape:
     assert site.form != "module"
     return MoEShape(
@@ -78,6 +79,7 @@ def _shape(
         router_bias=router_bias,
         router_hidden=router_hidden,
         router_output=router_output,
+        router_activation=router_activation,
     )
 
 
@@ -97,25 +99,31 @@ def _filled(shape: MoEShape, tensors: dict[str, Any], tau: Tensor) -> MoE:
 
 def _router(
     graph: GraphModule, scores: Node, site: MoESite
-) -> tuple[tuple[Literal["relu", "tanh"], Output], dict[str, nn.Parameter]]:
-    """Return the functions of a router in op form, and its parameters by their names in a `Router`."""
+) -> tuple[tuple[Hidden, Output, str | None], dict[str, nn.Parameter]]:
+    """Return the functions of a router in op form (hidden, output, activation), and its parameters, named as there."""
     if is_call(scores, aten.constant_pad_nd.default):
         scores = cast(Node, scores.args[0])
+    parts: dict[str, nn.Parameter] = {}
+    if is_call(scores, neuron_size):
+        first, up, activation = scores.args
+        _linear(graph, cast(Node, first), "fc2", parts, site)
+        if up is not None:
+            _linear(graph, cast(Node, up), "up", parts, site)
+        return ("relu", "abs", str(activation)), parts
     output = next((name for name, (op, *rest) in OUTPUT.items() if _is(scores, op, rest)), None)
     if output is None:
         raise ValueError(f"the router of {site.path} ends in {scores.target}, which no router of surgeon's does")
-    parts: dict[str, nn.Parameter] = {}
     x = _linear(graph, cast(Node, scores.args[0]), "fc2", parts, site)
-    hidden: Literal["relu", "tanh"] = "relu"
+    hidden: Hidden = "relu"
     if x is not site.nodes[0].args[0]:
         found = next((name for name, op in HIDDEN.items() if is_call(x, op)), None)
         if found is None:
             raise ValueError(
                 f"the trunk of the router of {site.path} ends in {x.target}, which no router of surgeon's does"
             )
-        hidden = cast(Literal["relu", "tanh"], found)
+        hidden = cast(Hidden, found)
         _linear(graph, cast(Node, x.args[0]), "fc1", parts, site)
-    return (hidden, output), parts
+    return (hidden, output, None), parts
 
 
 def _is(node: Node, op: Any, rest: list[Any]) -> bool:

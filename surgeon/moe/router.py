@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from surgeon.collective import largest, mean
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import Experts, hidden
-from surgeon.kernels.scores import HIDDEN, OUTPUT, Hidden, Output
+from surgeon.kernels.scores import HIDDEN, OUTPUT, Hidden, Output, neuron_size
+from surgeon.sites.ffn import FFNWeights
 
 Objective = Literal["norm", "relative", "log", "activation"]
 Labels = Literal["output", "hidden"]
@@ -62,9 +63,13 @@ class Router(nn.Module):
     "exp" for the objective "log", and "sigmoid" for "activation". goal: what passes train the router for.
     fc1 is the trunk. The routers of several layers that read the same input may share it. A router with one linear
     layer, |W x|, has no trunk.
+
+    A router with an activation has no trunk either. Its scores are the sizes of hidden values: |activation(W x)|, or
+    |activation(W x) · (U x)| with U in `up` if the layer is gated.
     """
 
     fc1: nn.Linear | None
+    up: nn.Linear | None
 
     def __init__(
         self,
@@ -75,19 +80,23 @@ class Router(nn.Module):
         bias: bool = False,
         hidden: Hidden = "relu",
         output: Output = "abs",
+        activation: str | None = None,
+        gated: bool = False,
         goal: Goal | None = None,
         like: Tensor | None = None,
     ) -> None:
         """Make a router with random weights, on the device and in the dtype of `like`.
 
-        width: the width of the trunk, or None for a router with one linear layer.
+        width: the width of the trunk, or None for a router with one linear layer. activation: that of the experts, for
+        scores that are sizes of hidden values; gated: whether the experts are gated, which matters only then.
         """
         super().__init__()
         device, dtype = (None, None) if like is None else (like.device, like.dtype)
         options: Any = {"bias": bias, "device": device, "dtype": dtype}
         self.fc1 = None if width is None else nn.Linear(d_in, width, **options)
         self.fc2 = nn.Linear(d_in if width is None else width, experts, **options)
-        self.hidden, self.output, self.goal = hidden, output, goal or Goal()
+        self.up = nn.Linear(d_in, experts, **options) if gated and activation is not None else None
+        self.hidden, self.output, self.activation, self.goal = hidden, output, activation, goal or Goal()
 
     @property
     def first(self) -> nn.Linear:
@@ -108,6 +117,26 @@ class Router(nn.Module):
             if self.fc1 is not None:
                 nn.init.eye_(self.fc2.weight)
 
+    def start_from_neurons(self, neurons: Tensor, weights: FFNWeights) -> None:
+        """Score every expert by the hidden value of one neuron, whose weight rows get the length 1 (CMoE).
+
+        Args:
+            neurons: the neuron of each expert among those of `weights`, int64 [experts].
+        """
+        w1, b1, gate, b_gate = (
+            None if rows is None else rows.detach()[neurons]
+            for rows in (weights.w1, weights.b1, weights.gate, weights.b_gate)
+        )
+        linears = [(self.fc2, w1, b1)] if gate is None else [(self.fc2, gate, b_gate), (self.up, w1, b1)]
+        with torch.no_grad():
+            for linear, weight, bias in linears:
+                assert linear is not None
+                assert weight is not None
+                length = weight.float().norm(dim=1).clamp_min(1e-12)
+                linear.weight.copy_(weight / length[:, None])
+                if linear.bias is not None:
+                    linear.bias.copy_(torch.zeros_like(length) if bias is None else bias / length)
+
     def forward(self, x: Tensor) -> Tensor:
         """Score the experts."""
         # The linear layers are called as modules, so that hooks of theirs run (weights that are kept on disk).
@@ -120,8 +149,11 @@ class Router(nn.Module):
     def steps(self, step: Step, x: Any, linear: Callable[[str, Any], Any]) -> Any:
         """Go through the router op by op. `step(op, *args)` runs an ATen op or adds it to a graph.
 
-        linear: does the same for the layer of a name, "fc1" or "fc2", on an input.
+        linear: does the same for the layer of a name, "fc1", "fc2" or "up", on an input.
         """
+        if self.activation is not None:
+            up = None if self.up is None else linear("up", x)
+            return step(neuron_size, linear("fc2", x), up, self.activation)
         op, *arguments = OUTPUT[self.output]
         return step(op, self._logits(step, x, linear), *arguments)
 

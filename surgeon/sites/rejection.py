@@ -43,6 +43,7 @@ CODES = {
     "nothing-to-route": "Use more experts, or fewer experts that always run.",
     "too-narrow": "Raise cost_factor, or leave the layer alone with `skip`.",
     "unknown-router": "Run the pass before the router is changed by other code.",
+    "neuron-router": "Use another router, or keep the experts in float.",
     "too-wide": "Leave the layer alone with `skip`, or split it into more experts if its neurons are too many.",
     "both-activated": "Keep its activations: the layer would be no known one with another activation on one side.",
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",

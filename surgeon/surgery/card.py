@@ -115,6 +115,10 @@ def _passes(record: Record) -> str:
         options = ", ".join(f"{name}={value}" for name, value in step.options.items()) or "default"
         rows.append(f"| {report.name} | {options} | {len(report.sites)} | {_change(report)} |")
     trained = f"Data: {record.recipe.data}." if record.recipe.data else "No data was used: nothing was trained."
+    if record.recipe.teacher is not None:
+        path = record.recipe.teacher.path
+        name = f"`{Path(path).name}`" if path else "a model made in Python"
+        trained += f" Distilled from {name}, not from the model itself."
     return "\n".join(rows) + f"\n\nSeed {record.recipe.seed}. {trained}"
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from surgeon.data.classes import check_same_classes
 from surgeon.data.data import Data
 from surgeon.data.example_rows import example_rows
 from surgeon.errors import UsageError
@@ -21,15 +22,16 @@ from surgeon.inputs.skipping import find_skipping
 from surgeon.models.example_inputs import example_inputs
 from surgeon.models.source import check_finite
 from surgeon.moe.site import find_moes
-from surgeon.passes import Pass
+from surgeon.passes import FineTunedPass, Pass
 from surgeon.passes.contract import SiteKind
 from surgeon.passes.report import PassDiff
 from surgeon.processes import connect, is_main
 from surgeon.progress import Progress
 from surgeon.surgery.origin import Origin
-from surgeon.surgery.record import earlier_passes
+from surgeon.surgery.record import InputFile, earlier_passes
 from surgeon.surgery.surgery import Surgery
 from surgeon.tracing.trace import adopt, is_aten_graph, trace
+from surgeon.training.distillation import check_teacher, imitates
 from surgeon.training.loop import RunSettings
 from surgeon.training.trackers import check_tracker
 
@@ -59,6 +61,8 @@ class Pipeline:
         origin: Origin | None = None,
         consume: bool = False,
         report_to: str | None = None,
+        teacher: nn.Module | None = None,
+        teacher_origin: Origin | None = None,
     ) -> Surgery:
         """Rewrite `model` (or a graph of ATen ops), which is itself left as it was, unless it is to be consumed.
 
@@ -73,11 +77,16 @@ class Pipeline:
             workdir, resume: directory for checkpoints, and whether to continue from them.
             dry_run: rewrite without training.
             report_to: a tracker of accelerate, such as "tensorboard" or "wandb", that gets the losses of every step.
+            teacher: another model that takes the same inputs and answers in the same form, such as a larger one. Passes
+                with `distill` above 0, or the task "imitate", learn from its outputs in place of those of the model
+                before the passes. It is run in evaluation mode and not changed. teacher_origin: where it came from, for
+                the record.
             consume: free the weights of each layer as soon as it is rewritten, if nothing is trained. The given model
                 loses these weights too, so it cannot be used afterwards. Memory then holds the weights once, not twice.
 
         Raises:
-            UsageError: passes in an order that cannot work, a pass that needs data, options that fit no site.
+            UsageError: passes in an order that cannot work, a pass that needs data, options that fit no site, a teacher
+                that nothing learns from or whose answers do not match the model's.
             LoadError: the model has weights that are not finite.
             TraceError: the model cannot be traced faithfully.
             PassError, VerificationError: a pass failed; the message names it, and no later pass ran.
@@ -103,6 +112,14 @@ class Pipeline:
         surgery = Surgery(graph, [], inputs, [snapshot(graph)], seed, given.description if given else None, origin)
         surgery.fingerprint = given.fingerprint if given else None
         surgery.earlier = earlier_passes(graph)
+        if teacher is not None:
+            teacher_origin = teacher_origin or Origin.of(teacher)
+            if given is None and not dry_run:
+                raise UsageError("A teacher is there to be learned from in training. Give data too.")
+            self._check_learns(imitating=given is not None and imitates(graph, given))
+            check_same_classes(origin.config, teacher_origin.config)
+            check_teacher(teacher, graph, inputs, None if given is None else given.task)
+            surgery.teacher = InputFile(teacher_origin.path, teacher_origin.kind, teacher_origin.sha256)
         consume = consume and (given is None or dry_run)  # training compares with the model before
         # A model that was consumed is none that anything can be put back into.
         surgery.model = None if consume or isinstance(model, GraphModule) else weakref.ref(model)
@@ -110,7 +127,7 @@ class Pipeline:
         for number, pass_ in enumerate(self.passes):
             work = adopt(surgery.graph)
             place = None if workdir is None else workdir / f"{number:02d}-{pass_.name}"
-            step = RunSettings(seed, verify, progress, place, resume, dry_run, original, consume, report_to)
+            step = RunSettings(seed, verify, progress, place, resume, dry_run, original, consume, report_to, teacher)
             report = pass_.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
             surgery.reports.append(report)
@@ -118,6 +135,14 @@ class Pipeline:
             if on_pass is not None:
                 on_pass(surgery.diff().passes[-1])
         return surgery
+
+    def _check_learns(self, *, imitating: bool) -> None:
+        """Refuse a teacher from which no pass would learn."""
+        if not any(isinstance(pass_, FineTunedPass) and pass_.distils(imitating) for pass_ in self.passes):
+            raise UsageError(
+                "No pass learns from a teacher. swap-activation, sparsify and recover do if they train and distill is "
+                "above 0, or if the task is imitate."
+            )
 
     def check(self, *, there: Collection[SiteKind], has_data: bool) -> None:
         """Check order and requirements, before anything runs.

@@ -103,6 +103,25 @@ RECIPES: dict[str, tuple[str, Steps]] = {
             ("lower", {}),
         ],
     ),
+    "cmoe": (
+        "CMoE (arXiv 2502.04416), without training: 16 experts, of which 2 always run, clusters of neurons that are "
+        "among the largest of the same tokens, a neuron of each expert as its router, a fixed number of experts. tau "
+        "0.86 runs 2 of the other 14.",
+        [
+            (
+                "moeify",
+                {
+                    "experts": 16,
+                    "shared": 2,
+                    "split": "markers",
+                    "router": "representatives",
+                    "rule": "top_k",
+                    "epochs": 0.0,
+                },
+            ),
+            ("lower", {}),
+        ],
+    ),
     "d2dmoe-vit": (
         "D2DMoE for image classifiers: ReLU, square Hoyer that rises to 0.2, mixup, CutMix and label smoothing, 90 "
         "epochs, experts of 6 neurons.",

@@ -41,7 +41,7 @@ RECORD = "surgery.json"
 
 @dataclass(frozen=True)
 class InputFile:
-    """The model that the surgery started from: see `surgeon.surgery.origin.Origin`."""
+    """A model that was read, such as the one that the surgery started from: see `surgeon.surgery.origin.Origin`."""
 
     path: str | None
     kind: str
@@ -58,12 +58,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to repeat a surgery. data: in words. fingerprint: of the data; None if there was no data."""
+    """How to repeat a surgery.
+
+    data: in words. fingerprint: of the data; None if there was no data. teacher: the other model that passes learned
+    from, if there was one.
+    """
 
     passes: tuple[Step, ...]
     seed: int
     data: str | None = None
     fingerprint: str | None = None
+    teacher: InputFile | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ def make_record(
     fingerprint: str | None = None,
     quality: MeasuredQuality | None = None,
     search: Search | None = None,
+    teacher: InputFile | None = None,
 ) -> Record:
     """Make the record of a graph as it is now.
 
@@ -168,7 +174,7 @@ def make_record(
     Args:
         reports: of every pass, those of the saved surgery first.
         origin: of the model. seed, data, fingerprint: of this run.
-        search: of this run. None keeps the saved surgery's.
+        search, teacher: of this run. None keeps the saved surgery's.
         quality: measured now. None keeps the saved surgery's quality, as far as it still holds.
     """
     first = record_of(graph)
@@ -187,6 +193,7 @@ def make_record(
             data,
             # A surgery without data of its own keeps the fingerprint of the surgery it starts from.
             fingerprint or (None if first is None else first.recipe.fingerprint),
+            teacher or (None if first is None else first.recipe.teacher),
         ),
         trace=graph.meta["trace"],
         passes=tuple(reports),

@@ -17,7 +17,7 @@ from surgeon.surgery.artifact import save
 from surgeon.surgery.diff import Diff
 from surgeon.surgery.export import export
 from surgeon.surgery.origin import Origin
-from surgeon.surgery.record import MeasuredQuality, Record, make_record
+from surgeon.surgery.record import InputFile, MeasuredQuality, Record, make_record
 from surgeon.surgery.trials import Search
 
 
@@ -29,7 +29,7 @@ class Surgery:
     inputs: the example inputs it was verified with. snapshots: the graph before the first and after every pass.
     earlier: the passes that had been run before, if the graph came from a saved surgery. quality: of the model before
     and after; None if it was not measured. data, fingerprint: the training data, in words and as a hash.
-    search: for the settings of the passes, if there was one.
+    search: for the settings of the passes, if there was one. teacher: the other model that passes learned from, if any.
     model: a weak reference to the model that was given, which holds none of its memory; None if a graph was given.
     """
 
@@ -44,6 +44,7 @@ class Surgery:
     quality: MeasuredQuality | None = None
     fingerprint: str | None = None
     search: Search | None = None
+    teacher: InputFile | None = None
     model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
 
     def diff(self) -> Diff:
@@ -113,4 +114,5 @@ class Surgery:
             fingerprint=self.fingerprint,
             quality=self.quality,
             search=self.search,
+            teacher=self.teacher,
         )

@@ -9,15 +9,17 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
-from surgeon.data.imitation import relative_square
+from surgeon.data.imitation import answer, made_for, relative_square
+from surgeon.data.losses import evaluating
 from surgeon.data.padding import real_tokens
-from surgeon.errors import UsageError
+from surgeon.errors import UsageError, first_line
 from surgeon.graph.agreement import call_reproducibly
+from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import shape_of
 from surgeon.models.tasks import needs_labels
@@ -29,19 +31,27 @@ log = logging.getLogger("surgeon")
 
 
 class Teacher:
-    """The model before the first pass, which a rewritten graph is trained to imitate."""
+    """What a rewritten graph is trained to imitate: the model before the first pass, or another model's outputs."""
 
-    def __init__(self, original: GraphModule, layers: tuple[str, ...] = ()) -> None:
+    def __init__(self, original: GraphModule, layers: tuple[str, ...] = (), other: nn.Module | None = None) -> None:
         """Wrap the original model, which must be in evaluation mode.
 
-        layers: names of the nodes whose values `layer_error` compares, see `layer_inputs`.
+        layers: names of the nodes whose values `layer_error` compares, see `layer_inputs`. other: gives the outputs in
+        place of the original model. It is run in evaluation mode.
         """
-        self._layers = layers
-        self._model = Capture(original, layers, keep_output=True)
+        self._layers, self._other = layers, other
+        self._model = Capture(original, layers, keep_output=other is None) if layers or other is None else None
 
     def __call__(self, batch: Batch) -> tuple[object, dict[str, Tensor]]:
-        """Return the model's output and the values of the layers by name, without gradients."""
-        return call_reproducibly(self._model, batch.args, dict(batch.kwargs))  # type: ignore[no-any-return]
+        """Return the output and the values of the original model's layers by name, without gradients."""
+        outputs: object = None
+        values: dict[str, Tensor] = {}
+        if self._model is not None:
+            outputs, values = call_reproducibly(self._model, batch.args, dict(batch.kwargs))
+        if self._other is not None:
+            with evaluating(self._other):
+                outputs = call_reproducibly(self._other, batch.args, dict(batch.kwargs))
+        return outputs, values
 
     def layer_error(self, batch: Batch, expected: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
         """Return the squared error of the layers' inputs over real tokens, relative to their squared size, a scalar.
@@ -56,8 +66,42 @@ class Teacher:
         return torch.stack(errors).mean()
 
 
+def check_teacher(teacher: nn.Module, original: GraphModule, inputs: object, task: str | None) -> None:
+    """Refuse a teacher whose outputs are not to be compared with those of the model.
+
+    Args:
+        inputs: example inputs of the model, with which both are called.
+        task: of the data, None if unknown.
+
+    Raises:
+        UsageError: the teacher cannot be called with them, its outputs have other shapes or are not finite, or its
+            classes have other names.
+    """
+    args, kwargs = as_args_kwargs(inputs)
+    outputs_of = made_for(task, class_task(original))
+    wanted = answer(call_reproducibly(original, args, kwargs), outputs_of)
+    try:
+        with evaluating(teacher):
+            outputs = call_reproducibly(teacher, args, kwargs)
+    except Exception as error:  # a model may raise anything
+        names = ", ".join(kwargs) or "positional ones"
+        raise UsageError(
+            f"The teacher cannot be called with the model's inputs ({names}): {first_line(error)}. It must take the "
+            "same inputs as the model, on the same device."
+        ) from error
+    found = answer(outputs, outputs_of)
+    want, got = (", ".join(str(list(part.values.shape)) for part in parts) for parts in (wanted, found))
+    if want != got or [part.logits for part in wanted] != [part.logits for part in found]:
+        raise UsageError(
+            f"The teacher answers {got} on the example inputs, and the model {want}. They must have the same classes "
+            "or the same vocabulary, in tensors of the same names."
+        )
+    if not all(bool(torch.isfinite(part.values).all()) for part in found):
+        raise UsageError("The teacher's outputs on the example inputs contain NaN or infinity.")
+
+
 def imitates(graph: GraphModule, data: Data) -> bool:
-    """Whether training is for the outputs of the original model alone: the task says so, and no other loss is given."""
+    """Whether training is for the teacher's outputs alone: the task says so, and no other loss is given."""
     task = data.task or class_task(graph)
     return data.loss is None and task is not None and not needs_labels(task)
 

@@ -46,9 +46,11 @@ def finetune(
     Args:
         key, label: name and display name of the fit, as in `surgeon.training.loop.fit`.
         watched: names of nodes whose values are passed to `penalise`.
-        distill: weight of the divergence from the model before the first pass, `settings.original`. The task loss gets
-            the weight 1 - distill. Where the task is to imitate that model there is no task loss, and distill is 1.
-        distill_layers: weight of the distance of the layers' inputs from those in that model. It is added to the rest.
+        distill: weight of the divergence from the teacher: `settings.teacher`, or without one the model before the
+            first pass, `settings.original`. The task loss gets the weight 1 - distill. Where the task is to imitate
+            there is no task loss, and distill is 1.
+        distill_layers: weight of the distance of the layers' inputs from those in the model before the first pass,
+            whatever the teacher. It is added to the rest.
         augmentation: of labelled images. The teacher sees the same images.
         own_rates: learning rates, by parameter name, for parameters that do not use the plan's rate.
 
@@ -73,7 +75,7 @@ def finetune(
         if original is None:
             raise UsageError(f"{label}: there is no model before the passes to distill from. Run it in a Pipeline.")
         layers = layer_inputs(original, graph) if distill_layers else ()
-        teacher = Teacher(original, layers)
+        teacher = Teacher(original, layers, settings.teacher if distill else None)
     tapped = Capture(graph, dict.fromkeys((*watched, *layers)), keep_output=True)
     tapped.graph.train()
     task = loss_of(graph, data) if distill < 1.0 else None

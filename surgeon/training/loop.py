@@ -56,7 +56,8 @@ class RunSettings:
     progress: a function that is called during long work, or None.
     workdir: the folder for the checkpoints of fits, or None to write none. resume: whether to continue from them.
     dry_run: rewrite the graph, but do not fit anything.
-    original: the graph before the first pass, in evaluation mode, to distill from.
+    original: the graph before the first pass, in evaluation mode, to distill from. teacher: another model whose outputs
+        are distilled from in its place, or None.
     consume: free the weights of a layer as soon as it is rewritten. Only where nothing is trained.
     report_to: the name of a tracker that gets the losses of every step (see `surgeon.training.trackers`), or None.
     """
@@ -70,6 +71,7 @@ class RunSettings:
     original: GraphModule | None = None
     consume: bool = False
     report_to: str | None = None
+    teacher: nn.Module | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from surgeon.jobs import search
 from surgeon.jobs.apply import read_recipe
 from surgeon.jobs.search import Searcher, at_share
 from surgeon.jobs.search_settings import AS_GIVEN, stages, with_options
+from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.trials import Trial, merged
 
 from .harness import NET, Run, left, recorded
@@ -90,6 +91,24 @@ def test_settings_are_searched_on_the_training_data_alone(run: Run, tmp_path: Pa
     again = recorded(tmp_path / "second")["search"]
     assert [one["loss"] for one in again["trials"]] == [one["loss"] for one in found["trials"]]
     assert (again["chosen"], again["options"]) == (found["chosen"], found["options"])
+
+
+def test_trials_learn_from_the_teacher_as_the_run_does(
+    run: Run, args: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers: list[Any] = []
+    whole = Pipeline.run
+
+    def spy(self: Pipeline, *given: Any, **options: Any) -> Any:
+        teachers.append(options.get("teacher"))
+        return whole(self, *given, **options)
+
+    monkeypatch.setattr(Pipeline, "run", spy)
+    done = run(*args, *MINUTES, "--teacher", "nets:relu", "-o", "taught")
+    assert done.code == 0, done.err
+    assert len(teachers) > 3
+    assert teachers[0] is not None
+    assert all(teacher is teachers[0] for teacher in teachers)
 
 
 RATES = "learning rates times 4"

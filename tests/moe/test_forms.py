@@ -22,6 +22,7 @@ from surgeon.kernels.experts import selected
 from surgeon.kernels.selection import RULES, selection_threshold
 from surgeon.measure.meter import measure
 from surgeon.moe.module import MoE
+from surgeon.moe.rebuild import moe_module
 from surgeon.moe.site import find_moes, router_nodes
 from surgeon.passes import Lower, Mlpify, Moeify, Quantize
 from surgeon.surgery.artifact import load
@@ -357,3 +358,33 @@ def test_shared_trunks_are_trained_and_fitted_in_closed_form(projected: Any) -> 
     trunk = graph.get_parameter(f"{PROJECTIONS[0]}.moe.router.fc1.weight")
     rows = torch.cat([graph.get_parameter(f"{path}.moe.w1").flatten(0, 1) for path in PROJECTIONS])
     assert all(bool((rows == row).all(1).any()) for row in trunk)  # neurons of the three layers
+
+
+# --- routers that score by the hidden values of neurons ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gated"])
+def test_routers_of_neurons_are_the_same_in_every_form(kind: str, tmp_path: Path) -> None:
+    model, options = stack(kind), {"split": "markers", "marked": 4, "router": "representatives", "shared": 1}
+    moeify = Moeify(experts=8, rule="top_k", epochs=0, **options)  # type: ignore[arg-type]
+    module = Pipeline([moeify]).run(model, inputs=vectors(), data=labelled_vectors()).graph.eval()
+    assert torch.allclose(module(**vectors()), model(**vectors()), atol=1e-5)
+    dynamic = fork(module)
+    Lower().apply(dynamic, inputs=vectors())
+    graphs = [module, again(module, tmp_path / "masked"), dynamic, again(dynamic, tmp_path / "dynamic")]
+    assert [find_moes(graph)[0].form for graph in graphs] == ["module", "masked", "dynamic", "dynamic"]
+    rows = 7 * (2 if kind == "gated" else 1)
+    for graph in graphs:
+        set_tau(graph, 0.6)
+        assert {site.router_parameters for site in find_moes(graph)} == {rows * WIDTH}
+        _, layers = measure(graph, (), vectors())
+        assert {layer.ran / layer.tokens for layer in layers.values()} == {1.0 + 3.0}
+        assert torch.allclose(graph(**vectors(4)), module(**vectors(4)), atol=1e-5)
+        rebuilt = moe_module(graph, find_moes(graph)[0])
+        assert isinstance(rebuilt, MoE)
+        assert rebuilt.router.activation is not None
+        x = torch.randn(3, WIDTH)
+        assert torch.allclose(rebuilt(x), module.get_submodule(FIRST)(x), atol=1e-5)
+        quantised = fork(graph)
+        report = Quantize().apply(quantised, inputs=vectors())
+        assert {one.code for one in report.rejected} == {"neuron-router"}

@@ -12,6 +12,7 @@ from torch import Tensor
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.experts import Experts
 from surgeon.moe.router import Objective, Router, activation_sums, expert_norms, router_loss, target
+from surgeon.sites.ffn import FFNWeights
 
 D, E, S = 6, 4, 5
 
@@ -72,6 +73,26 @@ def test_router_is_as_published() -> None:
     want = (F.relu(X @ router.fc1.weight.t()) @ router.fc2.weight.t()).abs()
     assert torch.equal(router(X), want)
     assert sorted(dict(router.named_parameters())) == ["fc1.weight", "fc2.weight"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_router_of_neurons_scores_by_their_hidden_values(kind: str) -> None:
+    weights = KINDS[kind].flat()
+    neurons, bias = torch.tensor([3, 8, 11, 19]), weights.b1 is not None
+    router = Router(D, None, E, bias=bias, activation="silu", gated=weights.gate is not None)
+    router.start_from_neurons(neurons, FFNWeights(*weights, None))
+
+    def scaled(rows: Tensor, bias: Tensor | None) -> Tensor:
+        length = rows[neurons].norm(dim=1)
+        given = 0 if bias is None else bias[neurons] / length
+        return X @ (rows[neurons] / length[:, None]).t() + given
+
+    up, act = scaled(weights.w1, weights.b1), ACTIVATIONS["silu"].fn
+    want = act(up) if weights.gate is None else act(scaled(weights.gate, weights.b_gate)) * up
+    want = want.abs()
+    assert torch.allclose(router(X), want, atol=1e-5)
+    assert router.fc1 is None
+    assert {p.shape for p in router.parameters() if p.dim() == 2} == {(E, D)}
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -85,7 +85,7 @@ def test_split_at_random_is_a_permutation_that_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("split", ["activations", "weights", "random"])
+@pytest.mark.parametrize("split", ["activations", "weights", "random", "markers"])
 def test_neurons_that_are_active_most_often_always_run(gated: bool, split: Any) -> None:
     torch.manual_seed(0)
     ffn: Any = Gated(act=F.relu, bias=True) if gated else Plain(act=F.relu, dropout=0.0)
@@ -107,6 +107,13 @@ def test_neurons_that_are_active_most_often_always_run(gated: bool, split: Any) 
     assert layer(graph, "ffn.moe").router(X).shape == (4, 6, 6)
 
 
+def test_as_many_marks_as_neurons_tell_nothing() -> None:
+    torch.manual_seed(0)
+    graph = surgeon.trace(Wrapped(Plain(act=F.relu)).eval(), X)
+    with pytest.raises(UsageError, match="ffn: 32 neurons of each token would be marked, but it has 32 neurons"):
+        Moeify(experts=4, split="markers", marked=HIDDEN).apply(graph, inputs=X, data=[X])
+
+
 def test_shared_experts_leave_some_to_route() -> None:
     torch.manual_seed(0)
     graph = surgeon.trace(Wrapped(Plain(act=F.relu)).eval(), X)
@@ -115,7 +122,7 @@ def test_shared_experts_leave_some_to_route() -> None:
     assert Moeify(experts=4, shared=3, steps=1).apply(graph, inputs=X, data=[X]).matched == ["ffn"]
 
 
-@pytest.mark.parametrize("options", [{"shared": 1}, {"split": "activations"}])
+@pytest.mark.parametrize("options", [{"shared": 1}, {"split": "activations"}, {"split": "markers"}])
 def test_what_needs_data_is_refused_without_and_allowed_in_a_dry_run(options: Any) -> None:
     torch.manual_seed(0)
     graph = surgeon.trace(Wrapped(Plain(act=F.relu)).eval(), X)
@@ -167,12 +174,15 @@ def test_a_value_that_fits_no_site_there_is_refused_there() -> None:
     ({"exposure": 1.5}, "exposure is 1.5, but must be from 0 to 1"),
     ({"underestimate": 0.0}, "underestimate is 0.0, but must be above 0"),
     ({"rule": "best"}, "rule is 'best', but must be one of max, cumulative, energy, top_k"),
-    ({"split": "even"}, "split is 'even', but must be one of auto, weights, activations, random"),
-    ({"router": "none"}, "router is 'none', but must be one of trained, neurons, centres"),
+    ({"split": "even"}, "split is 'even', but must be one of auto, weights, activations, markers, random"),
+    ({"router": "none"}, "router is 'none', but must be one of trained, neurons, centres, representatives"),
     ({"objective": "size"}, "objective is 'size', but must be one of norm, relative, log, activation"),
     ({"router": "neurons", "objective": "log"}, "objective=log needs router=trained"),
     ({"router": "neurons", "objective": "activation"}, "objective=activation needs router=trained"),
     ({"router": "centres"}, "router=centres needs objective=activation, because it scores by activations"),
+    ({"router": "representatives", "objective": "log"}, "objective=log needs another output than sizes of hidden"),
+    ({"router": "representatives", "router_width": 8}, "router_width is 8, but a router of one layer has no"),
+    ({"marked": 4}, "marked only has an effect with split=markers"),
     ({"router_depth": 3}, "router_depth is 3, but must be one of 1, 2"),
     ({"router_depth": 1}, "router=neurons has two layers"),
     ({"router_depth": 1, "router": "trained", "router_width": 8}, "router_width is 8, but a router of one"),

@@ -61,7 +61,7 @@ def converted(sharp: tuple[TracedGraph, list[Any]], **options: Any) -> TracedGra
     options = {**usual, **options}
     if options["epochs"] == 0:
         del options["lr"]
-    if options["router"] == "centres" or options.get("router_depth") == 1:
+    if options["router"] in ("centres", "representatives") or options.get("router_depth") == 1:
         del options["router_width"]
     Moeify(**options).apply(graph, inputs=vectors(), data=sharp[1])
     return graph.eval()
@@ -79,6 +79,8 @@ def converted(sharp: tuple[TracedGraph, list[Any]], **options: Any) -> TracedGra
     {"router": "centres", "objective": "activation", "epochs": 0},
     {"router": "centres", "objective": "activation", "epochs": 0, "router_depth": 1},
     {"router": "centres", "objective": "activation", "shared": 1},
+    {"router": "representatives", "split": "markers", "epochs": 0, "marked": 8}, {"router": "representatives"},
+    {"router": "representatives", "epochs": 0}, {"router": "representatives", "split": "activations", "epochs": 0},
 ], ids=str)  # fmt: skip
 def test_routers_of_every_kind_find_the_experts_that_matter(sharp: Any, options: Any) -> None:
     graph = converted(sharp, **options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import surgeon
+from surgeon.data.data import Data
 from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
-from surgeon.passes import Mlpify, Moeify, Recover, Sparsify, SwapActivation
+from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivation
 from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.record import InputFile, read_record
 from surgeon.surgery.surgery import Surgery
 from surgeon.training.distillation import layer_inputs
 from surgeon.training.loop import FitReport
@@ -174,3 +178,112 @@ def test_a_node_that_only_has_the_name_is_not_taken() -> None:
     nodes[first].name = "another"
     next(node for name, node in nodes.items() if name.startswith("linear")).name = first
     assert layer_inputs(original, graph) == (second,)
+
+
+# --- another teacher --------------------------------------------------------------------------------------------------
+
+
+class Wider(nn.Module):
+    """A larger model for the same vectors and classes, or others."""
+
+    def __init__(self, classes: int = 3, seed: int = 5) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.5), nn.Linear(64, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean(1)
+
+
+def test_with_another_teacher_its_outputs_are_learned_and_the_layers_stay_those_of_the_model() -> None:
+    model, teacher = classifier("relu", dropout=0.0), classifier("gelu", layers=1, dropout=0.5)
+    with torch.no_grad():
+        teacher.head.weight.mul_(5.0)
+    teacher.train()  # it is run in evaluation mode all the same, and left as it was
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    inputs = tokens(8)
+    passes = [Sparsify(distill=1.0, distill_layers=1.0, alpha=0.0, steps=60, lr=3e-3)]
+    surgery = Pipeline(passes).run(model, inputs=inputs, data=[inputs], teacher=teacher)
+    assert teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    teacher.eval()
+    with torch.no_grad():
+        wanted, dense, after = (one(**inputs).log_softmax(-1) for one in (teacher, model, surgery.graph.eval()))
+    apart = [float(F.kl_div(found, wanted, log_target=True, reduction="batchmean")) for found in (dense, after)]
+    losses = last_fit(surgery).losses
+    assert losses[0][1]["divergence"] == pytest.approx(apart[0], rel=1e-3)
+    assert losses[0][1]["layer error"] == pytest.approx(0.0, abs=1e-9)
+    assert apart[1] < 0.5 * apart[0]
+
+
+def test_imitation_is_of_the_teacher() -> None:
+    model, teacher = stack("gelu"), stack("relu")
+    with torch.no_grad():
+        teacher.head.weight.mul_(3.0)
+    data = Data.of([inputs for inputs, _ in DATA], task="imitate")
+    surgery = Pipeline([SwapActivation(steps=200, lr=3e-3)]).run(model, inputs=vectors(), data=data, teacher=teacher)
+    assert list(last_fit(surgery).losses[0][1]) == ["divergence"]
+    found, wanted, dense = (outputs(one).log_softmax(-1) for one in (surgery.graph, teacher, model))
+    apart = [float(F.kl_div(one, wanted, log_target=True, reduction="batchmean")) for one in (dense, found)]
+    assert apart[1] < 0.2 * apart[0]
+
+
+def test_layers_alone_are_not_those_of_the_teacher() -> None:
+    with pytest.raises(UsageError, match="No pass learns from a teacher"):
+        Pipeline([Sparsify(distill_layers=1.0, steps=1)]).run(
+            stack("relu"), inputs=vectors(), data=DATA, teacher=stack("relu")
+        )
+
+
+class Named(Function):
+    """A model with a config that names its classes."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(lambda module, x: module.inner(x=x), inner=stack("relu"))
+        self.config = SimpleNamespace(id2label=dict(enumerate(names)), label2id=None)
+
+
+@pytest.mark.parametrize(("passes", "data", "teacher", "words"), [
+    ([Sparsify(distill=0.5, steps=1)], None, stack("relu"), "Give data too"),
+    ([Sparsify(steps=1)], DATA, stack("relu"), "No pass learns from a teacher"),
+    ([Moeify(steps=1)], DATA, stack("relu"), "No pass learns from a teacher"),
+    ([SwapActivation(), Moeify(steps=1)], DATA, stack("relu"), "No pass learns from a teacher"),
+    ([Sparsify(distill=0.5, steps=1)], DATA, Wider(4), r"The teacher answers \[3, 4\] .* and the model \[3, 3\]"),
+    ([Sparsify(distill=0.5, steps=1)], DATA, nn.Linear(5, 3), r"The teacher cannot be called with the model's inputs"),
+], ids=["data", "distill", "moeify", "swap", "classes", "inputs"])  # fmt: skip
+def test_teachers_that_cannot_be_learned_from_are_refused_before_anything_runs(
+    passes: Any, data: Any, teacher: nn.Module, words: str
+) -> None:
+    started: list[Any] = []
+    with pytest.raises(UsageError, match=words):
+        Pipeline(passes).run(stack("relu"), inputs=vectors(), data=data, teacher=teacher, on_pass=started.append)
+    assert not started
+
+
+def test_a_teacher_that_is_not_finite_is_refused() -> None:
+    teacher = stack("relu")
+    with torch.no_grad():
+        teacher.head.bias.fill_(torch.nan)
+    with pytest.raises(UsageError, match="outputs on the example inputs contain NaN"):
+        Pipeline([Sparsify(distill=0.5, steps=1)]).run(stack("relu"), inputs=vectors(), data=DATA, teacher=teacher)
+
+
+def test_classes_in_another_order_are_refused_and_names_that_say_nothing_are_not() -> None:
+    def distilled(model: nn.Module, teacher: nn.Module) -> None:
+        Pipeline([Sparsify(distill=0.5, steps=1)]).run(model, inputs=vectors(), data=DATA, teacher=teacher)
+
+    with pytest.raises(UsageError, match="The teacher's classes are 'b', 'a', 'c', and the model's are 'a', 'b', 'c'"):
+        distilled(Named("a", "b", "c"), Named("b", "a", "c"))
+    distilled(Named("a", "b", "c"), Named("a", "b", "c"))
+    distilled(Named("a", "b", "c"), Named("LABEL_0", "LABEL_1", "LABEL_2"))
+
+
+def test_the_teacher_is_in_the_record_and_stays_in_that_of_what_goes_on(tmp_path: Path) -> None:
+    passes = [Sparsify(distill=0.5, steps=1), Moeify(experts=4, steps=1)]
+    surgery = Pipeline(passes).run(stack("relu"), inputs=vectors(), data=DATA, teacher=stack("gelu"))
+    surgery.save(tmp_path / "one")
+    assert read_record(tmp_path / "one").recipe.teacher == InputFile(None, "module", None)
+    Pipeline([Lower()]).run(surgeon.load(tmp_path / "one"), inputs=vectors()).save(tmp_path / "two")
+    assert read_record(tmp_path / "two").recipe.teacher == InputFile(None, "module", None)
+    Pipeline([Moeify(experts=4)]).run(stack("relu"), inputs=vectors()).save(tmp_path / "none")
+    assert read_record(tmp_path / "none").recipe.teacher is None
