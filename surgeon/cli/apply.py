@@ -117,6 +117,7 @@ def apply(
     """
     from surgeon.jobs import apply as applying
     from surgeon.jobs.open_model import open_model
+    from surgeon.jobs.recipes import missing_teacher, read_recipe, recipe_for
     from surgeon.jobs.search_settings import check_search
     from surgeon.render.apply import applied_view
     from surgeon.render.search import search_view
@@ -127,7 +128,7 @@ def apply(
     if recipe is not None:
         if passes is not None:
             raise UsageError("Give --recipe or --passes, not both.")
-        built, recorded_seed = applying.read_recipe(recipe, given)
+        built, recorded_seed = read_recipe(recipe, given)
         seed = recorded_seed if seed is None else seed
     else:
         built = build(passes, settings)
@@ -153,12 +154,12 @@ def apply(
         stage=run.screen.stage,
     )
     if recipe is not None:
-        built, opened = applying.recipe_for(opened, recipe, given) or (built, opened)
+        built, opened = recipe_for(opened, recipe, given) or (built, opened)
     for note in opened.notes:
         run.screen.say(f"note: {note}")
     beside = None
     if teacher is None:
-        missing = None if recipe is None else applying.missing_teacher(recipe)
+        missing = None if recipe is None else missing_teacher(recipe)
         if missing is not None:
             run.screen.say(f"note: {missing}")
     else:
