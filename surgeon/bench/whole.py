@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from surgeon.bench.timing import TimedCall, captured, median_seconds
 from surgeon.dynamic.knobs import Knobs, set_knobs, set_tau
-from surgeon.dynamic.site import find_dynamic
+from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.errors import UsageError, first_line
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph, fork
@@ -115,10 +115,7 @@ def time_whole(
         UsageError: the graph has no layers that skip, or does not take these inputs.
     """
     if not find_dynamic(graph):
-        raise UsageError(
-            "The graph has no layers that skip, so there is nothing to compare. Apply moeify or sparsify-inputs first, "
-            "then lower."
-        )
+        raise no_dynamic("The graph", "there is nothing to compare", ", then lower")
     ours = _with_ops(graph, dynamic_k_ffn, sparse_linear, sparse_neurons)
     ops = torch.ops.surgeon  # the plain graph shares tau with `ours`, as forks do
     plain = _with_ops(graph, ops.dynamic_k_ffn_torch.default, ops.sparse_linear_torch.default, masked_neurons)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from surgeon.dynamic.site import DynamicSite, find_dynamic
+from surgeon.dynamic.site import DynamicSite, find_dynamic, no_dynamic
 from surgeon.errors import UsageError
 from surgeon.graph.patterns import first_fit, matches
 from surgeon.inputs.skipping import find_skipping
@@ -51,9 +51,7 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None
             raise UsageError(f"tau is {value}, but must be from 0 to 1.")
     sites = find_dynamic(model)
     if not sites:
-        raise UsageError(
-            "The model has no layers that skip, so there is nothing to set. Apply moeify or sparsify-inputs first."
-        )
+        raise no_dynamic("The model", "there is nothing to set")
     chosen = _chosen(sites, wanted)
     with torch.no_grad():
         for site, value in chosen:

@@ -7,6 +7,7 @@ from typing import TypeAlias
 from torch import nn
 from torch.fx import GraphModule
 
+from surgeon.errors import UsageError
 from surgeon.exits.site import ExitSite, find_exits
 from surgeon.inputs.skipping import SkippingSite, find_skipping
 from surgeon.moe.site import MoESite, find_moes
@@ -22,3 +23,15 @@ def find_dynamic(model: nn.Module) -> list[DynamicSite]:
         return sorted(found, key=lambda site: place[site.logits if isinstance(site, ExitSite) else site.nodes[0]])
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda site: order[site.path])
+
+
+def no_dynamic(name: str, so: str, then: str = "") -> UsageError:
+    """Return the error that a model has no layer with a tau.
+
+    Args:
+        name: of the model, as the sentence begins.
+        so: what does not work without one.
+        then: what to do after the passes that make one.
+    """
+    passes = "moeify, sparsify-inputs or sparsify-neurons"
+    return UsageError(f"{name} has no layers that skip, so {so}. Apply {passes} first{then}.")

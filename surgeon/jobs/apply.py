@@ -137,7 +137,7 @@ def check_options(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions)
     if options.tau is not None and not 0.0 <= options.tau <= 1.0:
         raise UsageError(f"--tau {options.tau:g} is not a number from 0 to 1. At 0 everything runs.")
     if options.tau is not None and not artifact and not any(pass_.makes in _SKIP for pass_ in passes):
-        raise UsageError("--tau needs layers that skip. Add moeify or sparsify-inputs to --passes.")
+        raise UsageError("--tau needs layers that skip. Add moeify, sparsify-inputs or sparsify-neurons to --passes.")
     if options.tau and options.data is None and not options.dry_run and any(pass_.makes == "moe" for pass_ in passes):
         raise UsageError("--tau needs fitted routers. Give --data to fit them.")
     trains = options.data is not None and not options.dry_run and any(pass_.will_fit for pass_ in passes)

@@ -12,7 +12,7 @@ import torch
 from surgeon.data.batch import Batch
 from surgeon.data.imitation import answer
 from surgeon.data.quality import Scores
-from surgeon.dynamic.site import find_dynamic
+from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.errors import SurgeonError, UsageError, first_line, some
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import as_args_kwargs
@@ -91,9 +91,7 @@ def open_surgeries(
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
         if not find_dynamic(opened.graph):
-            raise UsageError(
-                f"{name} has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
-            )
+            raise no_dynamic(name, "tau changes nothing")
         found[name] = opened
         if data.seed is None and opened.record is not None:
             data = replace(data, seed=opened.record.recipe.seed)

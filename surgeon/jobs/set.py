@@ -8,6 +8,7 @@ from pathlib import Path
 
 from surgeon.data.batch import first_batches
 from surgeon.dynamic.knobs import compensated, get_rule, get_tau, set_rule, set_tau
+from surgeon.dynamic.site import no_dynamic
 from surgeon.errors import UsageError
 from surgeon.graph.traced import TracedGraph
 from surgeon.jobs.open_model import Opened
@@ -138,9 +139,7 @@ def set_wanted(opened: Opened, wanted: Wanted, *, samples: int = 512, out: Path 
     graph = opened.graph
     before = _settings(graph)
     if not before:
-        raise UsageError(
-            "The graph has no layers that skip, so there is nothing to set. Apply moeify or sparsify-inputs first."
-        )
+        raise no_dynamic("The graph", "there is nothing to set")
     set_tau(graph, wanted.taus)
     if wanted.rules:
         set_rule(graph, wanted.rules)

@@ -18,7 +18,7 @@ from surgeon.data.batch import Batch
 from surgeon.data.imitation import made_for
 from surgeon.data.losses import evaluating
 from surgeon.data.quality import Scores
-from surgeon.dynamic.site import find_dynamic
+from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.json_values import to_json
@@ -157,9 +157,7 @@ def _check_surgeries(surgeries: Mapping[str, nn.Module]) -> None:
         raise UsageError("There is no surgery to compare. Give at least one.")
     for name, graph in surgeries.items():
         if not find_dynamic(graph):
-            raise UsageError(
-                f"{name} has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
-            )
+            raise no_dynamic(name, "tau changes nothing")
 
 
 def check_keep(keep: float) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.losses import evaluating
-from surgeon.dynamic.site import DynamicSite
-from surgeon.errors import DataError, UsageError
+from surgeon.dynamic.site import DynamicSite, no_dynamic
+from surgeon.errors import DataError
 from surgeon.exits.site import ExitSite
 from surgeon.kernels.activations import ACTIVATIONS, active_share
 from surgeon.kernels.experts import Experts
@@ -86,9 +86,7 @@ def measure_load(
     meter = ExpertMeter(model)
     taken = {path: _Taken(site) for path, site in meter.sites.items() if not isinstance(site, ExitSite)}
     if not taken:
-        raise UsageError(
-            "The model has no layers that skip, so no token has a load. Apply moeify or sparsify-inputs first."
-        )
+        raise no_dynamic("The model", "no token has a load")
     meter.on_tokens = lambda site, x, ran: taken[site.path].add(x, ran)
     given = [Batch.from_any(item) for item in batches]
     with evaluating(model):

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from surgeon.dynamic.site import DynamicSite, find_dynamic
-from surgeon.errors import UsageError
+from surgeon.dynamic.site import DynamicSite, find_dynamic, no_dynamic
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
 from surgeon.graph.traced import tensor_key
@@ -143,9 +142,7 @@ def token_load(model: nn.Module, inputs: Any) -> Tensor:
     args, kwargs = as_args_kwargs(inputs)
     meter = ExpertMeter(model)
     if all(isinstance(site, ExitSite) for site in meter.sites.values()):
-        raise UsageError(
-            "The model has no layers that skip, so no token has a load. Apply moeify or sparsify-inputs first."
-        )
+        raise no_dynamic("The model", "no token has a load")
     seen: list[tuple[Tensor, Tensor]] = []
     meter.on_selection = lambda site, ran: seen.append((ran, torch.tensor(site.costs).to(ran.device)))
     with torch.no_grad():

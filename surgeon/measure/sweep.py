@@ -19,8 +19,7 @@ from surgeon.data.losses import device_of, evaluating
 from surgeon.data.padding import token_mask
 from surgeon.data.quality import Quality, Scores
 from surgeon.dynamic.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
-from surgeon.dynamic.site import find_dynamic
-from surgeon.errors import UsageError
+from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.json_values import NOT_IN_JSON
@@ -131,9 +130,7 @@ def sweep(
     """
     sites = find_dynamic(graph)
     if not sites:
-        raise UsageError(
-            "The graph has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
-        )
+        raise no_dynamic("The graph", "tau changes nothing")
     batches = list(batches)
     layers = [site.path for site in sites] if each_layer else [None]
     combined = [

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from surgeon.data.batch import Batch
 from surgeon.data.imitation import answer, made_for
 from surgeon.dynamic.knobs import set_tau
-from surgeon.dynamic.site import find_dynamic
+from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs
@@ -165,9 +165,7 @@ class Tuner:
         """
         sites = find_dynamic(graph)
         if not sites:
-            raise UsageError(
-                "The graph has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs first."
-            )
+            raise no_dynamic("The graph", "tau changes nothing")
         if metric == "ms" and any(isinstance(site, ExitSite) for site in sites):
             raise UsageError(
                 "With early exits a layer has no time of its own: it runs for the samples that the exits before it let "

@@ -151,7 +151,7 @@ def test_what_cannot_be_compared_is_refused(run: Run, both: tuple[str, str], tmp
         (("four", "x=runs/../four"), "runs/../four is given twice, also as four."),
         (("four", "runs/four"), "four and runs/four are both called four. Name one: four-2=runs/four, for example."),
         (("four", "=eight"), "'=eight' names nothing."),
-        (("four", "bert"), "bert has no layers that skip, so tau changes nothing. Apply moeify or sparsify-inputs"),
+        (("four", "bert"), "bert has no layers that skip, so tau changes nothing. Apply moeify, sparsify-inputs"),
         (("four", "words"), "four was made for sequence-classification, words for masked-lm."),
         (("four", "three"), "The outputs of four and three differ: 2 and 3 classes or values."),
         (("four", "masked"), "masked: "),
