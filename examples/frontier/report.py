@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,45 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def divergence_table(results: dict[str, Any]) -> str:
+    """As Markdown: how far what trains nothing is from the dense model at equal cost; nothing if it was not measured."""
+    lines = []
+    for cost, what, suffix, shares in (
+        ("layers", "feed-forward layers", "", (0.15, 0.2, 0.3, 0.5)),
+        ("relative", "whole model", "_whole", (0.4, 0.45, 0.5, 0.6)),
+    ):
+        rows = []
+        for name in ("teal", "wina", "inputs"):
+            runs = [
+                curve
+                for found in results["seeds"].values()
+                for curve in found.get(name + suffix, {"curves": {}})["curves"].values()
+                if all("divergence" in point for point in curve)
+            ]
+            if runs:
+                cells = [_divergence([_at(run, cost, share) for run in runs]) for share in shares]
+                rows.append(f"| {NAMES[name + suffix]} | " + " | ".join(cells) + " |")
+        if rows:
+            head = " | ".join(f"{share:.0%}" for share in shares)
+            lines += ["", f"| KL divergence from dense at a share of the {what} | {head} |", "| --- " * 5 + "|", *rows]
+    return "\n".join(lines)
+
+
+def _at(points: Sequence[dict[str, Any]], cost: str, share: float) -> float | None:
+    """The logarithm of the divergence at a cost, between two points; None outside."""
+    ordered = sorted((point[cost], math.log(point["divergence"])) for point in points)
+    for (low, below), (high, above) in pairwise(ordered):
+        if low <= share <= high:
+            return below + (above - below) * (share - low) / max(high - low, 1e-9)
+    return None
+
+
+def _divergence(values: Sequence[float | None]) -> str:
+    """The geometric mean over the seeds."""
+    known = [value for value in values if value is not None]
+    return f"{math.exp(statistics.fmean(known)):.4f}" if len(known) == len(values) else ""
+
+
 def plot(results: dict[str, Any], file: Path) -> None:
     """Quality against the cost of the whole model: the mean over the seeds at each setting, and every seed faintly."""
     figure = Figure(figsize=(7.5, 5), layout="constrained")
@@ -166,4 +207,4 @@ if __name__ == "__main__":
             content["keep"] = args.keep
         elif set(NAMES) & set(next(iter(content["seeds"].values()))) - {"ours"}:
             plot(content, path.with_suffix(".png"))
-        print(table(content), end="\n\n")
+        print(table(content) + divergence_table(content), end="\n\n")

@@ -74,18 +74,25 @@ class Variant:
 
 
 def without_training(
-    layers: Sequence[str], budgets: Sequence[float], whole: Sequence[float], skip: Sequence[str] = ()
+    layers: Sequence[str],
+    budgets: Sequence[float],
+    whole: Sequence[float],
+    skip: Sequence[str] = (),
+    *,
+    tuned: bool = True,
 ) -> dict[str, Variant]:
     """Return what skips inputs and trains nothing: TEAL, WINA and ours, of feed-forward layers and of all linear ones.
 
     layers: the feed-forward ones. budgets, whole: shares of the dense model, where those skip, and where all do.
+    tuned: a share for each layer, within these budgets; else all layers skip the same share, and these are its values.
     """
+    where = "budgets" if tuned else "taus"
     methods = {"teal": {"criterion": "magnitude", "centre": False}, "wina": {"centre": False}, "inputs": {}}
     found = {}
     for name, options in methods.items():
         looked = {"refit": name == "inputs", "divergence": True}
-        found[name] = Variant([SparsifyInputs(only=tuple(layers), **options)], budgets=budgets, **looked)
-        found[f"{name}_whole"] = Variant([SparsifyInputs(skip=tuple(skip), **options)], budgets=whole, **looked)
+        found[name] = Variant([SparsifyInputs(only=tuple(layers), **options)], **{where: budgets}, **looked)
+        found[f"{name}_whole"] = Variant([SparsifyInputs(skip=tuple(skip), **options)], **{where: whole}, **looked)
     return found
 
 
@@ -244,9 +251,9 @@ class Run:
                     lambda budget=budget: looked.tuned(budget),
                 )["points"]
             ]
-        if variant.divergence:
-            points = result["curves"]["tuned"]
-            found = self.result(f"{name}-divergence", definition | {"points": points}, partial(looked.diverges, points))
+        for curve, points in result["curves"].items() if variant.divergence else ():
+            stage = f"{name}-divergence" if curve == "tuned" else f"{name}-{curve}-divergence"
+            found = self.result(stage, definition | {"points": points}, partial(looked.diverges, points))
             for point, value in zip(points, found["divergence"], strict=True):
                 point["divergence"] = value
         return result
@@ -280,13 +287,15 @@ class _Looked:
 
     def curve(self, router: str) -> dict[str, Any]:
         """One tau for all layers."""
-        if not self.variant.compensated:
+        if not self.variant.compensated and not self.variant.refit:
             return {"points": [row(point) for point in self._sweep(self.variant.taus, routers=[router])]}
         points = []
         for tau in self.variant.taus:
             surgeon.set_tau(self.graph, tau)
-            surgeon.compensate(self.graph, self._calibration)
-            points += [replace(point, tau=tau) for point in self._sweep([None], routers=[router])]
+            if self.variant.compensated:
+                surgeon.compensate(self.graph, self._calibration)
+            measured = self._sweep([None], graph=self._refitted(), routers=[router])
+            points += [replace(point, tau=tau) for point in measured]
         return {"points": [row(point) for point in points]}
 
     def tuned(self, budget: float) -> dict[str, Any]:
@@ -299,10 +308,10 @@ class _Looked:
         return {"points": [row(point) | {"budget": budget, "taus": found.taus, "rounds": found.rounds}]}
 
     def diverges(self, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The KL divergence from the dense model on the held-out data, for each of the tuned points."""
+        """The KL divergence from the dense model on the held-out data, for each of the points."""
         dense, found = self.run.dense_model(), []
         for point in points:
-            surgeon.set_tau(self.graph, point["taus"])
+            surgeon.set_tau(self.graph, point.get("taus", point["tau"]))
             (measured,) = self._sweep([None], graph=self._refitted(), dense=dense)
             (value,) = [one.value for one in measured.agreement if one.name == "KL divergence"]
             found.append(value)
