@@ -111,7 +111,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def divergence_table(results: dict[str, Any]) -> str:
-    """As Markdown: how far what trains nothing is from the dense model at equal cost; nothing if it was not measured."""
+    """As Markdown: how far what trains nothing is from the dense model at equal cost. Empty if it was not measured."""
     lines = []
     for cost, what, suffix, shares in (
         ("layers", "feed-forward layers", "", (0.15, 0.2, 0.3, 0.5)),
@@ -130,7 +130,13 @@ def divergence_table(results: dict[str, Any]) -> str:
                 rows.append(f"| {NAMES[name + suffix]} | " + " | ".join(cells) + " |")
         if rows:
             head = " | ".join(f"{share:.0%}" for share in shares)
-            lines += ["", f"| KL divergence from dense at a share of the {what} | {head} |", "| --- " * 5 + "|", *rows]
+            lines += [
+                "",
+                "",
+                f"| KL divergence from dense at a share of the {what} | {head} |",
+                "| --- " * 5 + "|",
+                *rows,
+            ]
     return "\n".join(lines)
 
 
