@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from surgeon.passes.base import Pass
@@ -32,23 +33,39 @@ class _Classifier(nn.Module):
 class _Example(nn.Module):
     """A projection and a feed-forward layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, mlp: nn.Module | None = None) -> None:
         super().__init__()
         self.query = nn.Linear(64, 64)
         self.norm = nn.LayerNorm(64)
-        self.mlp = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        self.mlp = mlp or nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., 64] → [..., 64]."""
         return x + self.mlp(self.norm(self.query(x)))  # type: ignore[no-any-return]
 
 
+class _Gated(nn.Module):
+    """A gated feed-forward layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, 192), nn.Linear(64, 192), nn.Linear(192, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 64] → [..., 64]."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
 def example_of(kind: type[Pass[Any]]) -> PassDiff:
-    """What a pass changes in a small model, without data."""
+    """What a pass changes in a small model, without data. If it changes no plain layer, the model has a gated one."""
+    first: dict[str, list[Pass[Any]]] = {"moe": [Moeify()], "dynamic": [Moeify(), SparsifyInputs(tau=0.5)]}
+    passes = [*first.get(kind.works_on, []), kind()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _Classifier() if kind.works_on == "block" else _Example()
-        inputs = torch.randn(2, 4, 64)
-    first: dict[str, list[Pass[Any]]] = {"moe": [Moeify()], "dynamic": [Moeify(), SparsifyInputs(tau=0.5)]}
-    passes = first.get(kind.works_on, [])
-    return Pipeline([*passes, kind()]).run(model.eval(), inputs=inputs, dry_run=True).diff().passes[-1]
+        plain = _Classifier() if kind.works_on == "block" else _Example()
+        gated, inputs = _Example(_Gated()), torch.randn(2, 4, 64)
+    for model in (plain, gated):
+        found = Pipeline(passes).run(model.eval(), inputs=inputs, dry_run=True).diff().passes[-1]
+        if found.report.matched:
+            break
+    return found

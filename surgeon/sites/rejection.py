@@ -44,7 +44,8 @@ CODES = {
     "too-narrow": "Raise cost_factor, or leave the layer alone with `skip`.",
     "unknown-router": "Run the pass before the router is changed by other code.",
     "neuron-router": "Use another router, or keep the experts in float.",
-    "too-wide": "Leave the layer alone with `skip`, or split it into more experts if its neurons are too many.",
+    "too-wide": "Leave the layer alone with `skip`, split it into more experts if its neurons are too many, or take "
+    "`weights=fp8`.",
     "both-activated": "Keep its activations: the layer would be no known one with another activation on one side.",
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",
     "in-op-form": "Run the pass before `lower`.",
