@@ -30,7 +30,7 @@ BUDGETS = (0.41, 0.43, 0.45)
 # Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
 CMOE = (0.0, 0.15, 0.3, 0.5, 0.65, 0.72, 0.79, 0.86, 0.93)
 LAYERS, FFN_BUDGETS = ("*.mlp.*",), (0.43, 0.46, 0.5, 0.55)
-WHOLE = (0.4, 0.45, 0.5, 0.6)
+WHOLE = (0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
 
 
 def model(seed: int) -> nn.Module:
