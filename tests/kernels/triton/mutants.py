@@ -1,4 +1,4 @@
-"""Broken kernels, to see that the checks notice: `python -m tests.kernels.triton.mutants` with `interpreted`, `interpreted_int8` or `compiled`.
+"""Broken kernels, to see that the checks notice: `python -m tests.kernels.triton.mutants` with one word of `main`.
 
 A mutant is a change of text in one module. Those that calculate wrongly are run in the interpreter against `checks`;
 those whose offsets have 32 bits are compiled as far as the front end and searched for products that overflow. None of
