@@ -65,7 +65,7 @@ def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:
             with_interval(point.quality),
             change_text(point.quality.change, higher_is_better=point.quality.higher_is_better),
             *(with_interval(quality) for quality in point.agreement if quality.name in agreed),
-            percent(point.executed),
+            percent(point.executed if point.layer is None else point.shares[point.layer]),
             percent(point.layers),
             number(point.multiply_adds),
             percent(point.relative),
@@ -93,10 +93,11 @@ def _words(points: Sequence[Point], dense: Dense) -> str:
         words.append("change: from the dense model on the same samples.")
         if changes[0].samples < TELLING:
             words.append(f"On fewer than {TELLING} samples no change is called better or worse.")
-    if any(point.layer is not None for point in points):
+    alone = any(point.layer is not None for point in points)
+    if alone:
         words.append("One layer at a time has a tau; the others run everything.")
     words += [
-        "ran: of the multiply-adds that layers can skip.",
+        f"ran: of the multiply-adds that {'this layer' if alone else 'layers'} can skip.",
         "converted layers: their multiply-adds, including routers, as a share of the dense layers'.",
         "multiply-adds: of the whole model, for the example inputs.",
     ]

@@ -155,6 +155,11 @@ def test_layers_are_swept_one_at_a_time(run: Run, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     header, _, everything, *rows = table(result.out)
     paths = list(surgeon.get_tau(surgeon.load("bert-moe")))
+    points = run("-q", "sweep", "bert-moe", *REVIEWS, "--tau", "0.9", "--each-layer", "--output", "json").json["points"]
+    shares = [point["shares"][point["layer"]] for point in points[1:]]
+    assert [float(row[-5].rstrip("%")) for row in rows[: len(paths)]] == pytest.approx(
+        [100 * s for s in shares], abs=0.6
+    )
     assert header[:2] == ["layer", "tau"]
     assert everything[:2] == ["0", "(everything)"]
     assert [row[:2] for row in rows[: len(paths)]] == [[path, "0.9"] for path in paths]
