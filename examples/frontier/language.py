@@ -161,7 +161,7 @@ def study(gated: bool) -> Study:
                 oracle=True,
             ),
             "ours_inputs": Variant(
-                with_inputs(ours(target=0.15 if gated else 0.1)), budgets=(0.36, 0.32, 0.28, 0.24, 0.2)
+                with_inputs(ours(target=0.15 if gated else 0.1)), budgets=(0.36, 0.32, 0.28)
             ),
             # Settings that the same search finds, on the training data, for the published method and for ours.
             "d2dmoe_found": Variant(

@@ -112,10 +112,10 @@ def table(results: dict[str, Any]) -> str:
 
 def divergence_table(results: dict[str, Any]) -> str:
     """As Markdown: how far what trains nothing is from the dense model at equal cost. Empty if it was not measured."""
-    lines = []
+    tables = []
     for cost, what, suffix, shares in (
-        ("layers", "feed-forward layers", "", (0.15, 0.2, 0.3, 0.5)),
-        ("relative", "whole model", "_whole", (0.4, 0.45, 0.5, 0.6)),
+        ("layers", "feed-forward layers", "", (0.15, 0.2, 0.25, 0.4)),
+        ("relative", "whole model", "_whole", (0.4, 0.45, 0.5, 0.58)),
     ):
         rows = []
         for name in ("teal", "wina", "inputs"):
@@ -130,14 +130,9 @@ def divergence_table(results: dict[str, Any]) -> str:
                 rows.append(f"| {NAMES[name + suffix]} | " + " | ".join(cells) + " |")
         if rows:
             head = " | ".join(f"{share:.0%}" for share in shares)
-            lines += [
-                "",
-                "",
-                f"| KL divergence from dense at a share of the {what} | {head} |",
-                "| --- " * 5 + "|",
-                *rows,
-            ]
-    return "\n".join(lines)
+            title = f"| KL divergence from dense at a share of the {what} | {head} |"
+            tables.append("\n".join([title, "| --- " * 5 + "|", *rows]))
+    return "".join(f"\n\n{one}" for one in tables)
 
 
 def _at(points: Sequence[dict[str, Any]], cost: str, share: float) -> float | None:
