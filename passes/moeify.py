@@ -24,11 +24,11 @@ from surgeon.graph.traced import TracedGraph, free_target
 from surgeon.kernels.activations import ACTIVATIONS
 from surgeon.kernels.scores import Output
 from surgeon.kernels.selection import RULES
-from surgeon.moe.clustering import nearest_divisors
 from surgeon.moe.filling import mark_filling
 from surgeon.moe.module import MoE
 from surgeon.moe.router import Goal, Labels, Objective, Router
 from surgeon.moe.site import find_moes
+from surgeon.moe.sizes import usual_size, usual_width
 from surgeon.moe.split import Split, markers, neuron_features, output_sizes, representatives, split_neurons
 from surgeon.moe.trunks import trunk_groups, trunk_of
 from surgeon.passes.contract import FitContext, SiteKind, SiteRefused
@@ -48,11 +48,6 @@ log = logging.getLogger("surgeon")
 RouterKind = Literal["trained", "neurons", "centres", "representatives"]
 RouterOutput = Literal["auto", "abs", "relu", "softplus"]
 
-# If neither `experts` nor `expert_size` is given: the expert size aimed at, the sizes that a divisor of the width may
-# have, and the width from which, without such a divisor, the last expert is filled up to the usual size.
-_USUAL_SIZE, _USUAL_SIZES, _WIDE = 32, range(16, 65), 256
-# If no width is given, a router may cost this share of the multiply-adds that it routes; its width is within limits.
-_ROUTER_SHARE, _NARROWEST, _WIDEST = 0.025, 8, 128
 # How many tokens neurons are compared on.
 _SPLIT_TOKENS = 4096
 
@@ -404,11 +399,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
         if experts is not None:
             return experts, math.ceil(neurons / experts)
         if size is None:
-            about = max(1, round(neurons / _USUAL_SIZE))
-            divisor = min(nearest_divisors(neurons, about), key=lambda n: abs(neurons / n - _USUAL_SIZE))
-            if neurons // divisor in _USUAL_SIZES:
-                return divisor, neurons // divisor
-            size = _USUAL_SIZE if neurons >= _WIDE else math.ceil(neurons / about)
+            size = usual_size(neurons)
         return math.ceil(neurons / size), size
 
     @property
@@ -426,8 +417,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
             return self.router_width
         routed = sum(site.multiply_adds for site in group)
         outputs = sum(self._shape(site)[0] - self.shared for site in group)
-        width = int(_ROUTER_SHARE * routed / (group[0].d_in + outputs))
-        return max(_NARROWEST, min(_WIDEST, width // 8 * 8))
+        return usual_width(routed, group[0].d_in, outputs)
 
     def _active(self, weights: FFNWeights, activation: str, x: Tensor) -> Tensor:
         """What neurons do on the data, [h, N]."""
