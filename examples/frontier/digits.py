@@ -26,6 +26,7 @@ FOUND_ROUTERS = PUBLISHED | {"epochs": 40.0}
 TARGET, DISTILL = 0.04, 0.7
 RECOVER = Recover(tau=0.15, distill=DISTILL, **TRAINING | {"epochs": 15.0, "lr": 5e-4})
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
+FOUND_TAUS = (*TAUS, 0.85, 0.95, 1.0)
 BUDGETS = (0.41, 0.43, 0.45)
 # Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
 CMOE = (0.0, 0.15, 0.3, 0.5, 0.65, 0.72, 0.79, 0.86, 0.93)
@@ -105,14 +106,14 @@ STUDY = Study(
         ),
         "d2dmoe_found": Variant(
             [SwapActivation(), Sparsify(alpha=1e-3, **TRAINING), ffn(**FOUND_ROUTERS, objective="norm"), Lower()],
-            TAUS,
+            FOUND_TAUS,
             BUDGETS,
             oracle=True,
             search=True,
         ),
         "ours_found": Variant(
             [SwapActivation(), Sparsify(target=0.05, distill=DISTILL, **TRAINING), ffn(epochs=40.0), RECOVER, Lower()],
-            TAUS,
+            FOUND_TAUS,
             BUDGETS,
             oracle=True,
             search=True,
