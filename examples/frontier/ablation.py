@@ -13,7 +13,8 @@ from typing import Any
 
 import digits
 import torch
-from study import Variant, main
+from study import main
+from variants import Variant
 
 from surgeon.passes import Lower, Sparsify, SwapActivation
 

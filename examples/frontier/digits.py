@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from study import Study, Variant, main, recipe, without_training
+from study import main
 from torch import nn
+from variants import Study, Variant, recipe, without_training
 
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data

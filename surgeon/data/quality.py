@@ -110,6 +110,8 @@ class Scores:
         if count < 2:
             return None, None
         half = _half(self.totals - value * self.items, float(self.items.sum()))
+        if self.kind.share:  # the normal distribution does not know of the bounds
+            return max(0.0, value - half), min(1.0, value + half)
         return value - half, value + half
 
     def _change(self, dense: Scores) -> Change | None:

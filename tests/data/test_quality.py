@@ -124,3 +124,13 @@ def test_scores_are_kept_as_text() -> None:
     for damaged in ("", "???", first.packed()[:-4]):
         with pytest.raises(ValueError, match=r"incomplete|base64|padding"):
             Scores.unpacked(damaged, LOSS)
+
+
+def test_an_interval_of_a_share_ends_at_its_bounds() -> None:
+    items = torch.full((5,), 16.0)
+    found = scores(Kind("accuracy", unit="tokens", share=True), torch.tensor([16.0, 16, 16, 16, 13]), items).quality()
+    assert found.low is not None
+    assert 0.8 < found.low < found.value
+    assert found.high == 1.0
+    few = scores(Kind("accuracy", unit="tokens", share=True), torch.tensor([0.0, 0, 0, 0, 3]), items).quality()
+    assert few.low == 0.0

@@ -1,0 +1,92 @@
+"""What a study is: a task, its dense model, and the ways to rewrite it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from surgeon.data.data import Data
+from surgeon.passes import Pass, SparsifyInputs
+from surgeon.surgery.recipe import build
+from surgeon.surgery.recipes import RECIPES
+
+Passes = Sequence[Pass[Any]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to rewrite the dense model, and how to look at the result.
+
+    passes: what to run; if there are none, another variant's result is looked at in another way. taus: for the curve
+    with one tau for all layers; none if there are no experts yet. budgets: shares of the dense model's multiply-adds to
+    tune for. oracle: also with the true norms. compensated: the mean of what is skipped is added. refit: the weights
+    of linear layers that skip inputs are fitted to what each budget leaves, so they are not to be lowered. search: the
+    settings are found first, on the training data, by the search of `surgeon apply --budget-minutes` without a limit.
+    settings_of: another variant, whose settings that search found. divergence: also measured, at each budget, of the
+    answers from the dense model's: for what trains nothing it tells more than the quality, which is known on few
+    samples. starts_from: another variant, to go on from its result.
+    """
+
+    passes: Passes
+    taus: Sequence[float] = ()
+    budgets: Sequence[float] = ()
+    oracle: bool = False
+    compensated: bool = False
+    refit: bool = False
+    search: bool = False
+    settings_of: str | None = None
+    divergence: bool = False
+    rules: Sequence[str] | None = None
+    starts_from: str | None = None
+
+
+def without_training(
+    layers: Sequence[str],
+    budgets: Sequence[float],
+    whole: Sequence[float],
+    skip: Sequence[str] = (),
+    *,
+    tuned: bool = True,
+) -> dict[str, Variant]:
+    """Return what skips inputs and trains nothing: TEAL, WINA and ours, of feed-forward layers and of all linear ones.
+
+    layers: the feed-forward ones. budgets, whole: shares of the dense model, where those skip, and where all do.
+    tuned: a share for each layer, within these budgets; else all layers skip the same share, and these are its values.
+    """
+    where = "budgets" if tuned else "taus"
+    methods = {"teal": {"criterion": "magnitude", "centre": False}, "wina": {"centre": False}, "inputs": {}}
+    found = {}
+    for name, options in methods.items():
+        looked = {"refit": name == "inputs", "divergence": True}
+        found[name] = Variant([SparsifyInputs(only=tuple(layers), **options)], **{where: budgets}, **looked)
+        found[f"{name}_whole"] = Variant([SparsifyInputs(skip=tuple(skip), **options)], **{where: whole}, **looked)
+    return found
+
+
+@dataclass(frozen=True)
+class Study:
+    """A task: the data and the dense model for a seed, how it is trained, and the variants.
+
+    keep: what part of the dense quality counts as kept, 0.99 of an accuracy or 1.01 times a loss. dense: the plan of
+    dense training. longer: its plan for the dense model that is trained as much again as the variants are.
+    """
+
+    name: str
+    task: str
+    keep: float
+    data: Callable[[int], Data]
+    model: Callable[[int], nn.Module]
+    inputs: Callable[[Data], Any]
+    dense: Mapping[str, Any]
+    longer: Mapping[str, Any]
+    variants: Mapping[str, Variant]
+    calibration_batches: int = 8
+
+
+def recipe(name: str, **options: Any) -> list[Pass[Any]]:
+    """A recipe's passes, with these options of moeify in place of its own."""
+    steps = [(step, own | options if step == "moeify" else own) for step, own in RECIPES[name][1]]
+    return build([step for step, _ in steps], dict(steps))
