@@ -28,7 +28,7 @@ RECOVER: dict[str, Any] = {"tau": 0.4, "epochs": 2.0, "lr": 3e-5, "distill": 0.3
 PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "epochs": 2.0}
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 # Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
-LAYERS, FFN_BUDGETS = ("*.intermediate.dense", "*.layer.?.output.dense", "*.layer.??.output.dense"), (0.5, 0.6, 0.7)
+LAYERS, FFN_BUDGETS = ("*.intermediate.dense", "*.layer.?.output.dense"), (0.45, 0.5, 0.6, 0.7)
 WHOLE = (0.4, 0.5, 0.6, 0.7)
 
 
