@@ -27,9 +27,12 @@ TRAINING: dict[str, Any] = {"epochs": 3.0, "lr": 5e-5}
 RECOVER: dict[str, Any] = {"tau": 0.4, "epochs": 2.0, "lr": 3e-5, "distill": 0.3}
 PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "epochs": 2.0}
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-# Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
-LAYERS, FFN_BUDGETS = ("*.intermediate.dense", "*.layer.?.output.dense"), (0.45, 0.5, 0.6, 0.7)
-WHOLE = (0.4, 0.5, 0.6, 0.7)
+# Without training, the shares of inputs that all layers skip alike: feed-forward layers alone, and every linear layer.
+LAYERS, FFN_TAUS, WHOLE_TAUS = (
+    ("*.intermediate.dense", "*.layer.?.output.dense"),
+    (0.3, 0.4, 0.5, 0.6, 0.7),
+    (0.2, 0.3, 0.4, 0.5, 0.6),
+)
 
 
 def model(seed: int) -> nn.Module:
@@ -85,7 +88,7 @@ STUDY = Study(
         ),
         "ours_inputs": Variant(
             [Moeify(experts=48), SparsifyInputs(), Recover(**RECOVER, distill_layers=1.0), Lower()],
-            budgets=(0.4, 0.36, 0.32, 0.28),
+            budgets=(0.36, 0.32, 0.28),
             starts_from="sparse",
         ),
         # Settings that the same search finds, on the training data, for the published method and for ours.
@@ -114,7 +117,7 @@ STUDY = Study(
             search=True,
         ),
         "untrained": Variant([Moeify(experts=48, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
-        **without_training(LAYERS, FFN_BUDGETS, WHOLE),
+        **without_training(LAYERS, FFN_TAUS, WHOLE_TAUS, tuned=False),
         "ours_attention": Variant(
             [
                 Mlpify(epochs=1.0, cost_factor=2.0),
