@@ -22,12 +22,11 @@ from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SparsifyInp
 TRAINING: dict[str, Any] = {"epochs": 40.0, "lr": 1e-3, "weight_decay": 0.05}
 ROUTER_EPOCHS = 10.0
 PUBLISHED: dict[str, Any] = {"split": "weights", "router": "trained", "router_width": 32, "epochs": ROUTER_EPOCHS}
-# Where settings are searched, routers train as long for all.
-FOUND_ROUTERS = PUBLISHED | {"epochs": 40.0}
 TARGET, DISTILL = 0.04, 0.7
 RECOVER = Recover(tau=0.15, distill=DISTILL, **TRAINING | {"epochs": 15.0, "lr": 5e-4})
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
-FOUND_TAUS = (*TAUS, 0.85, 0.95, 1.0)
+LONG_TAUS = (*TAUS, 0.85, 0.95, 1.0)
+TOP_K_TAUS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 BUDGETS = (0.41, 0.43, 0.45)
 # Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
 CMOE = (0.0, 0.15, 0.3, 0.5, 0.65, 0.72, 0.79, 0.86, 0.93)
@@ -59,7 +58,7 @@ STUDY = Study(
     variants={
         "moefication": Variant(
             [SwapActivation(**TRAINING), ffn(**PUBLISHED, objective="activation", rule="top_k"), Lower()],
-            (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95),
+            TOP_K_TAUS,
         ),
         "d2dmoe": Variant(
             [SwapActivation(), Sparsify(alpha=1e-3, **TRAINING), ffn(**PUBLISHED, objective="norm"), Lower()],
@@ -98,35 +97,6 @@ STUDY = Study(
             TAUS,
             budgets=(0.3, 0.35, 0.4),
             oracle=True,
-        ),
-        # Settings that the same search finds, on the training data, for the published methods and for ours.
-        "moefication_found": Variant(
-            [SwapActivation(**TRAINING), ffn(**FOUND_ROUTERS, objective="activation", rule="top_k"), Lower()],
-            (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95),
-            search=True,
-        ),
-        "d2dmoe_found": Variant(
-            [SwapActivation(), Sparsify(alpha=1e-3, **TRAINING), ffn(**FOUND_ROUTERS, objective="norm"), Lower()],
-            FOUND_TAUS,
-            BUDGETS,
-            oracle=True,
-            search=True,
-        ),
-        "ours_found": Variant(
-            [SwapActivation(), Sparsify(target=0.05, distill=DISTILL, **TRAINING), ffn(epochs=40.0), RECOVER, Lower()],
-            FOUND_TAUS,
-            BUDGETS,
-            oracle=True,
-            search=True,
-        ),
-        "ours_inputs_found": Variant(
-            [
-                SwapActivation(), Sparsify(target=0.05, distill=DISTILL, **TRAINING), ffn(epochs=40.0),
-                SparsifyInputs(skip=("head",)), replace(RECOVER, epochs=30.0, skip_inputs=0.7), Lower(),
-            ],
-            budgets=(0.34, 0.3, 0.27, 0.24),
-            search=True,
-            settings_of="ours_found",
         ),
         # Every linear layer: experts where there is an activation, inputs that are skipped everywhere else.
         "ours_inputs": Variant(

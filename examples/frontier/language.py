@@ -164,21 +164,6 @@ def study(gated: bool) -> Study:
             "ours_inputs": Variant(
                 with_inputs(ours(target=0.15 if gated else 0.1)), budgets=(0.36, 0.32, 0.28)
             ),
-            # Settings that the same search finds, on the training data, for the published method and for ours.
-            "d2dmoe_found": Variant(
-                [
-                    SwapActivation(),
-                    Sparsify(alpha=1e-3, lr=LR / 2, steps=TUNING, weight_decay=0.1),
-                    Moeify(expert_size=16, **PUBLISHED | {"steps": 300}, objective="norm"),
-                    Lower(),
-                ],
-                TAUS,
-                oracle=True,
-                search=True,
-            ),
-            "ours_found": Variant(
-                ours(target=0.15 if gated else 0.1), TAUS, budgets=(0.46,), oracle=True, search=True
-            ),
             "untrained": Variant([Moeify(expert_size=16, epochs=0), Lower()], TAUS),
             "cmoe": Variant(recipe("cmoe"), (0.0, 0.15, 0.3, 0.5, 0.65, 0.72, 0.79, 0.86, 0.93)),
             **without_training(LAYERS_ONLY, FFN_TAUS, WHOLE_TAUS, tuned=False),

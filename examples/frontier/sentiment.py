@@ -91,31 +91,6 @@ STUDY = Study(
             budgets=(0.36, 0.32, 0.28),
             starts_from="sparse",
         ),
-        # Settings that the same search finds, on the training data, for the published method and for ours.
-        "d2dmoe_found": Variant(
-            [
-                SwapActivation(),
-                Sparsify(alpha=1e-3, **TRAINING),
-                Moeify(experts=48, **PUBLISHED | {"epochs": 8.0}, objective="norm"),
-                Lower(),
-            ],
-            TAUS,
-            oracle=True,
-            search=True,
-        ),
-        "ours_found": Variant(
-            [
-                SwapActivation(),
-                Sparsify(target=0.05, distill=0.7, distill_layers=1.0, **TRAINING),
-                Moeify(experts=48),
-                Recover(**RECOVER, distill_layers=1.0),
-                Lower(),
-            ],
-            TAUS,
-            budgets=(0.42, 0.44, 0.47),
-            oracle=True,
-            search=True,
-        ),
         "untrained": Variant([Moeify(experts=48, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
         **without_training(LAYERS, FFN_TAUS, WHOLE_TAUS, tuned=False),
         "ours_attention": Variant(

@@ -23,15 +23,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from torch import nn
-from variants import Passes, Study, Variant
+from variants import Study, Variant
 
 import surgeon
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.losses import evaluate
 from surgeon.jobs.demo import train
-from surgeon.jobs.search import Searcher
-from surgeon.jobs.search_settings import stages, with_options
 from surgeon.measure.sweep import Point, sweep
 from surgeon.measure.tuning import Tuner
 from surgeon.passes import Refit
@@ -39,9 +37,6 @@ from surgeon.passes.report import PassReport, dense_layers
 from surgeon.render.screen import Screen
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.record import record_of
-
-# Minutes in which a search ends in any case: the same steps on every machine.
-_NO_LIMIT = 1e6
 
 
 @dataclass
@@ -113,8 +108,7 @@ class Run:
         def make() -> dict[str, Any]:
             variant, data, workdir = self.study.variants[name], self.data(), self._workdir(name)
             start = self.dense_model() if variant.starts_from is None else self.graph(variant.starts_from)
-            passes = self._found(name, start, workdir) if variant.search else variant.passes
-            surgery = Pipeline(passes).run(
+            surgery = Pipeline(variant.passes).run(
                 start, inputs=self.study.inputs(data), data=data, seed=self.seed, workdir=workdir, resume=True,
                 progress=self.screen.progress,
             )  # fmt: skip
@@ -125,25 +119,6 @@ class Run:
 
         return self.result(name, self._definition(name), make)
 
-    def _found(self, name: str, model: nn.Module, workdir: Path) -> Passes:
-        """Return a variant's passes with the settings that a search finds for it, or found for another one."""
-        variant = self.study.variants[name]
-        of = variant.settings_of or name
-        data = self.data()
-
-        def search() -> dict[str, Any]:
-            inputs = self.study.inputs(data)
-            passes = self.study.variants[of].passes
-            searcher = Searcher(
-                surgeon.trace(model, inputs), inputs, data, passes, _NO_LIMIT, self.seed, workdir,
-                started=time.monotonic(), progress=self.screen.progress,
-            )  # fmt: skip
-            return asdict(searcher.run(stages(passes, {})))
-
-        found = self.result(f"{of}-search", self._definition(of), search)
-        print(f"{self.study.name}, seed {self.seed}: {name} has {found['chosen']}", flush=True)
-        return with_options(variant.passes, found["options"])
-
     def graph(self, name: str, made: bool = False) -> surgeon.TracedGraph:
         """A variant's graph, which is made if it was not yet."""
         if not made:
@@ -152,7 +127,7 @@ class Run:
 
     def variant(self, name: str) -> dict[str, Any]:
         """Every point of a variant's curves, each curve and each budget a stage of its own."""
-        variant, made = self.study.variants[name], name
+        variant, made, part = self.study.variants[name], name, self.study.part
         if not variant.passes:
             assert variant.starts_from is not None
             made = variant.starts_from
@@ -166,21 +141,25 @@ class Run:
         }  # fmt: skip
         taus = definition | {"taus": list(variant.taus)}
         if variant.taus:
-            result["curves"]["uniform"] = self.result(f"{name}-uniform", taus, partial(looked.curve, "own"))["points"]
+            result["curves"]["uniform"] = self.result(f"{name}{part}-uniform", taus, partial(looked.curve, "own"))[
+                "points"
+            ]
         if variant.oracle:
-            result["curves"]["oracle"] = self.result(f"{name}-oracle", taus, partial(looked.curve, "oracle"))["points"]
+            result["curves"]["oracle"] = self.result(f"{name}{part}-oracle", taus, partial(looked.curve, "oracle"))[
+                "points"
+            ]
         if variant.budgets:
             result["curves"]["tuned"] = [
                 point
                 for budget in variant.budgets
                 for point in self.result(
-                    f"{name}-tuned-{budget:g}",
+                    f"{name}{part}-tuned-{budget:g}",
                     definition | {"budget": budget},
                     lambda budget=budget: looked.tuned(budget),
                 )["points"]
             ]
         for curve, points in result["curves"].items() if variant.divergence else ():
-            stage = f"{name}-divergence" if curve == "tuned" else f"{name}-{curve}-divergence"
+            stage = f"{name}{part}-divergence" if curve == "tuned" else f"{name}{part}-{curve}-divergence"
             found = self.result(stage, definition | {"points": points}, partial(looked.diverges, points))
             for point, value in zip(points, found["divergence"], strict=True):
                 point["divergence"] = value
@@ -192,11 +171,6 @@ class Run:
         return {
             "passes": [[one.name, one.options()] for one in variant.passes],
             "starts_from": self.study.dense if start is None else self._definition(start),
-            **(
-                {"search": self._definition(variant.settings_of) if variant.settings_of else True}
-                if variant.search
-                else {}
-            ),
         }
 
     def _workdir(self, name: str) -> Path:

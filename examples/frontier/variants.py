@@ -23,11 +23,9 @@ class Variant:
     passes: what to run; if there are none, another variant's result is looked at in another way. taus: for the curve
     with one tau for all layers; none if there are no experts yet. budgets: shares of the dense model's multiply-adds to
     tune for. oracle: also with the true norms. compensated: the mean of what is skipped is added. refit: the weights
-    of linear layers that skip inputs are fitted to what each budget leaves, so they are not to be lowered. search: the
-    settings are found first, on the training data, by the search of `surgeon apply --budget-minutes` without a limit.
-    settings_of: another variant, whose settings that search found. divergence: also measured, at each budget, of the
-    answers from the dense model's: for what trains nothing it tells more than the quality, which is known on few
-    samples. starts_from: another variant, to go on from its result.
+    of linear layers that skip inputs are fitted to what each budget leaves, so they are not to be lowered. divergence:
+    also measured, at each budget, of the answers from the dense model's: for what trains nothing it tells more than the
+    quality, which is known on few samples. starts_from: another variant, to go on from its result.
     """
 
     passes: Passes
@@ -36,8 +34,6 @@ class Variant:
     oracle: bool = False
     compensated: bool = False
     refit: bool = False
-    search: bool = False
-    settings_of: str | None = None
     divergence: bool = False
     rules: Sequence[str] | None = None
     starts_from: str | None = None
@@ -71,7 +67,8 @@ class Study:
     """A task: the data and the dense model for a seed, how it is trained, and the variants.
 
     keep: what part of the dense quality counts as kept, 0.99 of an accuracy or 1.01 times a loss. dense: the plan of
-    dense training. longer: its plan for the dense model that is trained as much again as the variants are.
+    dense training. longer: its plan for the dense model that is trained as much again as the variants are. part: of
+    the data that is measured on, if the same models are measured on several; it is in the names of these stages.
     """
 
     name: str
@@ -84,6 +81,7 @@ class Study:
     longer: Mapping[str, Any]
     variants: Mapping[str, Variant]
     calibration_batches: int = 8
+    part: str = ""
 
 
 def recipe(name: str, **options: Any) -> list[Pass[Any]]:
