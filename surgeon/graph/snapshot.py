@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from surgeon.graph.traced import module_path, shape_of
+from surgeon.graph.traced import module_path, shape_text
 
 
 @dataclass(frozen=True)
 class NodeRecord:
     """A computing node of a graph.
 
-    path: of the module that it belongs to. op: what it runs. call: the op with its arguments, `linear(add_7, fc.weight)`.
+    path: of the module that it belongs to. op: what it runs. call: `linear(add_7, fc.weight)`.
     inputs: the names of the nodes and model inputs that it reads, without sizes and parameters.
     shape: of its value, `2×s1×128`; empty for other values than tensors.
     """
@@ -125,5 +125,5 @@ def _record(node: Node) -> NodeRecord:
 
     arguments = [*map(show, node.args), *(f"{name}={show(value)}" for name, value in node.kwargs.items())]
     read = [one.name for one in node.all_input_nodes if one.op == "placeholder" or _computes(one)]
-    shape = "×".join(map(str, shape_of(node) or ()))
-    return NodeRecord(node.name, module_path(node), op, f"{op}({', '.join(arguments)})", tuple(read), shape)
+    call = f"{op}({', '.join(arguments)})"
+    return NodeRecord(node.name, module_path(node), op, call, tuple(read), shape_text(node))

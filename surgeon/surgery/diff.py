@@ -33,7 +33,7 @@ class Diff:
         return (*self.passes[:-1], *(replace(last, after=self.nodes) for last in self.passes[-1:]))
 
     def graphs(self) -> list[list[NodeRecord]]:
-        """Return the nodes of the graph before the first and after every pass. Only the last ones are in graph order."""
+        """Return the nodes before the first and after every pass. Only the last ones are in graph order."""
         found = [list(self.nodes)]
         for pass_ in reversed(self.passes):
             if pass_.after is not None:

@@ -46,7 +46,9 @@ def section(surgery: Reported, place: str) -> dict[str, Any]:
         Part("graph", "The graph", "Ops by module, before the first pass and after each. Changed ones are coloured."),
         Part("passes", "Pass by pass"),
         Part("layers", "Layers that skip"),
-        Part("sparsity", "How sparse layers became", "Neurons above a hundredth of the token's largest, mean of tokens."),
+        Part(
+            "sparsity", "How sparse layers became", "Neurons above a hundredth of the token's largest, mean of tokens."
+        ),
         Part("left", "Left alone, and why"),
         Part("search", "The search for settings"),
     ]
@@ -127,7 +129,9 @@ def _pass(pass_: PassDiff) -> dict[str, Any]:
     about = all_about().get(report.name)
     words, same = output_words(report)
     changes = graph.by_path()
-    lines = [(path or MODEL, [(sign, node.text) for sign, node in changes[path]]) for path in sorted(changes, key=natural)]
+    lines = [
+        (path or MODEL, [(sign, node.text) for sign, node in changes[path]]) for path in sorted(changes, key=natural)
+    ]
     parameters = [("-", parameter_text(one)) for one in graph.removed_parameters]
     parameters += [("+", parameter_text(one)) for one in graph.added_parameters]
     return {

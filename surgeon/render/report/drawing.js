@@ -6,7 +6,7 @@
 "use strict";
 
 const NAME = 0, PATH = 1, OP = 2, CALL = 3, SHAPE = 4, READS = 5, FIRST = 6, LAST = 7, ADDED = 8, REMOVED = 9;
-const ROW = 18, PAD = 10, CHAR = 7.2, FIRST_VIEW = 36;
+const ROW = 18, PAD = 10, CHAR = 7.2, FIRST_VIEW = 36, MANY = 60;
 const SVG = "http://www.w3.org/2000/svg";
 
 class Drawing {
@@ -20,6 +20,7 @@ class Drawing {
     this.withRemoved = false;
     this.zoom = 1;
     this.open = new Set([""]);
+    this.forms = new Map();
     this.matches = [];
     this.match = -1;
     this.listen();
@@ -56,10 +57,9 @@ class Drawing {
     const byPath = new Map([["", root]]);
     const moduleAt = (path) => {
       if (byPath.has(path)) return byPath.get(path);
-      const cut = path.lastIndexOf(".");
-      const parent = moduleAt(cut < 0 ? "" : path.slice(0, cut));
+      const parent = moduleAt(above(path));
       const made = {
-        path, label: path.slice(cut + 1), modules: new Map(), leaves: [], parent, count: 0, added: 0, removed: 0,
+        path, label: path.slice(path.lastIndexOf(".") + 1), modules: new Map(), leaves: [], parent, count: 0, added: 0, removed: 0,
       };
       parent.modules.set(path, made);
       byPath.set(path, made);
@@ -144,31 +144,46 @@ class Drawing {
       edges.get(a).add(b);
     }
     const place = (module) => {
-      const graph = new dagre.graphlib.Graph({ multigraph: false });
-      graph.setGraph({ nodesep: 14, ranksep: 24, marginx: PAD, marginy: PAD });
-      graph.setDefaultEdgeLabel(() => ({}));
       const boxes = [...module.modules.values(), ...module.leaves];
-      const ids = new Map(boxes.map((box, at) => [box, String(at)]));
+      const ids = new Map(boxes.map((box, at) => [box, at]));
       for (const box of boxes) {
         if (!box.node && this.open.has(box.path)) place(box);
         else [box.width, box.height] = sizeOf(box);
-        graph.setNode(ids.get(box), { width: box.width, height: box.height });
       }
-      for (const [from, targets] of inside.get(module) || [])
-        for (const to of targets) graph.setEdge(ids.get(from), ids.get(to));
-      dagre.layout(graph);
-      for (const box of boxes) {
-        const found = graph.node(ids.get(box));
-        box.x = found.x - box.width / 2;
-        box.y = found.y - box.height / 2;
-      }
-      module.lines = graph.edges().map((edge) => graph.edge(edge).points);
-      const { width, height } = graph.graph();
+      const edges = [...(inside.get(module) || [])].flatMap(([from, targets]) =>
+        [...targets].map((to) => [ids.get(from), ids.get(to)])
+      );
+      const found = this.placed(boxes.map(({ width, height }) => [width, height]), edges);
+      boxes.forEach((box, at) => ([box.x, box.y] = found.corners[at]));
+      module.lines = found.lines;
       const title = module.parent ? module.label.length * CHAR + 60 : 0;
-      module.width = Math.max(width || 0, title);
-      module.height = (height || 0) + (module.parent ? ROW : 0);
+      module.width = Math.max(found.width, title);
+      module.height = found.height + (module.parent ? ROW : 0);
     };
     place(this.tree);
+  }
+
+  // Where boxes of these sizes with these edges go. Repeated layers look alike, so each form is laid out once.
+  placed(sizes, edges) {
+    const form = JSON.stringify([sizes, edges]);
+    if (this.forms.has(form)) return this.forms.get(form);
+    const graph = new dagre.graphlib.Graph();
+    // The tighter rankings of dagre take too long where there are many boxes.
+    const ranker = sizes.length > MANY ? "longest-path" : "network-simplex";
+    graph.setGraph({ nodesep: 14, ranksep: 24, marginx: PAD, marginy: PAD, ranker });
+    graph.setDefaultEdgeLabel(() => ({}));
+    sizes.forEach(([width, height], at) => graph.setNode(String(at), { width, height }));
+    for (const [from, to] of edges) graph.setEdge(String(from), String(to));
+    dagre.layout(graph);
+    const { width, height } = graph.graph();
+    const found = {
+      corners: sizes.map(([w, h], at) => [graph.node(String(at)).x - w / 2, graph.node(String(at)).y - h / 2]),
+      lines: graph.edges().map((edge) => graph.edge(edge).points),
+      width: width || 0,
+      height: height || 0,
+    };
+    this.forms.set(form, found);
+    return found;
   }
 
   // --- drawing --------------------------------------------------------------------------------------------------
@@ -207,7 +222,7 @@ class Drawing {
     if (!box.node) group.setAttribute("aria-expanded", String(isOpen));
     group.append(element("rect", { x: left, y: top, width: box.width, height: box.height, rx: box.node ? 3 : 6 }));
     if (box.node) {
-      group.append(text(box.node[OP], left + box.width / 2, top + 13, "middle", "name"));
+      group.append(text(wordOf(box), left + box.width / 2, top + 13, "middle", "name"));
       if (box.node[SHAPE]) group.append(text(box.node[SHAPE], left + box.width / 2, top + 27, "middle", "shape"));
     } else {
       group.append(text((isOpen ? "− " : "+ ") + box.label, left + 8, top + 14, "start", "name"));
@@ -337,7 +352,8 @@ class Drawing {
   }
 
   openAll() {
-    for (const path of this.byPath.keys()) this.open.add(path);
+    // Of all stages, so that what another stage has is open there too.
+    for (const node of this.data.nodes) for (let path = node[PATH]; path; path = above(path)) this.open.add(path);
     this.draw();
   }
 
@@ -377,9 +393,19 @@ class Drawing {
   }
 }
 
+// The module around another one.
+function above(path) {
+  return path.slice(0, Math.max(0, path.lastIndexOf(".")));
+}
+
+// An op by what it runs, an input of the model by its name.
+function wordOf(leaf) {
+  return leaf.id.startsWith("input ") ? leaf.node[NAME] : leaf.node[OP];
+}
+
 function sizeOf(box) {
   if (box.node) {
-    const letters = Math.max(box.node[OP].length, box.node[SHAPE].length * 0.9, 3);
+    const letters = Math.max(wordOf(box).length, box.node[SHAPE].length * 0.9, 3);
     return [letters * CHAR + 14, box.node[SHAPE] ? 34 : 20];
   }
   return [Math.max(box.label.length + 2, summary(box).length * 0.9) * CHAR + 18, 38];
