@@ -1,4 +1,4 @@
-"""Write results to files: numbers as JSON, plots as PNG, and what else a command has."""
+"""Write results to files: numbers as JSON, pictures, and what else a command has."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 from surgeon.errors import SaveError, UsageError
 from surgeon.json_values import to_json
+from surgeon.render.style import PICTURES
 
-KINDS = {".json": "numbers", ".png": "a plot"}
+KINDS = {".json": "numbers", **PICTURES}
 
 
 def check_files(files: Sequence[Path] | None, kinds: Mapping[str, str] = KINDS) -> None:
