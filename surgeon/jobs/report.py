@@ -1,12 +1,15 @@
-"""Gather what a report shows of saved surgeries, without loading any model."""
+"""Gather what a report shows of saved surgeries: their records without loading any model, and what data tell."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from surgeon.errors import UsageError
+from surgeon.jobs.open_model import Opened
+from surgeon.jobs.plot import Kind, Measured, Told, fitting, measured, title
 from surgeon.surgery.artifact import load_diff
 from surgeon.surgery.diff import Diff
 from surgeon.surgery.record import Record, read_record
@@ -14,12 +17,31 @@ from surgeon.surgery.record import Record, read_record
 
 @dataclass(frozen=True)
 class Reported:
-    """A saved surgery in a report. name: how the report calls it. path: of its directory."""
+    """A saved surgery in a report.
+
+    name: how the report calls it. path: of its directory. measured: what was measured on data, by the kind of picture,
+    and title: on what; empty without data.
+    """
 
     name: str
     path: Path
     record: Record
     diff: Diff
+    measured: Mapping[Kind, Measured] = field(default_factory=dict)
+    title: str = ""
+
+
+def with_data(surgery: Reported, opened: Opened, progress: Told = None) -> Reported:
+    """Add what is measured on the held-out data. What this surgery has nothing to show for is left out.
+
+    opened: the surgery, with data.
+    """
+    found: dict[Kind, Measured] = {}
+    for kind in fitting(opened):
+        # Only maps of samples may be impossible: of layers that run on no tokens.
+        with contextlib.suppress(UsageError) if kind == "compute" else contextlib.nullcontext():
+            found[kind] = measured(kind, opened, progress)
+    return replace(surgery, measured=found, title=title(opened))
 
 
 def report(directories: Sequence[str]) -> list[Reported]:

@@ -110,7 +110,7 @@ def draw_load(found: Loaded, file: Path) -> None:
         if name == "layers":
             _draw_layers(part, found.layers)
         elif found.shown is not None:
-            _draw_map(part, found.shown)
+            draw_map(part, found.shown)
     save(figure, file)
 
 
@@ -155,7 +155,8 @@ def _draw_layers(figure: Any, layers: Sequence[LayerLoad]) -> None:
     axes.grid(axis="y", alpha=0.25)
 
 
-def _draw_map(figure: Any, shown: LoadMap) -> None:
+def draw_map(figure: Any, shown: LoadMap) -> None:
+    """Draw the map of one sample into a figure of matplotlib: an image beside its patches, or a bar for each token."""
     label = "share of the multiply-adds that can be skipped"
     if shown.rows:
         left, right = figure.subplots(1, 2)

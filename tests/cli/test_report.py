@@ -81,7 +81,7 @@ def test_several_surgeries_stand_side_by_side(run: Run) -> None:
     found = page(run, "first=bert-moe", "second=bert-moe")
     assert len(found.drawings) == 2
     assert "Side by side" in found.text
-    assert found.text.count("multiply-adds that run") == 3
+    assert found.text.count("multiply-adds if everything runs") == 3
 
 
 def test_two_surgeries_of_one_name_are_refused(run: Run) -> None:

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from surgeon.data.quality import Quality
 from surgeon.jobs.report import Reported
+from surgeon.jobs.sweep import Swept
 from surgeon.measure.meter import Cost
+from surgeon.measure.sweep import Point
 from surgeon.passes.catalogue import all_about
 from surgeon.passes.report import PassDiff, PassReport
+from surgeon.render.report.figures import Figure, figures
 from surgeon.render.report.graph import drawing
 from surgeon.sites.rejection import CODES
 from surgeon.surgery.record import Record, Step
@@ -41,11 +45,13 @@ def section(surgery: Reported, place: str) -> dict[str, Any]:
         "layers": layers,
         "search": _search(record),
     }
-    parts = [
+    found = figures(surgery)
+    parts: list[Part | Figure] = [
         Part("done", "What was done"),
         Part("graph", "The graph", "Ops by module, before the first pass and after each. Changed ones are coloured."),
         Part("passes", "Pass by pass"),
         Part("layers", "Layers that skip"),
+        *found,
         Part(
             "sparsity", "How sparse layers became", "Neurons above a hundredth of the token's largest, mean of tokens."
         ),
@@ -55,7 +61,7 @@ def section(surgery: Reported, place: str) -> dict[str, Any]:
     return {
         "id": place,
         "name": surgery.name,
-        "tiles": [{"name": name, "value": value, "note": note} for name, value, note in _tiles(record)],
+        "tiles": [{"name": name, "value": value, "note": note} for name, value, note in _tiles(surgery)],
         "facts": _facts(surgery),
         "drawing": drawing(diff),
         "passes": [_pass(pass_) for pass_ in diff.passes],
@@ -67,33 +73,51 @@ def section(surgery: Reported, place: str) -> dict[str, Any]:
 
 def side_by_side(surgeries: Sequence[Reported]) -> Rows:
     """Return the key figures of several surgeries, a row each."""
-    tiles = [{name: f"{value} {note}".strip() for name, value, note in _tiles(one.record)} for one in surgeries]
+    tiles = [{name: f"{value} {note}".strip() for name, value, note in _tiles(one)} for one in surgeries]
     passes = ("passes", *(", ".join(step.name for step in one.record.recipe.passes) for one in surgeries))
     names = dict.fromkeys(name for one in tiles for name in one)
     return [*((name, *(one.get(name, "—") for one in tiles)) for name in names), passes]
 
 
-def _tiles(record: Record) -> list[tuple[str, str, str]]:
+def _tiles(surgery: Reported) -> list[tuple[str, str, str]]:
+    record = surgery.record
     costs = [cost for report in record.passes for cost in (report.before, report.after) if cost is not None]
     found = []
+    if (stored := _stored(surgery)) is not None:
+        found.append((f"{stored.quality.name} as stored", *_quality_words(stored.quality)))
+        if stored.relative is not None:
+            layers = f"of dense; {percent(stored.layers)} of the converted layers"
+            found.append(("multiply-adds that run, as stored", percent(stored.relative), layers))
+    elif (quality := record.quality) is not None and (best := quality.after or quality.before) is not None:
+        told = "of the surgery" if quality.after is not None else "of the dense model"
+        found.append((f"{best.name} {told}", *_quality_words(best)))
     if costs:
         before, after = costs[0], costs[-1]
-        ran = after.executed_multiply_adds
-        share = percent(ran / before.multiply_adds) if before.multiply_adds else ""
-        found.append(("multiply-adds that run", share, f"{change(before.multiply_adds, ran)}, on the example inputs"))
+        grown = growth(before.multiply_adds, after.multiply_adds) or "as before"
+        name, words = "multiply-adds if everything runs", f"{grown}, on the example inputs"
+        found.append((name, number(after.multiply_adds), words))
         grown = growth(before.parameters, after.parameters) or "as before"
         found.append(("parameters", number(after.parameters), grown))
-    quality = record.quality
-    if quality is not None and (best := quality.after or quality.before) is not None:
-        told = "of the surgery" if quality.after is not None else "of the dense model"
-        moved = f", {change_words(best.change)} from dense" if quality.after and best.change else ""
-        before_words = f", dense {with_interval(quality.before)}" if quality.after and quality.before else ""
-        found.append((f"{best.name} {told}", with_interval(best), f"on {measured_on(best)}{before_words}{moved}"))
     if record.tau:
         values = sorted(record.tau.values())
         shown = f"{values[0]:.3g}" if values[0] == values[-1] else f"{values[0]:.3g} to {values[-1]:.3g}"
         found.append(("tau", shown, f"of {len(values)} layer{'s' * (len(values) > 1)}"))
     return found
+
+
+def _stored(surgery: Reported) -> Point | None:
+    """The stored setting, if it was measured."""
+    swept = surgery.measured.get("pareto")
+    if not isinstance(swept, Swept):
+        return None
+    tau = set(surgery.record.tau.values())
+    own = [point for point in swept.points if point.router == "own"]
+    return next((point for point in own if point.tau is None or {point.tau} == tau), None)
+
+
+def _quality_words(quality: Quality) -> tuple[str, str]:
+    moved = f", {change_words(quality.change)} from dense" if quality.change else ""
+    return with_interval(quality), f"on {measured_on(quality)}{moved}"
 
 
 def _facts(surgery: Reported) -> Rows:
@@ -140,7 +164,7 @@ def _pass(pass_: PassDiff) -> dict[str, Any]:
         "output": words,
         "output_kind": "good" if same else "moved",
         "time": seconds(report.seconds),
-        "about": about.summary if about else "",
+        "about": about.summary.replace("`", "") if about else "",
         "options": _options(report.options),
         "trained": fitted(report.fit) if report.fit is not None else "",
         "costs": _costs(report.before, report.after),
@@ -164,7 +188,7 @@ def _pass(pass_: PassDiff) -> dict[str, Any]:
 def _costs(before: Cost | None, after: Cost | None) -> Rows:
     if before is None or after is None:
         return []
-    rows = [
+    rows: Rows = [
         (name, f"{change(old, new)} {growth(old, new)}".strip())
         for name, old, new in (
             ("parameters", before.parameters, after.parameters),
