@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from surgeon.graph.snapshot import GraphDiff
+from surgeon.graph.snapshot import GraphDiff, NodeRecord
 from surgeon.graph.traced import TracedGraph
+from surgeon.json_values import NOT_IN_JSON
 from surgeon.measure.meter import Cost
 from surgeon.sites.ffn import FFN
 from surgeon.sites.rejection import Rejection
@@ -105,7 +106,11 @@ def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class PassDiff:
-    """The report of one pass, and what the pass changed in the graph."""
+    """The report of one pass, and what the pass changed in the graph.
+
+    after: the nodes after the pass, if the graph was then saved and loaded, which gives nodes other names; else None.
+    """
 
     report: PassReport
     graph: GraphDiff
+    after: tuple[NodeRecord, ...] | None = field(default=None, repr=False, metadata=NOT_IN_JSON)

@@ -3,90 +3,116 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from surgeon.graph.traced import module_path, shape_of
+from surgeon.graph.traced import module_path, shape_text
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """A computing node of a graph.
+
+    path: of the module that it belongs to. op: what it runs. call: `linear(add_7, fc.weight)`.
+    inputs: the names of the nodes and model inputs that it reads, without sizes and parameters.
+    shape: of its value, `2×s1×128`; empty for other values than tensors.
+    """
+
+    name: str
+    path: str
+    op: str
+    call: str
+    inputs: tuple[str, ...]
+    shape: str
+
+    @property
+    def text(self) -> str:
+        """`linear_4 = linear(add_7, fc.weight, fc.bias) : 2×s1×128`."""
+        return f"{self.name} = {self.call}" + (f" : {self.shape}" if self.shape else "")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A graph at one moment: each computing node by name as (module path, text), and each parameter's shape by name."""
+    """A graph at one moment: its computing nodes by name in graph order, and each parameter's shape by name."""
 
-    nodes: dict[str, tuple[str, str]]
+    nodes: dict[str, NodeRecord]
     parameters: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class GraphDiff:
-    """Removed and added lines by module path, in graph order: `[("-", "relu = relu(linear)"), ("+", ...)]`."""
+    """What was removed and added: nodes in graph order, and parameters as (name, shape)."""
 
-    changes: dict[str, list[tuple[str, str]]]
-    parameters: list[tuple[str, str]]
+    removed: tuple[NodeRecord, ...] = ()
+    added: tuple[NodeRecord, ...] = ()
+    removed_parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    added_parameters: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.changes or self.parameters)
+        return bool(self.removed or self.added or self.removed_parameters or self.added_parameters)
+
+    def by_path(self) -> dict[str, list[tuple[str, NodeRecord]]]:
+        """Return the nodes of each module path with "-" or "+", the removed ones first."""
+        found: dict[str, list[tuple[str, NodeRecord]]] = defaultdict(list)
+        for sign, nodes in (("-", self.removed), ("+", self.added)):
+            for node in nodes:
+                found[node.path].append((sign, node))
+        return dict(found)
 
 
 def snapshot(graph: GraphModule) -> Snapshot:
     """Record a graph. Sizes, parameter reads and the output are left out, because they change with every neighbour."""
-    nodes = {
-        node.name: (module_path(node), _text(node))
-        for node in graph.graph.nodes
-        if node.op in ("call_function", "call_module") and not isinstance(node.meta.get("val"), torch.SymInt)
-    }
+    nodes = {node.name: _record(node) for node in graph.graph.nodes if _computes(node)}
     parameters = {name: tuple(p.shape) for name, p in graph.named_parameters(remove_duplicate=False)}
     return Snapshot(nodes, parameters)
 
 
 def compare(before: Snapshot, after: Snapshot) -> GraphDiff:
     """Return the differences. A node that kept its name but changed its op or inputs counts as removed and added."""
-    changes: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for name, (path, text) in before.nodes.items():
-        if after.nodes.get(name, ("", ""))[1] != text:
-            changes[path].append(("-", text))
-    for name, (path, text) in after.nodes.items():
-        if before.nodes.get(name, ("", ""))[1] != text:
-            changes[path].append(("+", text))
-    parameters = [
-        *(
-            ("-", _parameter(name, shape))
-            for name, shape in before.parameters.items()
-            if after.parameters.get(name) != shape
-        ),
-        *(
-            ("+", _parameter(name, shape))
-            for name, shape in after.parameters.items()
-            if before.parameters.get(name) != shape
-        ),
-    ]
-    return GraphDiff(dict(changes), parameters)
+    return GraphDiff(
+        _missing(before.nodes, after.nodes),
+        _missing(after.nodes, before.nodes),
+        tuple(item for item in before.parameters.items() if after.parameters.get(item[0]) != item[1]),
+        tuple(item for item in after.parameters.items() if before.parameters.get(item[0]) != item[1]),
+    )
+
+
+def undone(nodes: Iterable[NodeRecord], diff: GraphDiff) -> list[NodeRecord]:
+    """Return the nodes that a graph had before a difference, from those after it: in any order."""
+    added = {node.name for node in diff.added}
+    return [*(node for node in nodes if node.name not in added), *diff.removed]
 
 
 def compare_unrelated(before: Snapshot, after: Snapshot) -> GraphDiff:
     """Compare graphs of separate traces. Module path, op and order identify a node here, not its name."""
 
     def renamed(taken: Snapshot) -> Snapshot:
-        count: dict[tuple[str, str], int] = defaultdict(int)
+        count: dict[tuple[str, str, str], int] = defaultdict(int)
         nodes = {}
-        for path, text in taken.nodes.values():
-            line = f"{text.partition(' = ')[2].partition('(')[0]}{text[text.rfind(' : ') :] if ' : ' in text else ''}"
-            count[path, line] += 1
-            nodes[f"{path}/{line}/{count[path, line]}"] = (path, line)
+        for node in taken.nodes.values():
+            place = (node.path, node.op, node.shape)
+            count[place] += 1
+            name = f"{node.op}_{count[place]}"
+            nodes[f"{node.path}/{name}/{node.shape}"] = replace(node, name=name, call=node.op, inputs=())
         return Snapshot(nodes, taken.parameters)
 
     return compare(renamed(before), renamed(after))
 
 
-def _parameter(name: str, shape: tuple[int, ...]) -> str:
-    return f"{name} [{', '.join(map(str, shape))}]"
+def _missing(nodes: dict[str, NodeRecord], there: dict[str, NodeRecord]) -> tuple[NodeRecord, ...]:
+    return tuple(node for name, node in nodes.items() if there.get(name) != node)
 
 
-def _text(node: Node) -> str:
-    """`linear_4 = linear(add_7, fc.weight, fc.bias) : 2×s1×128`."""
+def _computes(node: Node) -> bool:
+    """Whether a node computes something other than a size."""
+    return node.op in ("call_function", "call_module") and not isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def _record(node: Node) -> NodeRecord:
     packet = getattr(node.target, "overloadpacket", node.target)
     op = str(node.target) if node.op == "call_module" else getattr(packet, "__name__", str(packet))
 
@@ -98,5 +124,6 @@ def _text(node: Node) -> str:
         return str(value)
 
     arguments = [*map(show, node.args), *(f"{name}={show(value)}" for name, value in node.kwargs.items())]
-    shape = shape_of(node)
-    return f"{node.name} = {op}({', '.join(arguments)})" + (f" : {'×'.join(map(str, shape))}" if shape else "")
+    read = [one.name for one in node.all_input_nodes if one.op == "placeholder" or _computes(one)]
+    call = f"{op}({', '.join(arguments)})"
+    return NodeRecord(node.name, module_path(node), op, call, tuple(read), shape_text(node))

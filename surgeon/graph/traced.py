@@ -281,6 +281,11 @@ def shape_of(node: Node) -> tuple[int | torch.SymInt, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
+def shape_text(node: Node) -> str:
+    """Return the shape as text, `2×s1×128`; empty for a scalar and for what is no tensor."""
+    return "×".join(map(str, shape_of(node) or ()))
+
+
 def retie(graph: GraphModule) -> None:
     """Make parameters that share memory one object again, so that an optimizer updates them once."""
     seen: dict[tuple[object, ...], nn.Parameter] = {}
@@ -320,12 +325,22 @@ def _has(graph: GraphModule, target: str) -> bool:
 def to_networkx(graph: GraphModule) -> nx.DiGraph:
     """Convert the graph to a networkx digraph: one vertex per node, one edge from each producer to each consumer.
 
-    The node's name is the key of its vertex. Vertices carry `op`, `target` (str), `path` (module path) and `shape`.
+    The node's name is the key of its vertex. Vertices carry texts, so that networkx writes every format: `op` (that of
+    the node, such as "call_function"), `target`, `path` (of its module), and `shape` ("2×s1×128") and `dtype`
+    ("float32") of its value, which are empty if it is no tensor.
     """
     import networkx as nx
 
     result = nx.DiGraph()
     for node in graph.graph.nodes:
-        result.add_node(node.name, op=node.op, target=str(node.target), path=module_path(node), shape=shape_of(node))
+        value = node.meta.get("val")
+        result.add_node(
+            node.name,
+            op=node.op,
+            target=str(node.target),
+            path=module_path(node),
+            shape=shape_text(node),
+            dtype=str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else "",
+        )
     result.add_edges_from((source.name, node.name) for node in graph.graph.nodes for source in node.all_input_nodes)
     return result

@@ -13,7 +13,7 @@ from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import as_args_kwargs, named_arguments
 from surgeon.graph.capture import Capture
 from surgeon.graph.sizes import Sizes
-from surgeon.graph.snapshot import snapshot
+from surgeon.graph.snapshot import NodeRecord, snapshot
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.skipping import find_skipping
 from surgeon.jobs.open_model import Opened
@@ -86,7 +86,7 @@ class Inspection:
     skipping: the layers that skip inputs or neurons. exits: the places where samples leave.
     takes: the inputs with their shapes and what stands for one that is left out, such as "mask[batch, tokens] or
     ones(int64)", and the range of each size in these.
-    graph: lines of the graph as (module path, line), if asked for.
+    graph: the nodes of the graph, if asked for.
     """
 
     model: str
@@ -102,7 +102,7 @@ class Inspection:
     linears: list[Layer]
     refused: list[tuple[str, str]]
     notes: tuple[str, ...]
-    graph: list[tuple[str, str]] | None = None
+    graph: list[NodeRecord] | None = None
 
 
 def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:

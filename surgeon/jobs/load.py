@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.data.batch import Batch
 from surgeon.dynamic.knobs import get_tau, set_tau
 from surgeon.errors import DataError, UsageError, first_line
 from surgeon.graph.calls import argument_names, as_args_kwargs
-from surgeon.jobs.evaluation import eval_batches, other_data
+from surgeon.jobs.evaluation import eval_batches, held_out, other_data
 from surgeon.jobs.open_model import Opened
 from surgeon.json_values import NOT_IN_JSON
 from surgeon.measure.load import LayerLoad, measure_load
@@ -127,6 +128,41 @@ def _image_map(opened: Opened, file: Path) -> LoadMap:
         )
     shown = loads[len(loads) - side * side :]
     return LoadMap((), tuple(shown.tolist()), side, np.asarray(image) / 255)
+
+
+def sample_maps(opened: Opened, count: int = 4) -> list[LoadMap]:
+    """Return the maps of the first held-out samples: texts, or images of which layers see a square of patches.
+
+    Raises:
+        UsageError: the layers do not run on the tokens of a text or the patches of an image.
+    """
+    batch = next(iter(held_out(opened)))
+    taken = Batch(tuple(x[:count] for x in batch.args), {name: x[:count] for name, x in batch.kwargs.items()})
+    loads = token_load(opened.graph, taken.kwargs or taken.args)
+    found = [
+        made
+        for row in range(min(count, batch.size))
+        if (made := _map_of(opened, taken, row, loads[row] if loads.dim() == 2 else loads[:0])) is not None
+    ]
+    if not found:
+        raise UsageError(f"The layers of {opened.spec} run on no tokens of texts or patches of images.")
+    return found
+
+
+def _map_of(opened: Opened, batch: Batch, row: int, loads: Tensor) -> LoadMap | None:
+    """The map of one sample; None if its layers do not run on tokens or patches."""
+    tokenizer, ids = opened.origin.tokenizer, batch.kwargs.get("input_ids")
+    if ids is not None and tokenizer is not None and len(loads) == ids.shape[1]:
+        there = batch.kwargs.get("attention_mask", torch.ones_like(ids))[row].bool()
+        texts = tuple(tokenizer.decode([one]) for one in ids[row][there].tolist())
+        return LoadMap(texts, tuple(loads[there].tolist()))
+    values = next(iter((*batch.args, *batch.kwargs.values())))[row]
+    side = math.isqrt(len(loads))
+    if values.dim() != 3 or not side or len(loads) - side * side > _NO_PATCHES or values.shape[0] not in (1, 3):
+        return None
+    picture = values.float() - values.min()
+    picture = (picture / picture.max().clamp_min(1e-12)).permute(1, 2, 0).squeeze(-1)
+    return LoadMap((), tuple(loads[len(loads) - side * side :].tolist()), side, picture.numpy())
 
 
 def _image_shape(opened: Opened) -> torch.Size:

@@ -69,5 +69,5 @@ def store(opened: Opened, out: Path | None, quality: tuple[Quality, Quality] | N
     )  # fmt: skip
     return save(
         opened.graph, Path(opened.spec) if out is None else out, inputs=opened.inputs, record=record,
-        diff=Diff(passes), origin=opened.origin, overwrite=out is None,
+        diff=Diff.joined(passes, (), ()), origin=opened.origin, overwrite=out is None,
     )  # fmt: skip

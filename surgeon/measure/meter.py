@@ -161,6 +161,7 @@ class ExpertMeter:
     stay: bool [B], the samples of the present call that have left at no early exit so far. None before the first exit.
     on_selection: called with each layer and its selected experts, bool [..., E].
     on_tokens: called with each layer, the inputs [N, d_in] of tokens that count and their selected experts, [N, E].
+    on_scores: called with each layer with a router, the same, and the scores, [N, E].
     """
 
     def __init__(self, model: nn.Module, *, oracle: bool = False) -> None:
@@ -178,6 +179,7 @@ class ExpertMeter:
         self.stay: Tensor | None = None
         self.on_selection: Callable[[DynamicSite, Tensor], None] | None = None
         self.on_tokens: Callable[[DynamicSite, Tensor, Tensor], None] | None = None
+        self.on_scores: Callable[[MoESite, Tensor, Tensor, Tensor], None] | None = None
         self._run = _GraphRun(model, self) if isinstance(model, GraphModule) else None
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -224,7 +226,7 @@ class ExpertMeter:
         # The flop counter must not count what the meter itself computes.
         with _disable_current_modes(), torch.no_grad():
             scores, threshold = _oracle(site, x) if self.oracle else route()
-            self._count(site, x, selected(scores, threshold))
+            self._count(site, x, selected(scores, threshold), scores)
             if self.oracle:
                 return masked_ffn(x, scores, threshold, *site.weights, b2(), site.activation)  # type: ignore[no-any-return]
         return self._timed(site, x, run)
@@ -258,7 +260,7 @@ class ExpertMeter:
         layer.multiply_adds += multiply_adds
         layer.executed_multiply_adds += multiply_adds * int(self.stay.sum()) // max(1, len(self.stay))
 
-    def _count(self, site: MoESite | SkippingSite, x: Tensor, ran: Tensor) -> None:
+    def _count(self, site: MoESite | SkippingSite, x: Tensor, ran: Tensor, scores: Tensor | None = None) -> None:
         if not (self.oracle and isinstance(site, MoESite)):  # what stands in for the layer then is not counted
             pairs = ran.numel() if site.counts_skipped else int(ran.sum())
             self.layers[site.path].computed += pairs * site.expert_multiply_adds
@@ -268,9 +270,12 @@ class ExpertMeter:
             self.on_selection(site, ran)
         mask = None if self.token_mask is None else self.token_mask(ran.shape[:-1])
         if mask is not None:
-            x, ran = x[mask], ran[mask]
+            x, ran, scores = x[mask], ran[mask], None if scores is None else scores[mask]
         if self.on_tokens is not None:
-            self.on_tokens(site, x.reshape(-1, x.shape[-1]), ran.reshape(-1, ran.shape[-1]))
+            self.on_tokens(site, _rows(x), _rows(ran))
+        if self.on_scores is not None and scores is not None:
+            assert isinstance(site, MoESite)
+            self.on_scores(site, _rows(x), _rows(ran), _rows(scores))
         layer, costs = self.layers[site.path], site.costs
         tokens = math.prod(ran.shape[:-1])
         of_experts: list[int] = ran.reshape(-1, len(costs)).sum(0).tolist()
@@ -279,6 +284,11 @@ class ExpertMeter:
         layer.ran += sum(of_experts)
         layer.multiply_adds += tokens * sum(costs)
         layer.executed_multiply_adds += sum(map(operator.mul, of_experts, costs))
+
+
+def _rows(values: Tensor) -> Tensor:
+    """Values [..., n] as [N, n]."""
+    return values.reshape(-1, values.shape[-1])
 
 
 def _of_tokens(stay: Tensor, ran: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgeon.render.style import save, styled
+
 _WIDTH, _HEIGHT = 3.6, 2.8  # inches, of a panel
 _LABELS = {
     "compiled": "dense, compiled",
@@ -65,8 +67,9 @@ class Plot:
     columns: int = 1
     log: bool = True  # times of several orders of magnitude
 
+    @styled
     def draw(self, file: Path) -> None:
-        """Draw the plot to a `.png` file."""
+        """Draw the plot to a picture."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -91,16 +94,12 @@ class Plot:
             else:
                 axes.set_ylim(bottom=0)
             axes.set_xlim(left=0)
-            axes.set_title(panel.title, fontsize=9)
-            axes.tick_params(labelsize=8)
-            axes.grid(alpha=0.3)
+            axes.set_title(panel.title)
         for axes in grid[-1]:
-            axes.set_xlabel("experts selected, %", fontsize=9)
+            axes.set_xlabel("experts selected, %")
         for axes in grid[:, 0]:
-            axes.set_ylabel("milliseconds", fontsize=9)
-        figure.suptitle(self.title, fontsize=10)
+            axes.set_ylabel("milliseconds")
+        figure.suptitle(self.title)
         labels = [_LABELS.get(name, name.replace("_", " ")) for name in drawn]
-        figure.legend(
-            drawn.values(), labels, loc="outside lower center", ncols=min(5, len(drawn)), frameon=False, fontsize=8
-        )
-        figure.savefig(file, dpi=130)
+        figure.legend(drawn.values(), labels, loc="outside lower center", ncols=min(5, len(drawn)))
+        save(figure, file)

@@ -16,14 +16,15 @@ from surgeon.measure.compare import Comparison
 from surgeon.measure.curves import Curve
 from surgeon.measure.read_off import Difference, Kept
 from surgeon.measure.sweep import Point
-from surgeon.render.compare_plot import draw_comparison
+from surgeon.render.frontier_plot import draw_frontier
 from surgeon.render.numbers import INTERVALS
+from surgeon.render.style import PICTURES
 from surgeon.render.sweep import change_text, milliseconds_text
 from surgeon.text.layout import grid, sentences
 from surgeon.text.quality import measured_on, quality_value, with_interval
 from surgeon.text.summary import percent
 
-FILES = {".json": "numbers", ".csv": "a line for each setting", ".md": "tables", ".png": "a plot", ".svg": "a plot"}
+FILES = {".json": "numbers", ".csv": "a line for each setting", ".md": "tables", **PICTURES}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def compared_view(compared: Compared) -> RenderableType:
 
 
 def write_comparison(compared: Compared, file: Path) -> None:
-    """Write tables to a `.md` file, a line for each setting to a `.csv` file, or draw a `.png` or `.svg` file."""
+    """Write tables to a `.md` file, a line for each setting to a `.csv` file, or draw a picture."""
     found = compared.found
     if file.suffix == ".md":
         parts = [_kept_table(found).markdown(), _words(found), _settings_table(found).markdown()]
@@ -75,7 +76,7 @@ def write_comparison(compared: Compared, file: Path) -> None:
         with file.open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows(_lines(found))
     else:
-        draw_comparison(found, file)
+        draw_frontier(found, file, title=f"{' and '.join(compared.surgeries)} on {compared.data}")
 
 
 def _kept_table(found: Comparison) -> _Table:

@@ -1,4 +1,4 @@
-"""Write results to files: numbers as JSON, plots as PNG, and what else a command has."""
+"""Write results to files: numbers as JSON, pictures, and what else a command has."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 from surgeon.errors import SaveError, UsageError
 from surgeon.json_values import to_json
+from surgeon.render.style import PICTURES
 
-KINDS = {".json": "numbers", ".png": "a plot"}
+KINDS = {".json": "numbers", **PICTURES}
 
 
 def check_files(files: Sequence[Path] | None, kinds: Mapping[str, str] = KINDS) -> None:
@@ -25,7 +26,9 @@ def check_files(files: Sequence[Path] | None, kinds: Mapping[str, str] = KINDS) 
     for file in files or ():
         if file.suffix not in kinds:
             ends = [f"{end}, for {what}" for end, what in kinds.items()]
-            raise UsageError(f"Cannot write {file}: give a name that ends in {', '.join(ends[:-1])}, or {ends[-1]}.")
+            *first, last = ends
+            listed = f"{', '.join(first)}, or {last}" if first else last
+            raise UsageError(f"Cannot write {file}: give a name that ends in {listed}.")
         if not os.access(file.parent, os.W_OK | os.X_OK):
             raise SaveError(f"Cannot write {file}: {file.parent} does not exist or cannot be written to.")
         if file.is_dir():

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from surgeon.graph.snapshot import NodeRecord
 from surgeon.jobs.inspect import DynamicLayer, Inspection
 from surgeon.text.layout import MODEL, dim, grid, heading, indented, refused, sentences
 from surgeon.text.summary import number, percent
@@ -90,11 +91,11 @@ def _share(layers: Sequence[Any]) -> str:
     return percent(sum(layer.share for layer in layers))
 
 
-def _graph(nodes: Sequence[tuple[str, str]]) -> RenderableType:
+def _graph(nodes: Sequence[NodeRecord]) -> RenderableType:
     lines, current = [], None
-    for path, line in nodes:
-        if path != current:
-            lines.append(Text(f"  {path or MODEL}", style="cyan"))
-            current = path
-        lines.append(Text(f"    {line}"))
+    for node in nodes:
+        if node.path != current:
+            lines.append(Text(f"  {node.path or MODEL}", style="cyan"))
+            current = node.path
+        lines.append(Text(f"    {node.text}"))
     return Group(*lines)

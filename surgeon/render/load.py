@@ -12,6 +12,7 @@ from rich.text import Text
 
 from surgeon.jobs.load import Loaded, LoadMap
 from surgeon.measure.load import LayerLoad, Spread
+from surgeon.render.style import COLOURS, save, styled
 from surgeon.text.layout import dim, grid, sentences
 from surgeon.text.summary import percent
 
@@ -95,8 +96,9 @@ def _shaded(shown: LoadMap) -> list[RenderableType]:
     return [line, dim("The share of the multiply-adds that can be skipped that each token runs, over the layers.")]
 
 
+@styled
 def draw_load(found: Loaded, file: Path) -> None:
-    """Draw a `.png` file: a histogram of what each layer ran, active neurons, and the map of the sample."""
+    """Draw a picture: a histogram of what each layer ran, active neurons, and the map of the sample."""
     from matplotlib.figure import Figure
 
     parts = [name for name, wanted in (("layers", found.layers), ("map", found.shown)) if wanted]
@@ -108,8 +110,8 @@ def draw_load(found: Loaded, file: Path) -> None:
         if name == "layers":
             _draw_layers(part, found.layers)
         elif found.shown is not None:
-            _draw_map(part, found.shown)
-    figure.savefig(file, dpi=150)
+            draw_map(part, found.shown)
+    save(figure, file)
 
 
 def _draw_layers(figure: Any, layers: Sequence[LayerLoad]) -> None:
@@ -118,8 +120,8 @@ def _draw_layers(figure: Any, layers: Sequence[LayerLoad]) -> None:
     grid = upper.subplots(rows, 4, squeeze=False, sharey=True)
     for axes, layer in zip(grid.flat, layers, strict=False):
         shares = np.array(layer.histogram) / layer.tokens
-        axes.bar(range(len(shares)), 100 * shares, width=1.0, color="#0072B2")
-        axes.axvline(layer.executed.mean, color="#D55E00", lw=1)
+        axes.bar(range(len(shares)), 100 * shares, width=1.0, color=COLOURS[0])
+        axes.axvline(layer.executed.mean, color=COLOURS[1], lw=1)
         axes.set_xlim(-0.5, layer.experts + 0.5)
         axes.set_title(layer.path, fontsize=8)
         axes.tick_params(labelsize=7)
@@ -131,8 +133,8 @@ def _draw_layers(figure: Any, layers: Sequence[LayerLoad]) -> None:
     ran = [(place, one.executed, one.experts) for place, one in enumerate(layers)]
     active = [(place, one.active, one.neurons) for place, one in enumerate(layers) if one.active and one.neurons]
     for offset, colour, label, spreads in (
-        (-0.15, "#0072B2", f"{_kinds(layers)} that ran", ran),
-        (0.15, "#D55E00", "active neurons", active),
+        (-0.15, COLOURS[0], f"{_kinds(layers)} that ran", ran),
+        (0.15, COLOURS[1], "active neurons", active),
     ):
         if not spreads:
             continue
@@ -153,7 +155,8 @@ def _draw_layers(figure: Any, layers: Sequence[LayerLoad]) -> None:
     axes.grid(axis="y", alpha=0.25)
 
 
-def _draw_map(figure: Any, shown: LoadMap) -> None:
+def draw_map(figure: Any, shown: LoadMap) -> None:
+    """Draw the map of one sample into a figure of matplotlib: an image beside its patches, or a bar for each token."""
     label = "share of the multiply-adds that can be skipped"
     if shown.rows:
         left, right = figure.subplots(1, 2)
@@ -165,6 +168,6 @@ def _draw_map(figure: Any, shown: LoadMap) -> None:
             axes.set_yticks([])
         return
     axes = figure.subplots()
-    axes.bar(range(len(shown.loads)), [100 * load for load in shown.loads], color="#0072B2")
+    axes.bar(range(len(shown.loads)), [100 * load for load in shown.loads], color=COLOURS[0])
     axes.set_xticks(range(len(shown.texts)), shown.texts, rotation=60, ha="right", fontsize=7)
     axes.set_ylabel("share that ran, %", fontsize=8)

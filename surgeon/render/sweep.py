@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -10,7 +12,12 @@ from rich.text import Text
 
 from surgeon.data.quality import TELLING, Change
 from surgeon.jobs.sweep import Swept
+from surgeon.measure.compare import Comparison
+from surgeon.measure.curves import Curve, curves_of
+from surgeon.measure.read_off import Kept, kept_at
 from surgeon.measure.sweep import Dense, Point
+from surgeon.render.frontier_plot import draw_frontier
+from surgeon.render.layers_plot import draw_layers
 from surgeon.render.numbers import INTERVALS
 from surgeon.text.layout import dim, grid, sentences
 from surgeon.text.quality import change_words, measured_on, with_interval
@@ -110,55 +117,30 @@ def milliseconds_text(timed: Point | Dense) -> str:
 
 
 def draw_sweep(swept: Swept, file: Path) -> None:
-    """Draw quality against cost to a `.png` file: a curve for each rule and router."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    relative = all(point.relative is not None for point in swept.points)
-    alone = any(point.layer is not None for point in swept.points)
-    colours = colormaps["viridis"]
-    curves: dict[str, list[Point]] = {}
-    for point in swept.points:
-        if point.tau is not None and (point.layer is not None or not alone):
-            curves.setdefault(_curve(point), []).append(point)
-    for place, (name, points) in enumerate(curves.items()):
-        style = "--" if "oracle" in name else "-"
-        costs, values = [_cost(p, relative) for p in points], [p.quality.value for p in points]
-        # Layers from the first, dark, to the last, light.
-        colour = colours(place / len(curves)) if alone else None
-        (line,) = axes.plot(costs, values, f"{style}o", ms=4, label=name, color=colour)
-        lows = [p.quality.low for p in points if p.quality.low is not None]
-        highs = [p.quality.high for p in points if p.quality.high is not None]
-        if len(lows) == len(highs) == len(costs) and not alone:
-            axes.fill_between(costs, lows, highs, color=line.get_color(), alpha=0.12, lw=0)
-    stored = [point for point in swept.points if point.tau is None and point.router == "own"]
-    if stored:
-        costs = [_cost(p, relative) for p in stored]
-        axes.plot(costs, [p.quality.value for p in stored], "*", ms=12, label="as stored")
-    if swept.dense.quality is not None:
-        axes.axhline(swept.dense.quality.value, color="grey", lw=1, label="dense model")
-    quality = swept.points[0].quality
-    whole = "multiply-adds of the whole model" + (", share of dense" if relative else "")
-    axes.set_xlabel("share of its experts or inputs that the layer runs" if alone else whole)
-    axes.set_ylabel(f"{quality.name} on {measured_on(quality)}")
-    if not quality.higher_is_better:
-        axes.invert_yaxis()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=7 if alone else None)
-    figure.savefig(file, dpi=150)
+    """Draw a picture: quality against cost for each rule and router, or against what each layer alone runs."""
+    if any(point.layer is not None for point in swept.points):
+        draw_layers(swept, file)
+        return
+    quality = swept.dense.quality
+    factor = 0.99 if swept.points[0].quality.higher_is_better else 1 / 0.99
+    wanted = math.nan if quality is None else factor * quality.value
+    curves = tuple(_with_kept(curve, wanted) for curve in curves_of({swept.model: swept.points}))
+    stored = next((point for point in swept.points if point.tau is None and point.router == "own"), None)
+    shown = {} if stored is None else {swept.model: stored}
+    found = Comparison(swept.task, 0.99, wanted, swept.dense, curves, shown)
+    draw_frontier(found, file, title=f"{swept.model} on {swept.data}")
 
 
-def _curve(point: Point) -> str:
-    """The name of the curve that a point belongs to."""
-    if point.layer is not None:
-        return point.layer
-    oracle = ", oracle router" if point.router == "oracle" else ""
-    return (f"rule {point.rule}" if point.rule else "this surgery") + oracle
+def _with_kept(curve: Curve, wanted: float) -> Curve:
+    """A curve with what it costs to keep a quality, without intervals; as it is if that quality is unknown."""
+    if math.isnan(wanted):
+        return curve
+    values = [point.quality.value for point in curve.points]
+    whole = [point.relative for point in curve.points]
 
+    def kept(costs: Sequence[float]) -> Kept | None:
+        return kept_at(costs, values, wanted, higher_is_better=curve.points[0].quality.higher_is_better)
 
-def _cost(point: Point, relative: bool) -> float:
-    if point.layer is not None:
-        return point.shares[point.layer]
-    return point.relative if relative and point.relative is not None else float(point.multiply_adds)
+    known = [cost for cost in whole if cost is not None]
+    layers = kept([point.layers for point in curve.points])
+    return replace(curve, layers=layers, whole=kept(known) if len(known) == len(whole) else None)

@@ -2,7 +2,7 @@
 
     model.pt2      the graph, in training form
     surgery.json   what was done: recipe, versions, seed, hash of the input, report of every pass, expert layers
-    diff.json      what every pass changed in the graph, node by node
+    diff.json      the nodes of the graph, and what every pass changed, node by node
     config.json, tokenizer files, ...   of a Hugging Face model
 
 The directory appears whole or not at all.
@@ -18,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_inputs
 from surgeon.graph.edit import output_leaves, replace_outputs
 from surgeon.graph.sizes import Sizes
-from surgeon.graph.snapshot import GraphDiff
+from surgeon.graph.snapshot import GraphDiff, NodeRecord
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.models.sentence_transformers import copy_sentence_files
 from surgeon.models.user_function import import_modules
@@ -111,8 +111,8 @@ def save(
                     part.save_pretrained(fresh)
         if origin.path is not None:
             copy_sentence_files(Path(origin.path), fresh)
-        diffs = [asdict(pass_.graph) for pass_ in diff.passes]
-        (fresh / DIFF).write_text(json.dumps(diffs), encoding="utf-8")
+        content = _GraphFile(diff.nodes, tuple(_PassGraph(one.graph, one.after) for one in diff.passes))
+        (fresh / DIFF).write_text(json.dumps(asdict(content)), encoding="utf-8")
         write_record(replace(record, output_texts=tuple(texts.items()), model_sha256=sha256_of([fresh / MODEL])), fresh)
     wait()
     return directory
@@ -156,7 +156,7 @@ def load_with_inputs(directory: str | Path, *, trust_modules: Sequence[str] = ()
     for layer in record.experts:
         mark_filling(graph, layer.path, layer.filling)
     try:
-        graph.meta["earlier_passes"] = load_diff(directory).passes
+        graph.meta["earlier_passes"] = load_diff(directory).as_earlier()
     except LoadError as error:
         # The model is intact; only the record of what was done to it is not.
         log.warning("%s Results that start from this surgery will not include its diff.", error)
@@ -211,10 +211,25 @@ def load_diff(directory: str | Path) -> Diff:
     """
     path = Path(directory) / DIFF
     reports = read_record(Path(directory)).passes
-    graphs = parse(list[GraphDiff], read_json(path), path)
-    if len(graphs) != len(reports):
-        raise LoadError(f"{path} is damaged: it has {len(graphs)} passes and {RECORD} has {len(reports)}.")
-    return Diff(tuple(map(PassDiff, reports, graphs)))
+    found = parse(_GraphFile, read_json(path), path)
+    if len(found.passes) != len(reports):
+        raise LoadError(f"{path} is damaged: it has {len(found.passes)} passes and {RECORD} has {len(reports)}.")
+    passes = (PassDiff(report, one.graph, one.after) for report, one in zip(reports, found.passes, strict=True))
+    return Diff(tuple(passes), found.nodes)
+
+
+@dataclass(frozen=True)
+class _PassGraph:
+    graph: GraphDiff
+    after: tuple[NodeRecord, ...] | None
+
+
+@dataclass(frozen=True)
+class _GraphFile:
+    """The content of `diff.json`: the nodes of the graph, and of each pass what `PassDiff` has."""
+
+    nodes: tuple[NodeRecord, ...]
+    passes: tuple[_PassGraph, ...]
 
 
 def _export(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
+from surgeon.graph.snapshot import NodeRecord, undone
+from surgeon.json_values import NOT_IN_JSON
 from surgeon.passes.report import PassDiff
 from surgeon.text.diff import Detail, diff_text
 
 
 @dataclass(frozen=True)
 class Diff:
-    """What each pass changed between a model and its rewritten graph. `str()` gives it as plain text."""
+    """What each pass changed between a model and its rewritten graph. `str()` gives it as plain text.
+
+    nodes: of the rewritten graph, in graph order.
+    """
 
     passes: tuple[PassDiff, ...]
+    nodes: tuple[NodeRecord, ...] = field(default=(), repr=False, metadata=NOT_IN_JSON)
+
+    @classmethod
+    def joined(cls, earlier: Sequence[PassDiff], new: Sequence[PassDiff], nodes: Iterable[NodeRecord]) -> Diff:
+        """Return the diff of passes that ran before a graph was loaded (`earlier_passes`), and of those after it."""
+        if new or not earlier or (kept := earlier[-1].after) is None:
+            return cls((*earlier, *new), tuple(nodes))
+        return cls((*earlier[:-1], replace(earlier[-1], after=None)), kept)
+
+    def as_earlier(self) -> tuple[PassDiff, ...]:
+        """Return the passes as those of a graph that was saved and loaded behind them."""
+        return (*self.passes[:-1], *(replace(last, after=self.nodes) for last in self.passes[-1:]))
+
+    def graphs(self) -> list[list[NodeRecord]]:
+        """Return the nodes before the first and after every pass. Only the last ones are in graph order."""
+        found = [list(self.nodes)]
+        for pass_ in reversed(self.passes):
+            if pass_.after is not None:
+                found[-1] = list(pass_.after)
+            found.append(undone(found[-1], pass_.graph))
+        return found[::-1]
 
     def text(self, detail: Detail = "sites") -> str:
         """The diff as plain text: a line per site ("sites"), only the totals ("stat"), or every node ("full")."""

@@ -34,7 +34,7 @@ from surgeon.tracing.trace import TraceInfo
 from surgeon.version import __version__
 
 Kind = TypeVar("Kind")
-SCHEMA = 4
+SCHEMA = 5
 _DEEPEST = 50  # nested values in a file
 RECORD = "surgery.json"
 

@@ -49,11 +49,11 @@ class Surgery:
 
     def diff(self) -> Diff:
         """What each pass changed, including the passes of an earlier surgery. `print` shows it."""
-        new = (
+        new = [
             PassDiff(report, compare(before, after))
             for report, before, after in zip(self.reports, self.snapshots, self.snapshots[1:], strict=False)
-        )
-        return Diff((*self.earlier, *new))
+        ]
+        return Diff.joined(self.earlier, new, self.snapshots[-1].nodes.values())
 
     def set_tau(self, tau: float | dict[str, float], path: str | None = None) -> Surgery:
         """Set tau in the graph (see `surgeon.set_tau`)."""

@@ -59,7 +59,7 @@ def pass_view(pass_: PassDiff, detail: Detail, *, gap: bool = False) -> Renderab
     if report.before is not None and report.after is not None:
         lines.append(_costs(report.before, report.after))
     if report.fit is not None:
-        lines.append(indented(dim(_fitted(report.fit))))
+        lines.append(indented(dim(fitted(report.fit))))
         if report.fit.sparsity:
             lines.append(indented(sparsity_view(report.fit.sparsity, detail)))
     if report.sites:
@@ -105,13 +105,21 @@ def _both(report: PassReport, what: Callable[[Cost], int]) -> str:
 def graph_diff_view(diff: GraphDiff) -> RenderableType:
     """Show every node and parameter that was removed or added, by module path."""
     lines: list[RenderableType] = []
-    for path in sorted(diff.changes, key=natural):
+    changes = diff.by_path()
+    for path in sorted(changes, key=natural):
         lines.append(Text(f"  {path or MODEL}", style="bold"))
-        lines += [_signed(sign, line) for sign, line in diff.changes[path]]
-    if diff.parameters:
+        lines += [_signed(sign, node.text) for sign, node in changes[path]]
+    if diff.removed_parameters or diff.added_parameters:
         lines.append(Text("  parameters", style="bold"))
-        lines += [_signed(sign, line) for sign, line in diff.parameters]
+        lines += [_signed("-", parameter_text(one)) for one in diff.removed_parameters]
+        lines += [_signed("+", parameter_text(one)) for one in diff.added_parameters]
     return Group(*lines)
+
+
+def parameter_text(parameter: tuple[str, tuple[int, ...]]) -> str:
+    """`fc.weight [1536, 384]`."""
+    name, shape = parameter
+    return f"{name} [{', '.join(map(str, shape))}]"
 
 
 def _signed(sign: str, line: str) -> Text:
@@ -131,15 +139,21 @@ def _pass_header(report: PassReport) -> Text:
 
 
 def _output(report: PassReport, *, short: bool = False) -> Text:
+    text, same = output_words(report, short=short)
+    return Text(text, style="green" if same else "yellow")
+
+
+def output_words(report: PassReport, *, short: bool = False) -> tuple[str, bool]:
+    """What a pass did to the output, and whether it kept it."""
     if not report.matched:
-        return Text("" if short else "nothing changed", style="yellow")
+        return "" if short else "nothing changed", False
     if report.max_error is None:
-        return Text("not verified", style="yellow")
+        return "not verified", False
     if report.preserved:
         text = f"same ({report.max_error:.0e})" if short else f"same output (differs by {report.max_error:.0e})"
-        return Text(text if report.max_error else "same" if short else "same output", style="green")
+        return text if report.max_error else "same" if short else "same output", True
     moved = percent(report.max_error) if report.max_error < 2 else f"{report.max_error:.2g}×"
-    return Text(f"moved {moved}" if short else f"output moved by {moved}", style="yellow")
+    return f"moved {moved}" if short else f"output moved by {moved}", False
 
 
 def _training(report: PassReport, *, short: bool = False) -> Text:
@@ -153,7 +167,7 @@ def _training(report: PassReport, *, short: bool = False) -> Text:
     return Text("none" if short else "not trained", style="yellow") if untrained else Text("")
 
 
-def _fitted(fit: FitReport) -> str:
+def fitted(fit: FitReport) -> str:
     """`trained 120 steps in 34 s: router loss 0.23 → 0.001`, or `fitted without training`."""
     if not fit.steps:
         return "fitted without training"

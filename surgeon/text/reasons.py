@@ -16,10 +16,11 @@ _PARTICULARS = re.compile(r"'[^']*'|\(\w*_\w*\)|\(\w+\d\)")
 class Reason:
     """A reason for refusing sites.
 
-    text: of the first refusal. count: number of refusals. first: path of the first refusal.
+    text, code: of the first refusal. count: number of refusals. first: path of the first refusal.
     """
 
     text: str
+    code: str
     count: int
     first: str
 
@@ -30,4 +31,4 @@ def count_reasons(rejected: Iterable[Rejection]) -> list[Reason]:
     for rejection in rejected:
         groups.setdefault((rejection.code, _PARTICULARS.sub("", rejection.reason)), []).append(rejection)
     ordered = sorted(groups.values(), key=len, reverse=True)
-    return [Reason(same[0].reason, len(same), same[0].path) for same in ordered]
+    return [Reason(same[0].reason, same[0].code, len(same), same[0].path) for same in ordered]

@@ -19,14 +19,14 @@ from tests.small_models import classifier, tokens
 
 
 def lines(diff: GraphDiff, sign: str) -> list[str]:
-    return [line for changes in diff.changes.values() for mark, line in changes if mark == sign]
+    return [node.text for node in (diff.removed if sign == "-" else diff.added)]
 
 
 def test_same_graph_has_no_difference(traces: Any) -> None:
     graph = traces("gelu")
     diff = compare(snapshot(graph), snapshot(fork(graph)))
     assert not diff
-    assert diff == GraphDiff({}, [])
+    assert diff == GraphDiff()
 
 
 def test_values_of_weights_and_modes_are_no_difference(traces: Any) -> None:
@@ -46,12 +46,12 @@ def test_snapshot_holds_every_computing_node_and_parameter(traces: Any) -> None:
         if node.op == "call_function" and node.target is not aten.sym_size.int and "val" in node.meta
     }
     assert set(taken.nodes) <= set(computing) | {node.name for node in graph.graph.nodes}
-    assert {name: path for name, (path, _) in taken.nodes.items() if name in computing} == {
+    assert {name: node.path for name, node in taken.nodes.items() if name in computing} == {
         name: path for name, path in computing.items() if name in taken.nodes
     }
     assert not any("sym_size" in name for name in taken.nodes)
     assert {name: tuple(p.shape) for name, p in graph.named_parameters()} == taken.parameters
-    text = next(text for name, (_, text) in taken.nodes.items() if "gelu" in name)
+    text = next(node.text for name, node in taken.nodes.items() if "gelu" in name)
     assert text.startswith("gelu = gelu(linear_4)")
     assert text.endswith("×32")
 
@@ -61,10 +61,10 @@ def test_swapped_activation_is_one_node_for_another(traces: Any) -> None:
     before = snapshot(graph)
     SwapActivation(only=("blocks.0.*",)).apply(graph)
     diff = compare(before, snapshot(graph))
-    assert all(path.startswith("blocks.0.ffn") for path in diff.changes)
+    assert all(path.startswith("blocks.0.ffn") for path in diff.by_path())
     assert any("= gelu(" in line for line in lines(diff, "-"))
     assert any("= relu(" in line for line in lines(diff, "+"))
-    assert diff.parameters == []
+    assert diff.removed_parameters == diff.added_parameters == ()
 
 
 def test_experts_replace_a_layer_and_nothing_else_changes(traces: Any) -> None:
@@ -74,19 +74,20 @@ def test_experts_replace_a_layer_and_nothing_else_changes(traces: Any) -> None:
     diff = compare(before, snapshot(graph))
     assert any("= blocks.1.ffn.moe(layer_norm_3)" in line for line in lines(diff, "+"))
     assert not any("linear" in line and "ffn" in line for line in lines(diff, "+"))
-    gone = {line.partition(" ")[0] for sign, line in diff.parameters if sign == "-"}
+    gone = {name for name, _ in diff.removed_parameters}
     assert gone == {f"blocks.1.ffn.{fc}.{kind}" for fc in ("fc1", "fc2") for kind in ("weight", "bias")}
-    made = {line for sign, line in diff.parameters if sign == "+"}
-    assert "blocks.1.ffn.moe.w1 [4, 8, 16]" in made
+    assert ("blocks.1.ffn.moe.w1", (4, 8, 16)) in diff.added_parameters
     # Besides the layer only the node that reads its output changes.
-    assert len([path for path in diff.changes if not path.startswith("blocks.1.ffn")]) <= 1
+    assert len([path for path in diff.by_path() if not path.startswith("blocks.1.ffn")]) <= 1
 
 
 def test_a_changed_shape_under_the_same_name_is_a_difference(traces: Any) -> None:
     before = snapshot(traces("gelu"))
     after = snapshot(traces("gelu"))
     after.parameters["head.weight"] = (4, 16)
-    assert compare(before, after).parameters == [("-", "head.weight [3, 16]"), ("+", "head.weight [4, 16]")]
+    diff = compare(before, after)
+    assert diff.removed_parameters == (("head.weight", (3, 16)),)
+    assert diff.added_parameters == (("head.weight", (4, 16)),)
 
 
 def test_back_and_forth_is_the_mirror_image(traces: Any) -> None:
@@ -115,7 +116,7 @@ def test_graphs_traced_apart_are_compared_by_place() -> None:
     diff = compare_unrelated(snapshot(one), snapshot(other))
     assert any("gelu" in line for line in lines(diff, "-"))
     assert any("relu" in line for line in lines(diff, "+"))
-    assert all(path.startswith("blocks.0.ffn") for path in diff.changes)
+    assert all(path.startswith("blocks.0.ffn") for path in diff.by_path())
 
 
 def test_one_difference_per_pass(traces: Any) -> None:

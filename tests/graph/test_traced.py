@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -212,6 +215,25 @@ def test_networkx_view() -> None:
     assert view.has_edge("linear", "relu")
     assert view.has_edge("relu", "linear_1")
     assert not view.has_edge("relu", "linear")
+    assert view.nodes["relu"]["shape"].endswith("×8")
+    assert view.nodes["relu"]["dtype"] == "float32"
+
+
+def test_networkx_writes_every_format(traces: Any, tmp_path: Path) -> None:
+    """The model has sizes that are symbols, and nodes that are no tensors."""
+    view = to_networkx(traces("gelu"))
+    nx.write_graphml(view, tmp_path / "graph.graphml")
+    nx.write_gexf(view, tmp_path / "graph.gexf")
+    (tmp_path / "graph.json").write_text(json.dumps(nx.node_link_data(view, edges="edges")))
+    there = {
+        "graphml": nx.read_graphml(tmp_path / "graph.graphml"),
+        "gexf": nx.read_gexf(tmp_path / "graph.gexf"),
+        "json": nx.node_link_graph(json.loads((tmp_path / "graph.json").read_text()), edges="edges"),
+    }
+    for kind, read in there.items():
+        assert set(read.edges) == set(view.edges), kind
+        for name in view:
+            assert {key: read.nodes[name].get(key, "") for key in view.nodes[name]} == view.nodes[name], (kind, name)
 
 
 def test_dropout_inside_nested_graphs_is_switched_too() -> None:

@@ -46,7 +46,7 @@ def needs(one: type[Pass[Any]]) -> list[str]:
 def as_text(graph: TracedGraph) -> str:
     """Each step behind the module it belongs to, what is returned, and the parameters with their shapes."""
     taken = snapshot(graph)
-    steps = [(path or "(the model)", text) for path, text in taken.nodes.values()]
+    steps = [(node.path or "(the model)", node.text) for node in taken.nodes.values()]
     steps.append(("", f"return {', '.join(node.name for node in graph.graph.output_node().all_input_nodes)}"))
     width = max(len(path) for path, _ in steps)
     lines = [f"{path:{width}}  {text}" for path, text in steps]

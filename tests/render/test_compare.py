@@ -16,8 +16,8 @@ from surgeon.measure.curves import Curve
 from surgeon.measure.read_off import Difference, Kept
 from surgeon.measure.sweep import Dense, Point
 from surgeon.render.compare import compared_view, write_comparison
-from surgeon.render.compare_plot import _limits
 from surgeon.render.files import write_result
+from surgeon.render.frontier_plot import _limits
 from surgeon.text.plain import plain_text
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,36 @@ def test_a_plot_is_drawn_without_a_display(
     monkeypatch.setenv("MPLBACKEND", "TkAgg")  # one that needs a display: it must not be asked for
     write(swept(points), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def words_in(file: Path) -> list[str]:
+    return [str(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", file.read_text(encoding="utf-8"))]
+
+
+def test_a_picture_says_what_it_shows(tmp_path: Path) -> None:
+    write(swept(POINTS), tmp_path / "a.svg")
+    words = words_in(tmp_path / "a.svg")
+    for wanted in ("m on 60 samples", "accuracy on 60 samples", "multiply-adds of the whole model, share of dense"):
+        assert wanted in words, wanted
+    assert any("diamonds: what keeps the quality" in text for text in words)
+    # A dense model of unknown quality is not drawn, nor what keeps it.
+    write(swept(POINTS, Dense(4_290_000)), tmp_path / "b.svg")
+    assert not any("diamonds" in text for text in words_in(tmp_path / "b.svg"))
+
+
+def test_the_most_sensitive_layers_are_named(tmp_path: Path) -> None:
+    points = [
+        replace(POINTS[1], layer=f"layer.{at}", quality=accuracy(0.9 - 0.01 * at), shares={f"layer.{at}": 0.2})
+        for at in range(6)
+    ]
+    write(swept(points), tmp_path / "a.svg")
+    words = words_in(tmp_path / "a.svg")
+    assert [f"layer.{at}" in words for at in range(6)] == [False, False, True, True, True, True]
+    assert "m on 60 samples, one layer at a time" in words
+
+
+@pytest.mark.parametrize("end", [".png", ".svg", ".pdf"])
+def test_the_same_numbers_give_the_same_file(tmp_path: Path, end: str) -> None:
+    for name in ("a", "b"):
+        write(swept(POINTS), tmp_path / f"{name}{end}")
+    assert (tmp_path / f"a{end}").read_bytes() == (tmp_path / f"b{end}").read_bytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from surgeon.graph.snapshot import GraphDiff
+from surgeon.graph.snapshot import GraphDiff, NodeRecord
 from surgeon.measure.meter import Cost
 from surgeon.passes.report import PassDiff, PassReport, SiteChange
 from surgeon.sites.rejection import Rejection
@@ -18,11 +18,12 @@ from tests.text.reports import report
 
 def diff(*reports: PassReport) -> Diff:
     nodes = GraphDiff(
-        {
-            "encoder.layer.10": [("-", "gelu_10 = gelu(linear_65) : 2×8×1536")],
-            "encoder.layer.2": [("-", "gelu_2 = gelu(linear_17) : 2×8×1536"), ("+", "moe_2 = moe(add) : 2×8×384")],
-        },
-        [("-", "encoder.layer.2.fc.weight [1536, 384]")],
+        (
+            NodeRecord("gelu_10", "encoder.layer.10", "gelu", "gelu(linear_65)", ("linear_65",), "2×8×1536"),
+            NodeRecord("gelu_2", "encoder.layer.2", "gelu", "gelu(linear_17)", ("linear_17",), "2×8×1536"),
+        ),
+        (NodeRecord("moe_2", "encoder.layer.2", "moe", "moe(add)", ("add",), "2×8×384"),),
+        (("encoder.layer.2.fc.weight", (1536, 384)),),
     )
     return Diff(tuple(PassDiff(one, nodes) for one in reports))
 
@@ -135,7 +136,7 @@ def sparsified(sparsity: dict[str, tuple[Sparsity, Sparsity]]) -> PassReport:
 
 
 def shown(sparsity: dict[str, tuple[Sparsity, Sparsity]], detail: Detail) -> list[str]:
-    passes = [PassDiff(sparsified(sparsity), GraphDiff({}, []))]
+    passes = [PassDiff(sparsified(sparsity), GraphDiff())]
     return plain_text(diff_view(passes, detail), 120).splitlines()
 
 

@@ -1,4 +1,4 @@
-"""The picture of `surgeon compare`: quality against the cost of the whole model and of the converted layers."""
+"""The picture of quality against cost, of the whole model and of the converted layers, for `compare` and `sweep`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any, Literal
 from surgeon.measure.compare import Comparison
 from surgeon.measure.curves import Curve
 from surgeon.measure.sweep import Point
+from surgeon.render.style import COLOURS, save, styled
 from surgeon.text.quality import measured_on
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; without yellow, which is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _WIDEST = 1.15  # with every expert on, some layers cost more than dense: nobody would run that
 _NAME, _TAU = 9.0, 7.0  # sizes of letters, in points
 _BESIDE_NAME = ((8, -12), (8, 8), (8, -24), (8, 20), (8, -36), (8, 32), (8, -48))
@@ -23,8 +22,12 @@ What = Literal["whole", "layers"]
 _WORDS: dict[What, str] = {"whole": "the whole model", "layers": "the converted layers"}
 
 
-def draw_comparison(found: Comparison, file: Path) -> None:
-    """Draw a `.png` or `.svg` file. Neither axis shows less than what is worth a difference."""
+@styled
+def draw_frontier(found: Comparison, file: Path, *, title: str) -> None:
+    """Draw a picture. Neither axis shows less than what is worth a difference.
+
+    found: if it has a task but no dense quality, that one is unknown and not drawn, nor is the quality to keep.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -41,13 +44,16 @@ def draw_comparison(found: Comparison, file: Path) -> None:
     grid[0].set_ylabel(f"{quality.name} on {measured_on(quality)}")
     dashed = "; dashed: oracle router" if any(curve.router == "oracle" for curve in found.curves) else ""
     stars = "; stars: as stored" if found.stored else ""
-    words = "small numbers: tau; vertical lines: 95% intervals; diamonds: what keeps the quality, its interval below"
-    figure.suptitle(words + stars + dashed, fontsize=8, color="0.4")
+    kept = any(curve.whole or curve.layers for curve in found.curves)
+    diamonds = "; diamonds: what keeps the quality, its interval below" if kept else ""
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    words = f"small numbers: tau; vertical lines: 95% intervals{diamonds}{stars}{dashed}"
+    figure.supxlabel(words, fontsize=8, color="0.4")
     # Names and values of tau stand where nothing else does, which is known only once all is laid out.
     figure.draw_without_rendering()
     for panel in panels:
         panel.write()
-    figure.savefig(file, dpi=150)
+    save(figure, file)
 
 
 @dataclass
@@ -109,13 +115,13 @@ class _Panel:
             )
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
         axes.set_xlabel(f"multiply-adds of {_WORDS[self.what]}, share of dense")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
 
     def _draw_dense(self) -> None:
         """The dense model's quality with its interval, and the quality to keep."""
         quality, axes = self.found.dense.quality, self.axes
         value = _dense_value(self.found)
+        if value is None:
+            return
         axes.axhline(value, color="0.25", lw=1)
         if quality is not None and quality.low is not None and quality.high is not None:
             axes.axhspan(quality.low, quality.high, color="0.5", alpha=0.1, lw=0)
@@ -148,7 +154,8 @@ class _Panel:
         low, high = sorted(self.axes.get_ylim())
         right, found = self.axes.get_xlim()[1], self.found
         wanted = f"{100 * found.keep:g}% of dense" if _higher(found) else f"dense / {found.keep:g}"
-        for text, value in (("dense", _dense_value(found)), (wanted, found.wanted)):
+        dense = _dense_value(found)
+        for text, value in () if dense is None else (("dense", dense), (wanted, found.wanted)):
             self._beside(text, right, value, [(-0.62 * 8 * len(text), 3), (-0.62 * 8 * len(text), -10)], "0.25", 8.0)
         rules = {(curve.surgery, curve.rule) for curve in found.curves}
         several = len(rules) > len({name for name, _ in rules})
@@ -199,11 +206,14 @@ class _Panel:
 
 def _limits(found: Comparison) -> tuple[float, float]:
     """The qualities at the lower and the upper end: some intervals around the dense one, and the best of each curve."""
-    sign, dense = 1.0 if _higher(found) else -1.0, _dense_value(found)
     qualities = [point.quality for curve in found.curves for point in curve.points]
+    sign, dense = 1.0 if _higher(found) else -1.0, _dense_value(found)
+    wanted = found.wanted
+    if dense is None:
+        dense = wanted = max(sign * quality.value for quality in qualities) * sign
     widths = [one.high - one.low for one in qualities if one.low is not None and one.high is not None]
     widest = max(widths, default=0.0)
-    reach = max(0.06 * abs(dense), 3 * abs(found.wanted - dense), 1.2 * widest)
+    reach = max(0.06 * abs(dense), 3 * abs(wanted - dense), 1.2 * widest)
     best = [max(sign * point.quality.value for point in curve.points) for curve in found.curves]
     bottom = min(sign * dense - reach, *(value - reach / 4 for value in best))
     top = max(sign * dense + reach / 4, *(value + max(reach / 6, 0.55 * widest) for value in best))
@@ -212,10 +222,12 @@ def _limits(found: Comparison) -> tuple[float, float]:
     return sign * bottom, sign * top
 
 
-def _dense_value(found: Comparison) -> float:
-    """The dense model's quality; where it is agreement, its own with itself."""
+def _dense_value(found: Comparison) -> float | None:
+    """The dense model's quality, None if it is unknown; where it is agreement, its own with itself."""
     if found.dense.quality is not None:
         return found.dense.quality.value
+    if found.task is not None:
+        return None
     return 1.0 if _higher(found) else 0.0
 
 

@@ -1,0 +1,37 @@
+"""The look of every picture, and the kinds of files that pictures are written to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+Given = ParamSpec("Given")
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Those of the style in their order."""
+
+PICTURES = {".png": "a picture", ".svg": "one that stays sharp", ".pdf": "one for print"}
+"""What is written to files by the ends of their names."""
+
+# Without the time of writing, the same numbers give the same file.
+_NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}
+
+
+def styled(draw: Callable[Given, None]) -> Callable[Given, None]:
+    """Let a function draw in the style of the project."""
+
+    @wraps(draw)
+    def drawn(*args: Given.args, **options: Given.kwargs) -> None:
+        from matplotlib import style
+
+        with style.context(Path(__file__).with_name("surgeon.mplstyle")):
+            draw(*args, **options)
+
+    return drawn
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write a figure of matplotlib to a file of one of the kinds `PICTURES`."""
+    figure.savefig(file, metadata=_NO_DATE[file.suffix])
