@@ -46,7 +46,7 @@ class SiteChange:
         return cls(site.path, site.describe, after, (count, count), (cost, cost), (output, output), made)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PassReport:
     """What one pass did.
 
@@ -68,6 +68,10 @@ class PassReport:
     preserved: bool = True
     notes: tuple[str, ...] = ()
     fit: FitReport | None = None
+
+    def __repr__(self) -> str:
+        total = len(self.matched) + len(self.rejected)
+        return f"<PassReport {self.name}: {len(self.matched)} of {total} sites>"
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values."""

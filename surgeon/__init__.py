@@ -39,8 +39,16 @@ def _check_links() -> None:
     raise SystemExit(line) if Path(sys.argv[0]).stem in ("surgeon", "-m") else ImportError(line)
 
 
+def _show_in_notebooks() -> None:
+    """Tell the notebook that this runs in, if any, how to show results."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        importlib.import_module("surgeon.render.notebook").register(shell)
+
+
 _check_links()
 register()
+_show_in_notebooks()
 
 # Loaded on first use: `import surgeon` and `surgeon --help` do not wait for torch.
 _EXPORTS = {

@@ -25,7 +25,7 @@ LAYERS = (
     ("models", "sites"),
     ("graph", "kernels"),
     ("collective",),
-    ("directories", "errors", "json_values", "processes", "progress", "version"),
+    ("described", "directories", "errors", "json_values", "processes", "progress", "version"),
 )
 RANK = {folder: rank for rank, layer in enumerate(LAYERS) for folder in layer}
 # The package's own face: they show what lies inside to users, and nothing inside imports them.

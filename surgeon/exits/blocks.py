@@ -13,6 +13,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from surgeon.described import Described
 from surgeon.graph.edit import output_leaves
 from surgeon.graph.ops import MATMULS, carries_values, equal_size
 from surgeon.graph.traced import aten, attribute, is_call, module_path, nested_graphs, shape_of
@@ -30,8 +31,8 @@ class Layer:
     multiply_adds: int
 
 
-@dataclass(frozen=True, eq=False)
-class BlockEnd:
+@dataclass(frozen=True, eq=False, repr=False)
+class BlockEnd(Described):
     """A place behind a block of a classifier.
 
     path: where it is in the model. output: what the block computes, [B, T, d]. answer: the model's classes, [B, C].

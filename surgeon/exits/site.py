@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import surgeon.kernels.early_exit  # noqa: F401  (it registers the ops)
+from surgeon.described import Described
 from surgeon.graph.traced import aten, is_call, tensor_of
 
 exit_or = torch.ops.surgeon.exit_or.default
 rows_that_stay = torch.ops.surgeon.rows_that_stay.default
 
 
-@dataclass(frozen=True, eq=False)
-class ExitSite:
+@dataclass(frozen=True, eq=False, repr=False)
+class ExitSite(Described):
     """A place where samples leave.
 
     path: the module path of its head and its tau, `blocks.exits.0`. nodes: the node that puts the answers of the

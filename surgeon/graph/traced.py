@@ -47,6 +47,11 @@ class TracedGraph(GraphModule):
     the nodes that they do not touch.
     """
 
+    def __repr__(self) -> str:
+        ops = sum(node.op in ("call_function", "call_module") for node in self.graph.nodes)
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return f"<TracedGraph: {ops} ops, {parameters:,} parameters>"
+
     def train(self, mode: bool = True) -> TracedGraph:
         """Switch dropout, attention dropout and batch statistics, as `nn.Module.train` does for the model.
 

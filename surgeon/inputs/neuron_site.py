@@ -23,7 +23,7 @@ _PARAMETERS = ("gate", "b_gate", "w1", "b1", "w2", "b2")
 _BUFFERS = ("scale", "centre", "levels", "tau")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseNeuronsSite(Skipping):
     """A gated layer that skips the neurons whose gate is near zero.
 

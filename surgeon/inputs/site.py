@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import surgeon.kernels.sparse_linear  # noqa: F401  (it registers the ops)
+from surgeon.described import Described
 from surgeon.inputs.calibration import levels_of, scores
 from surgeon.inputs.module import SparseLinear
 from surgeon.kernels.sparse_linear import LinearCall, kept
@@ -18,8 +19,8 @@ masked_linear = torch.ops.surgeon.masked_linear.default
 sparse_linear = torch.ops.surgeon.sparse_linear.default
 
 
-@dataclass(frozen=True, eq=False)
-class Skipping:
+@dataclass(frozen=True, eq=False, repr=False)
+class Skipping(Described):
     """A layer that skips by a threshold on its own values.
 
     path: the module path of its levels and tau. nodes: every execution in a graph.
@@ -55,7 +56,7 @@ class Skipping:
         return self.form
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseLinearSite(Skipping):
     """A linear layer that skips the inputs near their usual value.
 

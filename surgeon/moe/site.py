@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from surgeon.described import Described
 from surgeon.errors import UsageError
 from surgeon.graph.traced import aten, is_call, tensor_key, tensor_of
 from surgeon.graph.walk import walk_sources
@@ -21,8 +22,8 @@ from surgeon.moe.module import MoE
 from surgeon.moe.ops import dynamic_k_ffn, masked_ffn, routed_ffn_int8
 
 
-@dataclass(frozen=True, eq=False)
-class MoESite:
+@dataclass(frozen=True, eq=False, repr=False)
+class MoESite(Described):
     """A converted feed-forward layer in a graph, or in a model that is not a graph.
 
     path: the module path of the expert weights, `encoder.layer.0.moe`. nodes: every execution of the layer in a graph.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from surgeon.described import Described
 from surgeon.graph.traced import tensor_of
 from surgeon.graph.walk import walk_sources
 from surgeon.kernels.activations import ACTIVATIONS
@@ -81,8 +82,8 @@ class FFNWeights:
     b2: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
-class FFN:
+@dataclass(frozen=True, eq=False, repr=False)
+class FFN(Described):
     """A feed-forward layer: down(act(first x)), or down(act(gate x) · (up x)) if gated.
 
     calls: every execution; several if the model uses the same weights in several places (ALBERT).

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from surgeon.described import Described
 from surgeon.sites.linear import Linear
 
 
-@dataclass(frozen=True, eq=False)
-class LinearSite:
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearSite(Described):
     """A standalone linear layer and every place that executes it."""
 
     path: str

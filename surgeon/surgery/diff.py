@@ -11,7 +11,7 @@ from surgeon.passes.report import PassDiff
 from surgeon.text.diff import Detail, diff_text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diff:
     """What each pass changed between a model and its rewritten graph. `str()` gives it as plain text.
 
@@ -20,6 +20,9 @@ class Diff:
 
     passes: tuple[PassDiff, ...]
     nodes: tuple[NodeRecord, ...] = field(default=(), repr=False, metadata=NOT_IN_JSON)
+
+    def __repr__(self) -> str:
+        return f"<Diff of {len(self.passes)} passes: {', '.join(pass_.report.name for pass_ in self.passes)}>"
 
     @classmethod
     def joined(cls, earlier: Sequence[PassDiff], new: Sequence[PassDiff], nodes: Iterable[NodeRecord]) -> Diff:

@@ -21,7 +21,7 @@ from surgeon.surgery.record import InputFile, MeasuredQuality, Record, make_reco
 from surgeon.surgery.trials import Search
 
 
-@dataclass
+@dataclass(repr=False)
 class Surgery:
     """The result of a pipeline.
 
@@ -46,6 +46,10 @@ class Surgery:
     search: Search | None = None
     teacher: InputFile | None = None
     model: weakref.ref[nn.Module] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        passes = ", ".join(report.name for report in (*(one.report for one in self.earlier), *self.reports))
+        return f"<Surgery: {passes or 'no passes'}; {self.graph!r}>"
 
     def diff(self) -> Diff:
         """What each pass changed, including the passes of an earlier surgery. `print` shows it."""

@@ -8,11 +8,27 @@ from typing import Any
 
 from surgeon.jobs.report import Reported
 from surgeon.render.report.content import section, side_by_side
+from surgeon.render.report.graph import drawing
+from surgeon.surgery.diff import Diff
 from surgeon.version import __version__
 
 
 def report_html(surgeries: Sequence[Reported]) -> str:
     """Return the page. It asks for nothing from the network, and is readable without JavaScript."""
+    return _page(
+        "page.html.j2",
+        title=" beside ".join(surgery.name for surgery in surgeries),
+        surgeries=[section(surgery, f"surgery-{number}") for number, surgery in enumerate(surgeries, 1)],
+        side_by_side=side_by_side(surgeries),
+    )
+
+
+def graph_html(diff: Diff) -> str:
+    """Return a page with nothing but the drawing of a graph, before and after every pass."""
+    return _page("graph.html.j2", surgery={"id": "graph", "drawing": drawing(diff)})
+
+
+def _page(template: str, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -20,19 +36,7 @@ def report_html(surgeries: Sequence[Reported]) -> str:
         loader=PackageLoader("surgeon.render", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     own = files("surgeon.render.report")
-
-    def asset(name: str) -> Any:
-        # Ours, and holds neither `</script` nor `</style`, which would end it early.
-        return Markup((own / name).read_text(encoding="utf-8"))
-
-    sections = [section(surgery, f"surgery-{number}") for number, surgery in enumerate(surgeries, 1)]
-    return environment.get_template("page.html.j2").render(
-        title=" beside ".join(surgery.name for surgery in surgeries),
-        version=__version__,
-        surgeries=sections,
-        side_by_side=side_by_side(surgeries),
-        css=asset("report.css"),
-        dagre=asset("dagre.min.js"),
-        drawing_script=asset("drawing.js"),
-        script=asset("report.js"),
-    )
+    # Ours, and they hold neither `</script` nor `</style`, which would end them early.
+    names = {"css": "report.css", "dagre": "dagre.min.js", "drawing_script": "drawing.js", "script": "report.js"}
+    assets = {name: Markup((own / file).read_text(encoding="utf-8")) for name, file in names.items()}
+    return environment.get_template(template).render(version=__version__, **assets, **values)

@@ -8,7 +8,7 @@ for (const root of document.querySelectorAll(".drawing")) {
 }
 const themes = ["auto", "light", "dark"];
 const toggle = document.getElementById("theme");
-toggle.addEventListener("click", () => {
+toggle?.addEventListener("click", () => {
   const now = document.documentElement.dataset.theme || "auto";
   const next = themes[(themes.indexOf(now) + 1) % themes.length];
   if (next === "auto") delete document.documentElement.dataset.theme;
