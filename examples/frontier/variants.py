@@ -71,7 +71,8 @@ class Study:
     """A task: the data and the dense model for a seed, how it is trained, and the variants.
 
     keep: what part of the dense quality counts as kept, 0.99 of an accuracy or 1.01 times a loss. dense: the plan of
-    dense training. longer: its plan for the dense model that is trained as much again as the variants are.
+    dense training. longer: its plan for the dense model that is trained as much again as the variants are. teacher: the
+    model for a seed whose answers dense training and the variants learn from, beside the labels.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Study:
     longer: Mapping[str, Any]
     variants: Mapping[str, Variant]
     calibration_batches: int = 8
+    teacher: Callable[[int], nn.Module] | None = None
 
 
 def recipe(name: str, **options: Any) -> list[Pass[Any]]:
