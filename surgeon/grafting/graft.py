@@ -58,13 +58,15 @@ log = logging.getLogger("surgeon")
 class _Converted:
     """A layer of the model that the graph computes in another way.
 
-    site: the layer in the model. paths: of the modules in the graph. layer: without the parts.
+    site: the layer in the model. paths: of the modules in the graph. stays: it is a linear layer again, so that the
+    model's own takes its weights. layer: without the parts.
     """
 
     site: FFN | LinearSite
     paths: tuple[str, ...]
     residual: bool = False
     dropout: float = 0.0
+    stays: bool = False
     placement: Placement | None = None
     refusal: Rejection | None = None
 
@@ -165,6 +167,8 @@ def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Co
         change.path: change.made for report in reports if report.name == "sparsify-inputs" for change in report.sites
     }
     swapped = {change.path for report in reports if report.name == "swap-activation" for change in report.sites}
+    again = {change.path: change.made for report in reports if report.name == "densify" for change in report.sites}
+    experts = {path: _renamed(made, again) for path, made in experts.items()}
     sites: dict[str, FFN | LinearSite] = {site.path: site for site in find_ffns(sketched)[0]}
     made = {path for change in projections for path in change.made}
     wanted = [path for path in dict.fromkeys([*experts, *swapped]) if path not in made]
@@ -174,7 +178,7 @@ def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Co
         inside = tuple(f"{path}." for path in made)
         gone = {linear.path for layer in found if isinstance(layer.site, FFN) for linear in layer.site.linears}
         found += [
-            _Converted(_site(every, path), paths)
+            _Converted(_site(every, path), _renamed(paths, again), stays=not again.keys().isdisjoint(paths))
             for path, paths in inputs.items()
             if path not in gone and not path.startswith(inside)
         ]
@@ -190,6 +194,11 @@ def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Co
             )
         )
     return found
+
+
+def _renamed(paths: tuple[str, ...], again: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The paths of layers, of those that are dense again the paths of what they became."""
+    return tuple(inner for path in paths for inner in again.get(path, (path,)))
 
 
 def _site(sites: Mapping[str, FFN | LinearSite], path: str) -> FFN | LinearSite:
@@ -270,10 +279,10 @@ def _place(
     If the model computes something else with all layers in their places, each is tried by itself.
     """
     modules = Modules(sketched, model)
-    ways = [placements(modules, layer.site) for layer in converted]
+    ways = [[] if layer.stays else placements(modules, layer.site) for layer in converted]
     for layer, found in zip(converted, ways, strict=True):
         layer.placement = found[0] if found else None
-        if not found:
+        if not found and not layer.stays:
             layer.refusal = _why_no_place(model, layer.site)
     chosen = [layer for layer in converted if layer.placement is not None]
     if chosen and _differs(made, model, sketched, chosen, calls) is not None:
