@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,18 +157,9 @@ def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Co
     options = {
         change.path: dict(report.options) for report in reports if report.name == "mlpify" for change in report.sites
     }
-    experts = {
-        change.path: change.made
-        for report in reports
-        if report.name in ("moeify", "sparsify-neurons")
-        for change in report.sites
-    }
-    inputs = {
-        change.path: change.made for report in reports if report.name == "sparsify-inputs" for change in report.sites
-    }
+    experts, _ = _followed(reports, ("moeify", "sparsify-neurons"))
+    inputs, again = _followed(reports, ("sparsify-inputs",))
     swapped = {change.path for report in reports if report.name == "swap-activation" for change in report.sites}
-    again = {change.path: change.made for report in reports if report.name == "densify" for change in report.sites}
-    experts = {path: _renamed(made, again) for path, made in experts.items()}
     sites: dict[str, FFN | LinearSite] = {site.path: site for site in find_ffns(sketched)[0]}
     made = {path for change in projections for path in change.made}
     wanted = [path for path in dict.fromkeys([*experts, *swapped]) if path not in made]
@@ -178,7 +169,7 @@ def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Co
         inside = tuple(f"{path}." for path in made)
         gone = {linear.path for layer in found if isinstance(layer.site, FFN) for linear in layer.site.linears}
         found += [
-            _Converted(_site(every, path), _renamed(paths, again), stays=not again.keys().isdisjoint(paths))
+            _Converted(_site(every, path), paths, stays=again.issuperset(paths))
             for path, paths in inputs.items()
             if path not in gone and not path.startswith(inside)
         ]
@@ -196,9 +187,22 @@ def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Co
     return found
 
 
-def _renamed(paths: tuple[str, ...], again: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The paths of layers, of those that are dense again the paths of what they became."""
-    return tuple(inner for path in paths for inner in again.get(path, (path,)))
+def _followed(reports: Sequence[PassReport], names: Collection[str]) -> tuple[dict[str, tuple[str, ...]], set[str]]:
+    """Return what layers that these passes converted are now, and the paths of what is dense again.
+
+    A layer that is dense again may be converted once more, under the path that it then had.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    first: dict[str, str] = {}  # of what is dense again: the path in the model
+    for report in reports:
+        for change in report.sites:
+            if report.name in names:
+                found[first.get(change.path, change.path)] = change.made
+            elif report.name == "densify":
+                for path in [path for path, made in found.items() if change.path in made]:
+                    found[path] = change.made
+                    first |= dict.fromkeys(change.made, path)
+    return found, set(first)
 
 
 def _site(sites: Mapping[str, FFN | LinearSite], path: str) -> FFN | LinearSite:

@@ -111,3 +111,13 @@ def test_saved_and_grafted(tmp_path: Path, passes: tuple[Any, ...]) -> None:
     assert torch.allclose(made(**INPUTS), want, atol=1e-5)
     assert not made.surgeon_graft.refused
     assert len(find_dynamic(made)) == len(find_dynamic(loaded))
+
+
+def test_what_is_dense_again_can_be_converted_again() -> None:
+    model = stack("relu")
+    passes = [Moeify(experts=4), Densify(only=("blocks.0.*",)), Moeify(experts=8)]
+    surgery = Pipeline(passes).run(model, inputs=INPUTS)
+    assert [site.describe for site in find_dynamic(surgery.graph)] == ["8 experts × 4", "4 experts × 8"]
+    made = surgeon.graft(model, surgery)
+    assert torch.allclose(made(**INPUTS), model(**INPUTS), atol=1e-6)
+    assert [site.experts for site in find_dynamic(made)] == [8, 4]
