@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from surgeon.dynamic.site import DynamicSite, can_be_dense
 from surgeon.exits.site import ExitSite
 from surgeon.graph.edit import emit, get_attr
-from surgeon.graph.holder import mark_holders
+from surgeon.graph.holder import mark_holders, parameters_only
 from surgeon.graph.traced import TracedGraph, aten, free_target, is_call
 from surgeon.inputs.neuron_site import SparseNeuronsSite
 from surgeon.inputs.rebuild import dense_weights
@@ -57,6 +57,8 @@ class Densify(Pass[DynamicSite]):
         assert not isinstance(site, ExitSite)
         target = free_target(graph, site.path.rpartition(".")[0], "dense")
         graph.add_submodule(target, nn.Module())
+        # It loses what is not needed any more, and the module itself belongs to other copies of the graph too.
+        graph.set_submodule(site.path, parameters_only(graph.get_submodule(site.path)))
         before = {id(parameter) for parameter in graph.parameters()}
         make, words, cost = self._form(graph, site, target)
         mark_holders(graph)
