@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from surgeon.dynamic.site import DynamicSite, can_be_dense
 from surgeon.exits.site import ExitSite
@@ -128,15 +129,16 @@ def _ffn(graph: TracedGraph, weights: FFNWeights, activation: str, target: str) 
 
 def _activated(graph: TracedGraph, fn: Callable[[Tensor], Tensor], z: Node, path: str) -> Node:
     """Add the ATen ops of an activation, and return its value."""
-    values = {}
+    values: dict[Any, Any] = {}
     for node in make_fx(lambda z: fn(z))(torch.zeros(1)).graph.nodes:  # make_fx wants one argument
         if node.op == "output":
             break
         values[node] = z
         if node.op == "call_function":
-            args = torch.fx.node.map_arg(node.args, values.__getitem__)
+            args: Any = map_arg(node.args, values.__getitem__)
             values[node] = emit(graph, node.target, *args, path=path, options=node.kwargs)
-    return values[node.args[0]]
+    result: Node = values[node.args[0]]
+    return result
 
 
 def _linear(graph: TracedGraph, site: SparseLinearSite, target: str) -> Callable[[Node], Node]:
