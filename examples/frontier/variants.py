@@ -69,6 +69,7 @@ class Study:
     keep: what part of the dense quality counts as kept, 0.99 of an accuracy or 1.01 times a loss. dense: the plan of
     dense training. longer: its plan for the dense model that is trained as much again as the variants are. part: of
     the data that is measured on, if the same models are measured on several; it is in the names of these stages.
+    teacher: the model for a seed whose answers dense training and the variants learn from, beside the labels.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Study:
     variants: Mapping[str, Variant]
     calibration_batches: int = 8
     part: str = ""
+    teacher: Callable[[int], nn.Module] | None = None
 
 
 def recipe(name: str, **options: Any) -> list[Pass[Any]]:

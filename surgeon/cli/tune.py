@@ -41,6 +41,12 @@ def tune(
             "--compensate", help="After the search, also add the mean output of the skipped experts in every layer."
         ),
     ] = False,
+    densify: Annotated[
+        bool,
+        typer.Option(
+            "--densify", help="Put layers for which skipping does not pay back into their dense form, without router."
+        ),
+    ] = False,
     samples: Annotated[int, typer.Option("--samples", help="Samples of the training data that measure damage.")] = 512,
     out: Out = None,
     dense: DenseModel = None,
@@ -56,13 +62,13 @@ def tune(
     Example: surgeon tune bert-surgery --budget 0.4 --data reviews.csv
 
     JSON: {model, directory, budget, metric, tuned: {taus, shares, cost, damage, uniform, uniform_cost, uniform_damage,
-    rounds, unit}, quality: [before, after], notes, agreement, agreed_with}
+    rounds, unit, dense}, quality: [before, after], notes, agreement, agreed_with}
     """
     from surgeon.jobs import tune as job
     from surgeon.jobs.store import check_target
     from surgeon.render.tune import tuned_view
 
-    job.check_tuning(budget, metric.value, has_dense=dense is not None)
+    job.check_tuning(budget, metric.value, has_dense=dense is not None, densify=densify)
     if out is not None:
         check_target(out, str(model), overwrite=False)
     opened, beside = open_saved(run, model, data, dense, trust_pickle=trust_pickle, trust_modules=trust_modules or [])
@@ -72,6 +78,7 @@ def tune(
         metric=metric.value,
         samples=samples,
         compensated=compensate,
+        densify=densify,
         out=out,
         dense=beside,
         progress=run.screen.progress,

@@ -25,6 +25,11 @@ def find_dynamic(model: nn.Module) -> list[DynamicSite]:
     return sorted(found, key=lambda site: order[site.path])
 
 
+def can_be_dense(site: DynamicSite) -> bool:
+    """Whether a layer can be put back into its dense form: not if its weights are stored as small integers."""
+    return not isinstance(site, ExitSite) and not (isinstance(site, MoESite) and site.form == "int8")
+
+
 def no_dynamic(name: str, so: str, then: str = "") -> UsageError:
     """Return the error that a model has no layer with a tau.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +58,15 @@ log = logging.getLogger("surgeon")
 class _Converted:
     """A layer of the model that the graph computes in another way.
 
-    site: the layer in the model. paths: of the modules in the graph. layer: without the parts.
+    site: the layer in the model. paths: of the modules in the graph. stays: it is a linear layer again, so that the
+    model's own takes its weights. layer: without the parts.
     """
 
     site: FFN | LinearSite
     paths: tuple[str, ...]
     residual: bool = False
     dropout: float = 0.0
+    stays: bool = False
     placement: Placement | None = None
     refusal: Rejection | None = None
 
@@ -155,15 +157,8 @@ def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Co
     options = {
         change.path: dict(report.options) for report in reports if report.name == "mlpify" for change in report.sites
     }
-    experts = {
-        change.path: change.made
-        for report in reports
-        if report.name in ("moeify", "sparsify-neurons")
-        for change in report.sites
-    }
-    inputs = {
-        change.path: change.made for report in reports if report.name == "sparsify-inputs" for change in report.sites
-    }
+    experts, _ = _followed(reports, ("moeify", "sparsify-neurons"))
+    inputs, again = _followed(reports, ("sparsify-inputs",))
     swapped = {change.path for report in reports if report.name == "swap-activation" for change in report.sites}
     sites: dict[str, FFN | LinearSite] = {site.path: site for site in find_ffns(sketched)[0]}
     made = {path for change in projections for path in change.made}
@@ -174,7 +169,7 @@ def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Co
         inside = tuple(f"{path}." for path in made)
         gone = {linear.path for layer in found if isinstance(layer.site, FFN) for linear in layer.site.linears}
         found += [
-            _Converted(_site(every, path), paths)
+            _Converted(_site(every, path), paths, stays=again.issuperset(paths))
             for path, paths in inputs.items()
             if path not in gone and not path.startswith(inside)
         ]
@@ -190,6 +185,24 @@ def _converted(sketched: TracedGraph, reports: Sequence[PassReport]) -> list[_Co
             )
         )
     return found
+
+
+def _followed(reports: Sequence[PassReport], names: Collection[str]) -> tuple[dict[str, tuple[str, ...]], set[str]]:
+    """Return what layers that these passes converted are now, and the paths of what is dense again.
+
+    A layer that is dense again may be converted once more, under the path that it then had.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    first: dict[str, str] = {}  # of what is dense again: the path in the model
+    for report in reports:
+        for change in report.sites:
+            if report.name in names:
+                found[first.get(change.path, change.path)] = change.made
+            elif report.name == "densify":
+                for path in [path for path, made in found.items() if change.path in made]:
+                    found[path] = change.made
+                    first |= dict.fromkeys(change.made, path)
+    return found, set(first)
 
 
 def _site(sites: Mapping[str, FFN | LinearSite], path: str) -> FFN | LinearSite:
@@ -270,10 +283,10 @@ def _place(
     If the model computes something else with all layers in their places, each is tried by itself.
     """
     modules = Modules(sketched, model)
-    ways = [placements(modules, layer.site) for layer in converted]
+    ways = [[] if layer.stays else placements(modules, layer.site) for layer in converted]
     for layer, found in zip(converted, ways, strict=True):
         layer.placement = found[0] if found else None
-        if not found:
+        if not found and not layer.stays:
             layer.refusal = _why_no_place(model, layer.site)
     chosen = [layer for layer in converted if layer.placement is not None]
     if chosen and _differs(made, model, sketched, chosen, calls) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +12,16 @@ from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.neuron_site import find_sparse_neurons
 from surgeon.inputs.rebuild import dense_weights
 from surgeon.inputs.site import find_sparse_linears
-from surgeon.moe.filling import neurons_of_experts
+from surgeon.moe.filling import unfilled
 from surgeon.moe.int8 import Int8MoE
 from surgeon.moe.module import MoE
 from surgeon.moe.rebuild import moe_module
 from surgeon.moe.site import find_moes
 from surgeon.sites.ffn import FFN, FFNWeights
-from surgeon.sites.linear import Linear
+from surgeon.sites.linear import Linear, find_linears
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.nonlinearity import Nonlinearity
+from surgeon.sites.search import find_ffns
 
 
 @torch.no_grad()
@@ -36,6 +37,8 @@ def unsplit(graph: TracedGraph, model: nn.Module, sites: Mapping[str, FFN | Line
     moes = {site.path: site for site in find_moes(graph)}
     inputs = {site.path: site for site in find_sparse_linears(graph)}
     neurons = {site.path: site.layer for site in find_sparse_neurons(graph)}
+    again = {site.path: site for site in find_ffns(graph)[0]}
+    linears = find_linears(graph)[0] if any(isinstance(site, LinearSite) for site in sites.values()) else []
     own = dict(model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Parameter] = {}
     for path, site in sites.items():
@@ -43,12 +46,15 @@ def unsplit(graph: TracedGraph, model: nn.Module, sites: Mapping[str, FFN | Line
             found |= _dense(site.calls[0], *dense_weights(graph, inputs[path]), graph, model)
             continue
         if not isinstance(site, FFN):
+            found |= _again(path, site.calls[0], linears, graph, model)
             continue
         weights = None
         if path in moes:
             weights = _joined(site, moe_module(graph, moes[path]))
         elif path in neurons and _same(site, neurons[path].shape.activation, gated=True):
             weights = neurons[path].dense()
+        elif path in again and again[path].nonlinearity == site.nonlinearity:
+            weights = again[path].weights(graph)
         modules = dict(model.named_modules(remove_duplicate=False))
         *ups, down = [linear.path for linear in site.linears]
         if weights is None or any(type(modules.get(name)) is not nn.Linear for name in (*ups, down)):
@@ -82,6 +88,18 @@ def _dense(
     }
 
 
+def _again(
+    path: str, site: Linear, linears: Sequence[Linear], graph: TracedGraph, model: nn.Module
+) -> dict[str, nn.Parameter]:
+    """The weights of a linear layer that is dense again, with what is new of it at `path`."""
+    for linear in linears:
+        names = [str(node.target) for node in (linear.weight, linear.bias) if node is not None]
+        if any(name.startswith(f"{path}.") for name in names):
+            weight, bias = linear.weight_rows(graph), linear.bias_vector(graph)
+            return _dense(site, weight, weight.new_zeros(len(weight)) if bias is None else bias, graph, model)
+    return {}
+
+
 def _same(site: FFN, activation: str, *, gated: bool) -> bool:
     """Whether a converted layer is the dense layer but for its weights."""
     return site.nonlinearity == Nonlinearity(activation, gated, site.nonlinearity.gate_leaf)
@@ -92,12 +110,6 @@ def _joined(site: FFN, layer: MoE | Int8MoE) -> FFNWeights | None:
     if not _same(site, layer.activation, gated=layer.gate is not None):
         return None
     parts: dict[str, Any] = {
-        name: None if part is None else _neurons(layer, part) for name, part in layer.weights._asdict().items()
+        name: None if part is None else unfilled(part, layer.filling) for name, part in layer.weights._asdict().items()
     }
     return FFNWeights(**parts, b2=layer.b2)
-
-
-def _neurons(layer: MoE | Int8MoE, values: Tensor) -> Tensor:
-    """Turn values of experts [E, s, ...] into those of the dense layer's neurons [h, ...]."""
-    counts = neurons_of_experts(layer.shape.experts, layer.shape.size, layer.filling)
-    return torch.cat([rows[:count] for rows, count in zip(values, counts, strict=True)])

@@ -15,13 +15,22 @@ from torch.utils._pytree import tree_map_only
 from surgeon.graph.traced import TRAIN_VALUE, TracedGraph, aten, is_call, shape_of, tensor_key, tensor_of
 
 
-def emit(graph: GraphModule, target: Any, *args: Any, path: str, name: str | None = None) -> Node:
+def emit(
+    graph: GraphModule,
+    target: Any,
+    *args: Any,
+    path: str,
+    name: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Node:
     """Add a `call_function` node at the graph's insertion point, and record its output shape and module path.
+
+    options: keyword arguments of the op, no nodes.
 
     Raises:
         RuntimeError: the op does not accept the shapes of its arguments.
     """
-    node = graph.graph.create_node("call_function", target, args, name=name)
+    node = graph.graph.create_node("call_function", target, args, dict(options or {}), name=name)
     mode = detect_fake_mode([source.meta.get("val") for source in node.all_input_nodes])
     assert mode is not None, "a traced graph records fake values"
 
@@ -33,7 +42,7 @@ def emit(graph: GraphModule, target: Any, *args: Any, path: str, name: str | Non
         return source.meta["val"]
 
     with mode, torch.no_grad():
-        made = target(*map_arg(node.args, value))
+        made = target(*map_arg(node.args, value), **node.kwargs)
     # A view would hold what it is a view of.
     node.meta["val"] = tree_map_only(Tensor, Tensor.detach, made)
     set_path(node, path)

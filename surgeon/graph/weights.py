@@ -13,6 +13,13 @@ from torch.fx import GraphModule
 
 from surgeon.graph.traced import attribute
 
+QUANTISED = (
+    "Run the surgery on the model before it was quantised, and quantise the result (--passes moeify,quantize). If "
+    "there is only the quantised one, bring its weights back first: model.dequantize() in transformers, and "
+    "module.weight = nn.Parameter(module.weight.dequantize()) in torchao."
+)
+"""What to do about a model whose weights are stored as quantised numbers."""
+
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite. Real numbers are read once, and but for float8 nothing of the tensor's size

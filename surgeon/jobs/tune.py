@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgeon.data.batch import first_batches
@@ -29,7 +29,9 @@ from surgeon.measure.sweep import Point, time_settings
 from surgeon.measure.sweep import sweep as run_sweep
 from surgeon.measure.tuning import Metric, Tuned, check_budget
 from surgeon.measure.tuning import tune as run_tuning
+from surgeon.passes import Densify
 from surgeon.progress import Progress
+from surgeon.surgery.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,18 @@ class TuningResult:
     agreed_with: str = "the surgery at tau 0"
 
 
-def check_tuning(budget: float, metric: Metric, *, has_dense: bool) -> None:
+def check_tuning(budget: float, metric: Metric, *, has_dense: bool, densify: bool = False) -> None:
     """Refuse options that cannot work, before anything is loaded.
 
     Raises:
-        UsageError: as `surgeon.measure.tuning.check_budget`; the metric is "ms" and there is no dense model.
+        UsageError: as `surgeon.measure.tuning.check_budget`; the metric is "ms" and there is no dense model, or layers
+            are to become dense.
     """
     check_budget(budget)
     if metric == "ms" and not has_dense:
         raise UsageError("--metric ms compares with the time of the dense model. Give the model with --dense.")
+    if metric == "ms" and densify:
+        raise UsageError("--densify counts multiply-adds. Give --metric flops.")
 
 
 def tune(
@@ -70,6 +75,7 @@ def tune(
     metric: Metric = "flops",
     samples: int = 512,
     compensated: bool = False,
+    densify: bool = False,
     out: Path | None = None,
     dense: Opened | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -79,6 +85,7 @@ def tune(
     Args:
         budget: share of the dense model's cost. samples: number of training samples on which damage is measured.
         compensated: also add the mean output of skipped experts (`surgeon.measure.compensation`).
+        densify: put layers that then run everything back into their dense form (`surgeon.passes.Densify`).
         out: directory for the tuned surgery; by default it replaces the one that was opened.
         dense: the model before the surgery, whose time "ms" compares with, and with which agreement is measured.
 
@@ -86,7 +93,7 @@ def tune(
         UsageError: as `check_tuning` and `surgeon.measure.tuning.tune`.
         SaveError: as `surgeon.surgery.artifact.save`.
     """
-    check_tuning(budget, metric, has_dense=dense is not None)
+    check_tuning(budget, metric, has_dense=dense is not None, densify=densify)
     assert opened.data is not None
     calibration = first_batches(opened.data.train, samples)
     whole: float | None = dense_multiply_adds(opened)
@@ -101,6 +108,7 @@ def tune(
         dense=whole,
         metric=metric,
         task=opened.task,
+        densify=densify,
         progress=progress,
     )
     if compensated:
@@ -114,6 +122,8 @@ def tune(
     points = None if criteria is None else _measured(opened, criteria, dense, progress)
     before = None if criteria is None or criteria.task is None else recorded_quality(opened)
     notes.extend(why_unmeasured(opened, criteria))
+    if tuned.dense:
+        opened = _densified(opened, tuned.dense)
     directory = store(opened, out, None if points is None or before is None else (before, points[1].quality))
     return TuningResult(
         opened.spec,
@@ -126,6 +136,13 @@ def tune(
         () if points is None else points[1].agreement,
         "the surgery at tau 0" if dense is None else "the dense model",
     )
+
+
+def _densified(opened: Opened, paths: tuple[str, ...]) -> Opened:
+    """Put layers back into their dense form, and add that to the passes that were run."""
+    surgery = Pipeline([Densify(only=paths)]).run(opened.graph, inputs=opened.inputs, origin=opened.origin)
+    surgery.graph.meta["earlier_passes"] = surgery.diff().passes
+    return replace(opened, graph=surgery.graph.eval())
 
 
 def _measured(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from surgeon.data.batch import Batch
 from surgeon.data.imitation import answer, made_for
 from surgeon.dynamic.knobs import set_tau
-from surgeon.dynamic.site import find_dynamic, no_dynamic
+from surgeon.dynamic.site import can_be_dense, find_dynamic, no_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs
@@ -64,6 +64,7 @@ class Tuned:
     uniform, uniform_cost, uniform_damage: the best single tau for all layers, and its cost and damage. Linear layers
         that skip inputs beside experts get its cube root.
     rounds: how often cost was moved between layers.
+    dense: with `densify`, the layers that run everything and are counted in their dense form. Their tau is 0.
     """
 
     taus: dict[str, float]
@@ -75,6 +76,7 @@ class Tuned:
     uniform_damage: float
     rounds: int
     unit: str = "nats"
+    dense: tuple[str, ...] = ()
 
 
 def tune(
@@ -86,13 +88,14 @@ def tune(
     dense: float | None = None,
     metric: Metric = "flops",
     task: str | None = None,
+    densify: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Tuned:
     """Find a tau for each layer so that the model costs at most `budget`, and set them.
 
     Args:
         budget: the cost of the whole model, as a share of the dense model's cost.
-        batches, inputs, dense, metric, task, progress: as in `Tuner`, which serves several budgets.
+        batches, inputs, dense, metric, task, densify, progress: as in `Tuner`, which serves several budgets.
 
     Raises:
         UsageError: the graph has no layers that skip, `check_budget` refuses the budget, or no tau meets it. The
@@ -100,7 +103,9 @@ def tune(
         DataError: there are no batches.
     """
     check_budget(budget)
-    tuner = Tuner(graph, batches, inputs=inputs, dense=dense, metric=metric, task=task, progress=progress)
+    tuner = Tuner(
+        graph, batches, inputs=inputs, dense=dense, metric=metric, task=task, densify=densify, progress=progress
+    )
     return tuner.tune(budget)
 
 
@@ -143,6 +148,7 @@ class Tuner:
         dense: float | None = None,
         metric: Metric = "flops",
         task: str | None = None,
+        densify: bool = False,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         """Measure the graph at single values of tau for all layers.
@@ -157,10 +163,13 @@ class Tuner:
                 first batch. The default is the cost of this graph with every expert running.
             metric: "flops" counts multiply-adds, "ms" measures the time of calls on the first batch, on this machine.
             task: what the outputs are (`surgeon.data.imitation.made_for`), by default what the model's class tells.
+            densify: count a layer that runs everything as its dense form, without router. `Tuned.dense` names these
+                layers, and the pass `densify` puts them back. No layer then skips so little that it costs more than
+                its dense form. It needs the metric "flops".
             progress: called after every trial, or None.
 
         Raises:
-            UsageError: the graph has no layers that skip.
+            UsageError: the graph has no layers that skip, or times are to be measured of layers that are not dense yet.
             DataError: there are no batches, or they contain only padding.
         """
         sites = find_dynamic(graph)
@@ -171,7 +180,10 @@ class Tuner:
                 "With early exits a layer has no time of its own: it runs for the samples that the exits before it let "
                 "through. Use the metric flops."
             )
+        if densify and metric == "ms":
+            raise UsageError("The time of layers that are dense again is not known before. Use the metric flops.")
         self._graph, self._metric, self._progress = graph, metric, progress
+        self._densify = {site.path for site in sites if densify and can_be_dense(site)}
         self._task = made_for(task, class_task(graph))
         self._batches = [Batch.from_any(item) for item in batches]
         if not self._batches:
@@ -215,6 +227,7 @@ class Tuner:
         self._every = max(1, math.ceil(numbers / _KEPT))
         self._expected = [self._kept(outputs, batch) for batch, outputs in run_batches(meter, batches)]
         self._full = {path: float(layer.multiply_adds) for path, layer in layers.items()}
+        self._routers = {path: float(layer.tokens * (layer.per_token - layer.gate)) for path, layer in layers.items()}
         self._fixed = cost.multiply_adds - sum(self._full.values())
         self._dense = float(cost.multiply_adds) if dense is None or metric == "ms" else dense
         if metric == "ms":
@@ -246,8 +259,10 @@ class Tuner:
                 if moved is None:
                     break
                 best, rounds = moved, rounds + 1
+        dense = tuple(path for path in self._layers if path in self._densify and best.shares[path] == 1.0)
+        taus = best.taus | dict.fromkeys(dense, 0.0)
         return Tuned(
-            best.taus, best.shares, best.cost, best.damage, tau, uniform.cost, uniform.damage, rounds, self._unit
+            taus, best.shares, best.cost, best.damage, tau, uniform.cost, uniform.damage, rounds, self._unit, dense
         )
 
     def _alike(self, tau: float) -> dict[str, float]:
@@ -312,7 +327,12 @@ class Tuner:
                 break
             over = (trial.cost * self._dense - self._fixed) / max(1e-9, budget * self._dense - self._fixed)
             scale *= 0.995 / over
-            trial = self._try({path: self._tau(path, scale * share) for path, share in shares.items()})
+            # A layer that is to be dense stays so: it would cost more if it skipped a little.
+            taus = {
+                path: self._tau(path, share if share == 1.0 and path in self._densify else scale * share)
+                for path, share in shares.items()
+            }
+            trial = self._try(taus)
         return trial
 
     def _try(self, taus: dict[str, float]) -> _Trial:
@@ -345,7 +365,8 @@ class Tuner:
     def _cost_of(self, path: str, share: float) -> float:
         """Return the cost of a layer at this share of its experts or inputs, in the units of the metric."""
         if self._metric == "flops":
-            return self._full[path] * share
+            # A layer that runs everything is to be put back into its dense form, which has no router.
+            return self._full[path] * share - (self._routers[path] if share == 1.0 and path in self._densify else 0.0)
         grid, times = self._times[path]
         return float(np.interp(share, grid, times))
 

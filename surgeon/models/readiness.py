@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from surgeon.errors import TraceError, UsageError
+from surgeon.graph.weights import QUANTISED
 
-_QUANTISED = "Run the surgery on the model before it was quantised, and quantise the result."
 _WRAPPERS = {
     "DistributedDataParallel": "Give the module inside it: {}.",
     "FullyShardedDataParallel": "It holds only its share of the weights. Save the full state dict, and load it "
@@ -44,7 +45,11 @@ def check_ready(model: Any) -> None:
             advice = _WRAPPERS[kind.__name__].format(".".join(filter(None, ("model", name, "module"))))
             raise TraceError(f"The model is wrapped in {kind.__name__}. {advice}")
         if "quantized" in kind.__module__.split("."):
-            raise TraceError(f"The module '{name}' ({kind.__module__}.{kind.__name__}) is quantised. {_QUANTISED}")
+            raise TraceError(f"The module '{name}' ({kind.__module__}.{kind.__name__}) is quantised. {QUANTISED}")
+    if isinstance(model, GraphModule):
+        ops = [node.target for node in model.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        if op := next((op for op in ops if op.namespace == "quantized_decomposed"), None):
+            raise TraceError(f"The model is a graph that was quantised (it has {op}). {QUANTISED}")
     reading = [module for module in model.modules() if hasattr(module, READS_FLOAT8)]
     read = {id(tensor) for module in reading for tensor in module.parameters(recurse=False)}
     for name, tensor in _tensors(model):
@@ -68,9 +73,9 @@ def _problem(tensor: Tensor, *, float8: bool) -> str | None:
         where = f"is stored as {kind.__module__}.{kind.__name__}, not as plain numbers."
         if kind.__name__ == "DTensor":
             return f"{where} Gather it first: replace the parameter by one of its full_tensor()."
-        return f"{where} {_QUANTISED}"
+        return f"{where} {QUANTISED}"
     if isinstance(tensor, nn.Parameter) and kind is not nn.Parameter and not tensor.is_floating_point():
-        return f"is stored as {kind.__module__}.{kind.__name__} in {tensor.dtype}. {_QUANTISED}"
+        return f"is stored as {kind.__module__}.{kind.__name__} in {tensor.dtype}. {QUANTISED}"
     if tensor.device.type == "meta":
         return (
             "is on the device meta, so it has no values. It was offloaded, or the model was built without weights. "
@@ -79,7 +84,7 @@ def _problem(tensor: Tensor, *, float8: bool) -> str | None:
             "model.to_empty(device='cpu') and model.load_state_dict(...)."
         )
     if tensor.is_quantized:
-        return f"is stored in {tensor.dtype}. {_QUANTISED}"
+        return f"is stored in {tensor.dtype}. {QUANTISED}"
     if tensor.is_inference():
         return "was made in inference mode and cannot be trained. Give a copy: copy.deepcopy(model)."
     if tensor.layout is not torch.strided:

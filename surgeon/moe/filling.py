@@ -32,6 +32,12 @@ def neurons_of_experts(experts: int, size: int, filling: int) -> list[int]:
     return [size] * (experts - filling) + [size - 1] * filling
 
 
+def unfilled(values: Tensor, filling: int) -> Tensor:
+    """Return what belongs to the real neurons of experts, [E, s, ...] → [h, ...]."""
+    counts = neurons_of_experts(len(values), values.shape[1], filling)
+    return torch.cat([rows[:count] for rows, count in zip(values, counts, strict=True)])
+
+
 def mark_filling(graph: GraphModule, path: str, filling: int) -> None:
     """Record how many neurons of the experts at `path` are filling, in this graph and its later forks."""
     # Make a new dict, because forks share the values of their metadata.

@@ -70,7 +70,7 @@ class MoEShape:
 
 def output_bias(layer: nn.Module) -> Tensor | None:
     """Return what a layer adds to its experts' outputs: b2 and, if it is compensated, the mean of what it skips."""
-    b2: Any = layer.b2
+    b2: Any = getattr(layer, "b2", None)
     mean: Any = getattr(layer, SKIPPED_MEAN, None)
     if mean is None or b2 is None:
         return b2 if mean is None else mean  # type: ignore[no-any-return]

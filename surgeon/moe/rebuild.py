@@ -12,9 +12,11 @@ from surgeon.graph.traced import aten, is_call, tensor_of
 from surgeon.kernels.experts import Experts
 from surgeon.kernels.int8_arguments import Int8Call
 from surgeon.kernels.scores import HIDDEN, OUTPUT, Hidden, Output, neuron_size
+from surgeon.moe.filling import unfilled
 from surgeon.moe.int8 import TENSORS, Int8MoE
-from surgeon.moe.module import SKIPPED_MEAN, MoE, MoEShape
+from surgeon.moe.module import SKIPPED_MEAN, MoE, MoEShape, output_bias
 from surgeon.moe.site import MoESite
+from surgeon.sites.ffn import FFNWeights
 
 
 def moe_module(graph: GraphModule, site: MoESite) -> MoE | Int8MoE:
@@ -39,6 +41,15 @@ def moe_module(graph: GraphModule, site: MoESite) -> MoE | Int8MoE:
     tensors |= {f"router.{name}": tensor for name, tensor in parts.items()}
     width = None if "fc1.weight" not in parts else len(parts["fc1.weight"])
     return _filled(_shape(site, tensors, width, "fc2.bias" in parts, *functions), tensors, site.tau)
+
+
+def joined_weights(graph: GraphModule, site: MoESite) -> FFNWeights:
+    """Return the weights of a layer's experts as those of one layer, with its neurons in the order of the experts."""
+    holder = graph.get_submodule(site.path)
+    parts: dict[str, Any] = {
+        name: None if part is None else unfilled(part, site.filling) for name, part in site.weights._asdict().items()
+    }
+    return FFNWeights(**parts, b2=output_bias(holder))
 
 
 def _int8(graph: GraphModule, site: MoESite) -> Int8MoE:

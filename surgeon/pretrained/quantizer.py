@@ -7,6 +7,7 @@ Importing this module registers the format.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,29 @@ def attach(model: PreTrainedModel, plan: Plan) -> None:
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.config.quantization_config = quantizer.quantization_config
     vars(model).update(is_quantized=True, quantization_method=METHOD)
+
+
+def check_described(model: PreTrainedModel, plan: Plan) -> None:
+    """Refuse a model that its config does not describe, such as one with pruned layers that stay dense.
+
+    transformers would give the layers that it misses random weights, with a warning.
+
+    Raises:
+        UsageError: a model that is built from the config lacks a tensor, or has one too many or one of another shape.
+    """
+    with torch.device("meta"):
+        built = type(model)(copy.deepcopy(model.config))
+        put(built, plan, {path: empty_layer(layer, device="meta", dtype=None) for path, layer in plan.layers.items()})
+    own, described = ({name: tuple(value.shape) for name, value in m.state_dict().items()} for m in (model, built))
+    differ = [name for name in {**own, **described} if own.get(name) != described.get(name)]
+    if differ:
+        name = differ[0]
+        shapes = [str(list(part[name])) if name in part else "not there" for part in (own, described)]
+        raise UsageError(
+            f"The model's config describes another model, so from_pretrained could not read this one: {name} is "
+            f"{shapes[0]}, and by the config {shapes[1]} ({len(differ)} such). Where layers were pruned, convert all "
+            "of them, or correct the config. Surgery.save and surgeon.graft work with any widths."
+        )
 
 
 def fitted(plan: Plan, model: PreTrainedModel) -> Plan:

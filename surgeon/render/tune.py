@@ -17,7 +17,9 @@ def tuned_view(found: TuningResult) -> RenderableType:
     tuned = found.tuned
     table = grid("left", "right", "right", header=("layer", "tau", "ran"))
     for path, tau in tuned.taus.items():
-        table.add_row(Text(path, style="cyan"), f"{tau:.3g}", percent(tuned.shares[path]))
+        table.add_row(
+            Text(path, style="cyan"), "dense" if path in tuned.dense else f"{tau:.3g}", percent(tuned.shares[path])
+        )
     unit = "multiply-adds" if found.metric == "flops" else "time"
     summary = grid("left", "right", "right", header=("", f"{unit}, of dense", f"damage, {tuned.unit}"))
     summary.add_row(f"one tau, {tuned.uniform:.3g}", percent(tuned.uniform_cost), f"{tuned.uniform_damage:.4g}")

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from surgeon.graph.ops import MATMULS, SAME_VALUE, VIEWS, equal_size
 from surgeon.graph.traced import aten, is_call, module_path, shape_of, tensor_of
 from surgeon.graph.walk import walk_sources
+from surgeon.graph.weights import QUANTISED
 
 _TRANSPOSES = {
     aten.t.default,
@@ -132,8 +133,7 @@ def _linear_at(graph: GraphModule, core: Node) -> Linear | OpaqueLinear | None:
         weight_shape = shape_of(weight_node)
         computed = weight_shape is not None and len(weight_shape) == 2 and core.target is aten.linear.default
         if computed and _from_parameters_only(weight_node):
-            why = f"its weight is computed in the graph (by {weight_node.name}) and is not a parameter"
-            return OpaqueLinear(x, core, why, frozenset({core}))
+            return OpaqueLinear(x, core, _why_computed(graph, weight_node), frozenset({core}))
         return None
     weight, flipped, chain = stored
     tensor = tensor_of(graph, weight)
@@ -262,6 +262,23 @@ def _swaps_two(node: Node) -> bool:
 def _from_parameters_only(node: Node) -> bool:
     """Whether the value depends on no input of the graph."""
     return all(source.op != "placeholder" for source in walk_sources(node))
+
+
+def _why_computed(graph: GraphModule, node: Node) -> str:
+    """Say by what a weight is computed, and how to store it as a parameter."""
+    sources = [source for source in walk_sources(node) if source.op == "get_attr"]
+    parts = {str(source.target): tensor_of(graph, source) for source in sources}
+    for name, part in parts.items():
+        if part is not None and part.dim() == 2 and not part.is_floating_point() and part.dtype is not torch.bool:
+            return f"its weight is stored in {str(part.dtype).removeprefix('torch.')} ('{name}'). {QUANTISED}"
+        owner, _, field = name.rpartition(".")
+        if field == "weight_mask":
+            return f"its weight has a pruning mask. Make it permanent: torch.nn.utils.prune.remove({owner}, 'weight')"
+        if ".parametrizations.weight." in f".{name}":
+            owner = name.partition("parametrizations.")[0].rstrip(".")
+            remove = f"torch.nn.utils.parametrize.remove_parametrizations({owner}, 'weight')"
+            return f"its weight has a parametrization. Make it permanent: {remove}"
+    return f"its weight is computed in the graph (by {node.name}) and is not a parameter"
 
 
 def _bias(graph: GraphModule, node: object, out_features: int) -> Node | None:

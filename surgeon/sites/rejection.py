@@ -53,6 +53,7 @@ CODES = {
     "skips-neurons": "Nothing is to be done: `refit` is for linear layers that skip inputs.",
     "no-gate": "Use sparsify-inputs: a layer without a gate skips the inputs of its second linear layer.",
     "skips-nothing": "Set tau first, with `surgeon tune` or the option `tau` of `sparsify-inputs`.",
+    "skips": "Set its tau to 0 first, or leave it as it is.",
     "no-classes": "Only a classifier of whole samples has early exits: let it return its classes and nothing else.",
     "answers-tokens": "Use experts (moeify): they skip work inside of every layer, so no layer lacks a token.",
     "no-blocks": "Early exits need at least two blocks with feed-forward layers.",

@@ -64,11 +64,12 @@ def export(
         The model that was written.
 
     Raises:
-        UsageError: the model is not one of transformers, or a weight of it is not to be had.
+        UsageError: the model is not one of transformers, its config describes another one, or a weight of it is not to
+            be had.
         SaveError: the directory has other content, or cannot be written. Nothing half-written is left.
         VerificationError, TraceError: as `surgeon.grafting.graft.graft`.
     """
-    from surgeon.pretrained.quantizer import attach
+    from surgeon.pretrained.quantizer import attach, check_described
 
     directory = Path(directory)
     restore(directory)
@@ -80,6 +81,7 @@ def export(
         if hasattr(made, "merge_and_unload"):
             raise UsageError(f"{what} Merge its adapters first, or convert the base model and put them on the result.")
         raise UsageError(f"{what} Use surgeon.graft and torch.save, or Surgery.save.")
+    check_described(made, made.surgeon_graft.plan)
     attach(made, made.surgeon_graft.plan)
     with written_whole(directory) as fresh, quiet_transformers():
         made.save_pretrained(fresh, max_shard_size=max_shard_size)

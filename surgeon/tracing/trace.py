@@ -262,14 +262,18 @@ def class_task(model: nn.Module) -> str | None:
 
 
 def is_aten_graph(graph: GraphModule) -> bool:
-    """Whether the graph consists of ATen ops with recorded shapes, as `torch.export` makes them."""
+    """Whether the graph consists of ATen ops with recorded shapes, as `torch.export` makes them.
+
+    Passes of other libraries add nodes without shapes, as those do that quantise: such a graph is traced like a model.
+    """
     if isinstance(graph, TracedGraph):  # it may have nothing but experts
         return True
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    ops = [node for node in calls if isinstance(node.target, torch._ops.OpOverload)]
     return (
-        bool(calls)
+        bool(ops)
         and all(node.op != "call_method" for node in graph.graph.nodes)
-        and any(isinstance(node.target, torch._ops.OpOverload) and "val" in node.meta for node in calls)
+        and all("val" in node.meta for node in ops if node.users)
     )
 
 

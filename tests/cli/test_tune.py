@@ -51,6 +51,24 @@ def test_the_result_is_stored_where_it_is_wanted(run: Run, trained: Path, tmp_pa
     assert set(surgeon.get_tau(load(trained)).values()) == {0.0}
 
 
+def test_layers_for_which_skipping_does_not_pay_become_dense(run: Run, trained: Path) -> None:
+    budget = ("--budget", "1", "--densify", "--samples", "16")
+    result = run("tune", str(trained), *REVIEWS, *budget, "-o", "tuned")
+    assert result.code == 0, result.err
+    layers = list(surgeon.get_tau(load(trained)))
+    assert [line.split()[:2] for line in result.out.splitlines()[1:3]] == [[path, "dense"] for path in layers]
+    found = load("tuned")
+    assert not surgeon.get_tau(found)
+    assert len(surgeon.find_ffns(found)[0]) == len(layers)
+    last = load_diff(Path("tuned")).passes[-1].report
+    assert (last.name, last.matched, last.options["only"]) == ("densify", layers, layers)
+    assert last.after is not None
+    assert last.after.multiply_adds == load_diff(trained).passes[0].report.before.multiply_adds  # type: ignore[union-attr]
+    result = run("tune", str(trained), *REVIEWS, *budget, "--metric", "ms", "--dense", "bert")
+    assert result.code == 2
+    assert "--densify counts multiply-adds. Give --metric flops." in result.err
+
+
 def test_without_a_place_it_replaces_the_surgery(run: Run, trained: Path, tmp_path: Path) -> None:
     import shutil
 

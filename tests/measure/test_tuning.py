@@ -14,7 +14,7 @@ from surgeon.graph.traced import TracedGraph, fork
 from surgeon.measure.meter import ExpertMeter, measure
 from surgeon.measure.sweep import time_settings
 from surgeon.measure.tuning import Tuned, Tuner, tune
-from surgeon.passes import Lower, Moeify, Sparsify
+from surgeon.passes import Densify, Lower, Moeify, Sparsify
 from surgeon.progress import Progress
 from surgeon.surgery.pipeline import Pipeline
 from tests.small_models import CLASSES, labelled_vectors, stack, vectors
@@ -135,6 +135,37 @@ def test_what_only_the_largest_tau_reaches_is_found(graph: TracedGraph, dense: i
     found = tune(graph, BATCHES, least + 1e-6, inputs=INPUTS, dense=dense)
     assert found.cost == pytest.approx(least)
     assert set(found.shares.values()) == {1 / 16}
+
+
+@pytest.mark.parametrize("budget", [0.7, 0.85, 1.0])
+def test_layers_for_which_skipping_does_not_pay_are_counted_as_dense(
+    graph: TracedGraph, dense: int, budget: float
+) -> None:
+    usual = fork(graph)
+    own_parameters(usual)
+    found = tune(graph, BATCHES, budget, inputs=INPUTS, dense=dense, densify=True)
+    assert found.dense == tuple(path for path, tau in found.taus.items() if not tau)
+    assert found.dense or budget < 0.85
+    assert found.cost <= budget
+    if budget == 1.0:
+        assert found.cost == pytest.approx(1.0)
+        assert found.damage == 0.0
+    else:
+        assert found.damage <= 1.05 * tune(usual, BATCHES, budget, inputs=INPUTS, dense=dense).damage
+    made = Pipeline([Densify(only=found.dense)]).run(graph, inputs=INPUTS).graph.eval() if found.dense else graph
+    assert {path for path in found.taus if path not in get_tau(made)} == set(found.dense)
+    everything, layers = measure(made, (), INPUTS)
+    meter = ExpertMeter(made)
+    with torch.no_grad():
+        for batch in BATCHES:
+            meter.call(batch.args, batch.kwargs)
+    skipped = sum(layers[path].multiply_adds * (1 - layer.share) for path, layer in meter.layers.items())
+    assert found.cost == pytest.approx((everything.multiply_adds - skipped) / dense, rel=1e-6)
+
+
+def test_time_of_dense_layers_is_not_known(graph: TracedGraph) -> None:
+    with pytest.raises(UsageError, match="layers that are dense again is not known before"):
+        Tuner(graph, BATCHES, inputs=INPUTS, metric="ms", densify=True)
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan")])

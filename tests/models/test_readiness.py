@@ -18,6 +18,7 @@ import surgeon
 from surgeon.errors import SurgeonError, TraceError, UsageError
 from surgeon.models.readiness import check_ready
 from surgeon.models.source import check_finite
+from surgeon.tracing.trace import from_program
 
 
 def net() -> nn.Sequential:
@@ -141,3 +142,33 @@ def test_advice_works() -> None:
 def test_wrappers_that_a_graph_sees_through(make: Callable[[], nn.Module]) -> None:
     model, x = make(), torch.ones(2, 3)
     assert torch.allclose(surgeon.trace(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_weights_of_torchao_are_brought_back_as_the_message_says(config: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = net()
+    quantization.quantize_(model, getattr(quantization, config)())
+    with pytest.raises(TraceError, match=r"'0\.weight' is stored as torchao.*module\.weight\.dequantize\(\)"):
+        surgeon.trace(model, torch.ones(2, 3))
+    for module in (model[0], model[2]):
+        module.weight = nn.Parameter(module.weight.dequantize())
+    assert len(surgeon.find_ffns(surgeon.trace(model, torch.ones(2, 3)))[0]) == 1
+
+
+def test_a_graph_that_torchao_quantised_is_refused() -> None:
+    pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
+    x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    example = (torch.ones(2, 3),)
+    prepared = pt2e.prepare_pt2e(torch.export.export(net(), example).module(), quantizer)
+    prepared(*example)
+    graph = pt2e.convert_pt2e(prepared)
+    with pytest.raises(TraceError, match=r"a graph that was quantised \(it has quantized_decomposed\.dequantize"):
+        surgeon.trace(graph, example)
+    # A program of it, such as a file has, is a graph like others, and each of its layers is refused.
+    sites, refused = surgeon.find_ffns(from_program(torch.export.export(graph, example)))
+    assert not sites
+    assert [rejection.code for rejection in refused] == ["unreadable-linear"]
+    assert "its weight is stored in int8" in refused[0].reason

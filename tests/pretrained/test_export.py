@@ -99,6 +99,35 @@ def test_weights_that_are_not_in_the_graph_are_asked_for(tmp_path: Path) -> None
     assert not (tmp_path / "other").exists()
 
 
+def pruned() -> transformers.BertModel:
+    """Every feed-forward layer with another width."""
+    model = bert()
+    for layer, width in zip(model.encoder.layer, (13, 8), strict=True):
+        layer.intermediate.dense = torch.nn.Linear(model.config.hidden_size, width)
+        layer.output.dense = torch.nn.Linear(width, model.config.hidden_size)
+    return model
+
+
+def test_layers_of_any_width_come_back(tmp_path: Path) -> None:
+    surgery = operated(pruned())
+    surgery.save_pretrained(tmp_path / "out")
+    made = transformers.BertModel.from_pretrained(tmp_path / "out")
+    expected = surgery.graph(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
+    assert torch.allclose(made(IDS).last_hidden_state, expected, atol=1e-5)
+
+
+def test_what_the_config_does_not_describe_is_refused(tmp_path: Path) -> None:
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    surgery = surgeon.Pipeline([Moeify(experts=4, skip=("*.0*",)), Lower()]).run(model := pruned(), inputs=inputs)
+    message = r"encoder\.layer\.0\.intermediate\.dense\.weight is \[13, \d+\], and by the config \[\d+, \d+\]"
+    with pytest.raises(UsageError, match=message):
+        surgery.save_pretrained(tmp_path / "out", model=model)
+    del model.encoder.layer[0]
+    with pytest.raises(UsageError, match=r"encoder\.layer\.1\S+ is not there, and by the config \["):
+        operated(model).save_pretrained(tmp_path / "out", model=model)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_directory_with_other_content_is_left_alone(tmp_path: Path, shelf: Shelf) -> None:
     surgery = operated(bert())
     (tmp_path / "notes.txt").write_text("mine")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import surgeon
 from surgeon.graph.traced import TracedGraph
@@ -116,13 +116,35 @@ REJECTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Function(
             lambda m, x: m.down(F.relu(m.up(x))), up=parametrizations.weight_norm(nn.Linear(D, H)), down=(H, D)
         ),
-        "the first linear: its weight is computed in the graph",
+        "the first linear: its weight has a parametrization. Make it permanent: torch.nn.utils.parametrize."
+        "remove_parametrizations(first_computed.up, 'weight')",
     ),
     "second_computed": (
         lambda: Function(
             lambda m, x: m.down(F.relu(m.up(x))), up=(D, H), down=parametrizations.weight_norm(nn.Linear(H, D))
         ),
-        "the second linear: its weight is computed in the graph",
+        "the second linear: its weight has a parametrization",
+    ),
+    "pruned_by_a_mask": (
+        lambda: Function(
+            lambda m, x: m.down(F.relu(m.up(x))), up=(D, H), down=prune.l1_unstructured(nn.Linear(H, D), "weight", 0.5)
+        ),
+        "the second linear: its weight has a pruning mask. Make it permanent: torch.nn.utils.prune.remove("
+        "pruned_by_a_mask.down, 'weight')",
+    ),
+    "stored_in_8_bits": (
+        lambda: Function(
+            lambda m, x: F.linear(F.relu(m.up(x)), m.table * m.scale), up=(D, H), scale=w(D, 1),
+            table=torch.randint(-127, 127, (D, H), dtype=torch.int8),
+        ),
+        "the second linear: its weight is stored in int8 ('stored_in_8_bits.table'). Run the surgery on the model "
+        "before it was quantised",
+    ),
+    "computed": (
+        lambda: Function(
+            lambda m, x: F.linear(F.relu(m.up(x)), m.table * m.scale), up=(D, H), scale=w(D, 1), table=w(D, H)
+        ),
+        "the second linear: its weight is computed in the graph (by ",
     ),
     "three_linears": (
         lambda: Function(three, a=(D, H), b=(D, H), c=(D, H), down=(H, D)),

@@ -329,6 +329,15 @@ def test_adopts_an_exported_graph() -> None:
     assert next(graph.parameters()) is next(module.parameters())
 
 
+def test_a_graph_with_nodes_of_unknown_shape_is_traced_again() -> None:
+    module = export(stack()).module()
+    assert isinstance(module, torch.fx.GraphModule)
+    relu = next(node for node in module.graph.nodes if node.target is torch.ops.aten.gelu.default)
+    del relu.meta["val"]
+    assert not is_aten_graph(module)
+    assert len(surgeon.find_ffns(surgeon.trace(module, vectors()))[0]) == 2
+
+
 def test_adopts_a_training_graph_as_one() -> None:
     graph = from_program(export(stack().train()))
     assert info(graph).form == "train"
