@@ -253,7 +253,6 @@ with warnings.catch_warnings():
 _library.impl("sparse_linear_differentiable", _autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
-
 def _add_low_rank(y: Tensor, x: Tensor, low_in: Tensor, low_out: Tensor) -> Tensor:
     fits = low_in.dim() == low_out.dim() == 2 and low_in.shape[0] == low_out.shape[1]
     if not fits or x.shape[-1:] != low_in.shape[1:] or y.shape != (*x.shape[:-1], low_out.shape[0]):

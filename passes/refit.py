@@ -126,7 +126,7 @@ class Refit(Pass[DynamicSite, Tensor]):
 
     def _ranks(self, site: SparseLinearSite) -> list[int]:
         most = self.rank * min(site.d_in, site.d_out)
-        return sorted({0, site.rank, *(round(most / part) for part in _PARTS)})
+        return sorted({0, *(round(most / part) for part in _PARTS)})
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,9 @@ class _Layer:
     def fitted(self, rank: int, ridge: float) -> _Tried | None:
         """Fit the layer with this rank, and as much skipped as pays for it. None if there is not enough to skip."""
         site = self.site
-        tau = float(site.tau) + (rank - site.rank) * (site.d_in + site.d_out) / (site.d_in * site.d_out)
-        if not 0 <= tau <= 1:
+        more = (rank - site.rank) * (site.d_in + site.d_out) / (site.d_in * site.d_out)
+        tau = max(0.0, float(site.tau) + more)
+        if tau > 1:
             return None
         s = self._left(tau)
         found = fit(self.weight.float(), self.d[~self.held_back], s[~self.held_back], rank, ridge)

@@ -1,13 +1,13 @@
-"""What to do about skipped inputs without training: nothing, refit, low rank, rotation; a threshold or top-k.
+"""Without training: skipped inputs made up for by a refit, a low rank or a rotation; thresholds or top-k.
 
-python examples/frontier/skipped_inputs.py digits WORK OUT.json --seeds 0 1 2
+python examples/frontier/skipped_inputs.py digits WORK OUT.json
 python examples/frontier/skipped_inputs.py code WORK OUT.json
 
-Every linear layer y = W x + b of a trained model computes y = A s + U V d + bias. Here d is what x is away from its
-centre, s is d without the inputs that are skipped, and U V has a small rank, or none. Inputs are those of the dense
-model. Every layer costs the same share of the dense one, the low rank and the rotation counted, and the divergence
-from the dense model is read off at the cost that was found on held-out data. WORK is that of digits.py or language.py,
-whose dense models are used.
+Every linear layer W x + b of a trained model computes A s + M d + bias. Here d is what x is away from its centre, s is
+d without the inputs that are skipped, and M has a small rank, or is zero. All is fitted on the dense model's inputs.
+Every layer costs the same share of the dense one, low rank and rotation counted. The divergence from the dense model is
+measured on held-out data, and read off at the cost that was found there. WORK is that of digits.py or language.py,
+whose dense models are used. What OUT has already is not done again.
 """
 
 from __future__ import annotations
@@ -29,51 +29,67 @@ from study import Run
 from torch import Tensor, nn
 from untrained import at, parts
 
-from surgeon.inputs.calibration import levels_of, scores
-from surgeon.inputs.calibration import calibrate
+from surgeon.inputs.calibration import calibrate, scores
+from surgeon.inputs.fitting import Fitted, fit
 from surgeon.kernels.sparse_linear import threshold
 
-COSTS = (0.2, 0.3, 0.4, 0.5, 0.6)
+COSTS = (0.25, 0.35, 0.45, 0.55)
 RIDGE = 0.01  # that of refit
-ROWS, HELD, BATCH = 128, 64, 16  # of code: rows of 128 tokens
+ROWS, HELD, BATCH = 64, 48, 16  # of code: rows of 128 tokens
 
 
 @dataclass(frozen=True)
 class Method:
     """What a layer does.
 
-    weighted, centre: as the criteria of sparsify-inputs. top_k: as many inputs for each token, in place of a threshold.
-    refit: A is fitted, else it is W. rank: of U V, as a share of the smaller of d_in and d_out; several: the one with
-    the least error on the calibration data, for each layer. svd: U V is that of W, else it is fitted. rotated: inputs
-    are turned into their principal components. "one": all layers read the residual stream in the same basis, which
-    costs nothing; nor does one for each head. "each": every such layer has its own, d_in² multiply-adds. "free": every
-    layer has its own, and it is not counted.
+    weighted, centre: the criterion, as in sparsify-inputs. top_k: so many inputs for each token, in place of a
+    threshold. refit: A and M are fitted; else A is W, and M the truncated SVD of W for what is skipped. rank: of M, as
+    a share of the smaller of d_in and d_out; of several, each layer has the one with the least error on tokens that
+    were held back. None: as large as the cost allows, and every input is skipped. rotated: inputs are turned into their
+    principal components. "one": all layers read the residual stream in the same basis, which can be folded into the
+    weights, and so can a basis for each head of attention's output. "each": every layer that reads the residual stream
+    has its own, for d_in² multiply-adds. "free": every layer has its own, also inside feed-forward layers, and it is
+    not counted, which no model can do.
     """
 
     weighted: bool = True
     centre: bool = True
     top_k: bool = False
     refit: bool = False
-    rank: tuple[float, ...] = (0.0,)
-    svd: bool = False
+    rank: tuple[float | None, ...] = (0.0,)
     rotated: str | None = None
 
 
 def methods() -> dict[str, Method]:
-    found = {"TEAL": Method(False, False), "WINA": Method(True, False), "centres": Method()}
-    plain = dict(found)
-    found |= {f"{name}, top-k": Method(one.weighted, one.centre, top_k=True) for name, one in plain.items()}
-    found |= {f"{name}, refit": Method(one.weighted, one.centre, refit=True) for name, one in plain.items()}
-    found["centres, top-k, refit"] = Method(top_k=True, refit=True)
-    for words, rank in (("1/32", 1 / 32), ("1/16", 1 / 16), ("1/8", 1 / 8)):
-        found[f"R-Sparse, rank {words}"] = Method(centre=False, rank=(rank,), svd=True)
-        found[f"centres, rank {words}"] = Method(rank=(rank,))
-        found[f"centres, refit, rank {words}"] = Method(refit=True, rank=(rank,))
-    found["centres, refit, rank by layer"] = Method(refit=True, rank=(0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8))
-    for basis in ("one", "each", "free"):
-        found[f"LaRoSA, basis {basis}"] = Method(False, False, top_k=True, rotated=basis)
-        found[f"centres, refit, basis {basis}"] = Method(refit=True, rotated=basis)
-    return found
+    """The methods by name. The criterion is weighted with centres where none is named."""
+    teal, wina = {"weighted": False, "centre": False}, {"centre": False}
+    return {
+        "refit": Method(refit=True),
+        "refit, rank 1/8": Method(refit=True, rank=(1 / 8,)),
+        "refit, basis: one": Method(refit=True, rotated="one"),
+        "TEAL": Method(**teal),
+        "R-Sparse, rank 1/8": Method(**wina, rank=(1 / 8,)),
+        "LaRoSA, basis: one": Method(**teal, top_k=True, rotated="one"),
+        "low rank alone": Method(refit=True, rank=(None,)),
+        "refit, rank 1/4": Method(refit=True, rank=(1 / 4,)),
+        "refit, rank by layer": Method(refit=True, rank=(0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4)),
+        "refit, top-k": Method(refit=True, top_k=True),
+        "WINA": Method(**wina),
+        "weighted, centres": Method(),
+        "refit, basis: each": Method(refit=True, rotated="each"),
+        "refit, basis: free": Method(refit=True, rotated="free"),
+        "weighted, centres, top-k": Method(top_k=True),
+        "TEAL, top-k": Method(**teal, top_k=True),
+        "WINA, top-k": Method(**wina, top_k=True),
+        "TEAL, refit": Method(**teal, refit=True),
+        "WINA, refit": Method(**wina, refit=True),
+        "R-Sparse, rank 1/32": Method(**wina, rank=(1 / 32,)),
+        "R-Sparse, rank 1/16": Method(**wina, rank=(1 / 16,)),
+        "refit, rank 1/32": Method(refit=True, rank=(1 / 32,)),
+        "refit, rank 1/16": Method(refit=True, rank=(1 / 16,)),
+        "LaRoSA, basis: each": Method(**teal, top_k=True, rotated="each"),
+        "LaRoSA, basis: free": Method(**teal, top_k=True, rotated="free"),
+    }
 
 
 @dataclass
@@ -101,11 +117,11 @@ class Layer:
 
 
 class Skipping(nn.Module):
-    """x [..., d_in] → [..., d_out]: turned, inputs skipped, low rank. kept, tokens: what calls have kept so far."""
+    """x [..., d_in] → [..., d_out]. kept, tokens: what calls have kept so far. error: on the tokens held back."""
 
-    def __init__(self, turn: Turn, select: Select, read: Tensor, low: tuple[Tensor, Tensor] | None, bias: Tensor):
+    def __init__(self, turn: Turn, select: Select, fitted: Fitted, bias: Tensor) -> None:
         super().__init__()
-        self.turn, self.select, self.read, self.low, self.bias = turn, select, read, low, bias
+        self.turn, self.select, self.fitted, self.bias = turn, select, fitted, bias
         self.kept = self.tokens = 0
         self.error = 0.0
 
@@ -115,15 +131,13 @@ class Skipping(nn.Module):
         mask = self.select(d)
         self.kept += int(mask.sum())
         self.tokens += mask[..., 0].numel()
-        y = (d * mask) @ self.read.t() + self.bias
-        return y if self.low is None else y + (d @ self.low[1].t()) @ self.low[0].t()
+        return self.fitted(d * mask, d) + self.bias
 
     @property
     def ran(self) -> float:
         """Multiply-adds of the calls."""
-        d_out = self.read.shape[0]
-        low = 0 if self.low is None else sum(part.numel() for part in self.low)
-        return self.kept * d_out + self.tokens * (low + self.turn.cost)
+        fixed = self.fitted.low_in.numel() + self.fitted.low_out.numel() + self.turn.cost
+        return self.kept * len(self.bias) + self.tokens * fixed
 
 
 @dataclass
@@ -164,62 +178,40 @@ class Select:
 
 
 def fitted(layer: Layer, method: Method, cost: float) -> Skipping | None:
-    """The layer at a cost; None if what is not skipped costs as much already."""
+    """The layer at a cost; None if what does not depend on the token costs as much already."""
     turn = turned(layer, method)
-    found = [one for rank in method.rank if (one := fitted_rank(layer, method, turn, rank, cost)) is not None]
+    found = [one for rank in method.rank if (one := with_rank(layer, method, turn, rank, cost)) is not None]
     return min(found, key=lambda one: one.error) if found else None
 
 
-def fitted_rank(layer: Layer, method: Method, turn: Turn, share: float, cost: float) -> Skipping | None:
+def with_rank(layer: Layer, method: Method, turn: Turn, share: float | None, cost: float) -> Skipping | None:
     weight, bias = turn.weights(layer.weight, layer.bias)
     d_out, d_in = weight.shape
-    rank = round(share * min(d_in, d_out))
-    left = cost - (rank * (d_in + d_out) + turn.cost) / weight.numel()
-    if left < 0.02:
+    rank = int(cost * d_in * d_out / (d_in + d_out)) if share is None else round(share * min(d_in, d_out))
+    left = 0.0 if share is None else cost - (rank * (d_in + d_out) + turn.cost) / weight.numel()
+    if share is not None and left < 0.02:
         return None
     d, select = selection(turn(layer.x), weight, method, left)
     s = d * select(d)
-    if select.centre is not None:
-        bias = bias + weight @ select.centre
-    if not method.refit and not method.centre:
-        low = svd(weight, rank) if rank else None
-        read = weight if low is None else weight - low[0] @ low[1]
-        return Skipping(turn, select, read, low, bias)
-    mean_d, mean_s = d.mean(0), s.mean(0)
+    held_back = torch.arange(len(d)) % 8 == 7
     if method.refit:
-        s0, d0 = s - mean_s, d - mean_d
-        gram, cross = (s0.t() @ s0).double() / len(s), (d0.t() @ s0).double() / len(s)
-        gram.diagonal().add_(RIDGE * float(s.square().mean()) + 1e-30)
-        left_out = torch.linalg.solve(gram, (cross - gram).t()).t()  # what d - s is on the mean, from s
-        rest = (d0.t() @ d0).double() / len(d) - cross @ torch.linalg.solve(gram, cross.t())
+        made = fit(weight, d[~held_back], s[~held_back], rank, RIDGE)
     else:
-        r = d - s - (mean_d - mean_s)
-        left_out, rest = torch.zeros(d_in, d_in, dtype=torch.double), (r.t() @ r).double() / len(r)
-    wide = weight.double()
-    values, vectors = torch.linalg.eigh(wide @ rest @ wide.t())
-    low, missing = None, wide
-    if rank:
-        u = vectors[:, -rank:]
-        low, missing = (u.float(), (u.t() @ wide).float()), wide - u @ (u.t() @ wide)
-    read = missing + missing @ left_out
-    offset = (missing @ mean_d.double() - read @ mean_s.double()) if method.refit or rank else torch.zeros(d_out)
-    made = Skipping(turn, select, read.float(), low, (bias + offset).float())
-    made.error = float(values[: d_out - rank].clamp_min(0).sum())
-    return made
+        u, values, v = torch.linalg.svd(weight, full_matrices=False)
+        low_out, low_in = u[:, :rank] * values[:rank], v[:rank]
+        made = Fitted(weight - low_out @ low_in, low_in, low_out, torch.zeros(d_out))
+    found = Skipping(turn, select, made, bias if select.centre is None else bias + weight @ select.centre)
+    found.error = float((d[held_back] @ weight.t() - made(s[held_back], d[held_back])).square().mean())
+    return found
 
 
 def selection(x: Tensor, weight: Tensor, method: Method, share: float) -> tuple[Tensor, Select]:
-    """What is selected so that this share is kept, and the inputs from their centres."""
+    """What inputs are away from their centres, and what is selected so that this share is kept."""
     known = calibrate(x[::4], weight, weighted=method.weighted, centred=method.centre)
     d = x if known.centre is None else x - known.centre
-    level = threshold(known.levels, torch.tensor(1 - share))
+    level = threshold(known.levels, torch.tensor(1 - share)) if share else torch.tensor(torch.inf)
     count = max(1, round(share * x.shape[1])) if method.top_k else None
     return d, Select(known.centre, known.scale, level, count)
-
-
-def svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    u, values, v = torch.linalg.svd(weight, full_matrices=False)
-    return u[:, :rank] * values[:rank], v[:rank]
 
 
 def turned(layer: Layer, method: Method) -> Turn:
@@ -348,12 +340,13 @@ def of_code(work: Path, seed: int) -> Task:
 
 
 @torch.no_grad()
-def curves(task: Task, only: Sequence[str]) -> dict[str, Any]:
-    """For every method points of (cost, divergence, quality): of feed-forward layers alone, and of all."""
-    dense, layers = task.answers(), observed(task.model, task.call, task.seen)
-    found: dict[str, Any] = {"dense": task.quality(dense), "methods": {}}
+def curves(task: Task, found: dict[str, Any], stored: Callable[[], None]) -> None:
+    """Add points of (cost, divergence, quality) for every method: of feed-forward layers alone, and of all."""
+    dense = task.answers()
+    layers = observed(task.model, task.call, task.seen)
+    found["dense"] = task.quality(dense)
     for name, method in methods().items():
-        if only and name not in only:
+        if name in found["methods"]:
             continue
         started = time.monotonic()
         points: dict[str, list[tuple[float, float, float]]] = {"ffn": [], "whole": []}
@@ -368,10 +361,21 @@ def curves(task: Task, only: Sequence[str]) -> dict[str, Any]:
                 ran = sum(made[layer.path].ran for layer in chosen)
                 divergence = float((dense.exp() * (dense - answers)).sum(-1).mean())
                 points[part].append((round(ran / whole, 5), divergence, task.quality(answers)))
-        found["methods"][name] = points
-        shown = {part: [f"{at([p[:2] for p in sorted(ps)], c) or float('nan'):.4f}" for c in (.3, .4, .5)] for part, ps in points.items()}
-        print(f"{name}: {shown} {time.monotonic() - started:.0f} s", flush=True)
-    return found
+        found["methods"][name] = {part: sorted(values) for part, values in points.items()}
+        stored()
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def table(found: dict[str, Any]) -> str:
+    """The divergence at equal cost, as Markdown."""
+    costs = (0.3, 0.4, 0.5)
+    head = [f"{part}, {cost:.0%}" for part in ("feed-forward", "all layers") for cost in costs]
+    lines = [f"| cost of the layers | {' | '.join(head)} |", "| --- " * (1 + len(head)) + "|"]
+    for name, curve in found["methods"].items():
+        values = [at([point[:2] for point in curve[part]], cost) for part in ("ffn", "whole") for cost in costs]
+        cells = ["—" if value is None else f"{value:.4f}" for value in values]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -379,12 +383,11 @@ def main() -> None:
     parser.add_argument("task", choices=["digits", "code"])
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", default=[], help="some of the methods")
     args = parser.parse_args()
-    make = {"digits": of_digits, "code": of_code}[args.task]
-    seeds = {str(seed): curves(make(args.work, seed), args.only) for seed in args.seeds}
-    args.out.write_text(json.dumps({"task": args.task, "seeds": seeds}, indent=1))
+    found = json.loads(args.out.read_text()) if args.out.exists() else {"task": args.task, "seed": 0, "methods": {}}
+    task = {"digits": of_digits, "code": of_code}[args.task](args.work, found["seed"])
+    curves(task, found, lambda: args.out.write_text(json.dumps(found, indent=1)) and None)
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 class Fitted:
     """A s + low_out low_in d + offset. read: A [d_out, d_in]. low_in [r, d_in], low_out [d_out, r]. offset [d_out].
 
-    All are float32. Without a low rank r is 0.
+    All have the dtype of the weight they were fitted for. Without a low rank r is 0.
     """
 
     read: Tensor
@@ -38,7 +38,7 @@ def fit(weight: Tensor, d: Tensor, s: Tensor, rank: int, ridge: float) -> Fitted
     """Return what comes nearest to the layer on the data.
 
     Args:
-        weight: W [d_out, d_in]. d: deviations [N, d_in]. s: what is left of them, [N, d_in]. All float32.
+        weight: W [d_out, d_in]. d: deviations [N, d_in]. s: what is left of them, [N, d_in]. All float32 or float64.
         rank: of M, from 0 to the smaller of d_in and d_out.
         ridge: how strongly A is drawn to W - M, relative to the mean square of s.
     """
@@ -59,12 +59,12 @@ def fit(weight: Tensor, d: Tensor, s: Tensor, rank: int, ridge: float) -> Fitted
         missing = wide - low_out @ low_in
     read = missing @ guess
     offset = missing @ mean_d - read @ mean_s
-    return Fitted(read.float(), low_in.float(), low_out.float(), offset.float())
+    return Fitted(*(part.to(weight.dtype).contiguous() for part in (read, low_in, low_out, offset)))
 
 
 def _covariance(a: Tensor, b: Tensor) -> Tensor:
-    """The covariance [d, d] of a and b [N, d], float64."""
-    return (a.double().t() @ b.double()) / len(a) - a.mean(0).double().outer(b.mean(0).double())
+    """The covariance [d, d] of a and b [N, d], float64. Means are taken away first, so float32 is enough for sums."""
+    return ((a - a.mean(0)).t() @ (b - b.mean(0))).double() / len(a)
 
 
 def _principal(weight: Tensor, covariance: Tensor, rank: int) -> Tensor:
