@@ -46,10 +46,12 @@ class Refit(Pass[DynamicSite, Tensor]):
     form. Set tau first, by the option of sparsify-inputs or by `surgeon tune`. At another tau the layer is off by what
     was fitted, also at 0.
 
-    A layer may also get a product of two small matrices that every input goes through (R-Sparse, arXiv 2504.19449). It
-    is fitted together with the weights, and tau becomes larger by what it costs, so that the layer costs what it did.
-    Of several ranks, none among them, a layer gets the one with the least error on tokens that were held back. A layer
-    that none makes better stays as it is. This pass is not part of D2DMoE.
+    With rank, a layer may also get a product of two small matrices that every input goes through (after R-Sparse, arXiv
+    2504.19449). It is fitted together with the weights, and tau becomes larger by what it costs, so that the layer
+    costs what it did. Of rank, a half, a quarter and an eighth of it, and none, a layer gets what has the least error
+    on tokens that were held back.
+
+    A layer that does not get better there stays as it is. This pass is not part of D2DMoE.
     """
 
     name: ClassVar[str] = "refit"
@@ -64,7 +66,7 @@ class Refit(Pass[DynamicSite, Tensor]):
     )
 
     rank: float = option(
-        0.25,
+        0.0,
         "The largest rank to try, as a share of the layer's inputs or outputs, whichever are fewer. 0 fits weights "
         "alone.",
         least=0,
