@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from surgeon.data.data import Data
 from surgeon.dynamic.site import DynamicSite
 from surgeon.exits.site import ExitSite
-from surgeon.graph.edit import emit, get_attr
+from surgeon.graph.edit import emit, erase_unread, get_attr
 from surgeon.graph.holder import mark_holders, parameters_only
 from surgeon.graph.traced import TracedGraph, aten, is_call, tensor_of
 from surgeon.inputs.fitting import Fitted, fit
@@ -202,7 +202,8 @@ class _Layer:
             node.update_arg(_BIAS, get_attr(graph, f"{path}.bias"))
         if value is not node:
             value.replace_all_uses_with(node)
-            graph.graph.erase_node(value)
+            # With what it read: tensors that the layer may no longer have.
+            erase_unread(graph, [value, *value.all_input_nodes[2:]])
         if rank:
             with graph.graph.inserting_before(node.next):
                 low = [get_attr(graph, f"{path}.{name}") for name in ("low_in", "low_out")]
