@@ -25,6 +25,13 @@ An input is kept unless s_i ≤ t. So NaN is kept, and an input at its centre is
 layer W x + b with a centre, the bias has to be b + W · centre. Scores without a scale are those of TEAL
 (arXiv 2408.14690); with the norms of the weight's columns as the scale they are those of WINA (arXiv 2505.19427).
 
+`surgeon::add_low_rank` adds what does not depend on which inputs are kept, in ordinary differentiable PyTorch:
+
+    y          [..., d_out]      as the operators above return it, in the dtype of `x`
+    x          [..., d_in]       floating
+    low_in     [r, d_in], low_out [d_out, r], in the dtype of `x`
+    returns    y + low_out low_in x (R-Sparse, arXiv 2504.19449, has a low rank beside the inputs that are kept)
+
 The weights of an input that is skipped may be left unread, so infinite values there do not become NaN. Selection is a
 step function: x, weight, bias and centre have a gradient through the inputs that are kept, the other arguments have
 none. Under autocast x, weight and bias are cast before inputs are selected. Forward-mode derivatives and all transforms
@@ -50,7 +57,7 @@ from surgeon.errors import UsageError
 from surgeon.kernels.arguments import check_tensor
 from surgeon.kernels.backends import backends
 
-__all__ = ["kept", "masked_linear", "ordinary_ops", "sparse_linear", "threshold"]
+__all__ = ["add_low_rank", "kept", "masked_linear", "ordinary_ops", "sparse_linear", "threshold"]
 
 
 class LinearCall(NamedTuple):
@@ -245,6 +252,21 @@ with warnings.catch_warnings():
     _library.impl("sparse_linear", _autograd, "Autograd", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
 _library.impl("sparse_linear_differentiable", _autograd, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
 
+
+def _add_low_rank(y: Tensor, x: Tensor, low_in: Tensor, low_out: Tensor) -> Tensor:
+    fits = low_in.dim() == low_out.dim() == 2 and low_in.shape[0] == low_out.shape[1]
+    if not fits or x.shape[-1:] != low_in.shape[1:] or y.shape != (*x.shape[:-1], low_out.shape[0]):
+        raise UsageError(
+            "add low rank: y [..., d_out], x [..., d_in], low_in [r, d_in] and low_out [d_out, r] do not fit together: "
+            f"{', '.join(str(tuple(tensor.shape)) for tensor in (y, x, low_in, low_out))}"
+        )
+    return y + F.linear(F.linear(x, low_in), low_out)
+
+
+_library.define("add_low_rank(Tensor y, Tensor x, Tensor low_in, Tensor low_out) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("add_low_rank", _add_low_rank, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+
+add_low_rank = torch.ops.surgeon.add_low_rank
 masked_linear = torch.ops.surgeon.masked_linear
 sparse_linear = torch.ops.surgeon.sparse_linear
 
@@ -252,6 +274,7 @@ sparse_linear = torch.ops.surgeon.sparse_linear
 ORDINARY: dict[Any, Callable[..., Tensor]] = {
     sparse_linear: lambda *given: _linear(_by_rows(*given)),
     masked_linear: lambda *given: _linear(_check("masked linear", *given)),
+    add_low_rank: _add_low_rank,
 }
 """What computes each operator of layers that skip inputs or neurons by ordinary ops of torch."""
 

@@ -1,4 +1,4 @@
-"""Fit the weights of linear layers that skip inputs to the inputs that are left, in closed form."""
+"""Fit linear layers that skip inputs to the inputs that are left, with a low rank beside them, in closed form."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch.fx import GraphModule, Node
 from surgeon.data.data import Data
 from surgeon.dynamic.site import DynamicSite
 from surgeon.exits.site import ExitSite
-from surgeon.graph.edit import get_attr
+from surgeon.graph.edit import emit, erase_unread, get_attr
 from surgeon.graph.holder import mark_holders, parameters_only
 from surgeon.graph.traced import TracedGraph, aten, is_call, tensor_of
+from surgeon.inputs.fitting import Fitted, fit
 from surgeon.inputs.neuron_site import SparseNeuronsSite
-from surgeon.inputs.site import SparseLinearSite
+from surgeon.inputs.rebuild import low_rank
+from surgeon.inputs.site import SparseLinearSite, add_low_rank, value_of
 from surgeon.kernels.sparse_linear import LinearCall, kept
 from surgeon.passes.base import Pass
 from surgeon.passes.contract import SiteKind, SiteRefused
@@ -29,6 +31,8 @@ from surgeon.training.loop import RunSettings
 
 # Tokens to fit on. Every eighth is held back, to see whether the fit helps.
 _TOKENS, _HELD_BACK = 16384, 8
+# Ranks that are tried: the largest over these.
+_PARTS = (1, 2, 4, 8)
 # Their places among the op's arguments.
 _WEIGHT, _BIAS = LinearCall._fields.index("weight"), LinearCall._fields.index("bias")
 
@@ -39,10 +43,15 @@ class Refit(Pass[DynamicSite, Tensor]):
 
     Inputs are correlated, so those that are kept tell something of the others. The weights become those that bring the
     layer nearest to its dense output on the data, at its present tau: a least-squares problem with a solution in closed
-    form. It costs nothing at run time. Set tau first, by the option of sparsify-inputs or by `surgeon tune`. At
-    another tau the layer is off by what was fitted, also at 0.
+    form. Set tau first, by the option of sparsify-inputs or by `surgeon tune`. At another tau the layer is off by what
+    was fitted, also at 0.
 
-    A layer that does not get better on tokens that were held back stays as it is. This pass is not part of D2DMoE.
+    With rank, a layer may also get a product of two small matrices that every input goes through (after R-Sparse, arXiv
+    2504.19449). It is fitted together with the weights, and tau becomes larger by what it costs, so that the layer
+    costs what it did. Of rank, a half, a quarter and an eighth of it, and none, a layer gets what has the least error
+    on tokens that were held back.
+
+    A layer that does not get better there stays as it is. This pass is not part of D2DMoE.
     """
 
     name: ClassVar[str] = "refit"
@@ -54,6 +63,14 @@ class Refit(Pass[DynamicSite, Tensor]):
 
     ridge: float = option(
         0.01, "How strongly weights are drawn to what they are, relative to the inputs' mean square.", above=0
+    )
+
+    rank: float = option(
+        0.0,
+        "The largest rank to try, as a share of the layer's inputs or outputs, whichever are fewer. 0 fits weights "
+        "alone.",
+        least=0,
+        most=1,
     )
 
     def match(self, graph: GraphModule, site: DynamicSite) -> Rejection | None:
@@ -82,46 +99,126 @@ class Refit(Pass[DynamicSite, Tensor]):
     @torch.no_grad()
     def rewrite(self, graph: TracedGraph, site: DynamicSite, seen: Tensor | None) -> SiteChange:
         assert isinstance(site, SparseLinearSite)
-        words = "to be fitted"
+        before, words, rank = site.output.name, "to be fitted", site.rank
         if seen is not None:
-            words = self._refit(graph, site, seen)
-        count = site.multiply_adds + site.d_out
-        name = site.output.name
+            words, rank = self._refit(graph, site, seen)
+        more = (rank - site.rank) * (site.d_in + site.d_out)
+        cost = site.multiply_adds
+        count = cost + site.d_out
         return SiteChange(
-            site.path, site.describe, words, (count, count), (site.multiply_adds,) * 2, (name, name), made=(site.path,)
-        )
+            site.path, site.describe, words, (count, count + more), (cost, cost + more), (before, site.output.name),
+            made=(site.path,),
+        )  # fmt: skip
 
-    def _refit(self, graph: TracedGraph, site: SparseLinearSite, x: Tensor) -> str:
+    def _refit(self, graph: TracedGraph, site: SparseLinearSite, x: Tensor) -> tuple[str, int]:
+        """Fit a layer; returns what to say of it, and its rank."""
         if not bool(torch.isfinite(x).all()):
             raise SiteRefused("not-finite", "its inputs on the data contain NaN or infinity")
-        weight, bias = (
-            _weight(graph, site.nodes[0].args[_WEIGHT]),
-            getattr(graph.get_submodule(site.path), "bias", None),
-        )
-        held_back = torch.arange(len(x), device=x.device) % _HELD_BACK == _HELD_BACK - 1
-        deviation = x.float() if site.centre is None else x.float() - site.centre
-        sparse = torch.where(kept(x, site.scale, site.centre, site.levels, site.tau), deviation, 0.0)
-        # What the dense layer gives, and what is missing of it.
-        whole, missing = deviation @ weight.float().t(), (deviation - sparse) @ weight.float().t()
-        change, offset = _least_squares(sparse[~held_back], missing[~held_back], self.ridge)
-        fitted = sparse[held_back] @ change + offset
-        scale = float(whole[held_back].double().square().mean()) + 1e-300
-        before = (float(missing[held_back].double().square().mean()) / scale) ** 0.5
-        after = (float((missing[held_back] - fitted).double().square().mean()) / scale) ** 0.5
-        if not after < before:
-            return f"unchanged: error {before:.1%}, and {after:.1%} with fitted weights"
+        layer = _Layer(graph, site, x.float())
+        before = layer.error_now()
+        tried = [one for rank in self._ranks(site) if (one := layer.fitted(rank, self.ridge)) is not None]
+        best = min(tried, key=lambda one: one.error)
+        if not best.error < before:
+            return f"unchanged: error {before:.1%}, and {best.error:.1%} with fitted weights", site.rank
+        layer.put(best)
+        words = f"error {before:.1%} → {best.error:.1%}"
+        if best.rank or site.rank:
+            words += f", rank {best.rank} and {best.tau:.0%} skipped"
+        return words, best.rank
+
+    def _ranks(self, site: SparseLinearSite) -> list[int]:
+        most = self.rank * min(site.d_in, site.d_out)
+        return sorted({0, *(round(most / part) for part in _PARTS)})
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What was fitted with a rank at the same cost. error: relative, on tokens that were held back."""
+
+    fitted: Fitted
+    rank: int
+    tau: float
+    error: float
+
+
+class _Layer:
+    """A layer of the graph that computes A s + L x + bias: d [N, d_in] is x without centres, s what is read of d.
+
+    weight, bias: those that it has for d where nothing is skipped, A + L [d_out, d_in], and [d_out].
+    """
+
+    def __init__(self, graph: TracedGraph, site: SparseLinearSite, x: Tensor) -> None:
+        self.graph, self.site = graph, site
+        self.centre = x.new_zeros(site.d_in) if site.centre is None else site.centre
+        self.read = _weight(graph, site.nodes[0].args[_WEIGHT])
+        bias = getattr(graph.get_submodule(site.path), "bias", None)
+        self.weight, self.bias = self.read.double(), x.new_zeros(site.d_out).double() if bias is None else bias.double()
+        if site.rank:
+            low_in, low_out = (part.double() for part in low_rank(graph, site))
+            self.weight = self.weight + low_out @ low_in
+            self.bias = self.bias + low_out @ (low_in @ self.centre.double())
+        self.d = x - self.centre
+        self.held_back = torch.arange(len(x), device=x.device) % _HELD_BACK == _HELD_BACK - 1
+        self.whole = self.d[self.held_back] @ self.weight.float().t()
+
+    def error_now(self) -> float:
+        """The error at the present tau, as the layer is."""
+        skipped = self.d[self.held_back] - self._left(float(self.site.tau))[self.held_back]
+        return self._relative(skipped @ self.read.float().t())
+
+    def fitted(self, rank: int, ridge: float) -> _Tried | None:
+        """Fit the layer with this rank, and as much skipped as pays for it. None if there is not enough to skip."""
+        site = self.site
+        more = (rank - site.rank) * (site.d_in + site.d_out) / (site.d_in * site.d_out)
+        tau = max(0.0, float(site.tau) + more)
+        if tau > 1:
+            return None
+        s = self._left(tau)
+        found = fit(self.weight.float(), self.d[~self.held_back], s[~self.held_back], rank, ridge)
+        given = found(s[self.held_back], self.d[self.held_back])
+        return _Tried(found, rank, tau, self._relative(self.whole - given))
+
+    def put(self, tried: _Tried) -> None:
+        """Give the layer of the graph these weights and this tau."""
+        graph, site, found = self.graph, self.site, tried.fitted
         holder = parameters_only(graph.get_submodule(site.path))
-        fresh = weight.double() + change.t().double()
-        moved = offset.double() if bias is None else bias.double() + offset.double()
-        holder.register_parameter("weight", nn.Parameter(fresh.to(weight.dtype)))
-        holder.register_parameter("bias", nn.Parameter(moved.to(weight.dtype)))
+        # The low rank reads x with its centre.
+        moved = found.low_out.double() @ (found.low_in.double() @ self.centre.double())
+        values = {"weight": found.read, "bias": self.bias + found.offset.double() - moved}
+        for name, value in (values | {"low_in": found.low_in, "low_out": found.low_out}).items():
+            there = tried.rank or name in values
+            holder.register_parameter(name, nn.Parameter(value.to(self.read.dtype)) if there else None)
+        holder.register_buffer("tau", torch.full_like(site.tau, tried.tau))
         graph.set_submodule(site.path, holder)
         mark_holders(graph)
         for node in site.nodes:
-            with graph.graph.inserting_before(node):
-                node.update_arg(_WEIGHT, get_attr(graph, f"{site.path}.weight"))
-                node.update_arg(_BIAS, get_attr(graph, f"{site.path}.bias"))
-        return f"error {before:.1%} → {after:.1%}"
+            self._connect(node, tried.rank)
+
+    def _connect(self, node: Node, rank: int) -> None:
+        """Let an execution of the layer read its new tensors."""
+        graph, path, value = self.graph, self.site.path, value_of(node)
+        with graph.graph.inserting_before(node):
+            node.update_arg(_WEIGHT, get_attr(graph, f"{path}.weight"))
+            node.update_arg(_BIAS, get_attr(graph, f"{path}.bias"))
+        if value is not node:
+            value.replace_all_uses_with(node)
+            # With what it read: tensors that the layer may no longer have.
+            erase_unread(graph, [value, *value.all_input_nodes[2:]])
+        if rank:
+            with graph.graph.inserting_before(node.next):
+                low = [get_attr(graph, f"{path}.{name}") for name in ("low_in", "low_out")]
+                added = emit(graph, add_low_rank, node, node.args[0], *low, path=path)
+            node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
+
+    def _left(self, tau: float) -> Tensor:
+        """The deviations [N, d_in] without those that are skipped at a tau."""
+        site = self.site
+        level = torch.tensor(tau, device=self.d.device)
+        return torch.where(kept(self.d, site.scale, None, site.levels, level), self.d, 0.0)
+
+    def _relative(self, error: Tensor) -> float:
+        """The root mean square of an error [N, d_out] of the tokens held back, over that of what the layer gives."""
+        return (float(error.double().square().mean()) / (float(self.whole.double().square().mean()) + 1e-300)) ** 0.5
 
 
 def _weight(graph: TracedGraph, node: object) -> Tensor:
@@ -133,14 +230,3 @@ def _weight(graph: TracedGraph, node: object) -> Tensor:
     tensor = tensor_of(graph, source)
     assert tensor is not None
     return tensor.detach().t() if flipped else tensor.detach()
-
-
-def _least_squares(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return the map [d_in, d_out] and the offset [d_out] that bring x [N, d_in] nearest to y [N, d_out]."""
-    x, y = x.double(), y.double()
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    gram = (x.t() @ x) / len(x) - mean_x.outer(mean_x)
-    cross = (x.t() @ y) / len(x) - mean_x.outer(mean_y)
-    gram.diagonal().add_(ridge * float(x.square().mean()) + 1e-30)
-    change = torch.linalg.solve(gram, cross)
-    return change.float(), (mean_y - mean_x @ change).float()

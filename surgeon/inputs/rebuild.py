@@ -18,10 +18,14 @@ def linear_module(graph: GraphModule, site: SparseLinearSite) -> SparseLinear:
     The module reads only the inputs that are kept, also if the layer in the graph is not lowered.
     """
     weight, bias = _weight(graph, site), _bias(graph, site)
-    shape = SparseLinearShape(site.d_in, site.d_out, bias is not None, site.scale is not None, site.centre is not None)
+    shape = SparseLinearShape(
+        site.d_in, site.d_out, bias is not None, site.scale is not None, site.centre is not None, site.rank
+    )
     made = SparseLinear(shape, device="meta", dtype=None)
     made.weight = _parameter(weight)
     made.bias = None if bias is None else _parameter(bias)
+    if site.rank:
+        made.low_in, made.low_out = low_rank(graph, site)
     made.scale, made.centre, made.levels, made.tau = site.scale, site.centre, site.levels, site.tau
     return made
 
@@ -33,7 +37,17 @@ def dense_weights(graph: GraphModule, site: SparseLinearSite) -> tuple[Tensor, T
     moved = weight.new_zeros(site.d_out, dtype=torch.float64) if bias is None else bias.double()
     if site.centre is not None:
         moved = moved - site.centre.double() @ weight.double()
-    return weight.detach().t(), moved.to(weight.dtype)
+    rows = weight.detach().t()
+    if site.rank:
+        low_in, low_out = low_rank(graph, site)
+        rows = (rows.double() + low_out.double() @ low_in.double()).to(weight.dtype)
+    return rows, moved.to(weight.dtype)
+
+
+def low_rank(graph: GraphModule, site: SparseLinearSite) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return low_in [rank, d_in] and low_out [d_out, rank] of a layer that has them."""
+    holder = graph.get_submodule(site.path)
+    return holder.get_parameter("low_in"), holder.get_parameter("low_out")
 
 
 def _weight(graph: GraphModule, site: SparseLinearSite) -> Tensor:

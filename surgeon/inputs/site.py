@@ -17,6 +17,7 @@ from surgeon.kernels.sparse_linear import LinearCall, kept
 
 masked_linear = torch.ops.surgeon.masked_linear.default
 sparse_linear = torch.ops.surgeon.sparse_linear.default
+add_low_rank = torch.ops.surgeon.add_low_rank.default
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,16 +61,28 @@ class Skipping(Described):
 class SparseLinearSite(Skipping):
     """A linear layer that skips the inputs near their usual value.
 
-    path: such as `encoder.layer.0.query.inputs`. biased: whether it has a bias.
+    path: such as `encoder.layer.0.query.inputs`. biased: whether it has a bias. rank: of what is added whatever is
+    skipped, 0 without.
     """
 
     d_in: int
     d_out: int
     biased: bool
+    rank: int
 
     unit = "inputs"
-    # As a mixture of experts has them: every input is an expert of one row of the weight, and there is no router.
-    router_parameters = gate_multiply_adds = 0
+    # As a mixture of experts has them: every input is an expert of one row of the weight.
+    gate_multiply_adds = 0
+
+    @property
+    def output(self) -> Node:
+        """Its value in the last of its executions, with its low rank."""
+        return value_of(self.nodes[-1])
+
+    @property
+    def router_parameters(self) -> int:
+        """Multiply-adds for one token that are never skipped: the low rank takes a router's place."""
+        return self.rank * (self.d_in + self.d_out)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -89,7 +102,7 @@ class SparseLinearSite(Skipping):
     @property
     def multiply_adds(self) -> int:
         """Multiply-adds for one token when every input is read."""
-        return self.d_in * self.d_out
+        return self.d_in * self.d_out + self.router_parameters
 
     @property
     def parameters(self) -> int:
@@ -98,8 +111,8 @@ class SparseLinearSite(Skipping):
 
     @property
     def describe(self) -> str:
-        """`768 inputs → 3072`."""
-        return f"{self.d_in} inputs → {self.d_out}"
+        """`768 inputs → 3072, rank 48`."""
+        return f"{self.d_in} inputs → {self.d_out}" + (f", rank {self.rank}" if self.rank else "")
 
     def kept(self, x: Tensor) -> Tensor:
         """Return which inputs of tokens x [..., d_in] are kept, bool of the same shape."""
@@ -108,6 +121,11 @@ class SparseLinearSite(Skipping):
     def levels_on(self, x: Tensor) -> Tensor:
         """Return the quantiles of the scores of tokens x [N, d_in], float32 [257]."""
         return levels_of(scores(x.float(), self.scale, self.centre))
+
+
+def value_of(node: Node) -> Node:
+    """Return the node that has the value of an execution of a layer: what adds its low rank, if it has one."""
+    return next((user for user in node.users if user.target is add_low_rank and user.args[0] is node), node)
 
 
 _FORMS: dict[Any, Literal["masked", "dynamic"]] = {masked_linear: "masked", sparse_linear: "dynamic"}
@@ -119,7 +137,7 @@ def find_sparse_linears(model: nn.Module) -> list[SparseLinearSite]:
         return [
             SparseLinearSite(
                 path, "module", (), module.tau, module.levels, module.scale, module.centre, module.shape.d_in,
-                module.shape.d_out, module.bias is not None,
+                module.shape.d_out, module.bias is not None, module.shape.rank,
             )
             for path, module in model.named_modules()
             if isinstance(module, SparseLinear)
@@ -142,6 +160,8 @@ def _site(graph: GraphModule, path: str, nodes: list[Node]) -> SparseLinearSite:
     rows, columns = weight.meta["val"].shape
     d_out, d_in = (int(rows), int(columns)) if form == "masked" else (int(columns), int(rows))
     scale, centre = (getattr(holder, name, None) for name in ("scale", "centre"))
+    low_in = getattr(holder, "low_in", None)
     return SparseLinearSite(
-        path, form, tuple(nodes), holder.tau, holder.levels, scale, centre, d_in, d_out, call.bias is not None
-    )
+        path, form, tuple(nodes), holder.tau, holder.levels, scale, centre, d_in, d_out, call.bias is not None,
+        0 if low_in is None else low_in.shape[0],
+    )  # fmt: skip

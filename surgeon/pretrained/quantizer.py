@@ -74,7 +74,9 @@ def _check(plan: Plan) -> None:
         faults = ["dropout"] * (not 0 <= layer.dropout < 1) + ["parts"] * (not layer.parts)
         for part in layer.parts:
             sizes = {"d_in": part.d_in, "d_out": part.d_out}
-            if not isinstance(part, SparseLinearShape):
+            if isinstance(part, SparseLinearShape):
+                sizes["rank + 1"] = part.rank + 1
+            else:
                 faults += [f"biases {part.biases}"] * (not {"b1", "b_gate", "b2"}.issuperset(part.biases))
             if isinstance(part, MoEShape):
                 sizes |= {"experts": part.experts, "size": part.size, "experts - shared": part.experts - part.shared}

@@ -86,7 +86,7 @@ class TestEarlyExit(PassConformance):
 class TestRefit(PassConformance):
     make = staticmethod(Refit)
     first = (SparsifyInputs(tau=0.5),)
-    options = {"ridge": 0.5}  # noqa: RUF012
+    options = {"ridge": 0.5, "rank": 0.25}  # noqa: RUF012
     applies_once = False  # it fits what is there
     data = staticmethod(correlated_vectors)
 
