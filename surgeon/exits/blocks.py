@@ -59,11 +59,14 @@ class BlockEnd:
         return f"block of width {self.width}"
 
 
-def find_block_ends(graph: GraphModule, layers: Sequence[Layer]) -> tuple[list[BlockEnd], list[Rejection]]:
+def find_block_ends(
+    graph: GraphModule, layers: Sequence[Layer], *, last: bool = False
+) -> tuple[list[BlockEnd], list[Rejection]]:
     """Return the places where samples can leave, in order, and what was refused.
 
     Args:
         layers: every execution of the feed-forward layers, in topological order.
+        last: whether to return the end of the last block too, behind which the model itself answers.
     """
     answer = _answer(graph)
     if isinstance(answer, Rejection):
@@ -81,10 +84,10 @@ def find_block_ends(graph: GraphModule, layers: Sequence[Layer]) -> tuple[list[B
     learned = _learned(graph)
     found: list[BlockEnd] = []
     refused: list[Rejection] = []
-    # Behind the last block the model itself answers.
-    for layer, following in pairwise(layers):
+    for layer, following in pairwise([*layers, None] if last else layers):
+        assert layer is not None
         after = [node for node in walk_users(layer.output, lambda _: True) if node in needed]
-        until = order[following.output]
+        until = order[answer if following is None else following.output]
         candidates = sorted((node for node in after if order[node] < until and _is_tokens(node, answer)), key=order.get)  # type: ignore[arg-type]
         end = next((node for node in candidates if _carries_all(node, needed, learned)), None)
         if end is None:
@@ -135,14 +138,15 @@ def _learned(graph: GraphModule) -> set[Node]:
     """Everything that is computed from a linear layer."""
     found: set[Node] = set()
     for node in graph.graph.nodes:
-        if node in found or node.op == "get_attr" or not _is_layer(graph, node):
+        if node in found or node.op == "get_attr" or not is_layer(graph, node):
             continue
         found.add(node)
         found.update(walk_users(node, lambda _: True))
     return found
 
 
-def _is_layer(graph: GraphModule, node: Node) -> bool:
+def is_layer(graph: GraphModule, node: Node) -> bool:
+    """Whether the node applies a linear layer, or something of this package that holds some."""
     if node.op == "call_module" or str(node.target).startswith("surgeon."):
         return True
     if not is_call(node, *MATMULS):
