@@ -10,16 +10,16 @@ sections 3.1 and 3.2). The arguments are:
     gate          [2]         floating: γ and β of the score sigmoid(γ · t[0] + β), where t[0] is the first element
     tau           scalar in [0, 1]
 
-Scores are multiplied by tau / (1 - tau). At tau 0 they are 0 and nothing halts; at 1/2 they are those of the paper; near
-1 every token halts at once. NaN never halts.
+Scores are multiplied by tau / (1 - tau). At tau 0 they are 0 and nothing halts; at 1/2 they are those of the paper; at 1
+every token halts at once. NaN never halts.
 
 `surgeon::halting_total` adds the scores of the tokens that have not halted to `before`, [B, T] or None, and returns the
 sum in float32. `surgeon::keep_halted` returns the old tokens where they have halted and the new ones elsewhere.
 `surgeon::live_keys` returns which keys may be attended to, bool [B, 1, 1, T]: those that have not halted, and all of a
 sample in which every token has. `surgeon::mask_keys` takes a mask or scores [..., T], forbids the other keys in a bool
-one and gives them the lowest number in a floating one. `surgeon::mean_field` returns the sum over the blocks of the tokens
-behind each, weighted by their scores; the last block that computed a token has what is left of 1. It takes the tokens
-behind every block and the totals behind all but the last.
+one and gives them the lowest number in a floating one. `surgeon::mean_field` returns the sum over the blocks of the
+tokens behind each, weighted by their scores; the last block that computed a token has what is left of 1. It takes the
+tokens behind every block and the totals behind all but the last.
 
 All are differentiable. Wrong shapes, dtypes or devices raise `UsageError`.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -73,10 +74,10 @@ class HaltTokens(FineTunedPass[BlockEnd, HaltPlan]):
 
     gamma: float = option(5.0, "The first element of a token is multiplied by it, to make a score.", above=0)
     beta: float = option(-10.0, "It is added to that. A larger beta halts earlier.")
-    ponder: float = option(5e-4, "Weight of the number of blocks that a token runs, its last share of 1 added.", least=0)
+    ponder: float = option(5e-4, "Weight of the number of blocks that a token runs, plus its remainder.", least=0)
     prior: float = option(0.1, "Weight of the divergence of the scores' distribution from a Gaussian.", least=0)
     depth: float | None = option(
-        None, "The block at which the Gaussian has its centre, by default two thirds of them. Its deviation is 1.", above=0
+        None, "Block at the centre of the Gaussian, which has deviation 1. By default two thirds of them.", above=0
     )
     tau: float = option(0.5, "tau to train at and to keep. 1/2 is as published.", above=0, below=1)
     epochs: float = option(20.0, "Number of fine-tuning epochs.", least=0)
@@ -90,7 +91,7 @@ class HaltTokens(FineTunedPass[BlockEnd, HaltPlan]):
         if find_halts(graph):
             return ends[:-1], refused
         later: Rejection | None = None
-        for site, following in reversed(list(zip(ends, ends[1:], strict=False))):
+        for site, following in reversed(list(itertools.pairwise(ends))):
             why = later or _unlike(site.output, following.output)
             if why is None:
                 found = find_attention(graph, site.output, following.output)

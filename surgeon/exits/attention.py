@@ -27,8 +27,8 @@ _CLOSE = 1e-5
 def find_attention(graph: GraphModule, start: Node, end: Node) -> list[Node] | Rejection:
     """Return the nodes at which keys can be masked between two places of a graph, or why halted tokens would matter.
 
-    Whether tokens meet elsewhere is seen by running the nodes in between on random numbers: with the keys of some tokens
-    masked, the others must not depend on them.
+    Whether tokens meet elsewhere is seen by running the nodes in between on random numbers: with the keys of some
+    tokens masked, the others must not depend on them.
 
     Args:
         start, end: values [B, T, d], the second computed from the first.
@@ -37,7 +37,7 @@ def find_attention(graph: GraphModule, start: Node, end: Node) -> list[Node] | R
     found = [node for node in block if _is_attention(node, start)]
     try:
         apart = _stay_apart(graph, start, block, found)
-    except Exception as error:  # noqa: BLE001  (whatever the ops of the model raise)
+    except Exception as error:
         return Rejection("cannot-run", f"the block fails on test values: {type(error).__name__}: {error}")
     if apart:
         return found

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 import surgeon.kernels.token_halting  # noqa: F401  (it registers the ops)
 from surgeon.exits.blocks import is_layer
-from surgeon.graph.traced import is_call, tensor_of
+from surgeon.graph.traced import aten, is_call, tensor_of
 from surgeon.graph.walk import walk_sources, walk_users
 
 halting_total = torch.ops.surgeon.halting_total.default
@@ -46,8 +46,8 @@ class HaltSite:
     # What a layer with experts has for every token. A block is one expert, without a router.
     router_parameters = gate_multiply_adds = 0
     counts_skipped = True
-    experts = 1
     unit = "blocks"
+    leaving = "tokens halt"
 
     @property
     def expert_multiply_adds(self) -> int:
@@ -123,5 +123,6 @@ def _weights(graph: GraphModule, block: tuple[Node, ...]) -> Iterator[int]:
         if node.op == "call_module":
             yield from (one.numel() for one in graph.get_submodule(str(node.target)).parameters() if one.dim() > 1)
         elif is_layer(graph, node):
-            tensors = (tensor_of(graph, source) for source in walk_sources(node, lambda n: n is node))
+            sources = (s for one in node.all_input_nodes for s in walk_sources(one, lambda n: is_call(n, aten.t.default)))
+            tensors = (tensor_of(graph, source) for source in sources)
             yield from (one.numel() for one in tensors if one is not None and one.dim() > 1)

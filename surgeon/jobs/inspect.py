@@ -17,7 +17,8 @@ from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.skipping import find_skipping
 from surgeon.jobs.open_model import Opened
-from surgeon.measure.meter import Cost, measure
+from surgeon.measure.cost import Cost
+from surgeon.measure.meter import measure
 from surgeon.moe.site import find_moes
 from surgeon.sites.ffn import FFN
 from surgeon.sites.linear_site import LinearSite

@@ -23,8 +23,9 @@ from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.json_values import NOT_IN_JSON
+from surgeon.measure.cost import LayerRun
 from surgeon.measure.judge import Criteria, Judge
-from surgeon.measure.meter import ExpertMeter, LayerRun, clock, measure
+from surgeon.measure.meter import ExpertMeter, clock, measure
 from surgeon.models.tasks import needs_labels
 from surgeon.progress import Progress
 from surgeon.tracing.trace import class_task

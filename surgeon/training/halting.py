@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -44,8 +45,8 @@ class HaltingLoss:
         """Return the loss of a batch and what to show.
 
         Args:
-            totals: the sums of the scores behind every place, [B, T]. last: the tokens behind the last block, [B, T, d].
-            tau: of the last place.
+            totals: the sums of the scores behind every place, [B, T]. tau: of the last place.
+            last: the tokens behind the last block, [B, T, d].
         """
         real = token_mask(batch, last.shape[:2])
         if real is None:
@@ -55,8 +56,8 @@ class HaltingLoss:
             gone = halted(total)
             blocks = blocks + length * ~gone
             left = torch.where(gone, left, 1.0 - total)
-        steps = [*totals, halting_total(last, totals[-1], self._gate, tau)]
-        scores = torch.stack([mean((b - a)[real]) for a, b in zip([torch.zeros_like(left), *steps], steps, strict=False)])
+        steps = [torch.zeros_like(left), *totals, halting_total(last, totals[-1], self._gate, tau)]
+        scores = torch.stack([mean((after - before)[real]) for before, after in itertools.pairwise(steps)])
         spread = (scores / scores.sum().clamp_min(_LEAST)).clamp_min(_LEAST)
         wanted = self._wanted.to(spread.device)
         divergence = (wanted * (wanted.log() - spread.log())).sum()
