@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +54,9 @@ class HaltTokens(FineTunedPass[BlockEnd, HaltPlan]):
 
     The method is A-ViT (arXiv 2112.07658). Behind every block but the last, the score of a token is a sigmoid of one
     element of its embedding. Later blocks do not update a token that has halted, and no other token attends to it. What
-    follows the last block reads the sum over the blocks of the tokens behind each, weighted by their scores. The loss is
-    that of the task, plus the mean number of blocks that a token runs, plus how far the scores' distribution over the
-    blocks is from a Gaussian.
+    follows the last block reads the sum over the blocks of the tokens behind each, weighted by their scores. The loss
+    is that of the task, plus the mean number of blocks that a token runs, plus how far the scores' distribution over
+    the blocks is from a Gaussian.
 
     Scores are multiplied by tau / (1 - tau). At tau 1/2 the method is that of the paper, and it is trained there. At 0
     nothing halts, and what follows reads the tokens of the last block alone. A larger tau halts earlier. This pass is
@@ -161,8 +161,8 @@ class HaltTokens(FineTunedPass[BlockEnd, HaltPlan]):
         end = stands_for(last)
         field = next((user for user in end.users if is_call(user, mean_field)), None)
         if field is not None:
-            *behind, _ = field.args[0]  # type: ignore[misc]
-            field.args = ([*behind, tokens, end], [*field.args[1], total])  # type: ignore[misc]
+            behind, totals = cast("tuple[list[Node], list[Node]]", field.args)
+            field.args = ([*behind[:-1], tokens, end], [*totals, total])
             return
         with graph.graph.inserting_before(end.next):
             field = emit(graph, mean_field, [tokens, end], [total], path=path)
@@ -174,10 +174,11 @@ class HaltTokens(FineTunedPass[BlockEnd, HaltPlan]):
         set_tau(graph, {change.made[0]: self.tau for _, change in context.changes})
         sites = find_halts(graph)
         field = next(node for node in graph.graph.find_nodes(op="call_function", target=mean_field))
-        last = field.args[0][-1]
-        gate = graph.get_buffer(str(sites[-1].total.args[2].target))  # type: ignore[union-attr]
-        depths = [number for number, end in enumerate(_ends(context.before)[0], 1) if end.path in _paths(context)]
-        loss = HaltingLoss(gate, depths, len(_ends(context.before)[0]), self.ponder, self.prior, self.depth)
+        last = cast("list[Node]", field.args[0])[-1]
+        stack = context.changes[0][1].made[0].rpartition(".")[0]
+        blocks, changed = [end.path for end in _ends(context.before)[0]], {site.path for site, _ in context.changes}
+        places = [number for number, path in enumerate(blocks, 1) if path in changed]
+        loss = HaltingLoss(graph.get_buffer(f"{stack}.gate"), places, len(blocks), self.ponder, self.prior, self.depth)
 
         def penalise(batch: Batch, values: dict[str, Tensor], done: float) -> tuple[Tensor, dict[str, float]]:
             return loss(batch, [values[site.total.name] for site in sites], values[last.name], sites[-1].tau)
@@ -211,7 +212,3 @@ def _unlike(one: Node, other: Node) -> Rejection | None:
     if all(equal_size(a, b) for a, b in pairs) and one.meta["val"].dtype == other.meta["val"].dtype:
         return None
     return Rejection("tokens-change", "the number of tokens, their width or their number type changes")
-
-
-def _paths(context: FitContext[BlockEnd]) -> set[str]:
-    return {site.path for site, _ in context.changes}

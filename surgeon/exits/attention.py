@@ -48,7 +48,7 @@ def find_attention(graph: GraphModule, start: Node, end: Node) -> list[Node] | R
 def mask_attention(graph: TracedGraph, nodes: Sequence[Node], total: Node, path: str) -> None:
     """Let no token attend to those that have halted. total: the node with the sum of the scores, before the nodes."""
     with graph.graph.inserting_after(total):
-        keys = emit(graph, live_keys, total, path=path)
+        keys: Node = emit(graph, live_keys, total, path=path)
     for node in nodes:
         with graph.graph.inserting_before(node):
 
@@ -91,51 +91,75 @@ def _with_mask(
 
 def _stay_apart(graph: GraphModule, start: Node, block: Sequence[Node], attention: Sequence[Node]) -> bool:
     """Whether tokens that have not halted do not depend on those that have, on random numbers."""
-    sizes = _Sizes(start)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        device = next((one.device for one in graph.parameters()), torch.device("cpu"))
-        dtype = start.meta["val"].dtype
-        shape = [sizes.of(size) for size in shape_of(start) or ()]
-        x = torch.randn(shape, device=device).to(dtype)
-        gone = torch.rand(shape[:2], device=device) < 0.5
-        gone[:, 0], gone[:, -1] = False, True
-        other = torch.where(gone.unsqueeze(-1), torch.randn(shape, device=device).to(dtype), x)
-        outside = {
-            source: sizes.value(graph, source)
-            for node in block
-            for source in node.all_input_nodes
-            if source not in block and source is not start
-        }
-        results = []
-        for value in (x, other):
-            torch.manual_seed(1)  # of dropout
-            results.append(_run(graph, block, {**outside, start: value}, set(attention), gone))
-        one, two = (result[~gone].float() for result in results)
+        probe = Probe(
+            graph, start, [source for node in block for source in node.all_input_nodes if source not in block]
+        )
+        keys = live_keys(probe.gone.float())
+
+        def mask_of(mask: Tensor | None) -> Any:
+            return keys if mask is None else mask_keys(mask, keys)
+
+        def run(x: Tensor) -> Tensor:
+            return probe.run(graph, block, {start: x}, dict.fromkeys(attention, mask_of))[~probe.gone].float()
+
+        other = torch.where(probe.gone.unsqueeze(-1), torch.randn_like(probe.x), probe.x)
+        return alike(run(probe.x), run(other))
+
+
+def alike(one: Tensor, two: Tensor) -> bool:
+    """Whether two results are the same up to rounding, and finite."""
     return bool(torch.isfinite(one).all()) and bool((one - two).abs().amax() <= _CLOSE * one.abs().amax())
 
 
-def _run(
-    graph: GraphModule, block: Sequence[Node], values: dict[Node, Any], attention: set[Node], gone: Tensor
-) -> Tensor:
-    """Run the nodes on values of all that they read, with the keys of the tokens that are gone masked."""
-    keys = live_keys(gone.float())
+class Probe:
+    """Random numbers to run a part of a graph on.
 
-    def change(mask: Tensor | None) -> Tensor:
-        return keys if mask is None else mask_keys(mask, keys)
+    x: [B, T, d], with small sizes where the graph leaves them open. gone: bool [B, T], about half of the tokens, never
+    the first one of a sample and always the last.
+    """
 
-    for node in block:
-        args, kwargs = map_arg(node.args, values.__getitem__), map_arg(node.kwargs, values.__getitem__)
-        if node in attention:
-            args, kwargs = _with_mask(node, args, kwargs, change)
-        if node.op == "call_module":
-            values[node] = graph.get_submodule(str(node.target))(*args, **kwargs)
-        else:
-            assert callable(node.target)
-            values[node] = node.target(*args, **kwargs)
-    result = values[block[-1]]
-    assert isinstance(result, Tensor)
-    return result
+    def __init__(self, graph: GraphModule, start: Node, outside: Sequence[Node]) -> None:
+        """Draw x for the value of `start`, and values for all that is read from outside."""
+        sizes = _Sizes(start)
+        device = next((one.device for one in graph.parameters()), torch.device("cpu"))
+        shape = [sizes.of(size) for size in shape_of(start) or ()]
+        self.x = torch.randn(shape, device=device).to(start.meta["val"].dtype)
+        self.gone = torch.rand(shape[:2], device=device) < 0.5
+        self.gone[:, 0], self.gone[:, -1] = False, True
+        self._outside = {node.name: sizes.value(graph, node) for node in dict.fromkeys(outside) if node is not start}
+
+    def run(
+        self,
+        graph: GraphModule,
+        nodes: Sequence[Node],
+        given: Mapping[Node, Tensor],
+        masks: Mapping[Node, Callable[[Any], Any]],
+    ) -> Tensor:
+        """Run nodes of the graph, or of a copy of it, and return the value of the last one.
+
+        given: values of some nodes. masks: what is to be done to the masks of attentions.
+        """
+        values: dict[Node, Any] = dict(given)
+        torch.manual_seed(1)  # of dropout
+        for node in nodes:
+            if node in values:
+                continue
+            for source in node.all_input_nodes:
+                if source not in values:
+                    values[source] = self._outside[source.name]
+            args, kwargs = map_arg(node.args, values.__getitem__), map_arg(node.kwargs, values.__getitem__)
+            if node in masks:
+                args, kwargs = _with_mask(node, args, kwargs, masks[node])
+            if node.op == "call_module":
+                values[node] = graph.get_submodule(str(node.target))(*args, **kwargs)
+            else:
+                assert callable(node.target)
+                values[node] = node.target(*args, **kwargs)
+        result = values[nodes[-1]]
+        assert isinstance(result, Tensor)
+        return result
 
 
 class _Sizes:

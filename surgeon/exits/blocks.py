@@ -73,6 +73,9 @@ def find_block_ends(
         return [], [answer]
     needed = set(walk_sources(answer))
     layers = [layer for layer in layers if layer.output in needed]
+    if last:  # a classifier's head may look like a feed-forward layer, but no tokens are left behind it
+        while layers and not any(_is_tokens(node, answer) for node in _behind(layers[-1], needed)):
+            layers.pop()
     if len(layers) < 2:
         what = "there is one" if layers else "there is none"
         return [], [
@@ -86,7 +89,7 @@ def find_block_ends(
     refused: list[Rejection] = []
     for layer, following in pairwise([*layers, None] if last else layers):
         assert layer is not None
-        after = [node for node in walk_users(layer.output, lambda _: True) if node in needed]
+        after = _behind(layer, needed)
         until = order[answer if following is None else following.output]
         candidates = sorted((node for node in after if order[node] < until and _is_tokens(node, answer)), key=order.get)  # type: ignore[arg-type]
         end = next((node for node in candidates if _carries_all(node, needed, learned)), None)
@@ -99,6 +102,11 @@ def find_block_ends(
             path = f"{path}@{1 + sum(other.path.partition('@')[0] == path for other in found)}"
         found.append(BlockEnd(path, end, answer, layer))
     return found, refused
+
+
+def _behind(layer: Layer, needed: set[Node]) -> list[Node]:
+    """What is computed from a layer's output, as far as the answer needs it."""
+    return [node for node in walk_users(layer.output, lambda _: True) if node in needed]
 
 
 def _answer(graph: GraphModule) -> Node | Rejection:

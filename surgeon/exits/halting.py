@@ -20,6 +20,9 @@ keep_halted = torch.ops.surgeon.keep_halted.default
 live_keys = torch.ops.surgeon.live_keys.default
 mask_keys = torch.ops.surgeon.mask_keys.default
 mean_field = torch.ops.surgeon.mean_field.default
+tokens_that_stay = torch.ops.surgeon.tokens_that_stay.default
+take_tokens = torch.ops.surgeon.take_tokens.default
+put_tokens = torch.ops.surgeon.put_tokens.default
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,16 +30,18 @@ class HaltSite:
     """A place behind a block where tokens halt, with what is computed up to the next one or the end of the last block.
 
     path: the module path of its tau, `blocks.halting.0`. nodes: the node that puts tokens that have halted back.
-    form: "masked" (blocks run for all tokens).
-    total: the node with the sum of the scores, [B, T]. tokens: what goes into the block, [B, T, d]. end: what the block
-    computes for all tokens. block: the nodes in between, in order.
+    form: "masked" (the block runs for all tokens) or "dynamic" (for those that have not halted).
+    total: the node with the sum of the scores, [B, T]. rows: in the dynamic form, the node with the tokens to compute.
+    tokens: what is behind the block before, [B, T, d]. end: what the block behind the place computes. block: the nodes
+    in between, in order.
     multiply_adds: of the block's linear layers, for one token.
     """
 
     path: str
-    form: Literal["masked"]
+    form: Literal["masked", "dynamic"]
     nodes: tuple[Node, ...]
     total: Node
+    rows: Node | None
     tokens: Node
     end: Node
     block: tuple[Node, ...]
@@ -72,7 +77,7 @@ class HaltSite:
     @property
     def skips(self) -> bool:
         """Whether the block is not computed for tokens that have halted."""
-        return False
+        return self.form == "dynamic"
 
     @property
     def shown_form(self) -> str:
@@ -105,7 +110,10 @@ def stands_for(end: Node) -> Node:
 
 
 def _site(graph: GraphModule, total: Node) -> HaltSite:
-    kept = next(user for user in total.users if is_call(user, keep_halted))
+    rows = next((user for user in total.users if is_call(user, tokens_that_stay)), None)
+    sums = total if rows is None else next(user for user in total.users if is_call(user, take_tokens))
+    kept = next(user for user in sums.users if is_call(user, keep_halted))
+    output = kept if rows is None else next(user for user in kept.users if is_call(user, put_tokens))
     end, tokens, tau = kept.args[0], total.args[0], total.args[3]
     assert isinstance(end, Node)
     assert isinstance(tokens, Node)
@@ -114,7 +122,8 @@ def _site(graph: GraphModule, total: Node) -> HaltSite:
     value = tensor_of(graph, tau)
     assert value is not None
     cost = sum(_weights(graph, block))
-    return HaltSite(str(tau.target).rpartition(".")[0], "masked", (kept,), total, tokens, end, block, cost, value)
+    path, form = str(tau.target).rpartition(".")[0], "masked" if rows is None else "dynamic"
+    return HaltSite(path, form, (output,), total, rows, tokens, end, block, cost, value)  # type: ignore[arg-type]
 
 
 def _weights(graph: GraphModule, block: tuple[Node, ...]) -> Iterator[int]:
@@ -123,6 +132,6 @@ def _weights(graph: GraphModule, block: tuple[Node, ...]) -> Iterator[int]:
         if node.op == "call_module":
             yield from (one.numel() for one in graph.get_submodule(str(node.target)).parameters() if one.dim() > 1)
         elif is_layer(graph, node):
-            sources = (s for one in node.all_input_nodes for s in walk_sources(one, lambda n: is_call(n, aten.t.default)))
-            tensors = (tensor_of(graph, source) for source in sources)
-            yield from (one.numel() for one in tensors if one is not None and one.dim() > 1)
+            for source in node.all_input_nodes:
+                tensors = (tensor_of(graph, one) for one in walk_sources(source, lambda n: is_call(n, aten.t.default)))
+                yield from (one.numel() for one in tensors if one is not None and one.dim() > 1)

@@ -1,8 +1,8 @@
 """Count the cost of a graph: parameters, multiply-adds, and the share of the experts that ran.
 
 At an early exit, what counts as an expert is all that follows up to the next one, and a sample takes a token's place.
-It is measured with the rest computed for all samples, whatever the form of the exit: then it is known what is skipped.
-Where tokens halt, the block behind it counts as one expert (`surgeon.measure.halting`).
+Where tokens halt, it is the block behind the place (`surgeon.measure.halting`). Both are measured with all samples and
+tokens computed, whatever their form: then it is known what is skipped.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.dynamic.site import DynamicSite, find_dynamic, no_dynamic
-from surgeon.exits.halting import HaltSite
+from surgeon.exits.halting import HaltSite, tokens_that_stay
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
-from surgeon.graph.traced import tensor_key
+from surgeon.graph.traced import is_call, tensor_key
 from surgeon.inputs.site import Skipping
 from surgeon.inputs.skipping import SkippingSite
 from surgeon.kernels.dynamic_k import selected
@@ -310,6 +310,7 @@ class _GraphRun(Interpreter):
         self._rows = {site.rows for site in self._exits.values() if site.rows is not None}
         halts = [site for site in meter.sites.values() if isinstance(site, HaltSite)]
         self._halts = {site.total: site for site in halts}
+        self._rows |= {site.rows for site in halts if site.rows is not None}
         self._block_of = {node: site for site in halts for node in site.block}
         self._attention = attention_products(graph, halts)
         self._live: dict[HaltSite, LiveTokens] = {}
@@ -353,9 +354,11 @@ class _GraphRun(Interpreter):
     def _run_node(self, n: Node) -> Any:
         """Run one node. If it is an expert layer, count the selected experts first."""
         site = self._site_of.get(n)
-        if site is None and n in self._rows:  # every sample
-            (logits, _), _ = self.fetch_args_kwargs_from_env(n)
-            return torch.arange(len(logits), device=logits.device)
+        if site is None and n in self._rows:  # every sample, or every token of each
+            (value, *_), _ = self.fetch_args_kwargs_from_env(n)
+            if is_call(n, tokens_that_stay):
+                return torch.arange(value.shape[1], device=value.device).expand(value.shape)
+            return torch.arange(len(value), device=value.device)
         if site is None or isinstance(site, HaltSite):
             result = super().run_node(n)
             if (reached := self._exits.get(n)) is not None:
