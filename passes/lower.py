@@ -40,7 +40,8 @@ class Lower(Pass[DynamicSite]):
     that skip inputs are lowered to `surgeon::sparse_linear`, which reads the rows of the inputs that are left. It gets
     its own copy of a weight that is stored the other way round. Gated layers that skip neurons are lowered to
     `surgeon::sparse_neurons`, which computes the others only. What follows an early exit is computed for the samples
-    that stay: the size of the batch depends on the data from there on.
+    that stay: the size of the batch depends on the data from there on. The block behind a place where tokens halt is
+    computed for the tokens that have not.
     """
 
     name: ClassVar[str] = "lower"

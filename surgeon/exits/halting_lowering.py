@@ -92,8 +92,8 @@ def lower_block(graph: TracedGraph, site: HaltSite, plan: BlockPlan) -> Node:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user in inside)
     for node, places in plan.shapes.items():
         shape = list(node.args[1])  # type: ignore[arg-type]
-        for place in places:
-            shape[place] = size
+        for position in places:
+            shape[position] = size
         node.update_arg(1, shape)
     infer_sizes(graph, (*(moved[one] for one in plan.sizes if moved[one] is not size), *site.block, site.output))
     with graph.graph.inserting_before(site.output.next):
