@@ -38,8 +38,8 @@ from surgeon.training.loop import FitReport, RunSettings
 class HaltPlan:
     """What a place has to know of the others.
 
-    target: where its tau goes. end: the end of the block behind it, up to where its tokens matter. attention: the nodes
-    in between at which keys are masked. last: the end of the last block.
+    target: where its tau, γ and β go. end: the end of the block behind it, up to where its tokens matter.
+    attention: the nodes in between at which keys are masked. last: the end of the last block.
     """
 
     target: str
@@ -126,25 +126,24 @@ class HaltTokens(FineTunedPass[BlockEnd, HaltPlan]):
         return plans
 
     def rewrite(self, graph: TracedGraph, site: BlockEnd, seen: HaltPlan) -> SiteChange:
-        path, stack = seen.target, seen.target.rpartition(".")[0]
+        path = seen.target
         earlier = find_halts(graph)
         device = next(graph.parameters()).device
         knob = nn.Module()
         knob.register_buffer("tau", torch.tensor(0.0, device=device))
+        knob.register_buffer("gate", torch.tensor([self.gamma, self.beta], device=device))
         graph.add_submodule(path, knob)
-        if not earlier:
-            graph.get_submodule(stack).register_buffer("gate", torch.tensor([self.gamma, self.beta], device=device))
         mark_holders(graph)
         tokens = stands_for(site.output)
         before = earlier[-1].total if earlier else None
         with graph.graph.inserting_before(tokens.next):
-            gate, tau = get_attr(graph, f"{stack}.gate"), get_attr(graph, f"{path}.tau")
+            gate, tau = get_attr(graph, f"{path}.gate"), get_attr(graph, f"{path}.tau")
             total = emit(graph, halting_total, tokens, before, gate, tau, path=path)
         mask_attention(graph, seen.attention, total, path)
         with graph.graph.inserting_before(seen.end.next):
             kept = emit(graph, keep_halted, seen.end, tokens, total, path=path)
         seen.end.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
-        self._weigh(graph, seen.last, tokens, total, stack)
+        self._weigh(graph, seen.last, tokens, total, path)
         layer, name = site.layer, site.output.name
         return SiteChange(
             site.path,
@@ -175,10 +174,11 @@ class HaltTokens(FineTunedPass[BlockEnd, HaltPlan]):
         sites = find_halts(graph)
         field = next(node for node in graph.graph.find_nodes(op="call_function", target=mean_field))
         last = cast("list[Node]", field.args[0])[-1]
-        stack = context.changes[0][1].made[0].rpartition(".")[0]
         blocks, changed = [end.path for end in _ends(context.before)[0]], {site.path for site, _ in context.changes}
         places = [number for number, path in enumerate(blocks, 1) if path in changed]
-        loss = HaltingLoss(graph.get_buffer(f"{stack}.gate"), places, len(blocks), self.ponder, self.prior, self.depth)
+        loss = HaltingLoss(
+            graph.get_buffer(f"{sites[-1].path}.gate"), places, len(blocks), self.ponder, self.prior, self.depth
+        )
 
         def penalise(batch: Batch, values: dict[str, Tensor], done: float) -> tuple[Tensor, dict[str, float]]:
             return loss(batch, [values[site.total.name] for site in sites], values[last.name], sites[-1].tau)

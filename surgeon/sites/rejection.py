@@ -53,8 +53,8 @@ CODES = {
     "skips-neurons": "Nothing is to be done: `refit` is for linear layers that skip inputs.",
     "no-gate": "Use sparsify-inputs: a layer without a gate skips the inputs of its second linear layer.",
     "skips-nothing": "Set tau first, with `surgeon tune` or the option `tau` of `sparsify-inputs`.",
-    "no-classes": "Only in a classifier of whole samples can samples leave or tokens halt: let it return its classes and "
-    "nothing else.",
+    "no-classes": "Only in a classifier of whole samples can samples leave or tokens halt: let it return its classes "
+    "and nothing else.",
     "answers-tokens": "Use experts (moeify): they skip work inside of every layer, so no layer lacks a token.",
     "no-blocks": "Early exits and token halting need at least two blocks with feed-forward layers.",
     "no-single-value": "Let later blocks read nothing of earlier ones but the output of the block before.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from surgeon.measure.multiply_adds import Counter
 from surgeon.passes import HaltTokens, Lower, Moeify
 from surgeon.sites.rejection import Rejection
 from surgeon.testing.models import StackLayer, feed_forward
-from tests.small_models import CLASSES, WIDTH, Function, classifier, stack, tokens, vectors
+from tests.small_models import CLASSES, WIDTH, Function, classifier, labelled, stack, tokens, vectors
 
-TAUS = (0.0, 0.3, 0.45, 0.6, 1.0)
-SPREAD = HaltTokens(gamma=10.0, beta=-1.0)
+TAUS = (0.0, 0.4, 0.5, 0.6, 1.0)
+SPREAD = HaltTokens(gamma=2.0, beta=-1.0)
 
 
 @functools.cache
@@ -47,7 +48,7 @@ def test_tokens_that_have_halted_change_no_others_and_are_not_changed() -> None:
     graph = halting()
     sites = find_halts(graph)
     assert [site.path for site in sites] == ["blocks.halting.0", "blocks.halting.1"]
-    set_tau(graph, 0.45)
+    set_tau(graph, 0.6)
     names = [name for site in sites for name in (site.total.name, site.output.name)]
     x = tokens(6, padded=False)
     _, values = Capture(graph, [*names, sites[0].tokens.name])(**x)
@@ -94,7 +95,7 @@ def test_both_forms_answer_alike_and_the_count_is_what_runs() -> None:
 
 def test_costs_of_a_block_fall_with_its_tokens_and_its_attention_with_their_square() -> None:
     graph = halting()
-    set_tau(graph, 0.45)
+    set_tau(graph, 0.6)
     x = tokens(4, 8, padded=False)
     cost, layers = measure(graph, (), x)
     site = find_halts(graph)[0]
@@ -112,7 +113,7 @@ def test_experts_in_a_block_run_for_its_tokens() -> None:
     graph = halting()
     dense = measure(graph, (), tokens(4, 8, padded=False))[0]
     Moeify(experts=4).apply(graph)
-    set_tau(graph, {"*.halting.*": 0.45, "*": 0.0})
+    set_tau(graph, {"*.halting.*": 0.6, "*": 0.0})
     _, layers = measure(graph, (), tokens(4, 8, padded=False))
     for number in (0, 1):
         assert layers[f"blocks.{number + 1}.ffn.moe"].share == pytest.approx(
@@ -127,9 +128,9 @@ def test_experts_in_a_block_run_for_its_tokens() -> None:
 
 @pytest.mark.parametrize("lowered", [False, True])
 def test_saved_and_loaded(lowered: bool, tmp_path: Path) -> None:
-    passes = [SPREAD, *([Lower()] if lowered else [])]
-    surgery = surgeon.Pipeline(passes).run(traced(), inputs=tokens())
-    set_tau(surgery.graph, 0.45)
+    passes = [replace(SPREAD, steps=1), *([Lower()] if lowered else [])]
+    surgery = surgeon.Pipeline(passes).run(traced(), inputs=tokens(), data=labelled(1))
+    set_tau(surgery.graph, 0.6)
     surgery.save(tmp_path / "saved")
     graph = surgeon.load(tmp_path / "saved")
     assert [site.form for site in find_halts(graph)] == ["dynamic" if lowered else "masked"] * 2
@@ -141,7 +142,7 @@ def test_saved_and_loaded(lowered: bool, tmp_path: Path) -> None:
             assert torch.allclose(graph(**x), surgery.graph(**x), atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["bert", "vit", "distilbert", "albert"])
+@pytest.mark.parametrize("family", ["bert", "vit", "albert"])
 def test_models_of_hugging_face(traces: Any, family: str) -> None:
     graph = fork(traces(family))
     assert [site.path for site in SPREAD.explain(graph)[0]]
