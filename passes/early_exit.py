@@ -12,6 +12,7 @@ from surgeon.data.data import Data
 from surgeon.dynamic.knobs import set_tau
 from surgeon.errors import UsageError
 from surgeon.exits.blocks import BlockEnd, find_block_ends
+from surgeon.exits.halting import find_halts
 from surgeon.exits.heads import (
     LOGITS,
     HeadPlan,
@@ -83,6 +84,8 @@ class EarlyExit(TrainedPass[BlockEnd, str]):
         return ends[self.every - 1 :: self.every], refused
 
     def match(self, graph: GraphModule, site: BlockEnd) -> Rejection | None:
+        if find_halts(graph):
+            return Rejection("early-exit", "its tokens halt, which a graph does in place of early exits")
         return Rejection("already-done", "the model has early exits") if find_exits(graph) else None
 
     def observe(

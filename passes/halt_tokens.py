@@ -87,9 +87,9 @@ class HaltTokens(FineTunedPass[BlockEnd, HaltPlan]):
 
     def find(self, graph: GraphModule) -> tuple[Sequence[BlockEnd], list[Rejection]]:
         ends, refused = _ends(graph)
+        if find_halts(graph):  # `match` says so
+            return ends, []
         sites: list[BlockEnd] = []
-        if find_halts(graph):
-            return ends[:-1], refused
         later: Rejection | None = None
         for site, following in reversed(list(itertools.pairwise(ends))):
             why = later or _unlike(site.output, following.output)
@@ -108,7 +108,7 @@ class HaltTokens(FineTunedPass[BlockEnd, HaltPlan]):
         if find_halts(graph):
             return Rejection("already-done", "its tokens halt")
         if find_exits(graph):
-            return Rejection("early-exit", "samples leave the model, and heads read what all tokens have become")
+            return Rejection("early-exit", "samples leave the model, which a graph does in place of token halting")
         return None
 
     def observe(
