@@ -15,6 +15,7 @@ _EXPORTS = {
     "EarlyExit": "early_exit",
     "FineTunedPass": "trained",
     "FitContext": "contract",
+    "HaltTokens": "halt_tokens",
     "Lower": "lower",
     "Mlpify": "mlpify",
     "Moeify": "moeify",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from surgeon.passes.contract import SiteRefused as SiteRefused
     from surgeon.passes.densify import Densify as Densify
     from surgeon.passes.early_exit import EarlyExit as EarlyExit
+    from surgeon.passes.halt_tokens import HaltTokens as HaltTokens
     from surgeon.passes.lower import Lower as Lower
     from surgeon.passes.mlpify import Mlpify as Mlpify
     from surgeon.passes.moeify import Moeify as Moeify

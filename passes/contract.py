@@ -16,6 +16,7 @@ from typing_extensions import TypeVar
 from surgeon.data.data import Data
 from surgeon.dynamic.site import find_dynamic
 from surgeon.exits.blocks import BlockEnd
+from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import ExitSite
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.skipping import SkippingSite
@@ -28,13 +29,13 @@ from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_all_linears, find_ffns, find_linear_sites
 from surgeon.training.loop import FitReport, RunSettings
 
-AnySite: TypeAlias = FFN | LinearSite | MoESite | SkippingSite | ExitSite | BlockEnd
+AnySite: TypeAlias = FFN | LinearSite | MoESite | SkippingSite | ExitSite | HaltSite | BlockEnd
 Site = TypeVar("Site", bound=AnySite)
 Seen = TypeVar("Seen", default=Any)
 """What a pass has to know about a site beyond the site itself. Most passes need nothing more and get None."""
 SiteKind = Literal["ffn", "linear", "any-linear", "moe", "dynamic", "block"]
 """What a pass works on. "linear": linear layers outside feed-forward layers and heads. "any-linear": all of them.
-"dynamic": what skips work by tau: experts, layers that skip inputs or neurons, and early exits.
+"dynamic": what skips work by tau: experts, layers that skip inputs or neurons, early exits, and token halting.
 "block": places behind the blocks of a classifier, which the pass finds itself."""
 
 

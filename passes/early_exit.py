@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from surgeon.data.data import Data
 from surgeon.dynamic.knobs import set_tau
 from surgeon.errors import UsageError
-from surgeon.exits.blocks import BlockEnd, Layer, find_block_ends
+from surgeon.exits.blocks import BlockEnd, find_block_ends
+from surgeon.exits.halting import find_halts
 from surgeon.exits.heads import (
     LOGITS,
     HeadPlan,
@@ -27,13 +28,12 @@ from surgeon.exits.site import exit_or, find_exits
 from surgeon.graph.edit import emit, get_attr, set_path
 from surgeon.graph.holder import mark_holders
 from surgeon.graph.traced import TracedGraph, free_target
-from surgeon.moe.site import find_moes
+from surgeon.passes.blocks import block_layers, stack_of
 from surgeon.passes.contract import FitContext, SiteKind
 from surgeon.passes.options import option
 from surgeon.passes.report import SiteChange
 from surgeon.passes.trained import TrainedPass
 from surgeon.sites.rejection import Rejection
-from surgeon.sites.search import find_ffns
 from surgeon.training.exits import train_heads
 from surgeon.training.loop import FitReport, RunSettings
 
@@ -80,19 +80,12 @@ class EarlyExit(TrainedPass[BlockEnd, str]):
     lr: float = option(1e-3, "Learning rate of AdamW for the heads.", above=0)
 
     def find(self, graph: GraphModule) -> tuple[Sequence[BlockEnd], list[Rejection]]:
-        order = {node: place for place, node in enumerate(graph.graph.nodes)}
-        layers = [
-            Layer(site.path, call.output, site.parameters(graph), site.multiply_adds)
-            for site in find_ffns(graph)[0]
-            for call in site.calls
-        ]
-        for moe in find_moes(graph):
-            count = sum(parameter.numel() for parameter in graph.get_submodule(moe.path).parameters())
-            layers += [Layer(moe.path, node, count, moe.multiply_adds) for node in moe.nodes]
-        ends, refused = find_block_ends(graph, sorted(layers, key=lambda layer: order[layer.output]))
+        ends, refused = find_block_ends(graph, block_layers(graph))
         return ends[self.every - 1 :: self.every], refused
 
     def match(self, graph: GraphModule, site: BlockEnd) -> Rejection | None:
+        if find_halts(graph):
+            return Rejection("early-exit", "its tokens halt, which a graph does in place of early exits")
         return Rejection("already-done", "the model has early exits") if find_exits(graph) else None
 
     def observe(
@@ -102,7 +95,7 @@ class EarlyExit(TrainedPass[BlockEnd, str]):
             raise UsageError("early-exit: tau needs heads that were trained, but there is no data. Give data.")
         if not sites:
             return {}
-        return dict.fromkeys((site.path for site in sites), free_target(graph, _stack_of(sites[0].path), "exits"))
+        return dict.fromkeys((site.path for site in sites), free_target(graph, stack_of(sites[0].path), "exits"))
 
     def rewrite(self, graph: TracedGraph, site: BlockEnd, seen: str) -> SiteChange:
         earlier = nodes_at(graph, LOGITS)
@@ -156,10 +149,3 @@ class EarlyExit(TrainedPass[BlockEnd, str]):
     @property
     def _form(self) -> HeadPlan:
         return HeadPlan(self.cascade, self.ensemble, self.width)
-
-
-def _stack_of(path: str) -> str:
-    """The module that holds the blocks: `encoder.layer` of `encoder.layer.0.output`."""
-    parts = path.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    return ".".join(parts[:number])

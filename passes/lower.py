@@ -10,6 +10,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from surgeon.dynamic.site import DynamicSite
+from surgeon.errors import first_line
+from surgeon.exits.halting import HaltSite, find_halts
+from surgeon.exits.halting_lowering import BlockPlan, lower_block, plan_block, same_block
 from surgeon.exits.heads import multiply_adds
 from surgeon.exits.lowering import Plan, plan_skipping, skip_rest
 from surgeon.exits.site import ExitSite, find_exits
@@ -37,7 +40,8 @@ class Lower(Pass[DynamicSite]):
     that skip inputs are lowered to `surgeon::sparse_linear`, which reads the rows of the inputs that are left. It gets
     its own copy of a weight that is stored the other way round. Gated layers that skip neurons are lowered to
     `surgeon::sparse_neurons`, which computes the others only. What follows an early exit is computed for the samples
-    that stay: the size of the batch depends on the data from there on.
+    that stay: the size of the batch depends on the data from there on. The block behind a place where tokens halt is
+    computed for the tokens that have not.
     """
 
     name: ClassVar[str] = "lower"
@@ -47,7 +51,10 @@ class Lower(Pass[DynamicSite]):
     def match(self, graph: GraphModule, site: DynamicSite) -> Rejection | None:
         if site.skips:
             return Rejection("already-done", "it is already lowered")
-        plan = plan_skipping(graph, site) if isinstance(site, ExitSite) else None
+        if isinstance(site, HaltSite):
+            plan: object = plan_block(site)
+        else:
+            plan = plan_skipping(graph, site) if isinstance(site, ExitSite) else None
         return plan if isinstance(plan, Rejection) else None
 
     def rewrite(self, graph: TracedGraph, site: DynamicSite, seen: None) -> SiteChange:
@@ -57,6 +64,8 @@ class Lower(Pass[DynamicSite]):
             return self._lower_neurons(site)
         if isinstance(site, ExitSite):
             return self._lower_exit(graph, site)
+        if isinstance(site, HaltSite):
+            return self._lower_halting(graph, site)
         names = [self._lower(graph, site, node) for node in site.nodes]
         if site.form == "module":
             # From here on only its parameters matter; the module itself belongs to other copies of the graph too.
@@ -147,6 +156,35 @@ class Lower(Pass[DynamicSite]):
         except GuardOnDataDependentSymNode as error:
             reason = "an op that follows needs the size of the batch as a number, which depends on the data here"
             raise SiteRefused("needs-batch-size", reason) from error
+
+    def _lower_halting(self, graph: TracedGraph, site: HaltSite) -> SiteChange:
+        def lowered(work: TracedGraph) -> Node:
+            found = next(one for one in find_halts(work) if one.path == site.path)
+            plan = plan_block(found)
+            assert isinstance(plan, BlockPlan)
+            return lower_block(work, found, plan)
+
+        why = "an op of the block needs the number of tokens as a number, which depends on the data here"
+        with quiet():
+            try:
+                trial = fork(graph)
+                lowered(trial)
+                right = same_block(graph, trial, site.path)
+            except Exception as error:  # whatever the ops of the block raise at sizes that are not known
+                raise SiteRefused("needs-length", f"{why}: {first_line(error)}") from error
+            if not right:
+                raise SiteRefused("needs-length", why)
+            tokens = lowered(graph)
+        cost = (site.multiply_adds, site.multiply_adds)
+        return SiteChange(
+            site.path,
+            "the block runs for all tokens",
+            "tokens_that_stay",
+            (0, 0),
+            cost,
+            (site.output.name, tokens.name),
+            made=(site.path,),
+        )
 
     def _lower(self, graph: TracedGraph, site: MoESite, node: Node) -> str:
         if site.form == "masked":

@@ -14,6 +14,7 @@ from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens
 from surgeon.dynamic.site import DynamicSite, find_dynamic
+from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import ExitSite
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph
@@ -64,8 +65,8 @@ class Recover(FineTunedPass[DynamicSite, str]):
         return not fitted
 
     def match(self, graph: GraphModule, site: DynamicSite) -> Rejection | None:
-        if isinstance(site, ExitSite):
-            return Rejection("early-exit", "samples leave there, and recover trains what every sample runs")
+        if isinstance(site, ExitSite | HaltSite):
+            return Rejection("early-exit", f"{site.leaving} there, and recover trains what all of them run")
         if site.form == ("masked" if isinstance(site, Skipping) else "module"):
             return None
         return Rejection("in-op-form", "it is already in the graph as ops: run recover before lower")

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
 from surgeon.dynamic.site import DynamicSite
+from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import ExitSite
 from surgeon.graph.edit import emit, erase_unread, get_attr
 from surgeon.graph.holder import mark_holders, parameters_only
@@ -74,8 +75,9 @@ class Refit(Pass[DynamicSite, Tensor]):
     )
 
     def match(self, graph: GraphModule, site: DynamicSite) -> Rejection | None:
-        if isinstance(site, ExitSite):
-            return Rejection("early-exit", "only linear layers that skip inputs are refitted, and samples leave there")
+        if isinstance(site, ExitSite | HaltSite):
+            reason = f"only linear layers that skip inputs are refitted, and {site.leaving} there"
+            return Rejection("early-exit", reason)
         if isinstance(site, SparseNeuronsSite):
             return Rejection("skips-neurons", "only linear layers that skip inputs are refitted")
         if not isinstance(site, SparseLinearSite):

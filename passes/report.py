@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from surgeon.graph.snapshot import GraphDiff, NodeRecord
 from surgeon.graph.traced import TracedGraph
 from surgeon.json_values import NOT_IN_JSON
-from surgeon.measure.meter import Cost
+from surgeon.measure.cost import Cost
 from surgeon.sites.ffn import FFN
 from surgeon.sites.rejection import Rejection
 from surgeon.training.loop import FitReport
@@ -93,8 +93,9 @@ def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
         reports: of all passes, in order.
     """
     reports = list(reports)
-    # The heads of early exits replace nothing.
-    added = {path for report in reports if report.name == "early-exit" for site in report.sites for path in site.made}
+    # What lets samples leave and tokens halt replaces nothing.
+    leaving = ("early-exit", "halt-tokens")
+    added = {path for report in reports if report.name in leaving for site in report.sites for path in site.made}
     found: dict[str, float] = {}
     # For each module that a pass made: the multiply-adds before all passes, divided by its own.
     ratios: dict[str, float] = {}

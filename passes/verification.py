@@ -19,7 +19,8 @@ from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.capture import Capture
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.skipping import find_skipping
-from surgeon.measure.meter import Cost, LayerRun, measure
+from surgeon.measure.cost import Cost, LayerRun
+from surgeon.measure.meter import measure
 from surgeon.passes.report import SiteChange
 from surgeon.sites.ffn import FFN
 from surgeon.sites.linear_site import LinearSite

@@ -35,7 +35,7 @@ def inspect(
 
     Example: surgeon inspect path/to/bert
 
-    JSON: {model, kind, inputs, task, cost, ffns, experts, skipping, exits, linears, refused, notes, graph}
+    JSON: {model, kind, inputs, task, cost, ffns, experts, skipping, exits, halting, linears, refused, notes, graph}
     """
     from surgeon.jobs.inspect import inspect as look
     from surgeon.jobs.open_model import open_model

@@ -60,17 +60,23 @@ class BlockEnd(Described):
         return f"block of width {self.width}"
 
 
-def find_block_ends(graph: GraphModule, layers: Sequence[Layer]) -> tuple[list[BlockEnd], list[Rejection]]:
+def find_block_ends(
+    graph: GraphModule, layers: Sequence[Layer], *, last: bool = False
+) -> tuple[list[BlockEnd], list[Rejection]]:
     """Return the places where samples can leave, in order, and what was refused.
 
     Args:
         layers: every execution of the feed-forward layers, in topological order.
+        last: whether to return the end of the last block too, behind which the model itself answers.
     """
     answer = _answer(graph)
     if isinstance(answer, Rejection):
         return [], [answer]
     needed = set(walk_sources(answer))
     layers = [layer for layer in layers if layer.output in needed]
+    if last:  # a classifier's head may look like a feed-forward layer, but no tokens are left behind it
+        while layers and not any(_is_tokens(node, answer) for node in _behind(layers[-1], needed)):
+            layers.pop()
     if len(layers) < 2:
         what = "there is one" if layers else "there is none"
         return [], [
@@ -82,10 +88,10 @@ def find_block_ends(graph: GraphModule, layers: Sequence[Layer]) -> tuple[list[B
     learned = _learned(graph)
     found: list[BlockEnd] = []
     refused: list[Rejection] = []
-    # Behind the last block the model itself answers.
-    for layer, following in pairwise(layers):
-        after = [node for node in walk_users(layer.output, lambda _: True) if node in needed]
-        until = order[following.output]
+    for layer, following in pairwise([*layers, None] if last else layers):
+        assert layer is not None
+        after = _behind(layer, needed)
+        until = order[answer if following is None else following.output]
         candidates = sorted((node for node in after if order[node] < until and _is_tokens(node, answer)), key=order.get)  # type: ignore[arg-type]
         end = next((node for node in candidates if _carries_all(node, needed, learned)), None)
         if end is None:
@@ -97,6 +103,11 @@ def find_block_ends(graph: GraphModule, layers: Sequence[Layer]) -> tuple[list[B
             path = f"{path}@{1 + sum(other.path.partition('@')[0] == path for other in found)}"
         found.append(BlockEnd(path, end, answer, layer))
     return found, refused
+
+
+def _behind(layer: Layer, needed: set[Node]) -> list[Node]:
+    """What is computed from a layer's output, as far as the answer needs it."""
+    return [node for node in walk_users(layer.output, lambda _: True) if node in needed]
 
 
 def _answer(graph: GraphModule) -> Node | Rejection:
@@ -136,14 +147,15 @@ def _learned(graph: GraphModule) -> set[Node]:
     """Everything that is computed from a linear layer."""
     found: set[Node] = set()
     for node in graph.graph.nodes:
-        if node in found or node.op == "get_attr" or not _is_layer(graph, node):
+        if node in found or node.op == "get_attr" or not is_layer(graph, node):
             continue
         found.add(node)
         found.update(walk_users(node, lambda _: True))
     return found
 
 
-def _is_layer(graph: GraphModule, node: Node) -> bool:
+def is_layer(graph: GraphModule, node: Node) -> bool:
+    """Whether the node applies a linear layer, or something of this package that holds some."""
     if node.op == "call_module" or str(node.target).startswith("surgeon."):
         return True
     if not is_call(node, *MATMULS):

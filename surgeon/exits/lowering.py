@@ -128,7 +128,7 @@ def skip_rest(graph: TracedGraph, site: ExitSite, plan: Plan) -> Node:
         else:
             shape[dimension] = known
         node.update_arg(1, shape)
-    _infer_sizes(graph, (*(moved[node] for node in plan.numbers), *plan.region))
+    infer_sizes(graph, (*(moved[node] for node in plan.numbers), *plan.region))
     with graph.graph.inserting_before(site.output):
         logits = site.logits
         if logits.meta["val"].dtype != site.rest.meta["val"].dtype:
@@ -210,7 +210,7 @@ def _open(node: Node, batches: Sequence[torch.SymInt]) -> tuple[Node, int, int |
     return node, dimension, None if known is None else (source, known)
 
 
-def _infer_sizes(graph: TracedGraph, nodes: tuple[Node, ...]) -> None:
+def infer_sizes(graph: TracedGraph, nodes: tuple[Node, ...]) -> None:
     """Record the shapes of nodes anew, and of those that read them."""
     mode = detect_fake_mode([node.meta.get("val") for node in graph.graph.nodes])
     assert mode is not None, "a traced graph records fake values"

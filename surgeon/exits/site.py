@@ -41,6 +41,7 @@ class ExitSite(Described):
     # rest of the model costs.
     router_parameters = gate_multiply_adds = 0
     counts_skipped = True
+    leaving = "samples leave"
     expert_multiply_adds = 0
     multiply_adds = 0
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from surgeon.dynamic.knobs import get_knobs, set_knobs, set_tau
 from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError, VerificationError, first_line, some
+from surgeon.exits.halting import find_halts
 from surgeon.exits.site import find_exits
 from surgeon.grafting.check import Call, calls_of, difference, outputs
 from surgeon.grafting.parts import (
@@ -103,11 +104,12 @@ def graft(
     args, kwargs = as_args_kwargs(inputs)
     if isinstance(model, TracedGraph):
         raise UsageError("The model is a graph already. Give the model it was traced from.")
-    if find_exits(graph):
-        raise UsageError(
-            "The graph has early exits, for which a model of another class has no place. Use the graph itself "
-            "(surgeon.load), or graft a surgery without early-exit."
-        )
+    for what, name in (("early exits", "early-exit"), ("token halting", "halt-tokens")):
+        if find_exits(graph) if name == "early-exit" else find_halts(graph):
+            raise UsageError(
+                f"The graph has {what}, for which a model of another class has no place. Use the graph itself "
+                f"(surgeon.load), or graft a surgery without {name}."
+            )
     calls = calls_of(graph, args, kwargs)
     sketched = sketch(model, inputs)
     converted = _converted(sketched, reports)

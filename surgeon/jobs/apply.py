@@ -31,7 +31,8 @@ from surgeon.jobs.search import Searcher
 from surgeon.jobs.search_settings import stages, with_options
 from surgeon.jobs.store import check_target
 from surgeon.jobs.workdir import WorkDirectory
-from surgeon.measure.meter import Cost, measure
+from surgeon.measure.cost import Cost
+from surgeon.measure.meter import measure
 from surgeon.models.hugging_face import quiet_transformers
 from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff, PassReport

@@ -11,7 +11,8 @@ from surgeon.graph.snapshot import GraphDiff, compare_unrelated, snapshot
 from surgeon.inputs.skipping import find_skipping
 from surgeon.jobs.inspect import outside_experts
 from surgeon.jobs.open_model import Opened
-from surgeon.measure.meter import Cost, measure
+from surgeon.measure.cost import Cost
+from surgeon.measure.meter import measure
 from surgeon.moe.int8 import parameter_sizes
 from surgeon.moe.site import find_moes
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from surgeon.dynamic.site import DynamicSite
+from surgeon.exits.halting import find_halts
 from surgeon.exits.site import find_exits
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import as_args_kwargs, named_arguments
@@ -17,7 +18,8 @@ from surgeon.graph.snapshot import NodeRecord, snapshot
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.skipping import find_skipping
 from surgeon.jobs.open_model import Opened
-from surgeon.measure.meter import Cost, measure
+from surgeon.measure.cost import Cost
+from surgeon.measure.meter import measure
 from surgeon.moe.site import find_moes
 from surgeon.sites.ffn import FFN
 from surgeon.sites.linear_site import LinearSite
@@ -57,8 +59,8 @@ class DynamicLayer(Layer):
     """A layer that skips by tau. form: as its site shows it. executed: share that ran.
 
     Its shape is (experts, neurons each), (d_in, d_out) of a linear layer that skips inputs,
-    (d_in, neurons, d_out) of a layer that skips neurons, or (classes,) of an early
-    exit, whose share is that of what follows up to the next one.
+    (d_in, neurons, d_out) of a layer that skips neurons, (classes,) of an early exit, whose share is that of what
+    follows up to the next one, or (d,) of a place where tokens halt, whose share is that of the block behind it.
     """
 
     form: str
@@ -83,7 +85,7 @@ class Takes:
 class Inspection:
     """What `surgeon inspect` found. refused: (path, reason) of candidates that are not feed-forward layers.
 
-    skipping: the layers that skip inputs or neurons. exits: the places where samples leave.
+    skipping: the layers that skip inputs or neurons. exits: the places where samples leave. halting: where tokens halt.
     takes: the inputs with their shapes and what stands for one that is left out, such as "mask[batch, tokens] or
     ones(int64)", and the range of each size in these.
     graph: the nodes of the graph, if asked for.
@@ -99,6 +101,7 @@ class Inspection:
     experts: list[DynamicLayer]
     skipping: list[DynamicLayer]
     exits: list[DynamicLayer]
+    halting: list[DynamicLayer]
     linears: list[Layer]
     refused: list[tuple[str, str]]
     notes: tuple[str, ...]
@@ -144,6 +147,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
         [dynamic(site, (site.experts, site.size)) for site in find_moes(graph)],
         [dynamic(site, site.widths) for site in find_skipping(graph)],
         [dynamic(site, (site.classes,)) for site in find_exits(graph)],
+        [dynamic(site, (site.width,)) for site in find_halts(graph)],
         [
             Layer(linear.path, (linear.d_in, linear.d_out), sum(work[part] for part in linear.calls) / whole)
             for linear in linears

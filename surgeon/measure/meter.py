@@ -1,7 +1,8 @@
 """Count the cost of a graph: parameters, multiply-adds, and the share of the experts that ran.
 
 At an early exit, what counts as an expert is all that follows up to the next one, and a sample takes a token's place.
-It is measured with the rest computed for all samples, whatever the form of the exit: then it is known what is skipped.
+Where tokens halt, it is the block behind the place (`surgeon.measure.halting`). Both are measured with all samples and
+tokens computed, whatever their form: then it is known what is skipped.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,48 +23,24 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from surgeon.dynamic.site import DynamicSite, find_dynamic, no_dynamic
+from surgeon.exits.halting import HaltSite, tokens_that_stay
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_output
-from surgeon.graph.traced import tensor_key
+from surgeon.graph.traced import is_call, tensor_key
 from surgeon.inputs.site import Skipping
 from surgeon.inputs.skipping import SkippingSite
 from surgeon.kernels.dynamic_k import selected
 from surgeon.kernels.early_exit import exit_or, leaves
 from surgeon.kernels.int8 import route
 from surgeon.kernels.int8_arguments import Int8Call
+from surgeon.measure.cost import Cost, LayerRun
+from surgeon.measure.halting import LiveTokens, attention_products
 from surgeon.measure.multiply_adds import Counter
 from surgeon.moe.int8 import parameter_sizes
 from surgeon.moe.module import MoE
 from surgeon.moe.ops import masked_ffn, selection_threshold
 from surgeon.moe.router import expert_norms
 from surgeon.moe.site import MoESite, find_moes
-
-
-@dataclass
-class LayerRun:
-    """What one expert layer ran.
-
-    pairs, ran: the number of expert-token pairs, and how many of them ran. multiply_adds, executed_multiply_adds:
-    those of all pairs, and of the pairs that ran; filling neurons do not count. tokens: the number of tokens.
-    computed: multiply-adds of the experts that a counter saw, filling, padding and samples that had left included.
-    per_token: multiply-adds of the router, or of a gate, per token. gate: those of the gate alone, which the dense
-    layer has too. seconds: time spent in the experts.
-    """
-
-    pairs: int = 0
-    ran: int = 0
-    multiply_adds: int = 0
-    executed_multiply_adds: int = 0
-    computed: int = 0
-    tokens: int = 0
-    per_token: int = 0
-    gate: int = 0
-    seconds: float = 0.0
-
-    @property
-    def share(self) -> float:
-        """Share of the experts' multiply-adds that ran. If experts are equally large, it is the share of the pairs."""
-        return self.executed_multiply_adds / self.multiply_adds if self.multiply_adds else 1.0
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -159,6 +135,7 @@ class ExpertMeter:
     token_mask: a function from the leading dimensions of a layer's tokens to a mask that is True for tokens that count.
         None counts all tokens.
     stay: bool [B], the samples of the present call that have left at no early exit so far. None before the first exit.
+    live: the tokens of the present call that have not halted, while one of the blocks runs that they can halt before.
     on_selection: called with each layer and its selected experts, bool [..., E].
     on_tokens: called with each layer, the inputs [N, d_in] of tokens that count and their selected experts, [N, E].
     on_scores: called with each layer with a router, the same, and the scores, [N, E].
@@ -177,6 +154,7 @@ class ExpertMeter:
         }
         self.token_mask: Callable[[Sequence[int]], Tensor | None] | None = None
         self.stay: Tensor | None = None
+        self.live: LiveTokens | None = None
         self.on_selection: Callable[[DynamicSite, Tensor], None] | None = None
         self.on_tokens: Callable[[DynamicSite, Tensor, Tensor], None] | None = None
         self.on_scores: Callable[[MoESite, Tensor, Tensor, Tensor], None] | None = None
@@ -184,7 +162,7 @@ class ExpertMeter:
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the model with its own arguments and return its output."""
-        self.stay = None
+        self.stay = self.live = None
         if self._run is not None:
             graph = self._run.module
             assert isinstance(graph, GraphModule)
@@ -206,7 +184,7 @@ class ExpertMeter:
                 del module.forward
 
     def _forward(self, site: DynamicSite, module: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        assert not isinstance(site, ExitSite), "only graphs have early exits"
+        assert not isinstance(site, ExitSite | HaltSite), "only graphs have early exits"
         if isinstance(site, Skipping):
             return self.skipping(site, x, lambda: forward(x))
         return self.layer(site, x, lambda: module.route(x), lambda: forward(x), lambda: module.output_bias)
@@ -260,12 +238,40 @@ class ExpertMeter:
         layer.multiply_adds += multiply_adds
         layer.executed_multiply_adds += multiply_adds * int(self.stay.sum()) // max(1, len(self.stay))
 
+    def halt(self, site: HaltSite, x: Tensor, total: Tensor) -> LiveTokens:
+        """Count the tokens that have not halted. x: [B, T, d]. total: the sum of their scores, [B, T]."""
+        with _disable_current_modes(), torch.no_grad():
+            found = LiveTokens(total, None if self.token_mask is None else self.token_mask(total.shape))
+            layer, ran = self.layers[site.path], found.live.unsqueeze(-1)
+            if self.on_selection is not None:
+                self.on_selection(site, ran)
+            if self.on_tokens is not None:
+                self.on_tokens(site, x[found.real], ran[found.real])
+            tokens = int(found.real.sum())
+            layer.tokens += tokens
+            layer.pairs += tokens
+            layer.ran += int(ran.sum())
+            return found
+
+    def compute(self, site: HaltSite, found: LiveTokens, multiply_adds: int, *, squared: bool) -> None:
+        """Count a part of the block behind a place where tokens halt.
+
+        multiply_adds: of all tokens of the present call. squared: whether they are those of an attention.
+        """
+        layer = self.layers[site.path]
+        real, live = found.shares(squared=squared)
+        layer.computed += multiply_adds
+        layer.multiply_adds += round(real * multiply_adds)
+        layer.executed_multiply_adds += round(live * multiply_adds)
+
     def _count(self, site: MoESite | SkippingSite, x: Tensor, ran: Tensor, scores: Tensor | None = None) -> None:
         if not (self.oracle and isinstance(site, MoESite)):  # what stands in for the layer then is not counted
             pairs = ran.numel() if site.counts_skipped else int(ran.sum())
             self.layers[site.path].computed += pairs * site.expert_multiply_adds
         if self.stay is not None:
             ran = ran & _of_tokens(self.stay, ran)
+        if self.live is not None:
+            ran = ran & self.live.live.reshape(*ran.shape[:-1], 1)
         if self.on_selection is not None:
             self.on_selection(site, ran)
         mask = None if self.token_mask is None else self.token_mask(ran.shape[:-1])
@@ -312,14 +318,20 @@ class _GraphRun(Interpreter):
         self._site_of: dict[Node, DynamicSite] = {node: site for site in meter.sites.values() for node in site.nodes}
         self._exits = {site.logits: site for site in meter.sites.values() if isinstance(site, ExitSite)}
         self._rows = {site.rows for site in self._exits.values() if site.rows is not None}
+        halts = [site for site in meter.sites.values() if isinstance(site, HaltSite)]
+        self._halts = {site.total: site for site in halts}
+        self._rows |= {site.rows for site in halts if site.rows is not None}
+        self._block_of = {node: site for site in halts for node in site.block}
+        self._attention = attention_products(graph, halts)
+        self._live: dict[HaltSite, LiveTokens] = {}
         # The last exit that samples came to, the multiply-adds up to there, and those that layers count themselves.
         self._last: ExitSite | None = None
         self._before = self._apart = 0
         self._counter: Counter | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph. With early exits, count the multiply-adds of what follows each of them."""
-        if not self._exits:
+        """Run the graph. With early exits or token halting, count the multiply-adds of what can be left out."""
+        if not self._exits and not self._halts:
             return super().run(*args, **kwargs)
         self._last, self._before, self._apart = None, 0, 0
         with Counter() as self._counter:
@@ -336,16 +348,34 @@ class _GraphRun(Interpreter):
         self._last, self._before = following, computed
 
     def run_node(self, n: Node) -> Any:
+        """Run one node. Count its multiply-adds if it belongs to a block that tokens can halt before."""
+        block = self._block_of.get(n)
+        if block is None:
+            return self._run_node(n)
+        assert self._counter is not None
+        self.meter.live = self._live[block]
+        before = self._counter.multiply_adds - self._apart
+        result = self._run_node(n)
+        spent = self._counter.multiply_adds - self._apart - before
+        self.meter.compute(block, self.meter.live, spent, squared=n in self._attention)
+        self.meter.live = None
+        return result
+
+    def _run_node(self, n: Node) -> Any:
         """Run one node. If it is an expert layer, count the selected experts first."""
         site = self._site_of.get(n)
-        if site is None and n in self._rows:  # every sample
-            (logits, _), _ = self.fetch_args_kwargs_from_env(n)
-            return torch.arange(len(logits), device=logits.device)
-        if site is None:
+        if site is None and n in self._rows:  # every sample, or every token of each
+            (value, *_), _ = self.fetch_args_kwargs_from_env(n)
+            if is_call(n, tokens_that_stay):
+                return torch.arange(value.shape[1], device=value.device).expand(value.shape)
+            return torch.arange(len(value), device=value.device)
+        if site is None or isinstance(site, HaltSite):
             result = super().run_node(n)
             if (reached := self._exits.get(n)) is not None:
                 self._close(reached)
                 self.meter.leave(reached, result)
+            if (halting := self._halts.get(n)) is not None:
+                self._live[halting] = self.meter.halt(halting, self.env[halting.tokens], result)
             return result
         args, _ = self.fetch_args_kwargs_from_env(n)
         if isinstance(site, ExitSite):
@@ -371,27 +401,3 @@ class _GraphRun(Interpreter):
             call = Int8Call(*args)
             return self.meter.layer(site, args[0], lambda: route(call), run, lambda: call.b2)
         return self.meter.layer(site, args[0], lambda: args[1:3], run, lambda: args[8])
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The cost of one call of the model on the example inputs.
-
-    parameters: the number of parameters, tied ones counted once. multiply_adds: multiply-adds if every expert runs.
-    executed_multiply_adds: multiply-adds that ran, including routers, attention and head.
-    executed: the share of the experts' multiply-adds that ran, None without experts.
-    uncounted: the names of ops that multiply but have no formula. Their multiply-adds are left out.
-    """
-
-    parameters: int
-    multiply_adds: int
-    executed_multiply_adds: int
-    executed: float | None = None
-    uncounted: tuple[str, ...] = ()
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What to say about the numbers."""
-        if not self.uncounted:
-            return ()
-        return (f"The multiply-adds leave out {', '.join(self.uncounted)}: there is no formula.",)

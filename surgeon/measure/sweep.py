@@ -20,11 +20,13 @@ from surgeon.data.padding import token_mask
 from surgeon.data.quality import Quality, Scores
 from surgeon.dynamic.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
 from surgeon.dynamic.site import find_dynamic, no_dynamic
+from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.json_values import NOT_IN_JSON
+from surgeon.measure.cost import LayerRun
 from surgeon.measure.judge import Criteria, Judge
-from surgeon.measure.meter import ExpertMeter, LayerRun, clock, measure
+from surgeon.measure.meter import ExpertMeter, clock, measure
 from surgeon.models.tasks import needs_labels
 from surgeon.progress import Progress
 from surgeon.tracing.trace import class_task
@@ -33,6 +35,8 @@ RouterChoice = Literal["own", "oracle"]
 _USUAL_TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 # For the rule top_k, tau is the share of the experts that is skipped.
 _TOP_K_TAUS = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+# Below, no sum of scores reaches 1; at 1/2 halting is as published.
+_HALTING_TAUS = (0.0, 0.2, 0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.95)
 _REPEATS = 5
 
 
@@ -211,6 +215,8 @@ def choose_setting(graph: nn.Module, own: Knobs, rule: str | None, tau: float | 
 
 def usual_taus(graph: nn.Module, rule: str | None = None) -> tuple[float, ...]:
     """Return the default values of tau for this rule, or for the graph's own rules."""
+    if all(isinstance(site, HaltSite) for site in find_dynamic(graph)):
+        return _HALTING_TAUS
     rules = set(get_rule(graph).values()) if rule is None else {rule}
     # Without experts, tau is the share of the inputs that linear layers skip, or how unsure early exits may be.
     return _TOP_K_TAUS if rules <= {"top_k"} and not find_exits(graph) else _USUAL_TAUS

@@ -29,11 +29,13 @@ from surgeon.data.imitation import answer, made_for
 from surgeon.dynamic.knobs import set_tau
 from surgeon.dynamic.site import can_be_dense, find_dynamic, no_dynamic
 from surgeon.errors import DataError, UsageError
+from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.inputs.site import Skipping
 from surgeon.measure.allocation import Option, allocate, interpolated, monotone
-from surgeon.measure.meter import ExpertMeter, LayerRun, measure
+from surgeon.measure.cost import LayerRun
+from surgeon.measure.meter import ExpertMeter, measure
 from surgeon.measure.sweep import knobs_restored, run_batches, time_settings
 from surgeon.progress import Progress
 from surgeon.tracing.trace import class_task
@@ -175,10 +177,10 @@ class Tuner:
         sites = find_dynamic(graph)
         if not sites:
             raise no_dynamic("The graph", "tau changes nothing")
-        if metric == "ms" and any(isinstance(site, ExitSite) for site in sites):
+        if metric == "ms" and any(isinstance(site, ExitSite | HaltSite) for site in sites):
             raise UsageError(
-                "With early exits a layer has no time of its own: it runs for the samples that the exits before it let "
-                "through. Use the metric flops."
+                "With early exits or token halting a layer has no time of its own: it runs for what the places before "
+                "it let through. Use the metric flops."
             )
         if densify and metric == "ms":
             raise UsageError("The time of layers that are dense again is not known before. Use the metric flops.")

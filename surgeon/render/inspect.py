@@ -32,6 +32,7 @@ def inspection_view(found: Inspection) -> RenderableType:
         ([layer for layer in found.skipping if len(layer.shape) == 2], "input-skipping linear layer", "→"),
         ([layer for layer in found.skipping if len(layer.shape) == 3], "neuron-skipping layer", "→"),
         (found.exits, "early exit", ", "),
+        (found.halting, "halting place", ", "),
     ):
         if layers:
             lines += [

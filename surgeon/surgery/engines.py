@@ -28,6 +28,7 @@ from surgeon.engines.generation import INPUTS, convert_generator
 from surgeon.engines.installed import installed
 from surgeon.engines.program import Program
 from surgeon.errors import SaveError, UsageError, first_line
+from surgeon.exits.halting import find_halts
 from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
@@ -182,9 +183,10 @@ def _generating(made: Any, model: Any, tolerance: float) -> float:
 
 
 def _refuse_exits(graph: TracedGraph) -> None:
-    if find_exits(graph):
+    if find_exits(graph) or find_halts(graph):
+        what = "early exits" if find_exits(graph) else "token halting"
         raise UsageError(
-            "The surgery has early exits, which only torch runs. `surgeon compile` writes a package that runs without "
+            f"The surgery has {what}, which only torch runs. `surgeon compile` writes a package that runs without "
             "surgeon."
         )
 

@@ -15,6 +15,7 @@ from surgeon.data.classes import check_same_classes
 from surgeon.data.data import Data
 from surgeon.data.example_rows import example_rows
 from surgeon.errors import UsageError
+from surgeon.exits.halting import find_halts
 from surgeon.exits.site import find_exits
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import fork
@@ -178,4 +179,4 @@ class Pipeline:
 def kinds_of(model: nn.Module) -> set[SiteKind]:
     """Return the kinds of sites that passes make, as far as a graph or a model with converted layers has them."""
     found: set[SiteKind] = {"moe"} if find_moes(model) else set()
-    return found | ({"dynamic"} if find_skipping(model) or find_exits(model) else set())
+    return found | ({"dynamic"} if find_skipping(model) or find_exits(model) or find_halts(model) else set())

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from surgeon.graph.snapshot import GraphDiff
-from surgeon.measure.meter import Cost
+from surgeon.measure.cost import Cost
 from surgeon.passes.catalogue import all_about
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.sites.rejection import Rejection

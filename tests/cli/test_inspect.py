@@ -24,8 +24,8 @@ def test_inspect_shows_sites_shares_and_refusals(run: Run) -> None:
 def test_inspect_json_has_shares_that_add_up(run: Run) -> None:
     found = run("inspect", *NET, "--output", "json").json
     assert set(found) == {
-        "model", "kind", "inputs", "takes", "task", "cost", "ffns", "experts", "skipping", "exits", "linears",
-        "refused", "notes", "graph",
+        "model", "kind", "inputs", "takes", "task", "cost", "ffns", "experts", "skipping", "exits", "halting",
+        "linears", "refused", "notes", "graph",
     }  # fmt: skip
     assert found["ffns"][1] == {
         "path": "blocks.1.mlp", "shape": [16, 64, 16], "share": pytest.approx(found["ffns"][0]["share"]),

@@ -12,7 +12,7 @@ import pytest
 from rich.text import Text
 
 from surgeon.json_values import to_json
-from surgeon.measure.meter import Cost
+from surgeon.measure.cost import Cost
 from surgeon.progress import Progress
 from surgeon.render.screen import Screen
 

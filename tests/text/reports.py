@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from surgeon.measure.meter import Cost
+from surgeon.measure.cost import Cost
 from surgeon.passes import Moeify
 from surgeon.passes.report import PassReport, SiteChange
 from surgeon.sites.rejection import Rejection

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from surgeon.graph.snapshot import GraphDiff, NodeRecord
-from surgeon.measure.meter import Cost
+from surgeon.measure.cost import Cost
 from surgeon.passes.report import PassDiff, PassReport, SiteChange
 from surgeon.sites.rejection import Rejection
 from surgeon.surgery.diff import Diff

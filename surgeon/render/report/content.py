@@ -9,7 +9,7 @@ from typing import Any
 from surgeon.data.quality import Quality
 from surgeon.jobs.report import Reported
 from surgeon.jobs.sweep import Swept
-from surgeon.measure.meter import Cost
+from surgeon.measure.cost import Cost
 from surgeon.measure.sweep import Point
 from surgeon.passes.catalogue import all_about
 from surgeon.passes.report import PassDiff, PassReport

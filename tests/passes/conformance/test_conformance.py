@@ -6,6 +6,7 @@ from typing import Any
 
 from surgeon.passes import (
     EarlyExit,
+    HaltTokens,
     Lower,
     Mlpify,
     Moeify,
@@ -83,6 +84,12 @@ class TestEarlyExit(PassConformance):
     options = {"every": 2, "width": 8, "cascade": False, "pool": "mean"}  # noqa: RUF012
 
 
+class TestHaltTokens(PassConformance):
+    make = staticmethod(lambda: HaltTokens(steps=2))
+    layers = 3
+    options = {"gamma": 2.0, "beta": -1.0, "depth": 1.5, "only": ["blocks.*"]}  # noqa: RUF012
+
+
 class TestRefit(PassConformance):
     make = staticmethod(Refit)
     first = (SparsifyInputs(tau=0.5),)
@@ -98,7 +105,7 @@ def suite_of(kind: type[Pass[Any]]) -> type[PassConformance]:
 
 
 USUAL = (TestMlpify, TestSwapActivation, TestSparsify, TestMoeify, TestSparsifyInputs, TestRecover, TestLower)
-SUITES = [*USUAL, TestSparsifyNeurons, TestEarlyExit, TestRefit]
+SUITES = [*USUAL, TestSparsifyNeurons, TestEarlyExit, TestHaltTokens, TestRefit]
 for name, kind in all_passes().items():
     if kind.__module__.startswith("surgeon.") and name not in [suite.make().name for suite in SUITES]:
         SUITES.append(suite_of(kind))
