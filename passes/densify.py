@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from surgeon.dynamic.site import DynamicSite, can_be_dense
+from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import ExitSite
 from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.holder import mark_holders, parameters_only
@@ -45,8 +46,8 @@ class Densify(Pass[DynamicSite]):
     preserves: ClassVar[bool] = True
 
     def match(self, graph: GraphModule, site: DynamicSite) -> Rejection | None:
-        if isinstance(site, ExitSite):
-            return Rejection("early-exit", "samples leave there, and it took the place of no layer")
+        if isinstance(site, ExitSite | HaltSite):
+            return Rejection("early-exit", f"{site.leaving} there, and it took the place of no layer")
         if float(site.tau):
             return Rejection("skips", f"it skips at its tau, which is {float(site.tau):g} and not 0")
         if not can_be_dense(site):
@@ -55,7 +56,7 @@ class Densify(Pass[DynamicSite]):
 
     @torch.no_grad()
     def rewrite(self, graph: TracedGraph, site: DynamicSite, seen: None) -> SiteChange:
-        assert not isinstance(site, ExitSite)
+        assert not isinstance(site, ExitSite | HaltSite)
         target = free_target(graph, site.path.rpartition(".")[0], "dense")
         graph.add_submodule(target, nn.Module())
         # It loses what is not needed any more, and the module itself belongs to other copies of the graph too.

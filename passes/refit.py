@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -220,7 +221,8 @@ class _Layer:
 
     def _relative(self, error: Tensor) -> float:
         """The root mean square of an error [N, d_out] of the tokens held back, over that of what the layer gives."""
-        return (float(error.double().square().mean()) / (float(self.whole.double().square().mean()) + 1e-300)) ** 0.5
+        whole = float(self.whole.double().square().mean()) + 1e-300
+        return math.sqrt(float(error.double().square().mean()) / whole)
 
 
 def _weight(graph: TracedGraph, node: object) -> Tensor:

@@ -32,7 +32,7 @@ from tests.small_models import stack, vectors
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-SHIPPED = (".py", ".json", ".cpp", ".h", ".inc", ".typed")
+SHIPPED = (".py", ".json", ".cpp", ".h", ".inc", ".typed", ".css", ".js", ".j2", ".mplstyle")
 
 # Distributions whose modules have another name.
 DISTRIBUTION = {

@@ -70,5 +70,5 @@ def plot(
         for file in out:
             write_result(found, file, lambda file: DRAW[kind](found, file, words))
     for file in out:
-        run.screen.say(f"Written to {file}.")
+        run.screen.show(f"Written to {file}.")
     run.screen.result({"written": out})

@@ -54,5 +54,5 @@ def report(
         file.write_text(report_html(found), encoding="utf-8")
 
     write_result(found, out, write)
-    run.screen.say(f"Written to {out}.")
+    run.screen.show(f"Written to {out}.")
     run.screen.result({"written": out})

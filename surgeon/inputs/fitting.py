@@ -71,7 +71,9 @@ def _principal(weight: Tensor, covariance: Tensor, rank: int) -> Tensor:
     """The principal components [d_out, rank] of weight · e for e with this covariance [d_in, d_in]."""
     d_out, d_in = weight.shape
     if d_out <= d_in:
-        return torch.linalg.eigh(weight @ covariance @ weight.t()).eigenvectors[:, -rank:]
+        components: Tensor = torch.linalg.eigh(weight @ covariance @ weight.t()).eigenvectors
+        return components[:, -rank:]
     # The outputs lie in d_in dimensions.
     basis, inner = torch.linalg.qr(weight)
-    return basis @ torch.linalg.eigh(inner @ covariance @ inner.t()).eigenvectors[:, -rank:]
+    components = torch.linalg.eigh(inner @ covariance @ inner.t()).eigenvectors
+    return basis @ components[:, -rank:]  # type: ignore[no-any-return]
