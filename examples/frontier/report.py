@@ -14,15 +14,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
-
+from surgeon.data.quality import Quality
+from surgeon.measure.compare import Comparison
+from surgeon.measure.curves import Curve
 from surgeon.measure.read_off import Kept, kept_at
+from surgeon.measure.sweep import Dense, Point
+from surgeon.render.frontier_plot import draw_frontier
 
 NAMES = {
     "moefication": "MoEfication",
     "d2dmoe": "D2DMoE as published",
-    "d2dmoe_attention": "D2DMoE as published, attention too",
+    "d2dmoe_attention": "D2DMoE, attention too",
     "ours": "ours",
     "ours_attention": "ours, attention too",
     "untrained": "ours, no training",
@@ -33,30 +35,13 @@ NAMES = {
     "ours_tuned": "ours, tuned",
     "ours_inputs_tuned": "ours, tuned, inputs skipped too",
     "ours_inputs": "ours, inputs skipped too",
-    "teal": "TEAL, feed-forward layers, no training",
-    "wina": "WINA, feed-forward layers, no training",
-    "inputs": "inputs skipped and refitted, feed-forward layers, no training",
-    "teal_whole": "TEAL, no training",
-    "wina_whole": "WINA, no training",
-    "inputs_whole": "inputs skipped and refitted, no training",
+    "teal": "TEAL, FFNs",
+    "wina": "WINA, FFNs",
+    "inputs": "inputs refitted, FFNs",
+    "teal_whole": "TEAL",
+    "wina_whole": "WINA",
+    "inputs_whole": "inputs refitted",
 }
-USUAL = ("tab:grey", "tab:orange", "tab:brown", "tab:blue", "tab:green", "tab:purple")
-COLOURS = (
-    *USUAL,
-    "tab:olive",
-    "tab:cyan",
-    "tab:pink",
-    "tab:red",
-    "black",
-    "gold",
-    "teal",
-    "navy",
-    "coral",
-    "indigo",
-    "lime",
-    "darkkhaki",
-    "rosybrown",
-)
 
 
 def cells(results: dict[str, Any], variant: str, curve: str, reference: str) -> list[str]:
@@ -151,41 +136,46 @@ def _divergence(values: Sequence[float | None]) -> str:
 
 
 def plot(results: dict[str, Any], file: Path) -> None:
-    """Quality against the cost of the whole model: the mean over the seeds at each setting, and every seed faintly."""
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = figure.add_subplot()
+    """Quality against cost: the mean over the seeds at each setting, and their range.
+
+    With one tau for all layers, or where there is no such curve with a tau for each layer.
+    """
     seeds = list(results["seeds"].values())
-    for variant, colour in zip(NAMES, COLOURS, strict=True):
-        for curve, line, marker in (("uniform", "-", "o"), ("tuned", "--", "*"), ("oracle", ":", "")):
-            runs = [found[variant]["curves"].get(curve) for found in seeds if variant in found]
-            if not runs or not all(runs) or (curve == "oracle" and not variant.startswith("ours")):
-                continue
-            each = [([p["relative"] for p in points], [p["quality"] for p in points]) for points in runs]
-            if len(each) > 1:
-                for x, y in each:
-                    axes.plot(x, y, ls=line, color=colour, lw=0.6, alpha=0.35)
-            label = NAMES[variant] + {"uniform": "", "tuned": ", tuned", "oracle": ", oracle router"}[curve]
-            x, y = (
-                [statistics.fmean(values) for values in zip(*axis, strict=True)] for axis in zip(*each, strict=True)
-            )
-            axes.plot(x, y, ls=line, marker=marker, color=colour, ms=4, lw=1.4, label=label)
     dense = [found["dense"] for found in seeds]
-    value = statistics.fmean(one["value"] for one in dense)
-    axes.axhline(value, color="black", lw=1, label="dense")
-    axes.axhline(value * results["keep"], color="black", lw=0.8, ls=":", label=f"{100 * results['keep']:.0f}% of dense")
-    higher = dense[0]["higher_is_better"]
-    reach = 0.06 if higher else 0.08
-    axes.set_ylim(*((value * (1 - reach), value * 1.02) if higher else (value * (1 + reach), value * 0.96)))
-    # With every expert on, wide replacements cost more than the dense model: nobody would run that.
-    axes.set_xlim(right=min(axes.get_xlim()[1], 1.15))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
-    if higher:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
-    axes.set_xlabel("multiply-adds of the whole model, share of dense")
-    axes.set_ylabel(f"{dense[0]['name']} on {dense[0]['items']:,} held-out items")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=130)
+    made = []
+    for variant in NAMES:
+        for curve, router in (("uniform", "own"), ("oracle", "oracle")):
+            curves = [found[variant]["curves"] for found in seeds if variant in found]
+            runs = [one.get(curve) or (one.get("tuned") if curve == "uniform" else None) for one in curves]
+            # The oracle is shown for what it is to be compared with.
+            if runs and all(runs) and (curve == "uniform" or variant.startswith("ours")):
+                points = tuple(_mean_point(same, dense[0], router) for same in zip(*runs, strict=True))
+                made.append(Curve(NAMES[variant], "", router, points))  # type: ignore[arg-type]
+    mean = _quality([one["value"] for one in dense], dense[0])
+    found = Comparison(
+        results["task"], results["keep"], results["keep"] * mean.value, Dense(None, mean), tuple(made), {}
+    )
+    many = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
+    what = "tokens" if "token" in mean.name else "samples"
+    draw_frontier(
+        found, file, title=f"{results['study']}, {many}", spread="range of the seeds",
+        measured=f"{mean.items:,} held-out {what}",
+    )  # fmt: skip
+
+
+def _mean_point(same: Sequence[dict[str, Any]], dense: dict[str, Any], router: str) -> Point:
+    """One setting over the seeds."""
+    costs = {cost: statistics.fmean(point[cost] for point in same) for cost in ("executed", "layers", "relative")}
+    quality = _quality([point["quality"] for point in same], dense)
+    tau = None if "taus" in same[0] else same[0]["tau"]
+    return Point(tau, quality, costs["executed"], costs["layers"], 0, costs["relative"], router=router)  # type: ignore[arg-type]
+
+
+def _quality(values: Sequence[float], dense: dict[str, Any]) -> Quality:
+    """The mean over the seeds, and their range where an interval stands."""
+    low, high = (min(values), max(values)) if len(values) > 1 else (None, None)
+    name, higher = dense["name"], dense["higher_is_better"]
+    return Quality(name, statistics.fmean(values), higher, dense["items"], "samples", dense["items"], low, high)
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -23,10 +23,13 @@ _WORDS: dict[What, str] = {"whole": "the whole model", "layers": "the converted 
 
 
 @styled
-def draw_frontier(found: Comparison, file: Path, *, title: str) -> None:
+def draw_frontier(
+    found: Comparison, file: Path, *, title: str, spread: str = "95% intervals", measured: str | None = None
+) -> None:
     """Draw a picture. Neither axis shows less than what is worth a difference.
 
     found: if it has a task but no dense quality, that one is unknown and not drawn, nor is the quality to keep.
+    spread: what the intervals are. measured: what the quality was measured on, if its numbers do not tell.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -41,13 +44,13 @@ def draw_frontier(found: Comparison, file: Path, *, title: str) -> None:
         panel.draw()
     if quality.higher_is_better and _at_most_one(found):
         grid[0].yaxis.set_major_formatter(PercentFormatter(1.0, None))
-    grid[0].set_ylabel(f"{quality.name} on {measured_on(quality)}")
+    grid[0].set_ylabel(f"{quality.name} on {measured or measured_on(quality)}")
     dashed = "; dashed: oracle router" if any(curve.router == "oracle" for curve in found.curves) else ""
     stars = "; stars: as stored" if found.stored else ""
     kept = any(curve.whole or curve.layers for curve in found.curves)
     diamonds = "; diamonds: what keeps the quality, its interval below" if kept else ""
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
-    words = f"small numbers: tau; vertical lines: 95% intervals{diamonds}{stars}{dashed}"
+    words = f"small numbers: tau; vertical lines: {spread}{diamonds}{stars}{dashed}"
     figure.supxlabel(words, fontsize=8, color="0.4")
     # Names and values of tau stand where nothing else does, which is known only once all is laid out.
     figure.draw_without_rendering()
@@ -165,10 +168,14 @@ class _Panel:
             visible.append((curve, sorted(inside, key=self.cost)))
         for curve, points in visible:
             name = curve.surgery + (f", {curve.rule}" if several else "")
+            # On the right of the cheapest point, or else on its left.
+            offsets = [*_BESIDE_NAME, *((-8 - 0.62 * _NAME * len(name), up) for _, up in _BESIDE_NAME)]
             for point in points[:1] if curve.router == "own" else ():
-                self._at(name, point, _BESIDE_NAME, curve, _NAME, weight="bold")
+                self._at(name, point, offsets, curve, _NAME, weight="bold")
         for curve, points in visible:
             for point in points if curve.router == "own" else ():
+                if point.tau is None:  # each layer has its own
+                    continue
                 self._at(f"{point.tau:g}", point, _BESIDE_TAU, curve, _TAU)
 
     def _at(
@@ -211,7 +218,9 @@ def _limits(found: Comparison) -> tuple[float, float]:
     wanted = found.wanted
     if dense is None:
         dense = wanted = max(sign * quality.value for quality in qualities) * sign
-    widths = [one.high - one.low for one in qualities if one.low is not None and one.high is not None]
+    # Where quality is lost, intervals may be as wide as they like.
+    near = [one for one in qualities if sign * (one.value - dense) > -0.06 * abs(dense)]
+    widths = [one.high - one.low for one in near if one.low is not None and one.high is not None]
     widest = max(widths, default=0.0)
     reach = max(0.06 * abs(dense), 3 * abs(wanted - dense), 1.2 * widest)
     best = [max(sign * point.quality.value for point in curve.points) for curve in found.curves]
