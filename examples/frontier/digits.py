@@ -16,7 +16,17 @@ from variants import Study, Variant, recipe, without_training
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.jobs import demo
-from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SparsifyInputs, SwapActivation
+from surgeon.passes import (
+    EarlyExit,
+    HaltTokens,
+    Lower,
+    Mlpify,
+    Moeify,
+    Recover,
+    Sparsify,
+    SparsifyInputs,
+    SwapActivation,
+)
 
 # Of every fine-tuning of the whole model, and of the routers.
 TRAINING: dict[str, Any] = {"epochs": 40.0, "lr": 1e-3, "weight_decay": 0.05}
@@ -26,6 +36,8 @@ TARGET, DISTILL = 0.04, 0.7
 RECOVER = Recover(tau=0.15, distill=DISTILL, **TRAINING | {"epochs": 15.0, "lr": 5e-4})
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 LONG_TAUS = (*TAUS, 0.85, 0.95, 1.0)
+LEAVING_TAUS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+HALTING_TAUS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TOP_K_TAUS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 BUDGETS = (0.41, 0.43, 0.45)
 # Without training: of the whole model, where only feed-forward layers skip, and where every linear layer does.
@@ -107,6 +119,10 @@ STUDY = Study(
             budgets=(0.34, 0.3, 0.27, 0.24),
         ),
         "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
+        # Samples that leave, with heads on the frozen model, and tokens that halt, trained for as long as the others.
+        "early_exit": Variant([EarlyExit(epochs=40.0)], LEAVING_TAUS),
+        "halting": Variant([HaltTokens(**TRAINING)], HALTING_TAUS),
+        "halting_early": Variant([HaltTokens(depth=1.0, ponder=5e-3, **TRAINING)], HALTING_TAUS),
         # As published, and the layout of it that does best here: of 32 experts 8 always run.
         "cmoe": Variant(recipe("cmoe"), CMOE),
         "cmoe_tuned": Variant(recipe("cmoe", expert_size=8, experts=None, shared=8), CMOE),
