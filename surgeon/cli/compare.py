@@ -44,7 +44,10 @@ def compare(
     out: Annotated[
         list[Path] | None,
         typer.Option(
-            "--out", "-o", metavar="FILE", help="Also write numbers (.json, .csv), tables (.md) or a plot (.png, .svg)."
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Also write numbers (.json, .csv), tables (.md) or a picture (.png, .svg, .pdf).",
         ),
     ] = None,
     data: DataOptions,

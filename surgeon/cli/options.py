@@ -148,7 +148,7 @@ Rules = Annotated[
 ]
 Files = Annotated[
     list[Path] | None,
-    typer.Option("--out", "-o", metavar="FILE", help="Also write the numbers (.json) or a plot (.png)."),
+    typer.Option("--out", "-o", metavar="FILE", help="Also write the numbers (.json) or a picture (.png, .svg, .pdf)."),
 ]
 
 # Options of benchmarks: which layers, and how they are timed.

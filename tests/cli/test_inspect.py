@@ -45,7 +45,8 @@ def test_inspect_prints_the_graph_by_module_path(run: Run) -> None:
     assert " for x 2×5×16" in result.out
     assert re.search(r"^  takes +x\[batch, tokens, 16\]; batch 0 or more; tokens 0 or more$", result.out, re.MULTILINE)
     graph = run("-q", "inspect", *NET, "--graph", "--output", "json").json["graph"]
-    assert [path for path, line in graph if line.startswith("gelu = ")] == ["blocks.0.mlp.1"]
+    assert [node["path"] for node in graph if node["name"] == "gelu"] == ["blocks.0.mlp.1"]
+    assert set(graph[0]) == {"name", "path", "op", "call", "inputs", "shape"}
 
 
 def test_inspect_shows_the_experts_of_a_saved_surgery(run: Run) -> None:

@@ -87,7 +87,7 @@ def test_tables_and_plots_are_written(run: Run, tmp_path: Path) -> None:
 def test_files_that_cannot_be_written_are_refused_before_the_work(run: Run, tmp_path: Path) -> None:
     (tmp_path / "dir.png").mkdir()
     for name, code, words in (
-        ("table.csv", 2, "Cannot write table.csv: give a name that ends in .json, for numbers, or .png, for a plot."),
+        ("table.csv", 2, "Cannot write table.csv: give a name that ends in .json, for numbers, .png, for a picture,"),
         ("nowhere/table.json", 4, "Cannot write nowhere/table.json: nowhere does not exist or cannot be written to"),
         ("dir.png", 4, "Cannot write dir.png: it is a directory."),
     ):
