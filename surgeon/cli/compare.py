@@ -47,7 +47,7 @@ def compare(
             "--out",
             "-o",
             metavar="FILE",
-            help="Also write numbers (.json, .csv), tables (.md) or a picture (.png, .svg, .pdf).",
+            help="Also write numbers (.json, .csv), tables (.md), a picture (.png, .svg, .pdf).",
         ),
     ] = None,
     data: DataOptions,
