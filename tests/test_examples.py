@@ -40,12 +40,14 @@ def studies(frontier: Any, name: str) -> list[Any]:
     module = frontier(name)
     if name == "language":
         return [module.study(False), module.study(True)]
+    if name == "tuned":
+        return [module.study("test"), module.study("validation")]
     if name == "ablation":
         return [replace(frontier("digits").STUDY, variants=module.VARIANTS)]
     return [module.STUDY]
 
 
-@pytest.mark.parametrize("name", ["digits", "ablation", "language", "sentiment"])
+@pytest.mark.parametrize("name", ["digits", "ablation", "language", "sentiment", "tuned"])
 def test_variants_are_whole(frontier: Any, name: str) -> None:
     file_name = frontier("study")._file
     for study in studies(frontier, name):
@@ -103,6 +105,19 @@ def test_a_study_runs_and_goes_on(frontier: Any, tmp_path: Path) -> None:
     changed = replace(wanted, variants=variants | {"sparse": study.Variant([SwapActivation(), Sparsify(steps=3)])})
     with pytest.raises(SystemExit, match=r"sparse\.json was made by another definition"):
         study.run(changed, tmp_path, [0])
+
+
+def test_validation_and_training_images_are_apart_and_test_images_as_ever(frontier: Any) -> None:
+    tuned = frontier("tuned")
+    images = {part: [row.numpy().tobytes() for batch in tuned.data(0, part).eval for row in batch.args[0]]
+              for part in ("validation", "test")}  # fmt: skip
+    train = [row.numpy().tobytes() for batch in tuned.data(0, "test").train for row in batch.args[0]]
+    assert (len(train), len(images["validation"]), len(images["test"])) == (1149, 288, 360)
+    assert not set(images["validation"]) & (set(train) | set(images["test"]))
+    assert tuned.cost(
+        [{"layers": 0.2, "quality": 0.9}, {"layers": 0.4, "quality": 1.0}], "layers", 0.95
+    ) == pytest.approx(0.3)
+    assert tuned.cost([{"layers": 0.2, "quality": 0.9}], "layers", 0.95) == float("inf")
 
 
 def test_costs_of_several_seeds_in_words(frontier: Any) -> None:
