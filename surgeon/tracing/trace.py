@@ -82,6 +82,9 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     args, kwargs = as_args_kwargs(inputs)
     if isinstance(model, GraphModule) and is_aten_graph(model):
         return adopt(model)
+    if isinstance(model, GraphModule) and "eval" in vars(model):
+        # torch.export lets its modules refuse to change their mode.
+        model = GraphModule(model, model.graph)
     check_ready(model)
     _refuse_keywords(model)
     if (odd := next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Enum)), None)) is not None:

@@ -68,7 +68,8 @@ def test_onnxruntime_runs_the_dense_model() -> None:
     pytest.importorskip("onnxscript")
     off = errors(compared(["onnxruntime"], [Moeify(expert_size=8), Quantize()]))
     assert list(off) == [("onnxruntime", False, "float32"), ("onnxruntime", False, "int8")]
-    assert off["onnxruntime", False, "float32"] < 1e-5 < off["onnxruntime", False, "int8"] < 0.3
+    # Without VNNI, sums of two products of 8 bits saturate.
+    assert off["onnxruntime", False, "float32"] < 1e-5 < off["onnxruntime", False, "int8"] < 0.5
 
 
 def test_torchao_gets_the_linears_of_the_graph() -> None:
