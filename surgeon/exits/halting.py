@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import surgeon.kernels.token_halting  # noqa: F401  (it registers the ops)
-from surgeon.described import Described
 from surgeon.exits.blocks import is_layer
+from surgeon.exits.site import Leaving
 from surgeon.graph.traced import aten, is_call, tensor_of
 from surgeon.graph.walk import walk_sources, walk_users
 
@@ -27,7 +27,7 @@ put_tokens = torch.ops.surgeon.put_tokens.default
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HaltSite(Described):
+class HaltSite(Leaving):
     """A place behind a block where tokens halt, with what is computed up to the next one or the end of the last block.
 
     path: the module path of its tau, `blocks.halting.0`. nodes: the node that puts tokens that have halted back.
@@ -49,9 +49,7 @@ class HaltSite(Described):
     multiply_adds: int
     tau: Tensor
 
-    # What a layer with experts has for every token. A block is one expert, without a router.
-    router_parameters = gate_multiply_adds = 0
-    counts_skipped = True
+    # A block is one expert, without a router.
     unit = "blocks"
     leaving = "tokens halt"
 
@@ -69,21 +67,6 @@ class HaltSite(Described):
     def width(self) -> int:
         """d."""
         return int(self.end.meta["val"].shape[2])
-
-    @property
-    def output(self) -> Node:
-        """The tokens behind the block."""
-        return self.nodes[-1]
-
-    @property
-    def skips(self) -> bool:
-        """Whether the block is not computed for tokens that have halted."""
-        return self.form == "dynamic"
-
-    @property
-    def shown_form(self) -> str:
-        """The form, for tables."""
-        return self.form
 
     @property
     def describe(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,39 @@ exit_or = torch.ops.surgeon.exit_or.default
 rows_that_stay = torch.ops.surgeon.rows_that_stay.default
 
 
+class Leaving(Described):
+    """A place where samples leave or tokens halt.
+
+    nodes: that put what left and what stayed together. form: "masked" or "dynamic".
+    """
+
+    form: Literal["masked", "dynamic"]
+    nodes: tuple[Node, ...]
+
+    # What a layer with experts has for every token.
+    router_parameters = gate_multiply_adds = 0
+    counts_skipped = True
+    leaving: ClassVar[str]
+    """What happens there, in words."""
+
+    @property
+    def output(self) -> Node:
+        """What left and what stayed, together."""
+        return self.nodes[-1]
+
+    @property
+    def skips(self) -> bool:
+        """Whether the rest is not computed for what left."""
+        return self.form == "dynamic"
+
+    @property
+    def shown_form(self) -> str:
+        """The form, for tables."""
+        return self.form
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class ExitSite(Described):
+class ExitSite(Leaving):
     """A place where samples leave.
 
     path: the module path of its head and its tau, `blocks.exits.0`. nodes: the node that puts the answers of the
@@ -37,10 +68,7 @@ class ExitSite(Described):
     classes: int
     tau: Tensor
 
-    # What a layer with experts has for every token. Here samples leave, and `surgeon.measure.meter` counts what the
-    # rest of the model costs.
-    router_parameters = gate_multiply_adds = 0
-    counts_skipped = True
+    # Samples leave, and `surgeon.measure.meter` counts what the rest of the model costs.
     leaving = "samples leave"
     expert_multiply_adds = 0
     multiply_adds = 0
@@ -49,21 +77,6 @@ class ExitSite(Described):
     def costs(self) -> list[int]:
         """Nothing for every token."""
         return []
-
-    @property
-    def output(self) -> Node:
-        """The answers of all samples."""
-        return self.nodes[-1]
-
-    @property
-    def skips(self) -> bool:
-        """Whether the rest of the model is not computed for samples that leave."""
-        return self.form == "dynamic"
-
-    @property
-    def shown_form(self) -> str:
-        """The form, for tables."""
-        return self.form
 
     @property
     def describe(self) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from surgeon.measure.load import LayerLoad
-from surgeon.render.style import COLOURS, save, styled
+from surgeon.render.style import COLOURS, COLUMNS, save, small_panels, styled
 from surgeon.text.summary import percent
 
-_COLUMNS, _BINS = 4, 20
+_BINS = 20
 
 
 @styled
@@ -20,23 +20,17 @@ def draw_experts(layers: Sequence[LayerLoad], file: Path, *, title: str) -> None
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    columns = min(_COLUMNS, len(layers))
-    rows = -(-len(layers) // columns)
+    rows = -(-len(layers) // COLUMNS)
     heights = [1.5 * rows + 0.4, 0.22 * len(layers) + 1.4]
     figure = Figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     binned = np.stack([_binned(layer) for layer in layers])
     edges = np.linspace(0, 1, _BINS + 1)
-    grid = upper.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axes, layer, shares in zip(grid.flat, layers, binned, strict=False):
+    for axes, layer, shares in zip(small_panels(upper, len(layers)), layers, binned, strict=True):
         axes.stairs(shares, edges, fill=True, color=COLOURS[0])
         mean = layer.executed.mean / layer.experts
         axes.axvline(mean, color=COLOURS[1])
         axes.set_title(f"{layer.path}: {percent(mean)}", fontsize=7)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
-    for axes in grid.flat[len(layers) :]:
-        axes.set_visible(False)
     what = " or ".join(dict.fromkeys(layer.unit for layer in layers))
     upper.supxlabel(f"share of its {what} that a token runs (line and number: mean)", fontsize=8)
     upper.supylabel("tokens", fontsize=8)

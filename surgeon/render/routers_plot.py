@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from surgeon.measure.routing import RouterLayer
-from surgeon.render.style import COLOURS, save, styled
+from surgeon.render.style import COLOURS, COLUMNS, save, small_panels, styled
 from surgeon.text.summary import percent
-
-_COLUMNS = 4
 
 
 @styled
@@ -21,27 +19,21 @@ def draw_routers(layers: Sequence[RouterLayer], file: Path, *, title: str) -> No
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    columns = min(_COLUMNS, len(layers))
-    rows = -(-len(layers) // columns)
+    rows = -(-len(layers) // COLUMNS)
     heights = [2.1 * rows + 0.4, 0.3 * len(layers) + 1.1]
     figure = Figure(figsize=(9, sum(heights) + 0.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
-    grid = upper.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     shares = [np.array(layer.pairs, dtype=float) / max(1, sum(map(sum, layer.pairs))) for layer in layers]
     least = min(float(part[part > 0].min()) for part in shares)
     scale = LogNorm(least, max(float(part.max()) for part in shares))
-    for axes, layer, part in zip(grid.flat, layers, shares, strict=False):
+    for axes, layer, part in zip(small_panels(upper, len(layers)), layers, shares, strict=True):
         axes.imshow(
             np.where(part > 0, part, np.nan), origin="lower", extent=(0, 1, 0, 1), cmap="cividis", norm=scale,
             aspect="auto",
         )  # fmt: skip
         axes.plot([0, 1], [0, 1], color=COLOURS[1], lw=0.8)
         axes.set_title(layer.path, fontsize=7)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
         axes.grid(visible=False)
-    for axes in grid.flat[len(layers) :]:
-        axes.set_visible(False)
     upper.supxlabel("score, of the token's largest (line: as it should be; light: many experts)", fontsize=8)
     upper.supylabel("true norm, of the token's largest", fontsize=8)
     axes = lower.subplots()

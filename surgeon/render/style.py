@@ -12,6 +12,9 @@ Given = ParamSpec("Given")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Those of the style in their order."""
 
+COLUMNS = 4
+"""Small panels that stand beside one another."""
+
 PICTURES = {".png": "a picture", ".svg": "one that stays sharp", ".pdf": "one for print"}
 """What is written to files by the ends of their names."""
 
@@ -35,3 +38,17 @@ def styled(draw: Callable[Given, None]) -> Callable[Given, None]:
 def save(figure: Any, file: Path) -> None:
     """Write a figure of matplotlib to a file of one of the kinds `PICTURES`."""
     figure.savefig(file, metadata=_NO_DATE[file.suffix])
+
+
+def small_panels(figure: Any, count: int) -> list[Any]:
+    """Make so many axes of one scale, whose both axes are shares, in rows of at most `COLUMNS`."""
+    from matplotlib.ticker import PercentFormatter
+
+    columns = min(COLUMNS, count)
+    grid = figure.subplots(-(-count // columns), columns, squeeze=False, sharex=True, sharey=True).flat
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    for axes in grid[:count]:
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
+    return list(grid[:count])

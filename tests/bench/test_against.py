@@ -68,8 +68,9 @@ def test_onnxruntime_runs_the_dense_model() -> None:
     pytest.importorskip("onnxscript")
     off = errors(compared(["onnxruntime"], [Moeify(expert_size=8), Quantize()]))
     assert list(off) == [("onnxruntime", False, "float32"), ("onnxruntime", False, "int8")]
-    # Without VNNI, sums of two products of 8 bits saturate.
-    assert off["onnxruntime", False, "float32"] < 1e-5 < off["onnxruntime", False, "int8"] < 0.5
+    # Before AVX-512, 8-bit products are summed in 16 bits, and are further off.
+    limit = 0.5 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 0.3
+    assert off["onnxruntime", False, "float32"] < 1e-5 < off["onnxruntime", False, "int8"] < limit
 
 
 def test_torchao_gets_the_linears_of_the_graph() -> None:

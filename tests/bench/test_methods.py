@@ -50,8 +50,9 @@ def test_another_engine_computes_the_dense_layer(name: str) -> None:
     for package in ENGINES[name].packages:
         pytest.importorskip(package)
     asked = problem()
-    # Without VNNI, sums of two products of 8 bits saturate in OpenVINO and ONNX Runtime.
-    assert asked.error(ENGINES[name].prepare(asked)(), every=True) < 0.5
+    # Before AVX-512, 8-bit products are summed in 16 bits by OpenVINO, and are further off.
+    limit = 0.5 if name == "openvino" and torch.backends.cpu.get_cpu_capability() == "AVX2" else 0.1
+    assert asked.error(ENGINES[name].prepare(asked)(), every=True) < limit
 
 
 def test_where_experts_with_8_bit_weights_are_not_timed() -> None:
