@@ -87,7 +87,7 @@ class Searcher:
             graph: the model, which is not changed.
             inputs: example inputs.
             passes: they have one that fine-tunes.
-            minutes: for the search and the full run. The first trials are at most a quarter as long as the full run.
+            minutes: for the search and the full run. No trial is longer than the full run.
             place: the directory of the file.
             started: the time of `time.monotonic` from which the minutes count.
             teacher: the model that passes learn from, if it is another one.
@@ -153,7 +153,8 @@ class Searcher:
                         f"--budget-minutes compares settings at {_SHARE:.0%} of the layers' cost, and none gets there. "
                         "Set smaller experts (moeify.expert_size) or a narrower router (moeify.router_width)."
                     )
-                left, rung = [(trial.name, trial.options) for trial in _ranked(found)[: len(left) // 2]], 2 * rung
+                left = [(trial.name, trial.options) for trial in _ranked(found)[: len(left) // 2]]
+                rung = max(steps, min(2 * rung, self._length(self._first)))
             (best,) = left
         name, options = best
         full = merged(options, self._full_run(speed))
@@ -210,7 +211,7 @@ class Searcher:
                 f"--budget-minutes {self._minutes:g} is too short to try {count} settings on this machine. Give at "
                 f"least {math.ceil(1.2 * needed / 6) / 10}, or leave it out to run the passes as they are."
             )
-        most = min(affordable, max(_FEWEST, self._length(self._first) // 4))
+        most = min(affordable, max(_FEWEST, self._length(self._first)))
         return int(_FEWEST * 2 ** int(math.log2(most / _FEWEST)))
 
     def _full_run(self, speed: _Speed) -> Options:

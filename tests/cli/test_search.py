@@ -72,7 +72,7 @@ def test_settings_are_searched_on_the_training_data_alone(run: Run, tmp_path: Pa
     assert found == first.json["search"]
     assert recorded(tmp_path / "plain")["search"] is None
     assert [(one["name"], one["steps"]) for one in found["trials"]] == [
-        (AS_GIVEN, 8), ("learning rates times 4", 8), ("learning rates times 16", 8),
+        (AS_GIVEN, 32), ("learning rates times 4", 32), ("learning rates times 16", 32),
     ]  # fmt: skip
     assert (found["train"], found["validation"]) == (8 * 13, 8 * 3)
     losses = {one["name"]: one["loss"] for one in found["trials"]}
@@ -146,7 +146,8 @@ def without_sizes(args: list[str]) -> list[str]:
 def test_a_stage_starts_from_the_best_of_the_one_before_and_its_better_half_goes_on(
     run: Run, tmp_path: Path, args: list[str], table: list[tuple[str, int]]
 ) -> None:
-    result = run(*without_sizes(args), "--budget-minutes", "2", "-o", "out", "--set", "recover.epochs=3")
+    longer = ("--set", "recover.epochs=3", "--set", "sparsify.epochs=20")
+    result = run(*without_sizes(args), "--budget-minutes", "2", "-o", "out", *longer)
     assert result.code == 0, result.err
     steps = table[0][1]
     # What the first stage found best is not tried again, and small experts win both times.
@@ -157,6 +158,12 @@ def test_a_stage_starts_from_the_best_of_the_one_before_and_its_better_half_goes
     assert (options["sparsify"]["lr"], options["moeify"]["expert_size"]) == (2e-4, 16)
     assert "too costly" in result.out
     assert f"Chosen: {RATES}, experts of 16 neurons. The full run has sparsify.lr=0.0002, " in result.out
+
+
+def test_no_trial_is_longer_than_the_full_run(run: Run, args: list[str], table: list[tuple[str, int]]) -> None:
+    result = run(*without_sizes(args), *MINUTES, "-o", "out", "--set", "sparsify.steps=40", "--set", "recover.epochs=3")
+    assert result.code == 0, result.err
+    assert {steps for _, steps in table} == {32, 40}
 
 
 def test_a_search_that_was_interrupted_goes_on(
