@@ -123,7 +123,7 @@ def time_whole(
     calls: dict[str, TimedCall] = {}
     why: dict[str, str] = {}
     if not all(site.skips for site in find_skipping(graph)):
-        why["Layers that are not lowered read everything"] = "run surgeon apply with --passes lower"
+        why["Layers that are not lowered read everything"] = "run the pass lower"
     done, steps = 0, 2 + len(taus) + 2 * (dense is not None)
 
     def report() -> None:
@@ -197,8 +197,9 @@ def _try(call: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         call(*args, **kwargs)
     except Exception as error:  # a model may raise anything
         raise UsageError(
-            f"The model cannot be called with this number of samples or tokens ({first_line(error)}). Give another "
-            "--batch or --length."
+            f"The model cannot be called with this number of samples or tokens ({first_line(error)}).",
+            python="Give other numbers of them.",
+            command="Give another --batch or --length.",
         ) from error
 
 

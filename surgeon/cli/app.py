@@ -29,7 +29,7 @@ from typer.core import TyperGroup
 from surgeon import processes
 from surgeon.cli.options import Debug, Output, OutputMode, Quiet, Verbose
 from surgeon.cli.reading import with_data_options
-from surgeon.errors import SurgeonError
+from surgeon.errors import SurgeonError, sentence
 from surgeon.version import __version__
 
 if TYPE_CHECKING:
@@ -95,13 +95,13 @@ def _report(error: Exception, run: Run) -> int:
             run.output = OutputMode.json
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "surgeon"
-        text = f"{error.format_message().rstrip('.')}. See {where} --help."
+        text = f"{sentence(error.format_message())} See {where} --help."
         run.screen.error(text, kind="UsageError", exit_code=2)
         return 2
     if run.debug:
         traceback.print_exception(error)
     if isinstance(error, SurgeonError):
-        run.screen.error(str(error), kind=type(error).__name__, exit_code=error.exit_code)
+        run.screen.error(error.in_command, kind=type(error).__name__, exit_code=error.exit_code)
         return error.exit_code
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
     if not processes.is_main():  # expected errors are those of the main process too

@@ -109,7 +109,7 @@ def check_changed(report: PassReport, looks_for: str) -> str | None:
         return f"{report.name} had nothing to do at {len(done)} sites: {done[0].reason} (first: {done[0].path})."
     if not report.rejected:
         chosen = any(report.options.get(name) for name in ("only", "skip"))
-        why = f"only= and skip= exclude every {looks_for}" if chosen else f"the model has no {looks_for}"
+        why = f"its options only and skip exclude every {looks_for}" if chosen else f"the model has no {looks_for}"
         raise NothingChangedError(f"{report.name} changed nothing: {why}. See surgeon inspect.")
     total, common = len(report.rejected), count_reasons(report.rejected)[0]
     often = "" if common.count == total else f" {common.count} of them,"
@@ -321,7 +321,7 @@ def _run(
     surgery = Pipeline(passes).run(
         opened.graph,
         inputs=opened.inputs,
-        data=None if options.dry_run else opened.data,
+        data=opened.data,
         seed=options.seed,
         verify=options.verify,
         progress=progress,

@@ -66,7 +66,7 @@ def import_modules(names: Iterable[str]) -> None:
     """
     for name in names:
         with _importable(_folder(name)):
-            _load(name, f"--trust-module {name}", LoadError)
+            _load(name, f"The trusted module {name}", LoadError)
 
 
 def _folder(module: str) -> Path:
