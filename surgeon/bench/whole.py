@@ -115,7 +115,7 @@ def time_whole(
         UsageError: the graph has no layers that skip, or does not take these inputs.
     """
     if not find_dynamic(graph):
-        raise no_dynamic("The graph", "there is nothing to compare", ", then lower")
+        raise no_dynamic("The model", "there is nothing to compare", ", then lower")
     ours = _with_ops(graph, dynamic_k_ffn, sparse_linear, sparse_neurons)
     ops = torch.ops.surgeon  # the plain graph shares tau with `ours`, as forks do
     plain = _with_ops(graph, ops.dynamic_k_ffn_torch.default, ops.sparse_linear_torch.default, masked_neurons)

@@ -95,7 +95,8 @@ def _report(error: Exception, run: Run) -> int:
             run.output = OutputMode.json
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "surgeon"
-        text = f"{sentence(error.format_message())} See {where} --help."
+        # typer checks values with pydantic, whose words for it are for programmers.
+        text = f"{sentence(error.format_message().replace('Value error, ', ''))} See {where} --help."
         run.screen.error(text, kind="UsageError", exit_code=2)
         return 2
     if run.debug:

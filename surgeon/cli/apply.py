@@ -19,7 +19,7 @@ from surgeon.cli.options import (
     TrustModules,
     TrustPickle,
 )
-from surgeon.cli.reading import build
+from surgeon.cli.reading import build, parse_settings
 from surgeon.errors import UsageError
 from surgeon.jobs.options import DataOptions
 
@@ -121,7 +121,6 @@ def apply(
     from surgeon.jobs.search_settings import check_search
     from surgeon.render.apply import applied_view
     from surgeon.render.search import search_view
-    from surgeon.surgery.recipe import parse_settings
     from surgeon.text.diff import pass_view
 
     given = parse_settings(settings or [])

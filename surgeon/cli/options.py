@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -71,10 +71,16 @@ Arch = Annotated[
         help="Architecture of a state dict: a model type such as gpt2, a config.json, or module:function.",
     ),
 ]
+TaskName = Literal[
+    "causal-lm", "masked-lm", "seq2seq-lm", "audio-classification", "sequence-classification", "token-classification",
+    "question-answering", "image-classification", "ctc", "speech-seq2seq", "feature-extraction", "classification",
+    "imitate",
+]  # fmt: skip
 Task = Annotated[
-    str | None,
+    TaskName | None,
     typer.Option(
         "--task",
+        metavar="T",
         help="Task: causal-lm, masked-lm, seq2seq-lm, sequence-classification, token-classification, "
         "question-answering, image-classification, audio-classification, ctc, speech-seq2seq, feature-extraction, "
         "classification, or imitate, which trains for the dense model's outputs and needs no labels. By default the "

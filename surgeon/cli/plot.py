@@ -18,7 +18,7 @@ def plot(
     model: Saved,
     kind: Annotated[
         Literal["pareto", "layers", "experts", "routers", "compute", "sparsity", "ablation"],
-        typer.Argument(help="What to draw.", show_default=False),
+        typer.Argument(metavar="KIND", help="What to draw.", show_default=False),
     ],
     *,
     tau: Annotated[

@@ -32,7 +32,9 @@ _HEADS = (
     *("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
     *("AutoModelForSequenceClassification", "AutoModelForImageClassification", "AutoModel"),
 )
-_ARCHITECTURES = "It is a config.json or its directory, a model type of transformers such as bert, or module:function"
+_ARCHITECTURES = (
+    "An architecture is a config.json or its directory, a model type of transformers such as bert, or module:function"
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def _from_file(path: Path, trust_pickle: bool, arch: str | None, task: str | Non
             return _from_state_dict(path, read_safetensors(path), arch, task)
         case ".pt" | ".pth" | ".bin" | ".ckpt" | ".tar":
             content = read_torch_file(path, trust_pickle=trust_pickle)
+        case ".json" if path.name in ("config.json", "surgery.json"):
+            raise LoadError(f"{path} says what a model is, and has no weights. Give its directory: {path.parent}.")
         case suffix:
             raise LoadError(
                 f"{path.name}: cannot load {f'{suffix} files' if suffix else 'a file without a suffix'}. A model is a "

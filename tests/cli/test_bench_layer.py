@@ -187,7 +187,7 @@ def test_chosen_methods_are_shown(run: Run) -> None:
         (("--seconds", "0"), "--seconds above 0"),
         (("--device", "tpu"), "--device tpu: give cpu or cuda."),
         (("--batch", "3"), "No such option: --batch"),
-        (("-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json, for numbers"),
+        (("-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json (numbers)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
