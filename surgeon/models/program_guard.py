@@ -80,7 +80,7 @@ def checked_program(
             program = _checked_graphs(_parsed(archive, _MODEL))
         except UnregisteredError as error:
             raise LoadError(
-                f"{path.name} cannot be loaded: {error}", python=error.python, command=error.command
+                f"{path.name} cannot be loaded: {error.what}", python=error.python, command=error.command
             ) from error
         except NotAllowedError as error:
             raise LoadError(f"{path.name} is not what torch.export.save writes: {error}.") from error

@@ -81,7 +81,7 @@ def _load(module: str, label: str, error: type[SurgeonError]) -> ModuleType:
     except ModuleNotFoundError as cause:
         raise error(
             f"{label}: the Python module '{cause.name}' cannot be imported. "
-            "Make it importable, for example with PYTHONPATH=. before the command."
+            "Make it importable, for example with PYTHONPATH=. in the environment."
         ) from cause
     except Exception as cause:
         raise error(f"{label}: importing {module} raised {type(cause).__name__}: {cause}") from cause

@@ -67,7 +67,7 @@ def read_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
     except ModuleNotFoundError as error:
         raise LoadError(
             f"{path.name} needs the Python module '{error.name}', which cannot be imported. "
-            "Make it importable, for example with PYTHONPATH=. before the command."
+            "Make it importable, for example with PYTHONPATH=. in the environment."
         ) from error
     except AttributeError as error:
         raise LoadError(
