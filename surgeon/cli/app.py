@@ -12,7 +12,7 @@ pass, its verification or saving failed; 130 interrupted.
 
 # The annotations are read when commands are made, so they are not postponed.
 import functools
-import inspect as signatures
+import inspect
 import os
 import shlex
 import sys
@@ -45,11 +45,22 @@ class Run:
     verbose: int = 0
     quiet: bool = False
     debug: bool = False
+    command: str = ""
 
     def take(self, output: OutputMode | None, verbose: int, quiet: bool, debug: bool) -> None:
         """Merge options given at one place of the command line into those given earlier."""
         self.output = output or self.output
         self.verbose, self.quiet, self.debug = max(verbose, self.verbose), quiet or self.quiet, debug or self.debug
+
+    def labelled(self, value: object) -> Any:
+        """An answer in JSON values, with the name of its schema."""
+        from surgeon.json_values import schema_name, to_json
+
+        return {"schema": schema_name(self.command), **to_json(value)}
+
+    def answer(self, value: object) -> None:
+        """Print the answer for programs, if they asked for it."""
+        self.screen.result(self.labelled(value))
 
     @property
     def to_continue(self) -> str:
@@ -175,6 +186,8 @@ def command(*, order: int, under: typer.Typer = app) -> Callable[[Callable[..., 
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__.strip("_").replace("_", "-")
+        path = name if under is app else f"{under.info.name} {name}"
+        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nJSON: surgeon schema {path}"
         under.command(name=name)(_with_shared_options(with_data_options(function)))
         _ORDER[str(under.info.name), name] = order
         return function
@@ -190,6 +203,7 @@ def _with_shared_options(function: Callable[..., None]) -> Callable[..., None]:
         context: typer.Context, output: OutputMode | None, verbose: int, quiet: bool, debug: bool, **options: Any
     ) -> None:
         run: Run = context.obj
+        run.command = context.command_path.partition(" ")[2]
         run.take(output, verbose, quiet, debug)
         with warnings.catch_warnings():
             if not run.debug:
@@ -200,10 +214,10 @@ def _with_shared_options(function: Callable[..., None]) -> Callable[..., None]:
             except KeyboardInterrupt as interrupt:
                 _interrupted(run, getattr(interrupt, "workdir", None))
 
-    own = list(signatures.signature(function).parameters.values())[1:]
-    context, *shared = signatures.signature(_before_a_command).parameters.values()
+    own = list(inspect.signature(function).parameters.values())[1:]
+    context, *shared = inspect.signature(_before_a_command).parameters.values()
     parameters = [context, *own, *shared]
-    run_command.__signature__ = signatures.Signature(  # type: ignore[attr-defined]
+    run_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters]
     )
     run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -112,10 +112,9 @@ def apply(
     Training runs in several processes under accelerate launch: see docs/training.md.
 
     Example: surgeon apply --passes sparsify,moeify,lower --set moeify.experts=48 path/to/bert --data reviews.csv
-
-    JSON: {model, directory, dry_run, search, passes, before, after, quality, agreement, notes, next, seconds}
     """
     from surgeon.jobs import apply as applying
+    from surgeon.jobs.applied import answer_of
     from surgeon.jobs.open_model import open_model
     from surgeon.jobs.recipes import missing_teacher, read_recipe, recipe_for
     from surgeon.jobs.search_settings import check_search
@@ -181,4 +180,4 @@ def apply(
         teacher=beside,
     )
     run.screen.show(applied_view(applied))
-    run.screen.result(applying.applied_json(applied, opened))
+    run.answer(answer_of(applied, opened))

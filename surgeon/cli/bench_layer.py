@@ -71,11 +71,6 @@ def layer(
     Example: surgeon bench layer --width 2048 --hidden 5632 --gated --activation silu --methods dense,compiled,ours
 
     Example: surgeon bench layer --size 32 --methods ours_int8 --against openvino,onnxruntime
-
-    JSON: {machine: {device, processor, instruction_set, threads, torch, kernels, gpu, clock, gemm, bandwidth},
-    width, hidden, gated, activation, cells: [{dtype, tokens, size, mask, share, executed, methods: {name:
-    {milliseconds, error, why}}, gain, int8_gain, kernel_gain, ceiling, limit, limited_by, of_limit}], untimed}. Times
-    are milliseconds. untimed: the number of layers that a stopped run left out.
     """
     from surgeon.jobs.bench_layer import bench_layer, read_stopped
     from surgeon.render.bench_layer import layer_plot, layer_view

@@ -66,9 +66,6 @@ def export(
     Example: surgeon export gpt2-surgery -o gpt2-experts
 
     Example: surgeon export bert-int8 --to openvino --linears int8 --data reviews.csv
-
-    JSON: {model, directory, model_class, layers: {path: experts}, refused, kept, bytes}, or for other engines {model,
-    directory, made: {engine, inputs, outputs, linears, error, float_error, samples, library, bytes, versions}, notes}
     """
     from surgeon.jobs import export as job
     from surgeon.render.export import engine_view, export_view
@@ -88,7 +85,7 @@ def export(
             stage=run.screen.stage,
         )
         run.screen.show(export_view(found))
-        run.screen.result(found)
+        run.answer(found)
         return
     made = job.export_for_engine(
         model,
@@ -103,4 +100,4 @@ def export(
         stage=run.screen.stage,
     )
     run.screen.show(engine_view(made))
-    run.screen.result(made)
+    run.answer(made)

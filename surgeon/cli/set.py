@@ -43,8 +43,6 @@ def set_(
     that no pattern matches keep their values. Linear layers that skip inputs have no rule.
 
     Example: surgeon set bert-surgery --tau "*.layer.0:0.05,*:0.2" --rule max
-
-    JSON: {model, directory, layers: {path: {before: {tau, rule, compensated}, after}}, notes}
     """
     from surgeon.jobs import set as setting
     from surgeon.jobs.open_model import open_model
@@ -55,4 +53,4 @@ def set_(
     opened = open_model(str(model), data=data, trust_modules=trust_modules or (), stage=run.screen.stage)
     found = setting.set_wanted(opened, wanted, samples=samples, out=out)
     run.screen.show(set_view(found))
-    run.screen.result(found)
+    run.answer(found)

@@ -405,22 +405,3 @@ def _data_words(options: DataOptions | None) -> list[str]:
         if item.name not in ("spec", "seed") and value != item.default:
             words += [f"--{item.name.replace('_', '-')}", str(value)]
     return words
-
-
-def applied_json(applied: Applied, opened: Opened) -> dict[str, Any]:
-    """The result for programs."""
-    quality = applied.quality
-    return {
-        "model": opened.spec,
-        "directory": applied.directory,
-        "dry_run": applied.directory is None,
-        "search": applied.surgery.search,
-        "passes": [report.to_json() for report in applied.surgery.reports],
-        "before": applied.before,
-        "after": applied.after,
-        "quality": None if quality is None else {"before": quality[0], "after": quality[1]},
-        "agreement": applied.agreement,
-        "notes": [*opened.notes, *applied.notes],
-        "next": applied.next[0],
-        "seconds": round(applied.seconds, 3),
-    }
