@@ -122,9 +122,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
 
     def dynamic(site: DynamicSite, shape: tuple[int, ...]) -> DynamicLayer:
         layer = layers[site.path]
-        return DynamicLayer(
-            site.path, shape, layer.multiply_adds / whole, site.shown_form, tau_of(site), layer.share
-        )
+        return DynamicLayer(site.path, shape, layer.multiply_adds / whole, site.shown_form, tau_of(site), layer.share)
 
     return Inspection(
         opened.spec,
