@@ -27,10 +27,7 @@ class Result:
 
     @property
     def json(self) -> Any:
-        """The answer without the name of its schema, which it is checked against."""
-        answer = json.loads(self.out)
-        check_answer(answer)
-        return {name: value for name, value in answer.items() if name != "schema"}
+        return answer_in(self.out)
 
 
 Run = Callable[..., Result]
@@ -44,6 +41,13 @@ def strict(schema: Any) -> Any:
         return schema
     closed = {name: strict(part) for name, part in schema.items()}
     return closed | ({"additionalProperties": False} if "properties" in schema else {})
+
+
+def answer_in(text: str) -> Any:
+    """An answer in JSON without the name of its schema, which it is checked against."""
+    answer = json.loads(text)
+    check_answer(answer)
+    return {name: value for name, value in answer.items() if name != "schema"}
 
 
 def check_answer(answer: Any) -> None:
