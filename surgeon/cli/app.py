@@ -27,6 +27,7 @@ import typer
 from typer.core import TyperGroup
 
 from surgeon import processes
+from surgeon.cli import completion
 from surgeon.cli.options import Debug, Output, OutputMode, Quiet, Verbose
 from surgeon.cli.reading import with_data_options
 from surgeon.errors import SurgeonError, sentence
@@ -133,7 +134,8 @@ app = typer.Typer(
     # Plain help takes half the time.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # A terminal that is wider shows the first sentence of every command whole.
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
@@ -241,4 +243,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show an arrow gets a question mark instead of an error.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    app(prog_name="surgeon")
+    if completion.asked_by_bash(os.environ):
+        completion.in_bash(lambda: app(prog_name="surgeon"))
+    else:
+        app(prog_name="surgeon")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import (
     Arch,
@@ -41,7 +42,10 @@ def apply(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", metavar="R", help="A recipe (listed by surgeon passes), or a surgery.json, to run it again."
+            "--recipe",
+            metavar="R",
+            help="A recipe (listed by surgeon passes), or a surgery.json, to run it again.",
+            autocompletion=completion.recipes,
         ),
     ] = None,
     data: DataOptions | None = None,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.answering import answer
 from surgeon.cli.app import Run, command
 from surgeon.cli.bench import bench
@@ -31,6 +32,7 @@ def layer(
             metavar="M,M,...",
             help="How tokens select experts. uniform: all experts are equally likely; skewed: some are popular; "
             "clustered: neighbouring tokens select similar experts.",
+            autocompletion=completion.list_of(completion.MASKS),
         ),
     ] = "uniform",
     methods: Annotated[

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.answering import answer
 from surgeon.cli.app import Run, command
 from surgeon.cli.bench import bench
@@ -22,6 +23,7 @@ def predict(
         typer.Argument(
             metavar="DEVICE",
             help="h100, h200 or a100; cuda for the GPU of this machine; list for the known figures of each device.",
+            autocompletion=completion.one_of(completion.GPUS),
             show_default=False,
         ),
     ],

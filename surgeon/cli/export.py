@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import Saved, TrustModules
 from surgeon.jobs.options import DataOptions
@@ -17,7 +18,13 @@ def export(
     model: Saved,
     *,
     to: Annotated[
-        str, typer.Option("--to", metavar="T", help="What the model is for: transformers, openvino or onnx.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="T",
+            help="What the model is for: transformers, openvino or onnx.",
+            autocompletion=completion.one_of(completion.TARGETS),
+        ),
     ] = "transformers",
     out: Annotated[
         Path | None,
@@ -32,6 +39,7 @@ def export(
             metavar="L",
             help="For openvino, the linears that are not in experts: float, int8 (weights and inputs, with ranges "
             "measured on --data), int8-weights or int4-weights.",
+            autocompletion=completion.one_of(completion.LINEARS),
         ),
     ] = "float",
     cache: Annotated[

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.errors import UsageError
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 @command(order=30)
 def passes(
     run: Run,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass and its options.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Show this pass and its options.", autocompletion=completion.one_pass),
+    ] = None,
     example: Annotated[
         bool, typer.Option("--example", help="Also run the pass on a small model, and show what changes.")
     ] = False,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.errors import UsageError
 
@@ -23,7 +24,10 @@ def schema(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[COMMAND]", help="A command, such as sweep or bench layer; or error.", show_default=False
+            metavar="[COMMAND]",
+            help="A command, such as sweep or bench layer; or error.",
+            show_default=False,
+            autocompletion=completion.schemas,
         ),
     ] = None,
 ) -> None:

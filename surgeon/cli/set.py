@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import Out, Saved, TrustModules
 from surgeon.jobs.options import DataOptions
@@ -26,7 +27,10 @@ def set_(
     rule: Annotated[
         str | None,
         typer.Option(
-            "--rule", metavar="R", help="Selection rule: max, cumulative, energy or top_k; or PATTERN:R,PATTERN:R."
+            "--rule",
+            metavar="R",
+            help="Selection rule: max, cumulative, energy or top_k; or PATTERN:R,PATTERN:R.",
+            autocompletion=completion.one_of(completion.RULES),
         ),
     ] = None,
     compensate: Annotated[
