@@ -97,7 +97,8 @@ class Pass(Contract[Site, Seen]):
             notes.append("Not verified and not measured: no example inputs were given.")
         elif settings.verify == "off":
             notes.append("Not verified: verification was switched off.")
-        if matched and fitted is None and self.untrained and (self.will_fit or not self.preserves):
+        spared = settings.dry_run and data is not None  # there is nothing to advise: a run with this data trains
+        if matched and fitted is None and not spared and self.untrained and (self.will_fit or not self.preserves):
             notes.append(self.untrained)
         return PassReport(
             name=self.name,

@@ -104,7 +104,8 @@ class Contract(ABC, Generic[Site, Seen]):
     def find(self, graph: GraphModule) -> tuple[Sequence[Site], list[Rejection]]:
         """Find all candidates of the kind that the pass works on, and what the search itself rejected."""
         if self.works_on == "ffn":
-            return cast("tuple[list[Site], list[Rejection]]", find_ffns(graph))
+            sites, rejected = find_ffns(graph)
+            return cast("list[Site]", sites), [*self._split_already(graph), *rejected]
         if self.works_on == "linear":
             return cast("tuple[list[Site], list[Rejection]]", find_linear_sites(graph))
         if self.works_on == "any-linear":
@@ -114,6 +115,16 @@ class Contract(ABC, Generic[Site, Seen]):
         if self.works_on == "dynamic":
             return cast("list[Site]", find_dynamic(graph)), []
         raise NotImplementedError(f"{self.name} works on {self.works_on}, so it has to define find")
+
+    def _split_already(self, graph: GraphModule) -> list[Rejection]:
+        """Refuse the feed-forward layers that are experts by now: no search finds what they were."""
+        code, reason = "has-experts", f"it has experts: run {self.name} before the pass that makes them"
+        if self.makes == "moe":
+            code, reason = "already-done", "it already has experts"
+        return [
+            Rejection(code, reason, site.path.rpartition(".")[0], site.nodes[0].name if site.nodes else "")
+            for site in find_moes(graph)
+        ]
 
     def match(self, graph: GraphModule, site: Site) -> Rejection | None:
         """Say why this site cannot be changed, or return None if it can."""

@@ -57,7 +57,7 @@ class EarlyExit(TrainedPass[BlockEnd, str]):
     makes: ClassVar[SiteKind | None] = "dynamic"
     must_precede: ClassVar[frozenset[str]] = frozenset({"sparsify-inputs", "sparsify-neurons", "lower"})
     needs_data: ClassVar[bool] = True
-    untrained: ClassVar[str] = "The heads were not trained. Run again with --data."
+    untrained: ClassVar[str] = "The heads were not trained. Run again with data."
 
     every: int = option(1, "Put an exit behind every so many blocks.", least=1)
     pool: Pooling = option(

@@ -70,7 +70,7 @@ class HaltTokens(FineTunedPass[BlockEnd, HaltPlan]):
         {"moeify", "early-exit", "sparsify-inputs", "sparsify-neurons", "lower", "quantize"}
     )
     needs_data: ClassVar[bool] = True
-    untrained: ClassVar[str] = "Nothing was fine-tuned, so tau is 0 and no token halts. Run again with --data."
+    untrained: ClassVar[str] = "Nothing was fine-tuned, so tau is 0 and no token halts. Run again with data."
 
     gamma: float = option(5.0, "The first element of a token is multiplied by it, to make a score.", above=0)
     beta: float = option(-10.0, "It is added to that. A larger beta halts earlier.")

@@ -86,7 +86,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
     for_training: ClassVar[frozenset[str]] = frozenset({"exposure", "underestimate"})
     untrained: ClassVar[str] = (
         "The routers were not trained: every expert runs and the output is unchanged. To make the model cheaper, run "
-        "again with --data, then set tau."
+        "again with data, then set tau."
     )
 
     experts: PerSite[int] | None = option(
@@ -376,7 +376,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
         if dense:
             notes.append(
                 f"The experts use {', '.join(dense)}, which leaves few values near zero: tau will skip little before "
-                "the quality drops. To save more, run swap-activation and sparsify (with --data) first."
+                "the quality drops. To save more, run swap-activation and sparsify (with data) first."
             )
         return tuple(notes)
 

@@ -103,7 +103,7 @@ class Sparsify(FineTunedPass[FFN]):
     preserves: ClassVar[bool] = True
     untrained: ClassVar[str] = (
         "Nothing was fine-tuned, so activations are as sparse as they were and the output is unchanged. "
-        "Run again with --data to train."
+        "Run again with data to train."
     )
 
     penalty: Penalty = option(

@@ -41,7 +41,7 @@ class SwapActivation(FineTunedPass[FFN]):
     optional: ClassVar[bool] = True
     untrained: ClassVar[str] = (
         "Nothing was fine-tuned, so the model has not recovered from its new activation. Set epochs above 0 and give "
-        "--data, or run sparsify afterwards."
+        "data, or run sparsify afterwards."
     )
 
     to: PerSite[str] = option("relu", "The new activation.", choices=TARGETS)

@@ -79,7 +79,7 @@ class FineTunedPass(TrainedPass[Site, Seen], ABC):
     distill: float = option(
         0.0,
         "Share of the loss that is divergence from a teacher; the task loss has the rest. The teacher is the model "
-        "before the first pass of this run, unless another one is given (--teacher). If the run continues a saved "
+        "before the first pass of this run, unless another one is given. If the run continues a saved "
         "surgery, the model before is the saved one.",
         least=0,
         most=1,

@@ -31,6 +31,12 @@ _HIDDEN = re.compile(r"(?P<state>new|old)\.(?P<pid>[0-9]+)\.(?P<host>.*)\.[^.]+"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EPERM}
 
+OVERWRITE = {
+    "python": "Give another directory, or overwrite=True.",
+    "command": "Give another directory with -o, or replace it with --overwrite.",
+}
+"""What to do about a directory that is there already, for an error."""
+
 
 @contextlib.contextmanager
 def replaced(directory: Path) -> Iterator[Path]:

@@ -1,10 +1,12 @@
 """Every error a user can meet, each with the exit code the command line returns for it.
 
-An error says what, where, why, and what to try. `SurgeonError` is never raised itself.
+An error says what, where, why, and what to try. What to try differs between Python and the command line: an error that
+both can meet has it in the words of each. `SurgeonError` is never raised itself.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -28,10 +30,30 @@ def some(names: Sequence[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def tidy(text: str) -> str:
+    """Drop the full stop behind another end of a sentence. Texts are put together, so both may have brought one."""
+    return re.sub(r"([?!])\.(?=\s|$)|(?<=[\w)'\"\]])\.\.(?=\s|$)", lambda twice: twice[1] or ".", text.strip())
+
+
+def sentence(text: str) -> str:
+    """End a text as a sentence ends."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 class SurgeonError(Exception):
-    """Base of all errors raised on purpose. `exit_code` is what the command line returns."""
+    """Base of all errors raised on purpose. `exit_code` is what the command line returns.
+
+    text: what is wrong, and what to try if that is the same everywhere. python, command: what to try, in the words of a
+    Python call and in those of a command line, where Python's are the default. `str` has Python's, `in_command` the
+    others, `what` neither.
+    """
 
     exit_code: ClassVar[int] = 4
+
+    def __init__(self, text: object = "", *, python: str = "", command: str = "") -> None:
+        self.what = tidy(str(text))
+        self.in_command = tidy(f"{text} {command or python}")
+        super().__init__(tidy(f"{text} {python}"))
 
 
 class NothingChangedError(SurgeonError):

@@ -12,6 +12,14 @@ from typing import Any
 # What a field's metadata is if the field is only for Python.
 NOT_IN_JSON = {"json": False}
 
+VERSION = 1
+"""Of the answers in JSON. Fields may be added without a new version."""
+
+
+def schema_name(command: str) -> str:
+    """The name of the schema of a command's answer: `surgeon.bench-layer.v1`."""
+    return f"surgeon.{command.replace(' ', '-')}.v{VERSION}"
+
 
 def to_json(value: Any) -> Any:
     """Convert to plain JSON values.

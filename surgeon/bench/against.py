@@ -95,7 +95,7 @@ def check_engines(names: Sequence[str]) -> None:
     """
     for name in names:
         if name not in ENGINES:
-            raise UsageError(f"--against {name}: there are {', '.join(ENGINES)}.")
+            raise UsageError(f"No engine '{name}'. There are {', '.join(ENGINES)}.")
         for package in ENGINES[name]:
             installed(package)
 

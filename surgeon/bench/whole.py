@@ -115,7 +115,7 @@ def time_whole(
         UsageError: the graph has no layers that skip, or does not take these inputs.
     """
     if not find_dynamic(graph):
-        raise no_dynamic("The graph", "there is nothing to compare", ", then lower")
+        raise no_dynamic("The model", "there is nothing to compare", ", then lower")
     ours = _with_ops(graph, dynamic_k_ffn, sparse_linear, sparse_neurons)
     ops = torch.ops.surgeon  # the plain graph shares tau with `ours`, as forks do
     plain = _with_ops(graph, ops.dynamic_k_ffn_torch.default, ops.sparse_linear_torch.default, masked_neurons)
@@ -123,7 +123,7 @@ def time_whole(
     calls: dict[str, TimedCall] = {}
     why: dict[str, str] = {}
     if not all(site.skips for site in find_skipping(graph)):
-        why["Layers that are not lowered read everything"] = "run surgeon apply with --passes lower"
+        why["Layers that are not lowered read everything"] = "run the pass lower"
     done, steps = 0, 2 + len(taus) + 2 * (dense is not None)
 
     def report() -> None:
@@ -197,8 +197,9 @@ def _try(call: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         call(*args, **kwargs)
     except Exception as error:  # a model may raise anything
         raise UsageError(
-            f"The model cannot be called with this number of samples or tokens ({first_line(error)}). Give another "
-            "--batch or --length."
+            f"The model cannot be called with this number of samples or tokens ({first_line(error)}).",
+            python="Give other numbers of them.",
+            command="Give another --batch or --length.",
         ) from error
 
 

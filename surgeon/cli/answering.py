@@ -24,6 +24,6 @@ def answer(
 
     run.screen.show(view)
     for file in files or ():
-        write_result(found, file, draw)
+        write_result(run.labelled(found), file, draw)
         run.screen.say(f"Written to {file}.")
-    run.screen.result(found)
+    run.answer(found)

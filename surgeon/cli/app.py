@@ -12,7 +12,7 @@ pass, its verification or saving failed; 130 interrupted.
 
 # The annotations are read when commands are made, so they are not postponed.
 import functools
-import inspect as signatures
+import inspect
 import os
 import shlex
 import sys
@@ -27,9 +27,10 @@ import typer
 from typer.core import TyperGroup
 
 from surgeon import processes
+from surgeon.cli import completion
 from surgeon.cli.options import Debug, Output, OutputMode, Quiet, Verbose
 from surgeon.cli.reading import with_data_options
-from surgeon.errors import SurgeonError
+from surgeon.errors import SurgeonError, sentence
 from surgeon.version import __version__
 
 if TYPE_CHECKING:
@@ -45,11 +46,22 @@ class Run:
     verbose: int = 0
     quiet: bool = False
     debug: bool = False
+    command: str = ""
 
     def take(self, output: OutputMode | None, verbose: int, quiet: bool, debug: bool) -> None:
         """Merge options given at one place of the command line into those given earlier."""
         self.output = output or self.output
         self.verbose, self.quiet, self.debug = max(verbose, self.verbose), quiet or self.quiet, debug or self.debug
+
+    def labelled(self, value: object) -> Any:
+        """An answer in JSON values, with the name of its schema."""
+        from surgeon.json_values import schema_name, to_json
+
+        return {"schema": schema_name(self.command), **to_json(value)}
+
+    def answer(self, value: object) -> None:
+        """Print the answer for programs, if they asked for it."""
+        self.screen.result(self.labelled(value))
 
     @property
     def to_continue(self) -> str:
@@ -95,13 +107,14 @@ def _report(error: Exception, run: Run) -> int:
             run.output = OutputMode.json
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "surgeon"
-        text = f"{error.format_message().rstrip('.')}. See {where} --help."
+        # typer checks values with pydantic, whose words for it are for programmers.
+        text = f"{sentence(error.format_message().replace('Value error, ', ''))} See {where} --help."
         run.screen.error(text, kind="UsageError", exit_code=2)
         return 2
     if run.debug:
         traceback.print_exception(error)
     if isinstance(error, SurgeonError):
-        run.screen.error(str(error), kind=type(error).__name__, exit_code=error.exit_code)
+        run.screen.error(error.in_command, kind=type(error).__name__, exit_code=error.exit_code)
         return error.exit_code
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
     if not processes.is_main():  # expected errors are those of the main process too
@@ -121,7 +134,8 @@ app = typer.Typer(
     # Plain help takes half the time.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # A terminal that is wider shows the first sentence of every command whole.
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
@@ -174,6 +188,8 @@ def command(*, order: int, under: typer.Typer = app) -> Callable[[Callable[..., 
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__.strip("_").replace("_", "-")
+        path = name if under is app else f"{under.info.name} {name}"
+        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nJSON: surgeon schema {path}"
         under.command(name=name)(_with_shared_options(with_data_options(function)))
         _ORDER[str(under.info.name), name] = order
         return function
@@ -189,6 +205,7 @@ def _with_shared_options(function: Callable[..., None]) -> Callable[..., None]:
         context: typer.Context, output: OutputMode | None, verbose: int, quiet: bool, debug: bool, **options: Any
     ) -> None:
         run: Run = context.obj
+        run.command = context.command_path.partition(" ")[2]
         run.take(output, verbose, quiet, debug)
         with warnings.catch_warnings():
             if not run.debug:
@@ -199,10 +216,10 @@ def _with_shared_options(function: Callable[..., None]) -> Callable[..., None]:
             except KeyboardInterrupt as interrupt:
                 _interrupted(run, getattr(interrupt, "workdir", None))
 
-    own = list(signatures.signature(function).parameters.values())[1:]
-    context, *shared = signatures.signature(_before_a_command).parameters.values()
+    own = list(inspect.signature(function).parameters.values())[1:]
+    context, *shared = inspect.signature(_before_a_command).parameters.values()
     parameters = [context, *own, *shared]
-    run_command.__signature__ = signatures.Signature(  # type: ignore[attr-defined]
+    run_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters]
     )
     run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -226,4 +243,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show an arrow gets a question mark instead of an error.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    app(prog_name="surgeon")
+    if completion.asked_by_bash(os.environ):
+        completion.in_bash(lambda: app(prog_name="surgeon"))
+    else:
+        app(prog_name="surgeon")

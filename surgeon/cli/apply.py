@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import (
     Arch,
@@ -19,7 +20,7 @@ from surgeon.cli.options import (
     TrustModules,
     TrustPickle,
 )
-from surgeon.cli.reading import build
+from surgeon.cli.reading import build, parse_settings
 from surgeon.errors import UsageError
 from surgeon.jobs.options import DataOptions
 
@@ -41,7 +42,10 @@ def apply(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", metavar="R", help="A recipe (listed by surgeon passes), or a surgery.json, to run it again."
+            "--recipe",
+            metavar="R",
+            help="A recipe (listed by surgeon passes), or a surgery.json, to run it again.",
+            autocompletion=completion.recipes,
         ),
     ] = None,
     data: DataOptions | None = None,
@@ -112,16 +116,14 @@ def apply(
     Training runs in several processes under accelerate launch: see docs/training.md.
 
     Example: surgeon apply --passes sparsify,moeify,lower --set moeify.experts=48 path/to/bert --data reviews.csv
-
-    JSON: {model, directory, dry_run, search, passes, before, after, quality, agreement, notes, next, seconds}
     """
     from surgeon.jobs import apply as applying
+    from surgeon.jobs.applied import answer_of
     from surgeon.jobs.open_model import open_model
     from surgeon.jobs.recipes import missing_teacher, read_recipe, recipe_for
     from surgeon.jobs.search_settings import check_search
     from surgeon.render.apply import applied_view
     from surgeon.render.search import search_view
-    from surgeon.surgery.recipe import parse_settings
     from surgeon.text.diff import pass_view
 
     given = parse_settings(settings or [])
@@ -182,4 +184,4 @@ def apply(
         teacher=beside,
     )
     run.screen.show(applied_view(applied))
-    run.screen.result(applying.applied_json(applied, opened))
+    run.answer(answer_of(applied, opened))

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.answering import answer
 from surgeon.cli.app import Run, command
 from surgeon.cli.bench import bench
@@ -31,6 +32,7 @@ def layer(
             metavar="M,M,...",
             help="How tokens select experts. uniform: all experts are equally likely; skewed: some are popular; "
             "clustered: neighbouring tokens select similar experts.",
+            autocompletion=completion.list_of(completion.MASKS),
         ),
     ] = "uniform",
     methods: Annotated[
@@ -71,11 +73,6 @@ def layer(
     Example: surgeon bench layer --width 2048 --hidden 5632 --gated --activation silu --methods dense,compiled,ours
 
     Example: surgeon bench layer --size 32 --methods ours_int8 --against openvino,onnxruntime
-
-    JSON: {machine: {device, processor, instruction_set, threads, torch, kernels, gpu, clock, gemm, bandwidth},
-    width, hidden, gated, activation, cells: [{dtype, tokens, size, mask, share, executed, methods: {name:
-    {milliseconds, error, why}}, gain, int8_gain, kernel_gain, ceiling, limit, limited_by, of_limit}], untimed}. Times
-    are milliseconds. untimed: the number of layers that a stopped run left out.
     """
     from surgeon.jobs.bench_layer import bench_layer, read_stopped
     from surgeon.render.bench_layer import layer_plot, layer_view

@@ -45,10 +45,6 @@ def linear(
     Example: surgeon bench linear --share 0.25,0.5 --dtype float32,bfloat16,int8
 
     Example: surgeon bench linear --d-in 2048 --d-out 2048,5632 --tokens 1,2,4 --output json
-
-    JSON: {machine: {device, processor, instruction_set, threads, torch, kernels, gpu, clock, gemm, bandwidth}, cells:
-    [{d_in, d_out, dtype, tokens, share, kept, rows, warm: {method: milliseconds}, cold: {method: milliseconds},
-    warm_gain, cold_gain, error}]}.
     """
     from surgeon.jobs.bench_linear import bench_linear
     from surgeon.render.bench_linear import linear_view
@@ -60,4 +56,4 @@ def linear(
         progress=run.screen.progress,
     )
     run.screen.show(linear_view(found))
-    run.screen.result(found)
+    run.answer(found)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.answering import answer
 from surgeon.cli.app import Run, command
 from surgeon.cli.bench import bench
@@ -22,6 +23,7 @@ def predict(
         typer.Argument(
             metavar="DEVICE",
             help="h100, h200 or a100; cuda for the GPU of this machine; list for the known figures of each device.",
+            autocompletion=completion.one_of(completion.GPUS),
             show_default=False,
         ),
     ],
@@ -43,9 +45,6 @@ def predict(
     Example: surgeon bench predict h100 --tokens 8192
 
     Example: surgeon bench predict list
-
-    JSON: {device, width, hidden, gated, points: [{dtype, tokens, size, share, dense, dense_bound, ours, ours_bound,
-    gain, way}], advice: [{dtype, tokens, best, break_even}], assumptions}; for list {devices}. Times are milliseconds.
     """
     from surgeon.jobs.bench_predict import bench_predict
     from surgeon.render.bench_predict import prediction_plot, prediction_view
@@ -70,4 +69,4 @@ def _list_devices(run: Run, layers: LayerOptions, out: list[Path] | None) -> Non
             "--output json for JSON."
         )
     run.screen.show(devices_view(list(DEVICES.values())))
-    run.screen.result({"devices": list(DEVICES.values())})
+    run.answer({"devices": list(DEVICES.values())})

@@ -61,11 +61,6 @@ def surgery(
     Example: surgeon bench surgery bert-surgery --dense path/to/bert --batch 1 --length 128 -o bench.json
 
     Example: surgeon bench surgery bert-int8 --dense path/to/bert --against compile,openvino --data reviews.csv
-
-    JSON: {model, batch, length, machine: {device, processor, instruction_set, threads, torch, kernels, gpu, clock,
-    gemm, bandwidth}, times: {dense, compiled, why, settings: [{tau, executed, ours, compiled, torch, gain}]}, notes}.
-    Times are milliseconds. With --against: {model, batch, length, machine, samples, found: {rows: [{engine, experts,
-    numbers, milliseconds, error, why}], versions}, gain, notes}.
     """
     from surgeon.jobs.bench_surgery import bench_engines, bench_surgery, check_against, check_surgery
     from surgeon.render.bench_surgery import engines_view, surgery_plot, surgery_view

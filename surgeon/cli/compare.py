@@ -63,11 +63,6 @@ def compare(
     Example: surgeon compare bert-moe bert-relu --data reviews.csv -o compare.png -o compare.md
 
     Example: surgeon compare old=runs/1 new=runs/2 --data reviews.csv --dense bert-dir --keep 0.98 --time
-
-    JSON: {surgeries: {name: directory}, data, found: {task, keep, wanted, dense: {multiply_adds, quality,
-    milliseconds}, curves: [{surgery, rule, router, points, layers: {share, at_most, low, high}, whole, milliseconds,
-    cost_difference: {value, low, high, bound}, quality_difference: {value, low, high, samples}}], stored, unmeasured,
-    untimed}, notes}; points are those of surgeon sweep, stored has one by the name of its surgery
     """
     from surgeon.jobs import compare as comparing
     from surgeon.jobs.sweep import parse_rules, parse_taus

@@ -36,8 +36,6 @@ def compile_(
     with surgeon's operators. The package is compared with the surgery, and refuses inputs of other sizes and dtypes.
 
     Example: surgeon compile bert-surgery -o bert-compiled
-
-    JSON: {model, directory, library, inputs, takes, outputs, tau, max_error, seconds, bytes, notes}
     """
     from surgeon.jobs import compile as job
     from surgeon.jobs.open_model import open_model
@@ -49,4 +47,4 @@ def compile_(
     with run.screen.stage("compiling"):
         found = job.compile_saved(opened, directory, leave_out=names, overwrite=overwrite)
     run.screen.show(compile_view(found))
-    run.screen.result(found)
+    run.answer(found)

@@ -22,8 +22,6 @@ def demo(
     minutes.
 
     Example: surgeon demo
-
-    JSON: {dense, passes, points, directory}
     """
     from surgeon.jobs import demo as story
     from surgeon.jobs.store import check_target
@@ -41,7 +39,7 @@ def demo(
         on_pass=lambda pass_: run.screen.show(pass_view(pass_, "sites", gap=True)),
     )
     run.screen.show(demo_view(made))
-    run.screen.result(
+    run.answer(
         {
             "dense": made.dense,
             "passes": made.surgery.reports,

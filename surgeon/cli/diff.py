@@ -31,9 +31,6 @@ def diff(
     Example: surgeon diff bert-surgery
 
     Example: surgeon diff path/to/bert bert-surgery --full
-
-    JSON: {passes: [{report, graph: {removed, added, removed_parameters, added_parameters}}]} for one; {names, costs,
-    sites, difference, note, nodes} for two
     """
     from surgeon.render.search import search_view
     from surgeon.surgery.artifact import load_diff
@@ -48,7 +45,7 @@ def diff(
         if search is not None:
             run.screen.show(search_view(search))
         run.screen.show(diff_view(recorded.passes, detail))
-        run.screen.result(recorded)
+        run.answer(recorded)
         return
     from surgeon.jobs.diff import compare_models
     from surgeon.jobs.open_model import open_model
@@ -69,4 +66,4 @@ def diff(
     with run.screen.stage("comparing"):
         found = compare_models(*opened, with_nodes=full)
     run.screen.show(comparison_view(found, detail))
-    run.screen.result(found)
+    run.answer(found)

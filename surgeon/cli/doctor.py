@@ -20,8 +20,6 @@ def doctor(
     It checks versions, devices, native kernels and disk space, and runs a tiny surgery from tracing to loading.
 
     Example: surgeon doctor --build
-
-    JSON: {checks: [{name, state, found, advice}]}
     """
     from surgeon.jobs.doctor import examine
     from surgeon.render.doctor import doctor_view
@@ -29,6 +27,6 @@ def doctor(
     with run.screen.stage("building" if build else "examining"):
         checks = examine(build=build)
     run.screen.show(doctor_view(checks))
-    run.screen.result({"checks": checks})
+    run.answer({"checks": checks})
     if any(check.state == "failed" for check in checks):
         raise typer.Exit(1)

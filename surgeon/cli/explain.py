@@ -32,9 +32,6 @@ def explain(
     Each pass gets the graph as the passes before it would leave it. Nothing is trained or saved.
 
     Example: surgeon explain path/to/bert --passes moeify --at "*.layer.0"
-
-    JSON: {passes: [{name, looks_for, matched: [[path, site]], rejected: [{path, code, reason,
-    node}]}]}
     """
     from surgeon.jobs.explain import explain as ask
     from surgeon.jobs.open_model import open_model
@@ -55,4 +52,4 @@ def explain(
     with run.screen.stage("explaining"):
         found = ask(opened, built, at)
     run.screen.show(explanation_view(found))
-    run.screen.result({"passes": found})
+    run.answer({"passes": found})

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import Saved, TrustModules
 from surgeon.jobs.options import DataOptions
@@ -17,7 +18,13 @@ def export(
     model: Saved,
     *,
     to: Annotated[
-        str, typer.Option("--to", metavar="T", help="What the model is for: transformers, openvino or onnx.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="T",
+            help="What the model is for: transformers, openvino or onnx.",
+            autocompletion=completion.one_of(completion.TARGETS),
+        ),
     ] = "transformers",
     out: Annotated[
         Path | None,
@@ -32,6 +39,7 @@ def export(
             metavar="L",
             help="For openvino, the linears that are not in experts: float, int8 (weights and inputs, with ranges "
             "measured on --data), int8-weights or int4-weights.",
+            autocompletion=completion.one_of(completion.LINEARS),
         ),
     ] = "float",
     cache: Annotated[
@@ -66,9 +74,6 @@ def export(
     Example: surgeon export gpt2-surgery -o gpt2-experts
 
     Example: surgeon export bert-int8 --to openvino --linears int8 --data reviews.csv
-
-    JSON: {model, directory, model_class, layers: {path: experts}, refused, kept, bytes}, or for other engines {model,
-    directory, made: {engine, inputs, outputs, linears, error, float_error, samples, library, bytes, versions}, notes}
     """
     from surgeon.jobs import export as job
     from surgeon.render.export import engine_view, export_view
@@ -88,7 +93,7 @@ def export(
             stage=run.screen.stage,
         )
         run.screen.show(export_view(found))
-        run.screen.result(found)
+        run.answer(found)
         return
     made = job.export_for_engine(
         model,
@@ -103,4 +108,4 @@ def export(
         stage=run.screen.stage,
     )
     run.screen.show(engine_view(made))
-    run.screen.result(made)
+    run.answer(made)

@@ -40,8 +40,6 @@ def generate(
     same as the dense model's.
 
     Example: surgeon generate gpt2-surgery "Once upon a time" --tau 0.05,0.1,0.2
-
-    JSON: {model, prompt, prompt_tokens, settings: [{tau, tokens, tokens_per_second, ratio, executed, same, text}]}
     """
     from surgeon.jobs import generate as generating
     from surgeon.jobs.sweep import parse_taus
@@ -52,4 +50,4 @@ def generate(
     opened = generating.open_generator(model, dense, stage=run.screen.stage)
     found = generating.generate(opened, prompt, chosen, options, stage=run.screen.stage)
     run.screen.show(generate_view(found))
-    run.screen.result(found)
+    run.answer(found)

@@ -34,8 +34,6 @@ def inspect(
     of the multiply-adds.
 
     Example: surgeon inspect path/to/bert
-
-    JSON: {model, kind, inputs, task, cost, ffns, experts, skipping, exits, halting, linears, refused, notes, graph}
     """
     from surgeon.jobs.inspect import inspect as look
     from surgeon.jobs.open_model import open_model
@@ -55,4 +53,4 @@ def inspect(
     with run.screen.stage("measuring"):
         found = look(opened, with_graph=graph)
     run.screen.show(inspection_view(found))
-    run.screen.result(found)
+    run.answer(found)

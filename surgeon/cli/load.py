@@ -46,9 +46,6 @@ def load(
     Example: surgeon load bert-surgery --data reviews.csv --tau 0.1 -o load.png
 
     Example: surgeon load bert-surgery --tau 0.1 --map-text "a film that is never dull"
-
-    JSON: {model, data, tau, layers: [{path, tokens, experts, executed: {mean, deviation, smallest, quartiles, largest},
-    histogram, neurons, active}], shown: {texts, loads, rows}, notes}
     """
     from surgeon.jobs.load import load as measure
     from surgeon.jobs.open_model import open_model

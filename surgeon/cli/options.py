@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+
+from surgeon.cli import completion
 
 
 class OutputMode(StrEnum):
@@ -41,11 +43,22 @@ Model = Annotated[
 Saved = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that surgeon saved.", show_default=False)]
 PassList = Annotated[
     str | None,
-    typer.Option("--passes", metavar="A,B,...", help="Passes in order, separated by commas.", show_default=False),
+    typer.Option(
+        "--passes",
+        metavar="A,B,...",
+        help="Passes in order, separated by commas.",
+        show_default=False,
+        autocompletion=completion.passes,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PASS.OPTION=VALUE", help="Set an option of a pass, for example moeify.experts=16."),
+    typer.Option(
+        "--set",
+        metavar="PASS.OPTION=VALUE",
+        help="Set an option of a pass, for example moeify.experts=16.",
+        autocompletion=completion.settings,
+    ),
 ]
 InputsOption = Annotated[
     str | None,
@@ -71,10 +84,16 @@ Arch = Annotated[
         help="Architecture of a state dict: a model type such as gpt2, a config.json, or module:function.",
     ),
 ]
+TaskName = Literal[
+    "causal-lm", "masked-lm", "seq2seq-lm", "audio-classification", "sequence-classification", "token-classification",
+    "question-answering", "image-classification", "ctc", "speech-seq2seq", "feature-extraction", "classification",
+    "imitate",
+]  # fmt: skip
 Task = Annotated[
-    str | None,
+    TaskName | None,
     typer.Option(
         "--task",
+        metavar="T",
         help="Task: causal-lm, masked-lm, seq2seq-lm, sequence-classification, token-classification, "
         "question-answering, image-classification, audio-classification, ctc, speech-seq2seq, feature-extraction, "
         "classification, or imitate, which trains for the dense model's outputs and needs no labels. By default the "
@@ -144,6 +163,7 @@ Rules = Annotated[
         "--rule",
         metavar="R,R,...",
         help="Selection rules: max, cumulative, energy, top_k. By default the stored ones.",
+        autocompletion=completion.list_of(completion.RULES),
     ),
 ]
 Files = Annotated[
@@ -157,7 +177,22 @@ Share = Annotated[str, typer.Option("--share", metavar="S,S,...", help="Shares o
 Size = Annotated[str, typer.Option("--size", metavar="N,N,...", help="Neurons in an expert; must divide --hidden.")]
 Width = Annotated[int, typer.Option("--width", help="Width of inputs and outputs.")]
 Hidden = Annotated[int | None, typer.Option("--hidden", help="Width of the hidden layer.  [default: 4 times --width]")]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="D,D,...", help="Data types: float32, bfloat16, float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="D,D,...",
+        help="Data types: float32, bfloat16, float16.",
+        autocompletion=completion.list_of(completion.DTYPES),
+    ),
+]
 Gated = Annotated[bool, typer.Option("--gated", help="Use a gated layer, with three matrices.")]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads to use.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda.  [default: cuda if available]")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu or cuda.  [default: cuda if available]",
+        autocompletion=completion.one_of(completion.DEVICES),
+    ),
+]

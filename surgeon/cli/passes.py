@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.errors import UsageError
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 @command(order=30)
 def passes(
     run: Run,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this pass and its options.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Show this pass and its options.", autocompletion=completion.one_pass),
+    ] = None,
     example: Annotated[
         bool, typer.Option("--example", help="Also run the pass on a small model, and show what changes.")
     ] = False,
@@ -26,10 +30,6 @@ def passes(
     For one pass, show what it does, what it needs, how it affects the output, and its options.
 
     Example: surgeon passes moeify --example
-
-    JSON: {passes: [{name, summary, description, works_on, makes, must_precede, preserves, needs_data, trains,
-    calibrates, untrained, output}], recipes: {name: {summary, passes: [[name, options]]} or {summary, by_family:
-    {family: name}}}, broken: {name: why}}; for one pass {name, ..., options: [{name, type, default, help}], example}
     """
     from surgeon.passes.catalogue import all_about, broken
     from surgeon.render.passes import pass_view, passes_view
@@ -41,12 +41,15 @@ def passes(
             raise UsageError("--example runs one pass. Name it: surgeon passes moeify --example.")
         run.screen.show(passes_view(known.values(), all_recipes(), broken()))
         recipes = {
-            name: {"summary": what}
-            | ({"passes": RECIPES[name][1]} if name in RECIPES else {"by_family": BY_FAMILY[name][1]})
+            name: {
+                "summary": what,
+                "passes": RECIPES[name][1] if name in RECIPES else None,
+                "by_family": BY_FAMILY[name][1] if name in BY_FAMILY else None,
+            }
             for name, what in all_recipes().items()
         }
         passes = [_plain(about) for about in known.values()]
-        run.screen.result({"passes": passes, "recipes": recipes, "broken": broken()})
+        run.answer({"passes": passes, "recipes": recipes, "broken": broken()})
         return
     if name not in known:
         from surgeon.surgery.recipe import find_pass
@@ -55,7 +58,7 @@ def passes(
     about = known[name]
     run.screen.show(pass_view(about))
     changed = _example(run, name) if example else None
-    run.screen.result({**_plain(about), "options": about.options, "example": changed})
+    run.answer({**_plain(about), "options": about.options, "example": changed})
 
 
 def _plain(about: "About") -> dict[str, Any]:

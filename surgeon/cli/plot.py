@@ -18,7 +18,7 @@ def plot(
     model: Saved,
     kind: Annotated[
         Literal["pareto", "layers", "experts", "routers", "compute", "sparsity", "ablation"],
-        typer.Argument(help="What to draw.", show_default=False),
+        typer.Argument(metavar="KIND", help="What to draw.", show_default=False),
     ],
     *,
     tau: Annotated[
@@ -42,8 +42,6 @@ def plot(
     Example: surgeon plot bert-surgery pareto --data reviews.csv -o pareto.svg
 
     Example: surgeon plot bert-surgery sparsity -o sparsity.png
-
-    JSON: {written}
     """
     from surgeon.dynamic.knobs import set_tau
     from surgeon.jobs.open_model import open_model
@@ -71,4 +69,4 @@ def plot(
             write_result(found, file, lambda file: DRAW[kind](found, file, words))
     for file in out:
         run.screen.show(f"Written to {file}.")
-    run.screen.result({"written": out})
+    run.answer({"written": out})

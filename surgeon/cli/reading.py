@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect as signatures
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +82,22 @@ def check_no_pass(model: str) -> None:
         raise UsageError(f"'{model}' is a pass, not a model. To see its options, run surgeon passes {model}.")
 
 
+def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, str]]:
+    """`["moeify.experts=16"]` → `{"moeify": {"experts": "16"}}`.
+
+    Raises:
+        UsageError: a setting does not have the form pass.option=value.
+    """
+    result: dict[str, dict[str, str]] = {}
+    for setting in settings:
+        left, equals, value = setting.partition("=")
+        name, dot, key = left.partition(".")
+        if not equals or not dot or not name or not key:
+            raise UsageError(f"--set {setting}: write pass.option=value, for example --set moeify.experts=16.")
+        result.setdefault(name.strip(), {})[key.strip().replace("-", "_")] = value.strip()
+    return result
+
+
 def build(names: str | None, settings: list[str] | None) -> list[Pass[Any]]:
     """Build the passes of `--passes` with the options of `--set`.
 
@@ -93,4 +109,4 @@ def build(names: str | None, settings: list[str] | None) -> list[Pass[Any]]:
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
     if not wanted:
         raise UsageError("Say which passes to run: --passes sparsify,moeify. surgeon passes lists them.")
-    return recipe.build(wanted, recipe.parse_settings(settings or []))
+    return recipe.build(wanted, parse_settings(settings or []))

@@ -33,8 +33,6 @@ def report(
     Example: surgeon report bert-surgery --data reviews.csv -o report.html
 
     Example: surgeon report small=bert-small large=bert-large -o report.html
-
-    JSON: {written}
     """
     from surgeon.jobs.report import report as gather
     from surgeon.render.files import check_files, write_result
@@ -55,4 +53,4 @@ def report(
 
     write_result(found, out, write)
     run.screen.show(f"Written to {out}.")
-    run.screen.result({"written": out})
+    run.answer({"written": [out]})

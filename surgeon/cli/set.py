@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import Out, Saved, TrustModules
 from surgeon.jobs.options import DataOptions
@@ -26,7 +27,10 @@ def set_(
     rule: Annotated[
         str | None,
         typer.Option(
-            "--rule", metavar="R", help="Selection rule: max, cumulative, energy or top_k; or PATTERN:R,PATTERN:R."
+            "--rule",
+            metavar="R",
+            help="Selection rule: max, cumulative, energy or top_k; or PATTERN:R,PATTERN:R.",
+            autocompletion=completion.one_of(completion.RULES),
         ),
     ] = None,
     compensate: Annotated[
@@ -43,8 +47,6 @@ def set_(
     that no pattern matches keep their values. Linear layers that skip inputs have no rule.
 
     Example: surgeon set bert-surgery --tau "*.layer.0:0.05,*:0.2" --rule max
-
-    JSON: {model, directory, layers: {path: {before: {tau, rule, compensated}, after}}, notes}
     """
     from surgeon.jobs import set as setting
     from surgeon.jobs.open_model import open_model
@@ -55,4 +57,4 @@ def set_(
     opened = open_model(str(model), data=data, trust_modules=trust_modules or (), stage=run.screen.stage)
     found = setting.set_wanted(opened, wanted, samples=samples, out=out)
     run.screen.show(set_view(found))
-    run.screen.result(found)
+    run.answer(found)

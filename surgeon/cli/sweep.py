@@ -43,11 +43,6 @@ def sweep(
     it is measured on all of the data.
 
     Example: surgeon sweep bert-surgery --data reviews.csv --tau 0,0.05,0.1,0.2 -o sweep.png
-
-    JSON: {model, data, task, dense: {multiply_adds, quality, milliseconds}, points: [{tau, quality, executed, layers,
-    multiply_adds, relative, rule, router, milliseconds, shares, agreement,
-    layer}], notes}; a quality is {name, value,
-    higher_is_better, items, unit, samples, low, high, change: {value, low, high, samples}}
     """
     from surgeon.jobs import sweep as measuring
     from surgeon.render.files import check_files

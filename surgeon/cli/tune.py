@@ -60,9 +60,6 @@ def tune(
     slightly more or fewer experts. Quality is then measured on the held-out part.
 
     Example: surgeon tune bert-surgery --budget 0.4 --data reviews.csv
-
-    JSON: {model, directory, budget, metric, tuned: {taus, shares, cost, damage, uniform, uniform_cost, uniform_damage,
-    rounds, unit, dense}, quality: [before, after], notes, agreement, agreed_with}
     """
     from surgeon.jobs import tune as job
     from surgeon.jobs.store import check_target
@@ -84,4 +81,4 @@ def tune(
         progress=run.screen.progress,
     )
     run.screen.show(tuned_view(found))
-    run.screen.result(found)
+    run.answer(found)

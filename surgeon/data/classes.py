@@ -157,7 +157,10 @@ def check_same_classes(config: Any | None, teacher: Any | None) -> None:
     Raises:
         UsageError: both name their classes, and the names differ.
     """
-    (own, own_says_nothing), (other, other_says_nothing) = _names_of(config, "MODEL"), _names_of(teacher, "--teacher")
+    (own, own_says_nothing), (other, other_says_nothing) = (
+        _names_of(config, "the model"),
+        _names_of(teacher, "the teacher"),
+    )
     if own_says_nothing or other_says_nothing or own == other:
         return
     raise UsageError(

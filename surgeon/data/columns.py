@@ -40,13 +40,17 @@ class ReadOptions:
         """The tokenizer. Raises UsageError if there is none."""
         if self.tokenizer is None:
             raise UsageError(
-                f"{self.spec} is text, but the model has no tokenizer. Give token ids with --data module:function."
+                f"{self.spec} is text, but the model has no tokenizer.",
+                python="Give a tokenizer, or batches of token ids.",
+                command="Give batches of token ids with --data module:function.",
             )
         return self.tokenizer
 
 
 def find_column(splits: Sequence[Any], given: str | None, usual: Sequence[str], spec: str, what: str) -> str:
     """Return the column that is given, else the first of the usual ones. All splits must have it.
+
+    what: is in the column. The option `label` names the column of a label, `text` every other.
 
     Raises:
         DataError: there is no such column.
@@ -58,7 +62,12 @@ def find_column(splits: Sequence[Any], given: str | None, usual: Sequence[str], 
         if found is None or found not in rows.column_names:
             where = spec if number == 0 else f"The split of {spec} to evaluate on"
             have = ", ".join(rows.column_names)
-            raise DataError(f"{where} has no {asked}. Its columns: {have}. Name the {what} column.")
+            option = "label" if what == "label" else "text"
+            raise DataError(
+                f"{where} has no {asked}. Its columns: {have}.",
+                python=f"Name the {what} column with {option}=.",
+                command=f"Name the {what} column with --{option}.",
+            )
     assert found is not None
     return found
 

@@ -176,7 +176,11 @@ def _transcribed(task: str) -> Callable[..., Features]:
         decoder = getattr(options.config, "decoder", options.config) if task == "speech-seq2seq" else None
         if target is None:
             if decoder is not None:
-                raise DataError(f"{options.spec} has no text for the decoder to read. Name its column with --label.")
+                raise DataError(
+                    f"{options.spec} has no text for the decoder to read.",
+                    python="Name its column with label=.",
+                    command="Name its column with --label.",
+                )
             return Features([media.rows(rows) for rows in chosen], media)
         made = []
         for rows in chosen:

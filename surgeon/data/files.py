@@ -80,12 +80,10 @@ def load_data(
             range.
         UsageError: an option is out of range, or the task needs a tokenizer that was not given.
     """
-    if batch_size < 1 or max_length < 2 or not 0 <= eval_fraction < 1 or (limit is not None and limit < 1):
-        raise UsageError(
-            f"Cannot read data with batch_size={batch_size}, max_length={max_length}, eval_fraction={eval_fraction}, "
-            f"limit={limit}. batch_size and limit must be at least 1, max_length at least 2, and eval_fraction at "
-            "least 0 and below 1."
-        )
+    _check_range("batch_size", batch_size, batch_size >= 1, "at least 1")
+    _check_range("max_length", max_length, max_length >= 2, "at least 2")
+    _check_range("eval_fraction", eval_fraction, 0 <= eval_fraction < 1, "at least 0 and below 1")
+    _check_range("limit", limit, limit is None or limit >= 1, "at least 1")
     found, origin = _read(spec)
     task = task or (task_of(config) if config is not None else None)
     if not isinstance(found, Mapping):
@@ -93,7 +91,10 @@ def load_data(
         return Data(data.train, data.eval, data.task, f"{spec}: {data.description}", f"python:{spec}", data.loss)
     if task not in READABLE:
         wrong = f"files cannot be read for the task {task!r}" if task else "the task is unknown"
-        raise UsageError(f"{spec}: {wrong}. Give one of {', '.join(READABLE)}.")
+        tasks = ", ".join(READABLE)
+        raise UsageError(
+            f"{spec}: {wrong}.", python=f"Give task=, one of {tasks}.", command=f"Give --task, one of {tasks}."
+        )
     splits = _splits(found, spec)
     own = task_of(config) if task == IMITATE else task
     chosen = [_limited(split, limit, seed, in_order=own == "causal-lm") for split in splits]
@@ -180,6 +181,14 @@ class Loader:
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
+
+
+def _check_range(name: str, value: float | None, fits: bool, limits: str) -> None:
+    """Refuse a value out of range."""
+    if not fits:
+        option = name.replace("_", "-")
+        text = f"must be {limits}."
+        raise UsageError(python=f"{name} is {value}, but {text}", command=f"--{option} is {value}, but {text}")
 
 
 def _splits(found: Mapping[str, Any], spec: str) -> list[Any]:

@@ -256,8 +256,10 @@ def _labels_of(batch: Batch, task: str) -> Tensor:
         labels = batch.kwargs.get("input_ids")
     if labels is None:
         raise DataError(
-            f"{task} needs labels, but the batch has none. Give (inputs, labels) or a 'labels' column, or imitate the "
-            "dense model with --task imitate, which needs none."
+            f"{task} needs labels, but the batch has none. Give (inputs, labels) or an entry 'labels', or imitate the "
+            "dense model, which needs none:",
+            python="task='imitate'.",
+            command="--task imitate.",
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"{task} needs integer labels, not {labels.dtype}.")

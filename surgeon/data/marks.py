@@ -104,7 +104,11 @@ def answer_features(options: ReadOptions, splits: Sequence[Any], chosen: Sequenc
 
 def _two(text: str) -> list[str]:
     if text.count(",") != 1:
-        raise UsageError(f"--text {text}: question-answering reads two columns: --text question,context.")
+        raise UsageError(
+            f"question-answering reads two columns, but the text is '{text}'.",
+            python="Give text='question,context'.",
+            command="Give --text question,context.",
+        )
     return text.split(",")
 
 

@@ -38,6 +38,13 @@ def _first(site: DynamicSite) -> Node:
     return site.total if isinstance(site, HaltSite) else site.nodes[0]
 
 
+def tau_of(site: DynamicSite) -> float:
+    """Return the tau of a site as it was set: the shortest number that its dtype stores as the same value."""
+    stored = float(site.tau)
+    numbers = (float(f"{stored:.{digits}g}") for digits in range(1, 18))
+    return next((number for number in numbers if float(site.tau.new_tensor(number)) == stored), stored)
+
+
 def no_dynamic(name: str, so: str, then: str = "") -> UsageError:
     """Return the error that a model has no layer with a tau.
 

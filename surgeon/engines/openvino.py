@@ -71,9 +71,7 @@ def convert(graph: GraphModule, program: Program) -> Any:
             convert it, or the operator cannot be built.
     """
     if has_float_experts(graph):
-        raise UsageError(
-            "OpenVINO runs experts with 8-bit weights only. Quantise them first: surgeon apply --passes quantize."
-        )
+        raise UsageError("OpenVINO runs experts with 8-bit weights only. Quantise them first, with the pass quantize.")
     refuse_float8(graph, "OpenVINO")
     openvino = installed("openvino")
     options = {"extension": conversion()} if has_int8_experts(graph) else {}

@@ -132,8 +132,9 @@ def graft(
     kept = _take_weights(made, graph, modules, unsplit(graph, made, dense), share=share)
     if made_up and kept:
         raise UsageError(
-            f"The graph does not use {some(kept)}, so their values are not in the surgery. Give the original model: "
-            "--base DIRECTORY, or model= in Python."
+            f"The graph does not use {some(kept)}, so their values are not in the surgery.",
+            python="Give the original model as model=.",
+            command="Give the directory of the original model with --base.",
         )
     plan = _merged(placed, {path: layer_of(module) for path, module in new.items()})
     if before is not None:

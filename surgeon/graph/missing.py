@@ -82,8 +82,7 @@ def refuse_untraced(sizes: str, **given: Any) -> None:
 
 
 _TRACE_IT = (
-    "To have an input traced, trace the model with it among the example inputs: inputs=... or --inputs, or the first "
-    "batch of the data."
+    "To have an input traced, trace the model with it among the example inputs, or in the first batch of the data."
 )
 
 

@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from surgeon.graph.traced import attribute
 
 QUANTISED = (
-    "Run the surgery on the model before it was quantised, and quantise the result (--passes moeify,quantize). If "
-    "there is only the quantised one, bring its weights back first: model.dequantize() in transformers, and "
+    "Run the surgery on the model before it was quantised, and quantise the result (moeify, quantize). If there is "
+    "only the quantised one, bring its weights back first: model.dequantize() in transformers, and "
     "module.weight = nn.Parameter(module.weight.dequantize()) in torchao."
 )
 """What to do about a model whose weights are stored as quantised numbers."""

@@ -42,6 +42,7 @@ from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.record import RECORD, read_record
 from surgeon.surgery.surgery import Surgery
 from surgeon.surgery.trials import Search
+from surgeon.text.layout import MODEL
 from surgeon.text.reasons import count_reasons
 from surgeon.training.trackers import check_tracker
 
@@ -106,17 +107,21 @@ def check_changed(report: PassReport, looks_for: str) -> str | None:
         return None
     done = [rejection for rejection in report.rejected if rejection.code == "already-done"]
     if done:
-        return f"{report.name} had nothing to do at {len(done)} sites: {done[0].reason} (first: {done[0].path})."
+        return f"{report.name} had nothing to do. {_places(done[0].path, len(done))}: {done[0].reason}."
     if not report.rejected:
         chosen = any(report.options.get(name) for name in ("only", "skip"))
-        why = f"only= and skip= exclude every {looks_for}" if chosen else f"the model has no {looks_for}"
+        why = f"its options only and skip exclude every {looks_for}" if chosen else f"the model has no {looks_for}"
         raise NothingChangedError(f"{report.name} changed nothing: {why}. See surgeon inspect.")
     total, common = len(report.rejected), count_reasons(report.rejected)[0]
-    often = "" if common.count == total else f" {common.count} of them,"
     raise NothingChangedError(
-        f"{report.name} changed 0 of {total} sites. {total} rejected:{often} {common.text} (first: {common.first}). "
+        f"{report.name} changed 0 of {total} sites. {_places(common.first, common.count)}: {common.text}. "
         "See surgeon explain."
     )
+
+
+def _places(first: str, count: int) -> str:
+    """The first of some sites, and how many more there are."""
+    return (first or MODEL) + (f" and {count - 1} more" if count > 1 else "")
 
 
 _SKIP = ("moe", "dynamic")
@@ -321,7 +326,7 @@ def _run(
     surgery = Pipeline(passes).run(
         opened.graph,
         inputs=opened.inputs,
-        data=None if options.dry_run else opened.data,
+        data=opened.data,
         seed=options.seed,
         verify=options.verify,
         progress=progress,
@@ -400,22 +405,3 @@ def _data_words(options: DataOptions | None) -> list[str]:
         if item.name not in ("spec", "seed") and value != item.default:
             words += [f"--{item.name.replace('_', '-')}", str(value)]
     return words
-
-
-def applied_json(applied: Applied, opened: Opened) -> dict[str, Any]:
-    """The result for programs."""
-    quality = applied.quality
-    return {
-        "model": opened.spec,
-        "directory": applied.directory,
-        "dry_run": applied.directory is None,
-        "search": applied.surgery.search,
-        "passes": [report.to_json() for report in applied.surgery.reports],
-        "before": applied.before,
-        "after": applied.after,
-        "quality": None if quality is None else {"before": quality[0], "after": quality[1]},
-        "agreement": applied.agreement,
-        "notes": [*opened.notes, *applied.notes],
-        "next": applied.next[0],
-        "seconds": round(applied.seconds, 3),
-    }

@@ -89,7 +89,7 @@ def open_surgeries(
         try:
             opened = open_model(str(place), data=data, trust_modules=trust_modules, stage=stage)
         except UsageError as error:
-            raise UsageError(f"{name}: {error}") from error
+            raise UsageError(f"{name}: {error.in_command}") from error
         if not find_dynamic(opened.graph):
             raise no_dynamic(name, "tau changes nothing")
         found[name] = opened
@@ -200,7 +200,7 @@ def _answer_shapes(name: str, opened: Opened, batch: Batch, criteria: Criteria) 
     try:
         outputs = call_reproducibly(opened.graph, batch.args, batch.kwargs)
     except SurgeonError as error:
-        raise UsageError(f"The data do not fit {name}: {error}") from error
+        raise UsageError(f"The data do not fit {name}: {error.in_command}") from error
     except Exception as error:
         raise UsageError(f"The data do not fit {name}: {first_line(error)}.") from error
     return [part.values.shape for part in answer(outputs, criteria.outputs)]

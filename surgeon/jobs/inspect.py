@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from surgeon.dynamic.site import DynamicSite
+from surgeon.dynamic.site import DynamicSite, tau_of
 from surgeon.exits.halting import find_halts
 from surgeon.exits.site import find_exits
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import as_args_kwargs, named_arguments
 from surgeon.graph.capture import Capture
-from surgeon.graph.sizes import Sizes
+from surgeon.graph.sizes import Axis, Sizes
 from surgeon.graph.snapshot import NodeRecord, snapshot
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.skipping import find_skipping
@@ -70,20 +70,20 @@ class DynamicLayer(Layer):
 
 @dataclass(frozen=True)
 class Takes:
-    """What a graph can be called with. sizes: such as "2 to 512, multiples of 4". rules: between sizes.
+    """What a graph can be called with. sizes: the range of each. rules: between sizes.
 
     untraced: arguments of the model that the graph has no input for.
     """
 
     inputs: list[str]
-    sizes: dict[str, str]
+    sizes: dict[str, Axis]
     rules: list[str]
     untraced: list[str]
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `surgeon inspect` found. refused: (path, reason) of candidates that are not feed-forward layers.
+    """What `surgeon inspect` found. refused: candidates that are not feed-forward layers.
 
     skipping: the layers that skip inputs or neurons. exits: the places where samples leave. halting: where tokens halt.
     takes: the inputs with their shapes and what stands for one that is left out, such as "mask[batch, tokens] or
@@ -103,7 +103,7 @@ class Inspection:
     exits: list[DynamicLayer]
     halting: list[DynamicLayer]
     linears: list[Layer]
-    refused: list[tuple[str, str]]
+    refused: list[Rejection]
     notes: tuple[str, ...]
     graph: list[NodeRecord] | None = None
 
@@ -122,9 +122,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
 
     def dynamic(site: DynamicSite, shape: tuple[int, ...]) -> DynamicLayer:
         layer = layers[site.path]
-        return DynamicLayer(
-            site.path, shape, layer.multiply_adds / whole, site.shown_form, float(site.tau), layer.share
-        )
+        return DynamicLayer(site.path, shape, layer.multiply_adds / whole, site.shown_form, tau_of(site), layer.share)
 
     return Inspection(
         opened.spec,
@@ -152,7 +150,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
             Layer(linear.path, (linear.d_in, linear.d_out), sum(work[part] for part in linear.calls) / whole)
             for linear in linears
         ],
-        [(rejection.path, rejection.reason) for rejection in refused],
+        refused,
         (*opened.notes, *cost.notes),
         list(snapshot(graph).nodes.values()) if with_graph else None,
     )
@@ -173,7 +171,7 @@ def _takes(graph: TracedGraph) -> Takes:
     sizes = Sizes.parse(graph.meta["trace"].sizes)
     return Takes(
         [str(given) for given in sizes.inputs],
-        {name: str(axis) for name, axis in sizes.axes.items()},
+        dict(sizes.axes),
         list(sizes.rules),
         list(sizes.untraced),
     )

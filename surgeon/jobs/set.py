@@ -139,7 +139,7 @@ def set_wanted(opened: Opened, wanted: Wanted, *, samples: int = 512, out: Path 
     graph = opened.graph
     before = _settings(graph)
     if not before:
-        raise no_dynamic("The graph", "there is nothing to set")
+        raise no_dynamic("The model", "there is nothing to set")
     set_tau(graph, wanted.taus)
     if wanted.rules:
         set_rule(graph, wanted.rules)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from surgeon.data.quality import Quality
-from surgeon.directories import restore
+from surgeon.directories import OVERWRITE, restore
 from surgeon.errors import SaveError, UsageError
 from surgeon.jobs.open_model import Opened
 from surgeon.surgery.artifact import save
@@ -31,7 +31,7 @@ def check_target(directory: Path, model: str | None = None, *, overwrite: bool) 
         if not (directory / RECORD).exists():
             raise UsageError(f"{directory} is not empty and not a saved surgery. Give another directory with -o.")
         if not overwrite:
-            raise UsageError(f"{directory} exists. Give another directory with -o, or replace it with --overwrite.")
+            raise UsageError(f"{directory} exists.", **OVERWRITE)
     check_parent(directory)
 
 

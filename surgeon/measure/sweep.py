@@ -134,7 +134,7 @@ def sweep(
     """
     sites = find_dynamic(graph)
     if not sites:
-        raise no_dynamic("The graph", "tau changes nothing")
+        raise no_dynamic("The model", "tau changes nothing")
     batches = list(batches)
     layers = [site.path for site in sites] if each_layer else [None]
     combined = [

@@ -176,7 +176,7 @@ class Tuner:
         """
         sites = find_dynamic(graph)
         if not sites:
-            raise no_dynamic("The graph", "tau changes nothing")
+            raise no_dynamic("The model", "tau changes nothing")
         if metric == "ms" and any(isinstance(site, ExitSite | HaltSite) for site in sites):
             raise UsageError(
                 "With early exits or token halting a layer has no time of its own: it runs for what the places before "

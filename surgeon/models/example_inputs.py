@@ -24,7 +24,11 @@ _SENTENCES = (
     "The cat sat on the mat and looked at the rain.",
     "Nobody knew how long it would stay there, or why it came.",
 )
-GIVE_INPUTS = "Give example inputs: --inputs module:function, or a file of tensors."
+GIVE_INPUTS = {
+    "python": "Give example inputs.",
+    "command": "Give example inputs: --inputs module:function, or a file of tensors.",
+}
+"""What to do about inputs that cannot be made, for an error."""
 
 
 def example_inputs(
@@ -51,7 +55,8 @@ def example_inputs(
     main = getattr(model, "main_input_name", None)
     if config is None or main is None:
         raise UsageError(
-            f"{type(model).__name__} is not a Hugging Face model, so its inputs are unknown. {GIVE_INPUTS}"
+            f"{type(model).__name__} is not a Hugging Face model, so its inputs are unknown.",
+            **GIVE_INPUTS,
         )
     maker = _Maker(model, config, tokenizer, processor)
     parameters = maker.parameters
@@ -69,7 +74,8 @@ def example_inputs(
         if name not in inputs:
             if name not in _MAKERS:
                 raise UsageError(
-                    f"{type(model).__name__} takes the input '{name}', which cannot be generated. {GIVE_INPUTS}"
+                    f"{type(model).__name__} takes the input '{name}', which cannot be generated.",
+                    **GIVE_INPUTS,
                 )
             inputs |= _MAKERS[name](maker)
     head = type(model).__name__
@@ -116,7 +122,8 @@ class _Maker:
         if value is None:
             raise UsageError(
                 f"{type(self.model).__name__}: the config has no {' or '.join(names)}, so the shape of the inputs is "
-                f"unknown. {GIVE_INPUTS}"
+                f"unknown.",
+                **GIVE_INPUTS,
             )
         return value
 
@@ -181,7 +188,8 @@ class _Maker:
         if vocabulary is not None and int(made["input_ids"].max()) >= vocabulary:
             raise UsageError(
                 f"The tokenizer gives id {int(made['input_ids'].max())}, but the model has only {vocabulary} "
-                f"embeddings: they do not belong together. {GIVE_INPUTS}"
+                f"embeddings: they do not belong together.",
+                **GIVE_INPUTS,
             )
         return made
 

@@ -35,7 +35,7 @@ def inputs_from(spec: str) -> Inputs:
     path = Path(spec)
     if not path.is_file():
         if not is_spec(spec):
-            raise UsageError(f"'{spec}' is neither a file nor module:function. {GIVE_INPUTS}")
+            raise UsageError(f"'{spec}' is neither a file nor module:function.", **GIVE_INPUTS)
         return _checked(call_spec(spec, UsageError), spec)
     try:
         match path.suffix:
@@ -47,9 +47,9 @@ def inputs_from(spec: str) -> Inputs:
                 content = _read_numpy(path)
             case suffix:
                 kind = f"{suffix} files" if suffix else "a file without a suffix"
-                raise UsageError(f"{path.name}: cannot read inputs from {kind}. {GIVE_INPUTS}")
+                raise UsageError(f"{path.name}: cannot read inputs from {kind}.", **GIVE_INPUTS)
     except LoadError as error:
-        raise UsageError(f"{error} Save the inputs as a tensor, a tuple or a dict of tensors.") from error
+        raise UsageError(f"{error.what} Save the inputs as a tensor, a tuple or a dict of tensors.") from error
     return _checked(content, path.name)
 
 
@@ -60,7 +60,7 @@ def inputs_of_program(program: ExportedProgram) -> tuple[tuple[Any, ...], dict[s
         UsageError: they were not saved with the program.
     """
     if program.example_inputs is None:
-        raise UsageError(f"The exported program contains no example inputs. {GIVE_INPUTS}")
+        raise UsageError("The exported program contains no example inputs.", **GIVE_INPUTS)
     args, kwargs = program.example_inputs
     return tuple(args), dict(kwargs)
 

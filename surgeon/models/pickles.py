@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-TRUST = "If you trust it: --trust-pickle."
+TRUST = {"python": "If you trust it: trust_pickle=True.", "command": "If you trust it: --trust-pickle."}
+"""What to do about a file that holds pickled code, for an error."""
 _READ_BY_TORCH = ("builtins", "collections", "torch")
 
 

@@ -79,7 +79,9 @@ def checked_program(
             _check_records(archive, path.name)
             program = _checked_graphs(_parsed(archive, _MODEL))
         except UnregisteredError as error:
-            raise LoadError(f"{path.name} cannot be loaded: {error}.") from error
+            raise LoadError(
+                f"{path.name} cannot be loaded: {error.what}", python=error.python, command=error.command
+            ) from error
         except NotAllowedError as error:
             raise LoadError(f"{path.name} is not what torch.export.save writes: {error}.") from error
         except RecursionError as error:
@@ -104,7 +106,7 @@ def _check_records(archive: Archive, name: str) -> None:
                 f"{name} holds compiled code ({short(record)}). Give the exported program that it was compiled from."
             )
         if record.startswith(("data/constants/opaque_obj_", "data/constants/custom_obj_")):
-            raise LoadError(f"{name} holds pickled code ({short(record)}), which loading would run. {TRUST}")
+            raise LoadError(f"{name} holds pickled code ({short(record)}), which loading would run.", **TRUST)
         if record not in _RECORDS and not _NUMBERED.fullmatch(record):
             raise NotAllowedError(f"torch.export writes no record {short(record)}")
     for record in sorted(_NEEDED - set(archive.records)):
@@ -133,7 +135,7 @@ def _check_pickled(content: bytes, record: str, name: str) -> None:
     unsafe = unsafe_globals(io.BytesIO(content))
     if unsafe is None or unsafe:
         detail = f" It names {', '.join(unsafe[:3])}." if unsafe else ""
-        raise LoadError(f"{name} holds pickled code ({record}), which loading would run. {TRUST}{detail}")
+        raise LoadError(f"{name} holds pickled code ({record}), which loading would run.{detail}", **TRUST)
     try:
         torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:

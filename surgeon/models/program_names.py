@@ -53,17 +53,21 @@ _OURS = ("builtins", "collections", "torch", "transformers")
 
 
 class UnregisteredError(NotAllowedError):
-    """A class or an operator is not registered in this process. The message says how to register it."""
+    """A class or an operator is not registered in this process. The message says how to register it.
+
+    what: the message without that. python, command: how, in the words of a Python call and of a command line.
+    """
 
     def __init__(self, what: str, module: str, named: str) -> None:
+        self.what = f"{what} is not registered."
         if named in sys.modules:
-            todo = f"{named} is imported, but does not register it: see torch.export.register_dataclass"
+            known = f"{named} is imported, but does not register it: see torch.export.register_dataclass."
+            self.python = self.command = known
         else:
-            todo = (
-                f"Import {module} first, or name it: --trust-module {named}, "
-                f"in Python surgeon.load(..., trust_modules=('{named}',))"
-            )
-        super().__init__(f"{what} is not registered. {todo}")
+            todo = f"Import {module} first, or name it: "
+            self.python = f"{todo}surgeon.load(..., trust_modules=('{named}',))."
+            self.command = f"{todo}--trust-module {named}."
+        super().__init__(f"{self.what} {self.python}")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

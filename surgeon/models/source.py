@@ -32,6 +32,9 @@ _HEADS = (
     *("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
     *("AutoModelForSequenceClassification", "AutoModelForImageClassification", "AutoModel"),
 )
+_ARCHITECTURES = (
+    "An architecture is a config.json or its directory, a model type of transformers such as bert, or module:function"
+)
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ def _from_file(path: Path, trust_pickle: bool, arch: str | None, task: str | Non
             return _from_state_dict(path, read_safetensors(path), arch, task)
         case ".pt" | ".pth" | ".bin" | ".ckpt" | ".tar":
             content = read_torch_file(path, trust_pickle=trust_pickle)
+        case ".json" if path.name in ("config.json", "surgery.json"):
+            raise LoadError(f"{path} says what a model is, and has no weights. Give its directory: {path.parent}.")
         case suffix:
             raise LoadError(
                 f"{path.name}: cannot load {f'{suffix} files' if suffix else 'a file without a suffix'}. A model is a "
@@ -188,13 +193,13 @@ def _sha256_of_values(model: nn.Module) -> str:
 
 def _from_state_dict(path: Path, content: Any, arch: str | None, task: str | None) -> Source:
     if arch is None:
-        raise LoadError(f"{path.name} is a state dict, not a model. Give --arch gpt2.")
+        raise _needs_arch(path)
     fit, build = _from_arch(arch, content, task)
     if fit.problems:
         detail = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in fit.problems.items())
         raise LoadError(
-            f"{path.name} does not fit --arch {arch} ({fit.model}). {detail}. "
-            "If the sizes differ, give --arch a config.json that has them."
+            f"{path.name} does not fit the architecture {arch} ({fit.model}). {detail}. "
+            "If the sizes differ, give a config.json that has them.",
         )
     model = build()
     with torch.no_grad():
@@ -206,6 +211,26 @@ def _from_state_dict(path: Path, content: Any, arch: str | None, task: str | Non
     return Source(path, "state_dict", model.eval(), None, None, config, sha256_of([path]), fit.notes)
 
 
+def _needs_arch(path: Path) -> LoadError:
+    """What to do about weights alone: they may lie in a directory that says what they are for."""
+    what = f"{path.name} has weights alone, not a model."
+    directory = path.parent
+    if (directory / "surgery.json").is_file() or (directory / ADAPTER).is_file():
+        return LoadError(f"{what} Give its directory: {directory}.")
+    if (directory / "config.json").is_file():
+        config = directory / "config.json"
+        return LoadError(
+            f"{what} Give its directory, {directory}, which has a config.json,",
+            python=f"or arch='{config}'.",
+            command=f"or --arch {config}.",
+        )
+    return LoadError(
+        what,
+        python=f"Name their architecture with arch=. {_ARCHITECTURES}.",
+        command=f"Name their architecture with --arch. {_ARCHITECTURES}.",
+    )
+
+
 def _from_arch(arch: str, content: Any, task: str | None) -> tuple[Fit, Callable[[], nn.Module]]:
     """Return how the weights fit the module that `arch` names, and a function that builds the module with values."""
     import transformers
@@ -213,7 +238,7 @@ def _from_arch(arch: str, content: Any, task: str | None) -> tuple[Fit, Callable
     if is_spec(arch):
         model = call_spec(arch, LoadError)
         if not isinstance(model, nn.Module):
-            raise LoadError(f"--arch {arch} returned a {type(model).__name__}, not a torch.nn.Module.")
+            raise LoadError(f"{arch} returned a {type(model).__name__}, not a torch.nn.Module.")
         return best_fit(content, model), lambda: model
     if Path(arch).exists():
         config = read_config(Path(arch))
@@ -223,8 +248,7 @@ def _from_arch(arch: str, content: Any, task: str | None) -> tuple[Fit, Callable
         close = difflib.get_close_matches(arch, list(transformers.CONFIG_MAPPING), n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise LoadError(
-            f"No architecture '{arch}'.{hint} --arch takes a transformers model type, a config.json or its directory, "
-            "or module:function."
+            f"No architecture '{arch}'.{hint} {_ARCHITECTURES}.",
         )
     if task is not None or config.architectures:
         heads = [model_class(config, task)]
@@ -238,7 +262,7 @@ def _from_arch(arch: str, content: Any, task: str | None) -> tuple[Fit, Callable
             with contextlib.suppress(ValueError), torch.device("meta"):
                 fits[make] = best_fit(content, make(config))
     if not fits:
-        raise LoadError(f"--arch {arch}: transformers has no {heads[0].__name__} for this architecture.")
+        raise LoadError(f"transformers has no {heads[0].__name__} for the architecture {arch}.")
     best = min(fits, key=lambda make: fits[make].badness)
 
     def build() -> nn.Module:

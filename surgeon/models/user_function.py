@@ -66,7 +66,7 @@ def import_modules(names: Iterable[str]) -> None:
     """
     for name in names:
         with _importable(_folder(name)):
-            _load(name, f"--trust-module {name}", LoadError)
+            _load(name, f"The trusted module {name}", LoadError)
 
 
 def _folder(module: str) -> Path:
@@ -81,7 +81,7 @@ def _load(module: str, label: str, error: type[SurgeonError]) -> ModuleType:
     except ModuleNotFoundError as cause:
         raise error(
             f"{label}: the Python module '{cause.name}' cannot be imported. "
-            "Make it importable, for example with PYTHONPATH=. before the command."
+            "Make it importable, for example with PYTHONPATH=. in the environment."
         ) from cause
     except Exception as cause:
         raise error(f"{label}: importing {module} raised {type(cause).__name__}: {cause}") from cause

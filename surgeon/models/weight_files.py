@@ -67,7 +67,7 @@ def read_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
     except ModuleNotFoundError as error:
         raise LoadError(
             f"{path.name} needs the Python module '{error.name}', which cannot be imported. "
-            "Make it importable, for example with PYTHONPATH=. before the command."
+            "Make it importable, for example with PYTHONPATH=. in the environment."
         ) from error
     except AttributeError as error:
         raise LoadError(
@@ -77,7 +77,7 @@ def read_torch_file(path: Path, *, trust_pickle: bool = False) -> Any:
     except pickle.UnpicklingError as error:
         if trust_pickle:
             raise _damaged(path, error) from error
-        raise LoadError(f"{path.name} holds pickled code, which loading would run. {TRUST}") from error
+        raise LoadError(f"{path.name} holds pickled code, which loading would run.", **TRUST) from error
     except Exception as error:
         raise _damaged(path, error) from error
 
@@ -110,7 +110,7 @@ def check_torch_file(path: Path, *, trust_pickle: bool = False) -> None:
         return
     if (names := unsafe_globals(path)) != []:
         detail = f" It names {', '.join(names[:3])}." if names else ""
-        raise LoadError(f"{path.name} holds pickled code, which loading would run. {TRUST}{detail}")
+        raise LoadError(f"{path.name} holds pickled code, which loading would run.{detail}", **TRUST)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

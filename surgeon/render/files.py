@@ -25,9 +25,8 @@ def check_files(files: Sequence[Path] | None, kinds: Mapping[str, str] = KINDS) 
     """
     for file in files or ():
         if file.suffix not in kinds:
-            ends = [f"{end}, for {what}" for end, what in kinds.items()]
-            *first, last = ends
-            listed = f"{', '.join(first)}, or {last}" if first else last
+            *first, last = [f"{end} ({what})" for end, what in kinds.items()]
+            listed = f"{', '.join(first)} or {last}" if first else last
             raise UsageError(f"Cannot write {file}: give a name that ends in {listed}.")
         if not os.access(file.parent, os.W_OK | os.X_OK):
             raise SaveError(f"Cannot write {file}: {file.parent} does not exist or cannot be written to.")

@@ -50,7 +50,7 @@ def inspection_view(found: Inspection) -> RenderableType:
                 ", ".join(what), percent(ffn.share),
             )  # fmt: skip
         lines.append(indented(table))
-    lines += [indented(refused(path or MODEL, reason)) for path, reason in found.refused]
+    lines += [indented(refused(one.path or MODEL, one.reason)) for one in found.refused]
     lines += [Text(""), _count_heading(len(found.linears), "standalone linear layer", _share(found.linears))]
     if found.linears:
         table = grid("right", "left", "left", "right")

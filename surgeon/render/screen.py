@@ -16,7 +16,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from surgeon.json_values import to_json
+from surgeon.json_values import schema_name, to_json
 from surgeon.progress import Progress
 from surgeon.text.plain import UNBOUNDED, plain_text
 from surgeon.text.summary import seconds
@@ -55,7 +55,7 @@ class Screen:
             return
         with self._without_bars():
             if self.mode == "plain":
-                self._write(plain_text(content, self._plain_width()))
+                self.write(plain_text(content, self._plain_width()))
             else:
                 # A terminal's width is only known to rich where the terminal is; a forced width comes from COLUMNS.
                 Console(highlight=False, emoji=False, force_terminal=True).print(content)
@@ -64,9 +64,10 @@ class Screen:
         """Print the answer for programs. Only JSON mode prints it."""
         if self.mode == "json":
             with self._without_bars():
-                self._write(json.dumps(to_json(value), indent=1, ensure_ascii=False))
+                self.write(json.dumps(to_json(value), indent=1, ensure_ascii=False))
 
-    def _write(self, text: str) -> None:
+    def write(self, text: str) -> None:
+        """Print text on stdout as it stands, in every mode."""
         if self.silent:
             return
         sys.stdout.write(text + "\n")
@@ -179,11 +180,12 @@ class Screen:
             self._print_error(Text(text))
 
     def error(self, text: str, *, kind: str, exit_code: int) -> None:
-        """Print an error on stderr, and in JSON mode also `{"error": …}` on stdout."""
+        """Print an error on stderr, and in JSON mode also as JSON on stdout."""
         self.close()
         self._print_error(Text.assemble(("error: ", "bold red"), text))
         if self.mode == "json":
-            self._write(json.dumps({"error": {"type": kind, "message": text, "exit_code": exit_code}}, indent=1))
+            error = {"type": kind, "message": text, "exit_code": exit_code}
+            self.write(json.dumps({"schema": schema_name("error"), "error": error}, indent=1, ensure_ascii=False))
 
     def _print_error(self, text: Text) -> None:
         if self._bars is not None:

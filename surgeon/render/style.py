@@ -15,7 +15,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 COLUMNS = 4
 """Small panels that stand beside one another."""
 
-PICTURES = {".png": "a picture", ".svg": "one that stays sharp", ".pdf": "one for print"}
+PICTURES = {".png": "a picture", ".svg": "sharp at any size", ".pdf": "for print"}
 """What is written to files by the ends of their names."""
 
 # Without the time of writing, the same numbers give the same file.

@@ -49,7 +49,7 @@ CODES = {
     "both-activated": "Keep its activations: the layer would be no known one with another activation on one side.",
     "residual-width": "Use kind=plain for layers whose output is not as wide as their input.",
     "in-op-form": "Run the pass before `lower`.",
-    "has-experts": "Nothing is to be done: `refit` is for linear layers that skip inputs.",
+    "has-experts": "Run the pass before `moeify`. `refit` has nothing to do: it is for linear layers that skip inputs.",
     "skips-neurons": "Nothing is to be done: `refit` is for linear layers that skip inputs.",
     "no-gate": "Use sparsify-inputs: a layer without a gate skips the inputs of its second linear layer.",
     "skips-nothing": "Set tau first, with `surgeon tune` or the option `tau` of `sparsify-inputs`.",

@@ -26,7 +26,7 @@ import torch
 from torch.fx import GraphModule
 
 import surgeon.kernels.dynamic_k  # noqa: F401  (registers the ops that the file holds)
-from surgeon.directories import replaced, restore
+from surgeon.directories import OVERWRITE, replaced, restore
 from surgeon.errors import LoadError, PassError, SaveError
 from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_inputs
@@ -92,7 +92,7 @@ def save(
         raise SaveError(f"{directory} is a file. Give a directory for the result.")
     if directory.is_dir() and any(directory.iterdir()):
         if not overwrite:
-            raise SaveError(f"{directory} exists and is not empty. Give another directory, or overwrite=True.")
+            raise SaveError(f"{directory} exists and is not empty.", **OVERWRITE)
         if not (directory / RECORD).exists():
             raise SaveError(f"{directory} is not empty and not a saved surgery. Give another directory.")
     # torch.export writes texts in the output, but cannot read them again.

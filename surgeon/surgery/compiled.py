@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from surgeon.directories import replaced, restore
+from surgeon.directories import OVERWRITE, replaced, restore
 from surgeon.dynamic.knobs import get_tau
 from surgeon.engines.program import Program
 from surgeon.errors import SaveError, first_line
@@ -105,12 +105,12 @@ def check_directory(directory: Path, *, overwrite: bool) -> None:
     """
     restore(directory)
     if directory.exists() and not directory.is_dir():
-        raise SaveError(f"{directory} is a file. Give a directory for the result with -o.")
+        raise SaveError(f"{directory} is a file. Give a directory for the result.")
     if directory.is_dir() and any(directory.iterdir()):
         if not (directory / ABOUT).exists():
-            raise SaveError(f"{directory} is not empty and not a compiled model. Give another directory with -o.")
+            raise SaveError(f"{directory} is not empty and not a compiled model. Give another directory.")
         if not overwrite:
-            raise SaveError(f"{directory} exists. Give another directory with -o, or replace it with --overwrite.")
+            raise SaveError(f"{directory} exists.", **OVERWRITE)
 
 
 def _library(graph: TracedGraph) -> Path | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from surgeon.data.batch import Batch
-from surgeon.directories import restore
+from surgeon.directories import OVERWRITE, restore
 from surgeon.engines import onnx, openvino
 from surgeon.engines.generation import INPUTS, convert_generator
 from surgeon.engines.installed import installed
@@ -141,7 +141,11 @@ def export_generator(
     check_engine_directory("openvino", directory, overwrite=overwrite)
     package = installed("openvino")
     if linears == "int8":
-        raise UsageError("With --cache the inputs of linears are not quantised. Use --linears int8-weights.")
+        raise UsageError(
+            "In a model with a cache the inputs of linears are not quantised.",
+            python="Use linears='int8-weights'.",
+            command="Use --linears int8-weights.",
+        )
     made = convert_generator(model)
     float_error = error = _generating(made, model, TOLERANCE[True])
     if linears != "float":
@@ -202,7 +206,7 @@ def export_onnx(
     if openvino.has_int8_experts(graph):
         raise UsageError(
             "ONNX has no operator for experts with 8-bit weights. Export the surgery before they were quantised, or "
-            "use --to openvino."
+            "for OpenVINO."
         )
     _refuse_exits(graph)
     package, program, errors = installed("onnxruntime"), Program(graph.eval(), inputs), []
@@ -230,7 +234,7 @@ def check_engine_directory(engine: str, directory: Path, *, overwrite: bool) -> 
         if not (directory / FILES[engine]).exists():
             raise SaveError(f"{directory} is not empty and not a model for {engine}. Give another directory.")
         if not overwrite:
-            raise SaveError(f"{directory} exists. Give another directory, or replace it with --overwrite.")
+            raise SaveError(f"{directory} exists.", **OVERWRITE)
 
 
 def loading(made: EngineModel, directory: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon.directories import restore
+from surgeon.directories import OVERWRITE, restore
 from surgeon.errors import LoadError, SaveError, UsageError, first_line
 from surgeon.grafting.graft import graft as graft_graph
 from surgeon.graph.traced import TracedGraph
@@ -107,7 +107,7 @@ def check_exportable(directory: Path, *, overwrite: bool) -> None:
         raise SaveError(f"{directory} is a file. Give a directory for the model.")
     if directory.is_dir() and any(directory.iterdir()):
         if not overwrite:
-            raise SaveError(f"{directory} exists and is not empty. Give another directory, or overwrite it.")
+            raise SaveError(f"{directory} exists and is not empty.", **OVERWRITE)
         if not ((directory / "config.json").exists() and (directory / CARD).exists()):
             raise SaveError(f"{directory} is not empty and not an exported model. Give another directory.")
 

@@ -31,7 +31,7 @@ def choose(recipe: str, graph: GraphModule, task: str | None, inputs: Any) -> tu
     family, why = _family(graph, task, inputs)
     if family not in members:
         raise UsageError(
-            f"--recipe {recipe}: nothing was published for this model, since {why}. Name the recipe to use: "
+            f"Recipe {recipe}: nothing was published for this model, since {why}. Name the recipe to use: "
             f"{', '.join(members.values())}."
         )
     return members[family], f"{recipe} is {members[family]} here, since {why}."

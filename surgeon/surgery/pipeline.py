@@ -155,7 +155,7 @@ class Pipeline:
             UsageError: the passes cannot run in this order, or data is missing; the message says what to do.
         """
         if not self.passes:
-            raise UsageError("No passes to run. `surgeon passes` lists the available ones.")
+            raise UsageError("No passes to run. `surgeon passes` lists them.")
         made = set(there)
         for position, pass_ in enumerate(self.passes):
             early = next((p.name for p in self.passes[:position] if p.name in pass_.must_precede), None)
@@ -170,7 +170,9 @@ class Pipeline:
                 )
             if pass_.why_data and not has_data:
                 raise UsageError(
-                    f"{pass_.name} needs data: {pass_.why_data}. Give --data, or --dry-run to see what would change."
+                    f"{pass_.name} needs data: {pass_.why_data}.",
+                    python="Give data=, or dry_run=True to see what would change.",
+                    command="Give --data, or --dry-run to see what would change.",
                 )
             if pass_.makes is not None:
                 made.add(pass_.makes)

@@ -54,22 +54,6 @@ def with_options(kind: type[Pass[Any]], options: Mapping[str, Any]) -> Pass[Any]
     return kind(**_values(kind, options))
 
 
-def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, str]]:
-    """`["moeify.experts=16"]` → `{"moeify": {"experts": "16"}}`.
-
-    Raises:
-        UsageError: a setting does not have the form pass.option=value.
-    """
-    result: dict[str, dict[str, str]] = {}
-    for setting in settings:
-        left, equals, value = setting.partition("=")
-        name, dot, key = left.partition(".")
-        if not equals or not dot or not name or not key:
-            raise UsageError(f"--set {setting}: write pass.option=value, for example --set moeify.experts=16.")
-        result.setdefault(name.strip(), {})[key.strip().replace("-", "_")] = value.strip()
-    return result
-
-
 def _values(kind: type[Pass[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     types = option_types(kind)
     values = {}

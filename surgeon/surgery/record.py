@@ -242,7 +242,7 @@ def read_record(directory: Path, name: str = RECORD) -> Record:
     restore(directory)
     path = directory / name
     if not path.exists():
-        raise LoadError(f"{directory} is not a saved surgery: it has no {name}.")
+        raise LoadError(f"{directory} is not a saved surgery: it has no {name}. surgeon apply makes one.")
     content = read_json(path)
     if not isinstance(content, dict) or "schema" not in content:
         raise LoadError(f"{path} is damaged: it has no schema.")

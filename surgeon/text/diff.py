@@ -243,7 +243,7 @@ def sparsity_view(sparsity: Mapping[str, tuple[Sparsity, Sparsity]], detail: Det
         path = Text.assemble((label or MODEL, "cyan"), (f"  ×{count}" if count > 1 else "", "dim"))
         table.add_row(path, *rows[place][1])
     below = "below: relative to" if detail == "full" else "active: above a hundredth of"
-    more = "" if detail == "full" else " surgeon diff --full also shows a tenth and a thousandth."
+    more = "" if detail == "full" else " The full diff also shows a tenth and a thousandth."
     return Group(table, dim(f"{below} the token's largest value. Shares of the neurons, mean over tokens.{more}"))
 
 

@@ -78,7 +78,9 @@ class Checkpoint:
             return self._step, [(int(step), dict(values)) for step, values in state["history"]]
         except Exception as error:  # accelerate and torch raise many kinds
             raise LoadError(
-                f"The checkpoint in {self._directory} is damaged: {first_line(error)}. Start again without --resume."
+                f"The checkpoint in {self._directory} is damaged: {first_line(error)}.",
+                python="Start again without resume=True.",
+                command="Start again without --resume.",
             ) from error
 
 
@@ -89,5 +91,5 @@ def saving(failure: str, kept: str = "") -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch's own file writer raises RuntimeError on a full disk
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        parts = (f"{failure}: {reason}.", kept, "Make space for it, and continue with --resume.")
-        raise SaveError(" ".join(part for part in parts if part)) from error
+        text = " ".join(part for part in (f"{failure}: {reason}.", kept, "Make space for it, and continue") if part)
+        raise SaveError(text, python="with resume=True.", command="with --resume.") from error

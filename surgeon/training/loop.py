@@ -312,8 +312,9 @@ def loss_of(graph: GraphModule, data: Data) -> Loss:
         task = guessed_task(call_reproducibly(graph, batch.args, batch.kwargs), batch.labels)
     if task is None:
         raise UsageError(
-            "The task is unknown: the model's class does not tell it, and the labels do not look like classes. Give "
-            "--task, or surgeon.Data(batches, loss=…) in Python. --task imitate needs no labels."
+            "The task is unknown: the model's class does not tell it, and the labels do not look like classes.",
+            python="Give surgeon.Data.of(batches, task=…), or Data(batches, loss=…). The task imitate needs no labels.",
+            command="Give --task. --task imitate needs no labels.",
         )
     loss = task_loss(task)
     assert loss is not None, "a task without labels is imitated"

@@ -52,7 +52,7 @@ def collect(
     inner = Capture(graph, names)
     device = next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    enough, most, warned = 0, 0, False
+    enough, most, done, warned = 0, 0, 0, False
     counts = dict.fromkeys(names, 0)
     with evaluating(inner):
         for item in data.train:
@@ -66,10 +66,13 @@ def collect(
                     found[name].append(part)
                 counts[name] += len(part)
             enough, most = min(counts.values()), max(counts.values())
+            done = min(max(enough, most // _LONGER), tokens)
             if progress is not None:
-                progress(Progress("calibration", min(max(enough, most // _LONGER), tokens), tokens))
+                progress(Progress("calibration", done, tokens))
             if enough >= tokens or most >= _LONGER * tokens:
                 break
+    if progress is not None and 0 < done < tokens:  # the data has no more
+        progress(Progress("calibration", done, done))
     if not enough:
         raise DataError("The data holds no tokens: its batches have no rows, or nothing but padding.")
     return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 from typer.testing import CliRunner
 
 from surgeon.cli import app
+from surgeon.cli.schema import schemas
+from surgeon.json_values import schema_name
 from surgeon.surgery.record import RECORD
 
 NET = ("nets:gelu", "--inputs", "nets:inputs")
@@ -24,10 +27,34 @@ class Result:
 
     @property
     def json(self) -> Any:
-        return json.loads(self.out)
+        return answer_in(self.out)
 
 
 Run = Callable[..., Result]
+
+
+def strict(schema: Any) -> Any:
+    """A schema that allows no fields but those it names. Users' schemas allow more, since fields may be added."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: strict(part) for name, part in schema.items()}
+    return closed | ({"additionalProperties": False} if "properties" in schema else {})
+
+
+def answer_in(text: str) -> Any:
+    """An answer in JSON without the name of its schema, which it is checked against."""
+    answer = json.loads(text)
+    check_answer(answer)
+    return {name: value for name, value in answer.items() if name != "schema"}
+
+
+def check_answer(answer: Any) -> None:
+    """Check an answer against the schema in the package that it names, without any field that this does not name."""
+    (file,) = (file for command, file in schemas().items() if schema_name(command) == answer["schema"])
+    schema = strict(json.loads(file.read_text(encoding="utf-8")))
+    jsonschema.validate(answer, schema, cls=jsonschema.Draft202012Validator)
 
 
 def run_surgeon(*args: str) -> Result:

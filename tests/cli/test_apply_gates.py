@@ -19,7 +19,7 @@ from .harness import NET, Run, left
     [
         (
             ("--passes", "lower", "bert-moe"),
-            "lower had nothing to do at 2 sites: it is already lowered (first: bert.encoder.layer.0.moe).",
+            "lower had nothing to do. bert.encoder.layer.0.moe and 1 more: it is already lowered.",
         ),
         (
             ("--passes", "moeify", "nets:linear", "--inputs", "nets:inputs"),
@@ -27,15 +27,15 @@ from .harness import NET, Run, left
         ),
         (
             ("--passes", "moeify", *NET, "--set", "moeify.skip=*"),
-            "moeify changed nothing: only= and skip= exclude every feed-forward layer. See surgeon inspect.",
+            "moeify changed nothing: its options only and skip exclude every feed-forward layer. See surgeon inspect.",
         ),
         (
             ("--passes", "swap-activation", "nets:relu", "--inputs", "nets:inputs"),
-            "swap-activation had nothing to do at 2 sites: its activation is already relu (first: blocks.0.mlp).",
+            "swap-activation had nothing to do. blocks.0.mlp and 1 more: its activation is already relu.",
         ),
         (
             ("--passes", "moeify", *NET, "--set", "moeify.only=pooler"),
-            "moeify changed 0 of 1 sites. 1 rejected: tanh between linears 16→16→3",
+            "moeify changed 0 of 1 sites. pooler: tanh between linears 16→16→3",
         ),
     ],
 )
@@ -53,7 +53,7 @@ def test_an_activation_that_is_relu_already_is_a_note(run: Run) -> None:
         "-q", "apply", "--passes", "swap-activation,moeify", "nets:relu", "--inputs", "nets:inputs", "--dry-run"
     )
     assert result.code == 0
-    assert "note: swap-activation had nothing to do at 2 sites: its activation is already relu" in result.out
+    assert "note: swap-activation had nothing to do. blocks.0.mlp and 1 more: its activation is" in result.out
 
 
 def test_most_common_reason_is_named(run: Run) -> None:
@@ -70,7 +70,7 @@ def test_most_common_reason_is_named(run: Run) -> None:
     with pytest.raises(NothingChangedError) as error:
         check_changed(report, "feed-forward layer")
     assert str(error.value) == (
-        "sparsify changed 0 of 3 sites. 3 rejected: 2 of them, it is even (linear_1) (first: b). See surgeon explain."
+        "sparsify changed 0 of 3 sites. b and 1 more: it is even (linear_1). See surgeon explain."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from surgeon.bench.engines import ENGINES
 from surgeon.bench.methods import METHODS
 from surgeon.bench.timing import median_seconds
 
-from .harness import Run
+from .harness import Run, answer_in
 
 pytestmark = pytest.mark.usefixtures("small_machine")
 SMALL = ("--width", "8", "--hidden", "32", "--seconds", "0.0001")
@@ -55,7 +54,7 @@ def test_a_layer_is_timed_by_every_method(run: Run, tmp_path: Path) -> None:
             assert timing["error"] < 1e-5
         assert cell["gain"] == cell["methods"]["dense"]["milliseconds"] / cell["methods"]["ours"]["milliseconds"]
         assert cell["ceiling"] == 1 / cell["executed"]
-    assert json.loads((tmp_path / "times.json").read_text()) == found
+    assert answer_in((tmp_path / "times.json").read_text()) == found
     assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
     assert "Written to times.png." in result.err
     assert "bench  16/16" in result.err
@@ -103,7 +102,7 @@ def test_a_stopped_run_keeps_what_is_done_and_goes_on(
     assert stopped.code == 130
     assert "Incomplete: 1 of 4 layers were not timed." in stopped.out
     assert "warning: interrupted; 1 of 4 layers were not timed. To continue, run:\n  surgeon bench" in stopped.err
-    kept = json.loads((tmp_path / "times.json").read_text())
+    kept = answer_in((tmp_path / "times.json").read_text())
     assert (len(kept["cells"]), kept["untimed"]) == (3, 1)
     assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
     assert signal.getsignal(signal.SIGTERM) is before
@@ -116,7 +115,7 @@ def test_a_stopped_run_keeps_what_is_done_and_goes_on(
     ]
     assert rest.json["untimed"] == 0
     assert rest.json["machine"] == kept["machine"]
-    assert json.loads((tmp_path / "times.json").read_text()) == rest.json
+    assert answer_in((tmp_path / "times.json").read_text()) == rest.json
     assert not list(tmp_path.glob(".times*"))
     complete = run(*ASKED, "--resume")
     assert (complete.code, "times.json is complete" in complete.err) == (2, True)
@@ -187,7 +186,7 @@ def test_chosen_methods_are_shown(run: Run) -> None:
         (("--seconds", "0"), "--seconds above 0"),
         (("--device", "tpu"), "--device tpu: give cpu or cuda."),
         (("--batch", "3"), "No such option: --batch"),
-        (("-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json, for numbers"),
+        (("-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json (numbers)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -57,7 +57,7 @@ def test_times_are_predicted_for_the_gpu_of_this_machine(run: Run, monkeypatch: 
         (("h100", "--threads", "2"), "No such option: --threads"),
         (("h100", "--size", "100"), "Experts of 100 neurons do not divide a hidden width of 3072"),
         (("h100", "--dtype", "int8"), "--dtype int8: choose from float32, bfloat16, float16."),
-        (("h100", "-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json, for numbers"),
+        (("h100", "-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json (numbers)"),
         (("list", "-o", "list.json"), "predict list takes no layer options and writes no file"),
         (("list", "--tokens", "3"), "predict list takes no layer options and writes no file"),
     ],

@@ -72,7 +72,7 @@ def test_a_model_without_experts_is_refused(run: Run) -> None:
     result = run("-q", "bench", "surgery", "bert", "--seconds", "0.0001")
     assert result.code == 2
     assert (
-        "The graph has no layers that skip, so there is nothing to compare. Apply moeify, sparsify-inputs or "
+        "The model has no layers that skip, so there is nothing to compare. Apply moeify, sparsify-inputs or "
         in result.err
     )
 
@@ -87,7 +87,7 @@ def test_a_model_without_experts_is_refused(run: Run) -> None:
         (("masked", "--length", "0"), "--batch and --length must be at least 1."),
         (("bert-moe", "--length", "100000"), "The model cannot be called with this number of samples or tokens ("),
         (("masked", "--device", "tpu"), "--device tpu: give cpu or cuda."),
-        (("masked", "-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json, for numbers"),
+        (("masked", "-o", "times.csv"), "Cannot write times.csv: give a name that ends in .json (numbers)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -17,7 +17,7 @@ from surgeon.progress import Progress
 from surgeon.render.screen import Screen
 from surgeon.surgery.record import RECORD
 
-from .harness import NET, Run, recorded, run_surgeon
+from .harness import NET, Run, answer_in, recorded, run_surgeon
 
 REVIEWS = ("--data", "reviews.csv", "--eval-fraction", "0.25")
 QUICK = ("--set", "moeify.router=neurons", "--set", "moeify.epochs=0")
@@ -65,7 +65,7 @@ def test_surgeries_stand_in_one_table(run: Run, both: tuple[str, str], tmp_path:
     for curve, name in zip(found["found"]["curves"], ("four", "eight"), strict=True):
         swept = run("-q", "sweep", name, *REVIEWS, "--tau", "0.5,0.9", "--no-oracle", "--output", "json").json
         assert curve["points"] == swept["points"]
-    assert json.loads((tmp_path / "a.json").read_text()) == found
+    assert answer_in((tmp_path / "a.json").read_text()) == found
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "a.svg").read_text()
     assert "| surgery | converted layers at 99% |" in (tmp_path / "a.md").read_text()
@@ -128,7 +128,7 @@ def test_an_interrupted_comparison_shows_what_it_has(
     result = run("compare", *both, *REVIEWS, "--tau", "0.9", "-o", "a.json")
     assert result.code == 130
     assert "interrupted; eight not measured" in result.err
-    found = json.loads((tmp_path / "a.json").read_text())["found"]
+    found = answer_in((tmp_path / "a.json").read_text())["found"]
     assert ([curve["surgery"] for curve in found["curves"]], found["unmeasured"]) == (["four"], ["eight"])
     assert "four" in result.out
     nothing = run("compare", "eight", *REVIEWS, "--tau", "0.9", "-o", "b.json")

@@ -83,7 +83,7 @@ def test_data_errors_exit_with_2(run: Run) -> None:
     for options, words in (
         (("--data", "reviews.csv", "--label", "stars"), "stars"),
         (("--data", "nothing.csv"), "No file or folder 'nothing.csv'"),
-        (("--data", "reviews.csv", "--batch-size", "0"), "batch_size=0"),
+        (("--data", "reviews.csv", "--batch-size", "0"), "--batch-size is 0, but must be at least 1."),
         (("--data", "reviews.csv", "--task", "poetry"), "poetry"),
     ):
         result = run("-q", "apply", "--passes", "moeify", "bert", *options)

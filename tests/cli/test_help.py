@@ -104,7 +104,7 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
     assert result.code == 0
     text = " ".join(result.out.split())
     assert f"Example: surgeon {name}" in text
-    assert "JSON: {" in text
+    assert f"JSON: surgeon schema {name}" in text
     assert all(option in text for option in ("--output <rich|plain|json>", "--verbose", "--quiet", "--debug"))
 
 

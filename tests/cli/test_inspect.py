@@ -32,7 +32,7 @@ def test_inspect_json_has_shares_that_add_up(run: Run) -> None:
         "activation": "gelu", "gated": False, "calls": 1,
     }  # fmt: skip
     assert found["inputs"] == {"x": [2, 5, 16]}
-    sizes = {"batch": "0 or more", "tokens": "0 or more"}
+    sizes = {name: {"least": 0, "most": None, "multiple": 1} for name in ("batch", "tokens")}
     assert found["takes"] == {"inputs": ["x[batch, tokens, 16]"], "sizes": sizes, "rules": [], "untraced": []}
     known = sum(layer["share"] for layer in found["ffns"] + found["linears"])
     assert known == pytest.approx(1 - 2 * 16 * 3 / found["cost"]["multiply_adds"])  # the rest is the head

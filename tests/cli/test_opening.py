@@ -32,8 +32,8 @@ def test_models_that_cannot_be_loaded_or_traced_exit_with_3(run: Run, tmp_path: 
         file.truncate(1000)
     for args, words in (
         (["nothing"], "No file or directory 'nothing'. Models are not downloaded"),
-        (["weights.pt"], "weights.pt is a state dict, not a model. Give --arch gpt2."),
-        (["module.pt"], "module.pt holds pickled code, which loading would run. If you trust it: --trust-pickle."),
+        (["weights.pt"], "weights.pt has weights alone, not a model. Name their architecture with --arch."),
+        (["module.pt"], "If you trust it: --trust-pickle."),
         (["cut.pt2"], "cut.pt2"),
         (["nan"], "are NaN or infinite"),
         (["damaged"], "is damaged or was changed"),

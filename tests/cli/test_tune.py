@@ -195,7 +195,7 @@ def test_what_cannot_be_done_exits_with_2_and_stores_nothing(run: Run, trained: 
             "--metric ms compares with the time of the dense model.",
         ),
         ((str(trained), "--budget", "0.5", "-o", "full"), "full is not empty and not a saved surgery"),
-        (("bert", "--budget", "0.5"), "The graph has no layers that skip, so tau changes nothing."),
+        (("bert", "--budget", "0.5"), "The model has no layers that skip, so tau changes nothing."),
     ):
         result = run("-q", "tune", *args, *REVIEWS, *(() if "-o" in args else ("-o", "out")))
         assert (result.code, result.out) == (2, ""), words

@@ -147,9 +147,10 @@ def test_folders_that_cannot_be_read(tmp_path: Path, tokenizer: Any, config: Any
 
 
 def test_options_out_of_range(tmp_path: Path) -> None:
-    for wrong in ({"batch_size": 0}, {"max_length": 1}, {"eval_fraction": 1.0}, {"limit": 0}):
-        with pytest.raises(UsageError, match="Cannot read data with"):
-            load_data(str(tmp_path), **wrong)
+    for name, wrong in {"batch_size": 0, "max_length": 1, "eval_fraction": 1.0, "limit": 0}.items():
+        with pytest.raises(UsageError, match=f"^{name} is {wrong}, but must be at least ") as error:
+            load_data(str(tmp_path), **{name: wrong})
+        assert error.value.in_command.startswith(f"--{name.replace('_', '-')} is {wrong}, but must be at least ")
 
 
 def test_task_must_be_known(tmp_path: Path, config: Any) -> None:

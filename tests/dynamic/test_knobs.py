@@ -27,6 +27,19 @@ def test_of_several_patterns_the_first_that_fits_counts(graph: Any) -> None:
     assert get_rule(graph) == {FIRST: "max", SECOND: "max"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tau", [0.05, 0.1, 1 / 3, 1e-5, 1.0])
+def test_tau_is_read_as_it_was_set(graph: Any, dtype: torch.dtype, tau: float) -> None:
+    half = fork(graph).to(dtype)
+    set_tau(half, tau)
+    stored = float(torch.tensor(tau, dtype=dtype))
+    for value in get_tau(half).values():
+        assert value == tau or len(str(value)) <= len(str(stored))
+        assert float(torch.tensor(value, dtype=dtype)) == stored
+    set_tau(half, 0.05)
+    assert set(get_tau(half).values()) == {0.05}
+
+
 def test_a_pattern_that_another_shadows_must_name_a_layer_all_the_same(graph: Any) -> None:
     with pytest.raises(UsageError, match=r"No layer 'blocks\.7'"):
         set_tau(graph, {"*": 0.5, "blocks.7": 0.25})

@@ -305,7 +305,7 @@ def test_true_norms_are_better_than_bad_routers() -> None:
 
 
 def test_sweeps_need_experts_and_shares(traces: Any, graph: TracedGraph) -> None:
-    with pytest.raises(UsageError, match="The graph has no layers that skip, so tau changes nothing"):
+    with pytest.raises(UsageError, match="The model has no layers that skip, so tau changes nothing"):
         sweep(traces("stack:relu"), DATA, TASK, inputs=vectors())
     with pytest.raises(UsageError, match=r"tau is 1\.5"):
         sweep(graph, DATA, TASK, [1.5], inputs=vectors())

@@ -183,7 +183,7 @@ def test_a_percentage_is_no_budget(graph: TracedGraph) -> None:
 def test_tuning_needs_experts() -> None:
     import surgeon
 
-    with pytest.raises(UsageError, match="The graph has no layers that skip"):
+    with pytest.raises(UsageError, match="The model has no layers that skip"):
         tune(surgeon.trace(stack("relu"), INPUTS), BATCHES, 0.5, inputs=INPUTS)
 
 

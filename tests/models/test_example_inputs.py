@@ -328,7 +328,7 @@ def test_inputs_from_files(tmp_path: Path) -> None:
 
 def test_input_files_that_are_not_tensors(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "a.pt")
-    with pytest.raises(UsageError, match=r"a.pt holds pickled code.*Save the inputs as a tensor"):
+    with pytest.raises(UsageError, match=r"a.pt holds pickled code, .*run.* Save the inputs as a tensor"):
         inputs_from(str(tmp_path / "a.pt"))
     np.save(tmp_path / "b.npy", np.array([{"a": 1}], dtype=object))
     with pytest.raises(UsageError, match=r"b.npy cannot be read as arrays of numbers"):

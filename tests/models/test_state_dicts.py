@@ -22,7 +22,10 @@ def test_state_dict_needs_an_architecture(tmp_path: Path, gpt2: nn.Module) -> No
     torch.save(gpt2.state_dict(), tmp_path / "model.pt")
     with pytest.raises(LoadError) as error:
         load_model(tmp_path / "model.pt")
-    assert str(error.value) == "model.pt is a state dict, not a model. Give --arch gpt2."
+    assert str(error.value) == (
+        "model.pt has weights alone, not a model. Name their architecture with arch=. An architecture is a config.json "
+        "or its directory, a model type of transformers such as bert, or module:function."
+    )
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -72,16 +75,16 @@ def test_state_dict_of_an_unknown_architecture(tmp_path: Path, net: nn.Module) -
     torch.save(net.state_dict(), tmp_path / "model.pt")
     with pytest.raises(LoadError, match=r"No architecture 'gtp2'. Did you mean 'gpt2'\?"):
         load_model(tmp_path / "model.pt", arch="gtp2")
-    with pytest.raises(LoadError, match="--arch mynet:number returned a int"):
+    with pytest.raises(LoadError, match="mynet:number returned a int"):
         load_model(tmp_path / "model.pt", arch="mynet:number")
-    with pytest.raises(LoadError, match="--arch vit: transformers has no AutoModelForCausalLM"):
+    with pytest.raises(LoadError, match="transformers has no AutoModelForCausalLM for the architecture vit"):
         load_model(tmp_path / "model.pt", arch="vit", task="causal-lm")
 
 
 def test_architecture_by_model_type(tmp_path: Path, net: nn.Module) -> None:
     torch.save(net.state_dict(), tmp_path / "model.pt")
     with pytest.raises(
-        LoadError, match=r"does not fit --arch vit \(ViTForImageClassification\).*config.json that has them"
+        LoadError, match=r"does not fit the architecture vit \(ViTForImageClassification\).*config.json that has them"
     ):
         load_model(tmp_path / "model.pt", arch="vit")
 

@@ -162,7 +162,7 @@ def test_lowered_experts_are_refused_with_the_reason(traces: Any) -> None:
 
 
 def test_it_needs_data_and_experts() -> None:
-    with pytest.raises(UsageError, match=r"recover needs data: it is useless without training\. Give --data"):
+    with pytest.raises(UsageError, match=r"recover needs data: it is useless without training\. Give data="):
         Pipeline([Moeify(experts=4), Recover()]).run(stack("relu"), inputs=vectors())
     with pytest.raises(UsageError, match=r"recover works on layers that skip by tau, but there are none\. Put moeify"):
         Pipeline([Recover()]).run(stack("relu"), inputs=vectors(), data=DATA)

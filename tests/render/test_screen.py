@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.text import Text
 
-from surgeon.json_values import to_json
+from surgeon.json_values import schema_name, to_json
 from surgeon.measure.cost import Cost
 from surgeon.progress import Progress
 from surgeon.render.screen import Screen
@@ -64,7 +64,8 @@ def test_errors_are_text_on_stderr_and_json_on_stdout(capsys: pytest.CaptureFixt
     Screen("json").error("no such file", kind="LoadError", exit_code=3)
     captured = capsys.readouterr()
     assert captured.err == "error: no such file\n"
-    assert json.loads(captured.out) == {"error": {"type": "LoadError", "message": "no such file", "exit_code": 3}}
+    error = {"type": "LoadError", "message": "no such file", "exit_code": 3}
+    assert json.loads(captured.out) == {"schema": schema_name("error"), "error": error}
 
 
 def test_progress_prints_a_few_lines_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:

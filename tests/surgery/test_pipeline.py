@@ -39,8 +39,8 @@ SWAP, SPARSIFY, MLPIFY, MOEIFY, LOWER = (
         ([MOEIFY, MLPIFY], "mlpify must run before moeify"),
         ([Sparsify(), MLPIFY], "mlpify must run before sparsify"),
         ([MOEIFY, SWAP], "swap-activation must run before moeify"),
-        ([MLPIFY, MOEIFY], "mlpify needs data.*--data.*--dry-run"),
-        ([Moeify(tau=0.5)], "moeify needs data: tau needs routers that were fitted.*--data.*--dry-run"),
+        ([MLPIFY, MOEIFY], "mlpify needs data.* data=, or dry_run=True"),
+        ([Moeify(tau=0.5)], "moeify needs data: tau needs routers that were fitted. Give data=, or dry_run=True"),
     ],
 )
 def test_wrong_order_is_refused_before_anything_runs(passes: Any, words: str) -> None:

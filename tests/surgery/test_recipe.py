@@ -11,7 +11,7 @@ from surgeon.errors import UsageError
 from surgeon.passes import Lower, Mlpify, Moeify, Sparsify, SwapActivation
 from surgeon.passes.options import option_types
 from surgeon.passes.registry import all_passes
-from surgeon.surgery.recipe import build, find_pass, parse_settings
+from surgeon.surgery.recipe import build, find_pass
 
 
 def test_passes_are_found_by_name() -> None:
@@ -70,29 +70,6 @@ def test_wrong_options(options: Any, words: str) -> None:
     with pytest.raises(UsageError) as error:
         build(["moeify"], options)
     assert str(error.value).startswith(words)
-
-
-def test_settings() -> None:
-    typed = [
-        "moeify.experts=16",
-        "moeify.tau = 0.5",
-        "swap-activation.to=silu",
-        "sparsify.alpha-schedule=linear",
-        "a.b=c=d",
-    ]
-    assert parse_settings(typed) == {
-        "moeify": {"experts": "16", "tau": "0.5"},
-        "swap-activation": {"to": "silu"},
-        "sparsify": {"alpha_schedule": "linear"},
-        "a": {"b": "c=d"},
-    }
-    assert parse_settings([]) == {}
-
-
-@pytest.mark.parametrize("setting", ["moeify", "moeify.experts", "experts=16", ".experts=16", "moeify.=16", "="])
-def test_wrong_settings(setting: str) -> None:
-    with pytest.raises(UsageError, match=r"write pass\.option=value"):
-        parse_settings([setting])
 
 
 def test_option_types() -> None:

@@ -89,7 +89,7 @@ def place(forget: Callable[[], None], tmp_path: Path) -> Path:
 def test_unknown_classes(place: Path) -> None:
     wanted = (
         r"class own_classes\.Scores, which is not registered\. Import the module own_classes first, or name it: "
-        r"--trust-module own_classes, in Python surgeon\.load\(\.\.\., trust_modules=\('own_classes',\)\)"
+        r"surgeon\.load\(\.\.\., trust_modules=\('own_classes',\)\)"
     )
     for open_it in (lambda: load(place), lambda: open_model(str(place / "model.pt2"))):
         with pytest.raises(LoadError, match=wanted):
@@ -127,5 +127,5 @@ def test_commands_take_it(place: Path, forget: Callable[[], None]) -> None:
 
 
 def test_a_module_that_cannot_be_trusted(place: Path) -> None:
-    with pytest.raises(LoadError, match="--trust-module no_such: the Python module 'no_such' cannot be imported"):
+    with pytest.raises(LoadError, match="The trusted module no_such: the Python module 'no_such' cannot be imported"):
         load(place, trust_modules=("no_such",))

@@ -149,7 +149,7 @@ def test_sparsity_is_shown_layer_by_layer_with_like_layers_joined() -> None:
     assert lines[start + 1].split() == ["h.0…2.mlp", "×3", "50%", "→", "3.2%", "40%", "→", "90%"]
     assert lines[start + 2].split() == ["h.3.mlp", "50%", "40%"]
     assert lines[start + 3].startswith("  active: above a hundredth of the token's largest value")
-    assert "surgeon diff --full also shows a tenth and a thousandth" in " ".join(" ".join(lines[start + 3 :]).split())
+    assert "The full diff also shows a tenth and a thousandth" in " ".join(" ".join(lines[start + 3 :]).split())
 
 
 def test_full_detail_has_every_layer_and_all_three_parts() -> None:

@@ -374,7 +374,7 @@ def test_damaged_checkpoint(tmp_path: Path, file: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         Problem().fit(regression(), workdir=tmp_path, progress=interrupt_at(2))
     (tmp_path / "the-fit" / file).write_text("[")
-    with pytest.raises(LoadError, match=r"The checkpoint in .*the-fit is damaged: .*\. Start again without --resume"):
+    with pytest.raises(LoadError, match=r"The checkpoint in .*the-fit is damaged: .*\. Start again without resume="):
         Problem().fit(regression(), workdir=tmp_path, resume=True)
 
 
