@@ -23,13 +23,13 @@ import tables  # noqa: E402
 project = "surgeon"
 author = "the authors of surgeon"
 html_title = "surgeon"
-root_doc = "docs/README"
-include_patterns = ["docs/**.md", "examples/**/README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+root_doc = "README"
+include_patterns = ["README.md", "docs/**.md", "examples/**/README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 # From the top of the repository.
 NAVIGATION = {
-    "Start": "docs/tutorial",
+    "Start": "docs/README docs/tutorial",
     "How to": """docs/own-model docs/own-data docs/choose docs/compare docs/hugging-face docs/engines docs/training
         docs/passes""",
     "Reference": """docs/cli docs/commands docs/passes-reference docs/options docs/api/README docs/api/measure
@@ -54,6 +54,7 @@ myst_heading_anchors = 4
 default_role = "py:obj"
 nitpicky = True
 nitpick_ignore_regex = [("py:(?!obj).*", ".*"), ("py:obj", r"(?!surgeon\.).*")]
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
@@ -66,7 +67,12 @@ html_static_path = ["assets"]
 html_css_files = ["site.css"]
 html_favicon = "assets/icon.svg"
 html_extra_path = ["assets/index.html"]
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#00695c", "color-brand-content": "#00695c"},
+    "dark_css_variables": {"color-brand-primary": "#4db6ac", "color-brand-content": "#4db6ac"},
+}
 html_show_sourcelink = False
+html_show_copyright = False
 html_copy_source = False
 html_math_renderer = "mathml"
 
