@@ -14,6 +14,7 @@ from latex2mathml.converter import convert
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -45,6 +46,15 @@ TABLES = {"<!-- every command -->": tables.commands, "<!-- every option -->": ta
 # A name of the package, which is no file.
 NAME = re.compile(r"surgeon(\.(?!json|mplstyle)\w+)+")
 FIELD = re.compile(r"(?!Args|Returns|Raises)\w+(, \w+)*: \S")
+
+# What makes a browser load a file, in pages and in style sheets.
+LOADS = {
+    ".html": re.compile(
+        r"<(?:script|img|iframe|link(?! rel=\"(?:canonical|next|prev)))[^>]*(?:src|href)=\"(?:https?:)?//[^>]*>"
+    ),
+    ".css": re.compile(r"(?:url\(|@import )[\"']?(?:https?:)?//[^)]*"),
+}
+LOG = logging.getLogger(__name__)
 
 # Markdown as a forge reads it.
 myst_enable_extensions = ["dollarmath"]
@@ -134,9 +144,17 @@ def block_math(translator: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def check_offline(app: Sphinx, error: Exception | None) -> None:
+    """Warn of every file of the site that loads something from elsewhere."""
+    for file in (one for one in Path(app.outdir).rglob("*") if one.suffix in LOADS and error is None):
+        for match in LOADS[file.suffix].finditer(file.read_text(encoding="utf-8")):
+            LOG.warning("%s loads from the network: %s", file.relative_to(app.outdir), match[0])
+
+
 def setup(app: Sphinx) -> None:
     """Connect what stands above."""
     app.connect("source-read", insert)
+    app.connect("build-finished", check_offline)
     app.connect("autodoc-process-docstring", list_fields)
     app.add_post_transform(LinkedNames)
     app.add_html_math_renderer("mathml", inline_renderers=(inline_math, None), block_renderers=(block_math, None))
