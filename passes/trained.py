@@ -63,13 +63,13 @@ class TrainedPass(Pass[Site, Seen], ABC):
         return self.epochs != 0 or self.steps is not None
 
     def plan(self) -> TrainingPlan:
-        """Return the options as a plan for `surgeon.training.loop`."""
+        """Return the options as a plan for the training loop."""
         return TrainingPlan(self.epochs, self.steps, **{name: getattr(self, name) for name in _OF_THE_PLAN})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FineTunedPass(TrainedPass[Site, Seen], ABC):
-    """A pass that fine-tunes the whole model (`surgeon.training.finetuning`)."""
+    """A pass that fine-tunes the whole model: its task's loss, distillation, and what a subclass adds."""
 
     for_training: ClassVar[frozenset[str]] = frozenset(
         {"distill", "distill_layers", "label_smoothing", "mixup", "cutmix"}

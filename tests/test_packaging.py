@@ -47,6 +47,8 @@ RUN = {
     "ninja": "torch.utils.cpp_extension runs it to build the native kernels",
     "mypy": "a command of CONTRIBUTING.md",
     "ruff": "a command of CONTRIBUTING.md",
+    "myst-parser": "docs/conf.py names it",
+    "furo": "docs/conf.py names it",
     "pytest-xdist": "the option -n of pytest",
     "setuptools": "builds what the tests of this file install",
 }
@@ -99,8 +101,8 @@ def imported(*folders: str) -> set[str]:
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names.add(node.module or "")
-    # Examples import one another as scripts do.
-    own = {"surgeon", "tests", *(file.stem for file in (ROOT / "examples").rglob("*.py"))}
+    # Examples import one another as scripts do, and so does what builds the documentation.
+    own = {"surgeon", "tests", *(file.stem for place in ("examples", "docs") for file in (ROOT / place).rglob("*.py"))}
     tops = {name.partition(".")[0] for name in names} - own - set(sys.stdlib_module_names)
     return {DISTRIBUTION.get(top, top) for top in tops} - set(UNDECLARED)
 
@@ -116,8 +118,11 @@ def test_the_package_declares_what_it_imports() -> None:
     assert imported("surgeon", "passes", "kernels") - optional == declared(PROJECT["dependencies"])
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("tests", ("test", "dev", "adapters")), ("examples", ("examples",))])
-def test_extras_declare_what_else_tests_and_examples_import(folder: str, extras: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [("tests", ("test", "dev", "adapters")), ("examples", ("examples",)), ("docs", ("docs",))],
+)
+def test_extras_declare_what_else_other_folders_import(folder: str, extras: tuple[str, ...]) -> None:
     always = declared(PROJECT["dependencies"])
     optional = declared([one for extra in extras for one in PROJECT["optional-dependencies"][extra]])
     assert imported(folder) - always == optional - always

@@ -79,7 +79,7 @@ def table(results: dict[str, Any]) -> str:
     references = [name for name in ("dense", "longer") if any(name in found for found in seeds)]
     quality = {name: _mean([found[name]["value"] for found in seeds if name in found]) for name in references}
     name, keep = seeds[0]["dense"]["name"], f"{100 * results['keep']:.0f}%"
-    lines = [f"### {results['study']}", "", f"Dense {name} {quality['dense']}"]
+    lines = [f"## {results['study']}", "", f"Dense {name} {quality['dense']}"]
     head = [f"converted layers at {keep} of dense", "whole model"]
     if "longer" in references:
         lines[-1] += f"; trained as much again {quality['longer']}"

@@ -19,7 +19,8 @@ class Batch:
     """The inputs of one call of the model, `model(*batch.args, **batch.kwargs)`, and their labels.
 
     args, kwargs: the model's inputs, tensors with the batch in dimension 0.
-    labels: the labels in the form that the task's loss expects (see `surgeon.data.losses`), or None.
+    labels: int64, or None. Classes are [B], tags and tokens [B, T] with -100 where nothing is predicted, answers
+        [B, 2] (first and last token).
     """
 
     args: tuple[Tensor, ...] = ()

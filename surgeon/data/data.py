@@ -21,8 +21,8 @@ class Data:
     description: one line for people.
     fingerprint: identifies this data in recipes. For files it is a hash of their contents and of how they are read. For
         Python objects it is only their type, because hashing the contents would mean reading all of them.
-    loss: a function of the model's outputs and a batch that returns a scalar. The default is the task's loss; None if
-        the task imitates.
+    loss: a function of the model's outputs and a `surgeon.data.batch.Batch` that returns a scalar, a mean over the
+        batch's samples. The default is the task's loss; None if the task imitates.
     """
 
     train: Iterable[Any]

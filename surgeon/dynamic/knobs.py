@@ -28,7 +28,7 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None
     """Set tau, which says what each layer skips. A larger tau is cheaper, and at 0 everything runs.
 
     For the rule "max", an expert is skipped if its score is below tau times the largest score (D2DMoE, section 3.4).
-    `surgeon.kernels.selection` describes the other rules. A layer that skips inputs or neurons skips a share tau of
+    `surgeon.kernels.selection.RULES` names the others. A layer that skips inputs or neurons skips a share tau of
     them, as measured on the data that it was calibrated on. The change takes effect at the next call, in every form of
     the layers, and needs no retraining.
 

@@ -25,7 +25,14 @@ def emit(
 ) -> Node:
     """Add a `call_function` node at the graph's insertion point, and record its output shape and module path.
 
-    options: keyword arguments of the op, no nodes.
+    Args:
+        target: an op, such as `torch.ops.aten.relu.default`. args: its positional arguments: nodes, numbers, lists.
+        path: the module path that the node belongs to, which reports and pictures show.
+        name: the node's name, by default made from the op's.
+        options: keyword arguments of the op, no nodes.
+
+    Returns:
+        The node. Its `meta["val"]` is a tensor without storage that has shape and dtype.
 
     Raises:
         RuntimeError: the op does not accept the shapes of its arguments.

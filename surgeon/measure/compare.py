@@ -94,9 +94,12 @@ def compare(
         timed: also time calls; all settings of all surgeries, and the dense model, take turns.
         stored: surgeries whose stored setting is measured too.
         inputs: example inputs on which multiply-adds are counted, by default the first batch.
-        dense: the model before the surgeries. Without it give its scores (`surgeon.measure.judge`) on the same batches,
-            and what is known of its multiply-adds.
+        dense: the model before the surgeries. Without it give its scores (`surgeon.measure.judge.judge`) on the same
+            batches, and what is known of its multiply-adds.
         dense_layers, blank: as in `sweep`; dense_layers by the name of the surgery.
+
+    Returns:
+        A curve for each surgery and rule, and what the wanted quality costs on it.
 
     Raises:
         UsageError: there is no surgery, one has no layers that skip, `keep` is out of range, or the dense model's

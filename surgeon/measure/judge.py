@@ -19,8 +19,9 @@ from surgeon.data.quality import Quality, Scores
 class Criteria:
     """What a model is judged by.
 
-    task: its quality is measured on labels; None if there are none. blank: as in `surgeon.data.losses.task_loss`.
-    outputs: the task that the model was made for, which tells what its outputs are (`surgeon.data.imitation.answer`).
+    task: its quality is measured on labels; None if there are none.
+    blank: for the task "ctc", the class that stands for no character.
+    outputs: the task that the model was made for, which tells what its outputs are: logits, hidden states, embeddings.
     """
 
     task: str | None

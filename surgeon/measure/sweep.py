@@ -121,12 +121,11 @@ def sweep(
         each_layer: let one layer after another have each tau, while the others run everything.
         timed: also time calls, taking turns between the settings.
         dense: the model before the surgery. Agreement with it is measured at each setting.
-        dense_scores: its scores on the labels of the same batches (`surgeon.measure.judge`), to compare with.
-        blank: as in `surgeon.data.losses.task_loss`.
+        dense_scores: its scores on the labels of the same batches (`surgeon.measure.judge.judge`), to compare with.
+        blank: for the task "ctc", the class that stands for no character.
         dense_multiply_adds: the multiply-adds of the dense model on the example inputs.
-        dense_layers: the cost of the dense layers, by the path of their experts (see
-            `surgeon.passes.report.dense_layers`). The default is the cost of all experts, which differs if a layer was
-            first replaced by one with another cost.
+        dense_layers: the cost of the dense layers, as multiply-adds for one token, by the path of their experts. The
+            default is the cost of all experts, which differs if a layer was first replaced by one with another cost.
 
     Raises:
         UsageError: the graph has no layers that skip, there is no such rule, or a tau is outside [0, 1].

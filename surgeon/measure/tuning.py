@@ -95,9 +95,21 @@ def tune(
 ) -> Tuned:
     """Find a tau for each layer so that the model costs at most `budget`, and set them.
 
+    The damage of skipping is measured layer by layer, the budget distributed by it, and the result improved by trials.
+
     Args:
+        graph: a graph, or a model with converted layers. Its tau is set, and nothing else is changed.
+        batches: a few hundred samples, in any form that `Batch.from_any` takes. Labels are not used, and padding is not
+            counted.
         budget: the cost of the whole model, as a share of the dense model's cost.
-        batches, inputs, dense, metric, task, densify, progress: as in `Tuner`, which serves several budgets.
+        inputs: example inputs on which multiply-adds are counted.
+        dense: the dense model's cost: its multiply-adds on the example inputs, or for "ms" its milliseconds on the
+            first batch. The default is the cost of this graph with everything running.
+        metric: "flops" counts multiply-adds, "ms" measures the time of calls on the first batch, on this machine.
+        task: what the outputs are, one of `surgeon.models.tasks.TASKS`; by default what the model's class tells.
+        densify: count a layer that runs everything as its dense form, without router, and name it in `Tuned.dense`. The
+            pass `densify` puts these layers back. It needs the metric "flops".
+        progress: called after every trial.
 
     Raises:
         UsageError: the graph has no layers that skip, `check_budget` refuses the budget, or no tau meets it. The

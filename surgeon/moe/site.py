@@ -29,9 +29,9 @@ class MoESite(Described):
     path: the module path of the expert weights, `encoder.layer.0.moe`. nodes: every execution of the layer in a graph.
     form: "module" (one `call_module` node), "masked" (reference op), "dynamic" (the op that skips experts) or "int8"
     (the op that routes and skips, with weights of 8 or 4 bits). stored: the weights, of an int8 layer as panels.
-    shared: the number of experts that always run. rule: one of `kernels.selection.RULES`.
+    shared: the number of experts that always run. rule: one of `surgeon.kernels.selection.RULES`.
     router_parameters: the number of weights in the router's matrices. A trunk that several layers share is counted for
-    the first of them. filling: how many neurons fill experts up to the common size (see `surgeon.moe.filling`).
+    the first of them. filling: how many neurons fill experts up to the common size. They never fire and do not count.
     """
 
     path: str

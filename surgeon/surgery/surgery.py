@@ -60,7 +60,11 @@ class Surgery:
         return Diff.joined(self.earlier, new, self.snapshots[-1].nodes.values())
 
     def set_tau(self, tau: float | dict[str, float], path: str | None = None) -> Surgery:
-        """Set tau in the graph (see `surgeon.set_tau`)."""
+        """Set tau in the graph, as `surgeon.set_tau` does, and return the surgery.
+
+        Raises:
+            UsageError: as `surgeon.set_tau`.
+        """
         set_tau(self.graph, tau, path)
         return self
 
@@ -72,21 +76,27 @@ class Surgery:
         overwrite: bool = False,
         max_shard_size: str = "5GB",
     ) -> nn.Module:
-        """Write the converted model so that `from_pretrained` of transformers reads it (see `surgeon.surgery.export`).
+        """Write the converted model as a directory of transformers, which `from_pretrained` reads and the hub takes.
 
         >>> surgery.save_pretrained("bert-experts")  # doctest: +SKIP
         >>> AutoModelForSequenceClassification.from_pretrained("bert-experts")  # doctest: +SKIP
 
         Args:
+            directory: where to. It appears whole or not at all.
             model: the model that the surgery was made from. By default it is the one that was given to the pipeline, as
                 long as it is in memory, else the one in the directory that it was read from.
+            overwrite: replace an export that is there.
             max_shard_size: the size of the largest weight file, such as "500MB".
 
         Returns:
             The model that was written. It shares the graph's tensors; `surgeon.graft` makes one with its own.
 
         Raises:
-            UsageError, SaveError, VerificationError, TraceError: as `surgeon.surgery.export.export`.
+            UsageError: the model is not one of transformers, its config describes another one, or no layer can be put
+                back into it.
+            SaveError: the directory has other content, or cannot be written.
+            TraceError: the model cannot be traced.
+            VerificationError: the model would not compute what the graph computes.
         """
         if model is None and self.model is not None:
             model = self.model()
@@ -97,7 +107,23 @@ class Surgery:
         )  # fmt: skip
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the graph and the record of the surgery to a directory (see `surgeon.surgery.artifact.save`)."""
+        """Write the graph and the record of the surgery to a directory, which `surgeon.load` reads in any process.
+
+        What is written is compared with the graph on the example inputs before anything is put in place. Of several
+        processes the main one writes, and the others wait for it.
+
+        Args:
+            directory: where to. It appears whole or not at all.
+            overwrite: replace a saved surgery that is there.
+
+        Returns:
+            The directory.
+
+        Raises:
+            SaveError: the directory has other content, there is no space or no permission, or the graph cannot be
+                exported.
+            PassError: there are no example inputs.
+        """
         return save(
             self.graph,
             directory,

@@ -34,8 +34,8 @@ class PassConformance:
     """Tests of one pass.
 
     make: returns the pass, with options that suit layers of 16 → 32 → 16. A pass that trains should do two `steps`.
-    kind: kind of the feed-forward layers in the small model (see `surgeon.testing.models.feed_forward`). The model also
-        has a linear layer before each of them. layers: their number.
+    kind: kind of the feed-forward layers in the small model: "gelu", "relu", "biasless", "gated" or "fused". The model
+        also has a linear layer before each of them. layers: their number.
     first: passes that run before this pass. options: values other than the defaults, to test recipes.
     applies_once: whether the pass finds nothing to do in its own result.
     data: gives what a pass calibrates on that needs data for it.
