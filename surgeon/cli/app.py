@@ -161,7 +161,9 @@ def group(name: str, *, order: int, help: str) -> typer.Typer:
     return made
 
 
-def command(*, order: int, under: typer.Typer = app) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    *, order: int, under: typer.Typer = app, torch: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command with the function's name.
 
     The function's first parameter is the run. Every command also gets the shared options, which may be given before or
@@ -170,18 +172,19 @@ def command(*, order: int, under: typer.Typer = app) -> Callable[[Callable[..., 
 
     Args:
         order: position in the list, the lowest first. under: the group that the command belongs to.
+        torch: it imports torch, which takes seconds, so the screen says so first.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__.strip("_").replace("_", "-")
-        under.command(name=name)(_with_shared_options(with_data_options(function)))
+        under.command(name=name)(_with_shared_options(with_data_options(function), torch))
         _ORDER[str(under.info.name), name] = order
         return function
 
     return add
 
 
-def _with_shared_options(function: Callable[..., None]) -> Callable[..., None]:
+def _with_shared_options(function: Callable[..., None], torch: bool) -> Callable[..., None]:
     """Wrap a function that takes a run so that it takes the context and the shared options."""
 
     @functools.wraps(function)
@@ -195,6 +198,8 @@ def _with_shared_options(function: Callable[..., None]) -> Callable[..., None]:
                 warnings.simplefilter("ignore")
             try:
                 with run.screen.logging():
+                    if torch and "torch" not in sys.modules:
+                        run.screen.waiting("loading PyTorch")
                     function(run, **options)
             except KeyboardInterrupt as interrupt:
                 _interrupted(run, getattr(interrupt, "workdir", None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from surgeon.jobs.evaluation import (
     why_unmeasured,
 )
 from surgeon.jobs.inspect import LOOKS_FOR
-from surgeon.jobs.open_model import Opened, Stage
+from surgeon.jobs.open_model import Opened
 from surgeon.jobs.options import DataOptions
 from surgeon.jobs.search import Searcher
 from surgeon.jobs.search_settings import stages, with_options
@@ -37,7 +37,7 @@ from surgeon.models.hugging_face import quiet_transformers
 from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.processes import agreed, connect, is_main, wait
-from surgeon.progress import Progress
+from surgeon.progress import Progress, Stage, unshown
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.record import RECORD, read_record
 from surgeon.surgery.surgery import Surgery
@@ -188,7 +188,7 @@ def apply(
     passes: Sequence[Pass[Any]],
     options: ApplyOptions,
     *,
-    stage: Stage = nullcontext,
+    stage: Stage = unshown,
     progress: Callable[[Progress], None] | None = None,
     on_pass: Callable[[PassDiff], None] | None = None,
     on_search: Callable[[Search], None] | None = None,

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 
 from surgeon.bench.linear import WEIGHTS, LinearCase, LinearCell, time_linear
 from surgeon.bench.machine import Machine, examine
 from surgeon.jobs.bench import device_of, names, numbers
-from surgeon.jobs.open_model import Stage
 from surgeon.jobs.options import LinearOptions, TimingOptions
 from surgeon.kernels import cpu
-from surgeon.progress import Progress
+from surgeon.progress import Progress, Stage, unshown
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ def bench_linear(
     layers: LinearOptions,
     timing: TimingOptions,
     *,
-    stage: Stage = nullcontext,
+    stage: Stage = unshown,
     progress: Callable[[Progress], None] | None = None,
 ) -> LinearBenchmark:
     """Time every layer that the options ask for. stage: called with the name of each step before the timing.

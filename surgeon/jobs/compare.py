@@ -25,14 +25,14 @@ from surgeon.jobs.evaluation import (
     other_data,
     recorded_scores,
 )
-from surgeon.jobs.open_model import Opened, Stage, open_model
+from surgeon.jobs.open_model import Opened, open_model
 from surgeon.jobs.options import DataOptions
 from surgeon.jobs.sweep import dense_layers_of, is_among
 from surgeon.measure.compare import Comparison
 from surgeon.measure.compare import compare as run_comparison
 from surgeon.measure.judge import Criteria
 from surgeon.measure.meter import measure
-from surgeon.progress import Progress
+from surgeon.progress import Progress, Stage
 
 
 @dataclass(frozen=True)

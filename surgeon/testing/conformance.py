@@ -26,7 +26,8 @@ from surgeon.passes.report import PassReport
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import with_options
 from surgeon.testing.models import CLASSES, labelled_vectors, stack, vectors
-from surgeon.tracing.trace import quiet, trace
+from surgeon.tracing.quiet import quiet
+from surgeon.tracing.trace import trace
 from surgeon.training.loop import RunSettings
 
 
