@@ -42,7 +42,7 @@ class Lines(Display):
 
     def progress(self, moment: Progress) -> None:
         """Print the first step, the last one, one in each fifth of the work, and one every few seconds."""
-        if self._due(moment, first=True):
+        if moment.total and self._due(moment, first=True):
             self._print_moment(moment)
 
     def _due(self, moment: Progress, *, first: bool) -> bool:
@@ -51,8 +51,6 @@ class Lines(Display):
         if moment.what not in self._last:
             self._last[moment.what] = (now, 0)
             return first
-        if not moment.total:
-            return False
         if moment.done >= moment.total:
             del self._last[moment.what]
             return True
@@ -64,8 +62,5 @@ class Lines(Display):
         return True
 
     def _print_moment(self, moment: Progress) -> None:
-        if not moment.total:
-            self.waiting(moment.what)
-            return
         line = "  ".join((moment.what, f"{moment.done}/{moment.total}", *values_text(moment)))
         self._console.print(Text(line, style="dim"), soft_wrap=True)

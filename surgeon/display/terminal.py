@@ -44,15 +44,8 @@ class Bars(Lines):
         self._end_waiting()
         task = self._add(what)
 
-        def tell(moment: Progress) -> None:
-            nonlocal task
-            if self._named(task) != moment.what:
-                self._end(task)
-                task = self._add(moment.what, moment.total)
-            self._update(task, moment)
-
         try:
-            yield tell
+            yield lambda moment: self._update(task, moment)
         except BaseException:
             self._end(task, whole=False)
             raise
@@ -118,6 +111,9 @@ class Bars(Lines):
 
     def _update(self, task: TaskID, moment: Progress) -> None:
         values = next(iter(values_text(moment)), "")
+        if moment.total and self._is_open(task):
+            self._remember(task)
+            self._running().reset(task)  # what is counted now has a speed of its own
         self._running().update(task, completed=moment.done, total=moment.total or None, values=values)
 
     def _end(self, task: TaskID, *, whole: bool = True) -> None:
@@ -125,8 +121,7 @@ class Bars(Lines):
         if self._rows is None or task not in self._rows.task_ids:
             return
         if whole and self._is_open(task):
-            found = self._task(task)
-            durations.remember(found.description, found.elapsed or 0.0)
+            self._remember(task)
         self._rows.remove_task(task)
 
     def _end_waiting(self) -> None:
@@ -137,8 +132,9 @@ class Bars(Lines):
     def _task(self, task: TaskID) -> Task:
         return next(found for found in self._running().tasks if found.id == task)
 
-    def _named(self, task: TaskID) -> str:
-        return self._task(task).description
+    def _remember(self, task: TaskID) -> None:
+        found = self._task(task)
+        durations.remember(found.description, found.elapsed or 0.0)
 
     def _is_open(self, task: TaskID) -> bool:
         """Whether it is not known how many steps it takes."""

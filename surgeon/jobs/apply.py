@@ -37,7 +37,7 @@ from surgeon.models.hugging_face import quiet_transformers
 from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.processes import agreed, connect, is_main, wait
-from surgeon.progress import Progress, Stage, unshown
+from surgeon.progress import Stage, Tell, unshown
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.record import RECORD, read_record
 from surgeon.surgery.surgery import Surgery
@@ -189,7 +189,7 @@ def apply(
     options: ApplyOptions,
     *,
     stage: Stage = unshown,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
     on_pass: Callable[[PassDiff], None] | None = None,
     on_search: Callable[[Search], None] | None = None,
     teacher: Opened | None = None,
@@ -219,8 +219,8 @@ def apply(
         criteria = None if data is None else eval_criteria(opened)
         before = None
         if criteria is not None:
-            with stage("measuring quality before"):
-                before = judge_before(opened, criteria)
+            with stage("measuring quality before") as tell:
+                before = judge_before(opened, criteria, tell)
         search = None
         if options.budget_minutes is not None:
             assert workdir is not None
@@ -239,8 +239,8 @@ def apply(
         surgery.graph.eval()
         after = None
         if criteria is not None and before is not None:
-            with stage("measuring quality after"):
-                after = judge_after(surgery.graph, opened, criteria, before)
+            with stage("measuring quality after") as tell:
+                after = judge_after(surgery.graph, opened, criteria, before, tell)
         if before is not None and after is not None:
             surgery.quality = measured_quality(opened, before, after)
         if directory is not None:
@@ -305,7 +305,7 @@ def _run(
     notes: list[str],
     *,
     teacher: Opened | None,
-    progress: Callable[[Progress], None] | None,
+    progress: Tell | None,
     on_pass: Callable[[PassDiff], None] | None,
 ) -> Surgery:
     """Run the passes, and stop at a pass that changes nothing. A pass with nothing to do adds a note to `notes`."""

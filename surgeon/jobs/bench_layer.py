@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from surgeon.jobs.bench import device_of, grid_of, names
 from surgeon.jobs.options import LayerOptions, TimingOptions
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import activation as activation_of
-from surgeon.progress import Progress, Stage, unshown
+from surgeon.progress import Stage, Tell, unshown
 from surgeon.surgery.record import parse, read_json
 
 
@@ -51,7 +51,7 @@ def bench_layer(
     against: str | None = None,
     earlier: LayerBenchmark | None = None,
     stage: Stage = unshown,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> LayerBenchmark:
     """Time every method on every layer that the options ask for. Ctrl-C and SIGTERM end it with what is done by then.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -11,7 +10,7 @@ from surgeon.bench.machine import Machine, examine
 from surgeon.jobs.bench import device_of, names, numbers
 from surgeon.jobs.options import LinearOptions, TimingOptions
 from surgeon.kernels import cpu
-from surgeon.progress import Progress, Stage, unshown
+from surgeon.progress import Stage, Tell, unshown
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ def bench_linear(
     timing: TimingOptions,
     *,
     stage: Stage = unshown,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> LinearBenchmark:
     """Time every layer that the options ask for. stage: called with the name of each step before the timing.
 

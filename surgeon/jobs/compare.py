@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -32,7 +32,7 @@ from surgeon.measure.compare import Comparison
 from surgeon.measure.compare import compare as run_comparison
 from surgeon.measure.judge import Criteria
 from surgeon.measure.meter import measure
-from surgeon.progress import Progress, Stage
+from surgeon.progress import Stage, Tell
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def compare(
     oracle: bool = False,
     timed: bool = False,
     dense: Opened | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> Compared:
     """Sweep the surgeries on the held-out data, and read off what it costs to keep the dense model's quality.
 

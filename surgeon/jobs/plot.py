@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 from surgeon.dynamic.knobs import get_tau
@@ -14,7 +13,7 @@ from surgeon.jobs.sweep import Swept, sweep
 from surgeon.measure.load import LayerLoad, measure_load
 from surgeon.measure.routing import RouterLayer, measure_routing
 from surgeon.moe.site import find_moes
-from surgeon.progress import Progress
+from surgeon.progress import Tell
 from surgeon.surgery.record import Record
 from surgeon.surgery.trials import Trial
 from surgeon.training.penalty import Sparsity
@@ -29,7 +28,7 @@ RECORDED: frozenset[Kind] = frozenset({"sparsity", "ablation"})
 _ALONE = (0.1, 0.3, 0.6)
 
 Measured = Swept | list[LayerLoad] | list[RouterLayer] | list[LoadMap]
-Told = Callable[[Progress], None] | None
+Told = Tell | None
 
 
 def measured(kind: Kind, opened: Opened, progress: Told = None) -> Measured:

@@ -18,6 +18,7 @@ from surgeon.data.imitation import made_for
 from surgeon.data.losses import device_of, evaluating
 from surgeon.data.padding import token_mask
 from surgeon.data.quality import Quality, Scores
+from surgeon.display.choose import shows_progress
 from surgeon.dynamic.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
 from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.exits.halting import HaltSite
@@ -28,7 +29,7 @@ from surgeon.measure.cost import LayerRun
 from surgeon.measure.judge import Criteria, Judge
 from surgeon.measure.meter import ExpertMeter, clock, measure
 from surgeon.models.tasks import needs_labels
-from surgeon.progress import Progress
+from surgeon.progress import Progress, ShowProgress
 from surgeon.tracing.trace import class_task
 
 RouterChoice = Literal["own", "oracle"]
@@ -88,6 +89,7 @@ class Dense:
     milliseconds: float | None = None
 
 
+@shows_progress
 def sweep(
     graph: nn.Module,
     batches: Iterable[Batch],
@@ -105,7 +107,7 @@ def sweep(
     blank: int = 0,
     dense_multiply_adds: int | None = None,
     dense_layers: Mapping[str, float] | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: ShowProgress = None,
 ) -> list[Point]:
     """Measure quality and cost at each tau, on all batches. The graph's own tau and rule are restored afterwards.
 
@@ -172,7 +174,7 @@ def sweep(
                 choose(rule, tau, layer)
                 for batch, outputs in run_batches(meters[number], [given]):
                     judges[number].add(outputs, batch, expected)
-                if progress is not None:
+                if callable(progress):
                     done, total = index * len(settings) + number + 1, len(settings) * len(batches)
                     progress(Progress("sweep", done, total, {} if tau is None else {"tau": tau}))
         for (router, rule, tau, layer), meter, marks in zip(settings, meters, judges, strict=True):

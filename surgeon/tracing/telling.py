@@ -45,7 +45,7 @@ class Steps:
             self._tell(self._moment())
 
     def _moment(self) -> Progress:
-        return Progress(f"comparing {self.name} with its graph", self.done, self.total)
+        return Progress(f"tracing {self.name}", self.done, self.total)
 
     def _tell(self, moment: Progress) -> None:
         if callable(self.progress):
