@@ -30,20 +30,18 @@ class Bars(Lines):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._rows: Rows | None = None
-        self._tasks: dict[str, TaskID] = {}
-        self._waiting: TaskID | None = None
+        self._told: tuple[str, TaskID] | None = None
 
     def waiting(self, what: str) -> None:
         """Show what is being done, and how long it takes, until anything else is shown."""
-        self._end_waiting()
-        self._waiting = self._add(what)
+        self._end_told()
+        self._told = what, self._add(what)
 
     @contextmanager
     def stage(self, what: str) -> Iterator[Tell | None]:
         """Show what is being done, and how long it takes, while it runs."""
-        self._end_waiting()
+        self._end_told()
         task = self._add(what)
-
         try:
             yield lambda moment: self._update(task, moment)
         except BaseException:
@@ -52,22 +50,20 @@ class Bars(Lines):
         self._end(task)
 
     def progress(self, moment: Progress) -> None:
-        """Show a bar, and print the latest values now and then."""
-        self._end_waiting()
-        for what in [what for what in self._tasks if what != moment.what and self._is_open(self._tasks[what])]:
-            self._end(self._tasks.pop(what))
-        if moment.what not in self._tasks:
-            self._tasks[moment.what] = self._add(moment.what, moment.total)
-        self._update(self._tasks[moment.what], moment)
+        """Show a bar until another work is told of, and print the latest values now and then."""
+        if self._told is None or self._told[0] != moment.what:
+            self._end_told()
+            self._told = moment.what, self._add(moment.what, moment.total)
+        self._update(self._told[1], moment)
         if moment.done >= moment.total > 0:
-            self._end(self._tasks.pop(moment.what))
+            self._end_told()
         if moment.total and self._due(moment, first=False):
             self._print_moment(moment)
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Take the bars off the screen while something else is printed."""
-        self._end_waiting()
+        """Take the bars off the screen while something else is printed. Stages come back, other work is over."""
+        self._end_told()
         if self._rows is None:
             yield
             return
@@ -81,8 +77,7 @@ class Bars(Lines):
         """Take the bars off the screen."""
         if self._rows is not None:
             self._rows.stop()
-            self._rows = self._waiting = None
-            self._tasks.clear()
+            self._rows = self._told = None
 
     # --- rows
 
@@ -124,10 +119,10 @@ class Bars(Lines):
             self._remember(task)
         self._rows.remove_task(task)
 
-    def _end_waiting(self) -> None:
-        if self._waiting is not None:
-            self._end(self._waiting)
-            self._waiting = None
+    def _end_told(self) -> None:
+        if self._told is not None:
+            self._end(self._told[1])
+            self._told = None
 
     def _task(self, task: TaskID) -> Task:
         return next(found for found in self._running().tasks if found.id == task)

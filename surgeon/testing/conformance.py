@@ -22,6 +22,7 @@ from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.passes import Pass
+from surgeon.passes.base import REWRITING
 from surgeon.passes.report import PassReport
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.recipe import with_options
