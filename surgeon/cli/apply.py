@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon import processes
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import (
     Arch,
@@ -83,6 +84,15 @@ def apply(
         int | None,
         typer.Option("--seed", help="Random seed.  [default: that of a saved surgery, else 0]"),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="Also write the report of the result, as surgeon report does, to this .html file. With --data it is "
+            "measured on the held-out data.",
+        ),
+    ] = None,
     report_to: Annotated[
         str | None,
         typer.Option(
@@ -113,13 +123,16 @@ def apply(
 
     Example: surgeon apply --passes sparsify,moeify,lower --set moeify.experts=48 path/to/bert --data reviews.csv
 
-    JSON: {model, directory, dry_run, search, passes, before, after, quality, agreement, notes, next, seconds}
+    JSON: {model, directory, dry_run, search, passes, before, after, quality, agreement, notes, next, seconds,
+    report}
     """
     from surgeon.jobs import apply as applying
     from surgeon.jobs.open_model import open_model
     from surgeon.jobs.recipes import missing_teacher, read_recipe, recipe_for
+    from surgeon.jobs.report import of_applied
     from surgeon.jobs.search_settings import check_search
     from surgeon.render.apply import applied_view
+    from surgeon.render.report import check_report, write_report
     from surgeon.render.search import search_view
     from surgeon.surgery.recipe import parse_settings
     from surgeon.text.diff import pass_view
@@ -137,6 +150,10 @@ def apply(
         data = dataclasses.replace(data, seed=seed)
     if teacher is not None and data is None and not dry_run:
         raise UsageError("--teacher is there to be learned from in training. Give --data too.")
+    if report is not None:
+        if dry_run:
+            raise UsageError("--report shows a saved result, and --dry-run saves none. Give one of them.")
+        check_report(report)
     typed = tuple(run.args)
     check_search(built, budget_minutes, has_data=data is not None, dry_run=dry_run)
     options = applying.ApplyOptions(
@@ -182,4 +199,7 @@ def apply(
         teacher=beside,
     )
     run.screen.show(applied_view(applied))
-    run.screen.result(applying.applied_json(applied, opened))
+    if report is not None and processes.is_main():
+        write_report(of_applied(applied, opened, run.screen.progress), report)
+        run.screen.show(f"The report is in {report}.")
+    run.screen.result(applying.applied_json(applied, opened) | {"report": report})

@@ -14,6 +14,7 @@ from surgeon.display.words import seconds, values_text
 from surgeon.progress import Progress, Tell
 
 _SECONDS = 0.2  # between changes
+_SHORT, _SHORT_OPEN = 0.5, 2.0  # seconds; what took less is not worth a line, the second if it was not counted
 
 
 @dataclass
@@ -26,7 +27,7 @@ class _Row:
 
 
 class Cells(Display):
-    """A line for each piece of work below the cell. It stays there with the time that the work took."""
+    """A line for each piece of work below the cell. If the work took long, it stays there with the time."""
 
     def __init__(self) -> None:
         self._rows: list[_Row] = []
@@ -46,9 +47,7 @@ class Cells(Display):
         now = time.monotonic()
         row = next((row for row in self._rows if row.took is None and row.moment.what == moment.what), None)
         if row is None:
-            for other in self._rows:  # of unknown length: it is over when something else begins
-                if other.took is None and not other.moment.total:
-                    other.took = now - other.started
+            self._end_running()
             self._rows.append(row := _Row(moment, now))
             self._drawn = 0.0
         row.moment = moment
@@ -66,11 +65,14 @@ class Cells(Display):
         for row in self._rows:
             if row.took is None:
                 row.took = time.monotonic() - row.started
+        self._rows = [row for row in self._rows if (row.took or 0.0) >= (_SHORT if row.moment.total else _SHORT_OPEN)]
 
     def _draw(self) -> None:
-        if not self._rows:
+        if not self._rows and self._handle is None:
             return
-        from IPython.display import display
+        from IPython import display
+
+        show: Any = display.display  # not annotated
 
         shown = {
             "text/plain": "\n".join(f"{row.moment.what}: {_words(row)}" for row in self._rows),
@@ -78,7 +80,7 @@ class Cells(Display):
         }
         self._drawn = time.monotonic()
         if self._handle is None:
-            self._handle = display(shown, raw=True, display_id=True)
+            self._handle = show(shown, raw=True, display_id=True)
         else:
             self._handle.update(shown, raw=True)
 

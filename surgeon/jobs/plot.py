@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from surgeon.dynamic.knobs import get_tau
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
 from surgeon.jobs.evaluation import eval_batches
 from surgeon.jobs.load import LoadMap, sample_maps
@@ -50,6 +51,8 @@ def measured(kind: Kind, opened: Opened, progress: Told = None) -> Measured:
 
 def fitting(opened: Opened) -> list[Kind]:
     """Return the kinds that need data and that this surgery has something to show for."""
+    if not find_dynamic(opened.graph):
+        return []
     routed = [kind for kind in KINDS if kind not in RECORDED]
     return routed if find_moes(opened.graph) else [kind for kind in routed if kind != "routers"]
 

@@ -75,6 +75,20 @@ class Point:
     layer: str | None = None
 
 
+class Points(list[Point]):
+    """What a sweep measured, a point for each setting. A notebook shows it as a table."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "<Points: none>"
+        first, ran = self[0].quality, [point.executed for point in self]
+        found = [point.quality.value for point in self]
+        return (
+            f"<Points: {len(self)} settings, {first.name} {min(found):.3g} to {max(found):.3g}, "
+            f"{min(ran):.0%} to {max(ran):.0%} ran>"
+        )
+
+
 @dataclass(frozen=True)
 class Dense:
     """The cost and the quality of the dense model, for comparison.
@@ -108,7 +122,7 @@ def sweep(
     dense_multiply_adds: int | None = None,
     dense_layers: Mapping[str, float] | None = None,
     progress: ShowProgress = None,
-) -> list[Point]:
+) -> Points:
     """Measure quality and cost at each tau, on all batches. The graph's own tau and rule are restored afterwards.
 
     Args:
@@ -129,6 +143,7 @@ def sweep(
         dense_layers: the cost of the dense layers, by the path of their experts (see
             `surgeon.passes.report.dense_layers`). The default is the cost of all experts, which differs if a layer was
             first replaced by one with another cost.
+        progress: True shows it, a function is called with each `Progress`.
 
     Raises:
         UsageError: the graph has no layers that skip, there is no such rule, or a tau is outside [0, 1].
@@ -200,7 +215,7 @@ def sweep(
             calls = [partial(choose, *setting) for router, *setting in settings if router == "own"]
             times = iter(time_settings(graph, batches[0], calls))
             points = [replace(p, milliseconds=next(times)) if p.router == "own" else p for p in points]
-    return points
+    return Points(points)
 
 
 def choose_setting(graph: nn.Module, own: Knobs, rule: str | None, tau: float | None, layer: str | None = None) -> None:
