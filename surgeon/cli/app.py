@@ -45,6 +45,7 @@ class Run:
     verbose: int = 0
     quiet: bool = False
     debug: bool = False
+    begun: "Screen | None" = None
 
     def take(self, output: OutputMode | None, verbose: int, quiet: bool, debug: bool) -> None:
         """Merge options given at one place of the command line into those given earlier."""
@@ -60,6 +61,9 @@ class Run:
     @functools.cached_property
     def screen(self) -> "Screen":
         """The screen that this run writes to."""
+        if self.begun is not None and self.output is None and not self.quiet:
+            self.begun.verbose = self.verbose
+            return self.begun
         from surgeon.render.screen import Screen
 
         silent = not processes.is_main()
@@ -76,9 +80,9 @@ class _Group(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=lambda name: (_ORDER[self.name or "", name], name))
 
-    def main(self, args: Any = None, *rest: Any, **extra: Any) -> NoReturn:
+    def main(self, args: Any = None, *rest: Any, begun: "Screen | None" = None, **extra: Any) -> NoReturn:
         typed = list(sys.argv[1:] if args is None else args)
-        run = Run(typed, debug="--debug" in typed)
+        run = Run(typed, debug="--debug" in typed, begun=begun)
         extra |= {"standalone_mode": False, "obj": run}
         try:
             code = super().main(typed, *rest, **extra)
@@ -198,7 +202,7 @@ def _with_shared_options(function: Callable[..., None], torch: bool) -> Callable
                 warnings.simplefilter("ignore")
             try:
                 with run.screen.logging():
-                    if torch and "torch" not in sys.modules:
+                    if torch and "torch" not in sys.modules and run.begun is None:
                         run.screen.waiting("loading PyTorch")
                     function(run, **options)
             except KeyboardInterrupt as interrupt:
@@ -223,12 +227,9 @@ def _interrupted(run: Run, workdir: Path | None) -> NoReturn:
     raise typer.Exit(130)
 
 
-def main() -> None:
-    """Run the command line."""
+def main(begun: "Screen | None" = None) -> None:
+    """Run the command line. begun: the screen that shows already that torch is being loaded."""
     if processes.count() > 1:
         # torch's own lines come from every process, one about parameters that a loss may leave out in every fit.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show an arrow gets a question mark instead of an error.
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    app(prog_name="surgeon")
+    app(prog_name="surgeon", begun=begun)

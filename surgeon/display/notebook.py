@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Cells(Display):
     def __init__(self) -> None:
         self._rows: list[_Row] = []
         self._handle: Any = None
-        self._drawn = 0.0
+        self._drawn = -math.inf
 
     @contextmanager
     def stage(self, what: str) -> Iterator[Tell | None]:
@@ -49,10 +50,10 @@ class Cells(Display):
         if row is None:
             self._end_running()
             self._rows.append(row := _Row(moment, now))
-            self._drawn = 0.0
+            self._drawn = -math.inf
         row.moment = moment
         if moment.done >= moment.total > 0:
-            row.took, self._drawn = now - row.started, 0.0
+            row.took, self._drawn = now - row.started, -math.inf
         if now - self._drawn >= _SECONDS:
             self._draw()
 

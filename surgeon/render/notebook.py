@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_WIDTH = 140  # letters; what is wider than the page scrolls
+_WIDTH = 126  # letters; what is wider than the page scrolls
 # Pages set other letters for what is in a <pre>, and columns only line up in these.
-_LETTERS = "font-family: ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
+_LETTERS = "font: 13px ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 
 
 def register(shell: Any) -> None:
