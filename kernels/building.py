@@ -22,6 +22,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from surgeon.directories import cache
+
 log = logging.getLogger("surgeon")
 
 
@@ -53,7 +55,7 @@ class Library:
         found = hashlib.sha256()
         for part in self.depends():
             found.update((part.encode() if isinstance(part, str) else part) + b"\0")
-        return _root() / self.folder / found.hexdigest()[:16]
+        return cache() / self.folder / found.hexdigest()[:16]
 
     def built(self) -> bool:
         """Whether the library was built, is whole, and cannot have been changed by other users."""
@@ -100,15 +102,6 @@ class Library:
             checksum.chmod(0o644)
             checksum.replace(_checksum(made))
             library.replace(made)
-
-
-def _root() -> Path:
-    if given := os.environ.get("SURGEON_CACHE"):
-        return Path(given)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "surgeon"
-    except RuntimeError:  # neither HOME nor an entry in the list of users
-        return Path(tempfile.gettempdir()) / f"surgeon-{_user()}"
 
 
 # --- whose files are loaded -------------------------------------------------------------------------------------------

@@ -21,9 +21,14 @@ from surgeon.passes.contract import AnySite, Contract, FitContext, Seen, Site, S
 from surgeon.passes.options import check_patterns
 from surgeon.passes.report import PassReport, SiteChange
 from surgeon.passes.verification import expect, verify
+from surgeon.progress import Progress
 from surgeon.sites.rejection import Rejection
 from surgeon.tracing.trace import adopt, is_aten_graph
 from surgeon.training.loop import FitReport, RunSettings, start_alike
+
+REWRITING = "rewriting layers"
+"""The name of the progress of a pass that takes long before it trains, if it does."""
+_LONG = 1.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,8 @@ class Pass(Contract[Site, Seen]):
     def run(self, graph: TracedGraph, *, inputs: Any, data: Data | None, settings: RunSettings) -> PassReport:
         """Run on a graph that may be left half-changed if something fails; the pipeline gives a copy."""
         started = time.monotonic()
+        tell = settings.progress or _untold
+        tell(Progress("finding layers", 0, 0))
         before = adopt(graph)
         matched, rejected = self.explain(graph)
         self._check_options(matched, rejected)
@@ -90,6 +97,7 @@ class Pass(Contract[Site, Seen]):
             fitted = None
             if matched and data is not None and self.will_fit and not settings.dry_run:
                 fitted = self._fit(graph, before, matched, changes, data, settings)
+        tell(Progress("verifying", 0, 0))
         preserved = self.keeps_output(fitted is not None)
         found = verify(self.name, expected, graph, changes, preserved=preserved)
         notes = list(self.finish(graph, matched, changes, fitted))
@@ -141,7 +149,10 @@ class Pass(Contract[Site, Seen]):
         seen = self.observe(graph, sites, data, settings)
         changes, refused = [], {}
         held = list(graph.parameters()) if settings.consume else []
-        for site in sites:
+        tell, started = settings.progress or _untold, time.monotonic()
+        for number, site in enumerate(sites):
+            if time.monotonic() - started > _LONG:
+                tell(Progress(REWRITING, number, len(sites)))
             try:
                 # A pass whose `Seen` is not None has observed every site.
                 changes.append(self.rewrite(graph, site, seen.get(site.path)))  # type: ignore[arg-type]
@@ -151,6 +162,8 @@ class Pass(Contract[Site, Seen]):
                 raise PassError(f"{self.name} failed at {site.path}: {_words(error)}") from error
             if settings.consume:
                 held = free_unused(graph, held)
+        if time.monotonic() - started > _LONG:
+            tell(Progress(REWRITING, len(sites), len(sites)))
         tidy(graph)
         return changes, refused
 
@@ -176,6 +189,10 @@ class Pass(Contract[Site, Seen]):
 
     def _chosen(self, path: str) -> bool:
         return (not self.only or matches(self.only, path)) and not matches(self.skip, path)
+
+
+def _untold(_: Progress) -> None:
+    """Tell no one."""
 
 
 def _paths(sites: Iterable[AnySite], rejected: Iterable[Rejection]) -> list[str]:

@@ -29,7 +29,7 @@ from surgeon.passes.base import Pass
 from surgeon.passes.contract import SiteKind, SiteRefused
 from surgeon.passes.report import SiteChange
 from surgeon.sites.rejection import Rejection
-from surgeon.tracing.trace import quiet
+from surgeon.tracing.quiet import quiet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,7 @@ _EXPORTS = {
     "load": "surgeon.surgery.artifact",
     "set_rule": "surgeon.dynamic.knobs",
     "set_tau": "surgeon.dynamic.knobs",
+    "sweep": "surgeon.measure.sweep",
     "to_networkx": "surgeon.graph.traced",
     "token_load": "surgeon.measure.meter",
     "trace": "surgeon.tracing.trace",
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from surgeon.measure.compare import compare as compare
     from surgeon.measure.compensation import compensate as compensate
     from surgeon.measure.meter import token_load as token_load
+    from surgeon.measure.sweep import sweep as sweep
     from surgeon.measure.tuning import tune as tune
     from surgeon.moe.site import find_moes as find_moes
     from surgeon.sites.search import find_ffns as find_ffns

@@ -1,5 +1,54 @@
-"""`python -m surgeon`."""
+"""The command line: `surgeon`, `python -m surgeon`.
 
-from surgeon.cli import main
+A command that needs torch shows so at once. Only then is all imported that reads options, which takes longer.
+"""
 
-main()
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from surgeon.render.screen import Screen
+
+# Options after which another screen may be needed than one without options. Short ones may be written together.
+_OTHER_SCREEN = re.compile(r"--(help|quiet|output|version)\b.*|-[a-z]*[hq][a-z]*")
+
+
+def main() -> None:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show an arrow gets a question mark instead of an error.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    begun = _begun(sys.argv[1:])
+    try:
+        from surgeon.cli import main as run
+
+        run(begun)
+    finally:
+        if begun is not None:
+            begun.close()
+
+
+def _begun(words: list[str]) -> Screen | None:
+    """Show that work begins; None where nothing can move, and where another screen may be asked for.
+
+    `surgeon.cli` says the same for all commands, later.
+    """
+    moves = sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("WORLD_SIZE", "1") == "1"
+    if not moves or not words or words[0] == "passes" or any(map(_OTHER_SCREEN.fullmatch, words)):
+        return None
+    if not (Path(__file__).with_name("cli") / f"{words[0]}.py").is_file():
+        return None
+    from surgeon.render.screen import Screen
+
+    screen = Screen()
+    screen.waiting("loading PyTorch")
+    return screen
+
+
+if __name__ == "__main__":
+    main()

@@ -38,6 +38,16 @@ OVERWRITE = {
 """What to do about a directory that is there already, for an error."""
 
 
+def cache() -> Path:
+    """Return where built kernels and other things that can be made again are kept: `SURGEON_CACHE`, if it is set."""
+    if given := os.environ.get("SURGEON_CACHE"):
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "surgeon"
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        return Path(tempfile.gettempdir()) / f"surgeon-{os.geteuid() if os.name == 'posix' else 0}"
+
+
 @contextlib.contextmanager
 def replaced(directory: Path) -> Iterator[Path]:
     """Yield a new directory, which takes the place of `directory` if the block ends without an error.

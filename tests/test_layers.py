@@ -24,7 +24,7 @@ LAYERS = (
     ("moe", "inputs", "exits", "data", "tracing"),
     ("models", "sites"),
     ("graph", "kernels"),
-    ("collective",),
+    ("collective", "display"),
     ("described", "directories", "errors", "json_values", "processes", "progress", "version"),
 )
 RANK = {folder: rank for rank, layer in enumerate(LAYERS) for folder in layer}

@@ -50,6 +50,7 @@ RUN = {
     "myst-parser": "docs/conf.py names it",
     "furo": "docs/conf.py names it",
     "pytest-xdist": "the option -n of pytest",
+    "ipykernel": "runs the notebook of examples",
     "setuptools": "builds what the tests of this file install",
 }
 # Imported, though nothing declares them.
@@ -78,7 +79,7 @@ def package_files() -> set[str]:
 
 
 def modules() -> set[str]:
-    """Every module of the package but `__main__`, which runs the command when it is imported."""
+    """Every module of the package but `__main__`, which is the command."""
     files = (Path(file) for file in package_files() if file.endswith(".py"))
     return {
         ".".join(file.parent.parts if file.stem == "__init__" else file.with_suffix("").parts)
@@ -113,8 +114,8 @@ def declared(requirements: list[str]) -> set[str]:
 
 
 def test_the_package_declares_what_it_imports() -> None:
-    # `surgeon.testing` is for those who have the extra `test`.
-    optional = {"pytest"} | declared(PROJECT["optional-dependencies"]["adapters"])
+    # `surgeon.testing` is for those who have the extra `test`, and IPython is there where a notebook runs.
+    optional = {"pytest", "IPython"} | declared(PROJECT["optional-dependencies"]["adapters"])
     assert imported("surgeon", "passes", "kernels") - optional == declared(PROJECT["dependencies"])
 
 
@@ -278,7 +279,7 @@ def test_a_checkout_without_one_link_names_that(without_links: Path) -> None:
 def test_the_command_of_a_checkout_without_links_says_so_in_one_line(without_links: Path, start: str) -> None:
     script = without_links / "scripts" / "surgeon"
     script.parent.mkdir()
-    script.write_text("import sys\nfrom surgeon.cli import main\nsys.exit(main())\n")  # as pip writes it
+    script.write_text("import sys\nfrom surgeon.__main__ import main\nsys.exit(main())\n")  # as pip writes it
     command = [sys.executable, *(["-m", "surgeon"] if start == "module" else [str(script)]), "--help"]
     options: dict[str, Any] = {"cwd": without_links, "env": {"PYTHONPATH": str(without_links)}}
     done = subprocess.run(command, **options, capture_output=True, text=True, check=False)

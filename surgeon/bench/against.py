@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from surgeon.bench.timing import TimedCall, median_seconds
+from surgeon.display.choose import shows_progress
 from surgeon.engines import onnx, openvino, torchao
 from surgeon.engines.installed import installed
 from surgeon.engines.program import Program
 from surgeon.errors import SurgeonError, UsageError, first_line
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.kernels.cpu.crossover import threads as using_threads
-from surgeon.progress import Progress
+from surgeon.progress import Progress, ShowProgress
 
 ENGINES = {
     "eager": (),
@@ -100,6 +101,7 @@ def check_engines(names: Sequence[str]) -> None:
             installed(package)
 
 
+@shows_progress
 def compare_engines(
     graph: TracedGraph,
     dense: TracedGraph,
@@ -110,7 +112,7 @@ def compare_engines(
     *,
     seconds: float,
     threads: int,
-    progress: Callable[[Progress], None] | None = None,
+    progress: ShowProgress = None,
 ) -> Compared:
     """Time one call of both models in every engine, on the CPU, in turn. All engines get the same number of threads.
 
@@ -143,7 +145,7 @@ def compare_engines(
                     except Exception as error:  # engines raise many types
                         calls.pop(key, None)
                         why[key] = first_line(error)
-            if progress is not None:
+            if callable(progress):
                 progress(Progress("bench", done + 1, len(engines) + 1, {}))
         errors = {key: _error(call(), expected) for key, call in calls.items()}
         times = median_seconds(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
@@ -15,9 +15,10 @@ from surgeon.bench.machine import Machine
 from surgeon.bench.method import Method, UnavailableError
 from surgeon.bench.methods import METHODS
 from surgeon.bench.timing import TimedCall, median_seconds
+from surgeon.display.choose import shows_progress
 from surgeon.errors import first_line
 from surgeon.kernels.cpu.crossover import threads as using_threads
-from surgeon.progress import Progress
+from surgeon.progress import Progress, ShowProgress
 
 _FEW_TOKENS = 16
 _LAYERS = 8
@@ -64,13 +65,14 @@ class Cell:
     of_limit: float | None
 
 
+@shows_progress
 def time_grid(
     cases: Sequence[Case],
     methods: Sequence[str],
     machine: Machine,
     *,
     seconds: float,
-    progress: Callable[[Progress], None] | None = None,
+    progress: ShowProgress = None,
 ) -> list[Cell]:
     """Time every method on every case. seconds: average time spent on each method and case.
 
@@ -90,7 +92,7 @@ def time_grid(
                 if not cells:
                     raise
                 break
-            if progress is not None:
+            if callable(progress):
                 progress(Progress("bench", index + 1, len(cases), {"tokens": case.tokens, "share": case.share}))
     return cells
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from surgeon.bench.layer import DTYPES
 from surgeon.bench.machine import Machine
 from surgeon.bench.timing import TimedCall, median_seconds
+from surgeon.display.choose import shows_progress
 from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.kernels.sparse_linear import kept, masked_linear, sparse_linear
-from surgeon.progress import Progress
+from surgeon.progress import Progress, ShowProgress
 
 Method = Literal["dense", "compiled", "ours"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -62,19 +63,20 @@ class LinearCell:
     error: float
 
 
+@shows_progress
 def time_linear(
     cases: Sequence[LinearCase],
     machine: Machine,
     *,
     seconds: float,
-    progress: Callable[[Progress], None] | None = None,
+    progress: ShowProgress = None,
 ) -> list[LinearCell]:
     """Time every method on every case. seconds: average time spent on each method, case and state of the caches."""
     cells = []
     with torch.inference_mode(), using_threads(machine.threads):
         for number, case in enumerate(cases):
             cells.append(_time(_Problem(case, torch.device(machine.device)), machine, seconds))
-            if progress is not None:
+            if callable(progress):
                 progress(Progress("bench", number + 1, len(cases)))
     return cells
 

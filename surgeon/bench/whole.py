@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from surgeon.bench.timing import TimedCall, captured, median_seconds
+from surgeon.display.choose import shows_progress
 from surgeon.dynamic.knobs import Knobs, set_knobs, set_tau
 from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.errors import UsageError, first_line
@@ -26,7 +27,7 @@ from surgeon.kernels.cpu.crossover import threads as using_threads
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import executed_share, knobs_restored
 from surgeon.moe.ops import dynamic_k_ffn, masked_ffn
-from surgeon.progress import Progress
+from surgeon.progress import Progress, ShowProgress
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def _repeated(leaf: Any, dim: int, size: int, wanted: int) -> Any:
     return leaf.repeat(times).narrow(dim, 0, wanted)
 
 
+@shows_progress
 def time_whole(
     graph: TracedGraph,
     args: tuple[Any, ...],
@@ -100,7 +102,7 @@ def time_whole(
     dense: GraphModule | None = None,
     seconds: float,
     threads: int,
-    progress: Callable[[Progress], None] | None = None,
+    progress: ShowProgress = None,
 ) -> WholeTimes:
     """Time one call at every tau, on the device of the graph. Masked experts are skipped as `lower` would do.
 
@@ -129,7 +131,7 @@ def time_whole(
     def report() -> None:
         nonlocal done
         done += 1
-        if progress is not None:
+        if callable(progress):
             progress(Progress("bench", done, steps, {}))
 
     with knobs_restored(ours) as own, torch.inference_mode(), using_threads(threads):

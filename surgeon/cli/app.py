@@ -47,6 +47,7 @@ class Run:
     quiet: bool = False
     debug: bool = False
     command: str = ""
+    begun: "Screen | None" = None
 
     def take(self, output: OutputMode | None, verbose: int, quiet: bool, debug: bool) -> None:
         """Merge options given at one place of the command line into those given earlier."""
@@ -72,6 +73,9 @@ class Run:
     @functools.cached_property
     def screen(self) -> "Screen":
         """The screen that this run writes to."""
+        if self.begun is not None and self.output is None and not self.quiet:
+            self.begun.verbose = self.verbose
+            return self.begun
         from surgeon.render.screen import Screen
 
         silent = not processes.is_main()
@@ -88,9 +92,9 @@ class _Group(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=lambda name: (_ORDER[self.name or "", name], name))
 
-    def main(self, args: Any = None, *rest: Any, **extra: Any) -> NoReturn:
+    def main(self, args: Any = None, *rest: Any, begun: "Screen | None" = None, **extra: Any) -> NoReturn:
         typed = list(sys.argv[1:] if args is None else args)
-        run = Run(typed, debug="--debug" in typed)
+        run = Run(typed, debug="--debug" in typed, begun=begun)
         extra |= {"standalone_mode": False, "obj": run}
         try:
             code = super().main(typed, *rest, **extra)
@@ -175,7 +179,9 @@ def group(name: str, *, order: int, help: str) -> typer.Typer:
     return made
 
 
-def command(*, order: int, under: typer.Typer = app) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    *, order: int, under: typer.Typer = app, torch: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command with the function's name.
 
     The function's first parameter is the run. Every command also gets the shared options, which may be given before or
@@ -184,20 +190,21 @@ def command(*, order: int, under: typer.Typer = app) -> Callable[[Callable[..., 
 
     Args:
         order: position in the list, the lowest first. under: the group that the command belongs to.
+        torch: it imports torch, which takes seconds, so the screen says so first.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__.strip("_").replace("_", "-")
         path = name if under is app else f"{under.info.name} {name}"
         function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nJSON: surgeon schema {path}"
-        under.command(name=name)(_with_shared_options(with_data_options(function)))
+        under.command(name=name)(_with_shared_options(with_data_options(function), torch))
         _ORDER[str(under.info.name), name] = order
         return function
 
     return add
 
 
-def _with_shared_options(function: Callable[..., None]) -> Callable[..., None]:
+def _with_shared_options(function: Callable[..., None], torch: bool) -> Callable[..., None]:
     """Wrap a function that takes a run so that it takes the context and the shared options."""
 
     @functools.wraps(function)
@@ -212,6 +219,8 @@ def _with_shared_options(function: Callable[..., None]) -> Callable[..., None]:
                 warnings.simplefilter("ignore")
             try:
                 with run.screen.logging():
+                    if torch and "torch" not in sys.modules and run.begun is None:
+                        run.screen.waiting("loading PyTorch")
                     function(run, **options)
             except KeyboardInterrupt as interrupt:
                 _interrupted(run, getattr(interrupt, "workdir", None))
@@ -235,15 +244,12 @@ def _interrupted(run: Run, workdir: Path | None) -> NoReturn:
     raise typer.Exit(130)
 
 
-def main() -> None:
-    """Run the command line."""
+def main(begun: "Screen | None" = None) -> None:
+    """Run the command line. begun: the screen that shows already that torch is being loaded."""
     if processes.count() > 1:
         # torch's own lines come from every process, one about parameters that a loss may leave out in every fit.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show an arrow gets a question mark instead of an error.
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     if completion.asked_by_bash(os.environ):
-        completion.in_bash(lambda: app(prog_name="surgeon"))
+        completion.in_bash(lambda: app(prog_name="surgeon", begun=begun))
     else:
-        app(prog_name="surgeon")
+        app(prog_name="surgeon", begun=begun)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from surgeon import processes
 from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import (
@@ -87,6 +88,15 @@ def apply(
         int | None,
         typer.Option("--seed", help="Random seed.  [default: that of a saved surgery, else 0]"),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE",
+            help="Also write the report of the result, as surgeon report does, to this .html file. With --data it is "
+            "measured on the held-out data.",
+        ),
+    ] = None,
     report_to: Annotated[
         str | None,
         typer.Option(
@@ -121,8 +131,10 @@ def apply(
     from surgeon.jobs.applied import answer_of
     from surgeon.jobs.open_model import open_model
     from surgeon.jobs.recipes import missing_teacher, read_recipe, recipe_for
+    from surgeon.jobs.report import of_applied
     from surgeon.jobs.search_settings import check_search
     from surgeon.render.apply import applied_view
+    from surgeon.render.report import check_report, write_report
     from surgeon.render.search import search_view
     from surgeon.text.diff import pass_view
 
@@ -139,6 +151,10 @@ def apply(
         data = dataclasses.replace(data, seed=seed)
     if teacher is not None and data is None and not dry_run:
         raise UsageError("--teacher is there to be learned from in training. Give --data too.")
+    if report is not None:
+        if dry_run:
+            raise UsageError("--report shows a saved result, and --dry-run saves none. Give one of them.")
+        check_report(report)
     typed = tuple(run.args)
     check_search(built, budget_minutes, has_data=data is not None, dry_run=dry_run)
     options = applying.ApplyOptions(
@@ -184,4 +200,7 @@ def apply(
         teacher=beside,
     )
     run.screen.show(applied_view(applied))
-    run.answer(answer_of(applied, opened))
+    if report is not None and processes.is_main():
+        write_report(of_applied(applied, opened, run.screen.progress), report)
+        run.screen.show(f"The report is in {report}.")
+    run.answer(answer_of(applied, opened, report))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from surgeon.passes.report import PassDiff
 
 
-@command(order=30)
+@command(order=30, torch=False)
 def passes(
     run: Run,
     name: Annotated[

@@ -35,10 +35,9 @@ def report(
     Example: surgeon report small=bert-small large=bert-large -o report.html
     """
     from surgeon.jobs.report import report as gather
-    from surgeon.render.files import check_files, write_result
-    from surgeon.render.report import report_html
+    from surgeon.render.report import check_report, write_report
 
-    check_files([out], {".html": "a page"})
+    check_report(out)
     found = gather(surgeries)
     if data is not None:
         from surgeon.jobs.open_model import open_model
@@ -48,9 +47,6 @@ def report(
             opened = open_model(str(surgery.path), data=data, trust_modules=trust_modules or [], stage=run.screen.stage)
             found[place] = with_data(surgery, opened, run.screen.progress)
 
-    def write(file: Path) -> None:
-        file.write_text(report_html(found), encoding="utf-8")
-
-    write_result(found, out, write)
+    write_report(found, out)
     run.screen.show(f"Written to {out}.")
     run.answer({"written": [out]})

@@ -14,7 +14,7 @@ from surgeon.errors import SaveError, UsageError, first_line
 from surgeon.kernels.sparse_linear import ordinary_ops
 from surgeon.models.hugging_face import quiet_transformers
 from surgeon.moe.site import refuse_float8
-from surgeon.tracing.trace import quiet
+from surgeon.tracing.quiet import quiet
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
 """What the model takes, as OpenVINO GenAI and Optimum Intel give it: new tokens [batch, new], the mask of all tokens

@@ -18,7 +18,7 @@ from surgeon.engines.program import Program
 from surgeon.errors import SaveError, first_line
 from surgeon.kernels.selection import sorted_threshold
 from surgeon.moe.ops import dynamic_k_ffn
-from surgeon.tracing.trace import quiet
+from surgeon.tracing.quiet import quiet
 
 _ops = torch.ops.surgeon
 

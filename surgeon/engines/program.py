@@ -21,8 +21,8 @@ from surgeon.graph.traced import TracedGraph
 from surgeon.kernels.sparse_linear import ordinary_ops
 from surgeon.tracing.dynamic_sizes import free_shapes
 from surgeon.tracing.narrowing import resized, sizes_of
+from surgeon.tracing.quiet import quiet
 from surgeon.tracing.setup import copied
-from surgeon.tracing.trace import quiet
 
 
 class Program:

@@ -26,7 +26,7 @@ class ApplyAnswer:
     """What `surgeon apply` did, for programs.
 
     directory: of the result; None for a dry run. before, after: cost on the example inputs. next: a command to go on
-    with.
+    with. report: the file of the report, if one was asked for.
     """
 
     model: str
@@ -41,10 +41,11 @@ class ApplyAnswer:
     notes: tuple[str, ...]
     next: str
     seconds: float
+    report: Path | None
 
 
-def answer_of(applied: Applied, opened: Opened) -> ApplyAnswer:
-    """The result for programs."""
+def answer_of(applied: Applied, opened: Opened, report: Path | None) -> ApplyAnswer:
+    """The result for programs. report: the file that the report was written to."""
     return ApplyAnswer(
         opened.spec,
         applied.directory,
@@ -58,4 +59,5 @@ def answer_of(applied: Applied, opened: Opened) -> ApplyAnswer:
         (*opened.notes, *applied.notes),
         applied.next[0],
         round(applied.seconds, 3),
+        report,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from surgeon.jobs.evaluation import (
     why_unmeasured,
 )
 from surgeon.jobs.inspect import LOOKS_FOR
-from surgeon.jobs.open_model import Opened, Stage
+from surgeon.jobs.open_model import Opened
 from surgeon.jobs.options import DataOptions
 from surgeon.jobs.search import Searcher
 from surgeon.jobs.search_settings import stages, with_options
@@ -37,7 +37,7 @@ from surgeon.models.hugging_face import quiet_transformers
 from surgeon.passes import Pass
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.processes import agreed, connect, is_main, wait
-from surgeon.progress import Progress
+from surgeon.progress import Stage, Tell, unshown
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.record import RECORD, read_record
 from surgeon.surgery.surgery import Surgery
@@ -193,8 +193,8 @@ def apply(
     passes: Sequence[Pass[Any]],
     options: ApplyOptions,
     *,
-    stage: Stage = nullcontext,
-    progress: Callable[[Progress], None] | None = None,
+    stage: Stage = unshown,
+    progress: Tell | None = None,
     on_pass: Callable[[PassDiff], None] | None = None,
     on_search: Callable[[Search], None] | None = None,
     teacher: Opened | None = None,
@@ -224,8 +224,8 @@ def apply(
         criteria = None if data is None else eval_criteria(opened)
         before = None
         if criteria is not None:
-            with stage("measuring quality before"):
-                before = judge_before(opened, criteria)
+            with stage("measuring quality before") as tell:
+                before = judge_before(opened, criteria, tell)
         search = None
         if options.budget_minutes is not None:
             assert workdir is not None
@@ -244,8 +244,8 @@ def apply(
         surgery.graph.eval()
         after = None
         if criteria is not None and before is not None:
-            with stage("measuring quality after"):
-                after = judge_after(surgery.graph, opened, criteria, before)
+            with stage("measuring quality after") as tell:
+                after = judge_after(surgery.graph, opened, criteria, before, tell)
         if before is not None and after is not None:
             surgery.quality = measured_quality(opened, before, after)
         if directory is not None:
@@ -310,7 +310,7 @@ def _run(
     notes: list[str],
     *,
     teacher: Opened | None,
-    progress: Callable[[Progress], None] | None,
+    progress: Tell | None,
     on_pass: Callable[[PassDiff], None] | None,
 ) -> Surgery:
     """Run the passes, and stop at a pass that changes nothing. A pass with nothing to do adds a note to `notes`."""

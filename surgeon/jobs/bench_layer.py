@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import product
@@ -18,11 +18,10 @@ from surgeon.bench.machine import Machine, examine
 from surgeon.bench.methods import METHODS
 from surgeon.errors import UsageError
 from surgeon.jobs.bench import device_of, grid_of, names
-from surgeon.jobs.open_model import Stage
 from surgeon.jobs.options import LayerOptions, TimingOptions
 from surgeon.kernels import cpu
 from surgeon.kernels.activations import activation as activation_of
-from surgeon.progress import Progress
+from surgeon.progress import Stage, Tell, unshown
 from surgeon.surgery.record import parse, read_json
 
 
@@ -51,8 +50,8 @@ def bench_layer(
     methods: str | None,
     against: str | None = None,
     earlier: LayerBenchmark | None = None,
-    stage: Stage = nullcontext,
-    progress: Callable[[Progress], None] | None = None,
+    stage: Stage = unshown,
+    progress: Tell | None = None,
 ) -> LayerBenchmark:
     """Time every method on every layer that the options ask for. Ctrl-C and SIGTERM end it with what is done by then.
 

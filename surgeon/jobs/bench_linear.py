@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 
 from surgeon.bench.linear import WEIGHTS, LinearCase, LinearCell, time_linear
 from surgeon.bench.machine import Machine, examine
 from surgeon.jobs.bench import device_of, names, numbers
-from surgeon.jobs.open_model import Stage
 from surgeon.jobs.options import LinearOptions, TimingOptions
 from surgeon.kernels import cpu
-from surgeon.progress import Progress
+from surgeon.progress import Stage, Tell, unshown
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,8 @@ def bench_linear(
     layers: LinearOptions,
     timing: TimingOptions,
     *,
-    stage: Stage = nullcontext,
-    progress: Callable[[Progress], None] | None = None,
+    stage: Stage = unshown,
+    progress: Tell | None = None,
 ) -> LinearBenchmark:
     """Time every layer that the options ask for. stage: called with the name of each step before the timing.
 

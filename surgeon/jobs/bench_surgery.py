@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from surgeon.graph.traced import move
 from surgeon.jobs.bench import device_of, numbers
 from surgeon.jobs.open_model import Opened
 from surgeon.jobs.options import TimingOptions
-from surgeon.progress import Progress
+from surgeon.progress import Tell
 
 _CALIBRATION = 300  # samples
 
@@ -101,7 +101,7 @@ def bench_engines(
     *,
     batch: int,
     length: int | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> EngineBenchmark:
     """Time a saved surgery at its stored tau and the dense model in several engines.
 
@@ -160,7 +160,7 @@ def bench_surgery(
     batch: int,
     length: int | None = None,
     dense: Opened | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> SurgeryBenchmark:
     """Time a saved surgery at the stored tau and at others. Its graph and the dense model move to the device.
 

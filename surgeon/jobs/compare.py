@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -25,14 +25,14 @@ from surgeon.jobs.evaluation import (
     other_data,
     recorded_scores,
 )
-from surgeon.jobs.open_model import Opened, Stage, open_model
+from surgeon.jobs.open_model import Opened, open_model
 from surgeon.jobs.options import DataOptions
 from surgeon.jobs.sweep import dense_layers_of, is_among
 from surgeon.measure.compare import Comparison
 from surgeon.measure.compare import compare as run_comparison
 from surgeon.measure.judge import Criteria
 from surgeon.measure.meter import measure
-from surgeon.progress import Progress
+from surgeon.progress import Stage, Tell
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def compare(
     oracle: bool = False,
     timed: bool = False,
     dense: Opened | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> Compared:
     """Sweep the surgeries on the held-out data, and read off what it costs to keep the dense model's quality.
 

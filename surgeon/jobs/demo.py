@@ -22,7 +22,7 @@ from surgeon.measure.judge import Criteria, judge
 from surgeon.measure.sweep import Point, sweep
 from surgeon.passes import Lower, Moeify, Pass, Sparsify, SwapActivation
 from surgeon.passes.report import PassDiff
-from surgeon.progress import Progress
+from surgeon.progress import Tell
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.surgery import Surgery
 from surgeon.training.loop import RunSettings, Schedule, TrainingPlan, fit
@@ -119,7 +119,7 @@ def make_demo(
     *,
     seed: int = 0,
     quick: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
     on_dense: Callable[[Quality], None] | None = None,
     on_pass: Callable[[PassDiff], None] | None = None,
 ) -> Demo:
@@ -174,7 +174,7 @@ def train(
     schedule: Schedule,
     seed: int,
     workdir: Path | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> None:
     """Train a dense model with the loop that also fits the passes. It ends in evaluation mode.
 

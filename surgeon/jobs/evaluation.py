@@ -15,6 +15,7 @@ from surgeon.graph.traced import TracedGraph
 from surgeon.jobs.open_model import Opened
 from surgeon.measure.judge import Criteria, Verdict, judge
 from surgeon.models.tasks import TASKS, needs_labels
+from surgeon.progress import Tell
 from surgeon.surgery.record import MeasuredQuality
 from surgeon.tracing.trace import TraceInfo
 
@@ -91,14 +92,18 @@ def kind_of(criteria: Criteria) -> Kind | None:
     return None if criteria.task is None else KINDS[TASKS[criteria.task].loss]
 
 
-def judge_before(opened: Opened, criteria: Criteria) -> Verdict:
+def judge_before(opened: Opened, criteria: Criteria, tell: Tell | None = None) -> Verdict:
     """Judge the opened model on the held-out data, if there are labels. It agrees with itself."""
-    return Verdict(None) if criteria.task is None else judge(opened.graph, eval_batches(opened), criteria)
+    if criteria.task is None:
+        return Verdict(None)
+    return judge(opened.graph, eval_batches(opened), criteria, progress=tell)
 
 
-def judge_after(graph: TracedGraph, opened: Opened, criteria: Criteria, before: Verdict) -> Verdict:
+def judge_after(
+    graph: TracedGraph, opened: Opened, criteria: Criteria, before: Verdict, tell: Tell | None = None
+) -> Verdict:
     """Judge what became of the opened model on the held-out data, and compare it with `before`."""
-    return judge(graph, eval_batches(opened), criteria, dense=opened.graph, scores=before.scores)
+    return judge(graph, eval_batches(opened), criteria, dense=opened.graph, scores=before.scores, progress=tell)
 
 
 def both_qualities(before: Verdict | None, after: Verdict | None) -> tuple[Quality, Quality] | None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from surgeon.dynamic.site import find_dynamic
 from surgeon.engines.openvino import LINEARS
 from surgeon.errors import UsageError
-from surgeon.jobs.open_model import Stage, open_model
+from surgeon.jobs.open_model import open_model
 from surgeon.jobs.options import DataOptions
 from surgeon.jobs.store import check_parent
+from surgeon.progress import Stage
 from surgeon.sites.rejection import Rejection
 from surgeon.surgery.artifact import load_with_inputs
 from surgeon.surgery.engines import (

@@ -16,9 +16,9 @@ import torch
 from surgeon.dynamic.knobs import get_tau, set_tau
 from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
-from surgeon.jobs.open_model import Stage
 from surgeon.measure.meter import ExpertMeter
 from surgeon.models.source import load_model
+from surgeon.progress import Stage
 from surgeon.surgery.artifact import load_with_inputs
 from surgeon.surgery.export import base_of, origin_of, rebuilt
 from surgeon.surgery.record import RECORD, earlier_passes, read_record

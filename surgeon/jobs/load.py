@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from surgeon.json_values import NOT_IN_JSON
 from surgeon.measure.load import LayerLoad, measure_load
 from surgeon.measure.meter import token_load
 from surgeon.models.example_inputs import token_fields
-from surgeon.progress import Progress
+from surgeon.progress import Tell
 
 _NO_PATCHES = 5  # a class token and four registers
 
@@ -63,7 +63,7 @@ def load(
     tau: float | None = None,
     text: str | None = None,
     image: Path | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> Loaded:
     """Measure loads on the held-out data, if any data was read, and of each token of a text or patch of an image.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +23,12 @@ from surgeon.models.hugging_face import companions
 from surgeon.models.source import Source, check_finite, load_model
 from surgeon.models.tasks import HEADS
 from surgeon.models.user_function import import_modules
+from surgeon.progress import Stage, unshown
 from surgeon.surgery.artifact import load_with_inputs
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import Record, record_of
 from surgeon.tracing.trace import TraceInfo, from_program, trace
 
-Stage = Callable[[str], AbstractContextManager[object]]
 _KINDS = {
     "hf": "Hugging Face model",
     "pickle": "pickled module",
@@ -79,7 +78,7 @@ def open_model(
     task: str | None = None,
     data: DataOptions | None = None,
     only_graph: bool = False,
-    stage: Stage = nullcontext,
+    stage: Stage = unshown,
 ) -> Opened:
     """Load a model or a saved surgery, find example inputs, trace it, and read data for it.
 
@@ -117,8 +116,8 @@ def open_model(
                 notes.append("The example inputs are two rows of the data.")
             else:
                 given = _made_inputs(source.model, source, fallback_inputs)
-        with stage(f"tracing {type(source.model).__name__}"):
-            graph = trace(source.model, given).eval()
+        with stage(f"tracing {type(source.model).__name__}") as tell:
+            graph = trace(source.model, given, progress=tell).eval()
     origin = Origin.of(
         source.model, source.config,
         path=str(source.path), kind=source.kind, sha256=source.sha256,

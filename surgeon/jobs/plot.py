@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 from surgeon.dynamic.knobs import get_tau
+from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
 from surgeon.jobs.evaluation import eval_batches
 from surgeon.jobs.load import LoadMap, sample_maps
@@ -14,7 +14,7 @@ from surgeon.jobs.sweep import Swept, sweep
 from surgeon.measure.load import LayerLoad, measure_load
 from surgeon.measure.routing import RouterLayer, measure_routing
 from surgeon.moe.site import find_moes
-from surgeon.progress import Progress
+from surgeon.progress import Tell
 from surgeon.surgery.record import Record
 from surgeon.surgery.trials import Trial
 from surgeon.training.penalty import Sparsity
@@ -29,7 +29,7 @@ RECORDED: frozenset[Kind] = frozenset({"sparsity", "ablation"})
 _ALONE = (0.1, 0.3, 0.6)
 
 Measured = Swept | list[LayerLoad] | list[RouterLayer] | list[LoadMap]
-Told = Callable[[Progress], None] | None
+Told = Tell | None
 
 
 def measured(kind: Kind, opened: Opened, progress: Told = None) -> Measured:
@@ -51,6 +51,8 @@ def measured(kind: Kind, opened: Opened, progress: Told = None) -> Measured:
 
 def fitting(opened: Opened) -> list[Kind]:
     """Return the kinds that need data and that this surgery has something to show for."""
+    if not find_dynamic(opened.graph):
+        return []
     routed = [kind for kind in KINDS if kind not in RECORDED]
     return routed if find_moes(opened.graph) else [kind for kind in routed if kind != "routers"]
 

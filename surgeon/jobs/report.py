@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from surgeon.errors import UsageError
+from surgeon.jobs.apply import Applied
 from surgeon.jobs.open_model import Opened
 from surgeon.jobs.plot import Kind, Measured, Told, fitting, measured, title
 from surgeon.surgery.artifact import load_diff
@@ -37,11 +38,28 @@ def with_data(surgery: Reported, opened: Opened, progress: Told = None) -> Repor
     opened: the surgery, with data.
     """
     found: dict[Kind, Measured] = {}
-    for kind in fitting(opened):
+    kinds = fitting(opened)
+    if not kinds:
+        return surgery
+    for kind in kinds:
         # Only maps of samples may be impossible: of layers that run on no tokens.
         with contextlib.suppress(UsageError) if kind == "compute" else contextlib.nullcontext():
             found[kind] = measured(kind, opened, progress)
     return replace(surgery, measured=found, title=title(opened))
+
+
+def of_applied(applied: Applied, opened: Opened, progress: Told = None) -> list[Reported]:
+    """Report on what `surgeon apply` has just saved, with what the data tell, if it had any.
+
+    opened: the model before.
+    """
+    directory = applied.directory
+    assert directory is not None
+    found = report([str(directory)])
+    if opened.data is None:
+        return found
+    after = replace(opened, spec=str(directory), graph=applied.surgery.graph, record=found[0].record)
+    return [with_data(found[0], after, progress)]
 
 
 def report(directories: Sequence[str]) -> list[Reported]:

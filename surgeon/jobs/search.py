@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import knobs_restored, layers_share, run_batches
 from surgeon.passes import Pass
 from surgeon.passes.trained import TrainedPass
-from surgeon.progress import Progress
+from surgeon.progress import Progress, Tell
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.record import parse, read_json
 from surgeon.surgery.trials import Options, Search, Trial, merged
@@ -79,7 +79,7 @@ class Searcher:
         *,
         started: float,
         teacher: Opened | None = None,
-        progress: Callable[[Progress], None] | None = None,
+        progress: Tell | None = None,
     ) -> None:
         """Read the data ahead.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from surgeon.dynamic.knobs import get_rule, get_tau
@@ -25,7 +25,7 @@ from surgeon.measure.sweep import Dense, Point, RouterChoice, time_settings, usu
 from surgeon.measure.sweep import sweep as run_sweep
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import dense_layers
-from surgeon.progress import Progress
+from surgeon.progress import Tell
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def sweep(
     each_layer: bool = False,
     timed: bool = False,
     dense: Opened | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> Swept:
     """Measure a model that skips at each setting, on the held-out data. If nothing is held out, use all of the data.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from surgeon.measure.sweep import sweep as run_sweep
 from surgeon.measure.tuning import Metric, Tuned, check_budget
 from surgeon.measure.tuning import tune as run_tuning
 from surgeon.passes import Densify
-from surgeon.progress import Progress
+from surgeon.progress import Tell
 from surgeon.surgery.pipeline import Pipeline
 
 
@@ -78,7 +77,7 @@ def tune(
     densify: bool = False,
     out: Path | None = None,
     dense: Opened | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> TuningResult:
     """Find a tau for each layer within a budget, on training data, and store it in the surgery.
 
@@ -145,9 +144,7 @@ def _densified(opened: Opened, paths: tuple[str, ...]) -> Opened:
     return replace(opened, graph=surgery.graph.eval())
 
 
-def _measured(
-    opened: Opened, criteria: Criteria, dense: Opened | None, progress: Callable[[Progress], None] | None
-) -> tuple[Point, Point]:
+def _measured(opened: Opened, criteria: Criteria, dense: Opened | None, progress: Tell | None) -> tuple[Point, Point]:
     """Quality at tau 0 and with the stored setting, on the held-out data."""
     batches = eval_batches(opened)
     scores = recorded_scores(opened, kind_of(criteria))

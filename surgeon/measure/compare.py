@@ -18,6 +18,7 @@ from surgeon.data.batch import Batch
 from surgeon.data.imitation import made_for
 from surgeon.data.losses import evaluating
 from surgeon.data.quality import Scores
+from surgeon.display.choose import shows_progress
 from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.calls import as_args_kwargs
@@ -27,7 +28,7 @@ from surgeon.measure.judge import Criteria, judge
 from surgeon.measure.meter import measure
 from surgeon.measure.sweep import Dense, Point, choose_setting, knobs_restored, sweep, time_in_turns
 from surgeon.models.tasks import needs_labels
-from surgeon.progress import Progress
+from surgeon.progress import ShowProgress, Tell
 from surgeon.tracing.trace import class_task
 
 
@@ -61,6 +62,7 @@ class Comparison:
         return made
 
 
+@shows_progress
 def compare(
     surgeries: Mapping[str, nn.Module],
     batches: Iterable[Any],
@@ -78,7 +80,7 @@ def compare(
     dense_multiply_adds: int | None = None,
     dense_layers: Mapping[str, Mapping[str, float]] | None = None,
     blank: int = 0,
-    progress: Callable[[Progress], None] | None = None,
+    progress: ShowProgress = None,
 ) -> Comparison:
     """Sweep several surgeries of one dense model on the same batches, and read off what keeps its quality.
 
@@ -130,7 +132,7 @@ def compare(
                 routers=("own", "oracle") if oracle else ("own",), dense=dense,
                 dense_scores=dense_scores if own_task is not None else None,
                 dense_multiply_adds=dense_multiply_adds, dense_layers=(dense_layers or {}).get(name),
-                progress=None if progress is None else _named(progress, name),
+                progress=_named(progress, name) if callable(progress) else None,
             )  # fmt: skip
         if timed:
             found, milliseconds = _timed(surgeries, found, batches[0], dense, own_rules=rules is None)
@@ -176,7 +178,7 @@ def check_keep(keep: float) -> None:
         )
 
 
-def _named(progress: Callable[[Progress], None], name: str) -> Callable[[Progress], None]:
+def _named(progress: Tell, name: str) -> Tell:
     return lambda moment: progress(replace(moment, what=f"{moment.what} {name}"))
 
 

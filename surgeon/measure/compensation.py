@@ -6,7 +6,7 @@ costs one vector addition per call and layer. It is removed when tau changes, be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from surgeon.data.batch import Batch
+from surgeon.display.choose import shows_progress
 from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.edit import emit, get_attr
@@ -27,14 +28,17 @@ from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import knobs_restored, run_batches
 from surgeon.moe.module import SKIPPED_MEAN
 from surgeon.moe.site import MoESite, find_moes
+from surgeon.progress import Progress, ShowProgress
 
 
-def compensate(model: nn.Module, batches: Iterable[Any]) -> list[str]:
+@shows_progress
+def compensate(model: nn.Module, batches: Iterable[Any], *, progress: ShowProgress = None) -> list[str]:
     """Add to every layer the mean output of the experts that it skips at its present tau. Padding is not counted.
 
     Args:
         model: a graph with lowered experts, or a grafted model. It gets one buffer for each layer.
         batches: a few hundred samples, in any form that `Batch.from_any` takes.
+        progress: True shows it, a function is called with each `Progress`.
 
     Returns:
         The paths of the layers.
@@ -48,7 +52,7 @@ def compensate(model: nn.Module, batches: Iterable[Any]) -> list[str]:
         raise UsageError("The model has no experts, so there are none to compensate for. Apply moeify first.")
     if any(site.form == "module" for site in sites):
         raise UsageError("Compensation needs lowered experts. Apply lower first.")
-    rest = iter(batches)
+    total, rest = len(batches) if isinstance(batches, Sized) else 0, iter(batches)
     first = next(rest, None)
     if first is None:
         raise DataError("There is no data to compute the mean of what is skipped: no batches were given.")
@@ -66,8 +70,9 @@ def compensate(model: nn.Module, batches: Iterable[Any]) -> list[str]:
             sums[site.path] = sums.get(site.path, torch.zeros_like(skipped)) + skipped
 
         meter.on_tokens = add
-        for _ in run_batches(meter, map(Batch.from_any, chain([first], rest))):
-            pass
+        for number, _ in enumerate(run_batches(meter, map(Batch.from_any, chain([first], rest))), 1):
+            if callable(progress):
+                progress(Progress("compensation", number, total))
     with torch.no_grad():
         for site in sites:
             mean = sums[site.path] / max(1, meter.layers[site.path].tokens)

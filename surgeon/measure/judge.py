@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from surgeon.data.batch import Batch
 from surgeon.data.imitation import AgreementMeter
 from surgeon.data.losses import QualityMeter, device_of, evaluating
 from surgeon.data.quality import Quality, Scores
+from surgeon.display.choose import shows_progress
+from surgeon.progress import Progress, ShowProgress
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Judge:
         return Verdict(scores.quality(dense), agreement, scores, first)
 
 
+@shows_progress
 def judge(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -94,11 +97,13 @@ def judge(
     *,
     dense: nn.Module | None = None,
     scores: Scores | None = None,
+    progress: ShowProgress = None,
 ) -> Verdict:
     """Judge a model in evaluation mode and without gradients. The modes of all modules are restored.
 
     Args:
         dense: to measure agreement with. scores: the dense model's, to compare with.
+        progress: True shows it, a function is called with each `Progress`.
 
     Raises:
         DataError: labels are missing or do not match the model's logits, or there are no batches.
@@ -108,8 +113,11 @@ def judge(
     with ExitStack() as modes:
         for module in (model, *(() if dense is None else (dense,))):
             modes.enter_context(evaluating(module))
-        for item in batches:
+        total = len(batches) if isinstance(batches, Sized) else 0
+        for number, item in enumerate(batches, 1):
             batch = item.to(device_of(model))
             expected = None if dense is None else dense(*batch.args, **batch.kwargs)
             counted.add(model(*batch.args, **batch.kwargs), batch, expected)
+            if callable(progress):
+                progress(Progress("quality", number, total))
     return counted.verdict(scores)

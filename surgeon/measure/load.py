@@ -5,7 +5,7 @@ These are the figures of D2DMoE on the distribution of executed experts and on a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.losses import evaluating
+from surgeon.display.choose import shows_progress
 from surgeon.dynamic.site import DynamicSite, no_dynamic
 from surgeon.errors import DataError
 from surgeon.exits.site import ExitSite
@@ -23,7 +24,7 @@ from surgeon.kernels.experts import Experts
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import run_batches
 from surgeon.moe.site import MoESite
-from surgeon.progress import Progress
+from surgeon.progress import Progress, ShowProgress
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,8 @@ class LayerLoad:
     active: Spread | None = None
 
 
-def measure_load(
-    model: nn.Module, batches: Iterable[Any], *, progress: Callable[[Progress], None] | None = None
-) -> list[LayerLoad]:
+@shows_progress
+def measure_load(model: nn.Module, batches: Iterable[Any], *, progress: ShowProgress = None) -> list[LayerLoad]:
     """Measure what every token runs and activates in each layer that skips, at the model's tau. Padding is left out.
 
     Args:
@@ -91,7 +91,7 @@ def measure_load(
     given = [Batch.from_any(item) for item in batches]
     with evaluating(model):
         for number, _ in enumerate(run_batches(meter, given), 1):
-            if progress is not None:
+            if callable(progress):
                 progress(Progress("load", number, len(given)))
     if not all(int(one.ran.sum()) for one in taken.values()):
         raise DataError("The data holds no tokens: its batches have no rows, or nothing but padding.")

@@ -62,7 +62,7 @@ def measure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     The model is run once, in its present mode.
     """
     meter = ExpertMeter(model)
-    with torch.no_grad(), _frozen(model), Counter() as counter:
+    with torch.no_grad(), _countable(model), Counter() as counter:
         meter.call(args, kwargs)
     counted = counter.multiply_adds
     # What the experts computed, filling included, is replaced by what counts.
@@ -76,8 +76,14 @@ def measure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require gradients: torch's counter fails at a branch (`torch.cond`) with one that does."""
+def _countable(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require gradients, and `nn.TransformerEncoderLayer` run op by op.
+
+    torch's counter fails at a branch (`torch.cond`) with a parameter that requires them, and has no formula for the one
+    op that such a layer is in evaluation.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -86,6 +92,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def clock(device: torch.device) -> float:

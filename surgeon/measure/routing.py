@@ -6,7 +6,7 @@ The oracle skips as many experts of each token, but those with the smallest norm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.losses import evaluating
+from surgeon.display.choose import shows_progress
 from surgeon.dynamic.site import no_dynamic
 from surgeon.errors import DataError
 from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import run_batches
 from surgeon.moe.router import expert_norms
 from surgeon.moe.site import MoESite, find_moes
-from surgeon.progress import Progress
+from surgeon.progress import Progress, ShowProgress
 
 BINS = 24
 
@@ -48,9 +49,8 @@ class RouterLayer:
         return self.lost - self.oracle
 
 
-def measure_routing(
-    model: nn.Module, batches: Iterable[Any], *, progress: Callable[[Progress], None] | None = None
-) -> list[RouterLayer]:
+@shows_progress
+def measure_routing(model: nn.Module, batches: Iterable[Any], *, progress: ShowProgress = None) -> list[RouterLayer]:
     """Measure every router on data, at the model's tau. Padding is left out.
 
     Args:
@@ -67,7 +67,7 @@ def measure_routing(
     given = [Batch.from_any(item) for item in batches]
     with evaluating(model):
         for number, _ in enumerate(run_batches(meter, given), 1):
-            if progress is not None:
+            if callable(progress):
                 progress(Progress("routers", number, len(given)))
     if not all(one.tokens for one in found.values()):
         raise DataError("The data holds no tokens: its batches have no rows, or nothing but padding.")

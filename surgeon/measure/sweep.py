@@ -18,6 +18,7 @@ from surgeon.data.imitation import made_for
 from surgeon.data.losses import device_of, evaluating
 from surgeon.data.padding import token_mask
 from surgeon.data.quality import Quality, Scores
+from surgeon.display.choose import shows_progress
 from surgeon.dynamic.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
 from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.exits.halting import HaltSite
@@ -28,7 +29,7 @@ from surgeon.measure.cost import LayerRun
 from surgeon.measure.judge import Criteria, Judge
 from surgeon.measure.meter import ExpertMeter, clock, measure
 from surgeon.models.tasks import needs_labels
-from surgeon.progress import Progress
+from surgeon.progress import Progress, ShowProgress
 from surgeon.tracing.trace import class_task
 
 RouterChoice = Literal["own", "oracle"]
@@ -74,6 +75,20 @@ class Point:
     layer: str | None = None
 
 
+class Points(list[Point]):
+    """What a sweep measured, a point for each setting. A notebook shows it as a table."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "<Points: none>"
+        first, ran = self[0].quality, [point.executed for point in self]
+        found = [point.quality.value for point in self]
+        return (
+            f"<Points: {len(self)} settings, {first.name} {min(found):.3g} to {max(found):.3g}, "
+            f"{min(ran):.0%} to {max(ran):.0%} ran>"
+        )
+
+
 @dataclass(frozen=True)
 class Dense:
     """The cost and the quality of the dense model, for comparison.
@@ -88,6 +103,7 @@ class Dense:
     milliseconds: float | None = None
 
 
+@shows_progress
 def sweep(
     graph: nn.Module,
     batches: Iterable[Batch],
@@ -105,8 +121,8 @@ def sweep(
     blank: int = 0,
     dense_multiply_adds: int | None = None,
     dense_layers: Mapping[str, float] | None = None,
-    progress: Callable[[Progress], None] | None = None,
-) -> list[Point]:
+    progress: ShowProgress = None,
+) -> Points:
     """Measure quality and cost at each tau, on all batches. The graph's own tau and rule are restored afterwards.
 
     Args:
@@ -126,6 +142,7 @@ def sweep(
         dense_multiply_adds: the multiply-adds of the dense model on the example inputs.
         dense_layers: the cost of the dense layers, as multiply-adds for one token, by the path of their experts. The
             default is the cost of all experts, which differs if a layer was first replaced by one with another cost.
+        progress: True shows it, a function is called with each `Progress`.
 
     Raises:
         UsageError: the graph has no layers that skip, there is no such rule, or a tau is outside [0, 1].
@@ -171,7 +188,7 @@ def sweep(
                 choose(rule, tau, layer)
                 for batch, outputs in run_batches(meters[number], [given]):
                     judges[number].add(outputs, batch, expected)
-                if progress is not None:
+                if callable(progress):
                     done, total = index * len(settings) + number + 1, len(settings) * len(batches)
                     progress(Progress("sweep", done, total, {} if tau is None else {"tau": tau}))
         for (router, rule, tau, layer), meter, marks in zip(settings, meters, judges, strict=True):
@@ -197,7 +214,7 @@ def sweep(
             calls = [partial(choose, *setting) for router, *setting in settings if router == "own"]
             times = iter(time_settings(graph, batches[0], calls))
             points = [replace(p, milliseconds=next(times)) if p.router == "own" else p for p in points]
-    return points
+    return Points(points)
 
 
 def choose_setting(graph: nn.Module, own: Knobs, rule: str | None, tau: float | None, layer: str | None = None) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from surgeon.data.batch import Batch
 from surgeon.data.imitation import answer, made_for
+from surgeon.display.choose import shows_progress
 from surgeon.dynamic.knobs import set_tau
 from surgeon.dynamic.site import can_be_dense, find_dynamic, no_dynamic
 from surgeon.errors import DataError, UsageError
@@ -37,7 +38,7 @@ from surgeon.measure.allocation import Option, allocate, interpolated, monotone
 from surgeon.measure.cost import LayerRun
 from surgeon.measure.meter import ExpertMeter, measure
 from surgeon.measure.sweep import knobs_restored, run_batches, time_settings
-from surgeon.progress import Progress
+from surgeon.progress import Progress, ShowProgress
 from surgeon.tracing.trace import class_task
 
 Metric = Literal["flops", "ms"]
@@ -81,6 +82,7 @@ class Tuned:
     dense: tuple[str, ...] = ()
 
 
+@shows_progress
 def tune(
     graph: nn.Module,
     batches: Iterable[Any],
@@ -91,7 +93,7 @@ def tune(
     metric: Metric = "flops",
     task: str | None = None,
     densify: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: ShowProgress = None,
 ) -> Tuned:
     """Find a tau for each layer so that the model costs at most `budget`, and set them.
 
@@ -163,7 +165,7 @@ class Tuner:
         metric: Metric = "flops",
         task: str | None = None,
         densify: bool = False,
-        progress: Callable[[Progress], None] | None = None,
+        progress: ShowProgress = None,
     ) -> None:
         """Measure the graph at single values of tau for all layers.
 
@@ -358,7 +360,7 @@ class Tuner:
         damage = float((sums[0] / sums[1]).sum())
         shares = {path: layer.share for path, layer in meter.layers.items()}
         self._done += 1
-        if self._progress is not None:
+        if callable(self._progress):
             self._progress(Progress("tuning", min(self._done, self._total), self._total, {"damage": damage}))
         cost = self._fixed + sum(self._cost_of(path, share) for path, share in shares.items())
         return _Trial(taus, shares, damage, cost / self._dense)

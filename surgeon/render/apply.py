@@ -5,11 +5,12 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from surgeon.display.words import seconds
 from surgeon.jobs.apply import Applied
 from surgeon.render.numbers import INTERVALS, add_numbers, agreement_line
 from surgeon.text.layout import dim, grid, sentences
 from surgeon.text.quality import change_words, measured_on, with_interval
-from surgeon.text.summary import number, percent, seconds
+from surgeon.text.summary import number, percent
 
 
 def applied_view(applied: Applied) -> RenderableType:

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import html
 import io
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_WIDTH = 110  # letters
+_WIDTH = 126  # letters; what is wider than the page scrolls
+# Pages set other letters for what is in a <pre>, and columns only line up in these.
+_LETTERS = "font: 13px ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 
 
 def register(shell: Any) -> None:
     """Tell an IPython shell how to show results."""
+    # tqdm, which others import, asks for widgets. Nothing here needs them.
+    warnings.filterwarnings("ignore", message="IProgress not found")
     formatter = shell.display_formatter.formatters["text/html"]
     for (module, name), show in VIEWS.items():
         formatter.for_type_by_name(module, name, show)
@@ -58,6 +63,14 @@ def comparison(value: Any) -> str:
     return _text(compared_view(Compared({}, "", value)))
 
 
+def points(value: Any) -> str:
+    """Quality and cost at every setting of a sweep."""
+    from surgeon.measure.sweep import Dense
+    from surgeon.render.sweep import sweep_view
+
+    return _text(sweep_view(value, Dense(None))) if value else _text("No settings.")
+
+
 def tuned(value: Any) -> str:
     """A tau for each layer, and what they cost."""
     from surgeon.text.layout import grid
@@ -82,7 +95,7 @@ def _text(view: Any) -> str:
 
     console = Console(record=True, file=io.StringIO(), width=_WIDTH, highlight=False, emoji=False, force_jupyter=False)
     console.print(view)
-    form = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.35">{code}</pre>'
+    form = f'<pre style="{_LETTERS}; white-space: pre; overflow-x: auto; line-height: 1.35">{{code}}</pre>'
     return console.export_html(inline_styles=True, code_format=form)
 
 
@@ -91,7 +104,7 @@ def _drawing(value: Any) -> str:
     from surgeon.render.report import graph_html
 
     page = html.escape(graph_html(value), quote=True)
-    return f'<iframe srcdoc="{page}" style="width: 100%; height: 40rem; border: none" title="graph"></iframe>'
+    return f'<iframe srcdoc="{page}" style="width: 100%; height: 37rem; border: none" title="graph"></iframe>'
 
 
 VIEWS: Mapping[tuple[str, str], Callable[[Any], str]] = {
@@ -100,6 +113,7 @@ VIEWS: Mapping[tuple[str, str], Callable[[Any], str]] = {
     ("surgeon.passes.report", "PassReport"): pass_report,
     ("surgeon.graph.traced", "TracedGraph"): graph,
     ("surgeon.measure.compare", "Comparison"): comparison,
+    ("surgeon.measure.sweep", "Points"): points,
     ("surgeon.measure.tuning", "Tuned"): tuned,
 }
 """What shows values of a type, by the module and the name of the type."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from surgeon.display.words import seconds
 from surgeon.surgery.trials import Search
 from surgeon.text.layout import dim, grid
-from surgeon.text.summary import percent, seconds
+from surgeon.text.summary import percent
 
 
 def search_view(search: Search) -> RenderableType:

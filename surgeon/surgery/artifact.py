@@ -46,8 +46,9 @@ from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import RECORD, Record, parse, read_json, read_record, write_record
 from surgeon.tracing.dynamic_sizes import free_shapes
 from surgeon.tracing.narrowing import free_dims, resized, sizes_of
+from surgeon.tracing.quiet import quiet
 from surgeon.tracing.setup import copied
-from surgeon.tracing.trace import TraceInfo, from_program, quiet
+from surgeon.tracing.trace import TraceInfo, from_program
 
 log = logging.getLogger("surgeon")
 

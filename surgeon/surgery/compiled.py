@@ -30,7 +30,7 @@ from surgeon.inputs.skipping import find_skipping
 from surgeon.kernels import cpu
 from surgeon.moe.site import find_moes, refuse_float8
 from surgeon.surgery.compiled_check import checked_code
-from surgeon.tracing.trace import quiet
+from surgeon.tracing.quiet import quiet
 from surgeon.version import __version__
 
 MODEL, LIBRARY, EXAMPLE, ABOUT = "model.pt2", "surgeon_cpu.so", "example.pt", "compiled.json"

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from surgeon.data.classes import check_same_classes
 from surgeon.data.data import Data
 from surgeon.data.example_rows import example_rows
+from surgeon.display.choose import shows_progress
 from surgeon.errors import UsageError
 from surgeon.exits.halting import find_halts
 from surgeon.exits.site import find_exits
@@ -27,7 +28,7 @@ from surgeon.passes import FineTunedPass, Pass
 from surgeon.passes.contract import SiteKind
 from surgeon.passes.report import PassDiff
 from surgeon.processes import connect, is_main
-from surgeon.progress import Progress
+from surgeon.progress import ShowProgress
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import InputFile, earlier_passes
 from surgeon.surgery.surgery import Surgery
@@ -46,6 +47,7 @@ class Pipeline:
     def __init__(self, passes: Sequence[Pass[Any]]) -> None:
         self.passes = list(passes)
 
+    @shows_progress
     def run(
         self,
         model: nn.Module,
@@ -54,7 +56,7 @@ class Pipeline:
         data: Any = None,
         seed: int = 0,
         verify: Literal["off", "fast", "full"] = "fast",
-        progress: Callable[[Progress], None] | None = None,
+        progress: ShowProgress = None,
         on_pass: Callable[[PassDiff], None] | None = None,
         workdir: Path | None = None,
         resume: bool = False,
@@ -74,7 +76,8 @@ class Pipeline:
             seed: random seed.
             verify: compare outputs before and after each pass: on the example inputs ("fast"), also on others ("full"),
                 or not at all ("off").
-            progress, on_pass: called during long work, and after each pass.
+            progress: True shows the progress, a function is called with each `Progress`. on_pass: called after each
+                pass.
             workdir, resume: directory for checkpoints, and whether to continue from them.
             dry_run: rewrite without training.
             report_to: a tracker of accelerate, such as "tensorboard" or "wandb", that gets the losses of every step.
@@ -104,10 +107,11 @@ class Pipeline:
                 config = getattr(model, "config", None)
                 inputs = example_inputs(model, config=config) if given is None else example_rows(given)
             check_finite(model)
-            graph = trace(model, inputs)
+            graph = trace(model, inputs, progress=progress)
         connect(next((parameter.device for parameter in graph.parameters()), torch.device("cpu")))
         if not is_main():
             progress = on_pass = None
+        tell = progress if callable(progress) else None
         if origin is None:
             origin = Origin.of(model)
         surgery = Surgery(graph, [], inputs, [snapshot(graph)], seed, given.description if given else None, origin)
@@ -128,7 +132,7 @@ class Pipeline:
         for number, pass_ in enumerate(self.passes):
             work = adopt(surgery.graph)
             place = None if workdir is None else workdir / f"{number:02d}-{pass_.name}"
-            step = RunSettings(seed, verify, progress, place, resume, dry_run, original, consume, report_to, teacher)
+            step = RunSettings(seed, verify, tell, place, resume, dry_run, original, consume, report_to, teacher)
             report = pass_.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
             surgery.reports.append(report)

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from surgeon.display.words import seconds
 from surgeon.graph.snapshot import GraphDiff
 from surgeon.measure.cost import Cost
 from surgeon.passes.catalogue import all_about
@@ -26,7 +27,6 @@ from surgeon.text.summary import (
     natural,
     number,
     percent,
-    seconds,
 )
 from surgeon.training.loop import FitReport
 from surgeon.training.penalty import Sparsity

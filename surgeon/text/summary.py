@@ -93,17 +93,6 @@ def growth(before: float, after: float) -> str:
     return f"{'+' if share > 0 else '-'}{percent(abs(share))}"
 
 
-def seconds(value: float) -> str:
-    """A time such as `0.3 s`, `42 s` or `3 min 20 s`. An int is shown without decimals."""
-    if value < 9.95 and not isinstance(value, int):
-        return f"{value:.1f} s"
-    if value < 59.5:
-        return f"{value:.0f} s"
-    minutes, rest = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 def natural(path: str) -> list[tuple[int, int, str]]:
     """Sort key that puts `layer.2` before `layer.10`."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]

@@ -19,6 +19,7 @@ from surgeon.graph.traced import TracedGraph, is_switched_off
 from surgeon.tracing.declared import declared_sizes
 from surgeon.tracing.narrowing import Outcome, narrowed
 from surgeon.tracing.setup import copied, run_alone, unchanged
+from surgeon.tracing.telling import Steps
 
 
 def run_reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[str]]:
@@ -96,15 +97,16 @@ def disagreement(
 
 
 def narrow_sizes(
-    graph: TracedGraph, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    graph: TracedGraph, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], steps: Steps
 ) -> tuple[Sizes, list[str]]:
     """Return the sizes at which the graph computes what the model computes, and the faults it has at others.
 
-    See `surgeon.tracing.narrowing.narrowed`.
+    steps: told of every comparison. See `surgeon.tracing.narrowing.narrowed`.
     """
     graph.eval()
 
     def run(leaves: Sequence[Any]) -> Outcome:
+        steps.step()
         given = unflatten_inputs(graph, leaves)
         try:
             expected = run_alone(model, *given)
@@ -118,7 +120,9 @@ def narrow_sizes(
             return Outcome(False, f"the graph differs from the model by a relative error of {error:.1e}")
         return Outcome(True)
 
-    return narrowed(declared_sizes(graph), flat_inputs(graph, args, kwargs), run)
+    sizes = declared_sizes(graph)
+    steps.comparing(sizes)
+    return narrowed(sizes, flat_inputs(graph, args, kwargs), run)
 
 
 def is_random(node: Node) -> bool:

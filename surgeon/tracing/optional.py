@@ -22,6 +22,7 @@ from surgeon.graph.sizes import Constant, Fill, Input, Sizes, same_constant
 from surgeon.graph.traced import TracedGraph
 from surgeon.tracing.narrowing import resized
 from surgeon.tracing.setup import copied, run_alone
+from surgeon.tracing.telling import Steps
 
 _STAND_INS: tuple[Fill, ...] = ("ones", "zeros", "positions")
 # Flags of Hugging Face models, with the value at which they compute what a graph computes. Many models take them as
@@ -36,18 +37,18 @@ _FLAGS: dict[str, bool] = {
 
 
 def with_optional_inputs(
-    graph: TracedGraph, sizes: Sizes, model: nn.Module, leaves: Sequence[Any], reference: Any
+    graph: TracedGraph, sizes: Sizes, model: nn.Module, leaves: Sequence[Any], reference: Any, steps: Steps
 ) -> tuple[Sizes, list[str]]:
     """Return `sizes` with what stands for missing inputs and with the arguments that were not traced.
 
     Args:
         graph: the model's graph, which does not check its calls yet, in evaluation mode.
-        leaves: the flat example inputs. reference: the model's output on them.
+        leaves: the flat example inputs. reference: the model's output on them. steps: told of every comparison.
 
     Returns:
         The sizes, and notes on inputs that the graph needs and the model does not, in sentences.
     """
-    found = _Finder(graph, model, leaves, inspect.signature(model.forward).parameters, sizes)
+    found = _Finder(graph, model, leaves, inspect.signature(model.forward).parameters, sizes, steps)
     found.find()
     notes = [
         f"The graph needs {given.name}, although the model does not: nothing that was tried in its place gives what "
@@ -67,6 +68,7 @@ class _Finder:
     leaves: Sequence[Any]
     parameters: Mapping[str, inspect.Parameter]
     sizes: Sizes
+    steps: Steps
 
     def find(self) -> None:
         places = input_places(self.graph)
@@ -112,6 +114,7 @@ class _Finder:
 
     def _agrees(self, fills: Mapping[int, Fill]) -> float | None:
         """The largest error with some inputs left out; None if that is too much, or if the model cannot do without."""
+        self.steps.step()
         before = self.sizes
         for place, fill in fills.items():
             self._set(place, fill)

@@ -7,11 +7,8 @@ They are traced in evaluation form, and the graph's `TraceInfo.notes` says so.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import keyword
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from surgeon.display.choose import shows_progress
 from surgeon.errors import TraceError
 from surgeon.graph.calls import as_args_kwargs, check_calls, flat_inputs
 from surgeon.graph.sizes import Sizes
@@ -30,6 +28,7 @@ from surgeon.graph.traced import TracedGraph, fork, retie
 from surgeon.models.hugging_face import is_pretrained
 from surgeon.models.readiness import check_ready
 from surgeon.models.tasks import task_of
+from surgeon.progress import ShowProgress
 from surgeon.tracing.check import brief, disagreement, is_random, narrow_sizes, run_reference
 from surgeon.tracing.cleanup import changed_buffers, clean, copy_written_inputs, use_first_names
 from surgeon.tracing.declared import declared_sizes
@@ -37,7 +36,9 @@ from surgeon.tracing.dynamic_sizes import dynamic_shapes, fixed_dims, tile_singl
 from surgeon.tracing.embeddings import sparse_notes
 from surgeon.tracing.narrowing import free_dims
 from surgeon.tracing.optional import with_optional_inputs
+from surgeon.tracing.quiet import quiet
 from surgeon.tracing.setup import copied, plain_forward, unchanged, without_caches
+from surgeon.tracing.telling import Steps
 
 log = logging.getLogger("surgeon")
 
@@ -65,13 +66,15 @@ class TraceInfo:
     task: str | None = None
 
 
-def trace(model: nn.Module, inputs: Any) -> TracedGraph:
+@shows_progress
+def trace(model: nn.Module, inputs: Any, *, progress: ShowProgress = None) -> TracedGraph:
     """Trace `model` into a graph of ATen ops that shares the model's parameters.
 
     Args:
         model: any module that `torch.export` can trace. It is not changed, and its training mode is restored.
         inputs: example inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. Batch and sequence
             dimensions become dynamic. All others keep the example's size.
+        progress: True shows it, a function is called with each `Progress`.
 
     Returns:
         The graph. It is called as the model is called in the example, and is in the model's training mode.
@@ -96,16 +99,18 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
     asks_for_cache = bool(kwargs.get("use_cache"))
     if asks_for_cache:
         kwargs = {**kwargs, "use_cache": False}
+    steps = Steps(type(model).__name__, progress)
     attempts: list[_Attempt] = []
     failures: list[_Failure] = []
     with quiet(), unchanged(model), without_caches(model):
+        steps.exporting()
         model.eval()
         args, kwargs, tiled = tile_single_batch(model, args, kwargs)
         reference, written = run_reference(model, args, kwargs)
         for form, front_end in _attempts(model):
             if attempts and front_end is _static:
                 break
-            made = _attempt(model, args, kwargs, reference, form, front_end)
+            made = _attempt(model, args, kwargs, reference, form, front_end, steps)
             if isinstance(made, _Failure):
                 failures.append(made)
                 continue
@@ -114,7 +119,8 @@ def trace(model: nn.Module, inputs: Any) -> TracedGraph:
                 break
         if attempts:
             best = max(attempts, key=lambda attempt: len(attempt.sizes.axes))  # the first with the most free sizes
-            sizes, needed = with_optional_inputs(best.graph, best.sizes, model, best.leaves, reference)
+            sizes, needed = with_optional_inputs(best.graph, best.sizes, model, best.leaves, reference, steps)
+            steps.end()
     if not attempts:
         raise TraceError(
             f"{type(model).__name__} cannot be traced into a graph with the same outputs. Attempts:\n"
@@ -178,9 +184,16 @@ class _Attempt:
 
 
 def _attempt(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reference: Any, form: Form, front_end: FrontEnd
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    reference: Any,
+    form: Form,
+    front_end: FrontEnd,
+    steps: Steps,
 ) -> _Attempt | _Failure:
     name = front_end.__name__.strip("_")
+    steps.exporting()
     try:
         with unchanged(model):
             graph = _export(model, args, kwargs, form, front_end)
@@ -190,7 +203,7 @@ def _attempt(
     problem, error_size = disagreement(graph, reference, model, args, kwargs)
     if problem is not None:
         return _Failure(form, name, problem)
-    sizes, faults = narrow_sizes(graph, model, args, kwargs)
+    sizes, faults = narrow_sizes(graph, model, args, kwargs, steps)
     return _Attempt(graph, form, error_size, sizes, faults, flat_inputs(graph, args, kwargs))
 
 
@@ -382,23 +395,3 @@ def _notes(model: nn.Module, made: _Attempt, failures: list[_Failure], tiled: bo
             "convert these too, merge the adapters first: model.merge_and_unload()."
         )
     yield from sparse_notes(made.graph)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the warnings of an export out of the user's terminal. The notes and errors report what matters."""
-    loggers = [
-        logging.getLogger(name)
-        for name in ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses", "transformers")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        # Export prints the partial graph to stderr when a model branches on its data.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

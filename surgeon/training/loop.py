@@ -30,7 +30,7 @@ from surgeon.data.losses import Loss, guessed_task, over_processes, task_loss
 from surgeon.errors import DataError, DivergedError, UsageError
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.processes import agreed, count, is_main, rank
-from surgeon.progress import Progress
+from surgeon.progress import Progress, Tell
 from surgeon.tracing.trace import TraceInfo
 from surgeon.training.checkpoint import Checkpoint, Stateful, saving
 from surgeon.training.penalty import Sparsity
@@ -64,7 +64,7 @@ class RunSettings:
 
     seed: int = 0
     verify: Literal["off", "fast", "full"] = "fast"
-    progress: Callable[[Progress], None] | None = None
+    progress: Tell | None = None
     workdir: Path | None = None
     resume: bool = False
     dry_run: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from surgeon.data.losses import evaluating
 from surgeon.data.padding import real_tokens, warn_of_masks
 from surgeon.errors import DataError
 from surgeon.graph.capture import Capture
-from surgeon.progress import Progress
+from surgeon.progress import Progress, Tell
 from surgeon.sites.ffn import FFN
 from surgeon.training.penalty import Sparsity
 
@@ -33,7 +33,7 @@ def collect(
     data: Data,
     *,
     tokens: int,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> dict[str, Tensor]:
     """Collect the values of inner nodes on the first batches of the training data, in evaluation mode, without padding.
 
@@ -84,7 +84,7 @@ def collect_calls(
     data: Data,
     *,
     tokens: int,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Tell | None = None,
 ) -> dict[Key, Tensor]:
     """Collect the values of several nodes under one key, such as the inputs of a layer that is executed several times.
 

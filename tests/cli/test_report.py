@@ -9,7 +9,7 @@ from pathlib import Path
 
 from surgeon.surgery.artifact import load_diff
 
-from .harness import Run
+from .harness import DATA, NET, Run
 
 
 class Page(HTMLParser):
@@ -113,3 +113,33 @@ def test_what_is_no_saved_surgery_is_refused(run: Run) -> None:
     assert "not a saved surgery" in result.err
     assert run("report", "bert-moe", "-o", "page.pdf").code == 2
     assert not Path("page.pdf").exists()
+
+
+def test_apply_writes_the_report_of_what_it_saved(run: Run) -> None:
+    passes = ("--passes", "moeify,lower", "--set", "moeify.experts=4", "--set", "moeify.steps=2")
+    result = run("apply", *passes, *NET, *DATA, "-o", "own", "--report", "own.html", "--output", "json")
+    assert result.code == 0, result.err
+    assert result.json["report"] == "own.html"
+    assert run("report", "own", *DATA, "-o", "after.html").code == 0
+    one, other = (Page(Path(name).read_text(encoding="utf-8")) for name in ("own.html", "after.html"))
+    assert "Quality against cost" in one.text
+    assert one.text == other.text
+    assert one.drawings == other.drawings
+
+
+def test_apply_without_data_or_layers_that_skip_reports_what_there_is(run: Run) -> None:
+    for name, passes, data in (("bare", "moeify", ()), ("relu", "swap-activation", DATA)):
+        result = run("apply", "--passes", passes, *NET, *data, "-o", name, "--report", f"{name}.html")
+        assert result.code == 0, result.err
+        assert f"The report is in {name}.html." in result.out
+        found = Page(Path(f"{name}.html").read_text(encoding="utf-8"))
+        assert passes in found.text
+        assert "Quality against cost" not in found.text
+
+
+def test_a_report_that_cannot_be_written_stops_apply_before_it_works(run: Run) -> None:
+    for given, words in ((("--report", "own.pdf"), "html"), (("--report", "own.html", "--dry-run"), "--dry-run saves")):
+        result = run("apply", "--passes", "moeify", *NET, "-o", "own", *given)
+        assert result.code == 2
+        assert words in result.err
+        assert not Path("own").exists()

@@ -20,7 +20,7 @@ import surgeon
 from surgeon.errors import SizeError
 from surgeon.graph.traced import TracedGraph, module_path
 from surgeon.passes import Lower, Moeify
-from surgeon.tracing.trace import quiet
+from surgeon.tracing.quiet import quiet
 from tests.small_models import hugging_face, tokens
 
 

@@ -30,7 +30,7 @@ from surgeon.graph.traced import (
     tidy,
     to_networkx,
 )
-from surgeon.tracing.trace import quiet
+from surgeon.tracing.quiet import quiet
 from tests.small_models import Function, Wrapped, classifier, hugging_face, tokens
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

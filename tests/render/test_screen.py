@@ -17,6 +17,7 @@ from surgeon.progress import Progress
 from surgeon.render.screen import Screen
 
 ANSI = re.compile(r"\x1b\[")
+ANSI_ALL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
 def test_plain_output_has_no_escapes_and_rich_output_has(capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +83,7 @@ def test_progress_goes_on_printing_when_work_is_slow(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("surgeon.render.screen.time.monotonic", lambda: now)
+    monkeypatch.setattr("surgeon.display.lines.time.monotonic", lambda: now)
     screen = Screen("plain")
     for step in range(1, 10):
         now += 4.0
@@ -118,15 +119,29 @@ def test_bars_on_a_terminal_leave_the_answer_alone(
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm-256color")
-    screen = Screen("json")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    screen = Screen("rich")
     with screen.stage("working"):
         screen.progress(Progress("fit", 1, 2, {"loss": 0.5, "other": 1.0}))
-        screen.result({"a": 1})
+        screen.show(Text("an answer"))
         screen.progress(Progress("fit", 2, 2, {"loss": 0.25}))
+    screen.error("oh", kind="X", exit_code=4)
+    captured = capsys.readouterr()
+    assert captured.out == "an answer\n"
+    assert "working" in captured.err
+    assert "fit  2/2  loss 0.25" in ANSI_ALL.sub("", captured.err)
+    assert captured.err.count("\x1b[?25l") == captured.err.count("\x1b[?25h")  # the cursor is there again
+
+
+def test_json_on_a_terminal_has_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    screen = Screen("json")
+    with screen.stage("working"):
+        screen.result({"a": 1})
     screen.error("oh", kind="X", exit_code=4)
     captured = capsys.readouterr()
     first, second = captured.out.split("}\n{")
     assert json.loads(first + "}") == {"a": 1}
     assert json.loads("{" + second)["error"]["message"] == "oh"
-    assert "working" in captured.err
-    assert "fit  2/2  loss 0.25" in captured.err
+    assert ANSI_ALL.sub("", captured.err) == "working ...\nerror: oh\n"

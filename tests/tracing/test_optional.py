@@ -18,7 +18,7 @@ from surgeon.graph.agreement import call_reproducibly, relative_error
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.passes import Moeify
-from surgeon.tracing.trace import quiet
+from surgeon.tracing.quiet import quiet
 from tests.small_models import VOCABULARY, WIDTH, hugging_face, tokens
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from surgeon.jobs.report import Reported
+from surgeon.render.files import check_files, write_result
 from surgeon.render.report.content import section, side_by_side
 from surgeon.render.report.graph import drawing
 from surgeon.surgery.diff import Diff
@@ -21,6 +23,28 @@ def report_html(surgeries: Sequence[Reported]) -> str:
         surgeries=[section(surgery, f"surgery-{number}") for number, surgery in enumerate(surgeries, 1)],
         side_by_side=side_by_side(surgeries),
     )
+
+
+def write_report(surgeries: Sequence[Reported], file: Path) -> None:
+    """Write the page to an `.html` file.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
+
+    def write(fresh: Path) -> None:
+        fresh.write_text(report_html(surgeries), encoding="utf-8")
+
+    write_result(surgeries, file, write)
+
+
+def check_report(file: Path) -> None:
+    """Refuse a file that the page cannot be written to, before any work.
+
+    Raises:
+        UsageError, SaveError: as `surgeon.render.files.check_files`.
+    """
+    check_files([file], {".html": "a page"})
 
 
 def graph_html(diff: Diff) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgeon.data.quality import Quality
+from surgeon.display.words import seconds
 from surgeon.jobs.report import Reported
 from surgeon.jobs.sweep import Swept
 from surgeon.measure.cost import Cost
@@ -21,7 +22,7 @@ from surgeon.text.diff import fitted, output_words, parameter_text
 from surgeon.text.layout import MODEL
 from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.reasons import count_reasons
-from surgeon.text.summary import change, growth, join_sites, natural, number, percent, seconds
+from surgeon.text.summary import change, growth, join_sites, natural, number, percent
 
 Rows = list[tuple[str, ...]]
 
