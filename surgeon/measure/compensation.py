@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import Batch, check_batches
 from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.edit import emit, get_attr
@@ -48,6 +48,7 @@ def compensate(model: nn.Module, batches: Iterable[Any]) -> list[str]:
         raise UsageError("The model has no experts, so there are none to compensate for. Apply moeify first.")
     if any(site.form == "module" for site in sites):
         raise UsageError("Compensation needs lowered experts. Apply lower first.")
+    check_batches(batches)
     rest = iter(batches)
     first = next(rest, None)
     if first is None:

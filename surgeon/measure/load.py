@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import read_batches
 from surgeon.data.losses import evaluating
 from surgeon.dynamic.site import DynamicSite, no_dynamic
 from surgeon.errors import DataError
@@ -88,7 +88,7 @@ def measure_load(
     if not taken:
         raise no_dynamic("The model", "no token has a load")
     meter.on_tokens = lambda site, x, ran: taken[site.path].add(x, ran)
-    given = [Batch.from_any(item) for item in batches]
+    given = read_batches(batches)
     with evaluating(model):
         for number, _ in enumerate(run_batches(meter, given), 1):
             if progress is not None:

@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import Batch, read_batches
 from surgeon.data.imitation import made_for
 from surgeon.data.losses import device_of, evaluating
 from surgeon.data.padding import token_mask
 from surgeon.data.quality import Quality, Scores
 from surgeon.dynamic.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
 from surgeon.dynamic.site import find_dynamic, no_dynamic
+from surgeon.errors import UsageError
 from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
@@ -135,7 +136,10 @@ def sweep(
     sites = find_dynamic(graph)
     if not sites:
         raise no_dynamic("The graph", "tau changes nothing")
-    batches = list(batches)
+    for name, values in (("taus", taus), ("rules", rules)):
+        if values is not None and (isinstance(values, str) or not isinstance(values, Sequence)):
+            raise UsageError(f"{name} is {values!r}, but must be a list.")
+    batches = read_batches(batches)
     layers = [site.path for site in sites] if each_layer else [None]
     combined = [
         (router, None if tau is None else rule, tau, layer if tau else None)

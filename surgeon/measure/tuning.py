@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import Batch, read_batches
 from surgeon.data.imitation import answer, made_for
 from surgeon.dynamic.knobs import set_tau
 from surgeon.dynamic.site import can_be_dense, find_dynamic, no_dynamic
@@ -117,8 +117,8 @@ def check_budget(budget: float) -> None:
     Raises:
         UsageError: the budget is not positive, or so large that it must be a percentage or an absolute number.
     """
-    if not budget > 0.0:
-        raise UsageError(f"The budget is {budget}, but must be a positive share of the dense model's cost.")
+    if not isinstance(budget, int | float) or not budget > 0.0:
+        raise UsageError(f"The budget is {budget!r}, but must be a positive share of the dense model's cost.")
     if budget > _LARGEST_BUDGET:
         raise UsageError(
             f"The budget is {budget:g}, but must be a share of the dense model's cost: 0.4 stands for 40%."
@@ -187,7 +187,7 @@ class Tuner:
         self._graph, self._metric, self._progress = graph, metric, progress
         self._densify = {site.path for site in sites if densify and can_be_dense(site)}
         self._task = made_for(task, class_task(graph))
-        self._batches = [Batch.from_any(item) for item in batches]
+        self._batches = read_batches(batches)
         if not self._batches:
             raise DataError("There is no data to tune on: no batches were given.")
         self._layers = [site.path for site in sites]

@@ -31,6 +31,7 @@ from surgeon.errors import LoadError, PassError, SaveError
 from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_inputs
 from surgeon.graph.edit import output_leaves, replace_outputs
+from surgeon.graph.given import path_of
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.snapshot import GraphDiff, NodeRecord
 from surgeon.graph.traced import TracedGraph, fork
@@ -79,9 +80,9 @@ def save(
     Raises:
         SaveError: the directory has other content, there is no space or no permission, or the graph cannot be exported.
             Nothing half-written is left behind.
-        PassError: there are no example inputs, which export needs.
+        PassError: there are no example inputs, which export needs. UsageError: `directory` is no path.
     """
-    directory = Path(directory)
+    directory = path_of(directory)
     if not is_main():
         wait()
         return directory
@@ -130,6 +131,7 @@ def load(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> TracedG
         LoadError: the directory is not a saved surgery, a file is damaged or holds what `torch.export.save` does not
             write, or another version of surgeon wrote it; the model uses a class or an operator that is not registered;
             a trusted module cannot be imported.
+        UsageError: `directory` is no path.
     """
     return load_with_inputs(directory, trust_modules=trust_modules)[0]
 
@@ -140,7 +142,7 @@ def load_with_inputs(directory: str | Path, *, trust_modules: Sequence[str] = ()
     Raises:
         LoadError: as `load`.
     """
-    directory = Path(directory)
+    directory = path_of(directory)
     record = read_record(directory)
     model = directory / MODEL
     if not model.exists():

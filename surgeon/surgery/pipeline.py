@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from surgeon.data.example_rows import example_rows
 from surgeon.errors import UsageError
 from surgeon.exits.halting import find_halts
 from surgeon.exits.site import find_exits
+from surgeon.graph.given import check_model, is_aten_graph
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import fork
 from surgeon.inputs.skipping import find_skipping
@@ -31,10 +32,12 @@ from surgeon.progress import Progress
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import InputFile, earlier_passes
 from surgeon.surgery.surgery import Surgery
-from surgeon.tracing.trace import adopt, is_aten_graph, trace
+from surgeon.tracing.trace import adopt, trace
 from surgeon.training.distillation import check_teacher, imitates
 from surgeon.training.loop import RunSettings
 from surgeon.training.trackers import check_tracker
+
+Verify = Literal["off", "fast", "full"]
 
 
 class Pipeline:
@@ -44,7 +47,18 @@ class Pipeline:
     """
 
     def __init__(self, passes: Sequence[Pass[Any]]) -> None:
+        """Keep the passes in their order.
+
+        Raises:
+            UsageError: something among them is no pass.
+        """
+        if isinstance(passes, Pass | str) or not isinstance(passes, Iterable):
+            raise UsageError(f"Pipeline takes a list of passes, such as [Moeify(experts=8)], but got {passes!r}.")
         self.passes = list(passes)
+        for one in self.passes:
+            if not isinstance(one, Pass):
+                what = f"{one.__name__}()" if isinstance(one, type) else "a pass, such as surgeon.passes.Moeify()"
+                raise UsageError(f"Pipeline takes passes, but got {one!r}. Write {what}.")
 
     def run(
         self,
@@ -53,10 +67,10 @@ class Pipeline:
         inputs: Any = None,
         data: Any = None,
         seed: int = 0,
-        verify: Literal["off", "fast", "full"] = "fast",
+        verify: Verify = "fast",
         progress: Callable[[Progress], None] | None = None,
         on_pass: Callable[[PassDiff], None] | None = None,
-        workdir: Path | None = None,
+        workdir: str | Path | None = None,
         resume: bool = False,
         dry_run: bool = False,
         origin: Origin | None = None,
@@ -86,14 +100,21 @@ class Pipeline:
                 loses these weights too, so it cannot be used afterwards. Memory then holds the weights once, not twice.
 
         Raises:
-            UsageError: passes in an order that cannot work, a pass that needs data, options that fit no site, a teacher
-                that nothing learns from or whose answers do not match the model's.
+            UsageError: an argument of another kind, passes in an order that cannot work, a pass that needs data,
+                options that fit no site, a teacher that nothing learns from or whose answers do not match the model's.
             LoadError: the model has weights that are not finite.
             TraceError: the model cannot be traced faithfully.
             PassError, VerificationError: a pass failed; the message names it, and no later pass ran.
         """
+        check_model(model)
+        if teacher is not None:
+            check_model(teacher)
+        if verify not in get_args(Verify):
+            raise UsageError(f"verify is {verify!r}, but must be one of {', '.join(get_args(Verify))}.")
+        if not isinstance(seed, int):
+            raise UsageError(f"seed is {seed!r}, but must be a whole number.")
         given = None if data is None else Data.of(data)
-        there = kinds_of(model) if isinstance(model, nn.Module) else set()
+        there = kinds_of(model)
         if report_to is not None:
             check_tracker(report_to)
         self.check(there=there, has_data=given is not None or dry_run)
@@ -127,7 +148,7 @@ class Pipeline:
         original = None if consume else fork(graph).eval()
         for number, pass_ in enumerate(self.passes):
             work = adopt(surgery.graph)
-            place = None if workdir is None else workdir / f"{number:02d}-{pass_.name}"
+            place = None if workdir is None else Path(workdir) / f"{number:02d}-{pass_.name}"
             step = RunSettings(seed, verify, progress, place, resume, dry_run, original, consume, report_to, teacher)
             report = pass_.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
