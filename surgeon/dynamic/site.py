@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+import numpy as np
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -24,6 +25,11 @@ def find_dynamic(model: nn.Module) -> list[DynamicSite]:
         return sorted(found, key=lambda site: place[_first(site)])
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda site: order[site.path])
+
+
+def tau_of(site: DynamicSite) -> float:
+    """Return the tau of a layer as it was typed: 0.05, not the 0.05000000074505806 that float32 makes of it."""
+    return float(str(np.float32(float(site.tau))))
 
 
 def can_be_dense(site: DynamicSite) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from surgeon.dynamic.site import DynamicSite
+from surgeon.dynamic.site import DynamicSite, tau_of
 from surgeon.exits.halting import find_halts
 from surgeon.exits.site import find_exits
 from surgeon.graph.agreement import call_reproducibly
@@ -122,9 +122,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
 
     def dynamic(site: DynamicSite, shape: tuple[int, ...]) -> DynamicLayer:
         layer = layers[site.path]
-        return DynamicLayer(
-            site.path, shape, layer.multiply_adds / whole, site.shown_form, float(site.tau), layer.share
-        )
+        return DynamicLayer(site.path, shape, layer.multiply_adds / whole, site.shown_form, tau_of(site), layer.share)
 
     return Inspection(
         opened.spec,

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from surgeon.dynamic.knobs import get_rule
-from surgeon.dynamic.site import DynamicSite
+from surgeon.dynamic.site import DynamicSite, tau_of
 from surgeon.grafting.parts import GRAFT, Graft
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.inputs.neuron_site import find_sparse_neurons
@@ -83,7 +83,7 @@ def _what(model: Any, record: Record) -> str:
 
 
 def _range(sites: Sequence[DynamicSite]) -> str:
-    taus = sorted({float(site.tau) for site in sites})
+    taus = sorted({tau_of(site) for site in sites})
     return f"{taus[0]:.3g}" if len(taus) == 1 else f"{taus[0]:.3g} to {taus[-1]:.3g}"
 
 

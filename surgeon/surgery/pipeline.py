@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,7 +31,8 @@ from surgeon.passes.report import PassDiff
 from surgeon.processes import connect, is_main
 from surgeon.progress import Progress
 from surgeon.surgery.origin import Origin
-from surgeon.surgery.record import InputFile, earlier_passes
+from surgeon.surgery.recipe import InputFile, name_of
+from surgeon.surgery.record import earlier_passes
 from surgeon.surgery.surgery import Surgery
 from surgeon.tracing.trace import adopt, trace
 from surgeon.training.distillation import check_teacher, imitates
@@ -152,7 +154,8 @@ class Pipeline:
             step = RunSettings(seed, verify, progress, place, resume, dry_run, original, consume, report_to, teacher)
             report = pass_.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
-            surgery.reports.append(report)
+            name = name_of(pass_)
+            surgery.reports.append(report if name == report.name else replace(report, source=name))
             surgery.snapshots.append(snapshot(work))
             if on_pass is not None:
                 on_pass(surgery.diff().passes[-1])
