@@ -67,6 +67,7 @@ _EXPORTS = {
     "get_tau": "surgeon.dynamic.knobs",
     "load": "surgeon.surgery.artifact",
     "load_recipe": "surgeon.surgery.load_recipe",
+    "select": "surgeon.sites.select",
     "set_rule": "surgeon.dynamic.knobs",
     "set_tau": "surgeon.dynamic.knobs",
     "to_networkx": "surgeon.graph.traced",
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from surgeon.measure.tuning import tune as tune
     from surgeon.moe.site import find_moes as find_moes
     from surgeon.sites.search import find_ffns as find_ffns
+    from surgeon.sites.select import select as select
     from surgeon.surgery.artifact import load as load
     from surgeon.surgery.graft import graft as graft
     from surgeon.surgery.load_recipe import load_recipe as load_recipe

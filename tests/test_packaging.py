@@ -46,6 +46,7 @@ DISTRIBUTION = {
 # Declared, though nothing imports them.
 RUN = {
     "ninja": "torch.utils.cpp_extension runs it to build the native kernels",
+    "pydot": "networkx writes DOT with it",
     "mypy": "a command of CONTRIBUTING.md",
     "ruff": "a command of CONTRIBUTING.md",
     "pytest-xdist": "the option -n of pytest",

@@ -32,8 +32,8 @@ def diff(
 
     Example: surgeon diff path/to/bert bert-surgery --full
 
-    JSON: {passes: [{report, graph: {removed, added, removed_parameters, added_parameters}}]} for one; {names, costs,
-    sites, difference, note, nodes} for two
+    JSON: {passes: [{report, graph: {removed, added, removed_parameters, added_parameters}, after}], nodes} for one, as
+    in diff.json; {names, costs, sites, difference, note, nodes} for two
     """
     from surgeon.render.search import search_view
     from surgeon.surgery.artifact import load_diff

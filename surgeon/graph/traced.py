@@ -331,7 +331,8 @@ def _has(graph: GraphModule, target: str) -> bool:
 def to_networkx(graph: GraphModule) -> nx.DiGraph:
     """Convert the graph to a networkx digraph: one vertex per node, one edge from each producer to each consumer.
 
-    The node's name is the key of its vertex. Vertices carry texts, so that networkx writes every format: `op` (that of
+    The node's name is the key of its vertex. Vertices carry texts, so that networkx writes every format (GraphML, GEXF,
+    node-link JSON, DOT): `op` (that of
     the node, such as "call_function"), `target`, `path` (of its module), and `shape` ("2×s1×128") and `dtype`
     ("float32") of its value, which are empty if it is no tensor.
 

@@ -416,7 +416,7 @@ def applied_json(applied: Applied, opened: Opened) -> dict[str, Any]:
         "directory": applied.directory,
         "dry_run": applied.directory is None,
         "search": applied.surgery.search,
-        "passes": [report.to_json() for report in applied.surgery.reports],
+        "passes": [report.to_dict() for report in applied.surgery.reports],
         "before": applied.before,
         "after": applied.after,
         "quality": None if quality is None else {"before": quality[0], "after": quality[1]},

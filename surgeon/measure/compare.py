@@ -21,7 +21,7 @@ from surgeon.data.quality import Scores
 from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.calls import as_args_kwargs
-from surgeon.json_values import to_json
+from surgeon.json_values import Plain
 from surgeon.measure.curves import Curve, curves_of, read_off
 from surgeon.measure.judge import Criteria, judge
 from surgeon.measure.meter import measure
@@ -32,7 +32,7 @@ from surgeon.tracing.trace import class_task
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Plain):
     """Surgeries and their dense model on the same samples.
 
     task: whose quality was measured; None if it is the agreement with the dense model.
@@ -54,11 +54,6 @@ class Comparison:
     def stopped(self) -> bool:
         """Whether something is missing because the run was stopped."""
         return bool(self.unmeasured) or self.untimed
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; numbers that are not finite are None."""
-        made: dict[str, Any] = to_json(self)
-        return made
 
 
 def compare(

@@ -18,6 +18,7 @@ from surgeon.data.losses import evaluating
 from surgeon.dynamic.site import DynamicSite, no_dynamic
 from surgeon.errors import DataError
 from surgeon.exits.site import ExitSite
+from surgeon.json_values import Plain
 from surgeon.kernels.activations import ACTIVATIONS, active_share
 from surgeon.kernels.experts import Experts
 from surgeon.measure.meter import ExpertMeter
@@ -50,7 +51,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class LayerLoad:
+class LayerLoad(Plain):
     """What the tokens use of one layer.
 
     unit: what it skips: "experts", "inputs" or "neurons".

@@ -24,7 +24,7 @@ from surgeon.errors import UsageError
 from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
-from surgeon.json_values import NOT_IN_JSON
+from surgeon.json_values import NOT_IN_JSON, Plain
 from surgeon.measure.cost import LayerRun
 from surgeon.measure.judge import Criteria, Judge
 from surgeon.measure.meter import ExpertMeter, clock, measure
@@ -42,7 +42,7 @@ _REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Plain):
     """The quality and the cost at one setting.
 
     tau: the value of tau, or None for the graph's own values of tau and rule. rule: the selection rule.
@@ -76,7 +76,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Plain):
     """The cost and the quality of the dense model, for comparison.
 
     multiply_adds: multiply-adds of one call on the example inputs, None if they are unknown.

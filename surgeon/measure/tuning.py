@@ -33,6 +33,7 @@ from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.inputs.site import Skipping
+from surgeon.json_values import Plain
 from surgeon.measure.allocation import Option, allocate, interpolated, monotone
 from surgeon.measure.cost import LayerRun
 from surgeon.measure.meter import ExpertMeter, measure
@@ -57,7 +58,7 @@ _KEPT = 2**26
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Tuned(Plain):
     """A tau for each layer, and its cost and damage.
 
     taus: the chosen values, by layer. shares: the share of the experts or inputs that run, by layer.

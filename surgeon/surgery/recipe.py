@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from surgeon.errors import SaveError, UsageError
 from surgeon.graph.given import path_of
+from surgeon.json_values import Plain
 from surgeon.models.user_function import is_spec, load_spec, spec_of
 from surgeon.passes.about import GROUP
 from surgeon.passes.base import Pass
@@ -40,7 +41,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Plain):
     """Passes with their options, and what else it takes to repeat a surgery.
 
     >>> recipe = surgeon.load_recipe("recommended")  # doctest: +SKIP

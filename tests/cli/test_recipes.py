@@ -135,7 +135,7 @@ def test_wrong_recipes(run: Run) -> None:
     for args, words in (
         (
             ("--recipe", "d2d"),
-            "There is no recipe and no file d2d. Recipes: recommended, recommended-whole, relufy, moefication, cmoe, d2dmoe, ",
+            "There is no recipe and no file d2d. Recipes: recommended, recommended-whole, relufy, moefication, ",
         ),
         (
             ("--recipe", "relufy", "--set", "moeify.experts=4"),

@@ -92,7 +92,7 @@ def test_everything_comes_back_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
-        (TEXT.replace("expert_size", "expert_sze"), ["6: moeify has no option 'expert_sze'. Did you mean 'expert_size'"]),
+        (TEXT.replace("expert_size", "expert_sze"), ["6: moeify has no option 'expert_sze'. Did you mean"]),
         (TEXT.replace("lr: 0.01", "lr: -1"), ["9: moeify: lr is -1, but must be above 0."]),
         (TEXT.replace("lr: 0.01", "lr: yes"), ["9: moeify: lr is True, but must be a number above 0."]),
         (TEXT.replace("target: 5e-2", "target: many"), ["4: sparsify.target=many: "]),
@@ -113,7 +113,7 @@ def test_everything_comes_back_from_a_file(tmp_path: Path) -> None:
         ("passes: [lower]\n---\npasses: [lower]\n", ["2: this is no YAML: "]),
         ("passes: !!python/object/apply:os.system [ls]\n", ["1: "]),
         (f"passes: {'[' * 5000}\n", ["1: this is no YAML: it is nested too deeply."]),
-        ("model: {path: 3}\npasses: [lower]\n", ["1: model.path: input", "1: the key 'model.kind' is", "1: the key 'model.sha256'"]),
+        ("model: {path: 3}\npasses: [lower]\n", ["1: model.path: ", "1: the key 'model.kind' ", "1: the key 'model."]),
         (
             "passes:\n  - moeify: {expert: 4}\n  - lowr\n  - sparsify: {alpha: -1}\n",
             ["2: moeify has no option 'expert'.", "3: No pass 'lowr'.", "4: sparsify: alpha is -1"],
@@ -132,7 +132,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, write: Any) -> None:
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="no text in UTF-8"):
         surgeon.load_recipe("b.yaml")
-    with pytest.raises(UsageError, match="There is no recipe and no file d2d. Recipes: recommended, "):
+    with pytest.raises(UsageError, match=r"There is no recipe and no file d2d\. Recipes: recommended, "):
         surgeon.load_recipe("d2d")
     with pytest.raises(UsageError, match=r"d2dmoe depends on the kind of model\. Name one .*: d2dmoe-vit \(vit\), "):
         surgeon.load_recipe("d2dmoe")
