@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from surgeon.data.data import Data
 from surgeon.errors import PassError, SurgeonError, UsageError
+from surgeon.graph.given import check_graph
 from surgeon.graph.ownership import adopt_changes
 from surgeon.graph.patterns import matches
 from surgeon.graph.traced import TracedGraph, tidy
@@ -23,7 +24,7 @@ from surgeon.passes.report import PassReport, SiteChange
 from surgeon.passes.verification import expect, verify
 from surgeon.progress import Progress
 from surgeon.sites.rejection import Rejection
-from surgeon.tracing.trace import adopt, is_aten_graph
+from surgeon.tracing.trace import adopt
 from surgeon.training.loop import FitReport, RunSettings, start_alike
 
 REWRITING = "rewriting layers"
@@ -39,8 +40,9 @@ class Pass(Contract[Site, Seen]):
         """Find the sites that this pass would change. Reject the other candidates with the first condition that failed.
 
         Raises:
-            UsageError: a pattern of `only` or `skip` matches no candidate.
+            UsageError: a pattern of `only` or `skip` matches no candidate, or it is no graph of ATen ops.
         """
+        check_graph(graph)
         sites, rejected = self.find(graph)
         paths = _paths(sites, rejected)
         for name in ("only", "skip") if paths else ():
@@ -69,10 +71,9 @@ class Pass(Contract[Site, Seen]):
 
         Raises:
             PassError, VerificationError: the message names pass, site and difference.
-            UsageError: an option does not fit the graph.
+            UsageError: an option does not fit the graph, or it is no graph of ATen ops.
         """
-        if not is_aten_graph(graph):
-            raise UsageError(f"{self.name} works on a graph of ATen ops. Pass the model through surgeon.trace first.")
+        check_graph(graph)
         work = adopt(graph)
         report = self.run(
             work, inputs=inputs, data=None if data is None else Data.of(data), settings=settings or RunSettings()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
+import types
 import typing
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from surgeon.errors import UsageError
 from surgeon.graph.patterns import first_fit, matches
@@ -102,23 +106,73 @@ def _literals(hint: Any) -> tuple[Any, ...]:
 
 
 def check_values(instance: Any) -> None:
-    """Refuse a pass with an option that is outside its limits.
+    """Refuse a pass with an option of another type, or outside its limits. A list counts as a tuple.
 
     Raises:
         UsageError: names the pass, the option, its value and the accepted values.
     """
-    for name, limits in limits_of(cast("Hashable", type(instance))).items():
-        given = getattr(instance, name)
-        for value in given.values() if isinstance(given, dict) else [given]:
-            if value is None or isinstance(value, tuple):
-                continue
-            try:
-                allowed = limits.allow(value)
-            except TypeError:
-                allowed = False
-            if not allowed:
-                shown = f"'{value}'" if isinstance(value, str) else value
-                raise UsageError(f"{instance.name}: {name} is {shown}, but must be {limits}.")
+    for field in dataclasses.fields(instance):
+        given = getattr(instance, field.name)
+        checked = check_value(type(instance), field.name, given)
+        if checked is not given:
+            object.__setattr__(instance, field.name, checked)  # the dataclass is frozen
+
+
+def check_value(kind: type[Any], name: str, given: Any) -> Any:
+    """Return the value of an option of a pass, with lists as tuples and numbers of other libraries as Python's.
+
+    Raises:
+        UsageError: it has another type, or is outside the limits. Names the pass, the option, its value and the
+            accepted values.
+    """
+    value, limits = _plain(given), limits_of(cast("Hashable", kind))[name]
+    hint, reader = _readers(cast("Hashable", kind))[name]
+    try:
+        reader.validate_python(value)
+    except ValidationError:
+        accepted = str(limits) if limits.choices else _words(hint, limits)
+        raise UsageError(f"{kind.name}: {name} is {given!r}, but must be {accepted}.") from None
+    for one in value.values() if isinstance(value, dict) else [value]:
+        if one is not None and not isinstance(one, tuple) and not limits.allow(one):
+            raise UsageError(f"{kind.name}: {name} is {one!r}, but must be {limits}.")
+    return value
+
+
+@functools.cache
+def _readers(kind: Hashable) -> Mapping[str, tuple[Any, TypeAdapter[Any]]]:
+    """The type of every option of a pass, and what checks values for it without converting them, by name."""
+    assert isinstance(kind, type)
+    strict = ConfigDict(strict=True, allow_inf_nan=False)
+    return {name: (hint, TypeAdapter(hint, config=strict)) for name, hint in option_types(kind).items()}
+
+
+def _plain(value: Any) -> Any:
+    """The value with numbers of other libraries as Python's own, and a list as a tuple."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, numbers.Integral) and not isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, int | float) else value
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", type(None): "None"}
+
+
+def _words(hint: Any, limits: Limits) -> str:
+    """The accepted values: `a whole number at least 1, a dict of such values by pattern of paths, or None`."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    found = []
+    for part in parts:
+        if typing.get_origin(part) is dict:
+            found.append("a dict of such values by pattern of paths")
+        elif typing.get_origin(part) is tuple:
+            found.append("a tuple of texts")
+        else:
+            words = _KINDS.get(part, getattr(part, "__name__", str(part)))
+            found.append(f"{words} {limits}".rstrip() if part in (int, float) else words)
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])}{',' * (len(found) > 2)} or {found[-1]}"
 
 
 def check_patterns(option: str, patterns: Iterable[str], paths: Iterable[str]) -> None:

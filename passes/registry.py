@@ -16,7 +16,7 @@ import pkgutil
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from surgeon.errors import first_line
 from surgeon.passes.about import GROUP
@@ -38,7 +38,7 @@ def _found() -> tuple[dict[str, type[Pass[Any, Any]]], dict[str, str]]:
     own: dict[str, type[Pass[Any, Any]]] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         for kind in vars(importlib.import_module(f"{GROUP}.{module.name}")).values():
-            if _is_pass(kind):
+            if is_pass(kind):
                 own[kind.name] = kind
     offered: dict[str, type[Pass[Any, Any]]] = {}
     broken: dict[str, str] = {}
@@ -64,10 +64,11 @@ def _load(point: EntryPoint) -> type[Pass[Any, Any]] | str:
         found = point.load()
     except Exception as error:  # code of others, which may raise anything
         return f"{point.value} cannot be imported ({type(error).__name__}: {first_line(error)})"
-    return found if _is_pass(found) else f"{point.value} is not a pass: it has no name, or a method is missing"
+    return found if is_pass(found) else f"{point.value} is not a pass: it has no name, or a method is missing"
 
 
-def _is_pass(kind: object) -> bool:
+def is_pass(kind: object) -> TypeGuard[type[Pass[Any, Any]]]:
+    """Whether it is the class of a pass, with a name and all methods."""
     return isinstance(kind, type) and issubclass(kind, Pass) and not inspect.isabstract(kind) and hasattr(kind, "name")
 
 

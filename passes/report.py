@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from surgeon.graph.snapshot import GraphDiff, NodeRecord
 from surgeon.graph.traced import TracedGraph
-from surgeon.json_values import NOT_IN_JSON
+from surgeon.json_values import Plain
 from surgeon.measure.cost import Cost
 from surgeon.sites.ffn import FFN
 from surgeon.sites.rejection import Rejection
@@ -18,7 +18,7 @@ from surgeon.training.loop import FitReport
 
 
 @dataclass(frozen=True)
-class SiteChange:
+class SiteChange(Plain):
     """One rewritten site.
 
     parameters, multiply_adds: (before, after), the multiply-adds for one token if every expert runs.
@@ -47,13 +47,14 @@ class SiteChange:
 
 
 @dataclass(frozen=True, repr=False)
-class PassReport:
+class PassReport(Plain):
     """What one pass did.
 
     matched: paths of the rewritten sites. rejected: the candidates that were left unchanged.
     max_error: largest difference of the graph's outputs across the pass, relative to the largest output; None if it
     was not measured. preserved: whether the pass promises the same output (then max_error is within tolerance).
-    notes: what the user should know. fit: None if nothing was trained.
+    notes: what the user should know. fit: None if nothing was trained. source: where a pass that has no entry point was
+    imported from, as `module:Class`; "" for others.
     """
 
     name: str
@@ -68,18 +69,15 @@ class PassReport:
     preserved: bool = True
     notes: tuple[str, ...] = ()
     fit: FitReport | None = None
+    source: str = ""
 
     def __repr__(self) -> str:
         total = len(self.matched) + len(self.rejected)
         return f"<PassReport {self.name}: {len(self.matched)} of {total} sites>"
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as plain JSON values."""
-        return asdict(self)
-
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> PassReport:
-        """Read the report that `to_json` wrote."""
+    def from_dict(cls, values: Mapping[str, Any]) -> PassReport:
+        """Read the report that `to_dict` gave."""
         return TypeAdapter(cls).validate_python(values)
 
 
@@ -110,7 +108,7 @@ def dense_layers(reports: Iterable[PassReport]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class PassDiff:
+class PassDiff(Plain):
     """The report of one pass, and what the pass changed in the graph.
 
     after: the nodes after the pass, if the graph was then saved and loaded, which gives nodes other names; else None.
@@ -118,4 +116,4 @@ class PassDiff:
 
     report: PassReport
     graph: GraphDiff
-    after: tuple[NodeRecord, ...] | None = field(default=None, repr=False, metadata=NOT_IN_JSON)
+    after: tuple[NodeRecord, ...] | None = field(default=None, repr=False)

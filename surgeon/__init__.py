@@ -56,6 +56,7 @@ _EXPORTS = {
     "compare": "surgeon.measure.compare",
     "compensate": "surgeon.measure.compensation",
     "Pipeline": "surgeon.surgery.pipeline",
+    "Recipe": "surgeon.surgery.recipe",
     "Surgery": "surgeon.surgery.surgery",
     "SurgeonError": "surgeon.errors",
     "TracedGraph": "surgeon.graph.traced",
@@ -65,6 +66,8 @@ _EXPORTS = {
     "graft": "surgeon.surgery.graft",
     "get_tau": "surgeon.dynamic.knobs",
     "load": "surgeon.surgery.artifact",
+    "load_recipe": "surgeon.surgery.load_recipe",
+    "select": "surgeon.sites.select",
     "set_rule": "surgeon.dynamic.knobs",
     "set_tau": "surgeon.dynamic.knobs",
     "sweep": "surgeon.measure.sweep",
@@ -90,9 +93,12 @@ if TYPE_CHECKING:
     from surgeon.measure.tuning import tune as tune
     from surgeon.moe.site import find_moes as find_moes
     from surgeon.sites.search import find_ffns as find_ffns
+    from surgeon.sites.select import select as select
     from surgeon.surgery.artifact import load as load
     from surgeon.surgery.graft import graft as graft
+    from surgeon.surgery.load_recipe import load_recipe as load_recipe
     from surgeon.surgery.pipeline import Pipeline as Pipeline
+    from surgeon.surgery.recipe import Recipe as Recipe
     from surgeon.surgery.surgery import Surgery as Surgery
     from surgeon.tracing.trace import trace as trace
 

@@ -21,6 +21,15 @@ def schema_name(command: str) -> str:
     return f"surgeon.{command.replace(' ', '-')}.v{VERSION}"
 
 
+class Plain:
+    """A result that programs can read: what `surgeon ... --output json` prints of it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: dicts, lists, texts, numbers. Numbers that are not finite are None."""
+        made: dict[str, Any] = to_json(self)
+        return made
+
+
 def to_json(value: Any) -> Any:
     """Convert to plain JSON values.
 

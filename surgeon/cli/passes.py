@@ -52,10 +52,12 @@ def passes(
         run.answer({"passes": passes, "recipes": recipes, "broken": broken()})
         return
     if name not in known:
+        from surgeon.passes.about import describe
         from surgeon.surgery.recipe import find_pass
 
-        find_pass(name)  # which says what is wrong with it
-    about = known[name]
+        about = describe(find_pass(name))  # one of the user's own
+    else:
+        about = known[name]
     run.screen.show(pass_view(about))
     changed = _example(run, name) if example else None
     run.answer({**_plain(about), "options": about.options, "example": changed})

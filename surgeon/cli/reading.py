@@ -91,7 +91,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, dict[str, str]]:
     result: dict[str, dict[str, str]] = {}
     for setting in settings:
         left, equals, value = setting.partition("=")
-        name, dot, key = left.partition(".")
+        name, dot, key = left.rpartition(".")
         if not equals or not dot or not name or not key:
             raise UsageError(f"--set {setting}: write pass.option=value, for example --set moeify.experts=16.")
         result.setdefault(name.strip(), {})[key.strip().replace("-", "_")] = value.strip()

@@ -117,6 +117,26 @@ def _taken_labels(kwargs: dict[str, Any]) -> Any:
     return kwargs.pop("labels") if "labels" in kwargs else kwargs.pop("label", None)
 
 
+def read_batches(items: Iterable[Any]) -> list[Batch]:
+    """Return all batches, of items in any form that `Batch.from_any` takes.
+
+    Raises:
+        DataError: it is no list of batches, or an item is no batch.
+    """
+    check_batches(items)
+    return [Batch.from_any(item) for item in items]
+
+
+def check_batches(items: Any) -> None:
+    """Refuse what batches cannot be read from.
+
+    Raises:
+        DataError: it is something else than an iterable of batches.
+    """
+    if isinstance(items, Mapping | Tensor | str | bytes) or not isinstance(items, Iterable):
+        raise DataError(f"The data is a {type(items).__name__}, not a list of batches or a DataLoader.")
+
+
 def first_batches(items: Iterable[Any], samples: int) -> list[Batch]:
     """Return the first batches, as many as it takes to reach this number of samples."""
     found: list[Batch] = []
@@ -145,8 +165,7 @@ class Batches:
             raise DataError(
                 f"The data is a {type(source).__name__} of single samples. Wrap it: DataLoader(data, batch_size=...)."
             )
-        if isinstance(source, Mapping | Tensor | str | bytes) or not isinstance(source, Iterable):
-            raise DataError(f"The data is a {type(source).__name__}, not a list of batches or a DataLoader.")
+        check_batches(source)
         self.source = source
 
     def __iter__(self) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from surgeon.data.batch import Batches
 from surgeon.data.losses import Loss, task_loss
+from surgeon.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Data:
         Python objects it is only their type, because hashing the contents would mean reading all of them.
     loss: a function of the model's outputs and a `surgeon.data.batch.Batch` that returns a scalar, a mean over the
         batch's samples. The default is the task's loss; None if the task imitates.
+
+    Raises:
+        DataError: the batches can be read only once, or are none.
+        UsageError: there is no such task, or the loss is no function.
     """
 
     train: Iterable[Any]
@@ -41,6 +46,8 @@ class Data:
             "fingerprint": self.fingerprint or f"python:{kind}",
             "loss": task_loss(self.task) if self.loss is None and self.task is not None else self.loss,
         }
+        if self.loss is not None and not callable(self.loss):
+            raise UsageError(f"loss is {self.loss!r}, but must be a function of the model's outputs and a batch.")
         for name, value in fill.items():
             object.__setattr__(self, name, value)
 

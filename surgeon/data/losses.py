@@ -28,7 +28,7 @@ from surgeon.collective import everywhere
 from surgeon.data.batch import Batch
 from surgeon.data.quality import Kind, Quality, Scores
 from surgeon.errors import DataError, UsageError
-from surgeon.models.tasks import TASKS, LossKind
+from surgeon.models.tasks import TASKS, LossKind, find_task
 from surgeon.processes import count
 
 IGNORED = -100
@@ -245,9 +245,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _loss_kind(task: str) -> LossKind:
-    if task not in TASKS:
-        raise UsageError(f"No task '{task}'. Known: {', '.join(TASKS)}.")
-    return TASKS[task].loss
+    return find_task(task).loss
 
 
 def _labels_of(batch: Batch, task: str) -> Tensor:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from surgeon.json_values import Plain
+
 TELLING = 300
 """The fewest samples on which a difference is called better or worse."""
 
@@ -40,7 +42,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Quality:
+class Quality(Plain):
     """How well a model does on some data.
 
     name: "accuracy", "exact match", "top-1 agreement", "cosine" (all at most 1), "loss per token", "KL divergence"

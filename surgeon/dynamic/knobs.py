@@ -47,8 +47,8 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None
     """
     wanted = tau if isinstance(tau, Mapping) else {path or "*": tau}
     for value in wanted.values():
-        if not 0.0 <= value <= 1.0:
-            raise UsageError(f"tau is {value}, but must be from 0 to 1.")
+        if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            raise UsageError(f"tau is {value!r}, but must be a number from 0 to 1, or such numbers by path.")
     sites = find_dynamic(model)
     if not sites:
         raise no_dynamic("The model", "there is nothing to set")
@@ -173,6 +173,8 @@ def _chosen(sites: Sequence[Site], wanted: Mapping[str, Value]) -> list[tuple[Si
         UsageError: a pattern matches no layer.
     """
     for pattern in wanted:
+        if not isinstance(pattern, str):
+            raise UsageError(f"The path {pattern!r} is no text. Layers are named by their paths, such as '*.0.*'.")
         if not any(matches([pattern], *_names(site)) for site in sites):
             raise UsageError(f"No layer '{pattern}'. Layers that can be set: {', '.join(site.path for site in sites)}.")
     return [(site, value) for site in sites if (value := first_fit(wanted, *_names(site))) is not None]

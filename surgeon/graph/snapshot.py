@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from surgeon.graph.traced import module_path, shape_text
+from surgeon.json_values import Plain
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class GraphDiff:
+class GraphDiff(Plain):
     """What was removed and added: nodes in graph order, and parameters as (name, shape)."""
 
     removed: tuple[NodeRecord, ...] = ()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import PythonCode
 
+from surgeon.errors import UsageError
 from surgeon.graph.calls import call_alike
 from surgeon.graph.holder import mark_holders
 from surgeon.graph.pickling import dumps, loads
@@ -330,10 +331,19 @@ def _has(graph: GraphModule, target: str) -> bool:
 def to_networkx(graph: GraphModule) -> nx.DiGraph:
     """Convert the graph to a networkx digraph: one vertex per node, one edge from each producer to each consumer.
 
-    The node's name is the key of its vertex. Vertices carry texts, so that networkx writes every format: `op` (that of
+    The node's name is the key of its vertex. Vertices carry texts, so that networkx writes every format (GraphML, GEXF,
+    node-link JSON, DOT): `op` (that of
     the node, such as "call_function"), `target`, `path` (of its module), and `shape` ("2×s1×128") and `dtype`
     ("float32") of its value, which are empty if it is no tensor.
+
+    Raises:
+        UsageError: it is no graph.
     """
+    if not isinstance(graph, GraphModule):
+        raise UsageError(
+            f"to_networkx takes a graph, but got an object of type {type(graph).__name__}. Give surgery.graph of a "
+            "surgery, and surgeon.trace(model, inputs) of a model."
+        )
     import networkx as nx
 
     result = nx.DiGraph()

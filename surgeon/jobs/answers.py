@@ -29,6 +29,7 @@ from surgeon.jobs.export import Exported, ExportedForEngine
 from surgeon.jobs.generate import Generated
 from surgeon.jobs.inspect import Inspection
 from surgeon.jobs.load import Loaded
+from surgeon.jobs.recipe import Checked, Shown, WrittenRecipe
 from surgeon.jobs.set import SetResult
 from surgeon.jobs.sweep import Swept
 from surgeon.jobs.tune import TuningResult
@@ -164,6 +165,9 @@ ANSWERS: dict[str, Any] = {
     "load": Loaded,
     "passes": PassList | PassAnswer,
     "plot": Written,
+    "recipe check": Checked,
+    "recipe init": WrittenRecipe,
+    "recipe show": Shown,
     "report": Written,
     "schema": SchemaFiles,
     "set": SetResult,

@@ -27,6 +27,7 @@ from surgeon.jobs.evaluation import (
 from surgeon.jobs.inspect import LOOKS_FOR
 from surgeon.jobs.open_model import Opened
 from surgeon.jobs.options import DataOptions
+from surgeon.jobs.recipe import set_recorded
 from surgeon.jobs.search import Searcher
 from surgeon.jobs.search_settings import stages, with_options
 from surgeon.jobs.store import check_target
@@ -39,6 +40,7 @@ from surgeon.passes.report import PassDiff, PassReport
 from surgeon.processes import agreed, connect, is_main, wait
 from surgeon.progress import Stage, Tell, unshown
 from surgeon.surgery.pipeline import Pipeline
+from surgeon.surgery.recipe import Recipe
 from surgeon.surgery.record import RECORD, read_record
 from surgeon.surgery.surgery import Surgery
 from surgeon.surgery.trials import Search
@@ -80,7 +82,7 @@ class ApplyOptions:
     """Options of a run: see `surgeon apply --help`.
 
     typed: the words of the command line, to suggest the next one. given: the options of passes that the user set, which
-    a search for settings leaves as they are.
+    a search for settings leaves as they are. recipe: the one that the passes are from.
     """
 
     out: Path | None = None
@@ -95,6 +97,7 @@ class ApplyOptions:
     typed: tuple[str, ...] = ()
     budget_minutes: float | None = None
     given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recipe: Recipe | None = None
 
 
 def check_changed(report: PassReport, looks_for: str) -> str | None:
@@ -185,7 +188,7 @@ def target_of(spec: str, passes: Sequence[Pass[Any]], options: ApplyOptions) -> 
 def default_seed(spec: str) -> int:
     """The default seed: a saved surgery's own, so that the same data is held out again; else 0."""
     directory = Path(spec)
-    return read_record(directory).recipe.seed if (directory / RECORD).is_file() else 0
+    return read_record(directory).recipe.seed or 0 if (directory / RECORD).is_file() else 0
 
 
 def apply(
@@ -346,14 +349,17 @@ def _run(
 
 
 def _set_tau(surgery: Surgery, options: ApplyOptions, notes: list[str]) -> None:
-    """Set the requested tau if the routers were fitted. If they were not, a dry run adds a note.
+    """Set the knobs of the recipe, and the requested tau if the routers were fitted. Else a dry run adds a note.
 
     Raises:
         UsageError: the routers were not fitted, and the run is not a dry run.
     """
+    fitted = _routers_are_fitted(surgery)
+    if options.recipe is not None:
+        notes.extend(set_recorded(options.recipe, surgery.graph, fitted=fitted, with_tau=options.tau is None))
     if options.tau is None:
         return
-    if options.tau == 0.0 or _routers_are_fitted(surgery):
+    if options.tau == 0.0 or fitted:
         surgery.set_tau(options.tau)
     elif options.dry_run:
         notes.append("tau was not set, because a dry run fits no routers.")

@@ -148,7 +148,7 @@ def _open_artifact(
     info: TraceInfo = graph.meta["trace"]
     record = record_of(graph)
     assert record is not None
-    read = _read(data, tokenizer, processor, config, info.task, record.recipe.seed, stage)
+    read = _read(data, tokenizer, processor, config, info.task, record.recipe.seed or 0, stage)
     _check_names(read, graph)
     origin = Origin(str(source.path), "artifact", record.model_sha256, config, tokenizer, processor, (), generation)
     return Opened(spec, graph, given, origin, info.notes, record, read)

@@ -39,7 +39,7 @@ def check_search(passes: Sequence[Pass[Any]], minutes: float | None, *, has_data
     if not has_data or dry_run:
         raise UsageError("--budget-minutes trains, so it needs --data, and cannot be a --dry-run.")
     if count() > 1:
-        raise UsageError("--budget-minutes runs in one process. Search in one, then run the result's surgery.json.")
+        raise UsageError("--budget-minutes runs in one process. Search in one, then run the result's recipe.")
 
 
 def fine_tuned(passes: Sequence[Pass[Any]]) -> list[FineTunedPass[Any, Any]]:

@@ -64,7 +64,7 @@ def store(opened: Opened, out: Path | None, quality: tuple[Quality, Quality] | N
         before = opened.record.quality  # its scores hold for the same data
         measured = MeasuredQuality(*quality, opened.data.fingerprint, scores="" if before is None else before.scores)
     record = make_record(
-        opened.graph, [pass_.report for pass_ in passes], origin=opened.origin, seed=recipe.seed, data=recipe.data,
+        opened.graph, [pass_.report for pass_ in passes], origin=opened.origin, seed=recipe.seed or 0, data=recipe.data,
         quality=measured,
     )  # fmt: skip
     return save(

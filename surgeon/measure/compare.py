@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import Batch, read_batches
 from surgeon.data.imitation import made_for
 from surgeon.data.losses import evaluating
 from surgeon.data.quality import Scores
@@ -22,7 +22,7 @@ from surgeon.display.choose import shows_progress
 from surgeon.dynamic.site import find_dynamic, no_dynamic
 from surgeon.errors import DataError, UsageError
 from surgeon.graph.calls import as_args_kwargs
-from surgeon.json_values import to_json
+from surgeon.json_values import Plain
 from surgeon.measure.curves import Curve, curves_of, read_off
 from surgeon.measure.judge import Criteria, judge
 from surgeon.measure.meter import measure
@@ -33,7 +33,7 @@ from surgeon.tracing.trace import class_task
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Plain):
     """Surgeries and their dense model on the same samples.
 
     task: whose quality was measured; None if it is the agreement with the dense model.
@@ -55,11 +55,6 @@ class Comparison:
     def stopped(self) -> bool:
         """Whether something is missing because the run was stopped."""
         return bool(self.unmeasured) or self.untimed
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; numbers that are not finite are None."""
-        made: dict[str, Any] = to_json(self)
-        return made
 
 
 @shows_progress
@@ -111,7 +106,7 @@ def compare(
     """
     check_keep(keep)
     _check_surgeries(surgeries)
-    batches = [Batch.from_any(item) for item in batches]
+    batches = read_batches(batches)
     own_task = task if needs_labels(task) else None
     if dense is None and (own_task is None or dense_scores is None):
         raise UsageError("The dense model's quality on this data is not known. Give the dense model.")
@@ -158,6 +153,8 @@ def compare(
 
 
 def _check_surgeries(surgeries: Mapping[str, nn.Module]) -> None:
+    if not isinstance(surgeries, Mapping):
+        raise UsageError('compare takes graphs by name, such as {"mine": surgery.graph}.')
     if not surgeries:
         raise UsageError("There is no surgery to compare. Give at least one.")
     for name, graph in surgeries.items():
@@ -171,9 +168,9 @@ def check_keep(keep: float) -> None:
     Raises:
         UsageError: it is not above 0 and at most 1.
     """
-    if not 0.0 < keep <= 1.0:
+    if not isinstance(keep, int | float) or not 0.0 < keep <= 1.0:
         raise UsageError(
-            f"The share of the dense quality to keep is {keep:g}, but must be above 0 and at most 1: 0.99 stands for "
+            f"The share of the dense quality to keep is {keep}, but must be above 0 and at most 1: 0.99 stands for "
             "99%, and of a loss for 1/0.99 times as much."
         )
 

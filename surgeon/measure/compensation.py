@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import Batch, check_batches
 from surgeon.display.choose import shows_progress
 from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import DataError, UsageError
@@ -52,6 +52,7 @@ def compensate(model: nn.Module, batches: Iterable[Any], *, progress: ShowProgre
         raise UsageError("The model has no experts, so there are none to compensate for. Apply moeify first.")
     if any(site.form == "module" for site in sites):
         raise UsageError("Compensation needs lowered experts. Apply lower first.")
+    check_batches(batches)
     total, rest = len(batches) if isinstance(batches, Sized) else 0, iter(batches)
     first = next(rest, None)
     if first is None:

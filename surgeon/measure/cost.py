@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from surgeon.json_values import Plain
+
 
 @dataclass
 class LayerRun:
@@ -33,7 +35,7 @@ class LayerRun:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(Plain):
     """The cost of one call of the model on the example inputs.
 
     parameters: the number of parameters, tied ones counted once. multiply_adds: multiply-adds if every expert runs.

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from surgeon.data.quality import Change, Scores
+from surgeon.json_values import Plain
 from surgeon.measure.read_off import Difference, Kept, Numbers, Resampled, interval, kept_at, place, scores_at
 from surgeon.measure.sweep import Point, RouterChoice
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Plain):
     """Quality against cost of one surgery, with one selection rule and one router.
 
     points: one for each tau, the same for all layers.

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import read_batches
 from surgeon.data.losses import evaluating
 from surgeon.display.choose import shows_progress
 from surgeon.dynamic.site import DynamicSite, no_dynamic
 from surgeon.errors import DataError
 from surgeon.exits.site import ExitSite
+from surgeon.json_values import Plain
 from surgeon.kernels.activations import ACTIVATIONS, active_share
 from surgeon.kernels.experts import Experts
 from surgeon.measure.meter import ExpertMeter
@@ -51,7 +52,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class LayerLoad:
+class LayerLoad(Plain):
     """What the tokens use of one layer.
 
     unit: what it skips: "experts", "inputs" or "neurons".
@@ -88,7 +89,7 @@ def measure_load(model: nn.Module, batches: Iterable[Any], *, progress: ShowProg
     if not taken:
         raise no_dynamic("The model", "no token has a load")
     meter.on_tokens = lambda site, x, ran: taken[site.path].add(x, ran)
-    given = [Batch.from_any(item) for item in batches]
+    given = read_batches(batches)
     with evaluating(model):
         for number, _ in enumerate(run_batches(meter, given), 1):
             if callable(progress):

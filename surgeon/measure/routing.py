@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import read_batches
 from surgeon.data.losses import evaluating
 from surgeon.display.choose import shows_progress
 from surgeon.dynamic.site import no_dynamic
@@ -64,7 +64,7 @@ def measure_routing(model: nn.Module, batches: Iterable[Any], *, progress: ShowP
         raise no_dynamic("The model", "there are no routers")
     meter = ExpertMeter(model)
     meter.on_scores = lambda site, x, ran, scores: found[site.path].add(x, ran, scores)
-    given = [Batch.from_any(item) for item in batches]
+    given = read_batches(batches)
     with evaluating(model):
         for number, _ in enumerate(run_batches(meter, given), 1):
             if callable(progress):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import Batch, read_batches
 from surgeon.data.imitation import made_for
 from surgeon.data.losses import device_of, evaluating
 from surgeon.data.padding import token_mask
@@ -21,10 +21,11 @@ from surgeon.data.quality import Quality, Scores
 from surgeon.display.choose import shows_progress
 from surgeon.dynamic.knobs import Knobs, get_knobs, get_rule, set_knobs, set_rule, set_tau
 from surgeon.dynamic.site import find_dynamic, no_dynamic
+from surgeon.errors import UsageError
 from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import find_exits
 from surgeon.graph.calls import as_args_kwargs
-from surgeon.json_values import NOT_IN_JSON
+from surgeon.json_values import NOT_IN_JSON, Plain
 from surgeon.measure.cost import LayerRun
 from surgeon.measure.judge import Criteria, Judge
 from surgeon.measure.meter import ExpertMeter, clock, measure
@@ -42,7 +43,7 @@ _REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Plain):
     """The quality and the cost at one setting.
 
     tau: the value of tau, or None for the graph's own values of tau and rule. rule: the selection rule.
@@ -90,7 +91,7 @@ class Points(list[Point]):
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Plain):
     """The cost and the quality of the dense model, for comparison.
 
     multiply_adds: multiply-adds of one call on the example inputs, None if they are unknown.
@@ -151,7 +152,10 @@ def sweep(
     sites = find_dynamic(graph)
     if not sites:
         raise no_dynamic("The model", "tau changes nothing")
-    batches = list(batches)
+    for name, values in (("taus", taus), ("rules", rules)):
+        if values is not None and (isinstance(values, str) or not isinstance(values, Sequence)):
+            raise UsageError(f"{name} is {values!r}, but must be a list.")
+    batches = read_batches(batches)
     layers = [site.path for site in sites] if each_layer else [None]
     combined = [
         (router, None if tau is None else rule, tau, layer if tau else None)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from surgeon.data.batch import Batch
+from surgeon.data.batch import Batch, read_batches
 from surgeon.data.imitation import answer, made_for
 from surgeon.display.choose import shows_progress
 from surgeon.dynamic.knobs import set_tau
@@ -34,6 +34,7 @@ from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import ExitSite
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.inputs.site import Skipping
+from surgeon.json_values import Plain
 from surgeon.measure.allocation import Option, allocate, interpolated, monotone
 from surgeon.measure.cost import LayerRun
 from surgeon.measure.meter import ExpertMeter, measure
@@ -58,7 +59,7 @@ _KEPT = 2**26
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Tuned(Plain):
     """A tau for each layer, and its cost and damage.
 
     taus: the chosen values, by layer. shares: the share of the experts or inputs that run, by layer.
@@ -131,8 +132,8 @@ def check_budget(budget: float) -> None:
     Raises:
         UsageError: the budget is not positive, or so large that it must be a percentage or an absolute number.
     """
-    if not budget > 0.0:
-        raise UsageError(f"The budget is {budget}, but must be a positive share of the dense model's cost.")
+    if not isinstance(budget, int | float) or not budget > 0.0:
+        raise UsageError(f"The budget is {budget!r}, but must be a positive share of the dense model's cost.")
     if budget > _LARGEST_BUDGET:
         raise UsageError(
             f"The budget is {budget:g}, but must be a share of the dense model's cost: 0.4 stands for 40%."
@@ -201,7 +202,7 @@ class Tuner:
         self._graph, self._metric, self._progress = graph, metric, progress
         self._densify = {site.path for site in sites if densify and can_be_dense(site)}
         self._task = made_for(task, class_task(graph))
-        self._batches = [Batch.from_any(item) for item in batches]
+        self._batches = read_batches(batches)
         if not self._batches:
             raise DataError("There is no data to tune on: no batches were given.")
         self._layers = [site.path for site in sites]

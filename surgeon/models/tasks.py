@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from surgeon.errors import UsageError
+
 LossKind = Literal["class", "next-token", "token", "tag", "span", "ctc", "imitation"]
 
 
@@ -54,8 +56,23 @@ HEADS = {name: task.auto_class for name, task in TASKS.items() if task.auto_clas
 
 
 def needs_labels(task: str | None) -> bool:
-    """Whether the task is known and learns from labels. The others imitate the dense model."""
-    return task is not None and TASKS[task].loss != "imitation"
+    """Whether the task is known and learns from labels. The others imitate the dense model.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    return task is not None and find_task(task).loss != "imitation"
+
+
+def find_task(name: str) -> Task:
+    """Return the task of this name.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    if name not in TASKS:
+        raise UsageError(f"No task '{name}'. Known: {', '.join(TASKS)}.")
+    return TASKS[name]
 
 
 def task_of(model: Any) -> str | None:

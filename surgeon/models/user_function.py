@@ -1,4 +1,4 @@
-"""Functions and modules that the user names on the command line: `module:function`, `path/to/file.py:function`."""
+"""Functions, classes and modules that the user names: `module:function`, `path/to/file.py:function`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from typing import Any
 from surgeon.errors import LoadError, SurgeonError
 
 _SPEC = re.compile(r"(?P<module>.+\.py|[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)")
+# How the names of modules begin that were loaded from a file.
+_FROM_FILE = "surgeon_user_"
 
 
 def is_spec(text: str) -> bool:
@@ -25,14 +27,14 @@ def is_spec(text: str) -> bool:
     return _SPEC.fullmatch(text) is not None
 
 
-def call_spec(spec: str, error: type[SurgeonError]) -> Any:
-    """Call the function that `spec` names, without arguments, and return what it returns.
+def load_spec(spec: str, error: type[SurgeonError]) -> Any:
+    """Return what `spec` names, a function or a class.
 
     Modules are searched on Python's path, then in the current directory. For a file, its own directory is searched
     instead of the current one. A file is run once per process.
 
     Raises:
-        error: the module or the function cannot be found or raises an exception.
+        error: the module cannot be found or raises an exception, or has nothing callable of that name.
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
@@ -41,19 +43,38 @@ def call_spec(spec: str, error: type[SurgeonError]) -> Any:
     with _importable(_folder(module)):
         loaded = _load(module, spec, error)
         try:
-            function = operator.attrgetter(name)(loaded)
+            found = operator.attrgetter(name)(loaded)
         except AttributeError as cause:
             close = difflib.get_close_matches(name, dir(loaded), n=1)
             hint = f" Did you mean '{close[0]}'?" if close else ""
             raise error(f"{spec}: {module} has no '{name}'.{hint}") from cause
-        if not callable(function):
-            raise error(f"{spec}: '{name}' is a {type(function).__name__}, not a function.")
+    if not callable(found):
+        raise error(f"{spec}: '{name}' is a {type(found).__name__}, not a function.")
+    return found
+
+
+def call_spec(spec: str, error: type[SurgeonError]) -> Any:
+    """Call the function that `spec` names, without arguments, and return what it returns: see `load_spec`.
+
+    Raises:
+        error: the module or the function cannot be found or raises an exception.
+    """
+    function = load_spec(spec, error)
+    with _importable(_folder(spec.rpartition(":")[0])):
         try:
             return function()
         except SurgeonError:
             raise
         except Exception as cause:
             raise error(f"{spec} raised {type(cause).__name__}: {cause}") from cause
+
+
+def spec_of(kind: type) -> str:
+    """Return what names a class: `module:Class`, or `path/to/file.py:Class` if it was loaded from a file."""
+    module = kind.__module__
+    if module.startswith(_FROM_FILE):
+        module = str(getattr(sys.modules[module], "__file__", module))
+    return f"{module}:{kind.__qualname__}"
 
 
 def import_modules(names: Iterable[str]) -> None:
@@ -89,7 +110,7 @@ def _load(module: str, label: str, error: type[SurgeonError]) -> ModuleType:
 
 def _run_file(path: Path) -> ModuleType:
     path = path.resolve()
-    name = f"surgeon_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"{_FROM_FILE}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     if not path.is_file():

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.described import Described
 from surgeon.errors import UsageError
+from surgeon.graph.given import check_model
 from surgeon.graph.traced import aten, is_call, tensor_key, tensor_of
 from surgeon.graph.walk import walk_sources
 from surgeon.kernels.experts import Experts
@@ -147,7 +148,12 @@ W1_OF_INT8 = Int8Call._fields.index("w1")
 
 
 def find_moes(model: nn.Module) -> list[MoESite]:
-    """Return every mixture of experts in a graph, in topological order, or in a model, in the order of its modules."""
+    """Return every mixture of experts in a graph, in topological order, or in a model, in the order of its modules.
+
+    Raises:
+        UsageError: it is neither a graph nor a model.
+    """
+    check_model(model)
     if isinstance(model, GraphModule):
         return _in_graph(model)
     counted: set[tuple[object, ...]] = set()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from surgeon.json_values import Plain
+
 CODES = {
     # Found while looking for feed-forward layers and linear layers.
     "no-activation": "There is nothing to make sparse: two linear layers in a row.",
@@ -76,7 +78,7 @@ CODES = {
 
 
 @dataclass(frozen=True)
-class Rejection:
+class Rejection(Plain):
     """A candidate that was refused, and the first condition that failed.
 
     code: a stable code for programs: one of `CODES`, or a third-party pass's own. reason: the reason in words.

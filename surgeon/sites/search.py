@@ -15,6 +15,7 @@ from itertools import islice
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from surgeon.graph.given import check_graph
 from surgeon.graph.ops import (
     CREATION_OPS,
     DROPOUTS,
@@ -48,19 +49,34 @@ _MAX_WALK = 400
 
 
 def find_ffns(graph: GraphModule) -> tuple[list[FFN], list[Rejection]]:
-    """Return the feed-forward layers of the graph in topological order, and the refused candidates with reasons."""
+    """Return the feed-forward layers of the graph in topological order, and the refused candidates with reasons.
+
+    Raises:
+        UsageError: it is no graph of ATen ops.
+    """
+    check_graph(graph)
     sites, rejections = _Search(graph).run()
     return sites, [*rejections, *refused_in_regions(graph, lambda copy: _Search(copy).run())]
 
 
 def find_linear_sites(graph: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
-    """Return the linear layers outside feed-forward layers, grouped by weight, and the refused candidates."""
+    """Return the linear layers outside feed-forward layers, grouped by weight, and the refused candidates.
+
+    Raises:
+        UsageError: it is no graph of ATen ops.
+    """
+    check_graph(graph)
     sites, rejections = _standalone(graph)
     return sites, [*rejections, *refused_in_regions(graph, _standalone)]
 
 
 def find_all_linears(graph: GraphModule) -> tuple[list[LinearSite], list[Rejection]]:
-    """Return every linear layer, also those in feed-forward layers and heads, grouped by weight, and refused ones."""
+    """Return every linear layer, also those in feed-forward layers and heads, grouped by weight, and refused ones.
+
+    Raises:
+        UsageError: it is no graph of ATen ops.
+    """
+    check_graph(graph)
     sites, rejections = _every_linear(graph)
     return sites, [*rejections, *refused_in_regions(graph, _every_linear)]
 

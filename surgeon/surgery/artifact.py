@@ -18,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,13 @@ from surgeon.errors import LoadError, PassError, SaveError
 from surgeon.graph.agreement import call_reproducibly, relative_error, tolerance_for
 from surgeon.graph.calls import as_args_kwargs, flat_inputs, unflatten_inputs
 from surgeon.graph.edit import output_leaves, replace_outputs
+from surgeon.graph.given import path_of
 from surgeon.graph.sizes import Sizes
-from surgeon.graph.snapshot import GraphDiff, NodeRecord
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.models.sentence_transformers import copy_sentence_files
 from surgeon.models.user_function import import_modules
 from surgeon.models.weight_files import read_program, sha256_of
 from surgeon.moe.filling import mark_filling
-from surgeon.passes.report import PassDiff
 from surgeon.processes import is_main, wait
 from surgeon.sites.ffn import mark_projection
 from surgeon.surgery.diff import Diff
@@ -80,9 +79,9 @@ def save(
     Raises:
         SaveError: the directory has other content, there is no space or no permission, or the graph cannot be exported.
             Nothing half-written is left behind.
-        PassError: there are no example inputs, which export needs.
+        PassError: there are no example inputs, which export needs. UsageError: `directory` is no path.
     """
-    directory = Path(directory)
+    directory = path_of(directory)
     if not is_main():
         wait()
         return directory
@@ -112,8 +111,7 @@ def save(
                     part.save_pretrained(fresh)
         if origin.path is not None:
             copy_sentence_files(Path(origin.path), fresh)
-        content = _GraphFile(diff.nodes, tuple(_PassGraph(one.graph, one.after) for one in diff.passes))
-        (fresh / DIFF).write_text(json.dumps(asdict(content)), encoding="utf-8")
+        (fresh / DIFF).write_text(json.dumps(diff.to_dict()), encoding="utf-8")
         write_record(replace(record, output_texts=tuple(texts.items()), model_sha256=sha256_of([fresh / MODEL])), fresh)
     wait()
     return directory
@@ -131,6 +129,7 @@ def load(directory: str | Path, *, trust_modules: Sequence[str] = ()) -> TracedG
         LoadError: the directory is not a saved surgery, a file is damaged or holds what `torch.export.save` does not
             write, or another version of surgeon wrote it; the model uses a class or an operator that is not registered;
             a trusted module cannot be imported.
+        UsageError: `directory` is no path.
     """
     return load_with_inputs(directory, trust_modules=trust_modules)[0]
 
@@ -141,7 +140,7 @@ def load_with_inputs(directory: str | Path, *, trust_modules: Sequence[str] = ()
     Raises:
         LoadError: as `load`.
     """
-    directory = Path(directory)
+    directory = path_of(directory)
     record = read_record(directory)
     model = directory / MODEL
     if not model.exists():
@@ -212,25 +211,10 @@ def load_diff(directory: str | Path) -> Diff:
     """
     path = Path(directory) / DIFF
     reports = read_record(Path(directory)).passes
-    found = parse(_GraphFile, read_json(path), path)
-    if len(found.passes) != len(reports):
-        raise LoadError(f"{path} is damaged: it has {len(found.passes)} passes and {RECORD} has {len(reports)}.")
-    passes = (PassDiff(report, one.graph, one.after) for report, one in zip(reports, found.passes, strict=True))
-    return Diff(tuple(passes), found.nodes)
-
-
-@dataclass(frozen=True)
-class _PassGraph:
-    graph: GraphDiff
-    after: tuple[NodeRecord, ...] | None
-
-
-@dataclass(frozen=True)
-class _GraphFile:
-    """The content of `diff.json`: the nodes of the graph, and of each pass what `PassDiff` has."""
-
-    nodes: tuple[NodeRecord, ...]
-    passes: tuple[_PassGraph, ...]
+    found = parse(Diff, read_json(path), path)
+    if tuple(one.report for one in found.passes) != reports:
+        raise LoadError(f"{path} is damaged: its passes are not those of {RECORD}.")
+    return found
 
 
 def _export(graph: TracedGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:

@@ -6,20 +6,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from surgeon.graph.snapshot import NodeRecord, undone
-from surgeon.json_values import NOT_IN_JSON
+from surgeon.json_values import Plain
 from surgeon.passes.report import PassDiff
 from surgeon.text.diff import Detail, diff_text
 
 
 @dataclass(frozen=True, repr=False)
-class Diff:
+class Diff(Plain):
     """What each pass changed between a model and its rewritten graph. `str()` gives it as plain text.
+
+    `to_dict` gives what `diff.json` in a saved surgery holds, and what `surgeon diff --output json` prints.
 
     nodes: of the rewritten graph, in graph order.
     """
 
     passes: tuple[PassDiff, ...]
-    nodes: tuple[NodeRecord, ...] = field(default=(), repr=False, metadata=NOT_IN_JSON)
+    nodes: tuple[NodeRecord, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
         return f"<Diff of {len(self.passes)} passes: {', '.join(pass_.report.name for pass_ in self.passes)}>"

@@ -23,6 +23,7 @@ from torch import nn
 from surgeon.directories import OVERWRITE, restore
 from surgeon.errors import LoadError, SaveError, UsageError, first_line
 from surgeon.grafting.graft import graft as graft_graph
+from surgeon.graph.given import path_of
 from surgeon.graph.traced import TracedGraph
 from surgeon.models.hugging_face import companions, is_pretrained, model_class, quiet_transformers, weight_files
 from surgeon.models.sentence_transformers import copy_sentence_files
@@ -71,7 +72,7 @@ def export(
     """
     from surgeon.pretrained.quantizer import attach, check_described
 
-    directory = Path(directory)
+    directory = path_of(directory)
     restore(directory)
     check_exportable(directory, overwrite=overwrite)
     base = model if model is not None else base_of(record, origin)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from surgeon.display.choose import shows_progress
 from surgeon.errors import UsageError
 from surgeon.exits.halting import find_halts
 from surgeon.exits.site import find_exits
+from surgeon.graph.given import check_model, is_aten_graph
 from surgeon.graph.snapshot import snapshot
 from surgeon.graph.traced import fork
 from surgeon.inputs.skipping import find_skipping
@@ -30,12 +32,15 @@ from surgeon.passes.report import PassDiff
 from surgeon.processes import connect, is_main
 from surgeon.progress import ShowProgress
 from surgeon.surgery.origin import Origin
-from surgeon.surgery.record import InputFile, earlier_passes
+from surgeon.surgery.recipe import InputFile, name_of
+from surgeon.surgery.record import earlier_passes
 from surgeon.surgery.surgery import Surgery
-from surgeon.tracing.trace import adopt, is_aten_graph, trace
+from surgeon.tracing.trace import adopt, trace
 from surgeon.training.distillation import check_teacher, imitates
 from surgeon.training.loop import RunSettings
 from surgeon.training.trackers import check_tracker
+
+Verify = Literal["off", "fast", "full"]
 
 
 class Pipeline:
@@ -45,7 +50,18 @@ class Pipeline:
     """
 
     def __init__(self, passes: Sequence[Pass[Any]]) -> None:
+        """Keep the passes in their order.
+
+        Raises:
+            UsageError: something among them is no pass.
+        """
+        if isinstance(passes, Pass | str) or not isinstance(passes, Iterable):
+            raise UsageError(f"Pipeline takes a list of passes, such as [Moeify(experts=8)], but got {passes!r}.")
         self.passes = list(passes)
+        for one in self.passes:
+            if not isinstance(one, Pass):
+                what = f"{one.__name__}()" if isinstance(one, type) else "a pass, such as surgeon.passes.Moeify()"
+                raise UsageError(f"Pipeline takes passes, but got {one!r}. Write {what}.")
 
     @shows_progress
     def run(
@@ -55,10 +71,10 @@ class Pipeline:
         inputs: Any = None,
         data: Any = None,
         seed: int = 0,
-        verify: Literal["off", "fast", "full"] = "fast",
+        verify: Verify = "fast",
         progress: ShowProgress = None,
         on_pass: Callable[[PassDiff], None] | None = None,
-        workdir: Path | None = None,
+        workdir: str | Path | None = None,
         resume: bool = False,
         dry_run: bool = False,
         origin: Origin | None = None,
@@ -89,14 +105,21 @@ class Pipeline:
                 loses these weights too, so it cannot be used afterwards. Memory then holds the weights once, not twice.
 
         Raises:
-            UsageError: passes in an order that cannot work, a pass that needs data, options that fit no site, a teacher
-                that nothing learns from or whose answers do not match the model's.
+            UsageError: an argument of another kind, passes in an order that cannot work, a pass that needs data,
+                options that fit no site, a teacher that nothing learns from or whose answers do not match the model's.
             LoadError: the model has weights that are not finite.
             TraceError: the model cannot be traced faithfully.
             PassError, VerificationError: a pass failed; the message names it, and no later pass ran.
         """
+        check_model(model)
+        if teacher is not None:
+            check_model(teacher)
+        if verify not in get_args(Verify):
+            raise UsageError(f"verify is {verify!r}, but must be one of {', '.join(get_args(Verify))}.")
+        if not isinstance(seed, int):
+            raise UsageError(f"seed is {seed!r}, but must be a whole number.")
         given = None if data is None else Data.of(data)
-        there = kinds_of(model) if isinstance(model, nn.Module) else set()
+        there = kinds_of(model)
         if report_to is not None:
             check_tracker(report_to)
         self.check(there=there, has_data=given is not None or dry_run)
@@ -131,11 +154,12 @@ class Pipeline:
         original = None if consume else fork(graph).eval()
         for number, pass_ in enumerate(self.passes):
             work = adopt(surgery.graph)
-            place = None if workdir is None else workdir / f"{number:02d}-{pass_.name}"
+            place = None if workdir is None else Path(workdir) / f"{number:02d}-{pass_.name}"
             step = RunSettings(seed, verify, tell, place, resume, dry_run, original, consume, report_to, teacher)
             report = pass_.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
-            surgery.reports.append(report)
+            name = name_of(pass_)
+            surgery.reports.append(report if name == report.name else replace(report, source=name))
             surgery.snapshots.append(snapshot(work))
             if on_pass is not None:
                 on_pass(surgery.diff().passes[-1])

@@ -10,7 +10,7 @@ import json
 import math
 import platform
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,46 +29,16 @@ from surgeon.moe.site import find_moes
 from surgeon.passes.report import PassDiff, PassReport
 from surgeon.sites.ffn import projections
 from surgeon.surgery.origin import Origin
+from surgeon.surgery.recipe import InputFile, Recipe, Step
 from surgeon.surgery.trials import Search
 from surgeon.tracing.trace import TraceInfo
 from surgeon.version import __version__
 
 Kind = TypeVar("Kind")
+Value = TypeVar("Value")
 SCHEMA = 5
 _DEEPEST = 50  # nested values in a file
 RECORD = "surgery.json"
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A model that was read, such as the one that the surgery started from: see `surgeon.surgery.origin.Origin`."""
-
-    path: str | None
-    kind: str
-    sha256: str | None
-
-
-@dataclass(frozen=True)
-class Step:
-    """The name of a pass, and its options that differ from the default."""
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to repeat a surgery.
-
-    data: in words. fingerprint: of the data; None if there was no data. teacher: the other model that passes learned
-    from, if there was one.
-    """
-
-    passes: tuple[Step, ...]
-    seed: int
-    data: str | None = None
-    fingerprint: str | None = None
-    teacher: InputFile | None = None
 
 
 @dataclass(frozen=True)
@@ -188,12 +158,13 @@ def make_record(
         },
         input=InputFile(origin.path, origin.kind, origin.sha256) if first is None else first.input,
         recipe=Recipe(
-            tuple(Step(report.name, dict(report.options)) for report in reports),
+            tuple(Step(report.source or report.name, dict(report.options)) for report in reports),
             seed,
             data,
             # A surgery without data of its own keeps the fingerprint of the surgery it starts from.
             fingerprint or (None if first is None else first.recipe.fingerprint),
             teacher or (None if first is None else first.recipe.teacher),
+            runs=_runs(len(reports), () if first is None else first.recipe.runs),
         ),
         trace=graph.meta["trace"],
         passes=tuple(reports),
@@ -213,6 +184,23 @@ def make_record(
         search=search if search is not None or first is None else first.search,
     )
     return made if first is None else replace(made, quality=_quality(made, first))
+
+
+def repeatable(record: Record) -> Recipe:
+    """Return the recipe of a record, with the model and the knobs that stand elsewhere in it."""
+    tau = record.tau if any(record.tau.values()) else {}
+    return replace(record.recipe, model=record.input, tau=_for_all(tau), rule=_for_all(record.rule))
+
+
+def _for_all(values: dict[str, Value]) -> dict[str, Value]:
+    """One value for all layers, if they have the same."""
+    return {"*": next(iter(values.values()))} if len(set(values.values())) == 1 else dict(values)
+
+
+def _runs(passes: int, earlier: tuple[int, ...]) -> tuple[int, ...]:
+    """How many passes each run had. A run without passes, which only sets knobs, is none."""
+    new = passes - sum(earlier)
+    return (*earlier, new) if new else earlier
 
 
 def _quality(now: Record, first: Record) -> MeasuredQuality | None:

@@ -17,7 +17,8 @@ from surgeon.surgery.artifact import save
 from surgeon.surgery.diff import Diff
 from surgeon.surgery.export import export
 from surgeon.surgery.origin import Origin
-from surgeon.surgery.record import InputFile, MeasuredQuality, Record, make_record
+from surgeon.surgery.recipe import InputFile, Recipe
+from surgeon.surgery.record import MeasuredQuality, Record, make_record, repeatable
 from surgeon.surgery.trials import Search
 
 
@@ -133,6 +134,11 @@ class Surgery:
             origin=self.origin,
             overwrite=overwrite,
         )
+
+    @property
+    def recipe(self) -> Recipe:
+        """How to repeat this surgery. `Recipe.save` writes it to a YAML file."""
+        return repeatable(self._record())
 
     def _record(self) -> Record:
         return make_record(

@@ -204,7 +204,7 @@ class PassConformance:
             for path in site.made:
                 graph.get_submodule(path)
         assert all(rejection.path and rejection.code and rejection.reason for rejection in report.rejected)
-        assert PassReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+        assert PassReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
     def test_without_inputs_it_says_that_nothing_was_verified(self, pass_: Pass[Any], graph: TracedGraph) -> None:
         """Without example inputs the report makes no claim about the output."""
@@ -234,7 +234,7 @@ class PassConformance:
             steps = [moment for moment in moments if moment.total and moment.what not in ("calibration", REWRITING)]
             assert report.fit.steps == len(steps)
             assert all(pass_.name in moment.what for moment in steps)
-        assert PassReport.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False))) == report
+        assert PassReport.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
         dry = pass_.apply(fork(graph), inputs=vectors(), data=data, settings=RunSettings(dry_run=True))
         assert dry.fit is None
         assert dry.matched == report.matched

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from surgeon.display.words import seconds
+from surgeon.errors import UsageError
 from surgeon.graph.snapshot import GraphDiff
 from surgeon.measure.cost import Cost
 from surgeon.passes.catalogue import all_about
@@ -40,7 +41,13 @@ def diff_text(passes: Sequence[PassDiff], detail: Detail = "sites") -> str:
 
 
 def diff_view(passes: Sequence[PassDiff], detail: Detail) -> RenderableType:
-    """Show what each pass changed."""
+    """Show what each pass changed.
+
+    Raises:
+        UsageError: there is no such detail.
+    """
+    if detail not in get_args(Detail):
+        raise UsageError(f"No detail {detail!r}. There are: {', '.join(get_args(Detail))}.")
     if detail == "stat":
         return stat_view([pass_.report for pass_ in passes])
     blocks: list[RenderableType] = []

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from surgeon.display.choose import shows_progress
 from surgeon.errors import TraceError
 from surgeon.graph.calls import as_args_kwargs, check_calls, flat_inputs
+from surgeon.graph.given import is_aten_graph
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.traced import TracedGraph, fork, retie
 from surgeon.models.hugging_face import is_pretrained
@@ -275,22 +276,6 @@ def class_task(model: nn.Module) -> str | None:
     if isinstance(info, TraceInfo):
         return info.task
     return None if isinstance(model, GraphModule) else task_of(model)
-
-
-def is_aten_graph(graph: GraphModule) -> bool:
-    """Whether the graph consists of ATen ops with recorded shapes, as `torch.export` makes them.
-
-    Passes of other libraries add nodes without shapes, as those do that quantise: such a graph is traced like a model.
-    """
-    if isinstance(graph, TracedGraph):  # it may have nothing but experts
-        return True
-    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-    ops = [node for node in calls if isinstance(node.target, torch._ops.OpOverload)]
-    return (
-        bool(ops)
-        and all(node.op != "call_method" for node in graph.graph.nodes)
-        and all("val" in node.meta for node in ops if node.users)
-    )
 
 
 # --- exporting --------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def commands(group: Any, path: str = "") -> Iterator[str]:
 
 
 COMMANDS = tuple(commands(get_command(app)))
-GROUPS = ("bench",)
+GROUPS = ("bench", "recipe")
 GREET = '''
 from surgeon.cli.app import Run, command
 

@@ -135,43 +135,18 @@ def test_wrong_recipes(run: Run) -> None:
     for args, words in (
         (
             ("--recipe", "d2d"),
-            "Recipes: recommended, recommended-whole, relufy, moefication, cmoe, d2dmoe, ",
+            "There is no recipe and no file d2d. Recipes: recommended, recommended-whole, relufy, moefication, ",
         ),
-        (("--recipe", "relufy", "--set", "moeify.experts=4"), "'moeify', which recipe relufy does not run."),
+        (
+            ("--recipe", "relufy", "--set", "moeify.experts=4"),
+            "'moeify', which is not among the passes: swap-activation.",
+        ),
         (("--recipe", "relufy", "--set", "swap-activation.too=relu"), "has no option 'too'. Did you mean 'to'?"),
         (("--recipe", "relufy", "--passes", "lower"), "Give --recipe or --passes, not both."),
     ):
         result = run("-q", "apply", *args, "bert")
         assert (result.code, result.out) == (2, "")
         assert words in result.err
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("{}", "is not a valid recipe: passes: field required."),
-        ("[]", "is not a valid recipe: "),
-        ("passes: lower", "is not a valid recipe: Expecting value: line 1 column 1 (char 0)."),
-        (
-            '{"recipe": {"passes": [{"options": {}}], "seed": 0}}',
-            "is not a valid recipe: passes.0.name: field",
-        ),
-        (
-            '{"passes": [{"name": "lower", "options": 3}], "seed": 0}',
-            "is not a valid recipe: passes.0.options: input",
-        ),
-        (
-            '{"passes": [{"name": "lower"}], "seed": "x"}',
-            "is not a valid recipe: seed: input should be a valid",
-        ),
-        ('{"passes": [{"name": "lowr"}], "seed": 0}', "No pass 'lowr'. Did you mean 'lower'?"),
-    ],
-)
-def test_a_file_that_holds_no_recipe_is_refused(run: Run, tmp_path: Path, content: str, words: str) -> None:
-    (tmp_path / "r.json").write_text(content)
-    result = run("-q", "apply", "--recipe", "r.json", "bert")
-    assert (result.code, result.out) == (2, "")
-    assert words in result.err
 
 
 def test_a_value_for_each_site_is_typed_with_its_pattern(run: Run) -> None:

@@ -30,6 +30,9 @@ LINES: dict[str, tuple[tuple[str, ...], ...]] = {
         (*NET, "--passes", "moeify", "--dry-run"),
     ),
     "diff": (("bert-moe",), ("masked", "bert-moe", "--full")),
+    "recipe init": (("relufy", "-o", "relufy.yaml"), ("--from", "masked", "-o", "again.yaml")),
+    "recipe check": (("mine.yaml",),),
+    "recipe show": (("cmoe",), ("d2dmoe",), ("mine.yaml",), ("masked",)),
     "report": (("masked", "-o", "report.html"),),
     "plot": (("bert-moe", "experts", *REVIEWS, "-o", "p.png"),),
     "sweep": (("bert-moe", *REVIEWS, "--tau", "0.1"), ("masked", *DATA, "--tau", "0.1", "--each-layer")),
@@ -68,6 +71,8 @@ def test_every_command_has_a_schema_and_a_test() -> None:
 def test_every_answer_is_what_its_schema_says(run: Run, tmp_path: Path, command: str, line: tuple[str, ...]) -> None:
     if "mine" in line:
         shutil.copytree((tmp_path / "bert-moe").resolve(), tmp_path / "mine")
+    if "mine.yaml" in line:
+        (tmp_path / "mine.yaml").write_text("passes:\n- moeify:\n    experts: {'*.0.*': 8, '*': 4}\n- lower\n")
     result = run("-q", "--output", "json", *command.split(), *line)
     assert result.code == 0, result.err
     assert json.loads(result.out)["schema"] == schema_name(command)

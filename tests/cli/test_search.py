@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from surgeon.jobs import search
-from surgeon.jobs.recipes import read_recipe
+from surgeon.jobs.recipe import read_recipe
 from surgeon.jobs.search import Searcher, at_share
 from surgeon.jobs.search_settings import AS_GIVEN, stages, with_options
 from surgeon.surgery.pipeline import Pipeline

@@ -101,7 +101,7 @@ def test_converted_layers_count_against_what_they_replaced(factor: float, tmp_pa
         Lower(),
     ]  # fmt: skip
     for one in passes:
-        reports.append(PassReport.from_json(json.loads(json.dumps(one.apply(graph, inputs=X).to_json()))))
+        reports.append(PassReport.from_dict(json.loads(json.dumps(one.apply(graph, inputs=X).to_dict()))))
     set_tau(graph, 0.5)
     cost, layers = measure(graph, (X,), {})
     costs = dense_layers(reports)

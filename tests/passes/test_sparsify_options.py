@@ -160,7 +160,7 @@ def test_sparsity_is_reported_before_and_after_and_comes_back_from_json(traces: 
     assert 0 < before.zero < 1
     assert before.zero <= before.below_1000th <= before.below_100th <= before.below_10th < 1
     assert before != after
-    assert PassReport.from_json(json.loads(json.dumps(surgery.reports[0].to_json()))) == surgery.reports[0]
+    assert PassReport.from_dict(json.loads(json.dumps(surgery.reports[0].to_dict()))) == surgery.reports[0]
     saved = load_diff(surgery.save(tmp_path / "saved"))
     assert saved.passes[0].report.fit == fit
 

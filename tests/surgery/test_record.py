@@ -13,8 +13,8 @@ from surgeon.passes import SwapActivation
 from surgeon.surgery.artifact import load, load_diff, load_with_inputs
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.pipeline import Pipeline
-from surgeon.surgery.recipe import build
-from surgeon.surgery.record import RECORD, SCHEMA, InputFile, read_record
+from surgeon.surgery.recipe import InputFile, build
+from surgeon.surgery.record import RECORD, SCHEMA, read_record
 from surgeon.surgery.surgery import Surgery
 from tests.small_models import labelled_vectors, stack, vectors
 from tests.surgery.forms import FORMS

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.errors import SizeError, TraceError
 from surgeon.graph.agreement import call_reproducibly, relative_error
+from surgeon.graph.given import is_aten_graph
 from surgeon.graph.traced import TracedGraph
 from surgeon.tracing.quiet import quiet
-from surgeon.tracing.trace import TraceInfo, adopt, from_program, is_aten_graph
+from surgeon.tracing.trace import TraceInfo, adopt, from_program
 from tests.small_models import HUGGING_FACE, WIDTH, hugging_face, stack, tokens, vectors
 
 

@@ -18,7 +18,8 @@ from surgeon.errors import UsageError
 from surgeon.graph.traced import fork
 from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SwapActivation
 from surgeon.surgery.pipeline import Pipeline
-from surgeon.surgery.record import InputFile, read_record
+from surgeon.surgery.recipe import InputFile
+from surgeon.surgery.record import read_record
 from surgeon.surgery.surgery import Surgery
 from surgeon.training.distillation import layer_inputs
 from surgeon.training.loop import FitReport

@@ -17,7 +17,8 @@ from surgeon.passes.report import PassDiff, PassReport
 from surgeon.render.report.figures import Figure, figures
 from surgeon.render.report.graph import drawing
 from surgeon.sites.rejection import CODES
-from surgeon.surgery.record import Record, Step
+from surgeon.surgery.recipe import Step
+from surgeon.surgery.record import Record
 from surgeon.text.diff import fitted, output_words, parameter_text
 from surgeon.text.layout import MODEL
 from surgeon.text.quality import change_words, measured_on, with_interval

@@ -1,0 +1,137 @@
+"""Read a recipe from a YAML file, and say for everything that is wrong in it on which line it stands."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
+
+from surgeon.errors import UsageError
+from surgeon.passes.base import Pass
+from surgeon.surgery.recipe import InputFile, Recipe, Step, find_pass, read_option, with_options
+from surgeon.surgery.recipe_yaml import Document, Place, Problem, read_document
+
+
+class _File(BaseModel):
+    """What stands in a recipe file. passes: names, or names with options; their own form is checked afterwards."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    passes: list[Any]
+    seed: StrictInt | None = None
+    data: str | None = None
+    fingerprint: str | None = None
+    teacher: InputFile | None = None
+    model: InputFile | None = None
+    tau: dict[str, float] | float | None = None
+    rule: dict[str, str] | str | None = None
+
+
+def read_recipe_file(path: Path) -> Recipe:
+    """Read a recipe file. Passes that are named as `module:Class` are imported.
+
+    Raises:
+        UsageError: the file cannot be read, or something is wrong in it; the message has a line for each thing that is.
+    """
+    recipe, problems = check_recipe_file(path)
+    if recipe is None:
+        raise UsageError("\n".join(f"{path}:{problem.line}: {problem.message}" for problem in problems))
+    return recipe
+
+
+def check_recipe_file(path: Path) -> tuple[Recipe | None, list[Problem]]:
+    """Return the recipe in a file, None if something is wrong in it, and all that is wrong, in the order of its lines.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    try:
+        document = read_document(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is no text in UTF-8, so it is no recipe.") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
+    problems = document.problems
+    if document.value is None and not problems:
+        problems.append(Problem(1, "the file is empty. It needs at least passes:, a list of passes."))
+    steps: list[Step] = []
+    if not problems:
+        problems += _wrong_keys(document)
+        steps = _steps(document)
+    if problems:
+        return None, sorted(problems, key=lambda problem: problem.line)
+    file = _File.model_validate(document.value)
+    tau = {"*": file.tau} if isinstance(file.tau, float) else file.tau
+    rule = {"*": file.rule} if isinstance(file.rule, str) else file.rule
+    return Recipe(
+        tuple(steps), file.seed, file.data, file.fingerprint, file.teacher, file.model, tau or {}, rule or {}
+    ), []
+
+
+def _wrong_keys(document: Document) -> Iterator[Problem]:
+    """What does not have the form of a recipe, but for the passes themselves."""
+    try:
+        _File.model_validate(document.value)
+    except ValidationError as error:
+        for wrong in error.errors():
+            place = wrong["loc"]
+            line, name = document.line(place), ".".join(map(str, place))
+            if wrong["type"] == "extra_forbidden":
+                yield Problem(line, f"there is no key '{name}'.{_near(name, _File.model_fields)}")
+            elif wrong["type"] == "missing":
+                yield Problem(line, f"the key '{name}' is missing.")
+            elif not place:
+                yield Problem(line, "a recipe is a mapping with the key passes, such as 'passes: [moeify, lower]'.")
+            else:
+                reason = wrong["msg"]
+                yield Problem(line, f"{name}: {reason[0].lower()}{reason[1:]}.")
+
+
+def _steps(document: Document) -> list[Step]:
+    """The passes of a document. What is wrong with them is added to its problems."""
+    given = document.value.get("passes") if isinstance(document.value, dict) else None
+    found = []
+    for index, item in enumerate(given if isinstance(given, list) else ()):
+        place: Place = ("passes", index)
+        if isinstance(item, dict) and len(item) == 1 and isinstance(options := next(iter(item.values())), dict | None):
+            name = next(iter(item))
+            found.append(_step(document, (*place, name), name, options or {}))
+        elif isinstance(item, str):
+            found.append(_step(document, place, item, {}))
+        else:
+            what = "a pass is a name, such as '- lower', or a name with options, such as '- moeify: {experts: 8}'."
+            document.problems.append(Problem(document.line(place), what))
+    return found
+
+
+def _step(document: Document, place: Place, name: str, options: Mapping[str, Any]) -> Step:
+    """One pass with its options as they are in the file."""
+    try:
+        kind = find_pass(name)
+    except UsageError as error:
+        document.problems.append(Problem(document.line(place), str(error)))
+        return Step(name)
+    values, before = {}, len(document.problems)
+    for key, value in options.items():
+        try:
+            values[key] = read_option(kind, key, value)
+        except UsageError as error:
+            document.problems.append(Problem(document.line((*place, key)), str(error)))
+    if len(document.problems) == before:
+        try:
+            return Step(name, _own(with_options(kind, values)))
+        except UsageError as error:  # options that do not go together
+            document.problems.append(Problem(document.line(place), str(error)))
+    return Step(name)
+
+
+def _own(pass_: Pass[Any]) -> dict[str, Any]:
+    return pass_.options()
+
+
+def _near(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(known)}."
