@@ -13,6 +13,7 @@ from rich.text import Text
 
 _MANY = 10_000
 _GAP = 2
+_HANGING = 4
 MODEL = "(the model itself)"
 
 
@@ -53,18 +54,22 @@ class Grid(Table):
                 for number, (name, cell) in enumerate(zip(names, cells, strict=True))
                 if cell
             ]
-            for number, line in enumerate(_lines(parts, console, max(1, width - 2 * _GAP))):
-                yield Padding(line, (0, 0, 0, 0 if number == 0 else 2 * _GAP))
+            for number, line in enumerate(_lines(parts, console, width)):
+                yield Padding(line, (0, 0, 0, 0 if number == 0 else _HANGING))
 
 
 def _lines(parts: Sequence[Text], console: Console, width: int) -> list[Text]:
-    """Put parts beside one another where there is room. A part is broken only if it is longer than a line."""
+    """Put parts beside one another where there is room. A part is broken only if it is longer than a line.
+
+    All lines but the first will be indented.
+    """
     lines: list[Text] = []
     for part in parts:
-        if lines and lines[-1].cell_len + _GAP + part.cell_len <= width:
+        if lines and lines[-1].cell_len + _GAP + part.cell_len <= width - (_HANGING if lines[1:] else 0):
             lines[-1] = Text.assemble(lines[-1], " " * _GAP, part)
         else:
-            lines.extend(part.wrap(console, width))
+            fits = not lines and part.cell_len <= width
+            lines.extend(part.wrap(console, width if fits else max(1, width - _HANGING)))
     return lines
 
 
