@@ -104,6 +104,9 @@ class _Group(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+_REPORT = "To report it, add what surgeon doctor says."
+
+
 def _report(error: Exception, run: Run) -> int:
     """Say what went wrong; returns the exit code."""
     if hasattr(error, "format_message"):  # raised by the option parser, for which typer has no public class
@@ -123,7 +126,7 @@ def _report(error: Exception, run: Run) -> int:
     text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
     if not processes.is_main():  # expected errors are those of the main process too
         sys.stderr.write(f"process {processes.rank()}: error: {text}\n")
-    hint = "" if run.debug else "\nThis error was not expected. Run again with --debug to see the traceback."
+    hint = "" if run.debug else "\nThis error was not expected. Run again with --debug to see the traceback. " + _REPORT
     run.screen.error(text + hint, kind=type(error).__name__, exit_code=4)
     return 4
 

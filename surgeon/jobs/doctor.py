@@ -22,6 +22,7 @@ from surgeon.kernels import cpu
 from surgeon.passes import Lower, Moeify, Pass, SparsifyInputs
 from surgeon.surgery.artifact import load
 from surgeon.surgery.pipeline import Pipeline
+from surgeon.version import __version__
 
 _PACKAGES = ("transformers", "accelerate", "datasets", "safetensors", "scikit-learn", "networkx")
 _LITTLE_SPACE = 1 << 30
@@ -40,10 +41,14 @@ class Check:
 def examine(*, build: bool = False) -> list[Check]:
     """Run every check, the most basic first. build: build the native kernels if they are not built yet."""
     checks: tuple[Callable[[], Check], ...] = (
-        _python, _torch, _gpu, _packages, _triton, lambda: _kernels(build), _space, _temporary, _surgery,
+        _surgeon, _python, _torch, _gpu, _packages, _triton, lambda: _kernels(build), _space, _temporary, _surgery,
     )  # fmt: skip
     with cpu.without_building():
         return [check() for check in checks]
+
+
+def _surgeon() -> Check:
+    return Check("surgeon", "ok", __version__)
 
 
 def _python() -> Check:

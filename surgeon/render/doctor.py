@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from surgeon.jobs.doctor import Check
-from surgeon.text.layout import grid
+from surgeon.text.layout import dim, grid
 
 
 def doctor_view(checks: Sequence[Check]) -> RenderableType:
@@ -22,4 +22,4 @@ def doctor_view(checks: Sequence[Check]) -> RenderableType:
             table.add_row("", "", Text(check.advice, style="yellow" if check.state == "failed" else "dim"))
     failed = Counter(check.state for check in checks)["failed"]
     end = Text("Everything works.", style="green") if not failed else Text(f"{failed} problem(s) found.", style="red")
-    return Group(table, end)
+    return Group(table, end, dim("To report a problem, paste this."))

@@ -2,22 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 _MANY = 10_000
+_GAP = 2
+_HANGING = 4
 MODEL = "(the model itself)"
+
+
+class Grid(Table):
+    """An aligned table without lines that breaks no words.
+
+    Where it is too wide, cells are wrapped between words. Where their longest words do not fit beside one another
+    either, each row becomes a paragraph.
+    """
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = options.max_width - _GAP * (len(self.columns) - 1)
+        least, most = zip(*(self._measured(column, console, options) for column in self.columns), strict=True)
+        if sum(least) > room:
+            yield from self._paragraphs(console, options.max_width)
+            return
+        for column, width in zip(self.columns, _shared_out(least, most, room), strict=True):
+            column.width = width
+        try:
+            yield from list(super().__rich_console__(console, options))
+        finally:
+            for column in self.columns:
+                column.width = None
+
+    def _measured(self, column: Column, console: Console, options: ConsoleOptions) -> tuple[int, int]:
+        """The widths of the longest word and of the longest cell."""
+        cells = [*column.cells, *([column.header] if self.show_header else [])]
+        found = [Measurement.get(console, options.update(width=_MANY), cell) for cell in cells]
+        return max((one.minimum for one in found), default=0), max((one.maximum for one in found), default=0)
+
+    def _paragraphs(self, console: Console, width: int) -> Iterator[RenderableType]:
+        """Every row as a paragraph, with the names of columns before their values."""
+        names = [_as_text(column.header, console) if self.show_header else Text() for column in self.columns]
+        for row in zip(*(column.cells for column in self.columns), strict=True):
+            cells = [_as_text(cell, console) for cell in row]
+            parts = [
+                Text.assemble((f"{name} ", "dim"), cell) if name and number else cell
+                for number, (name, cell) in enumerate(zip(names, cells, strict=True))
+                if cell
+            ]
+            for number, line in enumerate(_lines(parts, console, width)):
+                yield Padding(line, (0, 0, 0, 0 if number == 0 else _HANGING))
+
+
+def _lines(parts: Sequence[Text], console: Console, width: int) -> list[Text]:
+    """Put parts beside one another where there is room. A part is broken only if it is longer than a line.
+
+    All lines but the first will be indented.
+    """
+    lines: list[Text] = []
+    for part in parts:
+        if lines and lines[-1].cell_len + _GAP + part.cell_len <= width - (_HANGING if lines[1:] else 0):
+            lines[-1] = Text.assemble(lines[-1], " " * _GAP, part)
+        else:
+            fits = not lines and part.cell_len <= width
+            lines.extend(part.wrap(console, width if fits else max(1, width - _HANGING)))
+    return lines
+
+
+def _as_text(cell: RenderableType, console: Console) -> Text:
+    """A cell of a table as one line."""
+    return cell.copy() if isinstance(cell, Text) else console.render_str(str(cell))
+
+
+def _shared_out(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
+    """Widths between the least and the most of each column that use the room as evenly as they can."""
+    widths = list(least)
+    while sum(widths) < room and (short := [index for index, width in enumerate(widths) if width < most[index]]):
+        widths[min(short, key=lambda index: widths[index])] += 1
+    return widths
 
 
 def grid(*columns: Literal["left", "right"], header: Sequence[str] = ()) -> Table:
     """An aligned table without lines."""
-    table = Table(box=None, show_header=bool(header), header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
+    table = Grid(box=None, show_header=bool(header), header_style="dim", padding=(0, _GAP, 0, 0), pad_edge=False)
     for index, justify in enumerate(columns):
         table.add_column(header[index] if header else "", justify=justify, overflow="fold")
     return table

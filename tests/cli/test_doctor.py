@@ -15,9 +15,20 @@ from .harness import run_surgeon
 def test_doctor_checks_from_python_to_a_surgery() -> None:
     result = run_surgeon("-q", "doctor")
     assert result.code == 0, result.out
-    names = ["python", "torch", "gpu", "packages", "triton", "cpu kernels", "disk", "temporary files", "a tiny surgery"]
+    names = [
+        "surgeon",
+        "python",
+        "torch",
+        "gpu",
+        "packages",
+        "triton",
+        "cpu kernels",
+        "disk",
+        "temporary files",
+        "a tiny surgery",
+    ]
     assert all(re.search(rf"^[✓·]  {name} ", result.out, re.MULTILINE) for name in names)
-    assert result.out.rstrip().endswith("Everything works.")
+    assert result.out.splitlines()[-2:] == ["Everything works.", "To report a problem, paste this."]
 
 
 def test_doctor_says_what_to_do_about_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,8 @@ def test_unexpected_errors_are_one_line_and_a_hint(run: Run, monkeypatch: pytest
     result = run("-q", "inspect", *NET)
     assert result.code == 4
     assert result.err.splitlines() == [
-        "error: RuntimeError: boom", "This error was not expected. Run again with --debug to see the traceback."
+        "error: RuntimeError: boom", "This error was not expected. Run again with --debug to see the traceback. "
+        "To report it, add what surgeon doctor says.",
     ]  # fmt: skip
     result = run("-q", "inspect", *NET, "--debug")
     assert result.code == 4
