@@ -91,7 +91,8 @@ class Recipe(Plain):
         for name, knobs in (("tau", self.tau), ("rule", self.rule)):
             keys[name] = knobs.get("*") if set(knobs) <= {"*"} else knobs
         keys |= {name: file and asdict(file) for name, file in (("model", self.model), ("teacher", self.teacher))}
-        passes = [(step.name, step.options, _kind(step.name)) for step in self.passes]
+        # Classes of one's own are not imported to be written.
+        passes = [(step.name, step.options, all_passes().get(step.name)) for step in self.passes]
         return recipe_text(passes, keys, about=self._about(), complete=complete)
 
     def _about(self) -> list[str]:
@@ -224,11 +225,3 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else f" There are: {', '.join(known)}."
-
-
-def _kind(name: str) -> type[Pass[Any]] | None:
-    """The class of a pass, None if it cannot be found here."""
-    try:
-        return find_pass(name)
-    except UsageError:
-        return None

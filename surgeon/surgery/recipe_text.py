@@ -24,8 +24,8 @@ def recipe_text(
     """Return the text of a recipe file.
 
     Args:
-        passes: name, options and class of each. Without a class, as for a pass that is not installed here, its options
-            have no comments.
+        passes: name, options and class of each. Without a class, as for a pass of one's own, its options have no
+            comments, and those that have their default are left out.
         keys: what else stands in the file, such as the seed.
         about: sentences for people, which stand at the top.
         complete: write all options, also those that have their default.

@@ -173,6 +173,14 @@ def test_a_pass_of_ones_own_is_named_by_its_class(write: Any, spec: str, monkeyp
             surgeon.load_recipe(write(f"passes:\n  - moeify\n  - {wrong}\n"))
 
 
+def test_to_be_written_a_pass_is_not_imported(tmp_path: Path) -> None:
+    recipe = Recipe((Step("nowhere_to_find:Mine", {"limit": 2}), Step("lower")))
+    text = recipe.text(complete=True)
+    assert "  - nowhere_to_find:Mine:\n      limit: 2\n" in text
+    with pytest.raises(UsageError, match="cannot be imported"):
+        surgeon.load_recipe(recipe.save(tmp_path / "r.yaml"))
+
+
 def test_the_recipe_of_a_surgery_repeats_it(tmp_path: Path) -> None:
     surgery = surgeon.Pipeline([Moeify(experts=4), Lower()]).run(stack("gelu"), inputs=vectors(), seed=3)
     surgery.set_tau({"*.0.*": 0.05, "*": 0.1})
