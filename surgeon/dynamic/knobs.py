@@ -62,11 +62,7 @@ def set_tau(model: nn.Module, tau: float | Mapping[str, float], path: str | None
 
 
 def get_tau(model: nn.Module) -> dict[str, float]:
-    """Return the tau of every layer, by the path of its experts or of what selects inputs.
-
-    Args:
-        model: a graph, or a model with converted layers. Without layers that skip, the result is empty.
-    """
+    """Return the tau of every layer, by the path of its experts or of what selects inputs."""
     return {site.path: float(site.tau) for site in find_dynamic(model)}
 
 
@@ -110,7 +106,7 @@ def get_rule(model: nn.Module) -> dict[str, str]:
     """Return the selection rule of every layer, by the path of its experts.
 
     Args:
-        model: as in `get_tau`. Layers that skip inputs or neurons have no rule.
+        model: a graph, or a model with converted layers. Layers that skip inputs or neurons have no rule.
     """
     return {site.path: site.rule for site in find_moes(model)}
 

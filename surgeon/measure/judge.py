@@ -95,14 +95,12 @@ def judge(
     dense: nn.Module | None = None,
     scores: Scores | None = None,
 ) -> Verdict:
-    """Judge a model in evaluation mode and without gradients. The modes of all modules are restored.
+    """Judge a model on held-out batches, in evaluation mode and without gradients. All modes are restored.
+
+    The criteria say which task's quality counts, and what the outputs are. Batches are moved to the model's device.
 
     Args:
-        model: a model or a graph.
-        batches: held-out data. It is moved to the model's device.
-        criteria: the task whose quality counts, and what the outputs are.
-        dense: the model to measure agreement with, for the first task without labels and beside the others.
-        scores: those of the dense model on the same batches, to compare with.
+        dense: to measure agreement with. scores: the dense model's, to compare with.
 
     Raises:
         DataError: labels are missing or do not match the model's logits, or there are no batches.
