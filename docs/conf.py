@@ -59,6 +59,8 @@ LOG = logging.getLogger(__name__)
 # Markdown as a forge reads it.
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
+highlight_language = "text"
+smartquotes = False  # it would make one dash of the two of an option
 
 # Docstrings name code in single backticks. Names of the package have to be on one of the pages.
 default_role = "py:obj"

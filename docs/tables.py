@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands() -> str:
-    """Every command with its options, as `--help` has them."""
-    return "\n".join(line for name, command in _walk(typer.main.get_command(app)) for line in _command(name, command))
+    """Every command with its options, as `--help` has them. Those that all commands have come once, at the top."""
+    found = list(_walk(typer.main.get_command(app)))
+    shared = set.intersection(*({one.name for one in command.params} for _, command in found))
+    lines = ["Every command has these options:\n"]
+    lines += _table(one for one in found[0][1].params if one.name in shared)
+    for name, command in found:
+        lines += [f"## {name}\n", *_help(command.help)]
+        lines += _table(one for one in command.params if one.name not in shared and not one.hidden)
+    return "\n".join(lines)
 
 
 def _walk(command: Any, name: str = "surgeon") -> Iterator[tuple[str, Any]]:
@@ -28,26 +35,30 @@ def _walk(command: Any, name: str = "surgeon") -> Iterator[tuple[str, Any]]:
         yield from _walk(command.commands[one], f"{name} {one}")
 
 
-def _command(name: str, command: Any) -> Iterator[str]:
-    yield f"## {name}\n"
-    for paragraph in command.help.split("\n\n"):
-        head, _, rest = " ".join(paragraph.split()).partition(": ")
+def _help(text: str) -> Iterator[str]:
+    for paragraph in text.split("\n\n"):
+        line = " ".join(paragraph.split())
+        head, _, rest = line.partition(": ")
         if head == "Example":
             yield f"```\n{rest}\n```\n"
         elif head == "JSON":
             yield f"With `--output json`: `{rest}`\n"
         else:
-            yield f"{_text(' '.join(paragraph.split()))}\n"
-    yield "| | default | |\n| --- | --- | --- |"
-    for one in command.params:
-        if not one.hidden:
-            names = ", ".join(f"`{name}`" for name in (*one.opts, *one.secondary_opts))
-            argument = type(one).__name__ == "TyperArgument"
-            shown = f"`{one.metavar or one.name.upper()}`" if argument else names
-            value = f" `{one.metavar}`" if one.metavar and not argument else ""
-            default = "required" if one.required else _default(one.default)
-            yield f"| {shown}{value} | {default} | {_text(one.help)} |"
-    yield ""
+            yield f"{_text(line)}\n"
+
+
+def _table(params: Iterable[Any]) -> list[str]:
+    rows = [_row(one) for one in params]
+    return ["| | default | |", "| --- | --- | --- |", *rows, ""] if rows else []
+
+
+def _row(one: Any) -> str:
+    if type(one).__name__ == "TyperArgument":
+        shown = f"`{one.metavar or one.name.upper()}`"
+    else:
+        value = f" {one.metavar}" if one.metavar else ""
+        shown = ", ".join(f"`{name}{value}`" for name in (*one.opts, *one.secondary_opts))
+    return f"| {shown} | {'required' if one.required else _default(one.default)} | {_text(one.help)} |"
 
 
 def options() -> str:

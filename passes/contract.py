@@ -102,7 +102,11 @@ class Contract(ABC, Generic[Site, Seen]):
         check_values(self)
 
     def find(self, graph: GraphModule) -> tuple[Sequence[Site], list[Rejection]]:
-        """Find all candidates of the kind that the pass works on, and what the search itself rejected."""
+        """Find all candidates of the kind that the pass works on, and what the search itself rejected.
+
+        Returns:
+            The candidates in topological order, and the rejections, with paths.
+        """
         if self.works_on == "ffn":
             sites, rejected = find_ffns(graph)
             return cast("list[Site]", sites), [*self._split_already(graph), *rejected]
@@ -127,13 +131,21 @@ class Contract(ABC, Generic[Site, Seen]):
         ]
 
     def match(self, graph: GraphModule, site: Site) -> Rejection | None:
-        """Say why this site cannot be changed, or return None if it can."""
+        """Say why this site cannot be changed, or return None if it can.
+
+        Args:
+            graph: the graph as it is, not to be changed. site: one that `find` returned.
+        """
         return None
 
     def observe(
         self, graph: TracedGraph, sites: Sequence[Site], data: Data | None, settings: RunSettings
     ) -> Mapping[str, Seen]:
         """Collect, by path, what rewriting a site needs to know about the other sites or about the data.
+
+        Args:
+            graph: the graph as it is, not to be changed. sites: those that match.
+            data: None if there is none. settings: seed, progress and the like.
 
         Raises:
             UsageError: the options need data, but there is none.
@@ -142,14 +154,25 @@ class Contract(ABC, Generic[Site, Seen]):
 
     @abstractmethod
     def rewrite(self, graph: TracedGraph, site: Site, seen: Seen) -> SiteChange:
-        """Rewrite one site in place. `seen` is what `observe` returned for it, None if nothing.
+        """Rewrite one site in place.
+
+        Args:
+            graph: a copy that the pass may change. Sites are rewritten one after the other.
+            seen: what `observe` returned for the site, None if nothing.
+
+        Returns:
+            What the site was and is, in words and numbers.
 
         Raises:
             SiteRefused: only the data or the weights show that the site cannot be rewritten. Nothing was changed.
         """
 
     def fit(self, context: FitContext[Site]) -> FitReport | None:
-        """Train the rewritten graph in place. Return None if there is nothing to train."""
+        """Train the rewritten graph in place. Return None if there is nothing to train.
+
+        Raises:
+            PassError: the training failed, for example since the loss is not finite.
+        """
         return None
 
     def finish(

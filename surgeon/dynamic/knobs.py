@@ -103,7 +103,11 @@ def set_rule(model: nn.Module, rule: str | Mapping[str, str], path: str | None =
 
 
 def get_rule(model: nn.Module) -> dict[str, str]:
-    """Return the selection rule of every layer, by the path of its experts."""
+    """Return the selection rule of every layer, by the path of its experts.
+
+    Args:
+        model: a graph, or a model with converted layers. Layers that skip inputs or neurons have no rule.
+    """
     return {site.path: site.rule for site in find_moes(model)}
 
 

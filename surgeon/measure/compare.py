@@ -91,8 +91,8 @@ def compare(
         timed: also time calls; all settings of all surgeries, and the dense model, take turns.
         stored: surgeries whose stored setting is measured too.
         inputs: example inputs on which multiply-adds are counted, by default the first batch.
-        dense: the model before the surgeries. Without it give its scores (`surgeon.measure.judge.judge`) on the same
-            batches, and what is known of its multiply-adds.
+        dense: the model before the surgeries. Without it give `dense_scores` (of `surgeon.measure.judge.judge`) on the
+            same batches, and `dense_multiply_adds` of a call on the inputs as far as they are known.
         dense_layers, blank: as in `sweep`; dense_layers by the name of the surgery.
 
     Returns:

@@ -99,7 +99,9 @@ def judge(
     scores: Scores | None = None,
     progress: ShowProgress = None,
 ) -> Verdict:
-    """Judge a model in evaluation mode and without gradients. The modes of all modules are restored.
+    """Judge a model on held-out batches, in evaluation mode and without gradients. All modes are restored.
+
+    The criteria say which task's quality counts, and what the outputs are. Batches are moved to the model's device.
 
     Args:
         dense: to measure agreement with. scores: the dense model's, to compare with.

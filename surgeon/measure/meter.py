@@ -60,6 +60,13 @@ def measure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     """Measure the cost of one call, and what each expert layer ran in it, by path.
 
     The model is run once, in its present mode.
+
+    Args:
+        model: a graph, a model with converted layers, or any other module.
+        args, kwargs: the inputs of the call, on the model's device.
+
+    Returns:
+        The cost of the call, and for every layer that skips what it ran.
     """
     meter = ExpertMeter(model)
     with torch.no_grad(), _countable(model), Counter() as counter:

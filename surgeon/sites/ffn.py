@@ -159,7 +159,10 @@ class FFN(Described):
         return sum(tensor.numel() for tensor in tensors.values() if tensor is not None)
 
     def activations(self, graph: GraphModule, z: Tensor) -> Tensor:
-        """Apply the activation to the output of the first linear, or of the gate in a gated layer; returns [..., h]."""
+        """Apply the activation to z [..., h], the output of the first linear or of the gate: [..., h], in z's dtype.
+
+        z has 2 h columns where gate and up are one linear.
+        """
         found = self.nonlinearity
         z = self._scaled(graph, "first", z)
         if found.fused is not None:
