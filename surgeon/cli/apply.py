@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from surgeon import processes
+from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.cli.options import (
     Arch,
@@ -23,7 +24,6 @@ from surgeon.cli.options import (
 from surgeon.cli.reading import build, parse_settings
 from surgeon.errors import UsageError
 from surgeon.jobs.options import DataOptions
-from surgeon.surgery.recipes import complete_recipe
 
 
 class Verify(StrEnum):
@@ -46,7 +46,7 @@ def apply(
             "--recipe",
             metavar="R",
             help="A recipe: a name (listed by surgeon passes), a YAML file, or a saved surgery, to run it again.",
-            autocompletion=complete_recipe,
+            autocompletion=completion.recipes,
         ),
     ] = None,
     data: DataOptions | None = None,

@@ -60,6 +60,13 @@ def one_pass(incomplete: str) -> Values:
     yield from _last("", incomplete, _passes())
 
 
+def recipes(incomplete: str) -> Values:
+    """Complete the name of a recipe. The shell completes files where no name begins so."""
+    from surgeon.surgery.recipes import all_recipes
+
+    yield from _last("", incomplete, all_recipes())
+
+
 def schemas(context: typer.Context, incomplete: str) -> Values:
     """Complete the next word of the command whose schema is asked for."""
     from surgeon.cli.schema import schemas as files

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from surgeon.cli import completion
 from surgeon.cli.app import Run, command, group
-from surgeon.surgery.recipes import complete_recipe
 
 recipe = group("recipe", order=35, help="Write, check or show a recipe: passes with their options in a YAML file.")
 
@@ -18,7 +18,7 @@ def init(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[NAME]", help="A recipe by name (listed by surgeon passes).", autocompletion=complete_recipe
+            metavar="[NAME]", help="A recipe by name (listed by surgeon passes).", autocompletion=completion.recipes
         ),
     ] = None,
     surgery: Annotated[
@@ -70,7 +70,7 @@ def show(
         typer.Argument(
             metavar="NAME|FILE|DIR",
             help="A recipe by name, in a YAML file, or of a saved surgery.",
-            autocompletion=complete_recipe,
+            autocompletion=completion.recipes,
         ),
     ],
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 Steps = list[tuple[str, dict[str, Any]]]
@@ -164,12 +163,3 @@ def all_recipes() -> dict[str, str]:
                 shown[stands_for] = about
         shown[name] = what
     return shown
-
-
-def complete_recipe(typed: str) -> list[tuple[str, str]]:
-    """Return the names of recipes that begin so, and the YAML files, each with what it is, for a shell to complete."""
-    names = [(name, what) for name, what in all_recipes().items() if name.startswith(typed)]
-    folder = typed[: typed.rfind("/") + 1]
-    there = sorted(Path(folder or ".").iterdir()) if Path(folder or ".").is_dir() else []
-    files = [f"{folder}{path.name}" for path in there if path.suffix in (".yaml", ".yml")]
-    return [*names, *((file, "a recipe file") for file in files if file.startswith(typed))]

@@ -13,7 +13,7 @@ from surgeon.errors import SaveError, UsageError
 from surgeon.passes import Lower, Moeify, Sparsify, SwapActivation
 from surgeon.passes.registry import all_passes
 from surgeon.surgery.recipe import InputFile, Recipe, Step
-from surgeon.surgery.recipes import BY_FAMILY, RECIPES, complete_recipe
+from surgeon.surgery.recipes import RECIPES
 from tests.small_models import stack, vectors
 
 TEXT = """\
@@ -202,13 +202,3 @@ def test_runs_of_a_surgery_that_was_gone_on_from_are_told(tmp_path: Path) -> Non
     second = surgeon.Pipeline([Lower()]).run(surgeon.load(tmp_path / "first"), inputs=vectors())
     assert second.recipe.runs == (1, 1)
     assert "# These passes had 2 runs." in second.recipe.text()
-
-
-def test_names_and_files_are_completed(write: Any) -> None:
-    Path("sub").mkdir()
-    Path("sub/s.yml").write_text("", encoding="utf-8")
-    write(TEXT)
-    assert [name for name, _ in complete_recipe("")] == [*[name for name, _ in complete_recipe("")][:-1], "r.yaml"]
-    assert {*RECIPES, *BY_FAMILY, "r.yaml"} == {name for name, _ in complete_recipe("")}
-    assert [name for name, _ in complete_recipe("re")] == ["recommended", "recommended-whole", "relufy"]
-    assert [name for name, _ in complete_recipe("sub/")] == ["sub/s.yml"]
