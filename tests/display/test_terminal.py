@@ -122,7 +122,7 @@ def test_where_nothing_may_move_there_are_lines(
     assert type(shown) is Lines
     with shown.stage("loading bert"):
         shown.progress(Progress("fit", 10, 10, {"loss": 0.5}))
-    assert terminal.getvalue() == "loading bert ...\nfit  10/10  loss 0.5\n"
+    assert terminal.frames == ["loading bert ...\nfit  10/10  loss 0.5\n"]
 
 
 def test_times_are_kept_if_they_are_long_and_replaced_if_they_change(terminal: Terminal) -> None:
