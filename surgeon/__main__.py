@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ def _begun(words: list[str]) -> Screen | None:
         return None
     from surgeon.render.screen import Screen
 
-    screen = Screen()
+    screen = Screen(command=shlex.join(words))
     screen.waiting("loading PyTorch")
     return screen
 
