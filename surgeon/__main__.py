@@ -1,12 +1,13 @@
 """The command line: `surgeon`, `python -m surgeon`.
 
-A command that needs torch shows so at once. Only then is all imported that reads options, which takes longer.
+A command shows at once that it works. Only then is all imported that reads options, which takes longer.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,14 +40,14 @@ def _begun(words: list[str]) -> Screen | None:
     `surgeon.cli` says the same for all commands, later.
     """
     moves = sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("WORLD_SIZE", "1") == "1"
-    if not moves or not words or words[0] == "passes" or any(map(_OTHER_SCREEN.fullmatch, words)):
+    if not moves or not words or any(map(_OTHER_SCREEN.fullmatch, words)):
         return None
     if not (Path(__file__).with_name("cli") / f"{words[0]}.py").is_file():
         return None
     from surgeon.render.screen import Screen
 
-    screen = Screen()
-    screen.waiting("loading PyTorch")
+    screen = Screen(command=shlex.join(words))
+    screen.waiting("reading the passes" if words[0] == "passes" else "loading PyTorch")
     return screen
 
 

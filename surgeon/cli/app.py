@@ -79,7 +79,13 @@ class Run:
         from surgeon.render.screen import Screen
 
         silent = not processes.is_main()
-        return Screen(self.output.value if self.output else None, verbose=self.verbose, quiet=self.quiet, silent=silent)
+        return Screen(
+            self.output.value if self.output else None,
+            verbose=self.verbose,
+            quiet=self.quiet,
+            silent=silent,
+            command=shlex.join(self.args),
+        )
 
 
 # The position of a command in the list of its group, by the names of group and command.

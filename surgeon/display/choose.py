@@ -20,10 +20,10 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-def display_on(console: Console, *, moving: bool) -> Display:
-    """Return a display on stderr. moving: bars if the terminal can show them, else lines."""
+def display_on(console: Console, *, moving: bool, command: str = "") -> Display:
+    """Return a display on stderr. moving: bars if the terminal can show them, else lines. command: see `Bars`."""
     dumb = os.environ.get("TERM") in ("dumb", "unknown") or bool(os.environ.get("NO_COLOR"))
-    return Bars(console) if moving and not dumb and console.file.isatty() else Lines(console)
+    return Bars(console, command) if moving and not dumb and console.file.isatty() else Lines(console)
 
 
 def console_on_stderr(*, colours: bool = True, quiet: bool = False) -> Console:

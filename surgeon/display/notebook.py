@@ -5,14 +5,12 @@ from __future__ import annotations
 import html
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from surgeon.display.base import Display
 from surgeon.display.words import seconds, values_text
-from surgeon.progress import Progress, Tell
+from surgeon.progress import Progress
 
 _SECONDS = 0.2  # between changes
 _SHORT, _SHORT_OPEN = 0.5, 2.0  # seconds; what took less is not worth a line, the second if it was not counted
@@ -34,14 +32,6 @@ class Cells(Display):
         self._rows: list[_Row] = []
         self._handle: Any = None
         self._drawn = -math.inf
-
-    @contextmanager
-    def stage(self, what: str) -> Iterator[Tell | None]:
-        """Show what is being done while it runs."""
-        self.progress(Progress(what, 0, 0))
-        yield self.progress
-        self._end_running()
-        self._draw()
 
     def progress(self, moment: Progress) -> None:
         """Show a line. The time left is that of the steps so far."""
@@ -74,7 +64,6 @@ class Cells(Display):
         from IPython import display
 
         show: Any = display.display  # not annotated
-
         shown = {
             "text/plain": "\n".join(f"{row.moment.what}: {_words(row)}" for row in self._rows),
             "text/html": "".join(_html(row) for row in self._rows),

@@ -25,17 +25,20 @@ class Bars(Lines):
     """Bars and spinners. A thread of their own moves them, also while the main one imports or traces.
 
     console: must hold its file itself. What work writes to stderr is silenced at times, and bars are not.
+    command: the words of the command. Its steps are expected to take as long as the last time. Without one, only
+        `waiting` is.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, command: str = "") -> None:
         super().__init__(console)
+        self._command = command
         self._rows: Rows | None = None
         self._told: tuple[str, TaskID] | None = None
 
     def waiting(self, what: str) -> None:
         """Show what is being done, and how long it takes, until anything else is shown."""
         self._end_told()
-        self._told = what, self._add(what)
+        self._told = what, self._add(what, same_for_all=True)
 
     @contextmanager
     def stage(self, what: str) -> Iterator[Tell | None]:
@@ -97,10 +100,14 @@ class Bars(Lines):
             self._rows.start()
         return self._rows
 
-    def _add(self, what: str, total: int = 0) -> TaskID:
-        expected = None if total else durations.expected(what)
+    def _add(self, what: str, total: int = 0, *, same_for_all: bool = False) -> TaskID:
+        command = "" if same_for_all else self._command
+        known = not total and (same_for_all or bool(command))
+        expected = durations.expected(what, command) if known else None
         rows = self._running()
-        task = rows.add_task(what, total=total or None, values="", expected=expected)
+        task = rows.add_task(
+            what, total=total or None, values="", expected=expected, command=command if known else None
+        )
         rows.refresh()  # at once: the next moment may be long
         return task
 
@@ -129,7 +136,8 @@ class Bars(Lines):
 
     def _remember(self, task: TaskID) -> None:
         found = self._task(task)
-        durations.remember(found.description, found.elapsed or 0.0)
+        if found.fields["command"] is not None:
+            durations.remember(found.description, found.elapsed or 0.0, found.fields["command"])
 
     def _is_open(self, task: TaskID) -> bool:
         """Whether it is not known how many steps it takes."""

@@ -28,11 +28,17 @@ class Screen:
     """The output of a command; there is one screen per run.
 
     mode: None means "rich" if stdout is a terminal, else "plain". quiet: show no progress. verbose: show the log too.
-    silent: show nothing at all, as in a process beside the main one.
+    silent: show nothing at all, as in a process beside the main one. command: its words, for the time left.
     """
 
     def __init__(
-        self, mode: Mode | None = None, *, verbose: int = 0, quiet: bool = False, silent: bool = False
+        self,
+        mode: Mode | None = None,
+        *,
+        verbose: int = 0,
+        quiet: bool = False,
+        silent: bool = False,
+        command: str = "",
     ) -> None:
         self.mode: Mode = "plain" if silent else mode or ("rich" if sys.stdout.isatty() else "plain")
         self.quiet = quiet or silent
@@ -40,7 +46,8 @@ class Screen:
         self.silent = silent
         console = console_on_stderr(colours=self.mode != "plain", quiet=silent)
         self._err = console
-        self._display = Display() if self.quiet else display_on(console, moving=self.mode == "rich")
+        moving = self.mode == "rich"
+        self._display = Display() if self.quiet else display_on(console, moving=moving, command=command)
 
     # --- answers
 

@@ -45,7 +45,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Terminal:
 
 @pytest.fixture
 def bars(terminal: Terminal) -> Bars:
-    made = display_on(console_on_stderr(), moving=True)
+    made = display_on(console_on_stderr(), moving=True, command="inspect bert")
     assert isinstance(made, Bars)
     return made
 
@@ -79,11 +79,20 @@ def test_the_time_left_of_steps_that_are_counted_is_that_of_their_speed(terminal
 
 
 def test_the_time_left_of_other_steps_is_that_of_the_last_time(terminal: Terminal, bars: Bars) -> None:
-    durations.remember("loading bert", 20.0)
+    durations.remember("loading bert", 20.0, "inspect bert")
+    durations.remember("loading PyTorch", 4.0)
+    bars.waiting("loading PyTorch")
     with bars.stage("loading bert"):
         time.sleep(0.3)
     bars.close()
+    assert "4 s left" in "\n".join(terminal.frames)
     assert "20 s left" in "\n".join(terminal.frames)
+    before = len(terminal.getvalue())
+    other = display_on(bars._console, moving=True, command="inspect gpt2")
+    with other.stage("loading bert"):
+        time.sleep(0.3)
+    other.close()
+    assert "left" not in terminal.getvalue()[before:]
 
 
 def test_what_was_told_last_is_one_row(terminal: Terminal, bars: Bars) -> None:
@@ -122,7 +131,7 @@ def test_where_nothing_may_move_there_are_lines(
     assert type(shown) is Lines
     with shown.stage("loading bert"):
         shown.progress(Progress("fit", 10, 10, {"loss": 0.5}))
-    assert terminal.getvalue() == "loading bert ...\nfit  10/10  loss 0.5\n"
+    assert terminal.frames == ["loading bert ...\nfit  10/10  loss 0.5\n"]
 
 
 def test_times_are_kept_if_they_are_long_and_replaced_if_they_change(terminal: Terminal) -> None:
@@ -148,7 +157,7 @@ def test_damaged_times_are_none(terminal: Terminal, content: str, tmp_path: Path
 
 def test_nothing_is_kept_of_what_failed(terminal: Terminal, bars: Bars, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[str] = []
-    monkeypatch.setattr(durations, "remember", lambda what, took: kept.append(what))
+    monkeypatch.setattr(durations, "remember", lambda what, took, command: kept.append(what))
     with pytest.raises(KeyError), bars.stage("failed"):
         raise KeyError
     with bars.stage("done"):

@@ -113,6 +113,14 @@ def test_the_cost_of_a_graph_names_what_it_leaves_out() -> None:
     assert cost.notes == ("The multiply-adds leave out test_multiply_adds::mystery: there is no formula.",)
 
 
+def test_a_layer_that_is_one_op_in_evaluation_is_counted_as_its_parts() -> None:
+    layer = nn.TransformerEncoderLayer(D, 2, 16, batch_first=True).eval()
+    before = torch.backends.mha.get_fastpath_enabled()
+    cost, _ = measure(layer, (X,), {})
+    assert torch.backends.mha.get_fastpath_enabled() == before
+    assert (cost.multiply_adds, cost.uncounted) == (B * T * (4 * D * D + 2 * T * D + 2 * D * 16), ())
+
+
 def test_a_diff_says_what_its_numbers_leave_out() -> None:
     model = Function(lambda m, x: torch.fft.rfft(m.down(F.relu(m.up(x)))).abs(), up=(D, 16), down=(16, D)).eval()
     surgery = surgeon.Pipeline([Moeify(experts=4)]).run(model, inputs=X)

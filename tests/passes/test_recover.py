@@ -132,6 +132,8 @@ def test_tau_is_put_back_after_an_error(
         return original(graph, *args, **options)
 
     def fail(moment: Progress) -> None:
+        if not moment.total:
+            return
         assert set(get_tau(trained[0]).values()) != {0.25, 0.125}
         raise error
 
