@@ -17,13 +17,16 @@ from surgeon.graph.traced import TracedGraph, aten, module_path, tensor_of
 from surgeon.graph.walk import walk_sources
 from surgeon.inputs.calibration import in_groups
 from surgeon.passes.base import Pass
-from surgeon.passes.contract import SiteKind
+from surgeon.passes.contract import SiteKind, SiteRefused
+from surgeon.passes.options import option
 from surgeon.passes.report import SiteChange
 from surgeon.sites.linear import Linear
 from surgeon.sites.norms import Norm
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.soundness import not_finite
-from surgeon.sites.stream import Stream, find_streams
+from surgeon.sites.stream import Stream
+from surgeon.sites.stream_search import find_streams
+from surgeon.sites.values import ValueHeads, find_value_heads
 from surgeon.training.loop import RunSettings
 from surgeon.training.observe import collect
 
@@ -33,14 +36,24 @@ _TOKENS = 4096
 
 @dataclass(frozen=True)
 class Basis:
-    """Orthogonal vectors, the columns of float64 [d, d], by growing energy. share: of the energy in the upper half."""
+    """Orthogonal vectors in float64, the columns of [d, d], or of [G, h, h] for heads, by growing energy.
+
+    share: of the energy in the upper half.
+    """
 
     vectors: Tensor
     share: float
 
+    @classmethod
+    def principal(cls, moments: Tensor) -> Basis:
+        """The principal components of second moments [..., d, d], float64."""
+        energies, vectors = torch.linalg.eigh(moments)
+        upper = energies[..., energies.shape[-1] // 2 :].sum()
+        return cls(vectors, float(upper / energies.sum().clamp_min(1e-300)))
+
 
 @dataclass(frozen=True, kw_only=True)
-class Rotate(Pass[Stream, Basis]):
+class Rotate(Pass[Stream | ValueHeads, Basis]):
     """Turn the residual stream into its principal components. The output stays the same, and nothing costs more.
 
     sparsify-inputs skips inputs that are near their usual value. In the stream of a trained model, all inputs are about
@@ -50,6 +63,8 @@ class Rotate(Pass[Stream, Basis]):
     SliceGPT, arXiv 2401.15024, and LaRoSA, arXiv 2507.01299). The gain and the bias of a norm become part of the linear
     layers behind it. A LayerNorm becomes an RMSNorm: the mean is taken away from what is written. A head that shares
     its weight with an embedding gets its own.
+
+    The values of each head of attention get a basis of their own, folded into the value and the output projection.
 
     Put it before sparsify-inputs, and refit after that. This pass is not part of D2DMoE.
     """
@@ -62,56 +77,84 @@ class Rotate(Pass[Stream, Basis]):
     needs_data: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
 
-    def find(self, graph: GraphModule) -> tuple[Sequence[Stream], list[Rejection]]:
-        return find_streams(graph)
+    heads: bool = option(True, "Turn the values of each head of attention too.")
 
-    def match(self, graph: GraphModule, site: Stream) -> Rejection | None:
-        if not any(norm.centred or norm.gain is not None for norm in site.norms):
-            return Rejection("already-done", "its norms are RMSNorms without gains, as this pass makes them")
+    def find(self, graph: GraphModule) -> tuple[Sequence[Stream | ValueHeads], list[Rejection]]:
+        # Values come first: a stream may give linear layers biases that they had not.
+        values, unfit = find_value_heads(graph) if self.heads else ([], [])
+        streams, refused = find_streams(graph)
+        return [*values, *streams], [*unfit, *refused]
+
+    def match(self, graph: GraphModule, site: Stream | ValueHeads) -> Rejection | None:
         return not_finite(graph, site.linears)
 
     def observe(
-        self, graph: TracedGraph, sites: Sequence[Stream], data: Data | None, settings: RunSettings
+        self, graph: TracedGraph, sites: Sequence[Stream | ValueHeads], data: Data | None, settings: RunSettings
     ) -> Mapping[str, Basis]:
         if data is None:
             return {}
-        return {site.path: _components(graph, site, data, settings) for site in sites}
+        heads = [site for site in sites if isinstance(site, ValueHeads)]
+        streams = [site for site in sites if isinstance(site, Stream)]
+        moments = {site.path: torch.zeros(site.width, site.width, dtype=torch.float64) for site in streams}
+        readers = [(site.path, norm) for site in streams for norm in site.norms]
+        seen: Sequence[Norm | ValueHeads] = [*heads, *(norm for _, norm in readers)]
+        for part in in_groups(seen, _TOKENS):
+            names = {one: one.x.name if isinstance(one, Norm) else one.out.input.name for one in part}
+            values = collect(graph, names.values(), data, tokens=_TOKENS, progress=settings.progress)
+            for one in part:
+                if isinstance(one, ValueHeads):
+                    moments[one.path] = one.moments(values[names[one]])
+            for path, norm in readers:
+                if norm in names:  # of all that read a stream, each counts alike
+                    x = norm.normalised(values[norm.x.name])
+                    moments[path] += (x.t() @ x / len(x)).cpu()
+        return {path: Basis.principal(moment) for path, moment in moments.items()}
 
     @torch.no_grad()
-    def rewrite(self, graph: TracedGraph, site: Stream, seen: Basis | None) -> SiteChange:
-        before, cost, output = _parameters(graph), site.multiply_adds, site.output
-        count = _parameters(graph, site)
-        basis = torch.eye(site.width, dtype=torch.float64) if seen is None else seen.vectors
-        basis = basis.to(next(graph.parameters()).device)
-        folded = _fold_readers(graph, site, basis)
-        _fold_writers(graph, site, basis, folded)
-        for norm in site.norms:
-            _make_plain(graph, norm)
-        words = f"{site.describe.partition(',')[0]}, {len(site.norms)} norms without gain"
-        if seen is not None:
-            words += f", {seen.share:.0%} of the energy in half of the inputs"
-        after = count + _parameters(graph) - before
-        now = folded.outputs.get(output, output).name
-        return SiteChange(site.path, site.describe, words, (count, after), (cost, cost), (output.name, now))
+    def rewrite(self, graph: TracedGraph, site: Stream | ValueHeads, seen: Basis | None) -> SiteChange:
+        if seen is not None and not bool(torch.isfinite(seen.vectors).all()):
+            raise SiteRefused("not-finite", "its values on the data contain NaN or infinity")
+        device = next(graph.parameters()).device
+        all_before, before = _parameters(graph), _parameters(graph, site)
+        if isinstance(site, ValueHeads):
+            if seen is not None:
+                _turn_heads(graph, site, seen.vectors.to(device))
+            outputs: dict[Node, Node] = {}
+        else:
+            basis = torch.eye(site.width, dtype=torch.float64) if seen is None else seen.vectors
+            outputs = _turn_stream(graph, site, basis.to(device))
+        after = before + _parameters(graph) - all_before
+        words = "to be turned" if seen is None else f"turned: {seen.share:.0%} of the energy in half of the channels"
+        output, cost = site.output, site.multiply_adds
+        now = outputs.get(output, output).name
+        return SiteChange(site.path, site.describe, words, (before, after), (cost, cost), (output.name, now))
 
 
-def _components(graph: TracedGraph, site: Stream, data: Data, settings: RunSettings) -> Basis:
-    """The principal components of what the norms of a stream give, before their gains: all norms count alike."""
-    moment = torch.zeros(site.width, site.width, dtype=torch.float64)
-    for part in in_groups(site.norms, _TOKENS):
-        names = [norm.x.name for norm in part]
-        values = collect(graph, names, data, tokens=_TOKENS, progress=settings.progress)
-        for norm in part:
-            x = norm.normalised(values[norm.x.name].flatten(0, -2))
-            moment += (x.t() @ x / len(x)).cpu()
-    return principal(moment)
+def _turn_heads(graph: TracedGraph, site: ValueHeads, basis: Tensor) -> None:
+    """Fold a basis [G, h, h] for each head of values into both projections."""
+    value, out = site.value, site.out
+    rows = site.rows.to(basis.device)
+    columns, repeats = site.columns.to(basis.device), site.columns.shape[1]
+    folds = [
+        Fold(
+            *(_user_of(out, out.weight), out.weight, 0 if out.transposed else 1),
+            matrix=basis.repeat_interleave(repeats, 0),
+            groups=columns.flatten(0, 1),
+        )
+    ]
+    for node, axis in ((value.weight, 1 if value.transposed else 0), (value.bias, -1)):
+        if node is not None:
+            folds.append(Fold(_user_of(value, node), node, axis, matrix=basis, groups=rows))
+    fold(graph, folds)
 
 
-def principal(moment: Tensor) -> Basis:
-    """The principal components of a second moment [d, d], float64."""
-    energies, vectors = torch.linalg.eigh(moment)
-    upper = energies[len(energies) // 2 :].sum()
-    return Basis(vectors, float(upper / energies.sum().clamp_min(1e-300)))
+def _turn_stream(graph: TracedGraph, site: Stream, basis: Tensor) -> dict[Node, Node]:
+    """Fold a basis [d, d] into all that reads and writes a stream; returns new outputs of linear layers by old ones."""
+    folded = _fold_readers(graph, site, basis)
+    _fold_writers(graph, site, basis, folded)
+    for norm in site.norms:
+        _make_plain(graph, norm)
+    return folded.outputs
 
 
 @dataclass(frozen=True)
@@ -156,7 +199,7 @@ def _fold_writers(graph: TracedGraph, site: Stream, basis: Tensor, folded: _Fold
     for writer in site.writers:
         linear, gain = writer.linear, writer.gain
         gain = None if gain is None else gain.to(basis.device)
-        given = linear.bias if linear not in folded.biases else folded.biases[linear]
+        given = folded.biases.get(linear, linear.bias)
         for node, axis in ((linear.weight, 1 if linear.transposed else 0), (given, -1)):
             if node is not None:
                 user = _user_of(linear, node)
@@ -206,13 +249,14 @@ def _make_plain(graph: TracedGraph, norm: Norm) -> None:
     erase_unread(graph, norm.nodes)
 
 
-def _parameters(graph: TracedGraph, site: Stream | None = None) -> int:
-    """The number of parameters that the graph reads, or of those that a stream consists of."""
+def _parameters(graph: TracedGraph, site: Stream | ValueHeads | None = None) -> int:
+    """The number of parameters that the graph reads, or of those that a site consists of."""
     nodes: list[Node] = [node for node in graph.graph.nodes if node.op == "get_attr" and node.users]
     if site is not None:
-        inside = {table.node for table in site.tables}
-        inside |= {node for linear in site.linears for node in (linear.weight, linear.bias) if node is not None}
-        inside |= {node for norm in site.norms for part in norm.nodes for node in part.all_input_nodes}
+        inside = {node for linear in site.linears for node in (linear.weight, linear.bias) if node is not None}
+        if isinstance(site, Stream):
+            inside |= {table.node for table in site.tables}
+            inside |= {node for norm in site.norms for part in norm.nodes for node in part.all_input_nodes}
         nodes = [node for node in nodes if node in inside]
     found = {id(tensor): tensor.numel() for node in nodes if isinstance(tensor := tensor_of(graph, node), nn.Parameter)}
     return sum(found.values())

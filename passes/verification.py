@@ -25,6 +25,7 @@ from surgeon.passes.report import SiteChange
 from surgeon.sites.ffn import FFN
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.stream import Stream
+from surgeon.sites.values import ValueHeads
 from surgeon.training.loop import RunSettings
 
 _TRIALS = 3  # other inputs, with verify="full"
@@ -72,7 +73,10 @@ class Expected:
 
 
 def expect(
-    graph: TracedGraph, sites: Sequence[FFN | LinearSite | DynamicSite | BlockEnd | Stream], inputs: Any, settings: RunSettings
+    graph: TracedGraph,
+    sites: Sequence[FFN | LinearSite | DynamicSite | BlockEnd | Stream | ValueHeads],
+    inputs: Any,
+    settings: RunSettings,
 ) -> Expected | None:
     """Measure and run a graph before a pass rewrites its sites. None without example inputs."""
     if inputs is None:

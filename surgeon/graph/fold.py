@@ -22,8 +22,9 @@ _HELD = 2**24
 class Fold:
     """What becomes of a parameter where one node reads it: along `axis`, (old · gain) @ matrix + added.
 
-    user: the node that reads it. node: its `get_attr` node. gain: float64 [d]. matrix: float64 [d, d]. added: float64,
-    of the parameter's shape. None: nothing.
+    user: the node that reads it. node: its `get_attr` node. gain: float64 [d]. matrix: float64 [d, d], or [G, h, h] for
+    groups of channels. groups: int64 [G, h], the channels of each; others stay as they are. added: float64, of the
+    parameter's shape. None: nothing.
     """
 
     user: Node
@@ -31,6 +32,7 @@ class Fold:
     axis: int
     gain: Tensor | None = None
     matrix: Tensor | None = None
+    groups: Tensor | None = None
     added: Tensor | None = None
 
     def of(self, old: Tensor) -> Tensor:
@@ -42,14 +44,26 @@ class Fold:
         step = max(1, _HELD // width)
         for start in range(0, len(flat), step):
             part = flat[start : start + step].double()
-            part = part if self.gain is None else part * self.gain
-            out[start : start + step] = part if self.matrix is None else part @ self.matrix
+            out[start : start + step] = self._turned(part if self.gain is None else part * self.gain)
         made = made.movedim(-1, self.axis)
         return (made if self.added is None else (made.double() + self.added).to(old.dtype)).contiguous()
 
+    def _turned(self, rows: Tensor) -> Tensor:
+        """Rows [n, d] times the matrix."""
+        if self.matrix is None:
+            return rows
+        if self.groups is None:
+            return rows @ self.matrix
+        turned = rows.clone()
+        turned[:, self.groups] = torch.einsum("ngh,ghk->ngk", rows[:, self.groups], self.matrix)
+        return turned
+
     def same_as(self, other: Fold) -> bool:
         """Whether it does the same to a parameter."""
-        pairs = ((self.gain, other.gain), (self.matrix, other.matrix), (self.added, other.added))
+        pairs = (
+            *((self.gain, other.gain), (self.matrix, other.matrix)),
+            *((self.groups, other.groups), (self.added, other.added)),
+        )
         return self.axis == other.axis and all(
             a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
         )

@@ -48,7 +48,7 @@ def axis_after(node: Node, source: Node, axis: int) -> int | None:
 
 
 def axis_before(node: Node, axis: int) -> int | None:
-    """The dimension of the channels in the first argument of an op, from that in what it makes. None as `axis_after`."""
+    """The dimension of the channels in the first argument of an op, from that in what it makes; None as before."""
     source = node.args[0]
     assert isinstance(source, Node)
     if is_call(node, operator.getitem):

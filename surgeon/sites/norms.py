@@ -135,11 +135,9 @@ def _reduces_last(node: Node) -> bool:
     if node.op != "call_function" or op_name(node) not in _REDUCTIONS or not isinstance(node.args[0], Node):
         return False
     shape, before = shape_of(node), shape_of(node.args[0])
-    return (
-        bool(shape) and bool(before) and len(shape) == len(before) and shape[-1] == 1  # type: ignore[arg-type]
-        and isinstance(before[-1], int) and before[-1] > 1  # type: ignore[index]
-        and all(map(equal_size, shape[:-1], before[:-1]))  # type: ignore[index]
-    )  # fmt: skip
+    if not shape or not before or len(shape) != len(before) or shape[-1] != 1 or before[-1] == 1:
+        return False
+    return isinstance(before[-1], int) and all(map(equal_size, shape[:-1], before[:-1]))
 
 
 def _starts(reduction: Node) -> Iterator[Node]:
@@ -186,7 +184,10 @@ def _needed(y: Node, nodes: Iterable[Node]) -> frozenset[Node]:
 def _escapes(part: frozenset[Node], y: Node) -> bool:
     """Whether a value inside of the norm is read elsewhere."""
     return any(
-        user not in part and not is_call(user, aten.sym_size.int) for node in part if node is not y for user in node.users
+        user not in part and not is_call(user, aten.sym_size.int)
+        for node in part
+        if node is not y
+        for user in node.users
     )
 
 
