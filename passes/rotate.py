@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from surgeon.collective import send
 from surgeon.data.data import Data
 from surgeon.graph.edit import emit, erase_unread, get_attr
 from surgeon.graph.fold import Fold, add_parameter, fold
@@ -83,7 +84,7 @@ class Rotate(Pass[Stream | ValueHeads, Basis]):
         # Values come first: a stream may give linear layers biases that they had not.
         values, unfit = find_value_heads(graph) if self.heads else ([], [])
         streams, refused = find_streams(graph)
-        return [*values, *streams], [*unfit, *refused]
+        return [*(_in_stream(site, streams) for site in values), *streams], [*unfit, *refused]
 
     def match(self, graph: GraphModule, site: Stream | ValueHeads) -> Rejection | None:
         return not_finite(graph, site.linears)
@@ -108,7 +109,9 @@ class Rotate(Pass[Stream | ValueHeads, Basis]):
                 if norm in names:  # of all that read a stream, each counts alike
                     x = norm.normalised(values[norm.x.name])
                     moments[path] += (x.t() @ x / len(x)).cpu()
-        return {path: Basis.principal(moment) for path, moment in moments.items()}
+        found = {path: Basis.principal(moment) for path, moment in moments.items()}
+        send([basis.vectors for basis in found.values()])
+        return found
 
     @torch.no_grad()
     def rewrite(self, graph: TracedGraph, site: Stream | ValueHeads, seen: Basis | None) -> SiteChange:
@@ -128,6 +131,16 @@ class Rotate(Pass[Stream | ValueHeads, Basis]):
         output, cost = site.output, site.multiply_adds
         now = outputs.get(output, output).name
         return SiteChange(site.path, site.describe, words, (before, after), (cost, cost), (output.name, now))
+
+
+def _in_stream(site: ValueHeads, streams: Sequence[Stream]) -> ValueHeads:
+    """Values that a stream carries on show in what reads the stream next, since the stream is turned too."""
+    written = site.out.output
+    for stream in streams:
+        after = [reader.linear.output for reader in stream.readers if reader.linear.output > written]
+        if after and any(writer.linear.output is written for writer in stream.writers):
+            return replace(site, output=min(after))
+    return site
 
 
 def _turn_heads(graph: TracedGraph, site: ValueHeads, basis: Tensor) -> None:

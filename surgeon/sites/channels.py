@@ -69,7 +69,7 @@ def width_at(node: Node, axis: int) -> int | torch.SymInt | None:
 
 
 def run_moved(node: Node, known: dict[Node, Any]) -> Any:
-    """Run an op of `CARRIERS` on known values. Other tensors that it reads are indices, for which zeros stand."""
+    """Run an op of `CARRIERS` on known values. Zeros stand for indices, and True for masks."""
     if node.target in SAME_VALUE:
         return known[node.args[0]].contiguous()  # type: ignore[index]
 
@@ -77,8 +77,9 @@ def run_moved(node: Node, known: dict[Node, Any]) -> Any:
         if source in known:
             return known[source]
         value = source.meta.get("val")
-        if isinstance(value, Tensor):
-            return torch.zeros([plain_size(size) for size in value.shape], dtype=value.dtype)
+        if isinstance(value, Tensor):  # True of a mask, 0 of an index
+            made = torch.zeros([plain_size(size) for size in value.shape], dtype=value.dtype)
+            return made == 0 if value.dtype is torch.bool else made
         return plain_size(value)
 
     args: Any = map_arg(node.args, resolve)

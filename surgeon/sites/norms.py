@@ -247,7 +247,7 @@ def _run(graph: GraphModule, nodes: Iterable[Node], x: Node, y: Node, value: Ten
         if node in known:
             return known[node]
         tensor = tensor_of(graph, node)
-        constant = evaluate(graph, node) if tensor is None else tensor.detach()
+        constant = (evaluate(graph, node) if tensor is None else tensor.detach()).cpu()
         return constant.double() if constant.is_floating_point() else constant
 
     for node in nodes:

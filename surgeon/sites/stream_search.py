@@ -106,7 +106,7 @@ class _Flow:
         self.readers: list[Reader] = []
         self.writers: dict[Node, Writer] = {}
         self.tables: dict[tuple[Node, Node, int], Table] = {}
-        self.problems: list[Rejection] = []
+        self.problems: list[tuple[Node, Rejection]] = []
         self.sums = 0
         self._stack: list[Node] = []
         self._join(start.x, _last(start.x))
@@ -117,9 +117,10 @@ class _Flow:
 
     def stream(self, path: str) -> Stream | Rejection:
         """The stream, or the reason why it cannot be turned."""
-        order = ("under-autocast", "in-subgraph", "post-norm")
         if self.problems:
-            return next((one for code in order for one in self.problems if one.code == code), self.problems[0])
+            # What a post-norm writes is also read in ways that are only its consequences.
+            post = [found for found in self.problems if found[1].code == "post-norm"]
+            return min(post or self.problems, key=lambda found: found[0])[1]
         kinds = {norm.centred for norm in self.norms}
         if len(kinds) > 1:
             odd = next(norm for norm in self.norms if norm.centred)
@@ -158,7 +159,7 @@ class _Flow:
         self._stack.append(node)
 
     def _refuse(self, code: str, reason: str, node: Node) -> None:
-        self.problems.append(Rejection(code, reason, node=node.name))
+        self.problems.append((node, Rejection(code, reason, node=node.name)))
 
     # --- what writes
 
@@ -179,14 +180,14 @@ class _Flow:
             operands = [one for one in node.args[:2] if isinstance(one, Node)]
             self.sums += len(operands) > 1
             for operand in operands:
-                self._from(node, operand, _aligned(node, operand, axis))
+                self._from(node, operand, self._aligned(node, operand, axis))
         elif is_call(node, *_PRODUCTS, *_QUOTIENTS):
             self._from_product(node, axis)
         elif is_call(node, *DROPOUTS) or _fills_zeros(node):
             self._from(node, node.args[0], axis)
         elif is_call(node, aten.where.self):
             for chosen in node.args[1:3]:
-                self._from(node, chosen, _aligned(node, chosen, axis))
+                self._from(node, chosen, self._aligned(node, chosen, axis))
         elif is_call(node, *_JOINS):
             for operand in _parts_of(node):
                 self._from(node, operand, _axis_in(node, axis))
@@ -211,7 +212,7 @@ class _Flow:
         """A product with numbers that are the same for all channels, or what a linear layer gives times a gain."""
         wide = [one for one in node.args[:2] if isinstance(one, Node) and self._is_wide(node, one, axis)]
         if len(wide) == 1 and (wide[0] is node.args[0] or not is_call(node, *_QUOTIENTS)):
-            self._from(node, wide[0], _aligned(node, wide[0], axis))
+            self._from(node, wide[0], self._aligned(node, wide[0], axis))
             return
         for value, gain in (wide, wide[::-1]) if len(wide) == 2 and is_call(node, *_PRODUCTS) else ():
             linear = self._alone(value)
@@ -224,10 +225,17 @@ class _Flow:
 
     def _is_wide(self, node: Node, operand: Node, axis: int) -> bool:
         """Whether an operand has a number for each channel."""
-        place = _aligned(node, operand, axis)
-        tensor = tensor_of(self.parts.graph, operand)
-        size = width_at(operand, place) if tensor is None else (tensor.shape[place] if place >= 0 else 1)
-        return place >= 0 and size != 1
+        place = self._aligned(node, operand, axis)
+        return place >= 0 and self._shape(operand)[place] != 1
+
+    def _aligned(self, node: Node, other: Any, axis: int) -> int:
+        """The dimension of `other` that meets one of `node` in an op that broadcasts; negative if there is none."""
+        return axis - (len(self._shape(node)) - len(self._shape(other))) if isinstance(other, Node) else -1
+
+    def _shape(self, node: Node) -> tuple[int | torch.SymInt, ...]:
+        """The shape of a value or a parameter, () of what is no tensor."""
+        tensor = tensor_of(self.parts.graph, node)
+        return (shape_of(node) or ()) if tensor is None else tuple(tensor.shape)
 
     def _alone(self, value: Node) -> Linear | None:
         """The linear layer that gives this value, if nothing else reads it; dropout may stand between."""
@@ -271,13 +279,13 @@ class _Flow:
     def _carried(self, user: Node, node: Node, axis: int) -> int | None:
         """The dimension of the channels in what an op makes of a value, None if the op does not treat them alike."""
         if is_call(user, *_SUMS) and not _added_number(user):
-            return _aligned(node, user, axis)
+            return self._aligned(node, user, axis)
         if is_call(user, *DROPOUTS) or _fills_zeros(user):
             return axis
         if is_call(user, *_PRODUCTS, *_QUOTIENTS):
             return self._scaled(user, node, axis)
         if is_call(user, aten.where.self) and node is not user.args[0]:
-            return _aligned(node, user, axis)
+            return self._aligned(node, user, axis)
         if is_call(user, *_JOINS):
             made = axis + (user.target is aten.stack.default and _dim(user) <= axis)
             return made if _axis_in(user, made) == axis else None
@@ -285,7 +293,7 @@ class _Flow:
 
     def _scaled(self, user: Node, node: Node, axis: int) -> int | None:
         """The dimension of the channels where a value is multiplied by the same number for all of them."""
-        made = _aligned(node, user, axis)
+        made = self._aligned(node, user, axis)
         wide = [one for one in user.args[:2] if isinstance(one, Node) and self._is_wide(user, one, made)]
         first = user.args[0] is node or not is_call(user, *_QUOTIENTS)
         return made if wide == [node] and first and user.args.count(node) == 1 else None
@@ -312,7 +320,7 @@ class _Flow:
                     stack.append((user, made))
                 elif is_call(user, *_SUMS):
                     self._post_norm(norm)
-                    self._join(user, _aligned(value, user, axis))
+                    self._join(user, self._aligned(value, user, axis))
                 elif user in self.parts.opaque:
                     self._not_a_weight(user)
                 elif not self._in_region(user):
@@ -335,12 +343,6 @@ class _Flow:
 
 def _last(node: Node) -> int:
     return len(shape_of(node) or ()) - 1
-
-
-def _aligned(node: Node, other: Any, axis: int) -> int:
-    """The dimension of `other` that meets a dimension of `node` in an op that broadcasts; negative if there is none."""
-    value = other.meta.get("val") if isinstance(other, Node) else None
-    return axis - (node.meta["val"].dim() - value.dim()) if isinstance(value, Tensor) else -1
 
 
 def _added_number(node: Node) -> bool:

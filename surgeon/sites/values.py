@@ -37,7 +37,7 @@ class ValueHeads(Described):
 
     value: the projection. out: the one that reads what the heads give. rows: int64 [G, h], the outputs of `value` that
     are the channels of each head of values. columns: int64 [G, R, h], the inputs of `out` that belong to them; R heads
-    of queries share each head of values.
+    of queries share each head of values. output: a value that does not depend on the basis.
     """
 
     path: str
@@ -45,11 +45,7 @@ class ValueHeads(Described):
     out: Linear
     rows: Tensor
     columns: Tensor
-
-    @property
-    def output(self) -> Node:
-        """What the output projection gives."""
-        return self.out.output
+    output: Node
 
     @property
     def d_in(self) -> int:
@@ -73,8 +69,8 @@ class ValueHeads(Described):
 
     def moments(self, x: Tensor) -> Tensor:
         """Second moments of each head's values, float64 [G, h, h], from inputs of the output projection [N, d_in]."""
-        parts = x.double().cpu()[:, self.columns]  # [N, G, R, h]
-        return torch.einsum("ngrh,ngrk->ghk", parts, parts) / len(x)
+        parts = x.double()[:, self.columns.to(x.device)]  # [N, G, R, h]
+        return torch.einsum("ngrh,ngrk->ghk", parts, parts).cpu() / len(x)
 
 
 class _Unfit(Exception):  # noqa: N818  (control flow)
@@ -171,9 +167,8 @@ def _site(
     if len(set(flat)) < len(flat) or len({len(group) for group in groups.values()}) > 1:
         raise _Unfit("values-are-mixed", "its heads share a part of their values", attention)
     _not_read_elsewhere(value, set(flat), values)
-    return ValueHeads(
-        path, value, out, torch.tensor(list(groups)), torch.stack([torch.stack(g) for g in groups.values()])
-    )
+    columns = torch.stack([torch.stack(group) for group in groups.values()])
+    return ValueHeads(path, value, out, torch.tensor(list(groups)), columns, out.output)
 
 
 def _only(node: Node, chain: Sequence[Node], out: Linear) -> None:
