@@ -47,7 +47,9 @@ class Basis:
 
     @classmethod
     def principal(cls, moments: Tensor) -> Basis:
-        """The principal components of second moments [..., d, d], float64."""
+        """The principal components of second moments [..., d, d], float64; NaN of those that are not finite."""
+        if not bool(torch.isfinite(moments).all()):
+            return cls(torch.full_like(moments, torch.nan), 0.0)
         energies, vectors = torch.linalg.eigh(moments)
         upper = energies[..., energies.shape[-1] // 2 :].sum()
         return cls(vectors, float(upper / energies.sum().clamp_min(1e-300)))
@@ -167,6 +169,7 @@ def _turn_stream(graph: TracedGraph, site: Stream, basis: Tensor) -> dict[Node, 
     _fold_writers(graph, site, basis, folded)
     for norm in site.norms:
         _make_plain(graph, norm)
+    graph.graph.eliminate_dead_code()  # gains that were computed
     return folded.outputs
 
 
@@ -269,7 +272,7 @@ def _parameters(graph: TracedGraph, site: Stream | ValueHeads | None = None) -> 
         inside = {node for linear in site.linears for node in (linear.weight, linear.bias) if node is not None}
         if isinstance(site, Stream):
             inside |= {table.node for table in site.tables}
-            inside |= {node for norm in site.norms for part in norm.nodes for node in part.all_input_nodes}
+            inside |= {source for norm in site.norms for node in norm.constants for source in walk_sources(node)}
         nodes = [node for node in nodes if node in inside]
     found = {id(tensor): tensor.numel() for node in nodes if isinstance(tensor := tensor_of(graph, node), nn.Parameter)}
     return sum(found.values())

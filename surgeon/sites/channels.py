@@ -20,6 +20,20 @@ CARRIERS = MOVES | SAME_VALUE | {
     aten.index.Tensor, aten.roll.default, aten.flip.default, aten.mean.dim,
 }  # fmt: skip
 
+# Ops that read the shape of a value, or its type, and no more; and those of which that holds for the second argument.
+_SHAPE_ALONE = {
+    aten.sym_size.int, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+}  # fmt: skip
+_SECOND_ALONE = {aten.type_as.default, aten.expand_as.default, aten.view_as.default}
+
+
+def reads_values(user: Node, source: Node) -> bool:
+    """Whether a node reads more of another one than its shape and its type."""
+    if is_call(user, *_SECOND_ALONE):
+        return user.args[0] is source
+    return not is_call(user, *_SHAPE_ALONE)
+
 
 def axis_after(node: Node, source: Node, axis: int) -> int | None:
     """The dimension of the channels in what an op makes of a value.

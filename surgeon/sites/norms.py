@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from surgeon.graph.ops import SAME_VALUE, equal_size, op_name
 from surgeon.graph.traced import aten, is_call, module_path, shape_of, tensor_of
 from surgeon.graph.walk import walk_sources
+from surgeon.sites.channels import reads_values
 from surgeon.sites.constants import evaluate
 
 # What a norm that is written out is made of, besides casts.
@@ -56,6 +57,11 @@ class Norm:
     def path(self) -> str:
         """The module path of the norm."""
         return module_path(self.y)
+
+    @property
+    def constants(self) -> set[Node]:
+        """What it reads besides x: parameters, and what is computed from them."""
+        return {source for node in self.nodes for source in node.all_input_nodes} - self.nodes - {self.x}
 
     def normalised(self, x: Tensor) -> Tensor:
         """n(x) of values [..., d], float64."""
@@ -160,7 +166,8 @@ def _computed(x: Node) -> list[Node]:
         for user in stack.pop().users:
             if user in found or not _is_arithmetic(user):
                 continue
-            sources = [source for source in user.all_input_nodes if isinstance(_value(source), Tensor)]
+            tensors = [source for source in user.all_input_nodes if isinstance(_value(source), Tensor)]
+            sources = [source for source in tensors if reads_values(user, source)]
             if all(source is x or source in found or _is_constant(source) for source in sources):
                 found.add(user)
                 stack.append(user)
@@ -183,12 +190,7 @@ def _needed(y: Node, nodes: Iterable[Node]) -> frozenset[Node]:
 
 def _escapes(part: frozenset[Node], y: Node) -> bool:
     """Whether a value inside of the norm is read elsewhere."""
-    return any(
-        user not in part and not is_call(user, aten.sym_size.int)
-        for node in part
-        if node is not y
-        for user in node.users
-    )
+    return any(user not in part and reads_values(user, node) for node in part if node is not y for user in node.users)
 
 
 def _like(y: Node, x: Node) -> bool:

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.graph.ops import DROPOUTS, SAME_VALUE, op_name
 from surgeon.graph.traced import aten, common_path, is_call, module_path, shape_of, tensor_of
-from surgeon.sites.channels import CARRIERS, axis_after, axis_before, width_at
+from surgeon.sites.channels import CARRIERS, axis_after, axis_before, reads_values, width_at
 from surgeon.sites.constants import evaluate, is_constant
 from surgeon.sites.linear import Linear, find_linears
 from surgeon.sites.norms import Norm, find_norms
@@ -261,7 +261,7 @@ class _Flow:
     def _go_on(self, node: Node, axis: int) -> None:
         """Join what is made from a value of the stream, and note the norms and linear layers that read it."""
         for user in node.users:
-            if user in self.axis or is_call(user, aten.sym_size.int):
+            if user in self.axis or not reads_values(user, node):
                 continue
             norm = next((one for one in self.parts.norms_at.get(node, ()) if user in one.nodes), None)
             linear = self.parts.linear_reading(node, user)
@@ -304,7 +304,7 @@ class _Flow:
         while stack:
             value, axis = stack.pop()
             for user in value.users:
-                if is_call(user, aten.sym_size.int):
+                if not reads_values(user, value):
                     continue
                 linear, made = self.parts.linear_reading(value, user), None
                 if linear is not None and axis == _last(value):

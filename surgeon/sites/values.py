@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from surgeon.described import Described
 from surgeon.graph.ops import op_name
 from surgeon.graph.traced import aten, is_call, module_path, shape_of
-from surgeon.sites.channels import CARRIERS, run_moved
+from surgeon.sites.channels import CARRIERS, reads_values, run_moved
 from surgeon.sites.linear import Linear, find_linears
 from surgeon.sites.qkv import plain_size
 from surgeon.sites.rejection import Rejection
@@ -174,7 +174,7 @@ def _site(
 def _only(node: Node, chain: Sequence[Node], out: Linear) -> None:
     """Refuse an attention that is read by others too."""
     for user in node.users:
-        if user not in chain and user not in out.nodes and not is_call(user, aten.sym_size.int):
+        if user not in chain and user not in out.nodes and reads_values(user, node):
             raise _Unfit("values-are-read", f"what its heads give is also read by '{_name(user)}'", user)
 
 
@@ -232,7 +232,7 @@ def _not_read_elsewhere(value: Linear, channels: set[int], values: Node) -> None
     while stack:
         node, numbers = stack.pop()
         for user in node.users:
-            if is_call(user, aten.sym_size.int) or _reads_as_values(user, node, values):
+            if not reads_values(user, node) or _reads_as_values(user, node, values):
                 continue
             if user.op == "call_function" and user.target in _MOVES and user.args[0] is node:
                 stack.append((user, run_moved(user, {node: numbers})))

@@ -239,7 +239,7 @@ def test_less_error_where_inputs_are_skipped() -> None:
         passes = [*first, SparsifyInputs(tau=0.5), Refit()]
         surgery = Pipeline(passes).run(made, inputs=images[:4], data=[images[:32]])
         errors[name] = F.mse_loss(surgery.graph(images[32:]), made(images[32:])).item()
-    assert errors["rotated"] < errors["plain"] / 2
+    assert errors["rotated"] < 0.8 * errors["plain"]
 
 
 def test_saved_and_loaded_with_other_passes(tmp_path: Path) -> None:
