@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from surgeon.training.observe import collect
 
 # Tokens to find the components on.
 _TOKENS = 4096
+# Of norms that have no eps, so that what is zero stays zero.
+_NO_EPS = 1e-30
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,18 @@ def _turn_heads(graph: TracedGraph, site: ValueHeads, basis: Tensor) -> None:
 
 def _turn_stream(graph: TracedGraph, site: Stream, basis: Tensor) -> dict[Node, Node]:
     """Fold a basis [d, d] into all that reads and writes a stream; returns new outputs of linear layers by old ones."""
-    folded = _fold_readers(graph, site, basis)
-    _fold_writers(graph, site, basis, folded)
+    parameters = [(linear, node) for linear in site.linears for node in (linear.weight, linear.bias)]
+    users = {(linear, node): _user_of(linear, node) for linear, node in parameters if node is not None}
+    folded = _fold_readers(graph, site, basis, users)
+    _fold_writers(graph, site, basis, users, folded)
     for norm in site.norms:
         _make_plain(graph, norm)
     graph.graph.eliminate_dead_code()  # gains that were computed
     return folded.outputs
+
+
+_Users: TypeAlias = Mapping[tuple[Linear, Node], Node]
+"""The nodes by which linear layers read their weights and biases."""
 
 
 @dataclass(frozen=True)
@@ -183,14 +191,14 @@ class _Folded:
     outputs: dict[Node, Node] = field(default_factory=dict)
 
 
-def _fold_readers(graph: TracedGraph, site: Stream, basis: Tensor) -> _Folded:
+def _fold_readers(graph: TracedGraph, site: Stream, basis: Tensor, users: _Users) -> _Folded:
     """Fold norms and basis into the linear layers that read."""
     folds, biases = [], {}
     for reader in site.readers:
         norm, linear = reader.norm, reader.linear
         gain = None if norm is None or norm.gain is None else norm.gain.to(basis.device)
         axis = 0 if linear.transposed else 1
-        folds.append(Fold(_user_of(linear, linear.weight), linear.weight, axis, gain, basis))
+        folds.append(Fold(users[linear, linear.weight], linear.weight, axis, gain, basis))
         if norm is None or norm.shift is None:
             continue
         moved = linear.weight_rows(graph).double() @ norm.shift.to(basis.device)
@@ -200,7 +208,7 @@ def _fold_readers(graph: TracedGraph, site: Stream, basis: Tensor) -> _Folded:
             bias = tensor_of(graph, linear.bias)
             assert bias is not None
             axis, moved = bias.dim() - 1, moved.reshape(bias.shape)
-            folds.append(Fold(_user_of(linear, linear.bias), linear.bias, axis, added=moved))
+            folds.append(Fold(users[linear, linear.bias], linear.bias, axis, added=moved))
     folded = _Folded()
     for linear, moved in biases.items():
         _add_bias(graph, linear, moved, folded)
@@ -208,7 +216,7 @@ def _fold_readers(graph: TracedGraph, site: Stream, basis: Tensor) -> _Folded:
     return folded
 
 
-def _fold_writers(graph: TracedGraph, site: Stream, basis: Tensor, folded: _Folded) -> None:
+def _fold_writers(graph: TracedGraph, site: Stream, basis: Tensor, users: _Users, folded: _Folded) -> None:
     """Fold the basis into what writes, which loses its mean if the norms took that away."""
     matrix = basis - basis.mean(0) if site.centred else basis
     folds = [Fold(table.user, table.node, table.axis, matrix=matrix) for table in site.tables]
@@ -218,7 +226,7 @@ def _fold_writers(graph: TracedGraph, site: Stream, basis: Tensor, folded: _Fold
         given = folded.biases.get(linear, linear.bias)
         for node, axis in ((linear.weight, 1 if linear.transposed else 0), (given, -1)):
             if node is not None:
-                user = _user_of(linear, node)
+                user = users.get((linear, node)) or next(iter(node.users))
                 folds.append(Fold(user, folded.nodes.get((user, node), node), axis, gain, matrix))
         if writer.scaled is not None:
             value = next(one for one in writer.scaled.all_input_nodes if linear.output in walk_sources(one))
@@ -257,7 +265,7 @@ def _make_plain(graph: TracedGraph, norm: Norm) -> None:
     """Replace a norm by an RMSNorm without gain."""
     first = min(norm.nodes)
     with graph.graph.inserting_before(first):
-        made = emit(graph, aten.rms_norm.default, norm.x, [norm.d_in], None, norm.eps, path=norm.path)
+        made = emit(graph, aten.rms_norm.default, norm.x, [norm.d_in], None, max(norm.eps, _NO_EPS), path=norm.path)
         dtype = norm.y.meta["val"].dtype
         if made.meta["val"].dtype != dtype:
             made = emit(graph, aten.to.dtype, made, dtype, path=norm.path)

@@ -26,6 +26,7 @@ _ARITHMETIC = {
     *("add", "sub", "rsub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal"),
     *("mean", "var", "sum", "linalg_vector_norm", "norm", "clamp_min", "clamp"),
 }
+_EXPANSIONS = {aten.expand.default, aten.expand_as.default}
 _REDUCTIONS = {"mean", "var", "sum", "linalg_vector_norm", "norm"}
 # A small and a large root mean square of the numbers that a norm is run on. Its eps shows in the first alone.
 _SMALL, _LARGE = 1e-3, 1e6
@@ -175,7 +176,9 @@ def _computed(x: Node) -> list[Node]:
 
 
 def _is_arithmetic(node: Node) -> bool:
-    return node.op == "call_function" and (op_name(node).rstrip("_") in _ARITHMETIC or node.target in SAME_VALUE)
+    return node.op == "call_function" and (
+        op_name(node).rstrip("_") in _ARITHMETIC or node.target in SAME_VALUE | _EXPANSIONS
+    )
 
 
 def _value(node: Node) -> Any:
@@ -226,7 +229,7 @@ def _of_function(compute: Callable[[Tensor], Tensor], x: Node, y: Node, part: fr
         eps = _SMALL**2 * (1 / ratio**2 - 1) if ratio > 0 else -1.0
         if not -1e-14 < eps < 1:
             continue
-        eps = float(f"{max(eps, 0.0):.6g}") if eps > 1e-14 else 0.0
+        eps = float(f"{max(eps, 0.0):.9g}") if eps > 1e-14 else 0.0
         if all(
             _close(compute(drawn * scale), gain * _normalised(drawn * scale, centred=centred, eps=eps) + shift)
             for scale in (1.0, 0.01)
@@ -253,11 +256,14 @@ def _run(graph: GraphModule, nodes: Iterable[Node], x: Node, y: Node, value: Ten
         return constant.double() if constant.is_floating_point() else constant
 
     for node in nodes:
+        if node.target in SAME_VALUE:
+            known[node] = resolve(node.args[0])  # type: ignore[arg-type]
+            continue
+        if node.target in _EXPANSIONS:
+            known[node] = resolve(node.args[0]).expand_as(value)  # type: ignore[arg-type]
+            continue
         args: Any = map_arg(node.args, resolve)
         kwargs: Any = map_arg(node.kwargs, resolve)
-        if node.target in SAME_VALUE:
-            known[node] = args[0]
-            continue
         kwargs = {key: torch.float64 if key == "dtype" and item is not None else item for key, item in kwargs.items()}
         assert callable(node.target)
         # Ops in place change what others read.

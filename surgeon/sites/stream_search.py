@@ -153,7 +153,8 @@ class _Flow:
         if node in self.axis:
             return
         if axis is None or width_at(node, axis) != self.width:
-            self._refuse("stream-is-written", f"it is written by '{_name(node)}' ({op_name(node)})", node)
+            reason = f"what '{_name(node)}' ({op_name(node)}) gives is a part of it, and has no number for each channel"
+            self._refuse("stream-is-written", reason, node)
             return
         self.axis[node] = axis
         self._stack.append(node)

@@ -43,6 +43,10 @@ SPELLINGS: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool, Tensor | None,
     "by a root": (lambda m, x: x / torch.sqrt(x.square().mean(-1, True) + 1e-3), False, None, None, 1e-3),
     "by the length": (lambda m, x: WIDTH**0.5 * F.normalize(x, dim=-1) * m.gain, False, GAIN, None, 0.0),
     "standardised": (lambda m, x: standardised(x) * m.gain + m.shift, True, GAIN, SHIFT, 1e-12),
+    "var of a sample": (
+        lambda m, x: (x - x.mean(-1, True)) / (x.var(-1, keepdim=True) + 1e-3).sqrt(), True,
+        torch.full((WIDTH,), ((WIDTH - 1) / WIDTH) ** 0.5, dtype=torch.float64), None, 1e-3 * (WIDTH - 1) / WIDTH,
+    ),
     "var": (
         lambda m, x: (x - x.mean(-1, True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt(), True, None, None,
         1e-5,
@@ -73,7 +77,6 @@ def test_every_spelling(name: str) -> None:
         lambda m, x: x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + 1e-6),
         lambda m, x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 0.1),  # eps beside the root
         lambda m, x: F.layer_norm(x, [5, WIDTH]),
-        lambda m, x: (x - x.mean(-1, True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt(),  # one less in the variance
         lambda m, x: F.softmax(x, -1),
     ],
 )

@@ -84,7 +84,7 @@ def test_what_can_be_turned_is_turned_exactly(name: str) -> None:
     graph = surgeon.trace(made, X.double())
     found, refused = find_streams(graph)
     assert len(found) == 1, refused
-    data = [torch.randn(4, 5, WIDTH, dtype=torch.float64) for _ in range(4)]
+    data = [torch.randn(2, 5, WIDTH, dtype=torch.float64) for _ in range(4)]
     report = Rotate().apply(graph, inputs=X.double(), data=data)
     assert report.max_error is not None
     assert report.max_error < 1e-12
@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[Compute, str, str]] = {
     "an input writes": (lambda m, x: ends(m, layer(m, x)), "stream-is-written", "the model's input 'x'"),
     "a number is added": (lambda m, x: ends(m, layer(m, m.embed(x) + 1.0)), "stream-is-written", "add"),
     "a number for each token": (
-        lambda m, x: ends(m, layer(m, m.embed(x) + m.mask[:, None])), "stream-is-written", "no value for each channel"
+        lambda m, x: ends(m, layer(m, m.embed(x) + m.mask[:, None])), "stream-is-written", "no number for each channel"
     ),
     "returned": (lambda m, x: (y := layer(m, m.embed(x)), ends(m, y)), "stream-is-read", "the model returns it"),
     "a norm is returned": (
