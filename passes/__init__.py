@@ -24,6 +24,7 @@ _EXPORTS = {
     "Quantize": "quantize",
     "Recover": "recover",
     "Refit": "refit",
+    "Rotate": "rotate",
     "SiteChange": "report",
     "SiteRefused": "contract",
     "Sparsify": "sparsify",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from surgeon.passes.recover import Recover as Recover
     from surgeon.passes.refit import Refit as Refit
     from surgeon.passes.report import SiteChange as SiteChange
+    from surgeon.passes.rotate import Rotate as Rotate
     from surgeon.passes.sparsify import Sparsify as Sparsify
     from surgeon.passes.sparsify_inputs import SparsifyInputs as SparsifyInputs
     from surgeon.passes.sparsify_neurons import SparsifyNeurons as SparsifyNeurons

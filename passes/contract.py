@@ -27,16 +27,19 @@ from surgeon.sites.ffn import FFN
 from surgeon.sites.linear_site import LinearSite
 from surgeon.sites.rejection import Rejection
 from surgeon.sites.search import find_all_linears, find_ffns, find_linear_sites
+from surgeon.sites.stream import Stream
+from surgeon.sites.values import ValueHeads
 from surgeon.training.loop import FitReport, RunSettings
 
-AnySite: TypeAlias = FFN | LinearSite | MoESite | SkippingSite | ExitSite | HaltSite | BlockEnd
+AnySite: TypeAlias = FFN | LinearSite | MoESite | SkippingSite | ExitSite | HaltSite | BlockEnd | Stream | ValueHeads
 Site = TypeVar("Site", bound=AnySite)
 Seen = TypeVar("Seen", default=Any)
 """What a pass has to know about a site beyond the site itself. Most passes need nothing more and get None."""
-SiteKind = Literal["ffn", "linear", "any-linear", "moe", "dynamic", "block"]
+SiteKind = Literal["ffn", "linear", "any-linear", "moe", "dynamic", "block", "stream"]
 """What a pass works on. "linear": linear layers outside feed-forward layers and heads. "any-linear": all of them.
 "dynamic": what skips work by tau: experts, layers that skip inputs or neurons, early exits, and token halting.
-"block": places behind the blocks of a classifier, which the pass finds itself."""
+"block": places behind the blocks of a classifier, and "stream": residual streams and values of attention. A pass finds
+these itself."""
 
 
 class SiteRefused(Exception):  # noqa: N818  (not an error: the run goes on without the site)

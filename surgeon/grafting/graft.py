@@ -16,7 +16,7 @@ from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError, VerificationError, first_line, some
 from surgeon.exits.halting import find_halts
 from surgeon.exits.site import find_exits
-from surgeon.grafting.check import Call, calls_of, difference, outputs
+from surgeon.grafting.check import Call, calls_of, difference, outputs, refuse_turned
 from surgeon.grafting.parts import (
     GRAFT,
     MLP,
@@ -97,7 +97,7 @@ def graft(
 
     Raises:
         UsageError: no layer of the graph can be put into the model, the model does not have the graph's layers, a
-            weight of it is not to be had, or the graph has early exits.
+            weight of it is not to be had, or the graph has early exits, token halting or a turned residual stream.
         TraceError: the model cannot be traced.
         VerificationError: the copy would not compute what the graph computes.
     """
@@ -112,6 +112,7 @@ def graft(
             )
     calls = calls_of(graph, args, kwargs)
     sketched = sketch(model, inputs)
+    refuse_turned(sketched, reports)
     converted = _converted(sketched, reports)
     made = _copy(model)
     _place(made, model, sketched, converted, calls)

@@ -44,6 +44,20 @@ class _Example(nn.Module):
         return x + self.mlp(self.norm(self.query(x)))  # type: ignore[no-any-return]
 
 
+class _Stream(nn.Module):
+    """A stream that a projection and a feed-forward layer write, and that norms read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mlp = nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        self.norm, self.last_norm, self.head = nn.LayerNorm(64), nn.LayerNorm(64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, 64] → [B, T, 10]."""
+        x = self.embed(x)
+        return self.head(self.last_norm(x + self.mlp(self.norm(x))))  # type: ignore[no-any-return]
+
+
 class _Gated(nn.Module):
     """A gated feed-forward layer."""
 
@@ -62,7 +76,7 @@ def example_of(kind: type[Pass[Any]]) -> PassDiff:
     passes = [*first.get(kind.works_on, []), kind()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        plain = _Classifier() if kind.works_on == "block" else _Example()
+        plain = {"block": _Classifier, "stream": _Stream}.get(kind.works_on, _Example)()
         gated, inputs = _Example(_Gated()), torch.randn(2, 4, 64)
     for model in (plain, gated):
         found = Pipeline(passes).run(model.eval(), inputs=inputs, dry_run=True).diff().passes[-1]

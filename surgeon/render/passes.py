@@ -76,6 +76,7 @@ def _facts(about: About) -> list[tuple[str, str]]:
         "moe": "expert layers",
         "dynamic": "layers that skip by tau",
         "block": "blocks of classifiers",
+        "stream": "residual streams and the values of attention",
     }
     facts = [("works on", sites[about.works_on])]
     if about.makes is not None:

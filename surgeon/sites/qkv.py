@@ -19,7 +19,8 @@ from surgeon.graph.traced import aten, is_call, shape_of
 
 # Stands for every dynamic size. It is divisible by 2 and 4, because models divide sizes by these.
 _SIZE = 4
-_CUTS = SHAPE_OPS - {aten.glu.default}  # glu changes values
+MOVES = SHAPE_OPS - {aten.glu.default}  # glu changes values
+"""Ops that only cut and move values."""
 
 
 def fused_parts(output: Node) -> list[range] | str | None:
@@ -50,7 +51,7 @@ def _pieces(output: Node) -> set[tuple[int, ...]]:
     """Return the columns in each value that holds only some of them; empty if a node uses all of them at once."""
     shape, width = shape_of(output), _width(output)
     assert shape is not None
-    numbered = torch.arange(width).expand([_number(size) for size in shape]).contiguous()
+    numbered = torch.arange(width).expand([plain_size(size) for size in shape]).contiguous()
     pieces: set[tuple[int, ...]] = set()
     stack: list[tuple[Node, Any]] = [(output, numbered)]
     while stack:
@@ -58,9 +59,9 @@ def _pieces(output: Node) -> set[tuple[int, ...]]:
         for user in node.users:
             if is_call(user, aten.sym_size.int):
                 continue
-            if user.op != "call_function" or user.target not in _CUTS | SAME_VALUE:
+            if user.op != "call_function" or user.target not in MOVES | SAME_VALUE:
                 return set()
-            result = _run(user, node, value)
+            result = run_numbered(user, node, value)
             columns = result.flatten().bincount().nonzero().flatten().tolist() if isinstance(result, Tensor) else []
             if columns and len(columns) < width:
                 pieces.add(tuple(columns))
@@ -69,12 +70,13 @@ def _pieces(output: Node) -> set[tuple[int, ...]]:
     return pieces
 
 
-def _run(user: Node, node: Node, value: Any) -> Any:
+def run_numbered(user: Node, node: Node, value: Any) -> Any:
+    """Run an op that moves values on numbers in place of what it reads from `node`, with small sizes where open."""
     if user.target in SAME_VALUE:
         return value.contiguous()
 
     def resolve(source: Node) -> Any:
-        return value if source is node else _number(source.meta.get("val"))
+        return value if source is node else plain_size(source.meta.get("val"))
 
     args: Any = map_arg(user.args, resolve)
     kwargs: Any = map_arg(user.kwargs, resolve)
@@ -82,7 +84,8 @@ def _run(user: Node, node: Node, value: Any) -> Any:
     return user.target(*args, **kwargs)
 
 
-def _number(size: Any) -> int:
+def plain_size(size: Any) -> int:
+    """A size as a number: a small one where it is open."""
     if isinstance(size, torch.SymInt):
         expression = size.node.expr
         return int(expression.xreplace(dict.fromkeys(expression.free_symbols, _SIZE)))

@@ -69,6 +69,12 @@ CODES = {
     "tokens-change": "Let tokens halt only behind later blocks, with `only`, or use early-exit.",
     "needs-length": "Use token halting without `lower`: it saves multiply-adds in all counts, but no time.",
     "unclear-shape": "Name the sizes of the shape, so that it is clear for an empty batch too.",
+    "post-norm": "Use sparsify-inputs without rotate: it works in the stream's own basis too.",
+    "stream-is-read": "Let norms alone read the stream, linear layers alone what they give, and return neither.",
+    "stream-is-written": "Let what is added to the stream come from a linear layer, an embedding or a parameter.",
+    "mixed-norms": "Let all norms that read the stream be of one kind.",
+    "values-are-mixed": "Let nothing but reshaping stand between the projections and the attention.",
+    "values-are-read": "Let nothing but the attention read the values, and the output projection what it gives.",
     # Found by grafting.
     "no-place": "Compute the layer in a module of its own, or make its activation a module.",
     "tied-weight": "Use the graph, or leave the layer alone with `skip`.",

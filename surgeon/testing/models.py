@@ -93,6 +93,53 @@ class StackLayer(nn.Module):
         return output
 
 
+class Attention(nn.Module):
+    """Two heads of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, d] → [B, T, d]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        output: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return output
+
+
+class PreNormLayer(nn.Module):
+    """x + attention(norm(x)), then x + dropout(feed-forward(norm(x)))."""
+
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(WIDTH), Attention()
+        self.norm2, self.ffn, self.dropout = nn.LayerNorm(WIDTH), ffn, nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, d] → [B, T, d]."""
+        x = x + self.attention(self.norm1(x))
+        output: Tensor = x + self.dropout(self.ffn(self.norm2(x)))
+        return output
+
+
+class PreNorm(nn.Module):
+    """A transformer in which norms alone read the stream: [B, T, d] → [B, 3]."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(PreNormLayer(Plain()) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, d] → [B, 3]."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        output: Tensor = self.head(self.norm(x).mean(1))
+        return output
+
+
 class Stack(nn.Module):
     """A classifier of vectors without attention, fast to trace and to save: [B, T, d] → [B, 3]."""
 
@@ -125,9 +172,18 @@ def feed_forward(kind: str, dropout: float = 0.1) -> nn.Module:
     raise KeyError(kind)
 
 
-def stack(kind: str = "gelu", layers: int = 2) -> Stack:
-    """A `Stack` in evaluation mode. Its feed-forward layers are of one kind, or a single layer ("shared")."""
+def stack(kind: str = "gelu", layers: int = 2) -> Stack | PreNorm:
+    """A `Stack` in evaluation mode. Its feed-forward layers are of one kind, or a single layer ("shared").
+
+    Of the kind "pre-norm" it is a `PreNorm`, whose norms have gains and biases.
+    """
     torch.manual_seed(0)
+    if kind == "pre-norm":
+        model = PreNorm(layers).eval()
+        for norm in (part for part in model.modules() if isinstance(part, nn.LayerNorm)):
+            nn.init.normal_(norm.weight, 1.0, 0.2)
+            nn.init.normal_(norm.bias, 0.0, 0.2)
+        return model
     if kind == "shared":
         return Stack(*[feed_forward("relu")] * layers).eval()
     return Stack(*(feed_forward(kind) for _ in range(layers))).eval()

@@ -1,7 +1,7 @@
 """One golden file per pass: a small graph before and after it, line by line.
 
 `pytest --update-golden` writes them anew, and one for a new pass: it runs with its defaults on a linear layer and a
-feed-forward layer, after moeify if it works on experts. A pass that works between blocks runs on a `Stack`.
+feed-forward layer, after moeify if it works on experts. A pass that works on blocks or streams runs on a stack of them.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def with_plain_sizes(text: str) -> str:
 
 @pytest.mark.parametrize("name", all_passes())
 def test_graph_before_and_after(name: str, golden: Callable[[str, str], None]) -> None:
-    blocks = all_passes()[name].works_on == "block"
-    graph = surgeon.trace(stack() if blocks else model(name in GATED), X)
+    stacks = {"block": stack, "stream": lambda: stack("pre-norm", 1)}
+    graph = surgeon.trace(stacks.get(all_passes()[name].works_on, lambda: model(name in GATED))(), X)
     first = needs(all_passes()[name])
     for earlier in first:
         all_passes()[earlier](**OPTIONS.get(earlier, {})).apply(graph, inputs=X)

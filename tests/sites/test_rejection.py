@@ -12,7 +12,7 @@ from surgeon.sites.rejection import CODES
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "refusals.md").read_text(encoding="utf-8")
 # Calls that make a refusal, and where its code stands among their arguments.
-MAKERS = {"Rejection": 0, "SiteRefused": 0, "NotElementwise": 0, "_reject": 2}
+MAKERS = {"Rejection": 0, "SiteRefused": 0, "NotElementwise": 0, "_Unfit": 0, "_refuse": 0, "_reject": 2}
 
 
 def used() -> Iterator[str]:

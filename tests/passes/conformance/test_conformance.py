@@ -13,6 +13,7 @@ from surgeon.passes import (
     Pass,
     Recover,
     Refit,
+    Rotate,
     Sparsify,
     SparsifyInputs,
     SparsifyNeurons,
@@ -98,6 +99,23 @@ class TestRefit(PassConformance):
     data = staticmethod(correlated_vectors)
 
 
+class TestRotate(PassConformance):
+    make = staticmethod(Rotate)
+    kind = "pre-norm"
+    options = {"heads": False}  # noqa: RUF012
+    applies_once = False  # other data have another basis
+    data = staticmethod(correlated_vectors)
+
+    def test_accounts_for_every_parameter(self, pass_, graph) -> None:  # type: ignore[no-untyped-def]
+        """Weights keep their names and shapes, and get other values. Gains and biases of norms are gone."""
+        before = {name: tensor.shape for name, tensor in graph.state_dict().items()}
+        pass_.apply(graph, inputs=vectors(), data=correlated_vectors())
+        after = {name: tensor.shape for name, tensor in graph.state_dict().items()}
+        assert after.items() <= before.items()
+        assert all("norm" in name for name in before.keys() - after.keys())
+        assert not any("norm" in name for name in after)
+
+
 def suite_of(kind: type[Pass[Any]]) -> type[PassConformance]:
     """The suite of a pass that needs no options of its own."""
     settings = {"make": staticmethod(kind), "first": EXPERTS if kind.works_on in ("moe", "dynamic") else ()}
@@ -105,7 +123,7 @@ def suite_of(kind: type[Pass[Any]]) -> type[PassConformance]:
 
 
 USUAL = (TestMlpify, TestSwapActivation, TestSparsify, TestMoeify, TestSparsifyInputs, TestRecover, TestLower)
-SUITES = [*USUAL, TestSparsifyNeurons, TestEarlyExit, TestHaltTokens, TestRefit]
+SUITES = [*USUAL, TestSparsifyNeurons, TestEarlyExit, TestHaltTokens, TestRefit, TestRotate]
 for name, kind in all_passes().items():
     if kind.__module__.startswith("surgeon.") and name not in [suite.make().name for suite in SUITES]:
         SUITES.append(suite_of(kind))
