@@ -92,7 +92,7 @@ STUDY = Study(
             starts_from="sparse",
         ),
         "untrained": Variant([Moeify(experts=48, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
-        **without_training(LAYERS, FFN_TAUS, WHOLE_TAUS, tuned=False),
+        **without_training(LAYERS, FFN_TAUS, WHOLE_TAUS, tuned=False, stream=False),
         "ours_attention": Variant(
             [
                 Mlpify(epochs=1.0, cost_factor=2.0),

@@ -33,7 +33,6 @@ from surgeon.data.losses import evaluate
 from surgeon.jobs.demo import train
 from surgeon.measure.sweep import Point, sweep
 from surgeon.measure.tuning import Tuner
-from surgeon.passes import Refit
 from surgeon.passes.report import PassReport, dense_layers
 from surgeon.render.screen import Screen
 from surgeon.surgery.pipeline import Pipeline
@@ -156,7 +155,7 @@ class Run:
         looked = _Looked(self, variant, self.graph(made))
         definition = {
             "of": self._definition(made), "rules": variant.rules, "compensated": variant.compensated,
-            **({"refit": True} if variant.refit else {}),
+            **({"refit": variant.refit.options() or True} if variant.refit else {}),
         }  # fmt: skip
         taus = definition | {"taus": list(variant.taus)}
         if variant.taus:
@@ -243,7 +242,7 @@ class _Looked:
         if not self.variant.refit:
             return self.graph
         data = self.run.data()
-        return Pipeline([Refit()]).run(self.graph, inputs=self._shared["inputs"], data=data).graph.eval()
+        return Pipeline([self.variant.refit]).run(self.graph, inputs=self._shared["inputs"], data=data).graph.eval()
 
     def _sweep(
         self, taus: Sequence[float | None], graph: surgeon.TracedGraph | None = None, **options: Any

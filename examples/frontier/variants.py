@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from surgeon.data.data import Data
-from surgeon.passes import Pass, SparsifyInputs
+from surgeon.passes import Pass, Refit, Rotate, SparsifyInputs
 from surgeon.surgery.recipe import build
 from surgeon.surgery.recipes import RECIPES
 
@@ -22,9 +22,9 @@ class Variant:
 
     passes: what to run; if there are none, another variant's result is looked at in another way. taus: for the curve
     with one tau for all layers; none if there are no experts yet. budgets: shares of the dense model's multiply-adds to
-    tune for. oracle: also with the true norms. compensated: the mean of what is skipped is added. refit: the weights
-    of linear layers that skip inputs are fitted to what each budget leaves, so they are not to be lowered. divergence:
-    also measured, at each budget, of the answers from the dense model's: for what trains nothing it tells more than the
+    tune for. oracle: also with the true norms. compensated: the mean of what is skipped is added. refit: how the
+    weights of linear layers that skip inputs are fitted to what each budget leaves, so they are not to be lowered.
+    divergence: also measured, at each budget, of the answers from the dense model's: for what trains nothing it tells more than the
     quality, which is known on few samples. starts_from: another variant, to go on from its result.
     """
 
@@ -33,7 +33,7 @@ class Variant:
     budgets: Sequence[float] = ()
     oracle: bool = False
     compensated: bool = False
-    refit: bool = False
+    refit: Refit | None = None
     divergence: bool = False
     rules: Sequence[str] | None = None
     starts_from: str | None = None
@@ -46,19 +46,29 @@ def without_training(
     skip: Sequence[str] = (),
     *,
     tuned: bool = True,
+    stream: bool = True,
 ) -> dict[str, Variant]:
     """Return what skips inputs and trains nothing: TEAL, WINA and ours, of feed-forward layers and of all linear ones.
+
+    Ours is there with fitted weights alone, and with the stream turned and a low rank too, if there is such a stream.
 
     layers: the feed-forward ones. budgets, whole: shares of the dense model, where those skip, and where all do.
     tuned: a share for each layer, within these budgets; else all layers skip the same share, and these are its values.
     """
     where = "budgets" if tuned else "taus"
-    methods = {"teal": {"criterion": "magnitude", "centre": False}, "wina": {"centre": False}, "inputs": {}}
+    methods: dict[str, tuple[list[Pass[Any]], dict[str, Any], Refit | None]] = {
+        "teal": ([], {"criterion": "magnitude", "centre": False}, None),
+        "wina": ([], {"centre": False}, None),
+        "inputs": ([], {}, Refit()),
+    }
+    if stream:
+        methods["rotated"] = ([Rotate()], {}, Refit(rank=0.25))
     found = {}
-    for name, options in methods.items():
-        looked = {"refit": name == "inputs", "divergence": True}
-        found[name] = Variant([SparsifyInputs(only=tuple(layers), **options)], **{where: budgets}, **looked)
-        found[f"{name}_whole"] = Variant([SparsifyInputs(skip=tuple(skip), **options)], **{where: whole}, **looked)
+    for name, (before, options, refit) in methods.items():
+        parts = ("", budgets, {"only": tuple(layers)}), ("_whole", whole, {"skip": tuple(skip)})
+        for part, shares, chosen in parts:
+            passes = [*before, SparsifyInputs(**chosen, **options)]
+            found[f"{name}{part}"] = Variant(passes, **{where: shares}, refit=refit, divergence=True)
     return found
 
 
