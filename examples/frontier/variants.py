@@ -24,8 +24,8 @@ class Variant:
     with one tau for all layers; none if there are no experts yet. budgets: shares of the dense model's multiply-adds to
     tune for. oracle: also with the true norms. compensated: the mean of what is skipped is added. refit: how the
     weights of linear layers that skip inputs are fitted to what each budget leaves, so they are not to be lowered.
-    divergence: also measured, at each budget, of the answers from the dense model's: for what trains nothing it tells more than the
-    quality, which is known on few samples. starts_from: another variant, to go on from its result.
+    divergence: also measured, at each budget, of the answers from the dense model's: for what trains nothing it tells
+    more than the quality, which is known on few samples. starts_from: another variant, to go on from its result.
     """
 
     passes: Passes
