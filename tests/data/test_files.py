@@ -155,7 +155,7 @@ def test_options_out_of_range(tmp_path: Path) -> None:
 
 def test_task_must_be_known(tmp_path: Path, config: Any) -> None:
     path = write_lines(tmp_path / "a.jsonl", rows(2))
-    with pytest.raises(UsageError, match=r"the task is unknown. Give one of causal-lm"):
+    with pytest.raises(UsageError, match=r"the task is unknown. Give task=, one of causal-lm"):
         load_data(path)
     with pytest.raises(UsageError, match="files cannot be read for the task 'poetry'"):
         load_data(path, config=config, task="poetry")

@@ -47,5 +47,5 @@ def test_a_model_agrees_with_itself_and_no_labels_are_needed() -> None:
     assert cosine.value == pytest.approx(1.0)
     assert verdict.first is cosine
     assert model.training
-    with pytest.raises(DataError, match=r"needs labels, .* imitate the dense model with --task imitate"):
+    with pytest.raises(DataError, match=r"needs labels, .* imitate the dense model, which needs none: task='imitate'"):
         judge(model, unlabelled, Criteria("classification"))

@@ -171,8 +171,9 @@ def test_classifier_without_padding_id() -> None:
 
 
 def test_not_a_hugging_face_model() -> None:
-    with pytest.raises(UsageError, match=r"Linear is not a Hugging Face model.*--inputs module:function"):
+    with pytest.raises(UsageError, match=r"Linear is not a Hugging Face model.* Give example inputs\.$") as error:
         example_inputs(nn.Linear(2, 2))
+    assert error.value.in_command.endswith("Give example inputs: --inputs module:function, or a file of tensors.")
 
 
 def test_input_that_cannot_be_made_up() -> None:
@@ -347,5 +348,5 @@ def test_inputs_of_program() -> None:
     assert torch.equal(args[0], torch.ones(2, 3))
     assert kwargs == {}
     program._example_inputs = None
-    with pytest.raises(UsageError, match=r"contains no example inputs.*--inputs"):
+    with pytest.raises(UsageError, match=r"contains no example inputs\. Give example inputs\."):
         inputs_of_program(program)

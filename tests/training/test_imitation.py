@@ -93,5 +93,5 @@ def test_a_loss_of_ones_own_is_not_replaced() -> None:
 
 
 def test_without_a_task_imitation_is_offered() -> None:
-    with pytest.raises(UsageError, match="--task imitate needs no labels"):
+    with pytest.raises(UsageError, match="The task imitate needs no labels"):
         Pipeline([Sparsify(steps=1)]).run(stack("relu"), inputs=vectors(), data=data())
