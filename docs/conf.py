@@ -65,7 +65,8 @@ smartquotes = False  # it would make one dash of the two of an option
 # Docstrings name code in single backticks. Names of the package have to be on one of the pages.
 default_role = "py:obj"
 nitpicky = True
-nitpick_ignore_regex = [("py:(?!obj).*", ".*"), ("py:obj", r"(?!surgeon\.).*")]
+# Names of schemas, such as surgeon.inspect.v1, are none of Python.
+nitpick_ignore_regex = [("py:(?!obj).*", ".*"), ("py:obj", r"(?!surgeon\.).*|.*\.v1")]
 toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

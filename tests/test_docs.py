@@ -20,6 +20,7 @@ import pytest
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 from typer.testing import CliRunner
 
+import surgeon
 from surgeon.cli import app
 from surgeon.surgery.record import Record
 from tests.cli.shelf import write_bert
@@ -96,3 +97,8 @@ def test_every_field_of_a_record_is_explained() -> None:
 def test_the_readme_shows_both_ways() -> None:
     assert {language for language, _, _ in blocks(PAGES[0])} == {"python", "console"}
     assert len(PAGES) > 1
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    assert [name for name in surgeon.__all__ if not re.search(rf"surgeon\.{name}\b", text)] == []

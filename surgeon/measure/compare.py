@@ -84,7 +84,7 @@ def compare(
     Args:
         surgeries: graphs with experts, by name. The first is the one that the others are compared with.
         batches: held-out data, in any form that `Batch.from_any` takes.
-        task, taus, rules: as in `surgeon.measure.sweep.sweep`. oracle: also with the true norms of the experts'
+        task, taus, rules: as in `surgeon.sweep`. oracle: also with the true norms of the experts'
             outputs.
         keep: share of the dense model's quality to keep, above 0 and at most 1. A loss may be 1/keep times the dense
             model's.
