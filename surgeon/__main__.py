@@ -42,7 +42,7 @@ def _begun(words: list[str]) -> Screen | None:
     moves = sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("WORLD_SIZE", "1") == "1"
     if not moves or not words or any(map(_OTHER_SCREEN.fullmatch, words)):
         return None
-    if not (Path(__file__).with_name("cli") / f"{words[0]}.py").is_file():
+    if not words[0].isidentifier() or not (Path(__file__).with_name("cli") / f"{words[0]}.py").is_file():
         return None
     from surgeon.render.screen import Screen
 
