@@ -42,7 +42,7 @@ class Pass(Contract[Site, Seen]):
         Raises:
             UsageError: a pattern of `only` or `skip` matches no candidate, or it is no graph of ATen ops.
         """
-        check_graph(graph)
+        check_graph(graph, self.name)
         sites, rejected = self.find(graph)
         paths = _paths(sites, rejected)
         for name in ("only", "skip") if paths else ():
@@ -73,7 +73,7 @@ class Pass(Contract[Site, Seen]):
             PassError, VerificationError: the message names pass, site and difference.
             UsageError: an option does not fit the graph, or it is no graph of ATen ops.
         """
-        check_graph(graph)
+        check_graph(graph, self.name)
         work = adopt(graph)
         report = self.run(
             work, inputs=inputs, data=None if data is None else Data.of(data), settings=settings or RunSettings()

@@ -24,8 +24,10 @@ def check_model(model: Any) -> None:
         raise UsageError(f"This takes a graph or a model, but got {_kind(model)}.{_hint(model)}")
 
 
-def check_graph(graph: Any) -> None:
+def check_graph(graph: Any, what: str = "This") -> None:
     """Refuse what is no graph of ATen ops.
+
+    what: takes a graph, for the message.
 
     Raises:
         UsageError: it is something else, such as a model that was not traced.
@@ -33,12 +35,11 @@ def check_graph(graph: Any) -> None:
     if isinstance(graph, TracedGraph):
         return
     if not isinstance(graph, nn.Module):
-        raise UsageError(f"This takes a graph, but got {_kind(graph)}.{_hint(graph)}")
+        raise UsageError(f"{what} takes a graph, but got {_kind(graph)}.{_hint(graph)}")
     if not isinstance(graph, GraphModule) or not is_aten_graph(graph):
-        what = "a graph of other ops" if isinstance(graph, GraphModule) else f"the model {type(graph).__name__}"
-        raise UsageError(
-            f"This takes a graph of ATen ops, but got {what}. Trace it first: surgeon.trace(model, inputs)."
-        )
+        got = "a graph of other ops" if isinstance(graph, GraphModule) else f"the model {type(graph).__name__}"
+        hint = "Trace it first: surgeon.trace(model, inputs)"
+        raise UsageError(f"{what} takes a graph of ATen ops, but got {got}. {hint}.")
 
 
 def is_aten_graph(graph: GraphModule) -> bool:

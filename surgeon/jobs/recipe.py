@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule
 
-from surgeon.dynamic.knobs import get_tau, set_rule, set_tau
+from surgeon.dynamic.knobs import get_rule, get_tau, set_rule, set_tau
 from surgeon.errors import UsageError, some
 from surgeon.graph.patterns import matches
 from surgeon.jobs.open_model import Opened
@@ -106,11 +106,12 @@ def set_recorded(recipe: Recipe, graph: GraphModule, *, fitted: bool, with_tau: 
     Args:
         fitted: whether the routers were fitted; else nothing may be skipped. with_tau: whether its tau counts.
     """
-    notes, paths = [], list(get_tau(graph))
+    notes: list[str] = []
+    layers: dict[str, Collection[str]] = {"tau": get_tau(graph), "rule": get_rule(graph)}
     if with_tau and recipe.tau and not fitted:
         notes.append("tau of the recipe was not set, because no routers were fitted.")
     for name, values in (("tau", recipe.tau if with_tau and fitted else {}), ("rule", recipe.rule)):
-        fit = {key: one for key, one in values.items() if any(matches([key], *_names(path)) for path in paths)}
+        fit = {key: one for key, one in values.items() if any(matches([key], *_names(path)) for path in layers[name])}
         if fit:
             setter: Any = set_tau if name == "tau" else set_rule
             setter(graph, fit)

@@ -54,7 +54,7 @@ def find_ffns(graph: GraphModule) -> tuple[list[FFN], list[Rejection]]:
     Raises:
         UsageError: it is no graph of ATen ops.
     """
-    check_graph(graph)
+    check_graph(graph, "find_ffns")
     sites, rejections = _Search(graph).run()
     return sites, [*rejections, *refused_in_regions(graph, lambda copy: _Search(copy).run())]
 

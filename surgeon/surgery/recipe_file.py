@@ -5,14 +5,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError
 
 from surgeon.errors import UsageError
+from surgeon.kernels.selection import check_rule
 from surgeon.passes.base import Pass
 from surgeon.surgery.recipe import InputFile, Recipe, Step, find_pass, read_option, with_options
 from surgeon.surgery.recipe_yaml import Document, Place, Problem, read_document
+
+
+def _by_layer(value: Any) -> Any:
+    """Values by layer; a single one is for all."""
+    return value if isinstance(value, dict) else {} if value is None else {"*": value}
+
+
+def _rule(value: str) -> str:
+    check_rule(value)
+    return value
 
 
 class _File(BaseModel):
@@ -26,8 +37,12 @@ class _File(BaseModel):
     fingerprint: str | None = None
     teacher: InputFile | None = None
     model: InputFile | None = None
-    tau: dict[str, float] | float | None = None
-    rule: dict[str, str] | str | None = None
+    tau: Annotated[dict[str, Annotated[float, Field(ge=0, le=1)]], BeforeValidator(_by_layer)] = Field(
+        default_factory=dict
+    )
+    rule: Annotated[dict[str, Annotated[str, AfterValidator(_rule)]], BeforeValidator(_by_layer)] = Field(
+        default_factory=dict
+    )
 
 
 def read_recipe_file(path: Path) -> Recipe:
@@ -64,11 +79,8 @@ def check_recipe_file(path: Path) -> tuple[Recipe | None, list[Problem]]:
     if problems:
         return None, sorted(problems, key=lambda problem: problem.line)
     file = _File.model_validate(document.value)
-    tau = {"*": file.tau} if isinstance(file.tau, float) else file.tau
-    rule = {"*": file.rule} if isinstance(file.rule, str) else file.rule
-    return Recipe(
-        tuple(steps), file.seed, file.data, file.fingerprint, file.teacher, file.model, tau or {}, rule or {}
-    ), []
+    found = file.model_dump(exclude={"passes", "teacher", "model"})
+    return Recipe(tuple(steps), teacher=file.teacher, model=file.model, **found), []
 
 
 def _wrong_keys(document: Document) -> Iterator[Problem]:
@@ -86,7 +98,7 @@ def _wrong_keys(document: Document) -> Iterator[Problem]:
             elif not place:
                 yield Problem(line, "a recipe is a mapping with the key passes, such as 'passes: [moeify, lower]'.")
             else:
-                reason = wrong["msg"]
+                reason = wrong["msg"].removeprefix("Value error, ").rstrip(".")
                 yield Problem(line, f"{name}: {reason[0].lower()}{reason[1:]}.")
 
 

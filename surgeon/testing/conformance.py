@@ -331,7 +331,7 @@ class PassConformance:
     def test_refuses_what_is_not_a_graph_of_aten_ops(self, pass_: Pass[Any]) -> None:
         """A graph of modules is refused, and the message says what to do."""
         symbolic = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)))
-        with pytest.raises(SurgeonError, match=f"{pass_.name} works on a graph of ATen ops.*surgeon.trace"):
+        with pytest.raises(SurgeonError, match=f"{pass_.name} takes a graph of ATen ops.*surgeon.trace"):
             pass_.apply(symbolic)
 
 

@@ -116,12 +116,11 @@ def test_a_saved_surgery_can_be_gone_on_with(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_recipe_can_be_run_again(run: Run, tmp_path: Path) -> None:
-    recipe = recorded(Path("masked"))["recipe"]
-    recipe["passes"][0]["options"] = {"experts": 8, "only": ["blocks.1.*"]}
-    (tmp_path / "r.json").write_text(json.dumps({**recipe, "seed": 3}))
-    assert run("-q", "apply", "--recipe", "r.json", *NET, "-o", "again").code == 0
+    options = {"experts": 8, "only": ["blocks.1.*"]}
+    (tmp_path / "r.yaml").write_text(json.dumps({"passes": [{"moeify": options}], "seed": 3}))
+    assert run("-q", "apply", "--recipe", "r.yaml", *NET, "-o", "again").code == 0
     made = recorded(Path("again"))["recipe"]
-    assert made["passes"] == recipe["passes"]
+    assert made["passes"] == [{"name": "moeify", "options": options}]
     assert made["seed"] == 3
     assert run("-q", "apply", "--recipe", "masked", *NET, "--dry-run").code == 0
 
