@@ -15,11 +15,13 @@ from surgeon.passes.registry import all_passes
 OPTIONS = [(kind, field.name) for kind in all_passes().values() for field in dataclasses.fields(kind)]
 
 
-@pytest.mark.parametrize(("kind", "name"), OPTIONS, ids=lambda value: getattr(value, "name", value))
-@pytest.mark.parametrize("value", [object(), "-", float("nan"), {"*": object()}, (1,)], ids=repr)
-def test_every_option_refuses_other_types(kind: Any, name: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=rf"^{kind.name}: {name} is .*, but must be "):
-        kind(**{name: value})
+@pytest.mark.parametrize(
+    "value", [object(), "-", float("nan"), {"*": object()}, (1,)], ids=["object", "text", "nan", "dict", "tuple"]
+)
+def test_every_option_refuses_other_types(value: Any) -> None:
+    for kind, name in OPTIONS:
+        with pytest.raises(UsageError, match=rf"^{kind.name}: {name} is .*, but must be "):
+            kind(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from surgeon.display.words import seconds
 from surgeon.text.summary import (
     change,
     growth,
@@ -12,7 +13,6 @@ from surgeon.text.summary import (
     natural,
     number,
     percent,
-    seconds,
 )
 from tests.text.reports import site
 
