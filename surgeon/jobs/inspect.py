@@ -33,6 +33,7 @@ LOOKS_FOR = {
     "moe": "expert layer",
     "dynamic": "layer that skips by tau",
     "block": "place between blocks",
+    "stream": "residual stream",
 }
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import pytest
 
+from surgeon.jobs.inspect import LOOKS_FOR
+from surgeon.passes.contract import SiteKind
 from surgeon.passes.registry import all_passes
 
 from .harness import NET, Run, run_surgeon
@@ -97,3 +100,7 @@ def test_explain_says_where_there_is_no_candidate(run: Run) -> None:
     assert "Nearest candidates: blocks.1.mlp, blocks.0.mlp." in result.err
     result = run("-q", "explain", "nets:linear", "--inputs", "nets:inputs", "--passes", "moeify")
     assert "moeify  finds no feed-forward layer" in result.out
+
+
+def test_every_kind_of_site_has_words() -> None:
+    assert set(get_args(SiteKind)) == set(LOOKS_FOR)
