@@ -84,7 +84,7 @@ def test_torchao_gets_the_linears_of_the_graph() -> None:
 
 
 def test_engines_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="No engine 'tvm'. There are eager, compile, torchao"):
+    with pytest.raises(UsageError, match=r"No engine 'tvm'\. There are eager, compile, torchao"):
         against.check_engines(["eager", "tvm"])
     monkeypatch.setitem(against.ENGINES, "eager", ("not_installed_here",))
     with pytest.raises(UsageError, match="pip install not_installed_here"):
