@@ -221,7 +221,7 @@ def test_same_seed_same_experts(traces: Any) -> None:
 
 def test_untrained_routers_are_told(traces: Any) -> None:
     report = Moeify(experts=4).apply(traces("stack:relu"), inputs=vectors())
-    assert any("routers were not trained" in note and "--data" in note for note in report.notes)
+    assert any("routers were not trained" in note and "run again with data" in note for note in report.notes)
 
 
 def test_activations_without_zeros_are_told(traces: Any) -> None:

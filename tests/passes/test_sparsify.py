@@ -106,7 +106,7 @@ def test_without_data_nothing_changes_and_it_says_so(traces: Any, kind: str) -> 
     assert report.fit is None
     assert report.preserved
     assert report.max_error == 0.0
-    assert any("Nothing was fine-tuned" in note and "--data" in note for note in report.notes)
+    assert any("Nothing was fine-tuned" in note and "again with data" in note for note in report.notes)
     calls = [node for node in graph.graph.nodes if node.op == "call_module"]
     assert len(calls) == 2
     assert len({node.target for node in calls}) == (1 if kind == "shared" else 2)

@@ -212,7 +212,7 @@ def test_nothing_is_trained_unless_asked_for(traces: Any) -> None:
     assert all(torch.equal(value, before[name]) for name, value in graph.state_dict().items())
     asked = SwapActivation(epochs=1).apply(traces("stack:gelu"), inputs=vectors())
     assert asked.fit is None
-    assert any("Nothing was fine-tuned" in note and "--data" in note for note in asked.notes)
+    assert any("Nothing was fine-tuned" in note and "give data" in note for note in asked.notes)
 
 
 @pytest.mark.parametrize("options", [{"epochs": 2.0}, {"steps": 4}])
