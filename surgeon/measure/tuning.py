@@ -57,7 +57,7 @@ _LARGEST_BUDGET = 2.0
 _KEPT = 2**26
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tuned:
     """A tau for each layer, and its cost and damage.
 
@@ -80,6 +80,9 @@ class Tuned:
     rounds: int
     unit: str = "nats"
     dense: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Tuned: {len(self.taus)} layer{'s' * (len(self.taus) != 1)}, cost {self.cost:.1%}, damage {self.damage:.3g} {self.unit}>"
 
 
 @shows_progress
