@@ -82,7 +82,8 @@ class Tuned:
     dense: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"<Tuned: {len(self.taus)} layer{'s' * (len(self.taus) != 1)}, cost {self.cost:.1%}, damage {self.damage:.3g} {self.unit}>"
+        layers = f"{len(self.taus)} layer{'s' * (len(self.taus) != 1)}"
+        return f"<Tuned: {layers}, cost {self.cost:.1%}, damage {self.damage:.3g} {self.unit}>"
 
 
 @shows_progress
