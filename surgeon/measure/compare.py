@@ -32,7 +32,7 @@ from surgeon.progress import ShowProgress, Tell
 from surgeon.tracing.trace import class_task
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Plain):
     """Surgeries and their dense model on the same samples.
 
@@ -50,6 +50,10 @@ class Comparison(Plain):
     stored: Mapping[str, Point]
     unmeasured: tuple[str, ...] = ()
     untimed: bool = False
+
+    def __repr__(self) -> str:
+        names = ", ".join(dict.fromkeys(curve.surgery for curve in self.curves))
+        return f"<Comparison: {names}; keeping {self.keep:.3g} of the dense quality>"
 
     @property
     def stopped(self) -> bool:

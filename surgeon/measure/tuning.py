@@ -58,7 +58,7 @@ _LARGEST_BUDGET = 2.0
 _KEPT = 2**26
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tuned(Plain):
     """A tau for each layer, and its cost and damage.
 
@@ -81,6 +81,10 @@ class Tuned(Plain):
     rounds: int
     unit: str = "nats"
     dense: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        layers = f"{len(self.taus)} layer{'s' * (len(self.taus) != 1)}"
+        return f"<Tuned: {layers}, cost {self.cost:.1%}, damage {self.damage:.3g} {self.unit}>"
 
 
 @shows_progress

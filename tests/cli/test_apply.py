@@ -79,7 +79,7 @@ def test_apply_json_is_alone_on_stdout(run: Run) -> None:
     done = result.json
     assert set(done) == {
         "model", "directory", "dry_run", "search", "passes", "before", "after", "quality", "agreement", "notes", "next",
-        "seconds",
+        "seconds", "report",
     }  # fmt: skip
     assert done["directory"] == "out"
     assert done["passes"][0]["matched"] == ["blocks.0.mlp", "blocks.1.mlp"]

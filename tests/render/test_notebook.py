@@ -55,6 +55,7 @@ def test_results_are_html(traces: Any, shown: Formatter) -> None:
     tuned = Tuned({"a.moe": 0.1}, {"a.moe": 0.25}, 0.5, 0.0, 0.1, 0.5, 0.0, 1)
     assert "a.moe" in shown(tuned)
     assert "25%" in shown(tuned)
+    assert repr(tuned) == "<Tuned: 1 layer, cost 50.0%, damage 0 nats>"
 
 
 def test_texts_are_short(traces: Any) -> None:
