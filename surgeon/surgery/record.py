@@ -36,7 +36,7 @@ from surgeon.version import __version__
 
 Kind = TypeVar("Kind")
 Value = TypeVar("Value")
-SCHEMA = 5
+SCHEMA = 6
 _DEEPEST = 50  # nested values in a file
 RECORD = "surgery.json"
 

@@ -70,7 +70,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         r"passes\.0\.seconds is not a finite number",
     ),
     "record_older": (lambda c: with_record(c, schema=1), r"has schema 1, .* Run the surgery again"),
-    "record_newer": (lambda c: with_record(c, schema=99), r"has schema 99, but .* reads schema 5\. Update surgeon"),
+    "record_newer": (lambda c: with_record(c, schema=99), r"has schema 99, but .* reads schema 6\. Update surgeon"),
 }
 
 
