@@ -21,6 +21,14 @@ def schema_name(command: str) -> str:
     return f"surgeon.{command.replace(' ', '-')}.v{VERSION}"
 
 
+SCHEMAS = Path(__file__).parent / "schemas"
+
+
+def schemas() -> dict[str, Path]:
+    """The file of each schema, by the name of its command, and that of errors."""
+    return {file.stem.replace("-", " "): file for file in sorted(SCHEMAS.glob("*.json"))}
+
+
 class Plain:
     """A result that programs can read: what `surgeon ... --output json` prints of it."""
 

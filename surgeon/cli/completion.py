@@ -69,7 +69,7 @@ def recipes(incomplete: str) -> Values:
 
 def schemas(context: typer.Context, incomplete: str) -> Values:
     """Complete the next word of the command whose schema is asked for."""
-    from surgeon.cli.schema import schemas as files
+    from surgeon.json_values import schemas as files
 
     given = list(context.params.get("names") or ())
     commands = [name.split() for name in files()]

@@ -1,7 +1,6 @@
 """`surgeon schema`: the JSON Schema of a command's answer."""
 
 # The annotations are read when commands are made, so they are not postponed.
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,13 +8,7 @@ import typer
 from surgeon.cli import completion
 from surgeon.cli.app import Run, command
 from surgeon.errors import UsageError
-
-DIRECTORY = Path(__file__).parents[1] / "schemas"
-
-
-def schemas() -> dict[str, Path]:
-    """The file of each schema, by the name of its command, and that of errors."""
-    return {file.stem.replace("-", " "): file for file in sorted(DIRECTORY.glob("*.json"))}
+from surgeon.json_values import schemas
 
 
 @command(order=120)

@@ -113,7 +113,8 @@ def refuse_turned(sketched: TracedGraph, reports: Sequence[PassReport]) -> None:
     if streams:
         raise UsageError(
             f"rotate turned the residual stream ({some(streams)}). The model's norms have gains that the graph's have "
-            "not, so that it has no place for the weights. Use the graph itself (surgeon.load, surgeon export --to "
-            f"openvino or onnx), or run rotate with --set rotate.skip={','.join(streams)}, which turns the values of "
-            "attention alone."
+            "not, so that it has no place for the weights.",
+            python=f"Use the graph itself, or Rotate(skip={streams}), which turns the values of attention alone.",
+            command="Use the graph itself (surgeon export --to openvino or onnx), or run rotate with --set "
+            f"rotate.skip={','.join(streams)}, which turns the values of attention alone.",
         )

@@ -51,8 +51,9 @@ def is_aten_graph(graph: GraphModule) -> bool:
         return True
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
     ops = [node for node in calls if isinstance(node.target, torch._ops.OpOverload)]
+    regions = [node for node in calls if isinstance(node.target, torch._ops.HigherOrderOperator)]
     return (
-        bool(ops)
+        bool(ops or regions)
         and all(node.op != "call_method" for node in graph.graph.nodes)
         and all("val" in node.meta for node in ops if node.users)
     )

@@ -99,8 +99,8 @@ class Recipe(Plain):
         """What people should know who read the file."""
         found = [self.summary] if self.summary else []
         found += [
-            "To check this file: surgeon recipe check FILE. To run it: surgeon apply MODEL --recipe FILE --data DATA. "
-            "All options of a pass: surgeon passes NAME."
+            "To check this file: surgeon recipe check FILE. To run it: surgeon apply, or in Python "
+            "surgeon.load_recipe. All options of a pass: surgeon passes NAME."
         ]
         if len(self.runs) > 1:
             found.append(

@@ -11,8 +11,7 @@ import jsonschema
 from typer.testing import CliRunner
 
 from surgeon.cli import app
-from surgeon.cli.schema import schemas
-from surgeon.json_values import schema_name
+from surgeon.json_values import schema_name, schemas
 from surgeon.surgery.record import RECORD
 
 NET = ("nets:gelu", "--inputs", "nets:inputs")

@@ -163,10 +163,7 @@ def test_what_cannot_be_compared_is_refused(run: Run, both: tuple[str, str], tmp
     assert run("-q", "compare", "four", "nowhere", *REVIEWS).code == 3
     for options, words in (
         (("--keep", "1.5"), "must be above 0 and at most 1"),
-        (
-            ("-o", "a.txt"),
-            "ends in .json, for numbers, .csv, for a line for each setting, .md, for tables,",
-        ),
+        (("-o", "a.txt"), "ends in .json (numbers), .csv (a line for each setting), .md (tables), "),
         (("--rule", "best"), "No selection rule 'best'."),
     ):
         result = run("-q", "compare", *both, *REVIEWS, *options)

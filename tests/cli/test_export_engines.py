@@ -56,7 +56,7 @@ def test_openvino_with_what_the_answer_says_loads_it(run: Run, int8: Path, tmp_p
     assert done.stdout.strip() == "(1, 2)", done.stderr
     again = run("export", str(int8), "--to", "openvino", "-o", "out")
     assert (again.code, again.err) == (
-        4, "error: out exists. Give another directory, or replace it with --overwrite.\n"
+        4, "error: out exists. Give another directory with -o, or replace it with --overwrite.\n"
     )  # fmt: skip
 
 

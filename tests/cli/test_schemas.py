@@ -11,9 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from surgeon.cli.schema import DIRECTORY, schemas
 from surgeon.jobs.answers import ANSWERS, json_schema
-from surgeon.json_values import VERSION, schema_name
+from surgeon.json_values import SCHEMAS, VERSION, schema_name, schemas
 
 from .harness import DATA, NET, Run, check_answer, run_surgeon
 from .test_help import COMMANDS, GROUPS
@@ -53,7 +52,7 @@ ELSEWHERE = {"compile", "generate", "bench surgery", "demo", "error"}
 
 @pytest.mark.parametrize("command", sorted(ANSWERS))
 def test_the_package_has_the_schema_of_every_answer(command: str, request: pytest.FixtureRequest) -> None:
-    file = DIRECTORY / f"{command.replace(' ', '-')}.json"
+    file = SCHEMAS / f"{command.replace(' ', '-')}.json"
     text = json.dumps(json_schema(command), indent=1, ensure_ascii=False) + "\n"
     if request.config.getoption("--update-golden"):
         file.write_text(text, encoding="utf-8")

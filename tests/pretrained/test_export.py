@@ -69,7 +69,7 @@ def test_from_python(tmp_path: Path) -> None:
     surgeon.set_tau(surgery.graph, 0.1)
     surgery.save_pretrained(tmp_path / "out")
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "out")
-    assert set(surgeon.get_tau(loaded).values()) == {torch.tensor(0.1).item()}
+    assert set(surgeon.get_tau(loaded).values()) == {0.1}
     torch.testing.assert_close(loaded(IDS).pooler_output, surgery.graph(IDS, torch.ones_like(IDS)).pooler_output)
 
 

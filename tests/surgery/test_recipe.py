@@ -24,7 +24,10 @@ def test_passes_are_found_by_name() -> None:
     [
         ("moefy", "No pass 'moefy'. Did you mean 'moeify'?"),
         ("swap_activation", "No pass 'swap_activation'. Did you mean 'swap-activation'?"),
-        ("xyz", "No pass 'xyz'. There are: halt-tokens, mlpify, swap-activation, sparsify, early-exit, moeify, "),
+        (
+            "xyz",
+            "No pass 'xyz'. There are: mlpify, rotate, halt-tokens, swap-activation, sparsify, early-exit, ",
+        ),
         ("", "No pass ''."),
     ],
 )

@@ -232,11 +232,12 @@ def test_another_process_in_another_directory_writes_the_same_bytes(saved: dict[
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     subprocess.run(command, check=True, cwd=tmp_path, env=environment | {"PYTHONHASHSEED": "11"})
-    for file in (MODEL, DIFF):
-        assert (tmp_path / "dynamic" / file).read_bytes() == (saved["dynamic"] / file).read_bytes(), file
-    records = [json.loads((place / RECORD).read_text()) for place in (saved["dynamic"], tmp_path / "dynamic")]
-    assert measured_in(records[0]) == measured_in(records[1]) != []
-    assert records[0] == records[1]
+    places = (saved["dynamic"], tmp_path / "dynamic")
+    assert (places[0] / MODEL).read_bytes() == (places[1] / MODEL).read_bytes()
+    for file in (RECORD, DIFF):
+        first, second = (json.loads((place / file).read_text()) for place in places)
+        assert measured_in(first) == measured_in(second) != []
+        assert first == second, file
 
 
 def test_no_local_paths_are_saved(saved: dict[str, Path]) -> None:
