@@ -44,6 +44,8 @@ NAMES = {
     "teal_whole": "TEAL",
     "wina_whole": "WINA",
     "inputs_whole": "inputs refitted",
+    "rotated": "stream turned, inputs refitted, FFNs",
+    "rotated_whole": "stream turned, inputs refitted",
 }
 
 
