@@ -10,13 +10,11 @@ ran on these data. What OUT has already is not done again.
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from skipped_inputs import Task, of_code, of_digits
+from skipped_inputs import Task, opened
 from torch import Tensor
 from untrained import at
 
@@ -68,13 +66,7 @@ def table(found: dict[str, list[Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["digits", "code"])
-    parser.add_argument("work", type=Path)
-    parser.add_argument("out", type=Path)
-    args = parser.parse_args()
-    found = json.loads(args.out.read_text()) if args.out.exists() else {"task": args.task, "seed": 0, "before": {}}
-    task = {"digits": of_digits, "code": of_code}[args.task](args.work, found["seed"])
+    args, found, task = opened(__doc__, "before")
     with torch.no_grad():
         dense = task.answers()
     for name, before in BEFORE.items():

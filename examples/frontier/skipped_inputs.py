@@ -378,14 +378,19 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def opened(description: str | None, key: str) -> tuple[argparse.Namespace, dict[str, Any], Task]:
+    """What was typed, what OUT has already, with the results under this key, and the task."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["digits", "code"])
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    found = json.loads(args.out.read_text()) if args.out.exists() else {"task": args.task, "seed": 0, "methods": {}}
-    task = {"digits": of_digits, "code": of_code}[args.task](args.work, found["seed"])
+    found = json.loads(args.out.read_text()) if args.out.exists() else {"task": args.task, "seed": 0, key: {}}
+    return args, found, {"digits": of_digits, "code": of_code}[args.task](args.work, found["seed"])
+
+
+def main() -> None:
+    args, found, task = opened(__doc__, "methods")
     curves(task, found, lambda: args.out.write_text(json.dumps(found, indent=1)) and None)
     print(table(found))
 
