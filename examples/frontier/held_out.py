@@ -1,13 +1,16 @@
-"""The recommended recipe as it is, on other text than it was chosen on: MiniLM on newspaper editorials.
+"""The recommended recipe on other text than it was chosen on: MiniLM on newspaper editorials, or tweets.
 
-Only the epochs of router training were chosen on this.
+As it is on editorials, where only the epochs of router training were chosen, and on tweets with the settings that it
+finds in half an hour:
 
     pip install ".[examples]"
     python examples/reviews.py editorials --of editorials
     python examples/frontier/held_out.py work examples/frontier/results
+    python examples/reviews.py tweets --of tweets
+    python examples/frontier/held_out.py work examples/frontier/results --data tweets --budget-minutes 30
 
 trains the dense model, runs `surgeon apply --recipe recommended` and `surgeon sweep`, and writes held_out.json and
-held_out.png. What is done is not done again, and a recipe that was stopped goes on.
+held_out.png, or held_out_tweets. What is done is not done again, and a recipe that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ DATA = "editorials"
 LENGTH = 64  # tokens; longer snippets are cut
 
 
-def train_dense(out: Path, of: str = DATA) -> None:
+def train_dense(out: Path, of: str) -> None:
     """MiniLM, trained as in the study of movie reviews, on this data."""
     torch.manual_seed(0)
     source = load_model(sentiment.MODEL, task=sentiment.TASK)
@@ -56,17 +59,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, help="where the models are kept")
     parser.add_argument("results", type=Path, help="where the numbers and the picture go")
+    parser.add_argument("--data", default=DATA, help="the folder that reviews.py wrote")
+    parser.add_argument("--budget-minutes", type=float, help="let the recipe find its settings within this time")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
-    dense, made = args.work / "held-out" / "dense", args.work / "held-out" / "recommended"
+    name = "held-out" if args.data == DATA else f"held-out-{Path(args.data).name}"
+    dense, made = args.work / name / "dense", args.work / name / "recommended"
     if not dense.exists():
-        train_dense(dense)
-    data = ("--data", DATA, "--task", sentiment.TASK, "--max-length", LENGTH)
+        train_dense(dense, args.data)
+    data = ("--data", args.data, "--task", sentiment.TASK, "--max-length", LENGTH)
     if not made.exists():
         resume = ("--resume",) if made.with_name(f"{made.name}.work").exists() else ()
-        run("apply", dense, "--recipe", "recommended", *data, *resume, "-o", made)
-    to = args.results / "held_out"
-    run("sweep", made, *data, "--tau", "0,0.02,0.05,0.1,0.15,0.2,0.3,0.4", "-o", f"{to}.json", "-o", f"{to}.png")
+        search = () if args.budget_minutes is None else ("--budget-minutes", args.budget_minutes)
+        run("apply", dense, "--recipe", "recommended", *data, *search, *resume, "-o", made)
+    to = args.results / name.replace("-", "_")
+    taus = "0,0.02,0.05,0.1,0.15,0.2,0.3,0.4,0.5,0.7"
+    run("sweep", made, *data, "--tau", taus, "-o", f"{to}.json", "-o", f"{to}.png")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ EPOCH = TRAIN_TOKENS // LENGTH // BATCH
 DENSE, TUNING, RECOVERY = 500, 150, 50
 WIDTH, LAYERS, HEADS = 320, 6, 5
 LR = 1e-3
-PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "steps": 100}
+FINE_TUNING: dict[str, Any] = {"lr": LR / 2, "steps": TUNING, "weight_decay": 0.1}
+PUBLISHED: dict[str, Any] = {"split": "weights", "router": "trained", "router_width": 128, "steps": 100}
 TAUS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 # Without training, the shares of inputs that all layers skip alike: feed-forward layers alone, and every linear layer.
 LAYERS_ONLY, FFN_TAUS, WHOLE_TAUS = ("*.mlp.*",), (0.3, 0.5, 0.6, 0.7, 0.8), (0.2, 0.3, 0.4, 0.5, 0.6)
@@ -116,7 +117,7 @@ def llama(seed: int) -> nn.Module:
 def ours(**sparsify: Any) -> list[Pass[Any]]:
     return [
         SwapActivation(),
-        Sparsify(lr=LR / 2, steps=TUNING, weight_decay=0.1, **sparsify),
+        Sparsify(**FINE_TUNING, **sparsify),
         Moeify(expert_size=16, steps=60),
         Recover(lr=LR / 4, steps=RECOVERY, weight_decay=0.1, tau=0.3),
         Lower(),
@@ -145,7 +146,7 @@ def study(gated: bool) -> Study:
             ),
             "moefication": Variant(
                 [
-                    SwapActivation(lr=LR / 2, steps=TUNING, weight_decay=0.1),
+                    SwapActivation(**FINE_TUNING),
                     Moeify(expert_size=16, **PUBLISHED, objective="activation", rule="top_k"),
                     Lower(),
                 ],
@@ -154,7 +155,7 @@ def study(gated: bool) -> Study:
             "d2dmoe": Variant(
                 [
                     SwapActivation(),
-                    Sparsify(alpha=1e-4, lr=LR / 2, steps=TUNING, weight_decay=0.1),
+                    Sparsify(alpha=1e-4, **FINE_TUNING),
                     Moeify(expert_size=16, **PUBLISHED, objective="norm"),
                     Lower(),
                 ],

@@ -74,9 +74,9 @@ def find_block_ends(
         return [], [answer]
     needed = set(walk_sources(answer))
     layers = [layer for layer in layers if layer.output in needed]
-    if last:  # a classifier's head may look like a feed-forward layer, but no tokens are left behind it
-        while layers and not any(_is_tokens(node, answer) for node in _behind(layers[-1], needed)):
-            layers.pop()
+    # A classifier's head may look like a feed-forward layer, but no tokens are left behind it.
+    while layers and not any(_is_tokens(node, answer) for node in _behind(layers[-1], needed)):
+        layers.pop()
     if len(layers) < 2:
         what = "there is one" if layers else "there is none"
         return [], [

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import surgeon
-from surgeon.exits.blocks import BlockEnd
+from surgeon.exits.blocks import BlockEnd, find_block_ends
 from surgeon.exits.heads import pooling_words
 from surgeon.graph.traced import module_path
 from surgeon.passes import EarlyExit, Moeify
+from surgeon.passes.blocks import block_layers
 from surgeon.sites.rejection import Rejection
 from surgeon.testing.models import StackLayer, feed_forward
 from tests.small_models import WIDTH, Function, stack, vectors
@@ -69,6 +70,28 @@ def test_language_models_are_refused_for_their_missing_keys(traces: Any, family:
     assert [rejection.code for rejection in refused] in (["answers-tokens"], ["no-classes"])
     if family != "t5":  # which also returns what its encoder computes
         assert "keys and values" in refused[0].reason
+
+
+class WithHead(nn.Module):
+    """Three blocks, and a head of two linear layers that reads the first token, as DistilBERT and ELECTRA have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = stack("gelu", 3).blocks
+        self.head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x[:, 0])
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_head_like_a_feed_forward_layer_is_no_block(last: bool) -> None:
+    graph = surgeon.trace(WithHead().eval(), vectors())
+    ends, refused = find_block_ends(graph, block_layers(graph), last=last)
+    assert [end.path for end in ends] == ["blocks.0", "blocks.1", "blocks.2"][: 3 if last else 2]
+    assert not refused
 
 
 class Skipping(nn.Module):
