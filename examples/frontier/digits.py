@@ -23,6 +23,7 @@ from surgeon.passes import (
     Mlpify,
     Moeify,
     Recover,
+    Rotate,
     Sparsify,
     SparsifyInputs,
     SwapActivation,
@@ -117,6 +118,15 @@ STUDY = Study(
                 SparsifyInputs(skip=("head",)), replace(RECOVER, epochs=30.0, skip_inputs=0.7), Lower(),
             ],
             budgets=(0.34, 0.3, 0.27, 0.24),
+        ),
+        # The same in the principal components of the stream.
+        "ours_rotated": Variant(
+            [
+                SwapActivation(), Sparsify(target=TARGET, distill=DISTILL, **TRAINING), Rotate(),
+                ffn(epochs=ROUTER_EPOCHS), SparsifyInputs(skip=("head",)),
+                replace(RECOVER, epochs=30.0, skip_inputs=0.7), Lower(),
+            ],
+            budgets=(0.3, 0.27, 0.24, 0.21, 0.18),
         ),
         "untrained": Variant([ffn(epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
         # Samples that leave, with heads on the frozen model, and tokens that halt, trained for as long as the others.

@@ -38,6 +38,7 @@ NAMES = {
     "ours_tuned": "ours, tuned",
     "ours_inputs_tuned": "ours, tuned, inputs skipped too",
     "ours_inputs": "ours, inputs skipped too",
+    "ours_rotated": "ours, inputs skipped too, stream turned",
     "teal": "TEAL, FFNs",
     "wina": "WINA, FFNs",
     "inputs": "inputs refitted, FFNs",

