@@ -249,6 +249,13 @@ class Moeify(TrainedPass[FFN, _Seen]):
             return Rejection("nothing-to-route", what)
         return None
 
+    def router_widths(self, graph: GraphModule) -> set[int]:
+        """The widths of the trunks that routers would have in a graph; none of routers that are linear or centres."""
+        if self.router in ("centres", "representatives"):
+            return set()
+        widths = {self._width(group) for group in self._groups(graph, self.find(graph)[0])}
+        return {width for width in widths if width is not None}
+
     @property
     def why_data(self) -> str:
         return "tau needs routers that were fitted" if self.tau else ""
@@ -271,7 +278,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
             )
         return {
             site.path: _Seen(self._width(group), inputs.get(site.path), tuple(member.path for member in group))
-            for group in (trunk_groups(graph, sites) if self._shares_trunks else [[site] for site in sites])
+            for group in self._groups(graph, sites)
             for site in group
         }
 
@@ -406,6 +413,10 @@ class Moeify(TrainedPass[FFN, _Seen]):
     def _shares_trunks(self) -> bool:
         # Every layer has its own centres.
         return self.share_trunk and self.router_depth == 2 and self.router not in ("centres", "representatives")
+
+    def _groups(self, graph: GraphModule, sites: Sequence[FFN]) -> Sequence[Sequence[FFN]]:
+        """The layers whose routers have one trunk."""
+        return trunk_groups(graph, sites) if self._shares_trunks else [[site] for site in sites]
 
     def _width(self, group: Sequence[FFN]) -> int | None:
         """Width of the trunk of a group of layers that share it, None if there is none."""

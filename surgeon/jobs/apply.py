@@ -237,7 +237,7 @@ def apply(
                 opened.graph, opened.inputs, data, passes, options.budget_minutes, options.seed, workdir,
                 started=started, teacher=teacher, progress=progress,
             )  # fmt: skip
-            search = searcher.run(stages(passes, options.given))
+            search = searcher.run(stages(passes, options.given, opened.graph))
             passes = with_options(passes, search.options)
             if on_search is not None:
                 on_search(search)

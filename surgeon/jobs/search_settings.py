@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch.fx import GraphModule
+
 from surgeon.errors import UsageError
 from surgeon.passes import Moeify, Pass, Sparsify
 from surgeon.passes.trained import FineTunedPass
@@ -17,8 +19,8 @@ Setting = tuple[str, Options]
 AS_GIVEN = "as given"
 """The name of the setting that changes nothing."""
 _RATES = (4, 16)
-# Of neurons in an expert, and of a router, if the passes leave them open.
-_SIZE, _WIDTH = 16, 64
+# Of neurons in an expert, if the passes leave it open.
+_SIZE = 16
 
 
 def check_search(passes: Sequence[Pass[Any]], minutes: float | None, *, has_data: bool, dry_run: bool) -> None:
@@ -47,7 +49,9 @@ def fine_tuned(passes: Sequence[Pass[Any]]) -> list[FineTunedPass[Any, Any]]:
     return [one for one in passes if isinstance(one, FineTunedPass) and one.optimises]
 
 
-def stages(passes: Sequence[Pass[Any]], given: Mapping[str, Mapping[str, Any]]) -> list[list[Setting]]:
+def stages(
+    passes: Sequence[Pass[Any]], given: Mapping[str, Mapping[str, Any]], graph: GraphModule
+) -> list[list[Setting]]:
     """Return the settings to try, in stages; a later stage changes what an earlier one found best.
 
     Learning rates come first, since what else is best depends on them. Of every pass the first of its name counts. What
@@ -55,6 +59,7 @@ def stages(passes: Sequence[Pass[Any]], given: Mapping[str, Mapping[str, Any]]) 
 
     Args:
         given: the user's options by pass.
+        graph: the model before the passes.
     """
     size = {"experts", "expert_size"}
 
@@ -65,7 +70,7 @@ def stages(passes: Sequence[Pass[Any]], given: Mapping[str, Mapping[str, Any]]) 
                 return False
         return True
 
-    found = [_rates(passes), [*_penalties(passes), *_experts(passes)]]
+    found = [_rates(passes), [*_penalties(passes), *_experts(passes, graph)]]
     return [[(AS_GIVEN, {}), *filter(free, stage)] for stage in found]
 
 
@@ -95,7 +100,7 @@ def _penalties(passes: Sequence[Pass[Any]]) -> list[Setting]:
     return []
 
 
-def _experts(passes: Sequence[Pass[Any]]) -> list[Setting]:
+def _experts(passes: Sequence[Pass[Any]], graph: GraphModule) -> list[Setting]:
     one = next(one for one in passes if isinstance(one, Moeify))
     found: list[Setting] = []
     if isinstance(one.experts, int):
@@ -103,6 +108,8 @@ def _experts(passes: Sequence[Pass[Any]]) -> list[Setting]:
     elif one.expert_size is None or (isinstance(one.expert_size, int) and one.expert_size > 1):
         size = _SIZE if one.expert_size is None else int(one.expert_size) // 2
         found.append((f"experts of {size} neuron{'s' * (size > 1)}", {one.name: {"expert_size": size}}))
-    if one.router_depth == 2 and one.router != "centres" and one.router_width != _WIDTH:
-        found.append((f"routers of width {_WIDTH}", {one.name: {"router_width": _WIDTH}}))
+    # Half of a width that is given, as published methods have it, and twice the one that moeify takes by itself.
+    usual = max(one.router_widths(graph), default=0) if one.router_width is None else 0
+    if width := 2 * usual if one.router_width is None else one.router_width // 2:
+        found.append((f"routers of width {width}", {one.name: {"router_width": width}}))
     return found
