@@ -8,8 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgeon.dynamic.knobs import get_knobs, set_knobs, set_tau
 from surgeon.dynamic.site import find_dynamic
@@ -33,6 +32,7 @@ from surgeon.grafting.parts import (
 )
 from surgeon.grafting.placement import Modules, Placement, placements, shared_weight
 from surgeon.grafting.unsplit import unsplit
+from surgeon.grafting.weights import take_weights
 from surgeon.graph.calls import as_args_kwargs
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.module import SparseLinear
@@ -130,7 +130,7 @@ def graft(
         put_one(made, path, module)
     leave_fused_paths(made)
     dense = {layer.paths[0]: layer.site for layer in converted if layer.placement is None and len(layer.paths) == 1}
-    kept = _take_weights(made, graph, modules, unsplit(graph, made, dense), share=share)
+    kept = take_weights(made, graph, modules, unsplit(graph, made, dense), share=share)
     if made_up and kept:
         raise UsageError(
             f"The graph does not use {some(kept)}, so their values are not in the surgery.",
@@ -359,77 +359,7 @@ def _merged(layers: Iterable[_Converted], shapes: Mapping[str, Layer] | None = N
     return united(Plan(shapes or {}), *(Plan({}, place.passed, place.ones, place.functions) for place in places))
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _take_weights(
-    made: nn.Module,
-    graph: TracedGraph,
-    layers: Mapping[str, nn.Module],
-    trained: Mapping[str, nn.Parameter],
-    *,
-    share: bool,
-) -> tuple[str, ...]:
-    """Give the copy the graph's weights, and the model's where the graph has none. Tied weights stay tied.
-
-    trained: weights that the graph has in another form, by their names in the model.
-
-    Returns:
-        The names of the weights that stay the model's.
-    """
-    of_graph: dict[str, Tensor] = {
-        **dict(graph.named_buffers(remove_duplicate=False)),
-        **dict(graph.named_parameters(remove_duplicate=False)),
-        **trained,
-    }
-    of_layers = {f"{path}.{name}" for path, module in layers.items() for name in _names(module)}
-    tensors = [*made.named_parameters(remove_duplicate=False), *made.named_buffers(remove_duplicate=False)]
-    device = next((tensor.device for name, tensor in tensors if name not in of_layers), torch.device("cpu"))
-    new: dict[int, Tensor] = {}
-    taken: set[int] = set()
-    for name, old in tensors:
-        if name in of_layers:
-            # Trunks that routers share in the graph become each router's own, since they are not tied in the model.
-            fresh = old if share and id(old) not in taken else _cloned(old)
-            taken.add(id(old))
-            owner, _, field_name = name.rpartition(".")
-            setattr(made.get_submodule(owner), field_name, _to(fresh, device))
-            continue
-        own = of_graph.get(name)
-        if own is None:
-            continue  # a tied weight has several names, of which the graph may know another
-        if own.shape != old.shape:
-            shapes = f"the shape {tuple(old.shape)}, and in the graph {tuple(own.shape)}"
-            raise UsageError(f"In the model {name} has {shapes}. Give the model that the graph was made from.")
-        if id(old) not in new:
-            new[id(old)] = _to(own if share else _cloned(own), device)
-    kept = []
-    for name, old in tensors:
-        if name in of_layers:
-            continue
-        if id(old) not in new:
-            new[id(old)] = _cloned(old)
-            kept += [name] * isinstance(old, nn.Parameter)
-        owner, _, field_name = name.rpartition(".")
-        setattr(made.get_submodule(owner), field_name, new[id(old)])
-    return tuple(kept)
-
-
-def _cloned(tensor: Tensor) -> Tensor:
-    fresh = tensor.detach().clone()
-    return nn.Parameter(fresh, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    moved = tensor.detach().to(device)
-    if moved.data_ptr() == tensor.data_ptr():
-        return tensor
-    return nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
-
-
-def _names(module: nn.Module) -> list[str]:
-    return [name for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]]
+# --- what it computes -------------------------------------------------------------------------------------------------
 
 
 def _verify(made: nn.Module, graph: TracedGraph, calls: list[Call], refused: Sequence[Rejection]) -> None:
