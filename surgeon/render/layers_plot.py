@@ -53,7 +53,7 @@ def draw_layers(swept: Swept, file: Path) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
     axes.set_xlabel("what the layer runs of its experts or inputs; the others run everything")
     axes.set_ylabel(f"{quality.name} on {measured_on(quality)}")
-    figure.suptitle(f"{swept.model} on {swept.data}, one layer at a time", x=0.01, ha="left", weight="bold")
+    figure.suptitle(f"{Path(swept.model).name} on {swept.data}, one layer at a time", x=0.01, ha="left", weight="bold")
     figure.supxlabel(
         "lines: layers, dark the first and light the last; the most sensitive have names", fontsize=8, color="0.4"
     )

@@ -121,14 +121,14 @@ def draw_sweep(swept: Swept, file: Path) -> None:
     if any(point.layer is not None for point in swept.points):
         draw_layers(swept, file)
         return
-    quality = swept.dense.quality
+    quality, name = swept.dense.quality, Path(swept.model).name
     factor = 0.99 if swept.points[0].quality.higher_is_better else 1 / 0.99
     wanted = math.nan if quality is None else factor * quality.value
-    curves = tuple(_with_kept(curve, wanted) for curve in curves_of({swept.model: swept.points}))
+    curves = tuple(_with_kept(curve, wanted) for curve in curves_of({name: swept.points}))
     stored = next((point for point in swept.points if point.tau is None and point.router == "own"), None)
-    shown = {} if stored is None else {swept.model: stored}
+    shown = {} if stored is None else {name: stored}
     found = Comparison(swept.task, 0.99, wanted, swept.dense, curves, shown)
-    draw_frontier(found, file, title=f"{swept.model} on {swept.data}")
+    draw_frontier(found, file, title=f"{name} on {swept.data}")
 
 
 def _with_kept(curve: Curve, wanted: float) -> Curve:
