@@ -38,7 +38,14 @@ def load_recipe(source: str | Path) -> Recipe:
     if path.name == RECORD:
         path = path.parent
     if path.is_dir():
-        return replace(repeatable(read_record(path)), summary=f"What was done to make {path}.")
+        record = read_record(path)
+        about = f"What was done to make {path}."
+        if record.compensated:
+            about += (
+                " Its experts are compensated, which is measured on data after the passes: "
+                "surgeon set DIR --compensate --data DATA."
+            )
+        return replace(repeatable(record), summary=about)
     if not path.exists():
         raise UsageError(f"There is no recipe and no file {name}. Recipes: {', '.join(all_recipes())}.")
     return read_recipe_file(path)

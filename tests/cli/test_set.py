@@ -108,6 +108,8 @@ def test_the_mean_of_what_is_skipped_is_added_and_dropped(run: Run, mine: str) -
     result = run("-q", "set", mine, "--tau", "*.layer.0:0.5")
     assert "note: Compensation was dropped in 1 of 2 layers, which skip" in " ".join(result.out.split())
     assert recorded(Path(mine))["compensated"] == [SECOND]
+    # A recipe does not measure means, and says so.
+    assert "surgeon set DIR --compensate --data DATA" in " ".join(run("recipe", "show", mine).out.split())
 
 
 def test_where_nothing_is_skipped_there_is_no_mean_to_add(run: Run, mine: str) -> None:
