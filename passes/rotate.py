@@ -14,7 +14,7 @@ from surgeon.collective import send
 from surgeon.data.data import Data
 from surgeon.graph.edit import emit, erase_unread, get_attr
 from surgeon.graph.fold import Fold, add_parameter, fold
-from surgeon.graph.traced import TracedGraph, aten, module_path, tensor_of
+from surgeon.graph.traced import TracedGraph, aten, module_path, tensor_of, tidy
 from surgeon.graph.walk import walk_sources
 from surgeon.inputs.calibration import in_groups
 from surgeon.passes.base import Pass
@@ -28,6 +28,7 @@ from surgeon.sites.soundness import not_finite
 from surgeon.sites.stream import Stream
 from surgeon.sites.stream_search import find_streams
 from surgeon.sites.values import ValueHeads, find_value_heads
+from surgeon.training.distillation import OTHER_BASIS
 from surgeon.training.loop import RunSettings
 from surgeon.training.observe import collect
 
@@ -115,6 +116,8 @@ class Rotate(Pass[Stream | ValueHeads, Basis]):
                     moments[path] += (x.t() @ x / len(x)).cpu()
         found = {path: Basis.principal(moment) for path, moment in moments.items()}
         send([basis.vectors for basis in found.values()])
+        if settings.original is not None:
+            _follow(settings.original, {site.path: found[site.path] for site in streams})
         return found
 
     @torch.no_grad()
@@ -135,6 +138,19 @@ class Rotate(Pass[Stream | ValueHeads, Basis]):
         output, cost = site.output, site.multiply_adds
         now = outputs.get(output, output).name
         return SiteChange(site.path, site.describe, words, (before, after), (cost, cost), (output.name, now))
+
+
+@torch.no_grad()
+def _follow(original: TracedGraph, bases: Mapping[str, Basis]) -> None:
+    """Turn the streams of the model that later passes learn from, so that these compare layers in one basis."""
+    device = next(original.parameters()).device
+    sites = {site.path: site for site in find_streams(original)[0]}
+    for path, basis in bases.items():
+        if path not in sites:
+            original.meta[OTHER_BASIS] = path
+        elif bool(torch.isfinite(basis.vectors).all()):
+            _turn_stream(original, sites[path], basis.vectors.to(device))
+    tidy(original)
 
 
 def _in_stream(site: ValueHeads, streams: Sequence[Stream]) -> ValueHeads:

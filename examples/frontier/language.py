@@ -20,7 +20,7 @@ from variants import Study, Variant, recipe, without_training
 
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
-from surgeon.passes import Lower, Moeify, Pass, Recover, Sparsify, SparsifyInputs, SwapActivation
+from surgeon.passes import Lower, Moeify, Pass, Recover, Rotate, Sparsify, SparsifyInputs, SwapActivation
 
 VOCABULARY, LENGTH, BATCH = 2048, 128, 16
 TRAIN_TOKENS, EVAL_TOKENS = 2_000_000, 32_768
@@ -124,10 +124,10 @@ def ours(**sparsify: Any) -> list[Pass[Any]]:
     ]
 
 
-def with_inputs(passes: list[Pass[Any]]) -> list[Pass[Any]]:
+def with_inputs(passes: list[Pass[Any]], *turned: Rotate) -> list[Pass[Any]]:
     """Ours, and every other linear layer skips inputs: experts where there is an activation, inputs elsewhere."""
-    *before, recover, lower = passes
-    return [*before, SparsifyInputs(), recover, lower]
+    *before, moeify, recover, lower = passes
+    return [*before, *turned, moeify, SparsifyInputs(), recover, lower]
 
 
 def study(gated: bool) -> Study:
@@ -164,6 +164,10 @@ def study(gated: bool) -> Study:
             ),
             "ours_inputs": Variant(
                 with_inputs(ours(target=0.15 if gated else 0.1)), budgets=(0.36, 0.32, 0.28)
+            ),
+            # The same in the principal components of the stream.
+            "ours_rotated": Variant(
+                with_inputs(ours(target=0.15 if gated else 0.1), Rotate()), budgets=(0.36, 0.3, 0.25, 0.21, 0.18)
             ),
             "untrained": Variant([Moeify(expert_size=16, epochs=0), Lower()], TAUS),
             "cmoe": Variant(recipe("cmoe"), (0.0, 0.15, 0.3, 0.5, 0.65, 0.72, 0.79, 0.86, 0.93)),

@@ -83,6 +83,12 @@ RECIPES: dict[str, tuple[str, Steps]] = {
         "afterwards, since tau means different things to both kinds of layers.",
         [*_SPARSE, ("sparsify-inputs", {}), *_RECOVER, ("lower", {})],
     ),
+    "recommended-rotated": (
+        "recommended-whole with rotate in it, so that linear layers can skip more of their inputs. Where norms stand "
+        "behind the sums, as in BERT, only the values of attention are turned. A model with a turned stream is used "
+        "as a graph: graft and export cannot put it back into its class.",
+        [*_SPARSE[:2], ("rotate", {}), *_SPARSE[2:], ("sparsify-inputs", {}), *_RECOVER, ("lower", {})],
+    ),
     "relufy": ("ReLU in place of the activation, and recovery training, without a sparsity penalty.", RELUFY),
     "moefication": (
         "MoEfication (arXiv 2110.01786), as D2DMoE compares with it: ReLU, clusters of weights, routers that classify, "

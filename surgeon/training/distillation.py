@@ -29,6 +29,9 @@ from surgeon.tracing.trace import class_task
 
 log = logging.getLogger("surgeon")
 
+OTHER_BASIS = "other_basis"
+"""The key in the original model's metadata of a stream that `rotate` turned in the graph and could not turn there."""
+
 
 class Teacher:
     """What a rewritten graph is trained to imitate: the model before the first pass, or another model's outputs."""
@@ -113,8 +116,14 @@ def layer_inputs(original: GraphModule, graph: GraphModule) -> tuple[str, ...]:
     because they cannot differ. Other inputs that the original model does not have are left out with a warning.
 
     Raises:
-        UsageError: there is no such node.
+        UsageError: there is no such node, or a pass turned a stream of the graph and not that of the original model.
     """
+    if OTHER_BASIS in original.meta:
+        raise UsageError(
+            "distill_layers compares the inputs of layers before and after the passes, but rotate turned the stream of "
+            f"{original.meta[OTHER_BASIS]}, and could not turn that of the model before the passes alike. Use distill, "
+            "which compares the model's outputs."
+        )
     known = {node.name: node for node in original.graph.nodes}
     inputs = {site.path: [call.x for call in site.calls] for site in find_ffns(graph)[0]}
     inputs |= {site.path: [node.args[0] for node in site.nodes] for site in find_moes(graph)}  # type: ignore[misc]

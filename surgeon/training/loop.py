@@ -29,6 +29,7 @@ from surgeon.data.data import Data
 from surgeon.data.losses import Loss, guessed_task, over_processes, task_loss
 from surgeon.errors import DataError, DivergedError, UsageError
 from surgeon.graph.agreement import call_reproducibly
+from surgeon.graph.traced import TracedGraph
 from surgeon.processes import agreed, count, is_main, rank
 from surgeon.progress import Progress, Tell
 from surgeon.tracing.trace import TraceInfo
@@ -68,7 +69,7 @@ class RunSettings:
     workdir: Path | None = None
     resume: bool = False
     dry_run: bool = False
-    original: GraphModule | None = None
+    original: TracedGraph | None = None
     consume: bool = False
     report_to: str | None = None
     teacher: nn.Module | None = None

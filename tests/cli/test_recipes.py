@@ -74,7 +74,7 @@ def test_recipes_run(run: Run, vit: str, name: str) -> None:
     assert [one["name"] for one in record["recipe"]["passes"]] == [step for step, _ in RECIPES[name][1]]
     for one in record["passes"]:
         assert (one["fit"] is None) == (
-            (name, one["name"]) in UNTRAINED or one["name"] in ("sparsify-inputs", "lower")
+            (name, one["name"]) in UNTRAINED or one["name"] in ("rotate", "sparsify-inputs", "lower")
         ), one["name"]
         assert one["fit"] is None or one["fit"]["steps"] == (0 if name == "cmoe" else 2)
     if name == "moefication":
@@ -135,7 +135,7 @@ def test_wrong_recipes(run: Run) -> None:
     for args, words in (
         (
             ("--recipe", "d2d"),
-            "There is no recipe and no file d2d. Recipes: recommended, recommended-whole, relufy, moefication, ",
+            "There is no recipe and no file d2d. Recipes: recommended, recommended-whole, recommended-rotated, relufy, ",
         ),
         (
             ("--recipe", "relufy", "--set", "moeify.experts=4"),

@@ -17,6 +17,7 @@ import surgeon
 from surgeon.data.data import Data
 from surgeon.errors import UsageError, VerificationError
 from surgeon.graph.agreement import call_reproducibly, relative_error
+from surgeon.graph.traced import fork
 from surgeon.jobs.demo import DigitsViT
 from surgeon.passes import Lower, Moeify, Recover, Refit, Rotate, Sparsify, SparsifyInputs
 from surgeon.passes import rotate as module
@@ -240,6 +241,32 @@ def test_less_error_where_inputs_are_skipped() -> None:
         surgery = Pipeline(passes).run(made, inputs=images[:4], data=[images[:32]])
         errors[name] = F.mse_loss(surgery.graph(images[32:]), made(images[32:])).item()
     assert errors["rotated"] < 0.8 * errors["plain"]
+
+
+@pytest.mark.parametrize("name", ["digits", "llama"])  # which drop nothing in training
+def test_layers_are_compared_with_those_of_the_dense_model_in_one_basis(name: str) -> None:
+    model, inputs = case(name)
+    passes = [Rotate(), Moeify(experts=4, steps=1), Recover(tau=0.0, steps=1, distill_layers=1.0)]
+    surgery = Pipeline(passes).run(model, inputs=inputs, data=Data([inputs], task="imitate"))
+    fit = surgery.reports[-1].fit
+    assert fit is not None
+    _, losses = fit.losses[0]  # nothing was trained yet
+    assert losses["layer error"] < 1e-9
+
+
+def test_layers_that_cannot_be_compared_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = module.find_streams
+    monkeypatch.setattr(module, "find_streams", lambda graph: ([], []) if graph.meta.get("original") else find(graph))
+    model, inputs = case("gpt2")
+    graph = surgeon.trace(model, inputs)
+    original = fork(graph).eval()
+    original.meta["original"] = True
+    data = Data([inputs], task="imitate")
+    settings = RunSettings(original=original)
+    Rotate().apply(graph, inputs=inputs, data=data, settings=settings)
+    Moeify(experts=4).apply(graph)
+    with pytest.raises(UsageError, match="rotate turned the stream of transformer, and could not"):
+        Recover(tau=0.0, steps=1, distill_layers=1.0).apply(graph, inputs=inputs, data=data, settings=settings)
 
 
 def test_saved_and_loaded_with_other_passes(tmp_path: Path) -> None:
