@@ -135,7 +135,7 @@ def test_wrong_recipes(run: Run) -> None:
     for args, words in (
         (
             ("--recipe", "d2d"),
-            "There is no recipe and no file d2d. Recipes: recommended, recommended-whole, recommended-rotated, relufy, ",
+            "There is no recipe and no file d2d. Recipes: recommended, recommended-whole, recommended-rotated, ",
         ),
         (
             ("--recipe", "relufy", "--set", "moeify.experts=4"),
