@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,13 +10,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from surgeon.errors import UsageError, some
 from surgeon.graph.agreement import relative_error, tolerance_for
 from surgeon.graph.calls import flat_inputs, unflatten_inputs
 from surgeon.graph.sizes import Sizes
 from surgeon.graph.traced import TracedGraph, aten
-from surgeon.passes.report import PassReport
-from surgeon.sites.values import find_value_heads
 from surgeon.tracing.narrowing import resized, sizes_of
 from surgeon.tracing.setup import copied, run_alone, without_caches
 
@@ -94,27 +91,3 @@ class _WithoutDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # torch's dropout divides by the probability afterwards. A half is the operator's default and is left out.
             return args[0].fill_(args[1] if len(args) > 1 else 0.5)
         return func(*args, **kwargs)
-
-
-def refuse_turned(sketched: TracedGraph, reports: Sequence[PassReport]) -> None:
-    """Refuse a graph whose residual stream was turned. Values of attention may be: their weights have places.
-
-    Raises:
-        UsageError: `rotate` turned a stream.
-    """
-    values = {site.path for site in find_value_heads(sketched)[0]}
-    streams = [
-        change.path
-        for report in reports
-        if report.name == "rotate"
-        for change in report.sites
-        if change.path not in values
-    ]
-    if streams:
-        raise UsageError(
-            f"rotate turned the residual stream ({some(streams)}). The model's norms have gains that the graph's have "
-            "not, so that it has no place for the weights.",
-            python=f"Use the graph itself, or Rotate(skip={streams}), which turns the values of attention alone.",
-            command="Use the graph itself (surgeon export --to openvino or onnx), or run rotate with --set "
-            f"rotate.skip={','.join(streams)}, which turns the values of attention alone.",
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError, VerificationError, first_line, some
 from surgeon.exits.halting import find_halts
 from surgeon.exits.site import find_exits
-from surgeon.grafting.check import Call, calls_of, difference, outputs, refuse_turned
+from surgeon.grafting.check import Call, calls_of, difference, outputs
 from surgeon.grafting.parts import (
     GRAFT,
     MLP,
@@ -30,7 +29,8 @@ from surgeon.grafting.parts import (
     put_one,
     united,
 )
-from surgeon.grafting.placement import Modules, Placement, placements, shared_weight
+from surgeon.grafting.placement import Modules, Placement, copy_of, placements, shared_weight
+from surgeon.grafting.turned import plain_norms, turned_streams, untied
 from surgeon.grafting.unsplit import unsplit
 from surgeon.grafting.weights import take_weights
 from surgeon.graph.calls import as_args_kwargs
@@ -97,7 +97,8 @@ def graft(
 
     Raises:
         UsageError: no layer of the graph can be put into the model, the model does not have the graph's layers, a
-            weight of it is not to be had, or the graph has early exits, token halting or a turned residual stream.
+            weight of it is not to be had, or the graph has early exits, token halting, or a turned residual stream with
+            LayerNorms.
         TraceError: the model cannot be traced.
         VerificationError: the copy would not compute what the graph computes.
     """
@@ -112,13 +113,15 @@ def graft(
             )
     calls = calls_of(graph, args, kwargs)
     sketched = sketch(model, inputs)
-    refuse_turned(sketched, reports)
+    streams = turned_streams(sketched, reports)
+    if streams and (apart := untied(model, graph)) is not None:
+        model, sketched = apart, sketch(apart, inputs)
     converted = _converted(sketched, reports)
-    made = _copy(model)
+    made = copy_of(model)
     _place(made, model, sketched, converted, calls)
     placed = [layer for layer in converted if layer.placement is not None]
     before: Graft | None = getattr(model, GRAFT, None)
-    if not placed and before is None:
+    if not placed and before is None and not streams:
         reasons = [f"{layer.site.path}: {layer.refusal.reason}" for layer in converted if layer.refusal is not None]
         raise UsageError(
             f"No converted layer of the graph can be put into {type(model).__name__}: "
@@ -130,7 +133,8 @@ def graft(
         put_one(made, path, module)
     leave_fused_paths(made)
     dense = {layer.paths[0]: layer.site for layer in converted if layer.placement is None and len(layer.paths) == 1}
-    kept = take_weights(made, graph, modules, unsplit(graph, made, dense), share=share)
+    trained = unsplit(graph, made, dense) | plain_norms(sketched, streams)
+    kept = take_weights(made, graph, modules, trained, share=share)
     if made_up and kept:
         raise UsageError(
             f"The graph does not use {some(kept)}, so their values are not in the surgery.",
@@ -273,12 +277,6 @@ def _earlier(graph: TracedGraph, model: nn.Module) -> dict[str, nn.Module]:
 # --- the places -------------------------------------------------------------------------------------------------------
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """Copy the modules of a model, but share its tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
 def _place(
     made: nn.Module, model: nn.Module, sketched: TracedGraph, converted: Sequence[_Converted], calls: list[Call]
 ) -> None:
@@ -298,13 +296,13 @@ def _place(
             problem: str | None = None
             for way in found:
                 layer.placement = way
-                problem = _differs(_copy(model), model, sketched, [layer], calls[:1])
+                problem = _differs(copy_of(model), model, sketched, [layer], calls[:1])
                 if problem is None:
                     break
             if problem is not None:
                 layer.placement, layer.refusal = None, Rejection("graft-differs", problem, layer.site.path)
         chosen = [layer for layer in converted if layer.placement is not None]
-        again = _copy(model)
+        again = copy_of(model)
         problem = _differs(again, model, sketched, chosen, calls) if chosen else None
         if problem is not None:
             raise VerificationError(f"The layers cannot be put into {type(model).__name__} together: {problem}.")

@@ -12,6 +12,7 @@ What is found here is a proposal. `surgeon.grafting.graft` tries it out.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -245,3 +246,9 @@ def _is_harmless(node: Node, *, gated: bool) -> bool:
 def _is_function(value: Any) -> bool:
     function: Callable[..., Any] = value
     return callable(function) and not isinstance(function, nn.Module | type)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Copy the modules of a model, but share its tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

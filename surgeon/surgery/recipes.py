@@ -85,8 +85,8 @@ RECIPES: dict[str, tuple[str, Steps]] = {
     ),
     "recommended-rotated": (
         "recommended-whole with rotate in it, so that linear layers can skip more of their inputs. Where norms stand "
-        "behind the sums, as in BERT, only the values of attention are turned. A model with a turned stream is used "
-        "as a graph: graft and export cannot put it back into its class.",
+        "behind the sums, as in BERT, only the values of attention are turned. A model with LayerNorms whose stream is "
+        "turned is used as a graph: it cannot be put back into its class, as one with RMSNorms can.",
         [*_SPARSE[:2], ("rotate", {}), *_SPARSE[2:], ("sparsify-inputs", {}), *_RECOVER, ("lower", {})],
     ),
     "relufy": ("ReLU in place of the activation, and recovery training, without a sparsity penalty.", RELUFY),

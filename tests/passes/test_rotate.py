@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import surgeon
 from surgeon.data.data import Data
 from surgeon.errors import UsageError, VerificationError
+from surgeon.grafting import turned
 from surgeon.graph.agreement import call_reproducibly, relative_error
 from surgeon.graph.traced import fork
 from surgeon.jobs.demo import DigitsViT
@@ -283,7 +284,48 @@ def test_saved_and_loaded_with_other_passes(tmp_path: Path) -> None:
     assert torch.isfinite(graph(**vectors(2, 9))).all()
 
 
-def test_a_turned_stream_cannot_be_grafted_but_turned_values_can() -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma"])  # gains of w, and of 1 + w with a tied head
+def test_a_turned_stream_is_grafted_into_a_model_with_rms_norms(name: str, tmp_path: Path) -> None:
+    made, inputs = case(name)
+    tied = made.config.tie_word_embeddings
+    before = {key: value.clone() for key, value in made.state_dict().items()}
+    surgery = rotated((made, inputs), Moeify(experts=4), SparsifyInputs(tau=0.3), Lower())
+    grafted = surgeon.graft(made, surgery)
+    assert torch.equal(answer(grafted, inputs), answer(surgery.graph.eval(), inputs))
+    assert relative_error(answer(grafted, inputs), answer(made, inputs)) > 1e-4  # what is skipped shows
+    assert not grafted.config.tie_word_embeddings
+    surgery.save_pretrained(tmp_path / "made")
+    again = type(made).from_pretrained(tmp_path / "made")
+    assert torch.equal(answer(again, inputs), answer(grafted, inputs))
+    again.generate(inputs["input_ids"][:1], max_new_tokens=2)
+    assert made.config.tie_word_embeddings == tied
+    assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
+
+
+def test_a_stream_alone_is_grafted() -> None:
+    made, inputs = case("gemma")
+    grafted = surgeon.graft(made, rotated((made, inputs)))
+    assert relative_error(answer(grafted, inputs), answer(made, inputs)) < 1e-5
+    assert not torch.allclose(grafted.model.embed_tokens.weight, made.model.embed_tokens.weight, atol=1e-2)
+    assert not any(grafted.model.norm.weight)  # Gemma's gain is one more
+
+
+def test_a_gain_that_comes_otherwise_from_its_weight_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, inputs = case("llama")
+    surgery = rotated((made, inputs))
+    find = turned.find_streams
+
+    def doubled(graph: Any) -> Any:
+        sites, refused = find(graph)
+        norms = [dataclasses.replace(norm, gain=2 * norm.gain) for norm in sites[0].norms]
+        return [dataclasses.replace(sites[0], norms=tuple(norms))], refused
+
+    monkeypatch.setattr(turned, "find_streams", doubled)
+    with pytest.raises(UsageError, match="how its gain comes from its weight is not known"):
+        surgeon.graft(made, surgery)
+
+
+def test_a_turned_stream_has_no_place_among_layer_norms_but_turned_values_have() -> None:
     made, inputs = case("gpt2")
     more = SparsifyInputs(tau=0.3)
     with pytest.raises(UsageError, match=r"turned the residual stream \(transformer\).*skip=\['transformer'\]\)"):
