@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from surgeon.data.batch import first_batches
 from surgeon.data.quality import Quality
@@ -38,8 +39,8 @@ class TuningResult:
     """What tuning found, and where it was saved.
 
     quality: on the held-out data, at tau 0 and with the tau found; None if it was not measured. Without labels
-    it is agreement. agreement: with the dense model if it was given, else at tau 0. notes: remarks for the
-    user.
+    it is agreement. agreement, agreed_with: with the dense model if it was given, else with the surgery itself at
+    tau 0. notes: remarks for the user.
     """
 
     model: str
@@ -50,7 +51,7 @@ class TuningResult:
     quality: tuple[Quality, Quality] | None
     notes: tuple[str, ...] = ()
     agreement: tuple[Quality, ...] = ()
-    agreed_with: str = "the surgery at tau 0"
+    agreed_with: Literal["dense", "tau 0"] = "tau 0"
 
 
 def check_tuning(budget: float, metric: Metric, *, has_dense: bool, densify: bool = False) -> None:
@@ -133,7 +134,7 @@ def tune(
         None if points is None else (points[0].quality, points[1].quality),
         tuple(notes),
         () if points is None else points[1].agreement,
-        "the surgery at tau 0" if dense is None else "the dense model",
+        "tau 0" if dense is None else "dense",
     )
 
 

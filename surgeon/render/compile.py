@@ -13,7 +13,7 @@ def compile_view(found: CompileResult) -> RenderableType:
     """Show where the compiled model is, what it takes and returns, and how to run it."""
     table = grid("left", "left")
     table.add_row(dim("compiled"), f"in {found.seconds:.0f} s, {found.bytes / 1e6:.1f} MB")
-    table.add_row(dim("takes"), Text(found.takes))
+    table.add_row(dim("takes"), Text(found.takes.words))
     table.add_row(dim("dtypes"), ", ".join(f"{name} {dtype}" for name, dtype in found.inputs.items()))
     table.add_row(dim("returns"), ", ".join(found.outputs))
     table.add_row(dim("off by"), f"{found.max_error:.1e} from the surgery, relative")

@@ -16,8 +16,9 @@ def export_view(found: Exported) -> RenderableType:
     lines: list[RenderableType] = [
         Text.assemble((found.model_class, "bold"), f", {found.bytes / 1e6:.1f} MB of weights. Converted layers:")
     ]
-    for label, count, first in join_like(found.layers.items()):
-        what = list(found.layers.values())[first]
+    whats = {path: layer.what for path, layer in found.layers.items()}
+    for label, count, first in join_like(whats.items()):
+        what = list(whats.values())[first]
         lines.append(Text.assemble("  ", (label, "cyan"), f"  {what}", f"  ({count} layers)" if count > 1 else ""))
     if found.refused:
         reasons = [f"{rejection.path} stays dense: {rejection.reason}." for rejection in found.refused]

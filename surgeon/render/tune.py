@@ -11,6 +11,8 @@ from surgeon.text.layout import dim, grid, sentences
 from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import percent
 
+_AGREED_WITH = {"dense": "the dense model", "tau 0": "the surgery at tau 0"}
+
 
 def tuned_view(found: TuningResult) -> RenderableType:
     """Show the tau of each layer, and what tuning gained over one tau for all layers."""
@@ -32,7 +34,7 @@ def tuned_view(found: TuningResult) -> RenderableType:
             change = "" if chosen.change is None else f"; {change_words(chosen.change)} from the dense model"
             lines.append(Text(f"{words}{change}; on {measured_on(chosen)}."))
         if found.agreement:
-            lines.append(agreement_line(found.agreement, found.agreed_with))
+            lines.append(agreement_line(found.agreement, _AGREED_WITH[found.agreed_with]))
         lines.append(dim(INTERVALS))
     lines.append(sentences(found.notes, indent=0))
     lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), "."))

@@ -42,7 +42,7 @@ def test_tuning_shows_every_tau_and_what_it_gained() -> None:
 
 def test_agreement_is_shown_alone_without_labels() -> None:
     same = Quality("cosine", 0.97, True, 60, "samples", 60, 0.95, 0.99)
-    found = dataclasses.replace(tuning((same, same)), agreement=(same,), agreed_with="the dense model")
+    found = dataclasses.replace(tuning((same, same)), agreement=(same,), agreed_with="dense")
     lines = plain_text(tuned_view(found), 120).splitlines()
     assert lines[7] == "agreement with the dense model: cosine 0.970 [0.95, 0.99], on 60 samples"
     assert not any("within the budget" in line for line in lines)
