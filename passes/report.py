@@ -22,9 +22,10 @@ from surgeon.training.loop import FitReport
 class SiteChange(Plain):
     """One rewritten site.
 
-    before, after: what it was and is, in words. facts: the same for programs, such as `{"kind": ("ffn", "experts"),
-    "d_in": (384, 384), "hidden": (1536, None), "experts": (None, 48)}`; a kind of site has the same facts in all passes
-    (`surgeon.described.Described.facts`), and a pass may add others.
+    before, after: what it was and is, in words.
+    facts: the same for programs, each as (before, after): the kind from "ffn" to "experts", d_in from 384 to 384,
+    hidden from 1536 to None, experts from None to 48. Sites of a kind have the same facts in all passes, and a pass may
+    add others.
     parameters, multiply_adds: (before, after), the multiply-adds for one token if every expert runs.
     executed: share of the site's expert multiply-adds that ran on the example inputs, None without experts.
     made: paths of the modules that the pass put in.

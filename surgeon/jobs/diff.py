@@ -74,7 +74,8 @@ def compare_models(first: Opened, second: Opened, *, with_nodes: bool = False) -
 def _sides(opened: Opened) -> dict[str, SiteSide]:
     graph = opened.graph
     found = {
-        ffn.path: SiteSide(ffn.describe, ffn.parameters(graph), ffn.multiply_adds, facts=ffn.facts) for ffn in outside_experts(graph)[0]
+        ffn.path: SiteSide(ffn.describe, ffn.parameters(graph), ffn.multiply_adds, facts=ffn.facts)
+        for ffn in outside_experts(graph)[0]
     }
     _, layers = measure(graph, *as_args_kwargs(opened.inputs))
     for site in find_moes(graph):

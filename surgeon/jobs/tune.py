@@ -30,7 +30,7 @@ from surgeon.measure.sweep import sweep as run_sweep
 from surgeon.measure.tuning import Metric, Tuned, check_budget
 from surgeon.measure.tuning import tune as run_tuning
 from surgeon.passes import Densify
-from surgeon.progress import Tell
+from surgeon.progress import Progress, Tell, renamed
 from surgeon.surgery.pipeline import Pipeline
 
 
@@ -124,6 +124,8 @@ def tune(
     notes.extend(why_unmeasured(opened, criteria))
     if tuned.dense:
         opened = _densified(opened, tuned.dense)
+    if progress is not None:
+        progress(Progress(f"saving {opened.spec if out is None else out}", 0, 0))
     directory = store(opened, out, None if points is None or before is None else (before, points[1].quality))
     return TuningResult(
         opened.spec,
@@ -150,7 +152,7 @@ def _measured(opened: Opened, criteria: Criteria, dense: Opened | None, progress
     batches = eval_batches(opened)
     scores = recorded_scores(opened, kind_of(criteria))
     if dense is not None and criteria.task is not None:
-        scores = judge(dense.graph, batches, criteria).scores
+        scores = judge(dense.graph, batches, criteria, progress=renamed(progress, lambda _: "dense model")).scores
     every, chosen = run_sweep(
         opened.graph, batches, criteria.task, [0.0, None], inputs=opened.inputs, progress=progress,
         dense=None if dense is None else dense.graph, dense_scores=scores, blank=criteria.blank,

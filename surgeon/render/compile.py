@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from surgeon.jobs.compile import CompileResult
-from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.layout import code, dim, grid, sentences
 
 
 def compile_view(found: CompileResult) -> RenderableType:
@@ -25,6 +25,6 @@ def compile_view(found: CompileResult) -> RenderableType:
     lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), ". In Python, with torch alone:"))
     lines.append(Text(""))
     if found.library is not None:
-        lines.append(Text(f'  torch.ops.load_library("{found.directory}/{found.library}")'))
-    lines.append(Text(f'  model = torch._inductor.aoti_load_package("{found.directory}/model.pt2")'))
+        lines.append(code(f'torch.ops.load_library("{found.directory}/{found.library}")'))
+    lines.append(code(f'model = torch._inductor.aoti_load_package("{found.directory}/model.pt2")'))
     return Group(*lines)

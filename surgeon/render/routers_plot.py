@@ -46,7 +46,7 @@ def draw_routers(layers: Sequence[RouterLayer], file: Path, *, title: str) -> No
         axes.bar_label(bars, [percent(value) for value in values], padding=2, fontsize=7)
     axes.set_yticks(places, [layer.path for layer in layers], fontsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.set_xlim(0, max(0.01, 1.12 * max(max(layer.oracle, layer.lost) for layer in layers)))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, 1))
     axes.set_xlabel("energy lost: share of the squared norms that skipped experts have, at equal numbers of experts")
     axes.grid(axis="y", visible=False)

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from surgeon.jobs.tune import TuningResult
 from surgeon.render.numbers import INTERVALS, agreement_line
-from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.layout import dim, grid, next_command, sentences
 from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import percent
 
@@ -38,4 +38,5 @@ def tuned_view(found: TuningResult) -> RenderableType:
         lines.append(dim(INTERVALS))
     lines.append(sentences(found.notes, indent=0))
     lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), "."))
+    lines.append(next_command("to time it", "bench", "surgery", str(found.directory)))
     return Group(*lines)

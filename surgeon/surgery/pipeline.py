@@ -30,7 +30,7 @@ from surgeon.passes import FineTunedPass, Pass
 from surgeon.passes.contract import SiteKind
 from surgeon.passes.report import PassDiff
 from surgeon.processes import connect, is_main
-from surgeon.progress import ShowProgress
+from surgeon.progress import ShowProgress, Tell, renamed
 from surgeon.surgery.order import misplaced
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.recipe import InputFile, name_of
@@ -156,7 +156,8 @@ class Pipeline:
         for number, pass_ in enumerate(self.passes):
             work = adopt(surgery.graph)
             place = None if workdir is None else Path(workdir) / f"{number:02d}-{pass_.name}"
-            step = RunSettings(seed, verify, tell, place, resume, dry_run, original, consume, report_to, teacher)
+            own = _part_of(pass_.name, tell)
+            step = RunSettings(seed, verify, own, place, resume, dry_run, original, consume, report_to, teacher)
             report = pass_.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
             name = name_of(pass_)
@@ -194,6 +195,11 @@ class Pipeline:
                     python="Give data=, or dry_run=True to see what would change.",
                     command="Give --data, or --dry-run to see what would change.",
                 )
+
+
+def _part_of(name: str, tell: Tell | None) -> Tell | None:
+    """Let every report of a pass have its name."""
+    return renamed(tell, lambda what: what if what.startswith(name) else f"{name}: {what}")
 
 
 def kinds_of(model: nn.Module) -> set[SiteKind]:

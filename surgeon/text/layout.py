@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -125,6 +126,17 @@ def sentences(notes: Iterable[str], *, indent: int = 2, sign: str = "note: ") ->
 def refused(path: str, reason: str) -> Text:
     """A candidate that was left unchanged, and why."""
     return Text.assemble(("refused ", "yellow"), (path, "cyan"), f": {reason}")
+
+
+def next_command(purpose: str, *words: str) -> Group:
+    """What to do next: `Next, to see it:` and the command on a line of its own."""
+    return Group(Text(f"Next, {purpose}:"), code(shlex.join(["surgeon", *words]), style="bold"))
+
+
+def code(text: str, *, style: str = "") -> Text:
+    """Lines to copy. They are indented, and neither wrapped nor cut."""
+    lines = "\n".join(f"  {line}" for line in text.splitlines())
+    return Text(lines, style=style, no_wrap=True, overflow="ignore")
 
 
 def dim(text: str) -> Text:
