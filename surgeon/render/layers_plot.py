@@ -74,5 +74,5 @@ def _annotate(axes: Any, named: list[Named]) -> None:
         at = max(y - (len(named) - 1) / 2 * least if at == float("-inf") else y, at + least)
         axes.annotate(
             path, (x, y), (left, at), textcoords="data", ha="right", va="center", color=colour, weight="bold",
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6},
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "relpos": (1, 0.5)},
         )  # fmt: skip

@@ -50,6 +50,6 @@ def draw_routers(layers: Sequence[RouterLayer], file: Path, *, title: str) -> No
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, 1))
     axes.set_xlabel("energy lost: share of the squared norms that skipped experts have, at equal numbers of experts")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.02), ncols=2, borderaxespad=0)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     save(figure, file)
