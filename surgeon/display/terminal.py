@@ -92,7 +92,7 @@ class Bars(Lines):
             self._rows = Rows(
                 _Spinner(),
                 TextColumn("{task.description}", markup=False),
-                _Bar(bar_width=_WIDTH),
+                _Bar(bar_width=_WIDTH if self._console.width >= _ROOM else _WIDTH // 2),
                 TextColumn("[dim]{task.fields[values]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=self._console,
                 transient=True,

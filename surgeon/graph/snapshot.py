@@ -124,7 +124,7 @@ def _names_of_sizes(graph: GraphModule) -> dict[str, str]:
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     sizes = Sizes.parse(info.sizes)
     return {
-        str(size): name
+        str(size): str(name)
         for node, given in zip(placeholders, sizes.inputs, strict=False)
         for size, name in zip(shape_of(node) or (), given.shape or (), strict=False)
         if isinstance(size, torch.SymInt) and name in sizes.axes

@@ -67,7 +67,8 @@ def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) 
             pass_.run(graph, inputs=None, data=None, settings=RunSettings(verify="off", dry_run=True))
     if at is None:
         return found
-    paths = [one.path for part in found for one in (*part.matched, *part.rejected)]
+    paths = [match.path for part in found for match in part.matched]
+    paths += [rejection.path for part in found for rejection in part.rejected]
     chosen = {path for path in paths if path.startswith(f"{at}.") or matches([at], path)}
     if not chosen:
         near = difflib.get_close_matches(at, paths, n=3, cutoff=0.3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from surgeon.measure.routing import RouterLayer
-from surgeon.render.style import COLOURS, COLUMNS, save, small_panels, styled
+from surgeon.render.style import COLOURS, COLUMNS, panel_title, save, small_panels, styled
 from surgeon.text.summary import percent
 
 
@@ -32,7 +32,7 @@ def draw_routers(layers: Sequence[RouterLayer], file: Path, *, title: str) -> No
             aspect="auto",
         )  # fmt: skip
         axes.plot([0, 1], [0, 1], color=COLOURS[1], lw=0.8)
-        axes.set_title(layer.path, fontsize=7)
+        axes.set_title(panel_title(layer.path, "", len(layers)), fontsize=7)
         axes.grid(visible=False)
     upper.supxlabel("score, of the token's largest (line: as it should be; light: many experts)", fontsize=8)
     upper.supylabel("true norm, of the token's largest", fontsize=8)
