@@ -25,12 +25,15 @@ project = "surgeon"
 author = "the authors of surgeon"
 html_title = "surgeon"
 root_doc = "README"
-include_patterns = ["README.md", "docs/**.md", "examples/**/README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+include_patterns = [
+    "README.md", "docs/**.md", "examples/surgery.ipynb", "examples/**/README.md", "CHANGELOG.md", "CONTRIBUTING.md",
+]  # fmt: skip
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+nb_execution_mode = "off"  # a notebook has its outputs
 
 # From the top of the repository.
 NAVIGATION = {
-    "Start": "docs/README docs/tutorial",
+    "Start": "docs/README docs/tutorial examples/surgery",
     "How to": """docs/own-model docs/own-data docs/choose docs/compare docs/hugging-face docs/engines docs/training
         docs/passes""",
     "Reference": """docs/cli docs/commands docs/passes-reference docs/options docs/api/README docs/api/measure
@@ -66,7 +69,7 @@ smartquotes = False  # it would make one dash of the two of an option
 default_role = "py:obj"
 nitpicky = True
 # Names of schemas, such as surgeon.inspect.v1, are none of Python.
-nitpick_ignore_regex = [("py:(?!obj).*", ".*"), ("py:obj", r"(?!surgeon\.).*|.*\.v1")]
+nitpick_ignore_regex = [("py:(?!obj).*", ".*"), ("py:obj", r"(?!surgeon\.).*|.*\.v\d")]
 toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

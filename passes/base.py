@@ -151,6 +151,7 @@ class Pass(Contract[Site, Seen]):
         changes, refused = [], {}
         held = list(graph.parameters()) if settings.consume else []
         tell, started = settings.progress or _untold, time.monotonic()
+        tell(Progress(REWRITING, 0, 0))
         for number, site in enumerate(sites):
             if time.monotonic() - started > _LONG:
                 tell(Progress(REWRITING, number, len(sites)))

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from surgeon.described import Facts, was_and_is
 from surgeon.dynamic.site import DynamicSite, can_be_dense
 from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import ExitSite
@@ -62,7 +63,7 @@ class Densify(Pass[DynamicSite]):
         # It loses what is not needed any more, and the module itself belongs to other copies of the graph too.
         graph.set_submodule(site.path, parameters_only(graph.get_submodule(site.path)))
         before = {id(parameter) for parameter in graph.parameters()}
-        make, words, cost = self._form(graph, site, target)
+        make, words, cost, facts = self._form(graph, site, target)
         mark_holders(graph)
         output = ""
         for node in site.nodes:
@@ -80,20 +81,29 @@ class Densify(Pass[DynamicSite]):
             (site.multiply_adds, cost),
             (site.output.name, output),
             made=(target,) if made else (),
+            facts=was_and_is(site.facts, facts),
         )
 
     def _form(
         self, graph: TracedGraph, site: MoESite | SparseLinearSite | SparseNeuronsSite, target: str
-    ) -> tuple[Callable[[Node], Node], str, int]:
-        """Add the dense layer's parameters; return what makes its nodes, what it is in words, and its multiply-adds."""
+    ) -> tuple[Callable[[Node], Node], str, int, Facts]:
+        """Add the dense layer's parameters.
+
+        Returns:
+            What makes its nodes, what it is in words, its multiply-adds, and what it is for programs.
+        """
         if isinstance(site, SparseLinearSite):
-            return _linear(graph, site, target), f"linear {site.d_in}→{site.d_out}", site.multiply_adds
+            facts: Facts = {"kind": "linear", "d_in": site.d_in, "d_out": site.d_out}
+            return _linear(graph, site, target), f"linear {site.d_in}→{site.d_out}", site.multiply_adds, facts
         if isinstance(site, MoESite):
             weights, activation, cost = joined_weights(graph, site), site.activation, sum(site.costs)
         else:
             weights, activation, cost = site.layer.dense(), site.layer.shape.activation, site.multiply_adds
-        words = f"FFN {site.d_in}→{len(weights.w1)}→{site.d_out} {activation}{' gated' * (weights.gate is not None)}"
-        return _ffn(graph, weights, activation, target), words, cost
+        hidden, gated = len(weights.w1), weights.gate is not None
+        words = f"{'gated ' * gated}FFN {site.d_in}→{hidden}→{site.d_out} {activation}"
+        widths = {"d_in": site.d_in, "hidden": hidden, "d_out": site.d_out}
+        facts = {"kind": "ffn", **widths, "activation": activation, "gated": gated}
+        return _ffn(graph, weights, activation, target), words, cost, facts
 
 
 def _parameters(graph: TracedGraph, site: MoESite | SparseLinearSite | SparseNeuronsSite) -> int:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
+from surgeon.described import was_and_is
 from surgeon.dynamic.knobs import set_tau
 from surgeon.errors import UsageError
 from surgeon.exits.blocks import BlockEnd, find_block_ends
@@ -119,15 +120,18 @@ class EarlyExit(TrainedPass[BlockEnd, str]):
             chosen = emit(graph, exit_or, answered, site.answer, get("tau"), path=target)
         site.answer.replace_all_uses_with(chosen, delete_user_cb=lambda user: user is not chosen)
         count, cost = sum(parameter.numel() for parameter in head.parameters()), multiply_adds(head)
-        layer, name = site.layer, site.output.name
+        layer, name, pooled = site.layer, site.output.name, pooling_words(site, self.pool)
         return SiteChange(
             site.path,
             site.describe,
-            f"{site.describe}, exit with {site.classes} classes from its {pooling_words(site, self.pool)}",
+            f"{site.describe}, exit with {site.classes} classes from its {pooled}",
             (layer.parameters, layer.parameters + count),
             (layer.multiply_adds, layer.multiply_adds + cost),
             (name, name),
             made=(target,),
+            facts=was_and_is(
+                site.facts, {**site.facts, "kind": "early-exit", "classes": site.classes, "reads": pooled}
+            ),
         )
 
     def fit(self, context: FitContext[BlockEnd]) -> FitReport | None:

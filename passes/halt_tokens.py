@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
+from surgeon.described import was_and_is
 from surgeon.dynamic.knobs import set_tau
 from surgeon.exits.attention import find_attention, mask_attention
 from surgeon.exits.blocks import BlockEnd, find_block_ends
@@ -153,6 +154,7 @@ class HaltTokens(FineTunedPass[BlockEnd, HaltPlan]):
             (layer.multiply_adds, layer.multiply_adds),
             (name, name),
             made=(path,),
+            facts=was_and_is(site.facts, {**site.facts, "kind": "token-halting"}),
         )
 
     def _weigh(self, graph: TracedGraph, last: Node, tokens: Node, total: Node, path: str) -> None:

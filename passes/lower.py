@@ -9,6 +9,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from surgeon.described import Fact, was_and_is
 from surgeon.dynamic.site import DynamicSite
 from surgeon.errors import first_line
 from surgeon.exits.halting import HaltSite, find_halts
@@ -82,6 +83,7 @@ class Lower(Pass[DynamicSite]):
             (site.multiply_adds, site.multiply_adds),
             (site.nodes[-1].name, names[-1]),
             made=(site.path,),
+            facts=_lowered(site),
         )
 
     def _lower_inputs(self, graph: TracedGraph, site: SparseLinearSite) -> SiteChange:
@@ -112,6 +114,7 @@ class Lower(Pass[DynamicSite]):
             (site.multiply_adds, site.multiply_adds),
             (site.output.name, site.output.name),
             made=(site.path,),
+            facts=_lowered(site),
         )
 
     def _lower_neurons(self, site: SparseNeuronsSite) -> SiteChange:
@@ -125,6 +128,7 @@ class Lower(Pass[DynamicSite]):
             (site.multiply_adds, site.multiply_adds),
             (site.output.name, site.output.name),
             made=(site.path,),
+            facts=_lowered(site),
         )
 
     def _lower_exit(self, graph: TracedGraph, site: ExitSite) -> SiteChange:
@@ -144,6 +148,7 @@ class Lower(Pass[DynamicSite]):
             (cost, cost),
             (site.output.name, merged.name),
             made=(site.path,),
+            facts=_lowered(site),
         )
 
     def _try(self, graph: TracedGraph, path: str) -> Node:
@@ -184,6 +189,7 @@ class Lower(Pass[DynamicSite]):
             cost,
             (site.output.name, tokens.name),
             made=(site.path,),
+            facts=_lowered(site),
         )
 
     def _lower(self, graph: TracedGraph, site: MoESite, node: Node) -> str:
@@ -215,3 +221,7 @@ class Lower(Pass[DynamicSite]):
         node.replace_all_uses_with(lowered)
         graph.graph.erase_node(node)
         return lowered.name
+
+
+def _lowered(site: DynamicSite) -> dict[str, tuple[Fact, Fact]]:
+    return was_and_is({**site.facts, "skips": False}, {**site.facts, "skips": True})

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from surgeon.collective import mean, variance
 from surgeon.data.batch import Batch
 from surgeon.data.padding import real_tokens
+from surgeon.described import Facts, was_and_is
 from surgeon.graph.capture import Capture
 from surgeon.graph.edit import emit, emit_dropout, erase_unread, get_attr, replace_value
 from surgeon.graph.traced import TracedGraph, aten, free_target
@@ -238,7 +239,14 @@ class Mlpify(TrainedPass[LinearSite]):
             (site.multiply_adds, cost),
             output,
             made=tuple(modules),
+            facts=was_and_is(site.facts, self._facts(site, list(modules.values()))),
         )
+
+    def _facts(self, site: LinearSite, made: Sequence[ReplacementMLP]) -> Facts:
+        """What is there now. hidden: of all MLPs together."""
+        widths = {"d_in": site.d_in, "hidden": sum(one.fc1.out_features for one in made), "d_out": site.d_out}
+        residual = self.kind == "residual"
+        return {"kind": "mlps", **widths, "mlps": len(made), "activation": self.activation, "residual": residual}
 
     def _replace(self, graph: TracedGraph, call: Linear, modules: dict[str, ReplacementMLP]) -> Node:
         with graph.graph.inserting_before(call.core):

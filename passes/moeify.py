@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from surgeon.data.data import Data
+from surgeon.described import Facts, was_and_is
 from surgeon.dynamic.knobs import set_tau
 from surgeon.errors import UsageError
 from surgeon.graph.traced import TracedGraph, free_target
@@ -314,6 +315,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
         parameters = sum(p.numel() for p in moe.parameters()) - sum(
             p.numel() for p in ([] if trunk is None else trunk.parameters())
         )
+        added: Facts = {"router_width": seen.router_width or None, "shares_router": trunk is not None}
         return SiteChange(
             site.path,
             site.describe,
@@ -322,6 +324,7 @@ class Moeify(TrainedPass[FFN, _Seen]):
             (site.multiply_adds, after.multiply_adds),
             (site.calls[-1].output.name, names[-1]),
             made=(path,),
+            facts=was_and_is(site.facts, {**after.facts, **added}),
         )
 
     def fit(self, context: FitContext[FFN]) -> FitReport | None:

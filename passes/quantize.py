@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
+from surgeon.described import Fact, was_and_is
 from surgeon.errors import UsageError
 from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.holder import parameters_only
@@ -132,7 +133,9 @@ class Quantize(Pass[MoESite, Tensor | None]):
         names = [_replace(graph, site, node, made) for node in site.nodes]
         after = next(found for found in find_moes(graph) if found.path == site.path)
         words = f"{after.describe} in {_WORDS[self.weights]}"
+        added: dict[str, Fact] = {"weights": self.weights}
         if accuracy is not None:
+            added |= {"error": accuracy.error, "same_selections": accuracy.agreement}
             words += f", error {accuracy.error:.2%}, {accuracy.agreement:.2%} of the selections the same"
         return SiteChange(
             site.path,
@@ -142,6 +145,7 @@ class Quantize(Pass[MoESite, Tensor | None]):
             (site.multiply_adds, after.multiply_adds),
             (site.nodes[-1].name, names[-1]),
             made=(site.path,),
+            facts=was_and_is(site.facts, {**after.facts, **added}),
         )
 
     def finish(

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens
+from surgeon.described import was_and_is
 from surgeon.dynamic.site import DynamicSite, find_dynamic
 from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import ExitSite
@@ -84,7 +85,10 @@ class Recover(FineTunedPass[DynamicSite, str]):
         else:
             count = sum(parameter.numel() for parameter in graph.get_submodule(site.path).parameters())
         cost, name = site.multiply_adds, site.nodes[-1].name
-        return SiteChange(site.path, site.describe, seen, (count, count), (cost, cost), (name, name))
+        return SiteChange(
+            site.path, site.describe, seen, (count, count), (cost, cost), (name, name),
+            facts=was_and_is(site.facts, site.facts),
+        )  # fmt: skip
 
     def fit(self, context: FitContext[DynamicSite]) -> FitReport | None:
         """Train all parameters for the task, at a new random tau for every batch. Then restore the layers' own tau."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
+from surgeon.described import was_and_is
 from surgeon.dynamic.site import DynamicSite
 from surgeon.exits.halting import HaltSite
 from surgeon.exits.site import ExitSite
@@ -102,19 +103,20 @@ class Refit(Pass[DynamicSite, Tensor]):
     @torch.no_grad()
     def rewrite(self, graph: TracedGraph, site: DynamicSite, seen: Tensor | None) -> SiteChange:
         assert isinstance(site, SparseLinearSite)
-        before, words, rank = site.output.name, "to be fitted", site.rank
+        before, words, rank, facts = site.output.name, "to be fitted", site.rank, was_and_is(site.facts, site.facts)
         if seen is not None:
-            words, rank = self._refit(graph, site, seen)
+            words, rank, errors = self._refit(graph, site, seen)
+            facts |= {"rank": (site.rank, rank), "error": errors}
         more = (rank - site.rank) * (site.d_in + site.d_out)
         cost = site.multiply_adds
         count = cost + site.d_out
         return SiteChange(
             site.path, site.describe, words, (count, count + more), (cost, cost + more), (before, site.output.name),
-            made=(site.path,),
+            made=(site.path,), facts=facts,
         )  # fmt: skip
 
-    def _refit(self, graph: TracedGraph, site: SparseLinearSite, x: Tensor) -> tuple[str, int]:
-        """Fit a layer; returns what to say of it, and its rank."""
+    def _refit(self, graph: TracedGraph, site: SparseLinearSite, x: Tensor) -> tuple[str, int, tuple[float, float]]:
+        """Fit a layer; returns what to say of it, its rank, and the errors before and now."""
         if not bool(torch.isfinite(x).all()):
             raise SiteRefused("not-finite", "its inputs on the data contain NaN or infinity")
         layer = _Layer(graph, site, x.float())
@@ -122,12 +124,16 @@ class Refit(Pass[DynamicSite, Tensor]):
         tried = [one for rank in self._ranks(site) if (one := layer.fitted(rank, self.ridge)) is not None]
         best = min(tried, key=lambda one: one.error)
         if not best.error < before:
-            return f"unchanged: error {before:.1%}, and {best.error:.1%} with fitted weights", site.rank
+            return (
+                f"unchanged: error {before:.1%}, and {best.error:.1%} with fitted weights",
+                site.rank,
+                (before, before),
+            )
         layer.put(best)
         words = f"error {before:.1%} → {best.error:.1%}"
         if best.rank or site.rank:
             words += f", rank {best.rank} and {best.tau:.0%} skipped"
-        return words, best.rank
+        return words, best.rank, (before, best.error)
 
     def _ranks(self, site: SparseLinearSite) -> list[int]:
         most = self.rank * min(site.d_in, site.d_out)

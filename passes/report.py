@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from surgeon.described import Fact, Facts, was_and_is
 from surgeon.graph.snapshot import GraphDiff, NodeRecord
 from surgeon.graph.traced import TracedGraph
 from surgeon.json_values import Plain
@@ -21,6 +22,10 @@ from surgeon.training.loop import FitReport
 class SiteChange(Plain):
     """One rewritten site.
 
+    before, after: what it was and is, in words.
+    facts: the same for programs, each as (before, after): the kind from "ffn" to "experts", d_in from 384 to 384,
+    hidden from 1536 to None, experts from None to 48. Sites of a kind have the same facts in all passes, and a pass may
+    add others.
     parameters, multiply_adds: (before, after), the multiply-adds for one token if every expert runs.
     executed: share of the site's expert multiply-adds that ran on the example inputs, None without experts.
     made: paths of the modules that the pass put in.
@@ -35,15 +40,19 @@ class SiteChange(Plain):
     output: tuple[str, str]
     made: tuple[str, ...] = ()
     executed: float | None = None
+    facts: Mapping[str, tuple[Fact, Fact]] = field(default_factory=dict)
 
     @classmethod
-    def same_cost(cls, graph: TracedGraph, site: FFN, after: str, *, made: tuple[str, ...] = ()) -> SiteChange:
+    def same_cost(
+        cls, graph: TracedGraph, site: FFN, after: str, *, made: tuple[str, ...] = (), added: Facts | None = None
+    ) -> SiteChange:
         """Describe the change of a feed-forward layer that keeps its weights and its output node.
 
-        after: what the layer is now, in words.
+        after: what the layer is now, in words. added: facts about it that are new.
         """
         count, cost, output = site.parameters(graph), site.multiply_adds, site.calls[-1].output.name
-        return cls(site.path, site.describe, after, (count, count), (cost, cost), (output, output), made)
+        facts = was_and_is(site.facts, {**site.facts, **(added or {})})
+        return cls(site.path, site.describe, after, (count, count), (cost, cost), (output, output), made, facts=facts)
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from surgeon.collective import send
 from surgeon.data.data import Data
+from surgeon.described import was_and_is
 from surgeon.graph.edit import emit, erase_unread, get_attr
 from surgeon.graph.fold import Fold, add_parameter, fold
 from surgeon.graph.traced import TracedGraph, aten, module_path, tensor_of, tidy
@@ -137,7 +138,11 @@ class Rotate(Pass[Stream | ValueHeads, Basis]):
         words = "to be turned" if seen is None else f"turned: {seen.share:.0%} of the energy in half of the channels"
         output, cost = site.output, site.multiply_adds
         now = outputs.get(output, output).name
-        return SiteChange(site.path, site.describe, words, (before, after), (cost, cost), (output.name, now))
+        share = None if seen is None else seen.share
+        return SiteChange(
+            site.path, site.describe, words, (before, after), (cost, cost), (output.name, now),
+            facts=was_and_is(site.facts, {**site.facts, "energy_in_half": share}),
+        )  # fmt: skip
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from surgeon.collective import mean
 from surgeon.data.batch import Batch
 from surgeon.data.data import Data
 from surgeon.data.padding import real_tokens
+from surgeon.described import Facts
 from surgeon.errors import UsageError
 from surgeon.graph.edit import set_path
 from surgeon.graph.traced import TracedGraph, free_target
@@ -173,9 +174,11 @@ class Sparsify(FineTunedPass[FFN]):
             set_path(node, target)
             for reader in readers:
                 reader.replace_input_with(z, node)
-        where = "output" if ACTIVATIONS[found.activation].leaves_zeros else f"pre-activation, D = {self.displacement:g}"
+        displacement = None if ACTIVATIONS[found.activation].leaves_zeros else self.displacement
+        where = "output" if displacement is None else f"pre-activation, D = {displacement:g}"
         words = f"{site.describe} + {PENALTY_NAMES[self.penalty]} tap ({where})"
-        return SiteChange.same_cost(graph, site, words, made=(target,))
+        added: Facts = {"penalty": self.penalty, "displacement": displacement}
+        return SiteChange.same_cost(graph, site, words, made=(target,), added=added)
 
     def fit(self, context: FitContext[FFN]) -> FitReport | None:
         """Fine-tune all parameters with task loss + Σ over layers of alpha / L · mean over tokens of the penalty."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
+from surgeon.described import Facts, was_and_is
 from surgeon.dynamic.knobs import nothing_skipped
 from surgeon.graph.edit import emit, erase_unread, get_attr, replace_value
 from surgeon.graph.holder import mark_holders
@@ -125,7 +126,11 @@ class SparsifyInputs(Pass[LinearSite, Calibration | Rejection | None]):
         after = weight.numel() + (0 if bias is None else site.d_out)
         words = f"{site.d_in} inputs → {site.d_out}" + (f", {tau:.0%} skipped" if tau else "")
         cost = site.multiply_adds
-        return SiteChange(site.path, site.describe, words, (before, after), (cost, cost), output, made=(target,))
+        now: Facts = {"kind": "skips-inputs", "d_in": site.d_in, "d_out": site.d_out, "rank": 0, "skipped": tau}
+        return SiteChange(
+            site.path, site.describe, words, (before, after), (cost, cost), output, made=(target,),
+            facts=was_and_is(site.facts, now),
+        )  # fmt: skip
 
     def _replace(self, graph: TracedGraph, call: Linear, target: str, holder: nn.Module) -> Node:
         with graph.graph.inserting_before(call.core):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from surgeon.data.data import Data
+from surgeon.described import was_and_is
 from surgeon.graph.edit import emit, get_attr
 from surgeon.graph.holder import mark_holders, parameters_only
 from surgeon.graph.traced import TracedGraph, free_target
@@ -131,6 +132,7 @@ class SparsifyNeurons(Pass[FFN, Calibration | Rejection | None]):
             (site.multiply_adds, changed.multiply_adds),
             (site.output.name, new),
             made=(target,),
+            facts=was_and_is(site.facts, {**changed.facts, "skipped": tau}),
         )
 
     def _replace(self, graph: TracedGraph, call: LayerCall, target: str, made: SparseNeurons) -> str:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
+from surgeon.described import was_and_is
 from surgeon.graph.edit import emit, emit_dropout, erase_unread
 from surgeon.graph.traced import TracedGraph, aten, shape_of
 from surgeon.kernels.activations import ACTIVATIONS
@@ -74,7 +75,8 @@ class SwapActivation(FineTunedPass[FFN]):
             self._swap(graph, site, call, to)
         count, cost = site.parameters(graph), site.multiply_adds
         was = site.activation if site.nonlinearity.slopes is None else "prelu"
-        return SiteChange(site.path, was, to, (count, count), (cost, cost), output)
+        facts = was_and_is(site.facts, {**site.facts, "activation": to})
+        return SiteChange(site.path, was, to, (count, count), (cost, cost), output, facts=facts)
 
     def fit(self, context: FitContext[FFN]) -> FitReport | None:
         """Fine-tune all parameters for the task, so that the model recovers from the new activation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,12 @@ Tell = Callable[[Progress], None]
 
 ShowProgress = Tell | bool | None
 """What long work takes as `progress`: True shows a display (see `surgeon.display`), a function gets every report."""
+
+
+def renamed(tell: ShowProgress, rename: Callable[[str], str]) -> Tell | None:
+    """Return what tells of the same progress under another name; None if it is not told of by a function."""
+    return (lambda moment: tell(replace(moment, what=rename(moment.what)))) if callable(tell) else None
+
 
 Stage = Callable[[str], AbstractContextManager[Tell | None]]
 """What is entered with the name of a step. It gives what is told the progress of the step, if anything is."""

@@ -126,6 +126,8 @@ def compare_engines(
     """
     check_engines(engines)
     graph, dense = fork(graph).eval(), fork(dense).eval()
+    if callable(progress):
+        progress(Progress("bench", 0, 0))
     with ExitStack() as stack, torch.no_grad(), using_threads(threads):
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         expected = pytree.tree_leaves(dense(*args, **kwargs))

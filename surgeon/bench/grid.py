@@ -79,6 +79,8 @@ def time_grid(
     Ctrl-C ends it with the cells that are done, if there is one.
     """
     device, cells, before = torch.device(machine.device), [], None
+    if callable(progress):
+        progress(Progress("bench", 0, 0))
     with torch.inference_mode(), using_threads(machine.threads):
         for index, case in enumerate(cases):
             if before not in (None, (case.dtype, case.tokens)) and "compiled" in methods:

@@ -73,6 +73,8 @@ def time_linear(
 ) -> list[LinearCell]:
     """Time every method on every case. seconds: average time spent on each method, case and state of the caches."""
     cells = []
+    if callable(progress):
+        progress(Progress("bench", 0, 0))
     with torch.inference_mode(), using_threads(machine.threads):
         for number, case in enumerate(cases):
             cells.append(_time(_Problem(case, torch.device(machine.device)), machine, seconds))

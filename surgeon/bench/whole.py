@@ -127,6 +127,8 @@ def time_whole(
     if not all(site.skips for site in find_skipping(graph)):
         why["Layers that are not lowered read everything"] = "run the pass lower"
     done, steps = 0, 2 + len(taus) + 2 * (dense is not None)
+    if callable(progress):
+        progress(Progress("bench", 0, 0))
 
     def report() -> None:
         nonlocal done

@@ -11,6 +11,7 @@ pass, its verification or saving failed; 130 interrupted.
 """
 
 # The annotations are read when commands are made, so they are not postponed.
+import contextlib
 import functools
 import inspect
 import os
@@ -31,6 +32,7 @@ from surgeon.cli import completion
 from surgeon.cli.options import Debug, Output, OutputMode, Quiet, Verbose
 from surgeon.cli.reading import with_data_options
 from surgeon.errors import SurgeonError, sentence
+from surgeon.tracing.quiet import quiet_imports
 from surgeon.version import __version__
 
 if TYPE_CHECKING:
@@ -223,9 +225,10 @@ def _with_shared_options(function: Callable[..., None], torch: bool) -> Callable
         run: Run = context.obj
         run.command = context.command_path.partition(" ")[2]
         run.take(output, verbose, quiet, debug)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.ExitStack() as silenced:
             if not run.debug:
                 warnings.simplefilter("ignore")
+                silenced.enter_context(quiet_imports())
             try:
                 with run.screen.logging():
                     if torch and "torch" not in sys.modules and run.begun is None:

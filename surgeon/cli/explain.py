@@ -36,9 +36,11 @@ def explain(
     from surgeon.jobs.explain import explain as ask
     from surgeon.jobs.open_model import open_model
     from surgeon.render.explain import explanation_view
+    from surgeon.surgery.pipeline import Pipeline
 
     check_no_pass(model)
     built = build(passes, settings)
+    Pipeline(built).check(there=("moe", "dynamic"), has_data=True)  # a model may have experts already
     opened = open_model(
         model,
         inputs=inputs,

@@ -17,6 +17,15 @@ _SECONDS = 10.0  # between lines
 _PARTS = 5  # of the work, each of which gets a line
 
 
+def print_words(console: Console, text: Text) -> None:
+    """Print text that breaks between words on a terminal, and nowhere else.
+
+    A line that is indented, such as a command to copy, stays whole.
+    """
+    for line in text.split("\n", allow_blank=True):
+        console.print(line, soft_wrap=not console.is_terminal or line.plain.startswith("  "))
+
+
 class Lines(Display):
     """A line for each step, and for long work one now and then."""
 
@@ -26,7 +35,7 @@ class Lines(Display):
 
     def waiting(self, what: str) -> None:
         """Print what is being done."""
-        self._console.print(Text(f"{what} ..."), soft_wrap=True)
+        print_words(self._console, Text(f"{what} ..."))
 
     @contextmanager
     def stage(self, what: str) -> Iterator[Tell | None]:
@@ -63,4 +72,4 @@ class Lines(Display):
 
     def _print_moment(self, moment: Progress) -> None:
         line = "  ".join((moment.what, f"{moment.done}/{moment.total}", *values_text(moment)))
-        self._console.print(Text(line, style="dim"), soft_wrap=True)
+        print_words(self._console, Text(line, style="dim"))

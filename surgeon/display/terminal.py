@@ -19,6 +19,7 @@ from surgeon.display.words import seconds, values_text
 from surgeon.progress import Progress, Tell
 
 _WIDTH = 12  # letters, of a bar
+_ROOM = 80  # columns from which a value has room beside the time left
 
 
 class Bars(Lines):
@@ -53,14 +54,15 @@ class Bars(Lines):
         self._end(task)
 
     def progress(self, moment: Progress) -> None:
-        """Show a bar until another work is told of, and print the latest values now and then."""
-        if self._told is None or self._told[0] != moment.what:
+        """Show a bar until another work is told of, and print the latest values, if there are any, now and then.
+
+        A bar that is full stays as well: something always moves while a command works.
+        """
+        if self._told is None or self._told[0] != moment.what or self._begins_anew(self._told[1], moment):
             self._end_told()
             self._told = moment.what, self._add(moment.what, moment.total)
         self._update(self._told[1], moment)
-        if moment.done >= moment.total > 0:
-            self._end_told()
-        if moment.total and self._due(moment, first=False):
+        if moment.total and moment.values and self._due(moment, first=False):
             self._print_moment(moment)
 
     @contextmanager
@@ -88,9 +90,9 @@ class Bars(Lines):
         if self._rows is None:
             # Answers go to stdout directly. Rich would redirect them to stderr.
             self._rows = Rows(
-                SpinnerColumn(),
+                _Spinner(),
                 TextColumn("{task.description}", markup=False),
-                _Bar(bar_width=_WIDTH),
+                _Bar(bar_width=_WIDTH if self._console.width >= _ROOM else _WIDTH // 2),
                 TextColumn("[dim]{task.fields[values]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=self._console,
                 transient=True,
@@ -112,7 +114,7 @@ class Bars(Lines):
         return task
 
     def _update(self, task: TaskID, moment: Progress) -> None:
-        values = next(iter(values_text(moment)), "")
+        values = next(iter(values_text(moment)), "") if self._console.width >= _ROOM else ""
         if moment.total and self._is_open(task):
             self._remember(task)
             self._running().reset(task)  # what is counted now has a speed of its own
@@ -139,9 +141,21 @@ class Bars(Lines):
         if found.fields["command"] is not None:
             durations.remember(found.description, found.elapsed or 0.0, found.fields["command"])
 
+    def _begins_anew(self, task: TaskID, moment: Progress) -> bool:
+        """Whether a report is of other work than a row whose steps are all done."""
+        return self._task(task).finished and not moment.done >= moment.total > 0
+
     def _is_open(self, task: TaskID) -> bool:
         """Whether it is not known how many steps it takes."""
         return self._task(task).total is None
+
+
+class _Spinner(SpinnerColumn):
+    """A spinner that goes on where all steps are done, since what follows may take a while."""
+
+    def render(self, task: Task) -> Any:
+        """The spinner of one task."""
+        return self.spinner.render(task.get_time())
 
 
 class _Bar(BarColumn):
@@ -160,7 +174,7 @@ class _Bar(BarColumn):
                 return Text(seconds(elapsed), style="dim")
             bar, words = ProgressBar(expected, elapsed, width=self.bar_width), ""
             left = max(1, round(expected - elapsed))
-        shown = [] if left is None else [f"{seconds(round(left))} left"]
+        shown = [] if left is None or task.finished else [f"{seconds(round(left))} left"]
         made = Table.grid(padding=(0, 1))
         made.add_row(bar, Text(" ".join([word for word in (words, *shown) if word]), style="dim", no_wrap=True))
         return made

@@ -13,7 +13,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from surgeon.described import Described
+from surgeon.described import Described, Facts
 from surgeon.graph.edit import output_leaves
 from surgeon.graph.ops import MATMULS, carries_values, equal_size
 from surgeon.graph.traced import aten, attribute, is_call, module_path, nested_graphs, shape_of
@@ -58,6 +58,11 @@ class BlockEnd(Described):
     def describe(self) -> str:
         """`block of width 384`."""
         return f"block of width {self.width}"
+
+    @property
+    def facts(self) -> Facts:
+        """What is there, for programs."""
+        return {"kind": "block", "width": self.width}
 
 
 def find_block_ends(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import surgeon.kernels.token_halting  # noqa: F401  (it registers the ops)
+from surgeon.described import Facts
 from surgeon.exits.blocks import is_layer
 from surgeon.exits.site import Leaving
 from surgeon.graph.traced import aten, is_call, tensor_of
@@ -72,6 +73,11 @@ class HaltSite(Leaving):
     def describe(self) -> str:
         """`token halting, width 64`."""
         return f"token halting, width {self.width}"
+
+    @property
+    def facts(self) -> Facts:
+        """What is there, for programs."""
+        return {"kind": "token-halting", "width": self.width}
 
 
 def find_halts(model: nn.Module) -> list[HaltSite]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import surgeon.kernels.early_exit  # noqa: F401  (it registers the ops)
-from surgeon.described import Described
+from surgeon.described import Described, Facts
 from surgeon.graph.traced import aten, is_call, tensor_of
 
 exit_or = torch.ops.surgeon.exit_or.default
@@ -82,6 +82,11 @@ class ExitSite(Leaving):
     def describe(self) -> str:
         """`early exit, 10 classes`."""
         return f"early exit, {self.classes} classes"
+
+    @property
+    def facts(self) -> Facts:
+        """What is there, for programs."""
+        return {"kind": "early-exit", "classes": self.classes}
 
 
 def find_exits(model: nn.Module) -> list[ExitSite]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from surgeon.graph.traced import module_path, shape_text
+from surgeon.graph.sizes import Sizes
+from surgeon.graph.traced import module_path, shape_of, shape_text
 from surgeon.json_values import Plain
 
 
@@ -20,7 +22,7 @@ class NodeRecord:
 
     path: of the module that it belongs to. op: what it runs. call: `linear(add_7, fc.weight)`.
     inputs: the names of the nodes and model inputs that it reads, without sizes and parameters.
-    shape: of its value, `2×s1×128`; empty for other values than tensors.
+    shape: of its value, `2×tokens×128`; empty for other values than tensors.
     """
 
     name: str
@@ -67,7 +69,8 @@ class GraphDiff(Plain):
 
 def snapshot(graph: GraphModule) -> Snapshot:
     """Record a graph. Sizes, parameter reads and the output are left out, because they change with every neighbour."""
-    nodes = {node.name: _record(node) for node in graph.graph.nodes if _computes(node)}
+    names = _names_of_sizes(graph)
+    nodes = {node.name: _record(node, names) for node in graph.graph.nodes if _computes(node)}
     parameters = {name: tuple(p.shape) for name, p in graph.named_parameters(remove_duplicate=False)}
     return Snapshot(nodes, parameters)
 
@@ -113,7 +116,22 @@ def _computes(node: Node) -> bool:
     return node.op in ("call_function", "call_module") and not isinstance(node.meta.get("val"), torch.SymInt)
 
 
-def _record(node: Node) -> NodeRecord:
+def _names_of_sizes(graph: GraphModule) -> dict[str, str]:
+    """The names of sizes that may change, such as "tokens", by export's, such as "s53"."""
+    info = graph.meta.get("trace")
+    if info is None:
+        return {}
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    sizes = Sizes.parse(info.sizes)
+    return {
+        str(size): str(name)
+        for node, given in zip(placeholders, sizes.inputs, strict=False)
+        for size, name in zip(shape_of(node) or (), given.shape or (), strict=False)
+        if isinstance(size, torch.SymInt) and name in sizes.axes
+    }
+
+
+def _record(node: Node, names: Mapping[str, str]) -> NodeRecord:
     packet = getattr(node.target, "overloadpacket", node.target)
     op = str(node.target) if node.op == "call_module" else getattr(packet, "__name__", str(packet))
 
@@ -127,4 +145,5 @@ def _record(node: Node) -> NodeRecord:
     arguments = [*map(show, node.args), *(f"{name}={show(value)}" for name, value in node.kwargs.items())]
     read = [one.name for one in node.all_input_nodes if one.op == "placeholder" or _computes(one)]
     call = f"{op}({', '.join(arguments)})"
-    return NodeRecord(node.name, module_path(node), op, call, tuple(read), shape_text(node))
+    shape = re.sub(r"\b[su]\d+\b", lambda size: names.get(size[0], size[0]), shape_text(node))
+    return NodeRecord(node.name, module_path(node), op, call, tuple(read), shape)

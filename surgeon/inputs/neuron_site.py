@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import surgeon.kernels.sparse_neurons  # noqa: F401  (it registers the ops)
+from surgeon.described import Facts
 from surgeon.inputs.calibration import neuron_levels
 from surgeon.inputs.neurons import SparseNeurons, SparseNeuronsShape
 from surgeon.inputs.site import Skipping
@@ -89,6 +90,12 @@ class SparseNeuronsSite(Skipping):
     def describe(self) -> str:
         """`768→3072 neurons→768 silu`."""
         return self.layer.shape.describe
+
+    @property
+    def facts(self) -> Facts:
+        """What is there, for programs."""
+        widths = {"d_in": self.d_in, "hidden": self.neurons, "d_out": self.d_out}
+        return {"kind": "skips-neurons", **widths, "activation": self.layer.shape.activation, "gated": True}
 
     def _gates(self, x: Tensor) -> Tensor:
         return gates(x, self.layer.gate, self.layer.b_gate, self.layer.shape.activation)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import surgeon.kernels.sparse_linear  # noqa: F401  (it registers the ops)
-from surgeon.described import Described
+from surgeon.described import Described, Facts
 from surgeon.inputs.calibration import levels_of, scores
 from surgeon.inputs.module import SparseLinear
 from surgeon.kernels.sparse_linear import LinearCall, kept
@@ -113,6 +113,11 @@ class SparseLinearSite(Skipping):
     def describe(self) -> str:
         """`768 inputs → 3072, rank 48`."""
         return f"{self.d_in} inputs → {self.d_out}" + (f", rank {self.rank}" if self.rank else "")
+
+    @property
+    def facts(self) -> Facts:
+        """What is there, for programs."""
+        return {"kind": "skips-inputs", "d_in": self.d_in, "d_out": self.d_out, "rank": self.rank}
 
     def kept(self, x: Tensor) -> Tensor:
         """Return which inputs of tokens x [..., d_in] are kept, bool of the same shape."""

@@ -391,7 +391,8 @@ def _next(
     data = _data_words(options.data)
     if not moes:
         return _command(("apply", "--passes", "moeify,lower", place, *data)), "to split the layers into experts"
-    if not all(site.skips for site in moes):
+    refused = {one.path for report in surgery.reports if report.name == "lower" for one in report.rejected}
+    if not all(site.skips or site.path in refused for site in moes):
         return _command(("apply", "--passes", "lower", place)), "to skip what tau leaves out"
     return _command(("sweep", place, *data)), "to see quality and cost at several tau"
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from surgeon.dynamic.knobs import compensated
 from surgeon.dynamic.site import find_dynamic
 from surgeon.errors import UsageError
+from surgeon.graph.sizes import Sizes
 from surgeon.inputs.skipping import find_skipping
 from surgeon.jobs.open_model import Opened
+from surgeon.jobs.takes import Takes
 from surgeon.surgery.compiled import LIBRARY, MODEL, check_directory, compile_graph, keeps_operator
 from surgeon.surgery.record import read_record
 
@@ -20,14 +22,14 @@ from surgeon.surgery.record import read_record
 class CompileResult:
     """A compiled model. library: the file to load before it; None if it needs none. bytes: of the package.
 
-    The other fields are those of `surgeon.surgery.compiled.Compiled`.
+    takes: the sizes. The other fields are those of `surgeon.surgery.compiled.Compiled`.
     """
 
     model: str
     directory: Path
     library: str | None
     inputs: dict[str, str]
-    takes: str
+    takes: Takes
     outputs: list[str]
     tau: dict[str, float]
     max_error: float
@@ -76,7 +78,7 @@ def compile_saved(
         directory,
         LIBRARY if (directory / LIBRARY).exists() else None,
         made.inputs,
-        made.takes,
+        Takes.of(Sizes.parse(made.takes)),
         made.outputs,
         made.tau,
         made.max_error,

@@ -22,7 +22,7 @@ from surgeon.measure.judge import Criteria, judge
 from surgeon.measure.sweep import Point, sweep
 from surgeon.passes import Lower, Moeify, Pass, Sparsify, SwapActivation
 from surgeon.passes.report import PassDiff
-from surgeon.progress import Tell
+from surgeon.progress import Progress, Tell, renamed
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.surgery import Surgery
 from surgeon.training.loop import RunSettings, Schedule, TrainingPlan, fit
@@ -135,7 +135,7 @@ def make_demo(
     part = 0.05 if quick else 1.0
     model = DigitsViT()
     train(model, data, epochs=20 * part, lr=2e-3, weight_decay=0.05, schedule="cosine", seed=seed, progress=progress)
-    verdict = judge(model, data.eval, Criteria(TASK))
+    verdict = judge(model, data.eval, Criteria(TASK), progress=renamed(progress, lambda _: "dense model"))
     dense = verdict.first
     if on_dense is not None:
         on_dense(dense)
@@ -161,6 +161,8 @@ def make_demo(
         dense_multiply_adds=before.multiply_adds,
         progress=progress,
     )
+    if progress is not None:
+        progress(Progress(f"saving {directory}", 0, 0))
     return Demo(dense, surgery, points, surgery.save(directory, overwrite=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from surgeon.described import Facts
 from surgeon.errors import first_line
 from surgeon.graph.agreement import call_reproducibly, relative_error
 from surgeon.graph.calls import as_args_kwargs
@@ -19,12 +20,16 @@ from surgeon.moe.site import find_moes
 
 @dataclass(frozen=True)
 class SiteSide:
-    """A site in one of two models. multiply_adds: for one token, without skipping."""
+    """A site in one of two models. what: in words. facts: see `surgeon.described.Described.facts`.
+
+    multiply_adds: for one token, without skipping.
+    """
 
     what: str
     parameters: int
     multiply_adds: int
     executed: float | None = None
+    facts: Facts = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,17 +74,18 @@ def compare_models(first: Opened, second: Opened, *, with_nodes: bool = False) -
 def _sides(opened: Opened) -> dict[str, SiteSide]:
     graph = opened.graph
     found = {
-        ffn.path: SiteSide(ffn.describe, ffn.parameters(graph), ffn.multiply_adds) for ffn in outside_experts(graph)[0]
+        ffn.path: SiteSide(ffn.describe, ffn.parameters(graph), ffn.multiply_adds, facts=ffn.facts)
+        for ffn in outside_experts(graph)[0]
     }
     _, layers = measure(graph, *as_args_kwargs(opened.inputs))
     for site in find_moes(graph):
         experts = graph.get_submodule(site.path)
         sizes = parameter_sizes(experts) if site.form == "int8" else {}
         count = sum(sizes.values()) or sum(parameter.numel() for parameter in experts.parameters())
-        side = SiteSide(site.describe, count, site.multiply_adds, layers[site.path].share)
+        side = SiteSide(site.describe, count, site.multiply_adds, layers[site.path].share, site.facts)
         found[site.path.rpartition(".")[0]] = side
     for skipping in find_skipping(graph):
         parameters, multiply_adds = skipping.parameters, skipping.multiply_adds
-        side = SiteSide(skipping.describe, parameters, multiply_adds, layers[skipping.path].share)
+        side = SiteSide(skipping.describe, parameters, multiply_adds, layers[skipping.path].share, skipping.facts)
         found[skipping.path.rpartition(".")[0]] = side
     return found

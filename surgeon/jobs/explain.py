@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from surgeon.described import Facts
 from surgeon.errors import UsageError
 from surgeon.graph.patterns import matches
 from surgeon.jobs.inspect import LOOKS_FOR
@@ -19,15 +20,24 @@ from surgeon.training.loop import RunSettings
 
 
 @dataclass(frozen=True)
+class Match:
+    """A site that a pass would change. what: in words. facts: see `surgeon.described.Described.facts`."""
+
+    path: str
+    what: str
+    facts: Facts
+
+
+@dataclass(frozen=True)
 class Explanation:
     """What one pass would do.
 
-    matched: (path, description) of the sites that it would change. rejected: the other candidates.
+    matched: the sites that it would change. rejected: the other candidates.
     """
 
     name: str
     looks_for: str
-    matched: list[tuple[str, str]]
+    matched: list[Match]
     rejected: list[Rejection]
 
 
@@ -48,7 +58,7 @@ def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) 
             Explanation(
                 pass_.name,
                 LOOKS_FOR[pass_.works_on],
-                [(site.path, site.describe) for site in matched],
+                [Match(site.path, site.describe, site.facts) for site in matched],
                 rejected,
             )
         )
@@ -57,7 +67,8 @@ def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) 
             pass_.run(graph, inputs=None, data=None, settings=RunSettings(verify="off", dry_run=True))
     if at is None:
         return found
-    paths = [path for part in found for path in (*dict(part.matched), *(rejection.path for rejection in part.rejected))]
+    paths = [match.path for part in found for match in part.matched]
+    paths += [rejection.path for part in found for rejection in part.rejected]
     chosen = {path for path in paths if path.startswith(f"{at}.") or matches([at], path)}
     if not chosen:
         near = difflib.get_close_matches(at, paths, n=3, cutoff=0.3)
@@ -67,7 +78,7 @@ def explain(opened: Opened, passes: Sequence[Pass[Any]], at: str | None = None) 
         Explanation(
             part.name,
             part.looks_for,
-            [(path, what) for path, what in part.matched if path in chosen],
+            [match for match in part.matched if match.path in chosen],
             [rejection for rejection in part.rejected if rejection.path in chosen],
         )
         for part in found

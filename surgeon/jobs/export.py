@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgeon.described import Facts
 from surgeon.dynamic.site import find_dynamic
 from surgeon.engines.openvino import LINEARS
 from surgeon.errors import UsageError
@@ -30,15 +31,25 @@ _SUFFIX = {"transformers": "hf", "openvino": "openvino", "onnx": "onnx"}
 
 
 @dataclass(frozen=True)
+class ConvertedLayer:
+    """A layer of a model that was written. what: in words. facts: see `surgeon.described.Described.facts`."""
+
+    what: str
+    facts: Facts
+
+
+@dataclass(frozen=True)
 class Exported:
-    """A model that was written. layers: the converted layers in it, by the path of the module. refused: those that stay
-    dense. kept: the weights that came from the original model. bytes: of the weight files.
+    """A model that was written.
+
+    layers: the converted layers in it, by the path of the module. refused: those that stay dense. kept: the weights
+    that came from the original model. bytes: of the weight files.
     """
 
     model: str
     directory: Path
     model_class: str
-    layers: dict[str, str]
+    layers: dict[str, ConvertedLayer]
     refused: tuple[Rejection, ...]
     kept: tuple[str, ...]
     bytes: int
@@ -121,7 +132,7 @@ def export_surgery(
         str(directory),
         out,
         type(made).__name__,
-        {site.path: site.describe for site in find_dynamic(made)},
+        {site.path: ConvertedLayer(site.describe, site.facts) for site in find_dynamic(made)},
         graft.refused,  # type: ignore[union-attr, arg-type]
         graft.kept,  # type: ignore[union-attr, arg-type]
         sum(file.stat().st_size for file in out.glob("*.safetensors")),

@@ -13,11 +13,12 @@ from surgeon.exits.site import find_exits
 from surgeon.graph.agreement import call_reproducibly
 from surgeon.graph.calls import as_args_kwargs, named_arguments
 from surgeon.graph.capture import Capture
-from surgeon.graph.sizes import Axis, Sizes
+from surgeon.graph.sizes import Sizes
 from surgeon.graph.snapshot import NodeRecord, snapshot
 from surgeon.graph.traced import TracedGraph
 from surgeon.inputs.skipping import find_skipping
 from surgeon.jobs.open_model import Opened
+from surgeon.jobs.takes import Takes
 from surgeon.measure.cost import Cost
 from surgeon.measure.meter import measure
 from surgeon.moe.site import find_moes
@@ -70,25 +71,11 @@ class DynamicLayer(Layer):
 
 
 @dataclass(frozen=True)
-class Takes:
-    """What a graph can be called with. sizes: the range of each. rules: between sizes.
-
-    untraced: arguments of the model that the graph has no input for.
-    """
-
-    inputs: list[str]
-    sizes: dict[str, Axis]
-    rules: list[str]
-    untraced: list[str]
-
-
-@dataclass(frozen=True)
 class Inspection:
     """What `surgeon inspect` found. refused: candidates that are not feed-forward layers.
 
     skipping: the layers that skip inputs or neurons. exits: the places where samples leave. halting: where tokens halt.
-    takes: the inputs with their shapes and what stands for one that is left out, such as "mask[batch, tokens] or
-    ones(int64)", and the range of each size in these.
+    takes: what the graph can be called with.
     graph: the nodes of the graph, if asked for.
     """
 
@@ -129,7 +116,7 @@ def inspect(opened: Opened, *, with_graph: bool = False) -> Inspection:
         opened.spec,
         opened.kind,
         _shapes(graph, opened.inputs),
-        _takes(graph),
+        Takes.of(Sizes.parse(graph.meta["trace"].sizes)),
         opened.task,
         cost,
         [
@@ -165,16 +152,6 @@ def outside_experts(graph: TracedGraph) -> tuple[list[FFN], list[LinearSite], li
         [ffn for ffn in ffns if not ffn.path.startswith(routers)],
         [linear for linear in linears if not linear.path.startswith(routers)],
         [rejection for rejection in refused if not rejection.path.startswith(routers)],
-    )
-
-
-def _takes(graph: TracedGraph) -> Takes:
-    sizes = Sizes.parse(graph.meta["trace"].sizes)
-    return Takes(
-        [str(given) for given in sizes.inputs],
-        dict(sizes.axes),
-        list(sizes.rules),
-        list(sizes.untraced),
     )
 
 

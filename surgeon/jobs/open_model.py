@@ -27,7 +27,6 @@ from surgeon.progress import Stage, unshown
 from surgeon.surgery.artifact import load_with_inputs
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.record import Record, record_of
-from surgeon.tracing.quiet import quiet_imports
 from surgeon.tracing.trace import TraceInfo, from_program, trace
 
 _KINDS = {
@@ -96,7 +95,7 @@ def open_model(
         LoadError, TraceError, UsageError, DataError: as the steps raise them.
     """
     given = None if inputs is None else inputs_from(inputs)
-    with stage(f"loading {spec}"), quiet_imports():
+    with stage(f"loading {spec}"):
         import_modules(trust_modules)
         head = task if task in HEADS else None
         source = load_model(spec, trust_pickle=trust_pickle, arch=arch, task=head)

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from surgeon.measure.meter import ExpertMeter
 from surgeon.measure.sweep import knobs_restored, layers_share, run_batches
 from surgeon.passes import Pass
 from surgeon.passes.trained import TrainedPass
-from surgeon.progress import Progress, Tell
+from surgeon.progress import Tell, renamed
 from surgeon.surgery.pipeline import Pipeline
 from surgeon.surgery.record import parse, read_json
 from surgeon.surgery.trials import Options, Search, Trial, merged
@@ -250,13 +250,9 @@ class Searcher:
     def _trained(self, options: Options, steps: int, label: str) -> tuple[TracedGraph, dict[str, FitReport]]:
         trained = {one.name for one in self._passes if isinstance(one, TrainedPass) and one.optimises}
         lengths: Options = {name: {"steps": max(1, round(self._relative(name) * steps))} for name in trained}
-
-        def progress(now: Progress) -> None:
-            if self._progress is not None:
-                self._progress(replace(now, what=f"{label}: {now.what}"))
-
         surgery = Pipeline(with_options(self._passes, merged(lengths, options))).run(
-            self._graph, inputs=self._inputs, data=self._own, seed=self._seed, verify="off", progress=progress,
+            self._graph, inputs=self._inputs, data=self._own, seed=self._seed, verify="off",
+            progress=renamed(self._progress, lambda what: f"{label}: {what}"),
             teacher=None if self._teacher is None else self._teacher.graph,
             teacher_origin=None if self._teacher is None else self._teacher.origin,
         )  # fmt: skip

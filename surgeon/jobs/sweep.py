@@ -25,7 +25,7 @@ from surgeon.measure.sweep import Dense, Point, RouterChoice, time_settings, usu
 from surgeon.measure.sweep import sweep as run_sweep
 from surgeon.moe.site import find_moes
 from surgeon.passes.report import dense_layers
-from surgeon.progress import Tell
+from surgeon.progress import Tell, renamed
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def sweep(
     if dense is not None:
         milliseconds = time_settings(dense.graph, batches[0], [lambda: None])[0] if timed else None
         if criteria.task is not None:
-            verdict = judge(dense.graph, batches, criteria)
+            verdict = judge(dense.graph, batches, criteria, progress=renamed(progress, lambda _: "dense model"))
             beside, scores = Dense(multiply_adds, verdict.quality, milliseconds), verdict.scores
         else:
             beside = Dense(multiply_adds, None, milliseconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from surgeon.data.batch import first_batches
 from surgeon.data.quality import Quality
@@ -29,7 +30,7 @@ from surgeon.measure.sweep import sweep as run_sweep
 from surgeon.measure.tuning import Metric, Tuned, check_budget
 from surgeon.measure.tuning import tune as run_tuning
 from surgeon.passes import Densify
-from surgeon.progress import Tell
+from surgeon.progress import Progress, Tell, renamed
 from surgeon.surgery.pipeline import Pipeline
 
 
@@ -38,8 +39,8 @@ class TuningResult:
     """What tuning found, and where it was saved.
 
     quality: on the held-out data, at tau 0 and with the tau found; None if it was not measured. Without labels
-    it is agreement. agreement: with the dense model if it was given, else at tau 0. notes: remarks for the
-    user.
+    it is agreement. agreement, agreed_with: with the dense model if it was given, else with the surgery itself at
+    tau 0. notes: remarks for the user.
     """
 
     model: str
@@ -50,7 +51,7 @@ class TuningResult:
     quality: tuple[Quality, Quality] | None
     notes: tuple[str, ...] = ()
     agreement: tuple[Quality, ...] = ()
-    agreed_with: str = "the surgery at tau 0"
+    agreed_with: Literal["dense", "tau 0"] = "tau 0"
 
 
 def check_tuning(budget: float, metric: Metric, *, has_dense: bool, densify: bool = False) -> None:
@@ -123,6 +124,8 @@ def tune(
     notes.extend(why_unmeasured(opened, criteria))
     if tuned.dense:
         opened = _densified(opened, tuned.dense)
+    if progress is not None:
+        progress(Progress(f"saving {opened.spec if out is None else out}", 0, 0))
     directory = store(opened, out, None if points is None or before is None else (before, points[1].quality))
     return TuningResult(
         opened.spec,
@@ -133,7 +136,7 @@ def tune(
         None if points is None else (points[0].quality, points[1].quality),
         tuple(notes),
         () if points is None else points[1].agreement,
-        "the surgery at tau 0" if dense is None else "the dense model",
+        "tau 0" if dense is None else "dense",
     )
 
 
@@ -149,7 +152,7 @@ def _measured(opened: Opened, criteria: Criteria, dense: Opened | None, progress
     batches = eval_batches(opened)
     scores = recorded_scores(opened, kind_of(criteria))
     if dense is not None and criteria.task is not None:
-        scores = judge(dense.graph, batches, criteria).scores
+        scores = judge(dense.graph, batches, criteria, progress=renamed(progress, lambda _: "dense model")).scores
     every, chosen = run_sweep(
         opened.graph, batches, criteria.task, [0.0, None], inputs=opened.inputs, progress=progress,
         dense=None if dense is None else dense.graph, dense_scores=scores, blank=criteria.blank,

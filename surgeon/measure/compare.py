@@ -28,7 +28,7 @@ from surgeon.measure.judge import Criteria, judge
 from surgeon.measure.meter import measure
 from surgeon.measure.sweep import Dense, Point, choose_setting, knobs_restored, sweep, time_in_turns
 from surgeon.models.tasks import needs_labels
-from surgeon.progress import ShowProgress, Tell
+from surgeon.progress import ShowProgress, Tell, renamed
 from surgeon.tracing.trace import class_task
 
 
@@ -121,7 +121,9 @@ def compare(
         dense_multiply_adds = measure(dense, args, kwargs)[0].multiply_adds
         if own_task is not None:
             made_as = made_for(task, class_task(next(iter(surgeries.values()))))
-            dense_scores = judge(dense, batches, Criteria(own_task, blank, made_as)).scores
+            dense_scores = judge(
+                dense, batches, Criteria(own_task, blank, made_as), progress=renamed(progress, lambda _: "dense model")
+            ).scores
     found: dict[str, list[Point]] = {}
     milliseconds, untimed = None, timed
     try:
@@ -131,7 +133,7 @@ def compare(
                 routers=("own", "oracle") if oracle else ("own",), dense=dense,
                 dense_scores=dense_scores if own_task is not None else None,
                 dense_multiply_adds=dense_multiply_adds, dense_layers=(dense_layers or {}).get(name),
-                progress=_named(progress, name) if callable(progress) else None,
+                progress=_named(progress, name),
             )  # fmt: skip
         if timed:
             found, milliseconds = _timed(surgeries, found, batches[0], dense, own_rules=rules is None)
@@ -179,8 +181,8 @@ def check_keep(keep: float) -> None:
         )
 
 
-def _named(progress: Tell, name: str) -> Tell:
-    return lambda moment: progress(replace(moment, what=f"{moment.what} {name}"))
+def _named(progress: ShowProgress, name: str) -> Tell | None:
+    return renamed(progress, lambda what: f"{what} {name}")
 
 
 def _agreeing(scores: Scores) -> Scores:

@@ -166,6 +166,8 @@ def sweep(
     own_task = task if needs_labels(task) else None
     criteria = Criteria(own_task, blank, made_for(task, class_task(graph)))
     points = []
+    if callable(progress):
+        progress(Progress("sweep", 0, 0))
     with knobs_restored(graph) as own, evaluating(graph if dense is None else dense):
         counter = _Counter(graph, inputs)
 

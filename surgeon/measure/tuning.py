@@ -214,6 +214,8 @@ class Tuner:
         self._curved = set() if inputs_alone else {site.path for site in sites if isinstance(site, Skipping)}
         self._alone: dict[str, list[Option]] | None = None
         self._done, self._total = 0, 0
+        if callable(progress):
+            progress(Progress("tuning", 0, 0))
         with knobs_restored(graph):
             self._prepare(inputs, dense)
 

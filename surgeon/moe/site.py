@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from surgeon.described import Described
+from surgeon.described import Described, Facts
 from surgeon.errors import UsageError
 from surgeon.graph.given import check_model
 from surgeon.graph.traced import aten, is_call, tensor_key, tensor_of
@@ -141,6 +141,14 @@ class MoESite(Described):
         last = "the last one" if self.filling < self.size else "the last ones"
         filled = f", {self.filling} neuron{'s' * (self.filling != 1)} fill{'s' * (self.filling == 1)} up {last}"
         return f"{self.experts} expert{'s' * (self.experts != 1)} × {self.size}{always}{filled if self.filling else ''}"
+
+    @property
+    def facts(self) -> Facts:
+        """What is there, for programs."""
+        widths = {"d_in": self.d_in, "d_out": self.d_out, "experts": self.experts, "expert_size": self.size}
+        always = {"always_on": self.shared, "filling": self.filling}
+        gated = self.stored.gate is not None
+        return {"kind": "experts", **widths, **always, "activation": self.activation, "gated": gated}
 
 
 _FORMS: dict[Any, str] = {dynamic_k_ffn: "dynamic", masked_ffn: "masked", routed_ffn_int8: "int8"}

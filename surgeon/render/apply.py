@@ -8,7 +8,7 @@ from rich.text import Text
 from surgeon.display.words import seconds
 from surgeon.jobs.apply import Applied
 from surgeon.render.numbers import INTERVALS, add_numbers, agreement_line
-from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.layout import code, dim, grid, sentences
 from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import number, percent
 
@@ -47,5 +47,5 @@ def applied_view(applied: Applied) -> RenderableType:
         lines.append(Text.assemble("Saved to ", (str(applied.directory), "bold"), f" in {time_taken}."))
     command, purpose = applied.next
     lines.append(Text.assemble("Next, ", purpose, ":"))
-    lines.append(Text(f"  {command}", style="bold", no_wrap=True, overflow="ignore"))
+    lines.append(code(command, style="bold"))
     return Group(*lines)

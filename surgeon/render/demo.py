@@ -8,6 +8,7 @@ from rich.text import Text
 from surgeon.jobs.demo import Demo
 from surgeon.measure.sweep import Dense
 from surgeon.render.sweep import sweep_view
+from surgeon.text.layout import next_command
 
 
 def demo_view(made: Demo) -> RenderableType:
@@ -15,6 +16,6 @@ def demo_view(made: Demo) -> RenderableType:
     before = made.surgery.reports[0].before
     return Group(
         sweep_view(made.points, Dense(None if before is None else before.multiply_adds, made.dense)),
-        Text.assemble("\nSaved to ", (str(made.directory), "bold"), ". Next, to see what changed:"),
-        Text(f"  surgeon diff {made.directory}", style="bold"),
+        Text.assemble("\nSaved to ", (str(made.directory), "bold"), "."),
+        next_command("to see what changed", "diff", str(made.directory)),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from surgeon.measure.load import LayerLoad
-from surgeon.render.style import COLOURS, COLUMNS, save, small_panels, styled
+from surgeon.render.style import COLOURS, COLUMNS, panel_title, save, small_panels, styled
 from surgeon.text.summary import percent
 
 _BINS = 20
@@ -30,7 +30,7 @@ def draw_experts(layers: Sequence[LayerLoad], file: Path, *, title: str) -> None
         axes.stairs(shares, edges, fill=True, color=COLOURS[0])
         mean = layer.executed.mean / layer.experts
         axes.axvline(mean, color=COLOURS[1])
-        axes.set_title(f"{layer.path}: {percent(mean)}", fontsize=7)
+        axes.set_title(panel_title(layer.path, f": {percent(mean)}", len(layers)), fontsize=7)
     what = " or ".join(dict.fromkeys(layer.unit for layer in layers))
     upper.supxlabel(f"share of its {what} that a token runs (line and number: mean)", fontsize=8)
     upper.supylabel("tokens", fontsize=8)

@@ -21,8 +21,8 @@ def explanation_view(passes: Sequence[Explanation]) -> RenderableType:
             continue
         lines.append(heading(explanation.name, f"changes {len(explanation.matched)} of {total} candidates"))
         table = grid("left", "left", "left")
-        for path, what in explanation.matched:
-            table.add_row(Text("✓", style="green"), Text(path or MODEL, style="cyan"), what)
+        for match in explanation.matched:
+            table.add_row(Text("✓", style="green"), Text(match.path or MODEL, style="cyan"), match.what)
         for rejection in explanation.rejected:
             reason = Text.assemble(rejection.reason, (f" [{rejection.code}]", "dim"))
             table.add_row(Text("✗", style="red"), Text(rejection.path or MODEL, style="cyan"), reason)

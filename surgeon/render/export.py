@@ -7,7 +7,7 @@ from rich.text import Text
 
 from surgeon.jobs.export import Exported, ExportedForEngine
 from surgeon.surgery.engines import loading
-from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.layout import code, dim, grid, sentences
 from surgeon.text.summary import join_like
 
 
@@ -16,8 +16,9 @@ def export_view(found: Exported) -> RenderableType:
     lines: list[RenderableType] = [
         Text.assemble((found.model_class, "bold"), f", {found.bytes / 1e6:.1f} MB of weights. Converted layers:")
     ]
-    for label, count, first in join_like(found.layers.items()):
-        what = list(found.layers.values())[first]
+    whats = {path: layer.what for path, layer in found.layers.items()}
+    for label, count, first in join_like(whats.items()):
+        what = list(whats.values())[first]
         lines.append(Text.assemble("  ", (label, "cyan"), f"  {what}", f"  ({count} layers)" if count > 1 else ""))
     if found.refused:
         reasons = [f"{rejection.path} stays dense: {rejection.reason}." for rejection in found.refused]
@@ -26,7 +27,7 @@ def export_view(found: Exported) -> RenderableType:
         lines.append(Text(f"{len(found.kept)} weights that the surgery does not use are the original model's."))
     lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), ". To load it:"))
     lines.append(
-        Text(f'  import surgeon, transformers\n  transformers.{found.model_class}.from_pretrained("{found.directory}")')
+        code(f'import surgeon, transformers\ntransformers.{found.model_class}.from_pretrained("{found.directory}")')
     )
     return Group(*lines)
 
@@ -43,5 +44,5 @@ def engine_view(found: ExportedForEngine) -> RenderableType:
     if found.notes:
         lines.append(sentences(found.notes, indent=0))
     lines += [Text.assemble("Saved to ", (str(found.directory), "bold"), ". To load it, without surgeon:"), Text("")]
-    lines += [Text(f"  {line}") for line in loading(made, str(found.directory)).splitlines()]
+    lines.append(code(loading(made, str(found.directory))))
     return Group(*lines)

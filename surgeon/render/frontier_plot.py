@@ -228,6 +228,8 @@ def _limits(found: Comparison) -> tuple[float, float]:
     top = max(sign * dense + reach / 4, *(value + max(reach / 6, 0.55 * widest) for value in best))
     if _higher(found) and _at_most_one(found):
         top = min(top, 1.0 + reach / 10)
+        if min(quality.value for quality in qualities) >= 0:  # a cosine may be below
+            bottom = max(bottom, -reach / 10)
     return sign * bottom, sign * top
 
 

@@ -21,9 +21,8 @@ def inspection_view(found: Inspection) -> RenderableType:
     table = grid("left", "left")
     table.add_row(dim("parameters"), number(found.cost.parameters))
     table.add_row(dim("multiply-adds"), f"{number(found.cost.multiply_adds)} for {inputs}")
-    sizes = [*(f"{name} {size}" for name, size in found.takes.sizes.items()), *found.takes.rules]
     # As text: in markup, brackets are styles.
-    table.add_row(dim("takes"), Text("; ".join([", ".join(found.takes.inputs), *sizes])))
+    table.add_row(dim("takes"), Text(found.takes.words))
     if found.takes.untraced:
         table.add_row(dim("not traced"), ", ".join(found.takes.untraced))
     lines += [indented(table), Text("")]

@@ -15,6 +15,12 @@ _WIDTH = 126  # letters; what is wider than the page scrolls
 # Pages set other letters for what is in a <pre>, and columns only line up in these.
 _LETTERS = "font: 13px ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 
+# Black, red, green, yellow, blue, magenta, cyan and white, neither dark nor light.
+COLOURS = [
+    (110, 110, 110), (205, 70, 60), (40, 140, 75), (155, 115, 0), (70, 120, 215), (180, 85, 175), (0, 135, 150),
+    (128, 128, 128),
+]  # fmt: skip
+
 
 def register(shell: Any) -> None:
     """Tell an IPython shell how to show results."""
@@ -92,11 +98,13 @@ def _stat(value: Any) -> Any:
 def _text(view: Any) -> str:
     """A view of the command line, in colours that suit light and dark pages."""
     from rich.console import Console
+    from rich.terminal_theme import TerminalTheme
 
+    theme = TerminalTheme((255, 255, 255), (0, 0, 0), COLOURS)
     console = Console(record=True, file=io.StringIO(), width=_WIDTH, highlight=False, emoji=False, force_jupyter=False)
     console.print(view)
     form = f'<pre style="{_LETTERS}; white-space: pre; overflow-x: auto; line-height: 1.35">{{code}}</pre>'
-    return console.export_html(inline_styles=True, code_format=form)
+    return console.export_html(theme=theme, inline_styles=True, code_format=form)
 
 
 def _drawing(value: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from surgeon.measure.routing import RouterLayer
-from surgeon.render.style import COLOURS, COLUMNS, save, small_panels, styled
+from surgeon.render.style import COLOURS, COLUMNS, panel_title, save, small_panels, styled
 from surgeon.text.summary import percent
 
 
@@ -32,7 +32,7 @@ def draw_routers(layers: Sequence[RouterLayer], file: Path, *, title: str) -> No
             aspect="auto",
         )  # fmt: skip
         axes.plot([0, 1], [0, 1], color=COLOURS[1], lw=0.8)
-        axes.set_title(layer.path, fontsize=7)
+        axes.set_title(panel_title(layer.path, "", len(layers)), fontsize=7)
         axes.grid(visible=False)
     upper.supxlabel("score, of the token's largest (line: as it should be; light: many experts)", fontsize=8)
     upper.supylabel("true norm, of the token's largest", fontsize=8)
@@ -46,10 +46,10 @@ def draw_routers(layers: Sequence[RouterLayer], file: Path, *, title: str) -> No
         axes.bar_label(bars, [percent(value) for value in values], padding=2, fontsize=7)
     axes.set_yticks(places, [layer.path for layer in layers], fontsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.set_xlim(0, max(0.01, 1.12 * max(max(layer.oracle, layer.lost) for layer in layers)))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, 1))
     axes.set_xlabel("energy lost: share of the squared norms that skipped experts have, at equal numbers of experts")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.02), ncols=2, borderaxespad=0)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     save(figure, file)

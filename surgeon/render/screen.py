@@ -16,6 +16,7 @@ from rich.text import Text
 
 from surgeon.display.base import Display
 from surgeon.display.choose import console_on_stderr, display_on
+from surgeon.display.lines import print_words
 from surgeon.display.words import seconds
 from surgeon.json_values import schema_name, to_json
 from surgeon.progress import Progress, Tell
@@ -60,7 +61,7 @@ class Screen:
                 self.write(plain_text(content, self._plain_width()))
             else:
                 # A terminal's width is only known to rich where the terminal is; a forced width comes from COLUMNS.
-                Console(highlight=False, emoji=False, force_terminal=True).print(content)
+                Console(highlight=False, emoji=False, force_terminal=True).print(content, crop=False)
 
     def result(self, value: Any) -> None:
         """Print the answer for programs. Only JSON mode prints it."""
@@ -117,7 +118,7 @@ class Screen:
 
     def _print_error(self, text: Text) -> None:
         # A line that is printed on the console of the display is put above what moves.
-        self._err.print(text, soft_wrap=True)
+        print_words(self._err, text)
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:

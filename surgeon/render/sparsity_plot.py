@@ -33,6 +33,6 @@ def draw_sparsity(layers: Mapping[str, tuple[Sparsity, Sparsity]], file: Path, *
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
     axes.set_xlabel("active neurons: above a hundredth of the token's largest, mean over tokens")
-    axes.legend(loc="lower right", ncols=2)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     save(figure, file)

@@ -15,6 +15,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 COLUMNS = 4
 """Small panels that stand beside one another."""
 
+_LETTERS = 136  # of titles for which small panels beside one another have room
+
 PICTURES = {".png": "a picture", ".svg": "sharp at any size", ".pdf": "for print"}
 """What is written to files by the ends of their names."""
 
@@ -38,6 +40,26 @@ def styled(draw: Callable[Given, None]) -> Callable[Given, None]:
 def save(figure: Any, file: Path) -> None:
     """Write a figure of matplotlib to a file of one of the kinds `PICTURES`."""
     figure.savefig(file, metadata=_NO_DATE[file.suffix])
+
+
+def panel_title(path: str, words: str, count: int) -> str:
+    """The title of one of so many small panels: a path, shortened if there is no room, and words behind it."""
+    return short_path(path, _LETTERS // min(COLUMNS, count) - len(words)) + words
+
+
+def short_path(path: str, most: int) -> str:
+    """A path of at most so many letters, if it can be: `encoder.layer.0.attention.query` → `…0…query`.
+
+    The number of the layer and the end are kept.
+    """
+    parts, shown = path.split("."), path
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+    for start in range(1, len(parts)):
+        if len(shown) <= most:
+            break
+        kept = f"…{parts[number]}" if 0 < number < start else ""
+        shown = f"{kept}…{'.'.join(parts[start:])}"
+    return shown
 
 
 def small_panels(figure: Any, count: int) -> list[Any]:

@@ -19,14 +19,17 @@ from surgeon.measure.sweep import Dense, Point
 from surgeon.render.frontier_plot import draw_frontier
 from surgeon.render.layers_plot import draw_layers
 from surgeon.render.numbers import INTERVALS
-from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.layout import dim, grid, next_command, sentences
 from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import number, percent
 
 
 def swept_view(swept: Swept) -> RenderableType:
     """Show quality and cost at every setting, and the notes on them."""
-    return Group(sweep_view(swept.points, swept.dense), sentences(swept.notes, indent=0))
+    lines = [sweep_view(swept.points, swept.dense), sentences(swept.notes, indent=0)]
+    if not any(point.layer is not None for point in swept.points):
+        lines.append(next_command("to store a tau", "set", swept.model, "--tau", "TAU"))
+    return Group(*lines)
 
 
 def sweep_view(points: Sequence[Point], dense: Dense) -> RenderableType:

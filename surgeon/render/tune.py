@@ -7,9 +7,11 @@ from rich.text import Text
 
 from surgeon.jobs.tune import TuningResult
 from surgeon.render.numbers import INTERVALS, agreement_line
-from surgeon.text.layout import dim, grid, sentences
+from surgeon.text.layout import dim, grid, next_command, sentences
 from surgeon.text.quality import change_words, measured_on, with_interval
 from surgeon.text.summary import percent
+
+_AGREED_WITH = {"dense": "the dense model", "tau 0": "the surgery at tau 0"}
 
 
 def tuned_view(found: TuningResult) -> RenderableType:
@@ -32,8 +34,9 @@ def tuned_view(found: TuningResult) -> RenderableType:
             change = "" if chosen.change is None else f"; {change_words(chosen.change)} from the dense model"
             lines.append(Text(f"{words}{change}; on {measured_on(chosen)}."))
         if found.agreement:
-            lines.append(agreement_line(found.agreement, found.agreed_with))
+            lines.append(agreement_line(found.agreement, _AGREED_WITH[found.agreed_with]))
         lines.append(dim(INTERVALS))
     lines.append(sentences(found.notes, indent=0))
     lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), "."))
+    lines.append(next_command("to time it", "bench", "surgery", str(found.directory)))
     return Group(*lines)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from surgeon.described import Described
+from surgeon.described import Described, Facts
 from surgeon.graph.traced import tensor_of
 from surgeon.graph.walk import walk_sources
 from surgeon.kernels.activations import ACTIVATIONS
@@ -149,6 +149,13 @@ class FFN(Described):
         kind = "gated FFN" if self.gated else "FFN"
         activation = self.activation if self.nonlinearity.slopes is None else "prelu"
         return f"{kind} {self.d_in}→{self.hidden}→{self.d_out} {activation}"
+
+    @property
+    def facts(self) -> Facts:
+        """What is there, for programs."""
+        activation = self.activation if self.nonlinearity.slopes is None else "prelu"
+        widths = {"d_in": self.d_in, "hidden": self.hidden, "d_out": self.d_out}
+        return {"kind": "ffn", **widths, "activation": activation, "gated": self.gated}
 
     def parameters(self, graph: GraphModule) -> int:
         """Count the numbers in the weights, the biases and the parameters in between."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from surgeon.described import Described
+from surgeon.described import Described, Facts
 from surgeon.sites.linear import Linear
 
 
@@ -41,3 +41,8 @@ class LinearSite(Described):
     def describe(self) -> str:
         """`linear 384→384`."""
         return f"linear {self.d_in}→{self.d_out}"
+
+    @property
+    def facts(self) -> Facts:
+        """What is there, for programs."""
+        return {"kind": "linear", "d_in": self.d_in, "d_out": self.d_out}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import Node
 
-from surgeon.described import Described
+from surgeon.described import Described, Facts
 from surgeon.sites.linear import Linear
 from surgeon.sites.norms import Norm
 
@@ -74,3 +74,9 @@ class Stream(Described):
         """`stream of width 384, 12 LayerNorms`."""
         kind = "LayerNorm" if self.centred else "RMSNorm"
         return f"stream of width {self.width}, {len(self.norms)} {kind}{'s' * (len(self.norms) > 1)}"
+
+    @property
+    def facts(self) -> Facts:
+        """What is there, for programs."""
+        kind = "LayerNorm" if self.centred else "RMSNorm"
+        return {"kind": "stream", "width": self.width, "norms": len(self.norms), "norm": kind}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from surgeon.described import Described
+from surgeon.described import Described, Facts
 from surgeon.graph.ops import op_name
 from surgeon.graph.traced import aten, is_call, module_path, shape_of
 from surgeon.sites.channels import CARRIERS, reads_values, run_moved
@@ -66,6 +66,11 @@ class ValueHeads(Described):
     def describe(self) -> str:
         """`values of 6 heads of 64`."""
         return f"values of {len(self.rows)} head{'s' * (len(self.rows) > 1)} of {self.rows.shape[1]}"
+
+    @property
+    def facts(self) -> Facts:
+        """What is there, for programs."""
+        return {"kind": "values", "heads": len(self.rows), "width": self.rows.shape[1]}
 
     def moments(self, x: Tensor) -> Tensor:
         """Second moments of each head's values, float64 [G, h, h], from inputs of the output projection [N, d_in]."""

@@ -30,7 +30,8 @@ from surgeon.passes import FineTunedPass, Pass
 from surgeon.passes.contract import SiteKind
 from surgeon.passes.report import PassDiff
 from surgeon.processes import connect, is_main
-from surgeon.progress import ShowProgress
+from surgeon.progress import ShowProgress, Tell, renamed
+from surgeon.surgery.order import misplaced
 from surgeon.surgery.origin import Origin
 from surgeon.surgery.recipe import InputFile, name_of
 from surgeon.surgery.record import earlier_passes
@@ -155,7 +156,8 @@ class Pipeline:
         for number, pass_ in enumerate(self.passes):
             work = adopt(surgery.graph)
             place = None if workdir is None else Path(workdir) / f"{number:02d}-{pass_.name}"
-            step = RunSettings(seed, verify, tell, place, resume, dry_run, original, consume, report_to, teacher)
+            own = _part_of(pass_.name, tell)
+            step = RunSettings(seed, verify, own, place, resume, dry_run, original, consume, report_to, teacher)
             report = pass_.run(work, inputs=inputs, data=given, settings=step)
             surgery.graph = work
             name = name_of(pass_)
@@ -184,26 +186,20 @@ class Pipeline:
         """
         if not self.passes:
             raise UsageError("No passes to run. `surgeon passes` lists them.")
-        made = set(there)
-        for position, pass_ in enumerate(self.passes):
-            early = next((p.name for p in self.passes[:position] if p.name in pass_.must_precede), None)
-            if early is not None:
-                raise UsageError(f"{pass_.name} must run before {early}. Swap the two passes.")
-            if pass_.works_on == "moe" and "moe" not in made:
-                raise UsageError(f"{pass_.name} works on experts, but there are none. Put moeify before it.")
-            if pass_.works_on == "dynamic" and not made & {"moe", "dynamic"}:
-                raise UsageError(
-                    f"{pass_.name} works on layers that skip by tau, but there are none. Put moeify, early-exit or "
-                    "sparsify-inputs before it."
-                )
+        for _, what in misplaced([type(pass_) for pass_ in self.passes], there):
+            raise UsageError(what)
+        for pass_ in self.passes:
             if pass_.why_data and not has_data:
                 raise UsageError(
                     f"{pass_.name} needs data: {pass_.why_data}.",
                     python="Give data=, or dry_run=True to see what would change.",
                     command="Give --data, or --dry-run to see what would change.",
                 )
-            if pass_.makes is not None:
-                made.add(pass_.makes)
+
+
+def _part_of(name: str, tell: Tell | None) -> Tell | None:
+    """Let every report of a pass have its name."""
+    return renamed(tell, lambda what: what if what.startswith(name) else f"{name}: {what}")
 
 
 def kinds_of(model: nn.Module) -> set[SiteKind]:

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from surgeon.errors import UsageError
 from surgeon.kernels.selection import check_rule
 from surgeon.passes.base import Pass
+from surgeon.passes.options import option_types
+from surgeon.surgery.order import misplaced
 from surgeon.surgery.recipe import InputFile, Recipe, Step, find_pass, read_option, with_options
 from surgeon.surgery.recipe_yaml import Document, Place, Problem, read_document
 
@@ -90,7 +92,10 @@ def _wrong_keys(document: Document) -> Iterator[Problem]:
     except ValidationError as error:
         for wrong in error.errors():
             place = wrong["loc"]
-            line, name = document.line(place), ".".join(map(str, place))
+            line = document.line(place)
+            if place not in document.lines and wrong["type"] != "missing":
+                place = place[:-1]  # one value for all layers
+            name = ".".join(map(str, place))
             if wrong["type"] == "extra_forbidden":
                 yield Problem(line, f"there is no key '{name}'.{_near(name, _File.model_fields)}")
             elif wrong["type"] == "missing":
@@ -103,45 +108,66 @@ def _wrong_keys(document: Document) -> Iterator[Problem]:
 
 
 def _steps(document: Document) -> list[Step]:
-    """The passes of a document. What is wrong with them is added to its problems."""
+    """The passes of a document. What is wrong with them, or with their order, is added to its problems."""
     given = document.value.get("passes") if isinstance(document.value, dict) else None
-    found = []
+    if given == []:
+        document.problems.append(Problem(document.line(("passes",)), "no passes. `surgeon passes` lists them."))
+    found: list[Step] = []
+    kinds: list[tuple[Place, type[Pass[Any]]]] = []
     for index, item in enumerate(given if isinstance(given, list) else ()):
         place: Place = ("passes", index)
-        if isinstance(item, dict) and len(item) == 1 and isinstance(options := next(iter(item.values())), dict | None):
-            name = next(iter(item))
-            found.append(_step(document, (*place, name), name, options or {}))
-        elif isinstance(item, str):
-            found.append(_step(document, place, item, {}))
-        else:
+        options: Any = {}
+        if isinstance(item, dict) and len(item) == 1:
+            item, options = next(iter(item.items()))
+            place = (*place, item)
+        if not isinstance(item, str) or not isinstance(options, dict | None):
             what = "a pass is a name, such as '- lower', or a name with options, such as '- moeify: {experts: 8}'."
             document.problems.append(Problem(document.line(place), what))
+            continue
+        try:
+            kind = find_pass(item)
+        except UsageError as error:
+            document.problems.append(Problem(document.line(place), str(error)))
+            continue
+        kinds.append((place, kind))
+        found.append(Step(item, _options(document, place, kind, options or {})))
+    # A model may have experts already.
+    for index, what in misplaced([kind for _, kind in kinds], there=("moe", "dynamic")):
+        document.problems.append(Problem(document.line(kinds[index][0]), what))
     return found
 
 
-def _step(document: Document, place: Place, name: str, options: Mapping[str, Any]) -> Step:
-    """One pass with its options as they are in the file."""
-    try:
-        kind = find_pass(name)
-    except UsageError as error:
-        document.problems.append(Problem(document.line(place), str(error)))
-        return Step(name)
+def _options(document: Document, place: Place, kind: type[Pass[Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a pass, of those given as they are in the file. What is wrong is added to the problems."""
     values, before = {}, len(document.problems)
-    for key, value in options.items():
+    for key, value in given.items():
         try:
             values[key] = read_option(kind, key, value)
         except UsageError as error:
-            document.problems.append(Problem(document.line((*place, key)), str(error)))
+            wrong = list(_wrong_parts(document, (*place, key), kind, key, value))
+            document.problems += wrong or [Problem(document.line((*place, key)), str(error))]
     if len(document.problems) == before:
         try:
-            return Step(name, _own(with_options(kind, values)))
+            return with_options(kind, values).options()
         except UsageError as error:  # options that do not go together
             document.problems.append(Problem(document.line(place), str(error)))
-    return Step(name)
+    return {}
 
 
-def _own(pass_: Pass[Any]) -> dict[str, Any]:
-    return pass_.options()
+def _wrong_parts(document: Document, place: Place, kind: type[Pass[Any]], key: str, value: Any) -> Iterator[Problem]:
+    """What is wrong with single ones of the values by site, or of a list."""
+    parts: list[tuple[Any, Any]] = []
+    if key not in option_types(kind):
+        return
+    if isinstance(value, dict):
+        parts = [(pattern, {pattern: one}) for pattern, one in value.items()]
+    elif isinstance(value, list):
+        parts = [(index, [one]) for index, one in enumerate(value)]
+    for name, part in parts:
+        try:
+            read_option(kind, key, part)
+        except UsageError as error:
+            yield Problem(document.line((*place, name)), str(error))
 
 
 def _near(name: str, known: Mapping[str, Any]) -> str:

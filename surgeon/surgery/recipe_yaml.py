@@ -40,8 +40,9 @@ class Document:
 
 def read_document(text: str) -> Document:
     """Read YAML. A text that is no YAML gives a document whose problems say where and why."""
-    found, loader = Document(), _Loader(text)
+    found = Document()
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None:
             found.value = _read(node, (), loader, found)
@@ -51,11 +52,11 @@ def read_document(text: str) -> Document:
         if error.context == "while scanning an alias":
             why = "a text that begins with * needs quotes, such as '*.0'"
         found.problems.append(Problem(1 if mark is None else mark.line + 1, f"this is no YAML: {why}."))
-    except (yaml.YAMLError, RecursionError) as error:
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        found.problems.append(Problem(1, f"this is no YAML: {why}."))
-    finally:
-        loader.dispose()
+    except yaml.reader.ReaderError as error:
+        line = 1 + text.count("\n", 0, error.position)
+        found.problems.append(Problem(line, f"this is no YAML: it has the character {error.character:#06x}."))
+    except RecursionError:
+        found.problems.append(Problem(1, "this is no YAML: it is nested too deeply."))
     return found
 
 
@@ -74,7 +75,10 @@ def _read(node: Node, place: Place, loader: _Loader, found: Document) -> Any:
     if isinstance(node, SequenceNode):
         return [_read(part, (*place, index), loader, found) for index, part in enumerate(node.value)]
     if not isinstance(node, MappingNode):
-        return loader.construct_object(node)
+        try:
+            return loader.construct_object(node)
+        except (ValueError, LookupError, AttributeError):  # of a date such as 2026-13-01, or a tag that does not fit
+            raise yaml.MarkedYAMLError(None, None, f"'{node.value}' has no value", node.start_mark) from None
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1

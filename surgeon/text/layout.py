@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -45,12 +47,15 @@ class Grid(Table):
         return max((one.minimum for one in found), default=0), max((one.maximum for one in found), default=0)
 
     def _paragraphs(self, console: Console, width: int) -> Iterator[RenderableType]:
-        """Every row as a paragraph, with the names of columns before their values."""
-        names = [_as_text(column.header, console) if self.show_header else Text() for column in self.columns]
+        """Every row as a paragraph, with the names of columns before their values.
+
+        What a row begins with is its own name, unless it is a number.
+        """
+        names = [_one_line(_as_text(column.header, console)) if self.show_header else Text() for column in self.columns]
         for row in zip(*(column.cells for column in self.columns), strict=True):
             cells = [_as_text(cell, console) for cell in row]
             parts = [
-                Text.assemble((f"{name} ", "dim"), cell) if name and number else cell
+                Text.assemble((f"{name} ", "dim"), cell) if name and (number or cell.plain[:1].isdigit()) else cell
                 for number, (name, cell) in enumerate(zip(names, cells, strict=True))
                 if cell
             ]
@@ -71,6 +76,11 @@ def _lines(parts: Sequence[Text], console: Console, width: int) -> list[Text]:
             fits = not lines and part.cell_len <= width
             lines.extend(part.wrap(console, width if fits else max(1, width - _HANGING)))
     return lines
+
+
+def _one_line(header: Text) -> Text:
+    """The header of a column that was broken by hand: `com-\\npiled` is `compiled`, `of\\nlimit` is `of limit`."""
+    return Text(re.sub(r"-\n|\n(?=_)|^\n", "", header.plain).replace("\n", " "))
 
 
 def _as_text(cell: RenderableType, console: Console) -> Text:
@@ -125,6 +135,17 @@ def sentences(notes: Iterable[str], *, indent: int = 2, sign: str = "note: ") ->
 def refused(path: str, reason: str) -> Text:
     """A candidate that was left unchanged, and why."""
     return Text.assemble(("refused ", "yellow"), (path, "cyan"), f": {reason}")
+
+
+def next_command(purpose: str, *words: str) -> Group:
+    """What to do next: `Next, to see it:` and the command on a line of its own."""
+    return Group(Text(f"Next, {purpose}:"), code(shlex.join(["surgeon", *words]), style="bold"))
+
+
+def code(text: str, *, style: str = "") -> Text:
+    """Lines to copy. They are indented, and neither wrapped nor cut."""
+    lines = "\n".join(f"  {line}" for line in text.splitlines())
+    return Text(lines, style=style, no_wrap=True, overflow="ignore")
 
 
 def dim(text: str) -> Text:

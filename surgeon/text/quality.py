@@ -9,14 +9,19 @@ _SHARES = ("accuracy", "exact match", "top-1 agreement", "cosine")
 
 def quality_value(quality: Quality) -> str:
     """A quality as a number."""
-    return f"{quality.value:.3f}" if quality.name in _SHARES else f"{quality.value:.4g}"
+    return _like(quality, quality.value)
 
 
 def with_interval(quality: Quality) -> str:
     """A quality with its 95% interval: `0.951 [0.93, 0.97]`."""
     if quality.low is None or quality.high is None:
         return quality_value(quality)
-    return f"{quality_value(quality)} [{quality.low:.3g}, {quality.high:.3g}]"
+    return f"{quality_value(quality)} [{_like(quality, quality.low)}, {_like(quality, quality.high)}]"
+
+
+def _like(quality: Quality, value: float) -> str:
+    """A number with as many decimals as the quality has."""
+    return f"{value:.3f}" if quality.name in _SHARES else f"{value:.4g}"
 
 
 def change_words(change: Change | None) -> str:

@@ -86,11 +86,12 @@ def change(before: float, after: float) -> str:
 
 
 def growth(before: float, after: float) -> str:
-    """Relative change with its sign, such as `+4.7%`; empty if there is none."""
-    if before == after or not before:
+    """Relative change with its sign, such as `+4.7%`; empty if there is none to speak of."""
+    if not before:
         return ""
     share = after / before - 1.0
-    return f"{'+' if share > 0 else '-'}{percent(abs(share))}"
+    shown = percent(abs(share))
+    return "" if shown in ("0%", "0.0%") else f"{'+' if share > 0 else '-'}{shown}"
 
 
 def natural(path: str) -> list[tuple[int, int, str]]:

@@ -20,7 +20,7 @@ def quiet() -> Iterator[None]:
 
 
 def quiet_imports() -> contextlib.AbstractContextManager[None]:
-    """Keep off the terminal what torchao logs when transformers imports it: which of its libraries do not fit."""
+    """Keep off the terminal what torchao logs when others import it: which of its libraries do not fit."""
     return _level(logging.ERROR, ("torchao", "torch.utils._pytree"))
 
 

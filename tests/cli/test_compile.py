@@ -52,12 +52,15 @@ def test_what_it_says_and_writes(compiled: tuple[Path, Result]) -> None:
     assert list(found["inputs"]) == ["input_ids", "attention_mask"]
     assert found["inputs"]["input_ids"] == "torch.int64"
     assert found["directory"] == "to-compile-compiled"
-    assert found["takes"].startswith("int(input_ids[batch, tokens]), int(attention_mask[batch, tokens]), 1 <= batch")
+    taken = [(one["name"], one["shape"], one["numbers"]) for one in found["takes"]["inputs"]]
+    assert taken == [(name, ["batch", "tokens"], "int") for name in ("input_ids", "attention_mask")]
+    assert found["takes"]["sizes"]["batch"] == {"least": 1, "most": None, "multiple": 1}
     assert found["outputs"] == ["logits"]
     assert found["tau"] == {f"bert.encoder.layer.{index}.moe.tau": 0.5 for index in (0, 1)}
     assert found["max_error"] < 1e-5
     about = json.loads((directory / "compiled.json").read_text())
-    assert about.items() >= {key: found[key] for key in ("inputs", "takes", "outputs", "tau")}.items()
+    assert about.items() >= {key: found[key] for key in ("inputs", "outputs", "tau")}.items()
+    assert about["takes"].startswith("int(input_ids[batch, tokens]), int(attention_mask[batch, tokens]), 1 <= batch")
 
 
 def alone(directory: Path, code: str) -> str:

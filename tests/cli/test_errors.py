@@ -23,6 +23,7 @@ from .harness import NET, Run, left
         (("explain", "moeify"), "'moeify' is a pass, not a model. To see its options, run surgeon passes moeify."),
         (("inspect", "lower"), "'lower' is a pass, not a model. To see its options, run surgeon passes lower."),
         (("passes", "lowr"), "No pass 'lowr'. Did you mean 'lower'?"),
+        (("explain", "x", "--passes", "moeify,sparsify"), "sparsify must run before moeify"),
         (("explain", "x", "--passes", "zzz"), "No pass 'zzz'. There are: mlpify, rotate, halt-tokens, swap-activation"),
         (("apply", "x", "--passes", "moeify", "--set", "experts=3"), "write pass.option=value"),
         (("apply", "x", "--passes", "moeify", "--set", "moeify.expert=3"), "has no option 'expert'. Did you mean"),

@@ -10,6 +10,7 @@ import pytest
 
 import surgeon
 from surgeon.exits.site import find_exits
+from surgeon.passes import SiteRefused
 
 from .harness import Run, run_surgeon
 
@@ -65,3 +66,20 @@ def test_what_cannot_be_written_is_said(run: Run, leaving: str) -> None:
     assert result.code == 2
     assert "has early exits" in result.err
     assert not Path("out").exists()
+
+
+def test_what_lower_refused_is_not_to_be_lowered_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise SiteRefused("needs-batch-size", "an op needs the size of the batch")
+
+    monkeypatch.setattr("surgeon.passes.lower.Lower._lower_exit", refuse)
+    result = run("apply", "bert", "--passes", "moeify,early-exit,lower", "--set", "moeify.experts=4", "-o", "left",
+                 "--data", "reviews.csv", "--set", "moeify.steps=1", "--set", "early-exit.steps=1")  # fmt: skip
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == "  surgeon sweep left --data reviews.csv"
+    page = run("report", "left", "-o", "left.html")
+    assert page.code == 0, page.err
+    text = Path("left.html").read_text(encoding="utf-8")
+    assert f"<td>{PLACE}</td><td>samples leave behind " in text
+    assert "Use the exits without lower, or put" in text
+    assert "At tau 0 everything runs." in text

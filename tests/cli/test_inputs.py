@@ -101,7 +101,8 @@ def test_export_writes_them_and_their_card(run: Run, skipping: str) -> None:
     assert run("set", skipping, "--tau", "0.25").code == 0
     result = run("-q", "export", skipping, "-o", "hf", "--output", "json")
     assert result.code == 0, result.err
-    assert result.json["layers"][QUERY] == "16 inputs → 16"
+    assert result.json["layers"][QUERY]["what"] == "16 inputs → 16"
+    assert result.json["layers"][QUERY]["facts"]["kind"] == "skips-inputs"
     card = Path("hf/README.md").read_text()
     assert "# BertForSequenceClassification that skips inputs" in card
     assert "lets 14 of its linear layers skip" in card

@@ -33,7 +33,10 @@ def test_inspect_json_has_shares_that_add_up(run: Run) -> None:
     }  # fmt: skip
     assert found["inputs"] == {"x": [2, 5, 16]}
     sizes = {name: {"least": 0, "most": None, "multiple": 1} for name in ("batch", "tokens")}
-    assert found["takes"] == {"inputs": ["x[batch, tokens, 16]"], "sizes": sizes, "rules": [], "untraced": []}
+    (taken,) = found["takes"].pop("inputs")
+    assert found["takes"] == {"sizes": sizes, "rules": [], "untraced": []}
+    assert (taken["name"], taken["shape"], taken["numbers"]) == ("x", ["batch", "tokens", 16], "float")
+    assert (taken["optional"], taken["left_out"], taken["must_be"]) == (False, None, None)
     known = sum(layer["share"] for layer in found["ffns"] + found["linears"])
     assert known == pytest.approx(1 - 2 * 16 * 3 / found["cost"]["multiply_adds"])  # the rest is the head
     assert found["graph"] is None

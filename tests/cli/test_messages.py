@@ -6,6 +6,7 @@ what to type.
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from surgeon.cli.options import TaskName
+from surgeon.errors import UsageError
 from surgeon.models.tasks import TASKS
 
 from .harness import Run
@@ -120,3 +122,19 @@ def test_every_task_can_be_typed() -> None:
 @pytest.mark.parametrize("option", ["--task", "--output", "--verify"])
 def test_values_to_choose_from_are_named(run: Run, option: str) -> None:
     assert "is not one of" in run("apply", "bert", "--passes", "moeify", option, "x").err
+
+
+@pytest.mark.parametrize(("words", "level"), [((), logging.ERROR), (("--debug",), logging.NOTSET)])
+def test_what_other_packages_log_when_they_are_imported_is_not_shown(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], level: int
+) -> None:
+    found: list[int] = []
+
+    def show(name: str) -> None:
+        found.append(logging.getLogger("torchao").level)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("surgeon.jobs.recipe.show_recipe", show)
+    monkeypatch.setattr(logging.getLogger("torchao"), "level", logging.NOTSET)
+    assert run("recipe", "show", "x", *words).code == 2
+    assert found == [level]

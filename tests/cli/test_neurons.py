@@ -62,7 +62,8 @@ def test_they_are_shown_set_measured_and_exported(run: Run, made: Path) -> None:
     assert "neurons that ran" in result.out
     result = run("-q", "export", "mine", "-o", "hf", "--output", "json")
     assert result.code == 0, result.err
-    assert result.json["layers"][LAYER] == "16→32 neurons→16 silu"
+    assert result.json["layers"][LAYER]["what"] == "16→32 neurons→16 silu"
+    assert result.json["layers"][LAYER]["facts"]["hidden"] == 32
     card = Path("hf/README.md").read_text()
     assert "# LlamaForCausalLM that skips neurons" in card
     assert "lets 2 of its gated layers skip" in card

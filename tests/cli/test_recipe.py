@@ -97,8 +97,10 @@ def test_check_lists_all_that_is_wrong(run: Run) -> None:
     assert refused.code == 2
     assert "r.yaml:2: moeify has no option 'expert'." in refused.err
     assert "r.yaml:3: No pass 'lowr'." in refused.err
-    Path("r.yaml").write_text("passes: [lower, moeify]\n", encoding="utf-8")
-    assert "r.yaml:1: moeify must run before lower. Swap the two passes." in run("recipe", "check", "r.yaml").out
+    Path("r.yaml").write_text("passes:\n  - lower\n  - moeify: {experts: 4}\n", encoding="utf-8")
+    wrong = "r.yaml:3: moeify must run before lower. Swap the two passes."
+    assert run("recipe", "check", "r.yaml").out == f"{wrong}\n"
+    assert wrong in run("apply", "bert", "--recipe", "r.yaml").err
     assert run("recipe", "check", "no.yaml").code == 2
 
 

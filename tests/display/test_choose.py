@@ -65,7 +65,7 @@ def test_tracing_passes_and_sweeps_report_until_they_are_done() -> None:
     assert traced[0].total == 0  # its export
     assert traced[-1].done == traced[-1].total > 5
     assert all(0 < moment.done <= moment.total for moment in traced if moment.total)
-    assert {"finding layers", "verifying"} <= {moment.what for moment in found}
+    assert {"moeify: finding layers", "lower: verifying"} <= {moment.what for moment in found}
     found.clear()
     taus = [0.0, 0.5]
     points = surgeon.sweep(

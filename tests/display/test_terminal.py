@@ -111,6 +111,25 @@ def test_what_was_told_last_is_one_row(terminal: Terminal, bars: Bars) -> None:
     assert "fit" not in terminal.getvalue()
 
 
+def test_something_moves_until_the_next_work_is_told_of(terminal: Terminal, bars: Bars) -> None:
+    for step in (1, 2):
+        bars.progress(Progress("fit", step, 2))
+    terminal.truncate(0)
+    time.sleep(0.35)
+    assert len(set(SPINNER.findall(terminal.getvalue()))) >= 2
+    assert re.search(r"fit .*2/2(?! +0 s)", terminal.frames[-1])
+    bars.progress(Progress("fit", 1, 9))  # the same work once more
+    time.sleep(0.25)
+    assert re.search(r"fit .*1/9", terminal.frames[-1])
+    bars.progress(Progress("fit", 9, 9))
+    bars.progress(Progress("fit", 0, 0))
+    time.sleep(0.25)
+    assert re.search(r"fit .*0\.\d s", terminal.frames[-1])
+    bars.progress(Progress("verifying", 0, 0))
+    assert "fit" not in terminal.frames[-1]
+    bars.close()
+
+
 def test_steps_of_a_stage_are_counted_in_its_own_row(terminal: Terminal, bars: Bars) -> None:
     with bars.stage("tracing Net") as tell:
         assert tell is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -130,3 +131,10 @@ def test_one_difference_per_pass(traces: Any) -> None:
         assert word in text
     assert diff.text("stat") != diff.text("full") != text
     assert "= relu(" in diff.text("full")
+
+
+def test_shapes_have_the_names_of_sizes() -> None:
+    graph = trace(classifier(), tokens())
+    shapes = {node.shape for node in snapshot(graph).nodes.values()}
+    assert any(shape.startswith("batch×tokens×") for shape in shapes), shapes
+    assert not any(re.search(r"\bs\d", shape) for shape in shapes)

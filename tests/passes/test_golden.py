@@ -70,6 +70,12 @@ def test_graph_before_and_after(name: str, golden: Callable[[str, str], None]) -
     before = as_text(graph)
     report = all_passes()[name]().apply(graph, inputs=X)
     assert report.matched, "the pass changes nothing here: give the model what it works on"
+    for change in report.sites:
+        for words, which in ((change.before, 0), (change.after, 1)):
+            assert change.facts["kind"][which]
+            said = set(re.findall(r"\d+", words))
+            known = " ".join(str(fact[which]) for fact in change.facts.values())
+            assert said <= set(re.findall(r"\d+", known)), (words, change.facts)
     after = as_text(graph)
     title = f"passes: {' '.join([*first, name])}"
     same = "    the same graph" if after == before else after

@@ -201,6 +201,8 @@ def test_generate(shelf: Shelf) -> None:
 
 def test_generate_from_an_exported_model(shelf: Shelf) -> None:
     options = ("the film was", "--max-new-tokens", "3", "--rounds", "1")
+    settings = run_surgeon("generate", str(shelf.exported), *options, "--output", "json").json["settings"]
+    assert [(setting["ratio"], setting["same"]) for setting in settings] == [(None, None)]
     alone = run_surgeon("generate", str(shelf.exported), *options)
     assert alone.code == 0, alone.err
     assert "Give it with --dense" in alone.out

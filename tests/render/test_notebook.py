@@ -9,7 +9,7 @@ import pytest
 import surgeon
 from surgeon.measure.tuning import Tuned
 from surgeon.passes import Lower, Moeify
-from surgeon.render.notebook import VIEWS, register
+from surgeon.render.notebook import COLOURS, VIEWS, register
 from surgeon.surgery.pipeline import Pipeline
 from tests.small_models import tokens
 
@@ -67,3 +67,23 @@ def test_texts_are_short(traces: Any) -> None:
         assert len(repr(value)) < 200, value
     assert "moeify, lower" in repr(surgery)
     assert repr(first) == f"<FFN {first.path}: {first.describe}>"
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("page", [(255, 255, 255), (19, 20, 22)])
+def test_colours_are_told_from_light_and_from_dark_pages(
+    colour: tuple[int, int, int], page: tuple[int, int, int]
+) -> None:
+    def light(parts: tuple[int, int, int]) -> float:
+        """Relative luminance, as WCAG 2 defines it."""
+        shares = [part / 255 for part in parts]
+        linear = [share / 12.92 if share <= 0.04 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((light(colour), light(page)), reverse=True)
+    assert (high + 0.05) / (low + 0.05) > 3.5
+
+
+def test_what_is_shown_has_these_colours(shown: Formatter, traces: Any) -> None:
+    surgery = Pipeline([Moeify(experts=4), Lower()]).run(traces("gelu"), inputs=tokens())
+    assert "#cd463c" in shown(surgery.diff())  # what was

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from surgeon.jobs.report import report
 from surgeon.passes import Lower, Moeify, SwapActivation
@@ -163,3 +166,31 @@ def test_zoom_keeps_the_drawing(page: Any) -> None:
     assert width() == pytest.approx(1.25 * before)
     find(page, "[data-act=fit]")[0].click()
     assert width() <= page.execute_script("return document.querySelector('.canvas').clientWidth")
+
+
+def test_a_module_that_holds_almost_everything_is_open_at_first(browser: Any, tmp_path: Path) -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(60):
+                x = torch.sin(x)
+            return x + self.ffn(x)
+
+    model = nn.Sequential(OrderedDict(body=Body(), head=nn.Linear(8, 2))).eval()
+    Pipeline([Moeify(experts=4)]).run(model, inputs=torch.randn(2, 3, 8)).save(tmp_path / "a")
+    (tmp_path / "a.html").write_text(report_html(report([str(tmp_path / "a")])), encoding="utf-8")
+    size(browser, 1200)
+    browser.get((tmp_path / "a.html").as_uri())
+    assert sum(", sin " in label for label in labels(browser)) == 60
+
+
+def test_on_a_phone_tables_and_facts_can_be_read(page: Any) -> None:
+    size(page, 360)
+    widths = [table.size["width"] for table in find(page, ".scroll table")]
+    assert widths
+    assert min(widths) >= 600
+    term, value = find(page, "dl.facts dt")[0], find(page, "dl.facts dd")[0]
+    assert value.location["y"] > term.location["y"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ from surgeon.json_values import schema_name, to_json
 from surgeon.measure.cost import Cost
 from surgeon.progress import Progress
 from surgeon.render.screen import Screen
+from surgeon.text.layout import next_command
 
 ANSI = re.compile(r"\x1b\[")
 ANSI_ALL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -145,3 +147,36 @@ def test_json_on_a_terminal_has_lines(capsys: pytest.CaptureFixture[str], monkey
     assert json.loads(first + "}") == {"a": 1}
     assert json.loads("{" + second)["error"]["message"] == "oh"
     assert ANSI_ALL.sub("", captured.err) == "working ...\nerror: oh\n"
+
+
+class Terminal(io.StringIO):
+    """Stands in for a terminal of 40 columns."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch) -> tuple[Screen, Terminal]:
+    made = Terminal()
+    monkeypatch.setattr("sys.stdout", made)
+    monkeypatch.setattr("sys.stderr", made)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    return Screen(), made
+
+
+def test_errors_break_between_words_and_commands_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, terminal = on_terminal(monkeypatch)
+    words, command = "one budget that cannot be met " * 5, f"  surgeon apply {'model ' * 12}".rstrip()
+    screen.error(f"{words}\n{command}", kind="UsageError", exit_code=2)
+    lines = ANSI_ALL.sub("", terminal.getvalue()).splitlines()
+    assert command in [line.rstrip() for line in lines]
+    assert all(len(line) <= 40 for line in lines[:-1])
+    assert set(" ".join(lines[:-1]).split()) == {"error:", *words.split()}
+
+
+def test_a_command_to_copy_is_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, terminal = on_terminal(monkeypatch)
+    screen.show(next_command("to see it", "sweep", "a-surgery", "--data", "path/to/the/reviews/of/all/films.csv"))
+    lines = ANSI_ALL.sub("", terminal.getvalue()).splitlines()
+    assert lines == ["Next, to see it:", "  surgeon sweep a-surgery --data path/to/the/reviews/of/all/films.csv"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,8 @@ def cells(points: list[Point], dense: Dense) -> list[list[str]]:
 def test_sweep_shows_what_each_tau_costs_in_quality() -> None:
     header, dense, every, less, *measured = cells(POINTS, DENSE)
     assert " ".join(header) == "tau accuracy change ran converted layers multiply-adds of dense ms"
-    assert dense == ["dense", "0.950", "[0.9,", "0.99]", "100%", "4.29", "M", "100%", "2.0"]
-    assert every[:5] == ["0", "(everything)", "0.950", "[0.9,", "0.99]"]
+    assert dense == ["dense", "0.950", "[0.900,", "0.990]", "100%", "4.29", "M", "100%", "2.0"]
+    assert every[:5] == ["0", "(everything)", "0.950", "[0.900,", "0.990]"]
     assert every[5:] == ["0", "100%", "102%", "5.06", "M", "118%", "3.1"]
     assert less[:4] == ["0.1", "0.900", "[0.85,", "0.94]"]
     assert less[4:] == ["-0.05", "[-0.09,", "-0.01]", "23%", "26%", "2.95", "M", "69%", "1.5"]
@@ -63,7 +64,7 @@ def test_agreement_has_columns_of_its_own() -> None:
     apart = Quality("KL divergence", 0.012, False, 60, "samples", 60, 0.01, 0.02)
     header, point = cells([Point(0.1, same, 0.2, 0.3, 1, None, agreement=(same, apart))], Dense(None))[:2]
     assert " ".join(header[:6]) == "tau top-1 agreement KL divergence ran"
-    assert point[:7] == ["0.1", "0.970", "[0.95,", "0.99]", "0.012", "[0.01,", "0.02]"]
+    assert point[:7] == ["0.1", "0.970", "[0.950,", "0.990]", "0.012", "[0.01,", "0.02]"]
     header, point = cells([Point(0.1, accuracy(0.9), 0.2, 0.3, 1, None, agreement=(same, apart))], Dense(None))[:2]
     assert " ".join(header[:7]) == "tau accuracy top-1 agreement KL divergence ran"
 
@@ -158,6 +159,15 @@ def test_the_most_sensitive_layers_are_named(tmp_path: Path) -> None:
     words = words_in(tmp_path / "a.svg")
     assert [f"layer.{at}" in words for at in range(6)] == [False, False, True, True, True, True]
     assert "m on 60 samples, one layer at a time" in words
+
+
+def test_names_of_layers_that_lose_the_same_do_not_lie_on_one_another(tmp_path: Path) -> None:
+    points = [replace(POINTS[1], layer=f"layer.{at}", shares={f"layer.{at}": 0.2 + 0.1 * at}) for at in range(4)]
+    write(swept(points), tmp_path / "a.svg")
+    svg = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    heights = sorted(float(y) for y in re.findall(r'<text [^>]*?y="([\d.]+)"[^>]*>layer\.\d</text>', svg))
+    assert len(heights) == 4
+    assert all(low - high > 10 for high, low in pairwise(heights))
 
 
 @pytest.mark.parametrize("end", [".png", ".svg", ".pdf"])

@@ -31,7 +31,7 @@ def test_tuning_shows_every_tau_and_what_it_gained() -> None:
     assert rows[5] == ["one", "tau,", "0.1", "50%", "0.0456"]
     assert rows[6] == ["a", "tau", "for", "each", "layer", "50%", "0.01234"]
     assert lines[7] == (
-        "accuracy: 0.930 [0.88, 0.97] within the budget, 0.950 [0.9, 0.99] at tau 0; "
+        "accuracy: 0.930 [0.880, 0.970] within the budget, 0.950 [0.900, 0.990] at tau 0; "
         "-0.03 [-0.05, -0.01] from the dense model; on 60 samples."
     )
     assert lines[8] == "In brackets: 95% intervals."
@@ -42,13 +42,16 @@ def test_tuning_shows_every_tau_and_what_it_gained() -> None:
 
 def test_agreement_is_shown_alone_without_labels() -> None:
     same = Quality("cosine", 0.97, True, 60, "samples", 60, 0.95, 0.99)
-    found = dataclasses.replace(tuning((same, same)), agreement=(same,), agreed_with="the dense model")
+    found = dataclasses.replace(tuning((same, same)), agreement=(same,), agreed_with="dense")
     lines = plain_text(tuned_view(found), 120).splitlines()
-    assert lines[7] == "agreement with the dense model: cosine 0.970 [0.95, 0.99], on 60 samples"
+    assert lines[7] == "agreement with the dense model: cosine 0.970 [0.950, 0.990], on 60 samples"
     assert not any("within the budget" in line for line in lines)
 
 
 def test_what_was_not_measured_is_told() -> None:
     found = dataclasses.replace(tuning(None), notes=("Quality was not measured: the data has no labels.",))
     lines = plain_text(tuned_view(found), 120).splitlines()
-    assert lines[-2:] == ["note: Quality was not measured: the data has no labels.", "Saved to m-tuned."]
+    assert lines[-4:] == [
+        "note: Quality was not measured: the data has no labels.", "Saved to m-tuned.", "Next, to time it:",
+        "  surgeon bench surgery m-tuned",
+    ]  # fmt: skip

@@ -58,5 +58,17 @@ def test_parts_of_a_paragraph_stay_together_where_they_fit() -> None:
     ]
 
 
+def test_a_number_that_a_row_begins_with_has_its_name_and_headers_are_one_line() -> None:
+    made = grid("left", "right", "right", header=("tau", "com-\npiled", "of\nlimit"))
+    made.add_row("0.1", "2-milliseconds", "5%-of-memory")
+    made.add_row("dense", "1-milliseconds", "7%-of-memory")
+    assert plain_text(made, 32).splitlines() == [
+        "tau 0.1  compiled 2-milliseconds",
+        "    of limit 5%-of-memory",
+        "dense  compiled 1-milliseconds",
+        "    of limit 7%-of-memory",
+    ]
+
+
 def test_a_word_longer_than_a_line_is_all_there() -> None:
     assert "".join(plain_text(table(), 20).split()).startswith(PATH)

@@ -36,7 +36,7 @@ def test_shares_changes_and_times_are_short() -> None:
     assert [seconds(x) for x in (0.34, 42.4, 59.7, 200, 7320)] == [
         "0.3 s",
         "42 s",
-        "1 min 0 s",
+        "1 min",
         "3 min 20 s",
         "2 h 2 min",
     ]

@@ -52,7 +52,7 @@ def section(surgery: Reported, place: str) -> dict[str, Any]:
         Part("done", "What was done"),
         Part("graph", "The graph", "Ops by module, before the first pass and after each. Changed ones are coloured."),
         Part("passes", "Pass by pass"),
-        Part("layers", "Layers that skip"),
+        Part("layers", "Layers that skip", _skip_words(record)),
         *found,
         Part(
             "sparsity", "How sparse layers became", "Neurons above a hundredth of the token's largest, mean of tokens."
@@ -208,11 +208,17 @@ def _left(reports: Sequence[PassReport]) -> Rows:
             f"{reason.count} sites, first {reason.first}" if reason.count > 1 else reason.first or MODEL,
             report.name,
             reason.text,
-            CODES.get(reason.code, ""),
+            CODES.get(reason.code, "").replace("`", ""),
         )
         for report in reports
         for reason in count_reasons(report.rejected)
     ]
+
+
+def _skip_words(record: Record) -> str:
+    if any(record.tau.values()):
+        return "A larger tau skips more."
+    return "At tau 0 everything runs. A larger tau skips more: surgeon set stores one."
 
 
 def _layers(record: Record) -> tuple[list[str], Rows]:
@@ -233,7 +239,19 @@ def _layers(record: Record) -> tuple[list[str], Rows]:
     for layer in record.inputs:
         what = f"{layer.neurons} neurons" if layer.neurons is not None else f"{layer.d_in} inputs"
         rows.append((layer.path, f"{what} → {layer.d_out}", f"{record.tau[layer.path]:.4g}", "", layer.form))
+    lowered = {path for report in record.passes if report.name == "lower" for path in report.matched}
+    for path, what in _places(record.passes).items():
+        if path in record.tau:
+            form = "dynamic" if path in lowered else "masked"
+            rows.append((path, what, f"{record.tau[path]:.4g}", "", form))
     return header, rows
+
+
+def _places(reports: Sequence[PassReport]) -> dict[str, str]:
+    """What happens at the places that passes made for samples to leave and tokens to halt, by path."""
+    words = {"early-exit": "samples leave", "halt-tokens": "tokens halt"}
+    made = [(report, site) for report in reports if report.name in words for site in report.sites]
+    return {path: f"{words[report.name]} behind {site.path}" for report, site in made for path in site.made}
 
 
 def _sparsity(reports: Sequence[PassReport]) -> list[dict[str, Any]]:

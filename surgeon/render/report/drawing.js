@@ -6,7 +6,7 @@
 "use strict";
 
 const NAME = 0, PATH = 1, OP = 2, CALL = 3, SHAPE = 4, READS = 5, FIRST = 6, LAST = 7, ADDED = 8, REMOVED = 9;
-const ROW = 18, PAD = 10, CHAR = 7.2, FIRST_VIEW = 36, MANY = 60;
+const ROW = 18, PAD = 10, CHAR = 7.2, FIRST_VIEW = 36, FEW = 12, MANY = 60;
 const SVG = "http://www.w3.org/2000/svg";
 
 class Drawing {
@@ -101,7 +101,19 @@ class Drawing {
   }
 
   openSome() {
-    let level = [this.tree], boxes = this.tree.modules.size + this.tree.leaves.length;
+    let boxes = this.openFrom(this.tree, this.tree.modules.size + this.tree.leaves.length);
+    // Where one module holds almost everything, its box alone says nothing.
+    for (let most = this.tree; boxes < FEW && most; ) {
+      most = [...most.modules.values()].sort((a, b) => b.count - a.count)[0];
+      if (!most || this.open.has(most.path)) continue;
+      this.open.add(most.path);
+      boxes = this.openFrom(most, boxes + most.modules.size + most.leaves.length - 1);
+    }
+  }
+
+  // Opens modules below one, from the outside to the inside, while there is room. Returns how many boxes there are then.
+  openFrom(module, boxes) {
+    let level = [module];
     while (level.length) {
       const next = [];
       for (const module of level) {
@@ -115,6 +127,7 @@ class Drawing {
       }
       level = next;
     }
+    return boxes;
   }
 
   // --- layout ---------------------------------------------------------------------------------------------------
