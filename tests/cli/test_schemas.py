@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jsonschema
 import pytest
 
 from surgeon.jobs.answers import ANSWERS, json_schema
+from surgeon.jobs.demo import DigitsViT
 from surgeon.json_values import SCHEMAS, schema_name, schemas
 
 from .harness import DATA, NET, Run, check_answer, run_surgeon
@@ -51,6 +53,13 @@ LINES: dict[str, tuple[tuple[str, ...], ...]] = {
 ELSEWHERE = {"compile", "generate", "bench surgery", "error"}
 
 
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is trained in a second."""
+    small = partial(DigitsViT, dim=8, depth=1, heads=1, hidden=32)
+    monkeypatch.setattr("surgeon.jobs.demo.DigitsViT", small)
+
+
 @pytest.mark.parametrize("command", sorted(ANSWERS))
 def test_the_package_has_the_schema_of_every_answer(command: str, request: pytest.FixtureRequest) -> None:
     file = SCHEMAS / f"{command.replace(' ', '-')}.json"
@@ -67,7 +76,7 @@ def test_every_command_has_a_schema_and_a_test() -> None:
 
 
 @pytest.mark.parametrize(("command", "line"), [(name, line) for name, lines in LINES.items() for line in lines])
-@pytest.mark.usefixtures("small_machine")
+@pytest.mark.usefixtures("small_machine", "small_demo")
 def test_every_answer_is_what_its_schema_says(run: Run, tmp_path: Path, command: str, line: tuple[str, ...]) -> None:
     if "mine" in line:
         shutil.copytree((tmp_path / "bert-moe").resolve(), tmp_path / "mine")
