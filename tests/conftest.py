@@ -7,8 +7,6 @@ import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-# Tracing makes many small objects that stay. To look through all of them as often as Python does takes long.
-gc.set_threshold(100_000, 20, 100)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +22,8 @@ from surgeon.graph.traced import TracedGraph, fork
 from surgeon.tracing.trace import trace
 from tests import small_models
 
+# Tracing makes many small objects that stay. To look through all of them as often as Python does takes long.
+gc.set_threshold(100_000, 20, 100)
 # What torch.export keeps of each op pays from some six layers on, and the models here have two. The examples of the
 # documentation (test_docs) run with it, as users do.
 torch._dynamo.config.fake_tensor_cache_enabled = False
