@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -13,12 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
 from surgeon.graph.ownership import own_parameters
 from surgeon.graph.traced import TracedGraph, fork
 from surgeon.tracing.trace import trace
 from tests import small_models
+
+# Tracing makes many small objects that stay. To look through all of them as often as Python does takes long.
+gc.set_threshold(100_000, 20, 100)
+# What torch.export keeps of each op pays from some six layers on, and the models here have two. The examples of the
+# documentation (test_docs) run with it, as users do.
+torch._dynamo.config.fake_tensor_cache_enabled = False
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 from typer.testing import CliRunner
 
@@ -64,6 +65,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_examples_run_in_order(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", True)
     # A module, since classes that a page defines look up their types in it.
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)

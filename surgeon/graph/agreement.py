@@ -27,10 +27,18 @@ def call_reproducibly(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            _seed(0)
             return model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _seed(seed: int) -> None:
+    """Seed the random numbers of all devices. Where there is only the processor, torch would write down its callers."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def relative_error(actual: Any, expected: Any) -> float:

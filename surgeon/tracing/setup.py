@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
@@ -66,7 +65,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     holders = {id(holder): holder for holder in (*modules, *configs) if holder is not None}.values()
     attributes = [(vars(holder), dict(vars(holder))) for holder in holders if hasattr(holder, "__dict__")]
     containers = [
-        (value, copy.copy(value)) for _, saved in attributes for part in saved.values() for value in _containers(part)
+        (value, value.copy()) for _, saved in attributes for part in saved.values() for value in _containers(part)
     ]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     try:

@@ -63,47 +63,24 @@ def test_what_it_says_and_writes(compiled: tuple[Path, Result]) -> None:
     assert about["takes"].startswith("int(input_ids[batch, tokens]), int(attention_mask[batch, tokens]), 1 <= batch")
 
 
-def alone(directory: Path, code: str) -> str:
-    """Run Python code on `model` in a process that cannot import this package."""
-    blocked = "import sys\nfor name in ('surgeon', 'transformers'): sys.modules[name] = None\n"
-    load = (
-        "import json, torch\nfrom pathlib import Path\nplace = Path(sys.argv[1])\n"
-        "torch.ops.load_library(place / 'surgeon_cpu.so')\n"
-        "model = torch._inductor.aoti_load_package(str(place / 'model.pt2'))\n"
-        "names = json.loads((place / 'compiled.json').read_text())['inputs']\n"
-        "given = dict(zip(names, torch.load(place / 'example.pt')['inputs'], strict=True))\n"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "AOTI_RUNTIME_CHECK_INPUTS"}
-    done = subprocess.run(
-        [sys.executable, "-c", blocked + load + code, str(directory)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_tau_can_be_set_in_the_package(compiled: tuple[Path, Result], shelf: Path, tmp_path: Path) -> None:
-    directory, result = compiled
-    code = """
-taus = dict.fromkeys(json.loads((place / "compiled.json").read_text())["tau"], torch.tensor(0.0))
+ALONE = """
+import json, sys
+for name in ("surgeon", "transformers"):
+    sys.modules[name] = None
+from pathlib import Path
+import torch
+place = Path(sys.argv[1])
+torch.ops.load_library(place / "surgeon_cpu.so")
+model = torch._inductor.aoti_load_package(str(place / "model.pt2"))
+about = json.loads((place / "compiled.json").read_text())
+given = dict(zip(about["inputs"], torch.load(place / "example.pt")["inputs"], strict=True))
 before = model(**given)["logits"]
-model.load_constants(taus, check_full_update=False)
-torch.save((before, model(**given)["logits"]), sys.argv[1] + ".outputs")
-"""
-    alone(directory, code)
-    before, after = torch.load(f"{directory}.outputs")
-    graph = surgeon.load(shelf / "to-compile")
-    example = torch.load(directory / "example.pt")
-    given = dict(zip(result.json["inputs"], example["inputs"], strict=True))
-    with torch.no_grad():
-        torch.testing.assert_close(before, graph(**given).logits)
-        surgeon.set_tau(graph, 0.0)
-        torch.testing.assert_close(after, graph(**given).logits)
-    assert not torch.allclose(before, after)
+model.load_constants(dict.fromkeys(about["tau"], torch.tensor(0.0)), check_full_update=False)
+torch.save((before, model(**given)["logits"]), str(place) + ".outputs")
 
+def ids(*shape):
+    return {name: torch.ones(shape, dtype=torch.int64) for name in given}
 
-def test_other_sizes_and_what_is_refused(compiled: tuple[Path, Result]) -> None:
-    code = """
-def ids(*shape): return {name: torch.ones(shape, dtype=torch.int64) for name in given}
 for shape in ((1, 1), (1, 32), (5, 3)):
     assert model(**ids(*shape))["logits"].shape == (shape[0], 2)
 mask = torch.ones(2, 5, dtype=torch.int64)
@@ -117,7 +94,34 @@ for wrong in (
     except RuntimeError as error:
         print(str(error).split(".")[0])
 """
-    assert alone(compiled[0], code).splitlines() == [
+
+
+@pytest.fixture(scope="module")
+def printed(compiled: tuple[Path, Result]) -> str:
+    """What `ALONE` prints, in a process that cannot import this package. It writes the model's outputs to a file."""
+    environment = {key: value for key, value in os.environ.items() if key != "AOTI_RUNTIME_CHECK_INPUTS"}
+    command = [sys.executable, "-c", ALONE, str(compiled[0])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.usefixtures("printed")
+def test_tau_can_be_set_in_the_package(compiled: tuple[Path, Result], shelf: Path) -> None:
+    directory, result = compiled
+    before, after = torch.load(f"{directory}.outputs")
+    graph = surgeon.load(shelf / "to-compile")
+    example = torch.load(directory / "example.pt")
+    given = dict(zip(result.json["inputs"], example["inputs"], strict=True))
+    with torch.no_grad():
+        torch.testing.assert_close(before, graph(**given).logits)
+        surgeon.set_tau(graph, 0.0)
+        torch.testing.assert_close(after, graph(**given).logits)
+    assert not torch.allclose(before, after)
+
+
+def test_other_sizes_and_what_is_refused(printed: str) -> None:
+    assert printed.splitlines() == [
         "Wrong inputs: tokens is not 1 to 32",
         "Wrong inputs: tokens is not 1 to 32",
         "Wrong inputs: input_ids has 1 dimensions, not 2",
@@ -135,7 +139,7 @@ def test_the_python_example(compiled: tuple[Path, Result]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
         return float(json.loads(done.stdout)["off"])
 
-    assert off() == off("0.5") < 1e-5 < off("0")
+    assert off() < 1e-5 < off("0")
 
 
 def test_the_cpp_example(compiled: tuple[Path, Result], tmp_path: Path) -> None:

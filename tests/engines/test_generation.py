@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def gpt2() -> torch.nn.Module:
-    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=50, n_positions=64)).eval()
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=50, n_positions=64)).eval()
 
 
 def llama() -> torch.nn.Module:

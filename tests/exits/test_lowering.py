@@ -15,7 +15,8 @@ from surgeon.dynamic.knobs import set_tau
 from surgeon.exits.lowering import plan_skipping
 from surgeon.exits.site import find_exits
 from surgeon.graph.capture import Capture
-from surgeon.graph.traced import TracedGraph
+from surgeon.graph.ownership import own_parameters
+from surgeon.graph.traced import TracedGraph, fork
 from surgeon.measure.meter import measure
 from surgeon.measure.multiply_adds import Counter
 from surgeon.passes import EarlyExit, Lower, Moeify, Pass, SparsifyInputs
@@ -48,6 +49,19 @@ def made(passes: list[Pass[Any]], model: nn.Module | None = None, inputs: Any = 
     return surgery
 
 
+@functools.cache
+def plain(lowered: bool) -> Surgery:
+    """A model with early exits alone. All tests share it: they set tau, and change nothing else."""
+    return made([EarlyExit(steps=2, width=8), *([Lower()] if lowered else [])])
+
+
+def lower(masked: TracedGraph, inputs: Any = None, **options: Any) -> TracedGraph:
+    """A lowered copy that shares the parameters."""
+    graph = fork(masked)
+    Lower(**options).apply(graph, inputs=tokens() if inputs is None else inputs)
+    return graph
+
+
 def batch(rows: int = 24) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     mask = (torch.arange(9) < torch.randint(2, 10, (rows, 1), generator=generator)).long()
@@ -58,9 +72,13 @@ def batch(rows: int = 24) -> dict[str, Tensor]:
     "before", [[], [Moeify(experts=4, steps=1)], [SparsifyInputs()]], ids=["dense", "experts", "inputs"]
 )
 def test_both_forms_answer_alike_and_the_count_is_what_runs(before: list[Pass[Any]]) -> None:
-    exits = EarlyExit(steps=2, width=8)
-    passes = [exits, *before] if isinstance(before and before[0], SparsifyInputs) else [*before, exits]
-    masked, lowered = made(passes).graph, made([*passes, Lower()]).graph
+    if before:
+        exits = EarlyExit(steps=2, width=8)
+        masked = made([exits, *before] if isinstance(before[0], SparsifyInputs) else [*before, exits]).graph
+        lowered = lower(masked)
+        own_parameters(lowered)  # each has a tau of its own
+    else:
+        masked, lowered = plain(False).graph, plain(True).graph
     assert [site.form for site in find_exits(masked)] == ["masked"] * 2
     assert [site.form for site in find_exits(lowered)] == ["dynamic"] * 2
     x, shares = batch(), set()
@@ -80,7 +98,7 @@ def test_both_forms_answer_alike_and_the_count_is_what_runs(before: list[Pass[An
 
 
 def test_a_batch_where_all_left_costs_what_comes_before() -> None:
-    graph = made([EarlyExit(steps=1), Lower()]).graph
+    graph = plain(True).graph
     set_tau(graph, 1.0)
     with Counter() as counter:
         assert graph(**batch()).shape == (24, 3)
@@ -91,19 +109,18 @@ def test_a_batch_where_all_left_costs_what_comes_before() -> None:
 
 
 def test_one_exit_can_be_lowered_and_later_the_other() -> None:
-    masked = made([EarlyExit(steps=1)]).graph
+    masked = plain(False).graph
     for first in ("blocks.exits.0", "blocks.exits.1"):
-        graph = made([EarlyExit(steps=1), Lower(only=(first,)), Lower()]).graph
+        graph = lower(lower(masked, only=(first,)))
         assert [site.form for site in find_exits(graph)] == ["dynamic"] * 2
         for tau in TAUS:
-            set_tau(graph, tau)
-            set_tau(masked, tau)
+            set_tau(masked, tau)  # of both: they share it
             assert torch.allclose(graph(**batch()), masked(**batch()), atol=1e-5)
 
 
 @pytest.mark.parametrize("lowered", [False, True])
 def test_saved_and_loaded(lowered: bool, tmp_path: Path) -> None:
-    surgery = made([EarlyExit(steps=1), *([Lower()] if lowered else [])])
+    surgery = plain(lowered)
     set_tau(surgery.graph, 0.6)
     surgery.save(tmp_path / "saved")
     graph = surgeon.load(tmp_path / "saved")
@@ -190,13 +207,11 @@ def test_numbers_of_samples_are_counted_anew() -> None:
     generator = torch.Generator().manual_seed(0)
     mask = torch.randint(0, 3, (24, 5), generator=generator)
     few = {"x": vectors(3)["x"], "attention_mask": mask[:3]}
-    passes: list[Pass[Any]] = [EarlyExit(steps=1, pool="first")]
-    masked = made(passes, RowNumbers().eval(), few).graph
-    lowered = made([*passes, Lower()], RowNumbers().eval(), few).graph
+    masked = made([EarlyExit(steps=1, pool="first")], RowNumbers().eval(), few).graph
+    lowered = lower(masked, few)
     many = {"x": vectors(24)["x"], "attention_mask": mask}
     with torch.no_grad():
         unsure = 1 - Capture(masked, ["linear_default"])(**many)[1]["linear_default"].softmax(-1).amax(-1)
     for tau in (0.0, float(unsure.median()), 1.0):
-        set_tau(masked, tau)
-        set_tau(lowered, tau)
+        set_tau(masked, tau)  # of both: they share it
         assert torch.allclose(lowered(**many), masked(**many), atol=1e-5)

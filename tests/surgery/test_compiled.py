@@ -96,25 +96,39 @@ def test_what_follows_from_weights_is_computed_once_and_tau_stays(tmp_path: Path
     torch.testing.assert_close(model(x), graph(x))
 
 
+class Both(nn.Module):
+    """A layer that can skip inputs, and one that can skip neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Scaled(), Gated(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def skipping(x: Tensor, *passes: surgeon.Pass) -> surgeon.TracedGraph:
+    return surgeon.Pipeline(passes).run(Both().eval(), inputs=(x,), data=[x]).graph
+
+
+INPUTS_SKIPPED, NEURONS_SKIPPED = SparsifyInputs(only=("first.*",)), SparsifyNeurons()
+
+
 @pytest.mark.parametrize("lowered", [True, False])
-@pytest.mark.parametrize(
-    ("skipping", "paths"),
-    [(SparsifyInputs, {"up.inputs", "down.inputs"}), (SparsifyNeurons, {"gate.neurons"})],
-    ids=["inputs", "neurons"],
-)
-def test_tau_of_layers_that_skip_can_be_set(skipping: Any, paths: set[str], lowered: bool, tmp_path: Path) -> None:
+def test_tau_of_layers_that_skip_can_be_set(lowered: bool, tmp_path: Path) -> None:
     x = torch.randn(64, 8)
-    passes = [skipping(), *([Lower()] if lowered else [])]
-    layer = Scaled() if skipping is SparsifyInputs else Gated(8, 16)
-    graph = surgeon.Pipeline(passes).run(layer.eval(), inputs=(x,), data=[x]).graph
+    graph = skipping(x, NEURONS_SKIPPED, INPUTS_SKIPPED, *([Lower()] if lowered else []))
     made = compile_graph(graph, (x,), tmp_path / "out")
     model = torch._inductor.aoti_load_package(str(tmp_path / "out" / "model.pt2"))
+    paths = ("first.up.inputs", "first.down.inputs", "second.neurons")
     assert set(made.tau) == {f"{path}.tau" for path in paths}
     torch.testing.assert_close(model(x), graph(x))
-    surgeon.set_tau(graph, 0.5)
-    assert not torch.allclose(model(x), graph(x), rtol=1e-2, atol=1e-2)
-    model.load_constants(dict.fromkeys(made.tau, torch.tensor(0.5)), check_full_update=False)
-    torch.testing.assert_close(model(x), graph(x))
+    for path in paths:  # each of them on its own
+        surgeon.set_tau(graph, {path: 0.5, "*": 0.0})
+        assert not torch.allclose(model(x), graph(x), rtol=1e-3, atol=1e-4)
+        taus = {name: torch.tensor(0.5 * (name == f"{path}.tau")) for name in made.tau}
+        model.load_constants(taus, check_full_update=False)
+        torch.testing.assert_close(model(x), graph(x))
     native = lowered and cpu.load().path is not None
     assert compiled.keeps_operator(graph) == (tmp_path / "out" / "surgeon_cpu.so").exists() == native
     code = """
@@ -130,6 +144,13 @@ torch.testing.assert_close(model(*example["inputs"]), example["outputs"][0])
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", [INPUTS_SKIPPED, NEURONS_SKIPPED], ids=["inputs", "neurons"])
+def test_layers_that_are_lowered_keep_their_operator(kind: Any) -> None:
+    x = torch.randn(64, 8)
+    assert not compiled.keeps_operator(skipping(x, kind))
+    assert compiled.keeps_operator(skipping(x, kind, Lower())) == (cpu.load().path is not None)
 
 
 def test_a_model_without_its_tau_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
