@@ -42,8 +42,8 @@ def load_recipe(source: str | Path) -> Recipe:
         about = f"What was done to make {path}."
         if record.compensated:
             about += (
-                " Its experts are compensated, which is measured on data after the passes: "
-                "surgeon set DIR --compensate --data DATA."
+                " Its experts are compensated, which is measured on data after the passes, by surgeon set or "
+                "surgeon.compensate."
             )
         return replace(repeatable(record), summary=about)
     if not path.exists():

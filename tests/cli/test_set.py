@@ -109,7 +109,9 @@ def test_the_mean_of_what_is_skipped_is_added_and_dropped(run: Run, mine: str) -
     assert "note: Compensation was dropped in 1 of 2 layers, which skip" in " ".join(result.out.split())
     assert recorded(Path(mine))["compensated"] == [SECOND]
     # A recipe does not measure means, and says so.
-    assert "surgeon set DIR --compensate --data DATA" in " ".join(run("recipe", "show", mine).out.split())
+    assert "compensated, which is measured on data after the passes, by surgeon set or" in " ".join(
+        run("recipe", "show", mine).out.split()
+    )
 
 
 def test_where_nothing_is_skipped_there_is_no_mean_to_add(run: Run, mine: str) -> None:
