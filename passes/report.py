@@ -40,7 +40,7 @@ class SiteChange(Plain):
     output: tuple[str, str]
     made: tuple[str, ...] = ()
     executed: float | None = None
-    facts: Mapping[str, tuple[Fact, Fact]] = field(default_factory=dict)
+    facts: Mapping[str, tuple[Fact, Fact]] = field(default_factory=dict, hash=False)
 
     @classmethod
     def same_cost(

@@ -29,7 +29,7 @@ class SiteSide:
     parameters: int
     multiply_adds: int
     executed: float | None = None
-    facts: Facts = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

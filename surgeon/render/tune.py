@@ -38,5 +38,6 @@ def tuned_view(found: TuningResult) -> RenderableType:
         lines.append(dim(INTERVALS))
     lines.append(sentences(found.notes, indent=0))
     lines.append(Text.assemble("Saved to ", (str(found.directory), "bold"), "."))
-    lines.append(next_command("to time it", "bench", "surgery", str(found.directory)))
+    if set(tuned.taus) - set(tuned.dense):
+        lines.append(next_command("to time it", "bench", "surgery", str(found.directory)))
     return Group(*lines)

@@ -61,7 +61,8 @@ def test_inspect_and_diff_show_them(run: Run, skipping: str) -> None:
     site = run("-q", "diff", "bert", skipping, "--output", "json").json["sites"][QUERY]
     assert site[0] is None
     assert site[1] == {
-        "what": "16 inputs → 16", "parameters": 272, "multiply_adds": 256, "executed": query["executed"]
+        "what": "16 inputs → 16", "parameters": 272, "multiply_adds": 256, "executed": query["executed"],
+        "facts": {"kind": "skips-inputs", "d_in": 16, "d_out": 16, "rank": 0},
     }  # fmt: skip
 
 

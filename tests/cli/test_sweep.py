@@ -28,7 +28,8 @@ def test_sweep_measures_at_each_tau_and_all_experts_first(run: Run) -> None:
     assert (dense[0], dense[-1]) == ("dense", "100%")
     assert [row[0] for row in rows[:3]] == ["0", "0.5", "0.9"]
     assert " ".join(rows[3]).startswith("note: accuracy on 40 samples")
-    assert result.out.rstrip().endswith("is not known. Give the model with --dense.")
+    assert "is not known. Give the model with --dense.\n" in result.out
+    assert result.out.rstrip().endswith("Next, to store a tau:\n  surgeon set bert-moe --tau TAU")
 
 
 def test_the_oracle_is_measured_beside_the_routers(run: Run) -> None:

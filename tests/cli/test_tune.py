@@ -44,7 +44,7 @@ def test_the_result_is_stored_where_it_is_wanted(run: Run, trained: Path, tmp_pa
     assert lines[0] == ["layer", "tau", "ran"]
     assert [line[0] for line in lines[1:3]] == list(surgeon.get_tau(load(trained)))
     assert "accuracy: " in result.out
-    assert result.out.rstrip().endswith("Saved to tuned.")
+    assert result.out.rstrip().endswith("Saved to tuned.\nNext, to time it:\n  surgeon bench surgery tuned")
     assert "tuning  " in result.err
     taus = surgeon.get_tau(load("tuned"))
     assert [f"{tau:.3g}" for tau in taus.values()] == [line[1] for line in lines[1:3]]
@@ -57,6 +57,7 @@ def test_layers_for_which_skipping_does_not_pay_become_dense(run: Run, trained: 
     assert result.code == 0, result.err
     layers = list(surgeon.get_tau(load(trained)))
     assert [line.split()[:2] for line in result.out.splitlines()[1:3]] == [[path, "dense"] for path in layers]
+    assert result.out.rstrip().endswith("Saved to tuned.")  # there is nothing left to time
     found = load("tuned")
     assert not surgeon.get_tau(found)
     assert len(surgeon.find_ffns(found)[0]) == len(layers)
