@@ -16,6 +16,8 @@ from surgeon.surgery.trials import Trial, merged
 
 from .harness import NET, Run, left, recorded
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 # Three settings are left: as given, and higher learning rates.
 PINNED = [
     word
