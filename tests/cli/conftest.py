@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from surgeon.graph.ownership import own_parameters
+from surgeon.graph.traced import TracedGraph, fork
+from surgeon.progress import ShowProgress
+from surgeon.tracing.trace import trace
 
 from .harness import NET, Run, run_surgeon
 from .shelf import NETS, write_bert
@@ -49,3 +59,31 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surgeon.bench.machine.cache_size", lambda: 1024)
     monkeypatch.setattr("surgeon.bench.machine._SIDE", {"cpu": 32})
     monkeypatch.setattr("surgeon.bench.machine._BUFFER", {"cpu": 1 << 16})
+
+
+_traced: dict[str, TracedGraph] = {}
+
+
+@pytest.fixture(scope="module")
+def traced_once() -> Iterator[None]:
+    """Commands trace a model that was traced before, with the same weights and inputs, by copying its graph.
+
+    For files in which many commands open the shelf's models and no test is about how they are traced.
+    """
+
+    def copied(model: nn.Module, inputs: Any, *, progress: ShowProgress = None) -> TracedGraph:
+        key = hashlib.sha256(f"{type(model)} {model} {getattr(model, 'config', None)}".encode())
+        for place, leaf in pytree.tree_leaves_with_path((model.state_dict(), inputs)):
+            told = f"{place} {leaf.shape} {leaf.dtype}" if isinstance(leaf, Tensor) else f"{place} {leaf}"
+            key.update(told.encode())
+            if isinstance(leaf, Tensor):
+                key.update(leaf.flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        if key.hexdigest() not in _traced:
+            _traced[key.hexdigest()] = trace(model, inputs, progress=progress)
+        graph = fork(_traced[key.hexdigest()])
+        own_parameters(graph)
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("surgeon.jobs.open_model.trace", copied)
+        yield

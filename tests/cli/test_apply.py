@@ -6,11 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import surgeon
 
 from .harness import DATA, NET, Run, left, recorded
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 def test_apply_shows_each_pass_the_total_and_what_comes_next(shelf: Path) -> None:

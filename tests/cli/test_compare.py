@@ -19,6 +19,8 @@ from surgeon.surgery.record import RECORD
 
 from .harness import NET, Run, answer_in, recorded, run_surgeon
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 REVIEWS = ("--data", "reviews.csv", "--eval-fraction", "0.25")
 QUICK = ("--set", "moeify.router=neurons", "--set", "moeify.epochs=0")
 

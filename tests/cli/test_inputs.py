@@ -13,6 +13,8 @@ import surgeon
 
 from .harness import Run, run_surgeon
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 

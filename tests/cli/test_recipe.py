@@ -13,6 +13,8 @@ from surgeon.surgery.recipes import BY_FAMILY
 
 from .harness import Run, recorded
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 TRAINED = (
     "apply", "bert", "--data", "reviews.csv", "--seed", "5", "--tau", "0.05",
     "--passes", "swap-activation,sparsify,moeify,sparsify-inputs,recover,lower",

@@ -16,6 +16,8 @@ from surgeon.surgery.recipes import BY_FAMILY, RECIPES, all_recipes
 
 from .harness import NET, Run, recorded, run_surgeon
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 TINY = {
     "mlpify": ("mlpify.steps=2",),
     "swap-activation": ("swap-activation.steps=2",),

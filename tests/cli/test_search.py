@@ -19,6 +19,8 @@ from tests.small_models import stack, vectors
 
 from .harness import NET, Run, left, recorded
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 # Three settings are left: as given, and higher learning rates.
 PINNED = [
     word

@@ -13,6 +13,8 @@ from surgeon.surgery.artifact import load, load_diff, load_with_inputs
 
 from .harness import Run, left, recorded
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 FIRST, SECOND = (f"bert.encoder.layer.{index}.moe" for index in (0, 1))
 REVIEWS = ("--data", "reviews.csv")
 

@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from .harness import DATA, NET, Run, recorded
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 TRAIN = ("--passes", "swap-activation,moeify", "--set", "swap-activation.steps=4", "--set", "moeify.steps=1")
 DISTILL = (*TRAIN, "--set", "swap-activation.distill=0.5")
 

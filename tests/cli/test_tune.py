@@ -14,6 +14,8 @@ from tests.worked_time import DENSE, milliseconds, replace_clock
 
 from .harness import NET, Run, left, recorded
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 REVIEWS = ("--data", "reviews.csv", "--eval-fraction", "0.25")
 OTHER = (
     "The data, or how it is read (--seed, --limit, --eval-fraction, ...), differs from what the surgery was made with"
