@@ -89,7 +89,7 @@ STUDY = Study(
         ),
         "ours_inputs": Variant(
             [Moeify(experts=48), SparsifyInputs(), Recover(**RECOVER, distill_layers=1.0), Lower()],
-            budgets=(0.36, 0.32, 0.28),
+            budgets=(0.4, 0.38, 0.36, 0.32),
             starts_from="sparse",
         ),
         "early_exit": Variant([EarlyExit()], LEAVING_TAUS),
