@@ -65,19 +65,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_examples_run_in_order(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", True)
     # A module, since classes that a page defines look up their types in it.
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
     monkeypatch.syspath_prepend(place)
-    for language, file, block in blocks(page):
-        if file is not None:
-            Path(file).write_text(block, encoding="utf-8")
-        elif language == "python":
-            exec(compile(block, str(page), "exec"), module.__dict__)
-        else:
-            for command in re.findall(r"^\$ (.*)$", block.replace("\\\n", " "), flags=re.MULTILINE):
-                run(command)
+    # Not by monkeypatch, which takes the value away in the end: the config has none of its own in its `__dict__`.
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=True):
+        for language, file, block in blocks(page):
+            if file is not None:
+                Path(file).write_text(block, encoding="utf-8")
+            elif language == "python":
+                exec(compile(block, str(page), "exec"), module.__dict__)
+            else:
+                for command in re.findall(r"^\$ (.*)$", block.replace("\\\n", " "), flags=re.MULTILINE):
+                    run(command)
 
 
 def run(command: str) -> None:

@@ -41,7 +41,7 @@ def studies(frontier: Any, name: str) -> list[Any]:
     if name == "language":
         return [module.study(False), module.study(True)]
     if name == "tuned":
-        return [module.study("test"), module.study("validation")]
+        return [one.study(part) for one in module.STUDIES.values() for part in ("test", "validation")]
     if name == "ablation":
         return [replace(frontier("digits").STUDY, variants=module.VARIANTS)]
     return [module.STUDY]
@@ -109,15 +109,34 @@ def test_a_study_runs_and_goes_on(frontier: Any, tmp_path: Path) -> None:
 
 def test_validation_and_training_images_are_apart_and_test_images_as_ever(frontier: Any) -> None:
     tuned = frontier("tuned")
-    images = {part: [row.numpy().tobytes() for batch in tuned.data(0, part).eval for row in batch.args[0]]
+    images = {part: [row.numpy().tobytes() for batch in tuned.images(0, part).eval for row in batch.args[0]]
               for part in ("validation", "test")}  # fmt: skip
-    train = [row.numpy().tobytes() for batch in tuned.data(0, "test").train for row in batch.args[0]]
+    train = [row.numpy().tobytes() for batch in tuned.images(0, "test").train for row in batch.args[0]]
     assert (len(train), len(images["validation"]), len(images["test"])) == (1149, 288, 360)
     assert not set(images["validation"]) & (set(train) | set(images["test"]))
-    assert tuned.cost(
-        [{"layers": 0.2, "quality": 0.9}, {"layers": 0.4, "quality": 1.0}], "layers", 0.95
-    ) == pytest.approx(0.3)
-    assert tuned.cost([{"layers": 0.2, "quality": 0.9}], "layers", 0.95) == float("inf")
+
+
+def test_costs_of_a_quality_on_the_validation_part(frontier: Any) -> None:
+    cost = frontier("tuned").cost
+    points = [{"layers": 0.2, "quality": 0.9}, {"layers": 0.4, "quality": 1.0}]
+    assert cost(points, "layers", 0.95, higher_is_better=True) == pytest.approx(0.3)
+    assert cost(points[:1], "layers", 0.95, higher_is_better=True) == float("inf")
+    assert cost(points[:1], "layers", 0.95, higher_is_better=False) == pytest.approx(0.2)
+
+
+def test_validation_and_training_texts_are_apart_and_test_texts_as_ever(
+    frontier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned, rows = frontier("tuned"), torch.arange(40)[:, None].expand(40, 8)
+    monkeypatch.setattr(tuned.language, "tokens", lambda: (rows, torch.full((2, 8), 99)))
+    data = {part: tuned.files(0, part) for part in ("validation", "test")}
+    held = {
+        part: {int(row[0]) for batch in one.eval for row in batch.kwargs["input_ids"]} for part, one in data.items()
+    }
+    assert held["test"] == {99}
+    assert held["validation"] == {32}  # one of so many of the last fifth
+    for one in data.values():
+        assert {int(row[0]) for batch in one.train for row in batch.kwargs["input_ids"]} == set(range(32))
 
 
 def test_costs_of_several_seeds_in_words(frontier: Any) -> None:

@@ -44,7 +44,7 @@ def test_sweep_shows_what_each_tau_costs_in_quality() -> None:
     assert dense == ["dense", "0.950", "[0.900,", "0.990]", "100%", "4.29", "M", "100%", "2.0"]
     assert every[:5] == ["0", "(everything)", "0.950", "[0.900,", "0.990]"]
     assert every[5:] == ["0", "100%", "102%", "5.06", "M", "118%", "3.1"]
-    assert less[:4] == ["0.1", "0.900", "[0.85,", "0.94]"]
+    assert less[:4] == ["0.1", "0.900", "[0.850,", "0.940]"]
     assert less[4:] == ["-0.05", "[-0.09,", "-0.01]", "23%", "26%", "2.95", "M", "69%", "1.5"]
     words = " ".join(word for line in measured for word in line)
     assert words.startswith("note: accuracy on 60 samples. In brackets: 95% intervals. change: from the dense model")
