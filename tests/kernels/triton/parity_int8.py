@@ -5,6 +5,7 @@ By hand: TRITON_INTERPRET=1 pytest tests/kernels/triton/parity_int8.py
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ def test_they_compute_the_definition(shapes: dict[str, object], tokens: int) -> 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_half_types(tokens: int, dtype: torch.dtype) -> None:
-    for ordered, float8 in ((False, True), (True, False)):
+    for ordered, float8 in itertools.product((False, True), repeat=2):
         call = int8_call(
             (tokens,), 4, 20, 40, 33, gated=True, scaled=True, activation="silu", dtype=dtype, float8=float8
         )
@@ -133,10 +134,11 @@ def test_products_of_trunks_are_exact(tokens: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("ordered", "value"), [(False, float("nan")), (True, -float("inf"))])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("tokens", [5, 18])
 def test_a_token_that_is_not_finite_gives_nan_and_leaves_the_others_alone(
-    tokens: int, ordered: bool, value: float
+    tokens: int, value: float, ordered: bool
 ) -> None:
     for activation, weights in (("relu", {}), ("silu", {"group": 16}), ("relu", {"float8": True})):
         call = int8_call((tokens,), 2, 16, 32, 20, scaled=True, activation=activation, **weights)
